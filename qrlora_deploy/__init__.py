@@ -1,0 +1,3 @@
+"""QR-LoRA adapters from training to production: one frozen basis, a small vector per customer."""
+
+__version__ = "0.1.0"
