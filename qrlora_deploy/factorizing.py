@@ -1,6 +1,7 @@
 """From a checkpoint to a basis."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 
 import numpy as np
@@ -62,7 +63,9 @@ def factorize(
 def _results(checkpoint: Checkpoint, names: list[str], device: str) -> Iterator[tuple[str, Factorization]]:
     if device == "cpu":
         for name in names:
-            yield name, _named(name, factorize_weight, read_weight(checkpoint, name).to(torch.float64).numpy())
+            with _naming(name):
+                result = factorize_weight(read_weight(checkpoint, name).to(torch.float64).numpy())
+            yield name, result
         return
     by_shape: dict[tuple[int, int], list[str]] = {}
     for name in names:
@@ -73,12 +76,16 @@ def _results(checkpoint: Checkpoint, names: list[str], device: str) -> Iterator[
         for start in range(0, len(group), size):
             batch = group[start : start + size]
             weights = torch.stack([read_weight(checkpoint, name).to(device) for name in batch])
-            yield from zip(batch, _named(", ".join(batch[:2]), factorize_weights, weights), strict=True)
+            with _naming(", ".join(batch[:2])):
+                results = factorize_weights(weights)
+            yield from zip(batch, results, strict=True)
 
 
-def _named(name, function, weight):  # type: ignore[no-untyped-def]
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Put the layer's name in front of an error about its weight."""
     try:
-        return function(weight)
+        yield
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
 
