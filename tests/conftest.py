@@ -1,0 +1,87 @@
+"""Fixtures shared by all tests: a base small enough for any machine, its basis and a customer.
+
+The objects are built once per session. Tests that change a file copy it to `tmp_path` first.
+"""
+
+import os
+
+# Before any import of torch, transformers or tokenizers: the tests need no network, and thread
+# pools only slow down matrices of 32 columns.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qrlora_deploy.basis import Basis, write_basis
+from qrlora_deploy.coefficients import Coefficients, write_coefficients
+from tests.tiny import save_base
+
+TINY_TARGETS = ("query", "value")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests marked `gpu` where PyTorch finds no CUDA device, and say why."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            build = torch.version.cuda or "none"
+            pytest.skip(f"needs a CUDA GPU: torch {torch.__version__} (CUDA build: {build}) finds no device")
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a seeded, random BERT classifier: 2 layers, 32 wide, 4 labels, with its tokenizer."""
+    return save_base(tmp_path_factory.mktemp("tiny") / "base")
+
+
+@pytest.fixture(scope="session")
+def tiny_basis(tiny_base: Path) -> Basis:
+    """Basis of the query and value projections of `tiny_base` at tau = 0.5."""
+    from qrlora_deploy.checkpoint import open_checkpoint
+    from qrlora_deploy.factorization import RankRule
+    from qrlora_deploy.factorizing import factorize
+    from qrlora_deploy.targets import choose_targets
+
+    checkpoint = open_checkpoint(str(tiny_base))
+    return factorize(checkpoint, choose_targets(checkpoint.skeleton(), TINY_TARGETS), RankRule(tau=0.5))
+
+
+@pytest.fixture(scope="session")
+def tiny_basis_file(tiny_basis: Basis, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_basis` as a file."""
+    path = tmp_path_factory.mktemp("basis") / "basis.safetensors"
+    write_basis(tiny_basis, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_customer(tiny_base: Path, tiny_basis: Basis, tiny_basis_file: Path) -> Coefficients:
+    """A customer of `tiny_base` whose coefficients are all non-zero and move the logits clearly."""
+    from qrlora_deploy.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(str(tiny_base))
+    random = np.random.default_rng(7)
+    signs = random.choice([-1.0, 1.0], tiny_basis.total_rank)
+    return Coefficients(
+        values=(signs * random.uniform(0.5, 1.5, tiny_basis.total_rank)).astype(np.float32),
+        basis_digest=tiny_basis.digest,
+        base_name=str(tiny_base),
+        base_digest=checkpoint.digest,
+        task=checkpoint.task,
+        labels=checkpoint.labels,
+        basis_file=str(tiny_basis_file),
+        training={"seed": 7},
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_customer_file(tiny_customer: Coefficients, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_customer` as a file."""
+    path = tmp_path_factory.mktemp("customer") / "acme.safetensors"
+    write_coefficients(tiny_customer, path)
+    return path

@@ -1,0 +1,41 @@
+"""Every tolerance of the tests, with its reason. Compare whole arrays: `np.testing.assert_allclose(a, b, **NAME)`.
+
+Both rtol and atol are always given: numpy's defaults differ between functions.
+"""
+
+from typing import TypedDict
+
+
+class Tolerance(TypedDict):
+    """Bounds of `numpy.testing.assert_allclose` and `torch.testing.assert_close`."""
+
+    rtol: float
+    atol: float
+
+
+EXACT: Tolerance = {"rtol": 0.0, "atol": 0.0}
+"""Same operations in the same order: zero coefficients, reading back, A -> B -> A in one session."""
+
+ORTHONORMAL: Tolerance = {"rtol": 0.0, "atol": 1e-12}
+"""`Q^T Q = I` in fp64. Householder QR loses about eps * sqrt(k): 6e-15 at k = 768."""
+
+ENERGIES: Tolerance = {"rtol": 0.0, "atol": 1e-10}
+"""Cumulated energy shares of two fp64 factorizations. Both are backward stable, so the diagonals
+differ by about eps * k relative to the largest; squares and sums keep that order."""
+
+RECONSTRUCTION: Tolerance = {"rtol": 0.0, "atol": 1e-12}
+"""`||QR - W|| / ||W||` element by element in fp64, after division by the largest element."""
+
+BASIS_FP32: Tolerance = {"rtol": 6e-8, "atol": 1e-12}
+"""fp64 factors after their one cast to fp32: half a unit in the last place is 2^-24 = 6e-8."""
+
+FP32_SIDE_BRANCH: Tolerance = {"rtol": 1e-5, "atol": 1e-5}
+"""Merged weights against the side branch through 2 to 12 layers of fp32: sums in another order,
+about eps * sqrt(width) per layer, 1e-6 at 32 columns, with a factor of ten for depth."""
+
+FP32_ONNX: Tolerance = {"rtol": 1e-4, "atol": 1e-4}
+"""ONNX Runtime against PyTorch in fp32 with TF32 off: fused kernels use other exponentials and
+other sums. The same bound as the bundle's parity check: 1e-4 * max(1, max |logit|)."""
+
+ONE_ROUNDING: dict[str, float] = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+"""Relative error of one rounding to a storage dtype (unit round-off), the bound on merge and unmerge per weight."""
