@@ -135,10 +135,14 @@ def read_basis(path: Path) -> Basis:
     tensors, metadata = read_tensors(path, FORMAT, FORMAT_VERSION, _allows)
     try:
         targets = tuple(_target(tensors, record) for record in metadata["targets"])
-        basis = Basis(targets, str(metadata["base_name"]), RankRule(**metadata["rule"]), metadata["versions"])
-    except (KeyError, TypeError) as error:
+        versions = {str(name): str(value) for name, value in metadata["versions"].items()}
+        basis = Basis(targets, str(metadata["base_name"]), RankRule(**metadata["rule"]), versions)
+    except (KeyError, TypeError, AttributeError) as error:
         raise FileFormatError(f"{path}: the basis is incomplete, {error} is missing or wrong") from error
-    if not targets or len(tensors) != 3 * len(set(basis.names)) or metadata.get("basis_digest") != basis.digest:
+    except InputError as error:
+        raise FileFormatError(f"{path}: {error}") from error
+    # A target named twice would have three tensors for two sets of coefficients.
+    if not targets or len(tensors) != 3 * len(targets) or metadata.get("basis_digest") != basis.digest:
         raise FileFormatError(f"{path}: the tensors are not those that the basis names")
     for target in targets:
         if not all(np.isfinite(array).all() for array in (target.q, target.r, target.diagonal)):

@@ -180,7 +180,12 @@ def read_tensors(
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     expected = metadata.pop("content_digest", None)
-    if expected != _content_digest(tensors, metadata):
+    try:
+        found = _content_digest(tensors, metadata)
+    except RecursionError as error:
+        # Writing JSON recurses a little deeper than reading it.
+        raise FileFormatError(f"{path}: its metadata is nested too deeply") from error
+    if expected != found:
         raise FileFormatError(f"{path} was changed after it was written: its content digest does not fit")
     return tensors, metadata
 
@@ -189,7 +194,7 @@ def _read_record(path: Path, raw: dict[str, str] | None, kind: str, version: int
     text = (raw or {}).get(METADATA_KEY, "")
     try:
         metadata = json.loads(text) if len(text) <= MAX_METADATA_BYTES else None
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # an integer of 5000 digits is a ValueError too
         metadata = None
     if not isinstance(metadata, dict) or metadata.get("format") != kind or len(raw or {}) != 1:
         raise FileFormatError(f"{path} is not a {kind} file")
