@@ -27,17 +27,20 @@ class QRLoRALinear(nn.Module):
         BasisMismatchError: the factors do not have the shape of the layer.
     """
 
+    q: torch.Tensor
+    r: torch.Tensor
+    scale: torch.Tensor
+
     def __init__(self, base: nn.Module, target: BasisTarget) -> None:
         super().__init__()
-        weight = base.weight
+        weight = base.get_parameter("weight")
         shape = tuple(weight.shape[::-1]) if is_conv1d(base) else tuple(weight.shape)
         expected = (target.q.shape[0], target.r.shape[1])
         if shape != expected:
             raise BasisMismatchError(f"{target.name} is {list(shape)} in the model but {list(expected)} in the basis")
         self.base = base
-        options = {"dtype": weight.dtype, "device": weight.device}
-        self.register_buffer("q", torch.tensor(target.q).to(**options), persistent=False)
-        self.register_buffer("r", torch.tensor(target.r).to(**options), persistent=False)
+        self.register_buffer("q", torch.tensor(target.q).to(weight.device, weight.dtype), persistent=False)
+        self.register_buffer("r", torch.tensor(target.r).to(weight.device, weight.dtype), persistent=False)
         ones = torch.ones(target.rank, dtype=torch.float32, device=weight.device)
         self.register_buffer("scale", ones, persistent=False)
         self.u = nn.Parameter(torch.zeros_like(ones))

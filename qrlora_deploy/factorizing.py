@@ -69,7 +69,7 @@ def _results(checkpoint: Checkpoint, names: list[str], device: str) -> Iterator[
         return
     by_shape: dict[tuple[int, int], list[str]] = {}
     for name in names:
-        out, width = checkpoint.skeleton().get_submodule(name).weight.shape
+        out, width = checkpoint.skeleton().get_parameter(f"{name}.weight").shape
         by_shape.setdefault((out, width), []).append(name)
     for (out, width), group in by_shape.items():
         size = max(1, BATCH_BYTES // (8 * (3 * out * width + 2 * max(out, width) ** 2)))
