@@ -1,0 +1,1 @@
+"""The whole way from a pretrained encoder to an ONNX bundle, on a model and data that come by pip."""
