@@ -1,0 +1,59 @@
+"""Writes the golden files beside it: `python -m tests.golden.make` in the repository root.
+
+They were written once, by format version 1, and stay as they are: a reader that cannot read them
+breaks every file in the field. Write new ones, under new names, only for a new format version.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from qrlora_deploy.basis import Basis, BasisTarget, write_basis
+from qrlora_deploy.coefficients import Coefficients, write_coefficients
+from qrlora_deploy.factorization import RankRule
+
+FOLDER = Path(__file__).parent
+BASIS_FILE = FOLDER / "basis.safetensors"
+COEFFICIENTS_FILE = FOLDER / "coefficients.safetensors"
+
+
+def golden_basis() -> Basis:
+    """Two targets of ranks 2 and 1; every number is exact in fp32."""
+    first = BasisTarget(
+        name="encoder.layer.0.query",
+        q=np.array([[1, 0], [0, 0.5], [0, -0.5], [0, 0.5], [0, 0.5]], np.float32),
+        r=np.array([[4, 0.25, -1], [0, 2, 1.5]], np.float32),
+        diagonal=np.array([4, 2, 0.125], np.float32),
+        weight_digest="11" * 32,
+    )
+    second = BasisTarget(
+        name="encoder.layer.1.query",
+        q=np.array([[0.5], [0.5], [-0.5], [0.5]], np.float32),
+        r=np.array([[0.25, -3]], np.float32),
+        diagonal=np.array([3, 1], np.float32),
+        weight_digest="22" * 32,
+    )
+    return Basis((first, second), "acme/bäse", RankRule(tau=0.75), {"qrlora-deploy": "0.1.0"})
+
+
+def golden_coefficients() -> Coefficients:
+    """A customer of `golden_basis` with a head of two labels."""
+    return Coefficients(
+        values=np.array([0.5, -0.25, 8], np.float32),
+        basis_digest=golden_basis().digest,
+        base_name="acme/bäse",
+        base_digest="33" * 32,
+        task="text-classification",
+        labels=("no", "yes, naïve"),
+        head={
+            "classifier.weight": np.array([[1, 2, 3], [-1, 0, 0.5]], np.float32),
+            "classifier.bias": np.array([0.75, -0.75], np.float32),
+        },
+        basis_file="basis.safetensors",
+        training={"seed": 7, "metrics": {"accuracy": 0.875}},
+    )
+
+
+if __name__ == "__main__":
+    write_basis(golden_basis(), BASIS_FILE)
+    write_coefficients(golden_coefficients(), COEFFICIENTS_FILE)
