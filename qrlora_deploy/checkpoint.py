@@ -89,7 +89,7 @@ class Checkpoint:
                 raise InputError(f"{self.folder} holds no {SINGLE}; only safetensors checkpoints are read")
             return [self.folder / SINGLE]
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise FileFormatError(f"{index} is damaged: {error}") from error
         wrong = [name for name in names if Path(name).name != name or not (self.folder / name).is_file()]
@@ -150,9 +150,14 @@ class Checkpoint:
             InputError: there is none.
         """
         try:
-            return transformers.AutoTokenizer.from_pretrained(self.folder)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{self.folder} holds no usable tokenizer: {_first_line(error)}") from error
+        # transformers 5 makes a tokenizer without any word where the files are missing.
+        files = sorted({"tokenizer.json", *tokenizer.vocab_files_names.values()})
+        if tokenizer.vocab_files_names and not any((self.folder / name).is_file() for name in files):
+            raise InputError(f"{self.folder} holds no usable tokenizer: none of {', '.join(files)} is there")
+        return tokenizer
 
 
 def open_checkpoint(name: str) -> Checkpoint:
@@ -163,7 +168,11 @@ def open_checkpoint(name: str) -> Checkpoint:
         InputError: there is no such folder or repository.
     """
     folder = Path(name)
-    if folder.is_dir():
+    try:
+        is_folder = folder.is_dir()
+    except OSError as error:
+        raise InputError(f"{name[:80]} is no name of a checkpoint: {error.strerror}") from error
+    if is_folder:
         if not (folder / "config.json").is_file():
             raise InputError(f"{name} is not a checkpoint: it holds no config.json")
         return Checkpoint(folder, name)
