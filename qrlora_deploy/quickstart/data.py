@@ -11,8 +11,10 @@ from qrlora_deploy.training.data import Examples, read_examples
 FOLDER = Path(__file__).parent / "clinc150"
 GENERAL = "general.tsv"
 
-CUSTOMERS = ("banking", "travel", "home")
-"""Domains that play the customers: 15 intents each, some 1,500 rows to train on, 450 held out."""
+CUSTOMERS = ("banking", "kitchen_and_dining", "home")
+"""Domains that play the customers: 15 intents each, some 1,500 rows to train on, 450 held out. They
+were chosen among the ten because the warmed-up base leaves room there: it answers 0.65 to 0.81 of
+their held-out text rightly, but 0.96 of the domain travel, where there is little left to learn."""
 
 SAMPLES = 64
 STRIDE = 27

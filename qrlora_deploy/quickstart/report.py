@@ -102,8 +102,7 @@ def output_of(report: QuickstartReport) -> Output:
         **{f"size of {name}": size_text(size) for name, size in report.sizes.items()},
         "parity with PyTorch": _parity_text(report.parity),
         "latency of one text, median": _latency_text(report),
-        "time": f"{sum(report.seconds.values()):.0f} s: "
-        + ", ".join(f"{k} {v:.0f}" for k, v in report.seconds.items()),
+        "time": f"{sum(report.seconds.values()):.0f} s: {steps}",
         "files": kept,
     }
     headline = f"{len(report.customers)} customers on one base; {report.merged} merged, exported and verified"
