@@ -224,7 +224,8 @@ def _measure_latency(bundle: Bundle, merged: Checkpoint, name: str) -> Latency:
     ]
     for call in calls:
         median_ms(call, texts, LATENCY_TEXTS)  # warm caches and thread pools; not counted
-    return Latency(*(median_ms(call, texts, LATENCY_RUNS) for call in calls), LATENCY_RUNS)
+    onnxruntime_ms, torch_ms = (median_ms(call, texts, LATENCY_RUNS) for call in calls)
+    return Latency(onnxruntime_ms, torch_ms, LATENCY_RUNS)
 
 
 def _sizes(folder: Path, name: str) -> dict[str, int]:
