@@ -56,8 +56,8 @@ class RankRule:
         """The rank kept for a weight with this `diagonal [k]` of R, at least 1."""
         energies = np.square(np.asarray(diagonal, dtype=np.float64))
         numerical = int(np.sum(energies > _negligible(energies)))
-        if self.rank is not None:
-            return max(1, min(self.rank, numerical))
+        if self.tau is None:
+            return max(1, min(self.rank or 1, numerical))
         total = float(energies.sum())
         if total == 0:
             return 1
@@ -133,10 +133,7 @@ def factorize_weights(weights: torch.Tensor) -> list[Factorization]:
     # Zero in exact arithmetic below the diagonal of the chosen columns.
     index = pivots[:, None, :].expand_as(r.gather(2, pivots[:, None, :].expand(-1, r.shape[1], -1)))
     r = r.scatter(2, index, r.gather(2, index).triu())
-    return [
-        _positive(*parts)
-        for parts in zip(q.cpu().numpy(), r.cpu().numpy(), pivots.cpu().numpy(), strict=True)
-    ]
+    return [_positive(*parts) for parts in zip(q.cpu().numpy(), r.cpu().numpy(), pivots.cpu().numpy(), strict=True)]
 
 
 def _check_weight(shape: tuple[int, ...], finite: bool) -> None:

@@ -185,7 +185,7 @@ def merge_model(model: Any, checkpoint: Checkpoint, basis: Basis, coefficients: 
     outputs = check_head(checkpoint, coefficients)
     with torch.no_grad():
         for fold in folds.values():
-            weight = resolve_layer(model, fold.target.name)[1].weight
+            weight: Any = resolve_layer(model, fold.target.name)[1].weight
             weight.copy_(fold.merged(weight.detach()))
         for name, values in coefficients.head.items():
             path, _, attribute = name.rpartition(".")

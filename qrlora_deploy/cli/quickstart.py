@@ -1,11 +1,15 @@
 """`qrlora-deploy quickstart`."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qrlora_deploy.cli.options import ANY_PATH, common, seed_option
-from qrlora_deploy.cli.output import Output, progress_bar
+from qrlora_deploy.cli.output import Output, Table, progress_bar, size_text
+
+if TYPE_CHECKING:
+    from qrlora_deploy.quickstart.report import Parity, QuickstartReport
 
 
 @click.command("quickstart")
@@ -22,9 +26,59 @@ def command(output: Path | None, seed: int) -> Output:
     Example:
       qrlora-deploy quickstart --out quickstart
     """
-    from qrlora_deploy.quickstart.report import output_of
     from qrlora_deploy.quickstart.run import run
 
     with progress_bar() as progress:
         report = run(output, progress, seed)
     return output_of(report)
+
+
+def output_of(report: "QuickstartReport") -> Output:
+    """The report as a command prints it."""
+    kept = f"kept in {report.folder}" if report.folder else "nothing was kept; --out FOLDER keeps it"
+    steps = ", ".join(f"{step} {seconds:.0f}" for step, seconds in report.seconds.items())
+    facts = {
+        "coefficients per customer": f"{report.coefficients} in {report.layers} layers, head shared",
+        **{f"size of {name}": size_text(size) for name, size in report.sizes.items()},
+        "parity with PyTorch": _parity_text(report.parity),
+        "latency of one text, median": _latency_text(report),
+        "time": f"{sum(report.seconds.values()):.0f} s: {steps}",
+        "files": kept,
+    }
+    headline = f"{len(report.customers)} customers on one base; {report.merged} merged, exported and verified"
+    return Output(report, headline, facts, [_accuracy_table(report), _answer_table(report)])
+
+
+def _accuracy_table(report: "QuickstartReport") -> Table:
+    columns = ("customer", "trained on", "held out", "base", "customer's", "base, 15 labels", "customer's, 15 labels")
+    rows: list[list[Any]] = [
+        [
+            result.name,
+            result.rows,
+            result.held_out_rows,
+            *(f"{100 * value:.1f} %" for value in (result.before.all_labels, result.after.all_labels)),
+            *(f"{100 * value:.1f} %" for value in (result.before.own_labels, result.after.own_labels)),
+        ]
+        for result in report.customers
+    ]
+    return Table(columns, rows, "Accuracy on held-out text, among all 150 labels and among the customer's 15")
+
+
+def _answer_table(report: "QuickstartReport") -> Table:
+    rows = [[answer.text, answer.label, answer.score, answer.expected] for answer in report.answers]
+    return Table(("text", "label", "score", "expected"), rows, f"Held-out text through the bundle of {report.merged}")
+
+
+def _parity_text(parity: "Parity") -> str:
+    return (
+        f"max abs error {parity.max_abs_error:.1e} (bound {parity.bound:.1e}), "
+        f"labels agree {100 * parity.label_agreement:.1f} % of {parity.rows} rows"
+    )
+
+
+def _latency_text(report: "QuickstartReport") -> str:
+    latency = report.latency
+    return (
+        f"{latency.onnxruntime_ms:.2f} ms ONNX Runtime, {latency.torch_ms:.2f} ms PyTorch "
+        f"({latency.runs} runs each, {report.cpu_count} CPUs)"
+    )

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from qrlora_deploy.basis import Basis, write_basis
 from qrlora_deploy.checkpoint import Checkpoint, open_checkpoint
-from qrlora_deploy.cli.export import find_exporter
 from qrlora_deploy.coefficients import Coefficients, write_coefficients
 from qrlora_deploy.errors import InputError
+from qrlora_deploy.exporting import find_exporter
 from qrlora_deploy.factorization import RankRule
 from qrlora_deploy.factorizing import factorize
 from qrlora_deploy.files import atomic_folder

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from qrlora_deploy.cli.output import show
+from qrlora_deploy.cli.quickstart import output_of
 from qrlora_deploy.quickstart.measuring import Accuracy
-from qrlora_deploy.quickstart.report import Answer, CustomerResult, Latency, Parity, QuickstartReport, output_of
+from qrlora_deploy.quickstart.report import Answer, CustomerResult, Latency, Parity, QuickstartReport
 
 
 @pytest.fixture

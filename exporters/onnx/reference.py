@@ -1,0 +1,153 @@
+"""What an export is measured by: PyTorch's logits through the side branch, on real text.
+
+The side branch is not what is exported (that is the merged weight), so agreement covers the
+merge as well as the graph. Everything runs in fp32 on the CPU, where there is no TF32.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from exporters.onnx.graph import input_names, longest_input
+from qrlora_deploy.adapter import attach, set_coefficients
+from qrlora_deploy.basis import Basis
+from qrlora_deploy.checkpoint import Checkpoint
+from qrlora_deploy.coefficients import Coefficients
+from qrlora_deploy.errors import BasisMismatchError, InputError
+from qrlora_deploy.merging import merge_model
+from qrlora_deploy.runtime.bundle import Bundle
+from qrlora_deploy.runtime.parity import Case, ParityReport, check_parity
+from qrlora_deploy.runtime.session import open_session
+from qrlora_deploy.training.data import Examples
+
+BATCH = 8
+"""Rows of a case: enough for different lengths, few enough for a quick check."""
+
+Inputs = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The texts of the cases, single or in pairs."""
+
+    texts: Sequence[str]
+    pairs: Sequence[str] | None = None
+
+
+def choose_texts(examples: Examples | None) -> Texts:
+    """The first rows of `examples`, or texts that come with the project.
+
+    Raises:
+        InputError: there are no texts.
+    """
+    if examples is None:
+        # Imported here: it is only data, but a serving host has no use for it.
+        from qrlora_deploy.quickstart.data import sample_texts
+
+        return Texts(sample_texts()[:BATCH])
+    if not examples.texts:
+        raise InputError(f"{examples.name} holds no texts to check the export with")
+    return Texts(examples.texts[:BATCH], examples.pairs[:BATCH] if examples.pairs else None)
+
+
+def build_reference(checkpoint: Checkpoint, basis: Basis, coefficients: Coefficients, texts: Texts) -> list[Case]:
+    """Logits of the customer and of the base for batches of every kind of padding.
+
+    A customer's own head is used for both, so that their difference is the effect of `c` alone.
+
+    Raises:
+        As `merge_model`; InputError: the tokenizer cannot pad.
+    """
+    # The plainest attention there is, so that no fused kernel is on both sides of the comparison.
+    model = checkpoint.load_model(attn_implementation="eager")
+    silent = replace(coefficients, values=np.zeros_like(coefficients.values))
+    merge_model(model, checkpoint, basis, silent)
+    tokenizer = checkpoint.tokenizer()
+    batches = build_batches(tokenizer, texts, input_names(model, tokenizer), longest_input(model, tokenizer))
+    adapters = attach(model, basis)
+    set_coefficients(adapters, basis, silent.values)
+    base = {name: _logits(model, inputs) for name, inputs in batches.items()}
+    set_coefficients(adapters, basis, coefficients.values)
+    return [Case(name, inputs, _logits(model, inputs), base[name]) for name, inputs in batches.items()]
+
+
+def build_batches(tokenizer: Any, texts: Texts, names: tuple[str, ...], max_length: int) -> dict[str, Inputs]:
+    """Inputs `[batch, length]` for every way a row can be padded.
+
+    Raises:
+        InputError: the tokenizer has no padding token.
+    """
+    if tokenizer.pad_token_id is None:
+        raise InputError("the tokenizer has no padding token; set pad_token in its config")
+    pairs = list(texts.pairs) if texts.pairs is not None else None
+    encoded = tokenizer(list(texts.texts), pairs, truncation=True, max_length=max_length)
+    rows = [{name: encoded[name][index] for name in names if name in encoded} for index in range(len(texts.texts))]
+    for row in rows:
+        row["attention_mask"] = [1] * len(row["input_ids"])
+    widest = max(len(row["input_ids"]) for row in rows)
+    room = max(min(widest + 5, max_length) - widest, 0)
+    fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id, "attention_mask": 0}
+
+    def pad(chosen: list[dict[str, list[int]]], left: Callable[[int, int], int], extra: int = 0) -> Inputs:
+        width = max(len(row["input_ids"]) for row in chosen) + extra
+        return {
+            name: np.array([_pad(row[name], width, left, index, fill[name]) for index, row in enumerate(chosen)])
+            for name in names
+        }
+
+    holes = pad(rows, lambda index, gap: 0)
+    # The first token stays: the models read their answer there, and a row must keep something.
+    holes["attention_mask"][:, 2::3] = 0
+    repeated = {name: np.resize(np.array(rows[0][name]), (2, max_length)) for name in names}
+    repeated["attention_mask"][1, max_length - max_length // 3 :] = 0
+    return {
+        "single text": pad(rows[:1], lambda index, gap: 0),
+        "right padding": pad(rows, lambda index, gap: 0),
+        "left padding": pad(rows, lambda index, gap: gap, room),
+        "padding on both sides": pad(rows, lambda index, gap: index * gap // len(rows), room),
+        "mask with holes": holes,
+        "longest input": repeated,
+    }
+
+
+def _pad(values: list[int], width: int, left: Callable[[int, int], int], index: int, fill: int) -> np.ndarray:
+    gap = width - len(values)
+    before = left(index, gap)
+    return np.pad(np.array(values, dtype=np.int64), (before, gap - before), constant_values=fill)
+
+
+def _logits(model: Any, inputs: Inputs) -> np.ndarray:
+    with torch.no_grad():
+        tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
+        logits: np.ndarray = model(**tensors).logits.float().numpy()
+    return logits
+
+
+def verify_against(
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    basis: Basis,
+    coefficients: Coefficients,
+    texts: Examples | None = None,
+    provider: str = "cpu",
+) -> ParityReport:
+    """Check a bundle against PyTorch anew, on texts of one's own, instead of its stored logits.
+
+    Raises:
+        BasisMismatchError: base, basis or coefficients are not those of the bundle.
+        ProviderError: the provider does not load.
+    """
+    manifest = bundle.manifest
+    given = {
+        "base": (checkpoint.digest, manifest.base_digest),
+        "basis": (basis.digest, manifest.basis_digest),
+        "coefficients": (coefficients.digest, manifest.coefficients_digest),
+    }
+    wrong = [f"{name} {mine[:12]}, not {theirs[:12]}" for name, (mine, theirs) in given.items() if mine != theirs]
+    if wrong:
+        raise BasisMismatchError(f"{bundle.folder} was exported from others: {'; '.join(wrong)} as in the bundle")
+    session = open_session(bundle.model, provider)
+    return check_parity(session, build_reference(checkpoint, basis, coefficients, choose_texts(texts)))

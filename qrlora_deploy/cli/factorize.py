@@ -1,0 +1,61 @@
+"""`qrlora-deploy factorize`."""
+
+from pathlib import Path
+
+import click
+
+from qrlora_deploy.cli.options import common, device_option, output_option, split_targets
+from qrlora_deploy.cli.output import Output, Table, progress_bar, size_text
+
+COLUMNS = ("name", "rank", "energy", "condition")
+
+
+@click.command("factorize")
+@click.argument("base")
+@output_option("Basis file to write.")
+@click.option("--target", "targets", multiple=True, help="Layers: query,value or a regular expression; repeatable.")
+@click.option("--last-layers", type=click.IntRange(min=1), help="Only the last N blocks.")
+@click.option("--tau", type=float, help="Share of the energy to keep, by default 0.5.")
+@click.option("--rank", type=int, help="A fixed rank instead of --tau.")
+@device_option()
+@common
+def command(
+    base: str,
+    output: Path,
+    targets: tuple[str, ...],
+    last_layers: int | None,
+    tau: float | None,
+    rank: int | None,
+    device: str,
+) -> Output:
+    """Factorize the weights of BASE, a folder or hub name, into a basis all customers share.
+
+    Without --target every linear layer of every block is taken.
+
+    \b
+    Example:
+      qrlora-deploy factorize roberta-base -o basis.safetensors --target query --last-layers 4 --tau 0.5
+    """
+    if tau is not None and rank is not None:
+        raise click.UsageError("--tau and --rank exclude each other; give one of them")
+    patterns = split_targets(targets)
+    from qrlora_deploy.basis import write_basis
+    from qrlora_deploy.checkpoint import open_checkpoint
+    from qrlora_deploy.factorization import RankRule
+    from qrlora_deploy.factorizing import factorize
+    from qrlora_deploy.files import check_free_file
+    from qrlora_deploy.inspecting import basis_rows
+    from qrlora_deploy.targets import choose_targets
+
+    check_free_file(output)
+    rule = RankRule(0.5 if tau is None and rank is None else tau, rank)
+    checkpoint = open_checkpoint(base)
+    names = choose_targets(checkpoint.skeleton(), patterns, last_layers)
+    with progress_bar() as progress:
+        basis = factorize(checkpoint, names, rule, device, progress)
+    write_basis(basis, output)
+    rows = basis_rows(basis)
+    facts = {"digest": basis.digest, "coefficients": basis.total_rank, "size": size_text(output.stat().st_size)}
+    record = {"output": output, "digest": basis.digest, "total_rank": basis.total_rank, "targets": rows}
+    table = Table(COLUMNS, [[row[column] for column in COLUMNS] for row in rows])
+    return Output(record, f"wrote {output}", facts, [table])

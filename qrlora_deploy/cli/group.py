@@ -1,0 +1,125 @@
+"""The group of commands: loads a command when it is used, turns errors into one line and a code.
+
+Exit codes: 0 done; 1 the operation or a check failed; 2 bad input or usage; 130 interrupted.
+"""
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import click
+
+from qrlora_deploy import __version__
+from qrlora_deploy.errors import QrloraError
+from qrlora_deploy.text import one_line
+
+COMMANDS = (
+    "quickstart",
+    "warmup",
+    "factorize",
+    "train",
+    "inspect",
+    "merge",
+    "export",
+    "verify",
+    "predict",
+    "doctor",
+)
+"""In the order of the work; each is a module of this package with a `command`."""
+
+INTERRUPTED = 130
+
+
+@dataclass
+class State:
+    """What the commands tell the group.
+
+    Attributes:
+        debug: show tracebacks.
+    """
+
+    debug: bool = False
+
+
+class LazyGroup(click.Group):
+    """Imports a command's module when it is asked for; a command imports its library when it runs."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order of the work, not of the alphabet."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command, or None when there is no such name."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"qrlora_deploy.cli.{cmd_name}")
+        command: click.Command = module.command
+        return command
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run a command; in standalone mode every error ends the process with one line."""
+        if not standalone_mode:
+            return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        state = State()
+        try:
+            code = super().main(args, prog_name, complete_var, standalone_mode=False, obj=state, **extra)
+            sys.stdout.flush()
+        except (KeyboardInterrupt, click.Abort):
+            sys.exit(INTERRUPTED)
+        except BrokenPipeError:
+            # The reader of a pipe has gone; the interpreter's last flush must not complain either.
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - lives to the end
+            sys.exit(1)
+        except Exception as error:
+            _fail(error, state.debug)
+        # Without standalone mode click returns the code of --help and --version instead of exiting.
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(error: Exception, debug: bool) -> NoReturn:
+    if debug:
+        traceback.print_exception(error)
+    line, code = describe_error(error)
+    click.echo(f"Error: {one_line(line)}", err=True)
+    sys.exit(code)
+
+
+def describe_error(error: Exception) -> tuple[str, int]:
+    """The message for the user and the exit code of an exception."""
+    if isinstance(error, QrloraError):
+        return str(error), error.exit_code
+    if isinstance(error, click.ClickException):
+        return error.format_message(), 2
+    kind = type(error).__name__
+    if isinstance(error, MemoryError) or kind == "OutOfMemoryError":
+        return f"not enough memory: {error or kind}; try a smaller --batch-size or another --device", 1
+    if isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror or error}", 1
+    return f"internal error ({kind}: {error}); run with --debug to see where, and report it", 1
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="qrlora-deploy")
+def cli() -> None:
+    """QR-LoRA adapters from training to production: one frozen base, a few kilobytes per customer.
+
+    \b
+    The way, in order:
+      qrlora-deploy warmup BASE --data all.tsv -o base
+      qrlora-deploy factorize base -o basis.safetensors
+      qrlora-deploy train base --basis basis.safetensors --data acme.tsv -o acme.safetensors
+      qrlora-deploy export --merge --coefficients acme.safetensors -o bundle
+      qrlora-deploy predict bundle --text "where is my parcel?"
+    """

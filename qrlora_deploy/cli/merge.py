@@ -1,0 +1,61 @@
+"""`qrlora-deploy merge`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from qrlora_deploy.cli.options import basis_option, coefficients_option, common, output_option
+from qrlora_deploy.cli.output import Output, plain, progress_bar
+from qrlora_deploy.errors import InputError
+
+if TYPE_CHECKING:
+    from qrlora_deploy.merging import MergeReport, UnmergeReport
+
+
+@click.command("merge")
+@click.argument("base", required=False)
+@basis_option(required=False)
+@coefficients_option()
+@output_option("Folder to write.")
+@click.option("--unmerge", "merged", metavar="MERGED", help="Take the customer out of this merged checkpoint.")
+@common
+def command(base: str | None, basis: Path | None, coefficients: Path, output: Path, merged: str | None) -> Output:
+    """Fold a customer into BASE: a plain Hugging Face checkpoint. With --unmerge, take it out.
+
+    BASE and --basis may be left out where those that the coefficients file remembers are found.
+    --unmerge copies the base where it is found, and subtracts where it is not.
+
+    \b
+    Examples:
+      qrlora-deploy merge base --basis basis.safetensors --coefficients acme.safetensors -o acme
+      qrlora-deploy merge --unmerge acme --coefficients acme.safetensors -o base-again
+    """
+    from qrlora_deploy.checkpoint import open_checkpoint
+    from qrlora_deploy.coefficients import read_coefficients
+    from qrlora_deploy.files import check_free_folder
+    from qrlora_deploy.locating import locate_base, locate_basis
+    from qrlora_deploy.merging import merge, unmerge
+
+    check_free_folder(output)
+    customer = read_coefficients(coefficients)
+    frozen = locate_basis(customer, coefficients, basis)
+    if merged is None:
+        checkpoint = locate_base(customer, coefficients, base)
+        with progress_bar() as progress:
+            done = merge(checkpoint, frozen, customer, output, progress)
+        return _output(done, output)
+    try:
+        pristine = locate_base(customer, coefficients, base)
+    except InputError:
+        if base is not None:
+            raise
+        pristine = None
+    with progress_bar() as progress:
+        undone = unmerge(open_checkpoint(merged), frozen, customer, output, pristine, progress)
+    return _output(undone, output)
+
+
+def _output(report: "MergeReport | UnmergeReport", output: Path) -> Output:
+    facts = {name: value for name, value in plain(report).items() if name not in ("targets", "output")}
+    return Output(report, f"wrote {output}", {"targets": len(report.targets)} | facts)

@@ -1,0 +1,142 @@
+"""Options that several commands share, and what every command does around its body."""
+
+import functools
+import re
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from qrlora_deploy.cli.output import Output, show
+from qrlora_deploy.errors import InputError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+PLAIN_NAME = re.compile(r"[\w.]+")
+EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+ANY_PATH = click.Path(path_type=Path)
+
+
+def common(function: Callable[..., Output]) -> Callable[..., None]:
+    """Add `--json` and `--debug`, and print the `Output` that the command returns.
+
+    While the command runs, what a library prints goes to stderr: stdout holds results only.
+    """
+
+    @functools.wraps(function)
+    def wrapper(as_json: bool, **arguments: Any) -> None:
+        stdout = sys.stdout
+        with redirect_stdout(sys.stderr):
+            output = function(**arguments)
+        show(output, as_json, stdout)
+        if output.failure is not None:
+            raise output.failure
+
+    debug = click.option(
+        "--debug",
+        is_flag=True,
+        expose_value=False,
+        is_eager=True,
+        callback=_set_debug,
+        help="Show the traceback of an error, and the libraries' warnings.",
+    )
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")(debug(wrapper))
+
+
+def _set_debug(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    if value and context.obj is not None:
+        context.obj.debug = True
+
+
+def output_option(what: str) -> Callable[[Command], Command]:
+    """`-o/--output`, required."""
+    return click.option("-o", "--output", required=True, type=ANY_PATH, help=what)
+
+
+def device_option(choices: tuple[str, ...] = ("cpu", "cuda")) -> Callable[[Command], Command]:
+    """`--device`; the first choice is the default."""
+    return click.option(
+        "--device", type=click.Choice(choices), default=choices[0], show_default=True, help="Where PyTorch computes."
+    )
+
+
+def provider_option(function: Command) -> Command:
+    """`--provider`."""
+    return click.option(
+        "--provider",
+        type=click.Choice(["cpu", "cuda", "tensorrt"]),
+        default="cpu",
+        show_default=True,
+        help="Execution provider of ONNX Runtime; refused, not replaced, where it does not load.",
+    )(function)
+
+
+def seed_option(function: Command) -> Command:
+    """`--seed`."""
+    return click.option(
+        "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Seed of every random choice."
+    )(function)
+
+
+def basis_option(required: bool) -> Callable[[Command], Command]:
+    """`--basis`; where it is not required, the coefficients file remembers it."""
+    remembered = "" if required else " May be left out where the coefficients file's own is found."
+    return click.option("--basis", type=EXISTING_FILE, required=required, help=f"Basis file.{remembered}")
+
+
+def coefficients_option(required: bool = True) -> Callable[[Command], Command]:
+    """`--coefficients`."""
+    return click.option("--coefficients", type=EXISTING_FILE, required=required, help="The customer's file.")
+
+
+def column_options(function: Command) -> Command:
+    """`--text-column` and `--label-column`."""
+    text = click.option("--text-column", help="Column of the text, or two with a comma between them.")
+    label = click.option("--label-column", help="Column of the label; label is found without it.")
+    return text(label(function))
+
+
+def training_options(epochs: int, batch_size: int) -> Callable[[Command], Command]:
+    """What warm-up and training have in common; `--learning-rate` has a default in the library."""
+    options = [
+        click.option("--data", required=True, help="Training data: TSV, CSV, JSONL, Parquet, or a data set name."),
+        click.option("--eval", "evaluation", help="Held-out data; the best checkpoint by its metric is kept."),
+        column_options,
+        click.option("--epochs", type=click.IntRange(min=1), default=epochs, show_default=True),
+        click.option("--batch-size", type=click.IntRange(min=1), default=batch_size, show_default=True),
+        click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), help="Default: by method."),
+        click.option(
+            "--max-length",
+            type=click.IntRange(min=2),
+            default=128,
+            show_default=True,
+            help="Tokens of a text that are read; the rest is cut.",
+        ),
+        device_option(("auto", "cpu", "cuda")),
+        seed_option,
+    ]
+
+    def decorate(function: Command) -> Command:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def split_targets(values: tuple[str, ...]) -> list[str]:
+    """`query,value` is two names; anything that is not plain names is one regular expression.
+
+    Raises:
+        InputError: a name is empty.
+    """
+    patterns: list[str] = []
+    for value in values:
+        parts = [part.strip() for part in value.split(",")]
+        if "" in parts:
+            raise InputError(f"--target {value!r} holds an empty name; write names as query,value")
+        patterns += parts if all(PLAIN_NAME.fullmatch(part) for part in parts) else [value]
+    return patterns

@@ -1,0 +1,137 @@
+"""What a command prints: text or JSON on stdout; progress on stderr."""
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from qrlora_deploy.errors import QrloraError
+from qrlora_deploy.text import one_line
+
+Progress = Callable[[str, int, int], None]
+
+PIPE_WIDTH = 200
+"""Columns when stdout is no terminal: wide enough that no cell of a table is cut."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under `columns`; numbers are set to the right and formatted by `cell`."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Output:
+    """The result of a command.
+
+    Attributes:
+        record: everything, for `--json`.
+        headline: one line that says what was done.
+        facts: name and value, one a line.
+        tables: after the facts.
+        failure: raised after printing; a check that ran and failed.
+    """
+
+    record: Any
+    headline: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    tables: Sequence[Table] = ()
+    failure: QrloraError | None = None
+
+
+def show(output: Output, as_json: bool, stream: IO[str]) -> None:
+    """Print `output` to `stream`."""
+    if as_json:
+        stream.write(json.dumps(plain(output.record), indent=2, ensure_ascii=False) + "\n")
+        return
+    # Imported here: rich takes a tenth of the time that --help may take.
+    from rich.console import Console
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    console = Console(file=stream, width=None if stream.isatty() else PIPE_WIDTH, highlight=False, markup=False)
+    if output.headline:
+        console.print(Text(one_line(output.headline), style="bold"))
+    if output.facts:
+        grid = RichTable.grid(padding=(0, 2))
+        for name, value in output.facts.items():
+            grid.add_row(Text(f"  {name}", style="dim"), Text(cell(value)))
+        console.print(grid)
+    for table in output.tables:
+        drawn = RichTable(title=Text(table.title) if table.title else None, title_justify="left")
+        for index, column in enumerate(table.columns):
+            number = any(isinstance(row[index], int | float) for row in table.rows)
+            drawn.add_column(Text(column), justify="right" if number else "left", overflow="fold")
+        for row in table.rows:
+            drawn.add_row(*(Text(cell(value)) for value in row))
+        console.print(drawn)
+
+
+def cell(value: Any) -> str:
+    """A value as one line of text; four significant digits are enough to read."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return one_line(", ".join(f"{key} {cell(item)}" for key, item in value.items())) or "-"
+    if isinstance(value, list | tuple):
+        return one_line(", ".join(cell(item) for item in value)) or "-"
+    return one_line(str(value))
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON knows it: dataclasses and models become objects, NaN and Inf become null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if hasattr(value, "model_dump"):
+        return plain(value.model_dump(mode="json"))
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress | None]:
+    """A bar on stderr for the library's (description, done, total); nothing where no one watches."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+    with Bar(console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def advance(description: str, done: int, total: int) -> None:
+            if description not in tasks:
+                tasks[description] = bar.add_task(one_line(description), total=total)
+            bar.update(tasks[description], completed=done, total=total)
+
+        yield advance
+
+
+def size_text(size_bytes: int) -> str:
+    """A size for people: `2.5 kB`."""
+    size = float(size_bytes)
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"

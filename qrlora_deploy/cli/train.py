@@ -1,0 +1,104 @@
+"""`qrlora-deploy train`."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qrlora_deploy.cli.options import basis_option, common, output_option, training_options
+from qrlora_deploy.cli.output import Output, progress_bar, size_text
+from qrlora_deploy.errors import InputError
+
+
+@contextmanager
+def work_folder(output: Path, resume: bool) -> Iterator[Path]:
+    """Yield the folder of a run's own checkpoints, hidden beside `output`.
+
+    It is removed when the run is done or its input was refused, and kept, where it holds a
+    checkpoint, when the run was interrupted or failed: `--resume` goes on from there.
+
+    Raises:
+        InputError: `resume` is asked for and no run was left.
+    """
+    folder = output.with_name(f".{output.name}.work")
+    if resume and not folder.is_dir():
+        raise InputError(f"--resume: no interrupted run of {output} is found ({folder} does not exist)")
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    keep = resume
+    try:
+        folder.mkdir(exist_ok=True)
+        yield folder
+        keep = False
+    except InputError:
+        raise
+    except BaseException:
+        keep = any(folder.rglob("checkpoint-*"))
+        raise
+    finally:
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@click.command("train")
+@click.argument("base")
+@basis_option(required=True)
+@output_option("Coefficients file to write.")
+@click.option(
+    "--head",
+    type=click.Choice(["frozen", "output"]),
+    default="frozen",
+    show_default=True,
+    help="Keep the base's head, or train the last projection too; then it travels in the file.",
+)
+@click.option("--patience", type=click.IntRange(min=1), default=3, show_default=True, help="Epochs without a gain.")
+@click.option("--resume", is_flag=True, help="Go on from where an interrupted run of the same command stopped.")
+@click.option("--metric", help="Chooses the best epoch on --eval, by default accuracy or pearson.")
+@click.option("--head-learning-rate", type=click.FloatRange(min=0, min_open=True), help="With --head output.")
+@training_options(epochs=5, batch_size=32)
+@common
+def command(
+    base: str,
+    basis: Path,
+    output: Path,
+    resume: bool,
+    data: str,
+    evaluation: str | None,
+    text_column: str | None,
+    label_column: str | None,
+    **settings: Any,
+) -> Output:
+    """Train one customer's coefficients on BASE, a folder or hub name, with labelled text.
+
+    \b
+    Example:
+      qrlora-deploy train base --basis basis.safetensors --data acme.tsv --eval acme-dev.tsv -o acme.safetensors
+    """
+    from qrlora_deploy.basis import read_basis
+    from qrlora_deploy.checkpoint import open_checkpoint
+    from qrlora_deploy.coefficients import write_coefficients
+    from qrlora_deploy.files import check_free_file
+    from qrlora_deploy.locating import recorded_place
+    from qrlora_deploy.training.data import read_examples
+    from qrlora_deploy.training.settings import TrainSettings, choose_device
+    from qrlora_deploy.training.trainer import train
+
+    check_free_file(output)
+    # What was not given is left to the library's defaults, its own for each method.
+    chosen = TrainSettings(**{name: value for name, value in settings.items() if value is not None})
+    choose_device(chosen.device)
+    examples = read_examples(data, text_column, label_column)
+    held_out = read_examples(evaluation, text_column, label_column) if evaluation else None
+    frozen = read_basis(basis)
+    checkpoint = open_checkpoint(base)
+    place = recorded_place(basis, output)
+    with work_folder(output, resume) as folder, progress_bar() as progress:
+        customer = train(checkpoint, frozen, examples, held_out, chosen, folder, resume, place, progress)
+        write_coefficients(customer, output)
+    size_bytes = output.stat().st_size
+    record = {"output": output, "size_bytes": size_bytes, "digest": customer.digest, "training": customer.training}
+    facts = {"digest": customer.digest, "coefficients": len(customer.values), "size": size_text(size_bytes)}
+    return Output(record, f"wrote {output}", facts | customer.training)

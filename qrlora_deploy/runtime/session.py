@@ -1,0 +1,103 @@
+"""Opening an ONNX Runtime session on exactly the device that was asked for."""
+
+import contextlib
+import ctypes
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+
+from qrlora_deploy.errors import FileFormatError, ProviderError
+
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+QUIET, DEFAULT_SEVERITY = 4, 2
+
+
+def open_session(model: Path, provider: str = "cpu", threads: int | None = None) -> Any:
+    """Open `model` on `provider`, "cpu", "cuda" or "tensorrt", with TF32 off.
+
+    Args:
+        model: the ONNX file. Check a bundle with `open_bundle` first.
+        provider: a GPU is never replaced by the CPU silently.
+        threads: threads within an operator; None leaves the choice to ONNX Runtime.
+
+    Returns:
+        An `onnxruntime.InferenceSession`.
+
+    Raises:
+        ProviderError: the provider is unknown or did not load; the message says what is missing.
+        FileFormatError: ONNX Runtime refuses the model.
+    """
+    if provider not in PROVIDERS:
+        raise ProviderError(f"unknown provider {provider!r}; choose from {', '.join(PROVIDERS)}")
+    name = PROVIDERS[provider]
+    if name not in onnxruntime.get_available_providers():
+        raise ProviderError(
+            f"{name} was asked for, but this build of ONNX Runtime has no such provider. "
+            f"Install onnxruntime-gpu, or pass --provider cpu"
+        )
+    options = onnxruntime.SessionOptions()
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if provider != "cpu":
+        _preload()
+    session = _create(model, options, provider)
+    if session is None or session.get_providers()[0] != name:
+        raise ProviderError(f"{name} was asked for but does not load: {_missing(provider)}. Or pass --provider cpu")
+    return session
+
+
+def _create(model: Path, options: Any, provider: str) -> Any:
+    cuda = ("CUDAExecutionProvider", {"use_tf32": "0"})
+    chains: dict[str, list[Any]] = {
+        "cpu": ["CPUExecutionProvider"],
+        "cuda": [cuda, "CPUExecutionProvider"],
+        "tensorrt": ["TensorrtExecutionProvider", cuda, "CPUExecutionProvider"],
+    }
+    # ONNX Runtime writes pages to both streams when a provider does not load; our one line says it all.
+    if provider != "cpu":
+        onnxruntime.set_default_logger_severity(QUIET)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return onnxruntime.InferenceSession(str(model), options, providers=chains[provider])
+    # Its exceptions share no base class of their own.
+    except Exception as error:
+        if provider != "cpu":
+            return None
+        raise FileFormatError(f"{model} cannot be opened by ONNX Runtime: {_first_line(error)}") from error
+    finally:
+        onnxruntime.set_default_logger_severity(DEFAULT_SEVERITY)
+
+
+def _preload() -> None:
+    """Load CUDA and cuDNN from the wheels that pip installed; it prints what it does not find."""
+    preload = getattr(onnxruntime, "preload_dlls", None)
+    if preload is not None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            preload()
+
+
+def _missing(provider: str) -> str:
+    """Why a provider did not load, as far as the dynamic linker can tell."""
+    folder = Path(onnxruntime.__file__).parent / "capi"
+    pattern = "onnxruntime_providers_{}.dll" if sys.platform == "win32" else "libonnxruntime_providers_{}.so"
+    try:
+        ctypes.CDLL(str(folder / pattern.format("shared")), mode=getattr(ctypes, "RTLD_GLOBAL", 0))
+        ctypes.CDLL(str(folder / pattern.format(provider)))
+    except OSError as error:
+        library, _, rest = str(error).partition(":")
+        if "cannot open shared object" in rest:
+            hint = "install the extra [cuda]" if provider == "cuda" else "install TensorRT"
+            return f"{library} was not found; {hint}"
+        return _first_line(error)
+    return "no usable NVIDIA GPU or driver was found"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,118 @@
+"""Which outputs a run has: the base's own, or a new set of labels with a new output layer."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from qrlora_deploy.basis import Basis
+from qrlora_deploy.checkpoint import Checkpoint
+from qrlora_deploy.errors import InputError
+from qrlora_deploy.targets import BLOCK
+from qrlora_deploy.training.data import Examples
+from qrlora_deploy.training.tasks import CLASSIFICATION, REGRESSION, encode_labels, infer_task, label_names
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the model answers.
+
+    Attributes:
+        task: "text-classification" or "text-regression".
+        labels: names of the outputs, in their order.
+        new: whether the output layer starts afresh instead of with the base's weights.
+    """
+
+    task: str
+    labels: tuple[str, ...]
+    new: bool
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of `from_pretrained` for a model with these outputs."""
+        problem = "regression" if self.task == REGRESSION else "single_label_classification"
+        if not self.new:
+            return {"problem_type": problem}
+        return {
+            "problem_type": problem,
+            "num_labels": len(self.labels),
+            "id2label": dict(enumerate(self.labels)),
+            "label2id": {label: index for index, label in enumerate(self.labels)},
+            "ignore_mismatched_sizes": True,
+        }
+
+
+def base_outputs(checkpoint: Checkpoint) -> Outputs:
+    """The outputs of the base as it is.
+
+    Raises:
+        InputError: it has no head, or one that this project does not train.
+    """
+    if not checkpoint.has_task_head:
+        raise InputError(f"{checkpoint.name} ({checkpoint.architecture}) has no task head; give it one by warmup")
+    if checkpoint.config.problem_type == "multi_label_classification":
+        raise InputError(f"{checkpoint.name} has a multi-label head, which is not supported")
+    if checkpoint.task == REGRESSION and len(checkpoint.labels) != 1:
+        raise InputError(f"{checkpoint.name} predicts {len(checkpoint.labels)} numbers; one is supported")
+    return Outputs(checkpoint.task, checkpoint.labels, new=False)
+
+
+def own_outputs(checkpoint: Checkpoint, examples: Examples) -> Outputs:
+    """The base's outputs where they serve for the labels of `examples`, else a new set.
+
+    Raises:
+        InputError: the labels are all the same.
+    """
+    if checkpoint.has_task_head:
+        base = base_outputs(checkpoint)
+        try:
+            encode_labels(examples, base.task, base.labels)
+            return base
+        except InputError:
+            pass  # other labels than the base's: a new set
+    if infer_task(examples.labels) == REGRESSION:
+        return Outputs(REGRESSION, ("score",), new=True)
+    labels = label_names(examples.labels)
+    if len(labels) < 2:
+        raise InputError(f"{examples.name}: every row has the label {labels[0]}; a classifier needs two or more")
+    return Outputs(CLASSIFICATION, labels, new=True)
+
+
+def output_layer(model: Any) -> str:
+    """Module path of the last linear layer outside the blocks with one output per label.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and module.out_features == model.config.num_labels
+        and not BLOCK.search(f".{name}.")
+    ]
+    if not found:
+        raise InputError(f"{type(model).__name__} has no linear output layer; use --head frozen")
+    return found[-1]
+
+
+def prepare_head(model: Any, outputs: Outputs, basis: Basis, seed: int) -> dict[str, nn.Parameter]:
+    """The output layer's parameters by tensor name, newly drawn where the labels are new.
+
+    Raises:
+        InputError: the basis adapts that layer already.
+    """
+    name = output_layer(model)
+    if name in basis.names:
+        raise InputError(f"the basis adapts the output layer {name} already; use --head frozen")
+    layer = model.get_submodule(name)
+    if outputs.new:
+        # Drawn here and not by transformers: as many labels as before would keep the base's weights.
+        generator = torch.Generator().manual_seed(seed)
+        spread = getattr(model.config, "initializer_range", 0.02)
+        with torch.no_grad():
+            layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * spread)
+            if layer.bias is not None:
+                layer.bias.zero_()
+    return {f"{name}.{part}": parameter for part, parameter in layer.named_parameters()}

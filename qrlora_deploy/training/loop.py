@@ -1,0 +1,214 @@
+"""transformers' Trainer, made to keep only what is trained, and what both kinds of run share."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import transformers
+from torch import nn
+from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from qrlora_deploy.checkpoint import Checkpoint
+from qrlora_deploy.errors import InputError, QrloraError
+from qrlora_deploy.training.data import Examples
+from qrlora_deploy.training.settings import RunSettings, choose_device
+from qrlora_deploy.training.tasks import score
+
+Progress = Callable[[str, int, int], None]
+Rows = list[dict[str, Any]]
+
+TRAINABLE = "trainable.safetensors"
+WARMUP_SHARE = 0.06
+
+
+class SmallTrainer(Trainer):
+    """A Trainer whose checkpoints hold the trainable parameters alone, in safetensors.
+
+    The base is frozen and on disk already. Parameters named in `rates` get a learning rate of
+    their own; the others share that of the arguments.
+    """
+
+    def __init__(self, *args: Any, rates: dict[str, float] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rates = rates or {}
+        # It prints to stdout, which belongs to the command's result.
+        self.remove_callback(PrinterCallback)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that are trained, by name."""
+        model: Any = self.model
+        return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW without weight decay: a coefficient of zero is the base, not a smaller model."""
+        if self.optimizer is None:
+            groups: dict[float, list[nn.Parameter]] = {}
+            for name, parameter in self.trainable().items():
+                groups.setdefault(self.rates.get(name, self.args.learning_rate), []).append(parameter)
+            parts = [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
+            self.optimizer = torch.optim.AdamW(parts, lr=self.args.learning_rate, weight_decay=0.0)
+        return self.optimizer
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the trainable parameters into `output_dir`."""
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self.trainable().items()}
+        safetensors.torch.save_file(tensors, folder / TRAINABLE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.load_trainable(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        # By its name: the folder may have moved since an interrupted run wrote its whole path.
+        self.load_trainable(Path(str(self.args.output_dir)) / Path(str(self.state.best_model_checkpoint)).name)
+
+    def load_trainable(self, folder: Path) -> None:
+        """Read back what `save_model` wrote.
+
+        Raises:
+            InputError: the file is missing, cut, or of another model.
+        """
+        try:
+            tensors = safetensors.torch.load_file(folder / TRAINABLE)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise InputError(f"{folder / TRAINABLE} cannot be read: {error}; start again without --resume") from error
+        parameters = self.trainable()
+        if {name: value.shape for name, value in tensors.items()} != {n: p.shape for n, p in parameters.items()}:
+            raise InputError(f"{folder / TRAINABLE} holds other parameters; start again without --resume")
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(tensors[name])
+
+
+class Watch(TrainerCallback):
+    """Reports steps, and stops a run whose loss is no longer a number."""
+
+    def __init__(self, description: str, progress: Progress | None) -> None:
+        self.description = description
+        self.progress = progress
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """One step is done."""
+        if self.progress:
+            self.progress(self.description, state.global_step, state.max_steps)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        """The mean loss of an epoch is known."""
+        loss = (logs or {}).get("loss", 0.0)
+        if not math.isfinite(loss):
+            raise QrloraError(f"the loss became {loss} in epoch {state.epoch:.0f}; try a smaller --learning-rate")
+
+
+def training_arguments(folder: Path, settings: RunSettings, rate: float, rows: int, **options: Any) -> Any:
+    """Arguments of a run over `rows` rows with the checkpoints, if any, in `folder`.
+
+    Raises:
+        ProviderError: CUDA was asked for where there is none.
+    """
+    device = choose_device(settings.device)
+    steps = settings.epochs * math.ceil(rows / settings.batch_size)
+    arguments = TrainingArguments(
+        output_dir=str(folder.resolve()),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        learning_rate=rate,
+        lr_scheduler_type="linear",
+        warmup_steps=int(WARMUP_SHARE * steps),
+        weight_decay=0.0,
+        # The defaults were found without clipping, and Adam bounds its steps itself.
+        max_grad_norm=0.0,
+        seed=settings.seed,
+        use_cpu=device == "cpu",
+        bf16=device == "cuda" and torch.cuda.is_bf16_supported(),
+        dataloader_pin_memory=device == "cuda",
+        remove_unused_columns=False,
+        logging_strategy="epoch",
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        **options,
+    )
+    # With several GPUs the Trainer would split batches by DataParallel, which changes batch_size.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def build_rows(tokenizer: Any, examples: Examples, targets: Sequence[int | float], max_length: int) -> Rows:
+    """Token ids of every example with its target; padding is left to the batch."""
+    encoded = tokenizer(examples.texts, examples.pairs, truncation=True, max_length=max_length)
+    names = list(encoded)
+    return [{name: encoded[name][row] for name in names} | {"labels": target} for row, target in enumerate(targets)]
+
+
+def load_tokenizer(checkpoint: Checkpoint, model: Any, max_length: int) -> Any:
+    """The tokenizer of a base; model and tokenizer agree on the padding afterwards.
+
+    Raises:
+        InputError: there is none, it cannot pad, or `max_length` is more than the base can take.
+    """
+    tokenizer = checkpoint.tokenizer()
+    limits = (tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None))
+    limit = min(value for value in limits if value)
+    if max_length > limit:
+        raise InputError(f"--max-length {max_length} is more than the {limit} tokens that {checkpoint.name} takes")
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise InputError(f"the tokenizer of {checkpoint.name} has no padding token")
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer
+
+
+def trainer_parts(task: str, tokenizer: Any) -> dict[str, Any]:
+    """Batching and scoring, as arguments of a Trainer."""
+    return {
+        "data_collator": DataCollatorWithPadding(tokenizer),
+        "compute_metrics": lambda result: score(task, result.predictions, result.label_ids),
+        # Some models return hidden states after the logits.
+        "preprocess_logits_for_metrics": lambda out, _: out[0] if isinstance(out, (tuple, list)) else out,
+    }
+
+
+def evaluate(trainer: Trainer, task_metrics: Sequence[str]) -> dict[str, float]:
+    """Metrics on the trainer's evaluation data, rounded for the record."""
+    result = trainer.evaluate()
+    return {name: round(result[f"eval_{name}"], 6) for name in task_metrics}
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence remarks on newly initialised heads, which are meant here."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
+
+
+@contextmanager
+def explained_failures(folder: Path) -> Iterator[None]:
+    """Turn a full disk and a full memory into one line each.
+
+    Raises:
+        QrloraError: instead of the error of the library.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise QrloraError("out of GPU memory; try a smaller --batch-size or --max-length") from error
+    except (OSError, safetensors.SafetensorError) as error:
+        raise QrloraError(f"cannot write in {folder}: {error}") from error
+    except RuntimeError as error:
+        # torch.save has no error class of its own for a failed write.
+        if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
+            raise
+        raise QrloraError(f"cannot write in {folder}: is the disk full?") from error

@@ -1,0 +1,130 @@
+"""Settings of a training run and of a warm-up, checked when they are made."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from qrlora_deploy.errors import InputError, ProviderError
+from qrlora_deploy.training.tasks import METRICS
+
+WARMUP_RATES = {"full": 5e-5, "head": 1e-3}
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What every run needs.
+
+    Attributes:
+        epochs: passes over the data.
+        batch_size: rows a step.
+        max_length: tokens a row; longer rows are cut.
+        seed: of the order of the rows, dropout and a new head.
+        device: "auto" (CUDA where there is one), "cpu" or "cuda". CUDA runs in bf16 where it can.
+
+    Raises:
+        InputError: a value is out of range.
+    """
+
+    epochs: int = 5
+    batch_size: int = 32
+    max_length: int = 128
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "max_length"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"--seed must be between 0 and {2**32 - 1}, not {self.seed}")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise InputError(f"--device must be auto, cpu or cuda, not {self.device}")
+
+
+@dataclass(frozen=True)
+class TrainSettings(RunSettings):
+    """Settings of `train`.
+
+    Attributes:
+        learning_rate: peak, in the preconditioned space (`adapter.precondition`), where one value
+            serves all coefficients; it falls linearly to 0 after a warm-up of 6 % of the steps.
+        head_learning_rate: of the output layer where it trains too.
+        patience: epochs without a better score before the run stops; needs evaluation data.
+        head: "frozen" (the coefficients alone are trained) or "output" (the last projection too).
+        metric: chooses the best epoch; the first of `METRICS` of the task where it is None.
+    """
+
+    learning_rate: float = 0.05
+    head_learning_rate: float = 1e-3
+    patience: int = 3
+    head: str = "frozen"
+    metric: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_rate("--learning-rate", self.learning_rate)
+        _check_rate("--head-learning-rate", self.head_learning_rate)
+        if self.patience < 1:
+            raise InputError(f"--patience must be at least 1, not {self.patience}")
+        if self.head not in ("frozen", "output"):
+            raise InputError(f"--head must be frozen or output, not {self.head}")
+
+    def metric_of(self, task: str) -> str:
+        """The metric that chooses the best epoch of a `task`.
+
+        Raises:
+            InputError: the task has no such metric.
+        """
+        if self.metric is not None and self.metric not in METRICS[task]:
+            raise InputError(f"--metric must be one of {', '.join(METRICS[task])} for {task}, not {self.metric}")
+        return self.metric or METRICS[task][0]
+
+
+@dataclass(frozen=True)
+class WarmupSettings(RunSettings):
+    """Settings of `warmup`.
+
+    Attributes:
+        mode: "full" (all parameters) or "head" (only the pooler and what follows it).
+        learning_rate: peak; `WARMUP_RATES` of the mode where it is None.
+    """
+
+    epochs: int = 3
+    mode: str = "full"
+    learning_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mode not in WARMUP_RATES:
+            raise InputError(f"--mode must be full or head, not {self.mode}")
+        _check_rate("--learning-rate", self.rate)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate that is used."""
+        return WARMUP_RATES[self.mode] if self.learning_rate is None else self.learning_rate
+
+
+def fingerprint(settings: RunSettings, **parts: Any) -> dict[str, Any]:
+    """What a run must have in common with the one it resumes; the device may differ."""
+    return {name: value for name, value in asdict(settings).items() if name != "device"} | parts
+
+
+def choose_device(device: str) -> str:
+    """ "cpu" or "cuda".
+
+    Raises:
+        ProviderError: CUDA was asked for where there is none; there is no silent fall-back.
+    """
+    # Imported here: settings are checked before the second that torch takes.
+    import torch
+
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise ProviderError("--device cuda was asked for, but PyTorch finds no CUDA device; use --device cpu")
+    return "cuda" if available and device != "cpu" else "cpu"
+
+
+def _check_rate(option: str, rate: float) -> None:
+    if not (math.isfinite(rate) and rate > 0):
+        raise InputError(f"{option} must be a positive number, not {rate}")

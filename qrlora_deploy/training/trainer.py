@@ -1,0 +1,256 @@
+"""Training a customer: the coefficients `c`, and the output layer where that is asked for."""
+
+import json
+import re
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import EarlyStoppingCallback, TrainerState
+
+from qrlora_deploy import __version__
+from qrlora_deploy.adapter import QRLoRALinear, attach, get_coefficients, precondition
+from qrlora_deploy.basis import Basis
+from qrlora_deploy.checkpoint import Checkpoint, check_basis_fits
+from qrlora_deploy.coefficients import Coefficients
+from qrlora_deploy.errors import InputError, QrloraError
+from qrlora_deploy.files import write_json
+from qrlora_deploy.training.data import Examples
+from qrlora_deploy.training.head import Outputs, base_outputs, own_outputs, prepare_head
+from qrlora_deploy.training.loop import (
+    TRAINABLE,
+    Progress,
+    Rows,
+    SmallTrainer,
+    Watch,
+    build_rows,
+    evaluate,
+    explained_failures,
+    load_tokenizer,
+    quiet_transformers,
+    trainer_parts,
+    training_arguments,
+)
+from qrlora_deploy.training.settings import TrainSettings, choose_device, fingerprint
+from qrlora_deploy.training.tasks import METRICS, encode_labels
+
+SETTINGS = "settings.json"
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A model ready to train, its rows, and what they mean."""
+
+    model: Any
+    adapters: dict[str, QRLoRALinear]
+    head: dict[str, nn.Parameter]
+    tokenizer: Any
+    rows: Rows
+    evaluation: Rows | None
+    outputs: Outputs
+    settings: TrainSettings
+
+
+def train(
+    checkpoint: Checkpoint,
+    basis: Basis,
+    train: Examples,
+    evaluation: Examples | None,
+    settings: TrainSettings,
+    work_dir: Path,
+    resume: bool = False,
+    basis_file: str = "",
+    progress: Progress | None = None,
+) -> Coefficients:
+    """Train one customer on labelled text.
+
+    With evaluation data the best epoch by the metric is kept and the run stops early; without, the
+    last epoch is kept. The checkpoint and the basis are not changed.
+
+    Args:
+        checkpoint: the base, with its task head.
+        basis: made from this base.
+        train: the customer's examples. With a frozen head their labels must be among the base's;
+            with `head="output"` another set of labels gets a new output layer.
+        evaluation: held-out examples, or None.
+        settings: how to train.
+        work_dir: folder of the run, made if it is missing, which stays for the caller to remove. An
+            interrupted run leaves what `resume` continues from.
+        resume: go on from the last whole checkpoint in `work_dir`; from the start if there is none.
+        basis_file: where the basis is, for the record.
+        progress: called with (description, done, total) after each step.
+
+    Raises:
+        InputError: the data, the settings or `work_dir` do not fit; nothing was trained.
+        BasisMismatchError: the basis was made from other weights.
+        ProviderError: CUDA was asked for where there is none.
+        QrloraError: the loss diverged, or the disk or the memory is full.
+    """
+    device = choose_device(settings.device)
+    check_basis_fits(checkpoint, basis)
+    outputs = base_outputs(checkpoint)
+    if settings.head == "output":
+        outputs = own_outputs(checkpoint, train)
+    metric = settings.metric_of(outputs.task)
+    job = _prepare(checkpoint, basis, train, evaluation, outputs, settings)
+    data = {"data_digest": train.digest, "evaluation_digest": evaluation.digest if evaluation else None}
+    origin = {"basis_digest": basis.digest, "base_digest": checkpoint.digest}
+    last = _open_work_dir(work_dir, fingerprint(settings, **data, **origin), resume)
+    trainer = _build_trainer(job, metric, work_dir, progress)
+    with explained_failures(work_dir):
+        baseline = evaluate(trainer, METRICS[outputs.task]) if job.evaluation and not outputs.new else {}
+        loss = _run(trainer, last, settings)
+        metrics = evaluate(trainer, METRICS[outputs.task]) if job.evaluation else {}
+    values = get_coefficients(job.adapters)
+    head = {name: parameter.detach().float().cpu().numpy() for name, parameter in job.head.items()}
+    if not all(np.isfinite(array).all() for array in (values, *head.values())):
+        raise QrloraError("training diverged: a coefficient is NaN or Inf; try a smaller --learning-rate")
+    record = {
+        **{name: value for name, value in data.items() if value},
+        "rows": len(train),
+        "evaluation_rows": len(evaluation) if evaluation else 0,
+        "seed": settings.seed,
+        "steps": trainer.state.global_step,
+        "epochs": round(float(trainer.state.epoch or 0), 2),
+        "batch_size": settings.batch_size,
+        "learning_rate": settings.learning_rate,
+        "max_length": settings.max_length,
+        "head": settings.head,
+        "metric": metric,
+        "metrics": metrics,
+        "baseline": baseline,
+        "loss": loss,
+        "device": device,
+        "versions": {"qrlora-deploy": __version__, "torch": torch.__version__, "transformers": version("transformers")},
+    }
+    return Coefficients(
+        values=values,
+        base_name=checkpoint.name,
+        task=outputs.task,
+        labels=outputs.labels,
+        head=head,
+        basis_file=basis_file,
+        training=record,
+        **origin,
+    )
+
+
+def _prepare(
+    checkpoint: Checkpoint,
+    basis: Basis,
+    train: Examples,
+    evaluation: Examples | None,
+    outputs: Outputs,
+    settings: TrainSettings,
+) -> _Job:
+    if evaluation is not None and (evaluation.pairs is None) != (train.pairs is None):
+        raise InputError(f"{train.name} and {evaluation.name}: one holds pairs of texts, the other single ones")
+    parts = [part for part in (train, evaluation) if part is not None]
+    targets = [encode_labels(part, outputs.task, outputs.labels) for part in parts]
+    with quiet_transformers():
+        model = checkpoint.load_model(**outputs.options)
+    tokenizer = load_tokenizer(checkpoint, model, settings.max_length)
+    head = prepare_head(model, outputs, basis, settings.seed) if settings.head == "output" else {}
+    missing = [name for name in head if name not in checkpoint.tensor_files]
+    if missing:
+        raise InputError(f"{checkpoint.name} holds no tensor {', '.join(missing)}; use --head frozen")
+    adapters = attach(model, basis)
+    precondition(adapters)
+    for parameter in head.values():
+        parameter.requires_grad_(True)
+    rows = [build_rows(tokenizer, *pair, settings.max_length) for pair in zip(parts, targets, strict=True)]
+    return _Job(model, adapters, head, tokenizer, rows[0], rows[1] if evaluation else None, outputs, settings)
+
+
+def _build_trainer(job: _Job, metric: str, work_dir: Path, progress: Progress | None) -> SmallTrainer:
+    settings = job.settings
+    options: dict[str, Any] = {"save_strategy": "epoch", "save_total_limit": 1}
+    callbacks: list[Any] = [Watch("train", progress)]
+    if job.evaluation:
+        options |= {
+            "eval_strategy": "epoch",
+            "load_best_model_at_end": True,
+            "metric_for_best_model": metric,
+            "greater_is_better": True,
+            # The patience that is used up belongs to what is resumed.
+            "restore_callback_states_from_checkpoint": True,
+        }
+        callbacks.append(EarlyStoppingCallback(early_stopping_patience=settings.patience))
+    return SmallTrainer(
+        model=job.model,
+        args=training_arguments(work_dir, settings, settings.learning_rate, len(job.rows), **options),
+        train_dataset=job.rows,
+        eval_dataset=job.evaluation,
+        callbacks=callbacks,
+        rates=dict.fromkeys(job.head, settings.head_learning_rate),
+        **trainer_parts(job.outputs.task, job.tokenizer),
+    )
+
+
+def _run(trainer: SmallTrainer, last: Path | None, settings: TrainSettings) -> float:
+    """Train from the checkpoint `last` or from the start; returns the mean loss of the last epoch."""
+    if last is not None:
+        state = TrainerState.load_from_json(str(last / "trainer_state.json"))
+        stopping = state.stateful_callbacks.get("EarlyStoppingCallback", {})
+        if stopping.get("attributes", {}).get("early_stopping_patience_counter", 0) >= settings.patience:
+            # It had stopped early: the Trainer would forget that and train one more epoch.
+            trainer.state = state
+            trainer._load_best_model()
+            return _last_loss(state)
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    return _last_loss(trainer.state)
+
+
+def _last_loss(state: TrainerState) -> float:
+    return next((round(float(entry["loss"]), 6) for entry in reversed(state.log_history) if "loss" in entry), 0.0)
+
+
+def _open_work_dir(work_dir: Path, marks: dict[str, Any], resume: bool) -> Path | None:
+    """Make the folder of a run, or find the last whole checkpoint of the run to resume."""
+    settings_file = work_dir / SETTINGS
+    if work_dir.exists() and not work_dir.is_dir():
+        raise InputError(f"{work_dir} is a file; the run needs a folder")
+    if settings_file.is_file() and not resume:
+        raise InputError(f"{work_dir} holds an earlier run; continue it by --resume or remove it")
+    if settings_file.is_file():
+        _check_same(settings_file, marks)
+        return _last_checkpoint(work_dir)
+    try:
+        work_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{work_dir} cannot be made: {error.strerror or error}") from error
+    if any(work_dir.glob("checkpoint-*")):
+        raise InputError(f"{work_dir} holds checkpoints of another program; give another folder")
+    write_json(settings_file, marks)
+    return None
+
+
+def _check_same(settings_file: Path, marks: dict[str, Any]) -> None:
+    try:
+        before = json.loads(settings_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{settings_file} is damaged; start again without --resume in another folder") from error
+    names = sorted(marks.keys() | before.keys()) if isinstance(before, dict) else ["everything"]
+    changed = [name for name in names if not isinstance(before, dict) or before.get(name) != marks.get(name)]
+    if changed:
+        raise InputError(
+            f"{settings_file.parent} holds a run with other settings ({', '.join(changed)}); "
+            "resume with the same ones, or remove the folder"
+        )
+
+
+def _last_checkpoint(work_dir: Path) -> Path | None:
+    """The newest checkpoint that is whole: the Trainer writes its state after everything else."""
+    found = [path for path in work_dir.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name)]
+    for path in sorted(found, key=lambda path: -int(path.name.split("-")[1])):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if (path / TRAINABLE).is_file():
+            return path
+    return None

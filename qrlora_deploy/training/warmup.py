@@ -1,0 +1,121 @@
+"""Warm-up: ordinary fine-tuning before factorizing, which gives a pretrained encoder its task head."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from optimum.exporters.tasks import TasksManager
+
+from qrlora_deploy.checkpoint import Checkpoint
+from qrlora_deploy.errors import InputError
+from qrlora_deploy.files import atomic_folder, check_free_folder, write_json
+from qrlora_deploy.training.data import Examples
+from qrlora_deploy.training.head import Outputs, own_outputs
+from qrlora_deploy.training.loop import (
+    Progress,
+    SmallTrainer,
+    Watch,
+    build_rows,
+    evaluate,
+    explained_failures,
+    load_tokenizer,
+    quiet_transformers,
+    trainer_parts,
+    training_arguments,
+)
+from qrlora_deploy.training.settings import WarmupSettings, choose_device
+from qrlora_deploy.training.tasks import CLASSIFICATION, METRICS, encode_labels
+
+
+def warmup(
+    checkpoint: Checkpoint,
+    train: Examples,
+    evaluation: Examples | None,
+    output: Path,
+    settings: WarmupSettings,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Fine-tune a base on labelled text and write it, with its tokenizer, as a new checkpoint.
+
+    A head whose labels include those of the data is kept; else a new one is made for them.
+
+    Args:
+        checkpoint: an encoder with or without a task head.
+        train: examples of every label that customers will use.
+        evaluation: held-out examples for the report, or None.
+        output: folder of the new checkpoint (safetensors, fp32); must not hold anything yet.
+        settings: how to train.
+        progress: called with (description, done, total) after each step.
+
+    Returns:
+        The report, which is also written to `warmup.json` in the folder.
+
+    Raises:
+        InputError: the data, the base or the output do not fit; nothing is written.
+        ProviderError: CUDA was asked for where there is none.
+        QrloraError: the loss diverged, or the disk or the memory is full; nothing is left behind.
+    """
+    check_free_folder(output)
+    device = choose_device(settings.device)
+    outputs = own_outputs(checkpoint, train)
+    if evaluation is not None and (evaluation.pairs is None) != (train.pairs is None):
+        raise InputError(f"{train.name} and {evaluation.name}: one holds pairs of texts, the other single ones")
+    parts = [part for part in (train, evaluation) if part is not None]
+    targets = [encode_labels(part, outputs.task, outputs.labels) for part in parts]
+    torch.manual_seed(settings.seed)  # of the new head
+    model = _load(checkpoint, outputs)
+    tokenizer = load_tokenizer(checkpoint, model, settings.max_length)
+    trained = _choose_parameters(model, settings.mode)
+    rows = [build_rows(tokenizer, *pair, settings.max_length) for pair in zip(parts, targets, strict=True)]
+    with explained_failures(output), tempfile.TemporaryDirectory() as scratch:
+        trainer = SmallTrainer(
+            model=model,
+            args=training_arguments(Path(scratch), settings, settings.rate, len(train), save_strategy="no"),
+            train_dataset=rows[0],
+            eval_dataset=rows[1] if evaluation else None,
+            callbacks=[Watch("warm up", progress)],
+            **trainer_parts(outputs.task, tokenizer),
+        )
+        trainer.train()
+        metrics = evaluate(trainer, METRICS[outputs.task]) if evaluation else {}
+    report = {
+        "base_name": checkpoint.name,
+        "task": outputs.task,
+        "labels": list(outputs.labels),
+        "mode": settings.mode,
+        "learning_rate": settings.rate,
+        "epochs": settings.epochs,
+        "steps": trainer.state.global_step,
+        "seed": settings.seed,
+        "rows": len(train),
+        "data_digest": train.digest,
+        "trained_parameters": trained,
+        "metrics": metrics,
+        "device": device,
+    }
+    with atomic_folder(output) as folder:
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False).cpu().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_json(folder / "warmup.json", report)
+    return report
+
+
+def _load(checkpoint: Checkpoint, outputs: Outputs) -> Any:
+    model_class = TasksManager.get_model_class_for_task(CLASSIFICATION, framework="pt")
+    try:
+        with quiet_transformers():
+            return model_class.from_pretrained(checkpoint.folder, dtype=torch.float32, **outputs.options)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{checkpoint.name} cannot become a text classifier: {reason}") from error
+
+
+def _choose_parameters(model: Any, mode: str) -> int:
+    """Freeze what the mode does not train; returns the number of parameters left."""
+    inside = f"{model.base_model_prefix}."
+    for name, parameter in model.named_parameters():
+        # The pooler stands between encoder and head and is often newly initialised, as the head is.
+        is_head = not name.startswith(inside) or "pooler" in name.split(".")
+        parameter.requires_grad_(mode == "full" or is_head)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
