@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qrlora_deploy.cli.options import ANY_PATH, common, seed_option
+from qrlora_deploy.cli.options import ANY_PATH, common, device_option, seed_option
 from qrlora_deploy.cli.output import Output, Table, progress_bar, size_text
 
 if TYPE_CHECKING:
@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 @click.command("quickstart")
 @click.option("--out", "--output", "-o", "output", type=ANY_PATH, help="Keep everything that was made in this folder.")
+@device_option()
 @seed_option
 @common
-def command(output: Path | None, seed: int) -> Output:
+def command(output: Path | None, device: str, seed: int) -> Output:
     """The whole way on an embedded model and data, a few minutes on two cores.
 
     Warms up a base, factorizes it, trains three customers, merges one, exports, verifies, predicts.
@@ -29,7 +30,7 @@ def command(output: Path | None, seed: int) -> Output:
     from qrlora_deploy.quickstart.run import run
 
     with progress_bar() as progress:
-        report = run(output, progress, seed)
+        report = run(output, progress, seed, device)
     return output_of(report)
 
 
@@ -80,5 +81,5 @@ def _latency_text(report: "QuickstartReport") -> str:
     latency = report.latency
     return (
         f"{latency.onnxruntime_ms:.2f} ms ONNX Runtime, {latency.torch_ms:.2f} ms PyTorch "
-        f"({latency.runs} runs each, {report.cpu_count} CPUs)"
+        f"({latency.runs} runs each on {report.device})"
     )

@@ -74,9 +74,11 @@ class Scorer:
 
 def torch_logits(model: Any, tokenizer: Any, texts: Sequence[str], max_length: int) -> np.ndarray:
     """Logits `[texts, labels]` of a transformers model."""
-    inputs = tokenizer(list(texts), padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+    inputs = tokenizer(list(texts), padding=True, truncation=True, max_length=max_length, return_tensors="pt").to(
+        model.device
+    )
     with torch.inference_mode():
-        logits: np.ndarray = model(**inputs).logits.numpy()
+        logits: np.ndarray = model(**inputs).logits.cpu().numpy()
     return logits
 
 

@@ -37,7 +37,7 @@ class Parity:
 
 @dataclass(frozen=True)
 class Latency:
-    """Median time from one text to its label on the CPU, tokenizer included.
+    """Median time from one text to its label, tokenizer included.
 
     Attributes:
         onnxruntime_ms: the merged bundle.
@@ -72,7 +72,7 @@ class QuickstartReport:
         merged: the customer that was merged and exported.
         parity: of its bundle.
         latency: of one text on this machine.
-        cpu_count: processors of this machine.
+        device: what it ran on.
         answers: some texts through the bundle.
         seconds: wall time of every step, in order.
         folder: where everything was kept, or None.
@@ -85,7 +85,7 @@ class QuickstartReport:
     merged: str
     parity: Parity
     latency: Latency
-    cpu_count: int
+    device: str
     answers: tuple[Answer, ...]
     seconds: dict[str, float]
     folder: Path | None

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from qrlora_deploy.basis import Basis, write_basis
 from qrlora_deploy.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.coefficients import Coefficients, write_coefficients
@@ -25,7 +27,7 @@ from qrlora_deploy.runtime.bundle import Bundle, open_bundle
 from qrlora_deploy.runtime.parity import verify
 from qrlora_deploy.runtime.predictor import Predictor
 from qrlora_deploy.targets import choose_targets
-from qrlora_deploy.training.settings import TrainSettings, WarmupSettings
+from qrlora_deploy.training.settings import TrainSettings, WarmupSettings, choose_device
 from qrlora_deploy.training.trainer import train
 from qrlora_deploy.training.warmup import warmup
 
@@ -45,42 +47,47 @@ LATENCY_RUNS, LATENCY_TEXTS = 200, 20
 ANSWERS = 3
 
 
-def run(out: Path | None = None, progress: Progress | None = None, seed: int = 0) -> QuickstartReport:
-    """Go the whole way on the CPU, with an embedded model and data.
+def run(
+    out: Path | None = None, progress: Progress | None = None, seed: int = 0, device: str = "cpu"
+) -> QuickstartReport:
+    """Go the whole way with an embedded model and data.
 
     Args:
         out: new folder for the base, basis, coefficients, merged checkpoint and bundle, which
             appears when everything is done; without it a temporary folder is used and removed.
         progress: called with (description, done, total).
         seed: of every random choice.
+        device: "cpu" or "cuda", of PyTorch and of ONNX Runtime.
 
     Raises:
+        ProviderError: CUDA was asked for and PyTorch or ONNX Runtime cannot use it.
         InputError: the model's package is missing, or `out` already holds something.
         CheckFailed: the exported bundle does not agree with PyTorch.
         QrloraError: a step failed.
     """
+    choose_device(device)
     encoder = find_encoder()
     clock = _Clock()
     with _folder(out) as folder:
         with clock.step("warm up"):
-            base = _warm_up(encoder, folder, seed, progress)
+            base = _warm_up(encoder, folder, seed, device, progress)
         with clock.step("factorize"):
-            basis = _factorize(base, folder, progress)
+            basis = _factorize(base, folder, device, progress)
         with clock.step("train"):
-            customers = {name: _train(name, base, basis, folder, seed, progress) for name in CUSTOMERS}
+            customers = {name: _train(name, base, basis, folder, seed, device, progress) for name in CUSTOMERS}
         with clock.step("score"):
             results = _score(base, basis, customers)
         chosen = CUSTOMERS[0]
         with clock.step("merge"):
             merged = _merge(chosen, base, basis, customers[chosen], folder, progress)
         with clock.step("export"):
-            bundle = _export(chosen, base, basis, customers[chosen], folder, progress)
+            bundle = _export(chosen, base, basis, customers[chosen], folder, device, progress)
         with clock.step("verify"):
-            parity = _verify(bundle)
+            parity = _verify(bundle, device)
         with clock.step("predict"):
-            answers = _predict(bundle, chosen)
+            answers = _predict(bundle, chosen, device)
         with clock.step("latency"):
-            latency = _measure_latency(bundle, merged, chosen)
+            latency = _measure_latency(bundle, merged, chosen, device)
         return QuickstartReport(
             coefficients=basis.total_rank,
             layers=len(basis.targets),
@@ -89,7 +96,7 @@ def run(out: Path | None = None, progress: Progress | None = None, seed: int = 0
             merged=chosen,
             parity=parity,
             latency=latency,
-            cpu_count=os.cpu_count() or 1,
+            device=_device_name(device),
             answers=answers,
             seconds=clock.seconds,
             folder=out,
@@ -134,27 +141,27 @@ def _folder(out: Path | None) -> Iterator[Path]:
         yield folder
 
 
-def _warm_up(encoder: Checkpoint, folder: Path, seed: int, progress: Progress | None) -> Checkpoint:
+def _warm_up(encoder: Checkpoint, folder: Path, seed: int, device: str, progress: Progress | None) -> Checkpoint:
     settings = WarmupSettings(
-        epochs=WARMUP_EPOCHS, learning_rate=WARMUP_RATE, max_length=MAX_LENGTH, seed=seed, device="cpu"
+        epochs=WARMUP_EPOCHS, learning_rate=WARMUP_RATE, max_length=MAX_LENGTH, seed=seed, device=device
     )
     warmup(encoder, general_examples(), None, folder / BASE, settings, progress)
     # By its bare name: the folder is found beside the coefficients, wherever both are moved.
     return Checkpoint(folder / BASE, BASE)
 
 
-def _factorize(base: Checkpoint, folder: Path, progress: Progress | None) -> Basis:
-    basis = factorize(base, choose_targets(base.skeleton()), RankRule(tau=0.5), progress=progress)
+def _factorize(base: Checkpoint, folder: Path, device: str, progress: Progress | None) -> Basis:
+    basis = factorize(base, choose_targets(base.skeleton()), RankRule(tau=0.5), device, progress)
     write_basis(basis, folder / BASIS)
     return basis
 
 
 def _train(
-    name: str, base: Checkpoint, basis: Basis, folder: Path, seed: int, progress: Progress | None
+    name: str, base: Checkpoint, basis: Basis, folder: Path, seed: int, device: str, progress: Progress | None
 ) -> Coefficients:
     """Train on the customer's own rows; the held-out rows choose nothing."""
     settings = TrainSettings(
-        epochs=TRAIN_EPOCHS, learning_rate=TRAIN_RATE, max_length=MAX_LENGTH, seed=seed, device="cpu"
+        epochs=TRAIN_EPOCHS, learning_rate=TRAIN_RATE, max_length=MAX_LENGTH, seed=seed, device=device
     )
     place = recorded_place(folder / BASIS, folder / f"{name}.safetensors")
     watch = _renamed(f"train {name}", progress)
@@ -188,36 +195,42 @@ def _merge(
 
 
 def _export(
-    name: str, base: Checkpoint, basis: Basis, customer: Coefficients, folder: Path, progress: Progress | None
+    name: str,
+    base: Checkpoint,
+    basis: Basis,
+    customer: Coefficients,
+    folder: Path,
+    device: str,
+    progress: Progress | None,
 ) -> Bundle:
     output = folder / f"{name}-bundle"
-    find_exporter("onnx")(base, basis, customer, output, progress=progress)
+    find_exporter("onnx")(base, basis, customer, output, provider=device, progress=progress)
     return open_bundle(output)
 
 
-def _verify(bundle: Bundle) -> Parity:
-    report = verify(bundle)
+def _verify(bundle: Bundle, device: str) -> Parity:
+    report = verify(bundle, device)
     report.raise_if_failed()
     return Parity(report.max_abs_error, report.bound, report.label_agreement, report.rows)
 
 
-def _predict(bundle: Bundle, name: str) -> tuple[Answer, ...]:
+def _predict(bundle: Bundle, name: str, device: str) -> tuple[Answer, ...]:
     held_out = held_out_examples(name)
     # Spread over the file, where rows of one label stand together.
     rows = range(0, len(held_out), len(held_out) // ANSWERS)[:ANSWERS]
     texts = [held_out.texts[row] for row in rows]
-    answers = Predictor(bundle).predict(texts)
+    answers = Predictor(bundle, device).predict(texts)
     return tuple(
         Answer(text, answer.label, answer.score, held_out.labels[row])
         for row, text, answer in zip(rows, texts, answers, strict=True)
     )
 
 
-def _measure_latency(bundle: Bundle, merged: Checkpoint, name: str) -> Latency:
+def _measure_latency(bundle: Bundle, merged: Checkpoint, name: str, device: str) -> Latency:
     """Time the same texts, one at a time, through the bundle and through transformers."""
     texts = held_out_examples(name).texts[:LATENCY_TEXTS]
-    predictor = Predictor(bundle)
-    model, tokenizer = merged.load_model(), merged.tokenizer()
+    predictor = Predictor(bundle, device)
+    model, tokenizer = merged.load_model().to(device), merged.tokenizer()
     calls: list[Callable[[str], object]] = [
         lambda text: predictor.predict([text]),
         lambda text: torch_logits(model, tokenizer, [text], MAX_LENGTH).argmax(),
@@ -226,6 +239,10 @@ def _measure_latency(bundle: Bundle, merged: Checkpoint, name: str) -> Latency:
         median_ms(call, texts, LATENCY_TEXTS)  # warm caches and thread pools; not counted
     onnxruntime_ms, torch_ms = (median_ms(call, texts, LATENCY_RUNS) for call in calls)
     return Latency(onnxruntime_ms, torch_ms, LATENCY_RUNS)
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPUs"
 
 
 def _sizes(folder: Path, name: str) -> dict[str, int]:

@@ -23,7 +23,7 @@ def report() -> QuickstartReport:
         merged="banking",
         parity=Parity(2.4e-6, 3.5e-4, 1.0, 35),
         latency=Latency(1.71, 5.07, 200),
-        cpu_count=2,
+        device="2 CPUs",
         answers=(Answer("send money", "transfer", 0.9, "transfer"),),
         seconds={"warm up": 80.4, "train": 100.1},
         folder=None,
