@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 import transformers
@@ -171,10 +172,28 @@ def trainer_parts(task: str, tokenizer: Any) -> dict[str, Any]:
     """Batching and scoring, as arguments of a Trainer."""
     return {
         "data_collator": DataCollatorWithPadding(tokenizer),
-        "compute_metrics": lambda result: score(task, result.predictions, result.label_ids),
+        "compute_metrics": lambda result: score(task, _finite(result.predictions), result.label_ids),
         # Some models return hidden states after the logits.
         "preprocess_logits_for_metrics": lambda out, _: out[0] if isinstance(out, (tuple, list)) else out,
     }
+
+
+def _finite(logits: np.ndarray) -> np.ndarray:
+    # The step after the last logged loss may have been the one that was too long.
+    if not np.isfinite(logits).all():
+        raise QrloraError("the model answers NaN or Inf: training diverged; try a smaller --learning-rate")
+    return logits
+
+
+def check_trained(trainer: SmallTrainer) -> None:
+    """Make sure that training did not diverge in its last step, whose effect no loss shows.
+
+    Raises:
+        QrloraError: a trained parameter is NaN or Inf.
+    """
+    wrong = [name for name, value in trainer.trainable().items() if not bool(value.isfinite().all())]
+    if wrong:
+        raise QrloraError(f"training diverged: {wrong[0]} is NaN or Inf; try a smaller --learning-rate")
 
 
 def evaluate(trainer: Trainer, task_metrics: Sequence[str]) -> dict[str, float]:

@@ -57,7 +57,7 @@ def encode_labels(examples: Examples, task: str, names: Sequence[str]) -> list[i
 
 
 def score(task: str, logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-    """The metrics of a task, all of them finite.
+    """The metrics of a task, all of them finite where the logits are.
 
     Args:
         task: "text-classification" or "text-regression".

@@ -17,6 +17,7 @@ from qrlora_deploy.training.loop import (
     SmallTrainer,
     Watch,
     build_rows,
+    check_trained,
     evaluate,
     explained_failures,
     load_tokenizer,
@@ -78,6 +79,7 @@ def warmup(
             **trainer_parts(outputs.task, tokenizer),
         )
         trainer.train()
+        check_trained(trainer)
         metrics = evaluate(trainer, METRICS[outputs.task]) if evaluation else {}
     report = {
         "base_name": checkpoint.name,
