@@ -13,8 +13,8 @@ GENERAL = "general.tsv"
 
 CUSTOMERS = ("banking", "kitchen_and_dining", "home")
 """Domains that play the customers: 15 intents each, some 1,500 rows to train on, 450 held out. They
-were chosen among the ten because the warmed-up base leaves room there: it answers 0.54 to 0.76 of
-their held-out text rightly, but 0.95 of the domain travel, where there is little left to learn."""
+were chosen among the ten because the warmed-up base leaves room there, 75 to 84 % of the held-out
+text answered rightly; in the domain travel, for one, there is little left to learn."""
 
 SAMPLES = 64
 STRIDE = 27
