@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qrlora_deploy import __version__
-from qrlora_deploy.errors import ProviderError
+from qrlora_deploy.errors import FileFormatError, ProviderError
 
 PACKAGES = (
     "torch",
@@ -145,7 +145,7 @@ def providers() -> list[Finding]:
             try:
                 with _silent_stderr():
                     open_session(model, name)
-            except ProviderError as error:
+            except (ProviderError, FileFormatError) as error:
                 advice = "" if name != "cpu" else "install onnxruntime again"
                 found.append(Finding("provider", name, False, _first_line(error), advice))
             else:
