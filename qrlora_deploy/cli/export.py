@@ -12,7 +12,7 @@ from qrlora_deploy.cli.options import (
     output_option,
     provider_option,
 )
-from qrlora_deploy.cli.output import Output, progress_bar
+from qrlora_deploy.cli.output import Output, plain, progress_bar
 
 
 @click.command("export")
@@ -63,5 +63,6 @@ def command(
     texts = read_examples(data, text_column, label_column) if data else None
     with progress_bar() as progress:
         manifest = exporter(checkpoint, frozen, customer, output, texts=texts, provider=provider, progress=progress)
+    record = plain(manifest)
     names = ("kind", "task", "labels", "precision", "opset", "parity", "customer_effect")
-    return Output(manifest, f"wrote {output}", {name: getattr(manifest, name, None) for name in names})
+    return Output(record, f"wrote {output}", {name: record[name] for name in names})

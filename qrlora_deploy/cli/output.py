@@ -18,6 +18,9 @@ Progress = Callable[[str, int, int], None]
 PIPE_WIDTH = 200
 """Columns when stdout is no terminal: wide enough that no cell of a table is cut."""
 
+LIST_ITEMS = 8
+"""Of a long list, such as 150 labels; `--json` has them all."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -86,7 +89,8 @@ def cell(value: Any) -> str:
     if isinstance(value, Mapping):
         return one_line(", ".join(f"{key} {cell(item)}" for key, item in value.items())) or "-"
     if isinstance(value, list | tuple):
-        return one_line(", ".join(cell(item) for item in value)) or "-"
+        shown = value if len(value) <= LIST_ITEMS else [*value[:LIST_ITEMS], f"and {len(value) - LIST_ITEMS} more"]
+        return one_line(", ".join(cell(item) for item in shown)) or "-"
     return one_line(str(value))
 
 

@@ -93,7 +93,7 @@ def _missing(provider: str) -> str:
     except OSError as error:
         library, _, rest = str(error).partition(":")
         if "cannot open shared object" in rest:
-            hint = "install the extra [cuda]" if provider == "cuda" else "install TensorRT"
+            hint = "pip install 'qrlora-deploy[cuda]' brings it" if provider == "cuda" else "install TensorRT"
             return f"{library} was not found; {hint}"
         return _first_line(error)
     return "no usable NVIDIA GPU or driver was found"
