@@ -11,14 +11,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from qrlora_deploy.basis import Basis, write_basis
 from qrlora_deploy.coefficients import Coefficients, write_coefficients
-from tests.tiny import save_base
+from tests.tiny import SENTENCES, save_base
+
+if TYPE_CHECKING:
+    from qrlora_deploy.training.data import Examples
 
 TINY_TARGETS = ("query", "value")
 
@@ -85,3 +91,38 @@ def tiny_customer_file(tiny_customer: Coefficients, tmp_path_factory: pytest.Tem
     path = tmp_path_factory.mktemp("customer") / "acme.safetensors"
     write_coefficients(tiny_customer, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def texts() -> "Examples":
+    """The sentences of the tiny model."""
+    from qrlora_deploy.training.data import Examples
+
+    return Examples(list(SENTENCES), None, ["travel"] * len(SENTENCES), "sentences")
+
+
+@pytest.fixture(scope="session")
+def exported(
+    tiny_base: Path,
+    tiny_basis: Basis,
+    tiny_customer: Coefficients,
+    texts: "Examples",
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A merged bundle of the tiny customer."""
+    from exporters.onnx import export_merged
+    from qrlora_deploy.checkpoint import open_checkpoint
+
+    output = tmp_path_factory.mktemp("bundles") / "acme"
+    export_merged(open_checkpoint(str(tiny_base)), tiny_basis, tiny_customer, output, texts)
+    return output
+
+
+@pytest.fixture
+def copied(exported: Path, tmp_path: Path) -> Callable[[], Path]:
+    """Makes a fresh copy of the bundle."""
+
+    def copy() -> Path:
+        return Path(shutil.copytree(exported, tmp_path / "acme"))
+
+    return copy

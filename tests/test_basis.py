@@ -1,11 +1,8 @@
 """The basis file: what is written reads back, golden bytes stay readable, everything else is refused in one line."""
 
-import json
 import re
 import struct
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +14,8 @@ from hypothesis.extra import numpy as hnp
 from qrlora_deploy.basis import FORMAT, FORMAT_VERSION, Basis, BasisTarget, read_basis, write_basis
 from qrlora_deploy.errors import FileFormatError, InputError, QrloraError
 from qrlora_deploy.factorization import RankRule
-from qrlora_deploy.files import METADATA_KEY, digest_file, write_tensors
+from qrlora_deploy.files import METADATA_KEY, digest_file
+from tests.forging import Change, forge
 from tests.golden.make import BASIS_FILE, golden_basis
 
 SAME_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
@@ -142,19 +140,8 @@ def test_a_giant_header_takes_no_memory(tmp_path: Path, length: int) -> None:
     assert_refused(path)
 
 
-def forged(path: Path, change: Callable[[dict[str, Any], dict[str, np.ndarray]], Any]) -> Path:
-    """The golden basis, changed and sealed again as somebody with this source code could do."""
-    with safetensors.safe_open(BASIS_FILE, framework="np") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        metadata = json.loads(file.metadata()[METADATA_KEY])
-    metadata.pop("content_digest")
-    change(metadata, tensors)
-    write_tensors(path, tensors, metadata)
-    return path
-
-
 NAME = "encoder.layer.0.query"
-FORGERIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, np.ndarray]], Any], str]] = {
+FORGERIES: dict[str, tuple[Change, str]] = {
     "newer version": (lambda m, t: m.update(format_version=2), "format version 2; this version reads 1"),
     "no version": (lambda m, t: m.pop("format_version"), "format version None"),
     "other format": (lambda m, t: m.update(format="qrlora-coefficients"), "not a qrlora-basis file"),
@@ -186,7 +173,7 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, np.ndarray]], Any
 @pytest.mark.parametrize("name", FORGERIES)
 def test_forged_files_are_refused(tmp_path: Path, name: str) -> None:
     change, message = FORGERIES[name]
-    assert_refused(forged(tmp_path / "forged.safetensors", change), message)
+    assert_refused(forge(BASIS_FILE, tmp_path / "forged.safetensors", change), message)
 
 
 def test_consistent_nan_is_refused(tmp_path: Path) -> None:

@@ -1,18 +1,14 @@
 """A customer's file: what is written reads back, golden bytes stay readable, everything else is refused in one line."""
 
-import json
 import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import safetensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -20,7 +16,8 @@ from hypothesis.extra import numpy as hnp
 from qrlora_deploy.basis import read_basis
 from qrlora_deploy.coefficients import Coefficients, read_coefficients, write_coefficients
 from qrlora_deploy.errors import BasisMismatchError, FileFormatError, InputError, QrloraError
-from qrlora_deploy.files import METADATA_KEY, digest_file, write_tensors
+from qrlora_deploy.files import digest_file
+from tests.forging import Change, forge
 from tests.golden.make import BASIS_FILE, COEFFICIENTS_FILE, golden_basis, golden_coefficients
 
 SAME_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
@@ -150,22 +147,11 @@ def test_a_giant_header_takes_no_memory(tmp_path: Path, length: int) -> None:
     assert_refused(path)
 
 
-def forged(path: Path, change: Callable[[dict[str, Any], dict[str, np.ndarray]], Any]) -> Path:
-    """The golden customer, changed and sealed again as somebody with this source code could do."""
-    with safetensors.safe_open(COEFFICIENTS_FILE, framework="np") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        metadata = json.loads(file.metadata()[METADATA_KEY])
-    metadata.pop("content_digest")
-    change(metadata, tensors)
-    write_tensors(path, tensors, metadata)
-    return path
-
-
-def put(name: str, array: np.ndarray) -> Callable[[dict[str, Any], dict[str, np.ndarray]], Any]:
+def put(name: str, array: np.ndarray) -> Change:
     return lambda metadata, tensors: tensors.update({name: array})
 
 
-FORGERIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, np.ndarray]], Any], str]] = {
+FORGERIES: dict[str, tuple[Change, str]] = {
     "newer version": (lambda m, t: m.update(format_version=2), "format version 2; this version reads 1"),
     "version of text": (lambda m, t: m.update(format_version="1"), "format version '1'"),
     "other format": (lambda m, t: m.update(format="qrlora-basis"), "not a qrlora-coefficients file"),
@@ -189,14 +175,14 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, np.ndarray]], Any
 @pytest.mark.parametrize("name", FORGERIES)
 def test_forged_files_are_refused(tmp_path: Path, name: str) -> None:
     change, message = FORGERIES[name]
-    assert_refused(forged(tmp_path / "forged.safetensors", change), message)
+    assert_refused(forge(COEFFICIENTS_FILE, tmp_path / "forged.safetensors", change), message)
 
 
 def test_a_wrong_length_or_basis_reads_but_does_not_fit(tmp_path: Path) -> None:
-    short = read_coefficients(forged(tmp_path / "a", put("coefficients", np.ones(2, np.float32))))
+    short = read_coefficients(forge(COEFFICIENTS_FILE, tmp_path / "a", put("coefficients", np.ones(2, np.float32))))
     with pytest.raises(InputError, match="found 2"):
         short.check_fits(golden_basis())
-    other = read_coefficients(forged(tmp_path / "b", lambda m, t: m.update(basis_digest="f" * 64)))
+    other = read_coefficients(forge(COEFFICIENTS_FILE, tmp_path / "b", lambda m, t: m.update(basis_digest="f" * 64)))
     with pytest.raises(BasisMismatchError, match="ffffffffffff"):
         other.check_fits(golden_basis())
 

@@ -1,12 +1,12 @@
 """Settings of a training run and of a warm-up, checked when they are made."""
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from qrlora_deploy.errors import InputError, ProviderError
 from qrlora_deploy.training.tasks import METRICS
 
+MAX_RATE = 1e30
 WARMUP_RATES = {"full": 5e-5, "head": 1e-3}
 
 
@@ -126,5 +126,6 @@ def choose_device(device: str) -> str:
 
 
 def _check_rate(option: str, rate: float) -> None:
-    if not (math.isfinite(rate) and rate > 0):
-        raise InputError(f"{option} must be a positive number, not {rate}")
+    # Above, the optimizer overflows fp32 before the loss can say that the run diverged.
+    if not 0 < rate <= MAX_RATE:
+        raise InputError(f"{option} must be above 0 and at most {MAX_RATE:g}, not {rate}")
