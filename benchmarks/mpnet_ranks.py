@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from qrlora_deploy.checkpoint import open_checkpoint
-from qrlora_deploy.factorization import RankRule
 from qrlora_deploy.factorizing import factorize
 from qrlora_deploy.files import write_json
+from qrlora_deploy.rank_rule import RankRule
 from qrlora_deploy.targets import choose_targets
 
 TAU = 0.5

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from qrlora_deploy.errors import FileFormatError, InputError
-from qrlora_deploy.factorization import RankRule
 from qrlora_deploy.files import digest_arrays, read_tensors, write_tensors
+from qrlora_deploy.rank_rule import RankRule
 
 FORMAT = "qrlora-basis"
 FORMAT_VERSION = 1

@@ -11,7 +11,8 @@ from qrlora_deploy import __version__
 from qrlora_deploy.basis import Basis, BasisTarget
 from qrlora_deploy.checkpoint import Checkpoint
 from qrlora_deploy.errors import InputError, ProviderError
-from qrlora_deploy.factorization import Factorization, RankRule, factorize_weight, factorize_weights
+from qrlora_deploy.factorization import Factorization, factorize_weight, factorize_weights
+from qrlora_deploy.rank_rule import RankRule
 from qrlora_deploy.targets import is_conv1d
 
 Progress = Callable[[str, int, int], None]

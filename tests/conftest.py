@@ -49,8 +49,8 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_basis(tiny_base: Path) -> Basis:
     """Basis of the query and value projections of `tiny_base` at tau = 0.5."""
     from qrlora_deploy.checkpoint import open_checkpoint
-    from qrlora_deploy.factorization import RankRule
     from qrlora_deploy.factorizing import factorize
+    from qrlora_deploy.rank_rule import RankRule
     from qrlora_deploy.targets import choose_targets
 
     checkpoint = open_checkpoint(str(tiny_base))

@@ -20,7 +20,8 @@ from qrlora_deploy.adapter import (
 )
 from qrlora_deploy.basis import Basis, BasisTarget
 from qrlora_deploy.errors import BasisMismatchError, InputError
-from qrlora_deploy.factorization import RankRule, factorize_weight
+from qrlora_deploy.factorization import factorize_weight
+from qrlora_deploy.rank_rule import RankRule
 from qrlora_deploy.targets import choose_targets, is_conv1d
 from tests.tolerances import EXACT, FP32_SIDE_BRANCH
 

@@ -13,8 +13,8 @@ from hypothesis.extra import numpy as hnp
 
 from qrlora_deploy.basis import FORMAT, FORMAT_VERSION, Basis, BasisTarget, read_basis, write_basis
 from qrlora_deploy.errors import FileFormatError, InputError, QrloraError
-from qrlora_deploy.factorization import RankRule
 from qrlora_deploy.files import METADATA_KEY, digest_file
+from qrlora_deploy.rank_rule import RankRule
 from tests.forging import Change, forge
 from tests.golden.make import BASIS_FILE, golden_basis
 

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.factorization import Factorization, RankRule, factorize_weight, factorize_weights, update
+from qrlora_deploy.factorization import Factorization, factorize_weight, factorize_weights, update
+from qrlora_deploy.rank_rule import RankRule
 from tests.tolerances import ENERGIES, EXACT, ORTHONORMAL, RECONSTRUCTION
 
 EPS = float(np.finfo(np.float64).eps)

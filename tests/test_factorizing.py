@@ -15,8 +15,9 @@ from qrlora_deploy.adapter import attach
 from qrlora_deploy.basis import Basis, read_basis, write_basis
 from qrlora_deploy.checkpoint import SINGLE, Checkpoint, check_basis_fits, open_checkpoint
 from qrlora_deploy.errors import BasisMismatchError, InputError, ProviderError
-from qrlora_deploy.factorization import RankRule, factorize_weight, update
+from qrlora_deploy.factorization import factorize_weight, update
 from qrlora_deploy.factorizing import factorize, read_weight
+from qrlora_deploy.rank_rule import RankRule
 from qrlora_deploy.targets import choose_targets
 from tests.tolerances import BASIS_FP32
 

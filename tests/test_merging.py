@@ -25,11 +25,11 @@ from qrlora_deploy.basis import Basis, BasisTarget, write_basis
 from qrlora_deploy.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.coefficients import Coefficients, write_coefficients
 from qrlora_deploy.errors import BasisMismatchError, FileFormatError, InputError, QrloraError
-from qrlora_deploy.factorization import RankRule
 from qrlora_deploy.factorizing import factorize
 from qrlora_deploy.folding import round_once
 from qrlora_deploy.merging import merge, merge_model, merged_weight, unmerge
 from qrlora_deploy.provenance import read_provenance
+from qrlora_deploy.rank_rule import RankRule
 from qrlora_deploy.targets import choose_targets
 from tests.tolerances import EXACT, FP32_SIDE_BRANCH, ONE_ROUNDING
 

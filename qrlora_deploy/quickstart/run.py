@@ -15,7 +15,6 @@ from qrlora_deploy.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.coefficients import Coefficients, write_coefficients
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.exporting import find_exporter
-from qrlora_deploy.factorization import RankRule
 from qrlora_deploy.factorizing import factorize
 from qrlora_deploy.files import atomic_folder
 from qrlora_deploy.locating import recorded_place
@@ -23,6 +22,7 @@ from qrlora_deploy.merging import merge
 from qrlora_deploy.quickstart.data import CUSTOMERS, general_examples, held_out_examples, train_examples
 from qrlora_deploy.quickstart.measuring import Scorer, median_ms, torch_logits
 from qrlora_deploy.quickstart.report import Answer, CustomerResult, Latency, Parity, QuickstartReport
+from qrlora_deploy.rank_rule import RankRule
 from qrlora_deploy.runtime.bundle import Bundle, open_bundle
 from qrlora_deploy.runtime.parity import verify
 from qrlora_deploy.runtime.predictor import Predictor

@@ -13,8 +13,8 @@ from exporters.onnx import export_merged
 from exporters.onnx.attention import onnx_attention, onnx_mask
 from qrlora_deploy.checkpoint import open_checkpoint
 from qrlora_deploy.coefficients import Coefficients
-from qrlora_deploy.factorization import RankRule
 from qrlora_deploy.factorizing import factorize
+from qrlora_deploy.rank_rule import RankRule
 from qrlora_deploy.runtime import open_bundle, verify
 from qrlora_deploy.targets import choose_targets
 from qrlora_deploy.training.data import Examples

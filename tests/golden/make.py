@@ -10,7 +10,7 @@ import numpy as np
 
 from qrlora_deploy.basis import Basis, BasisTarget, write_basis
 from qrlora_deploy.coefficients import Coefficients, write_coefficients
-from qrlora_deploy.factorization import RankRule
+from qrlora_deploy.rank_rule import RankRule
 
 FOLDER = Path(__file__).parent
 BASIS_FILE = FOLDER / "basis.safetensors"
