@@ -1,0 +1,50 @@
+"""Running the command line as a user does: a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """What it printed under `--json`."""
+        return json.loads(self.out)
+
+
+def run(*arguments: object, cwd: Path, prepare: Callable[[], None] | None = None) -> Ran:
+    """Run `qrlora-deploy` with `arguments` in `cwd`; `prepare` runs in the new process first."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, "-m", "qrlora_deploy.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        preexec_fn=prepare,
+        timeout=240,
+        check=False,
+    )
+    return Ran(done.returncode, done.stdout, done.stderr)
+
+
+def succeed(arguments: Sequence[object], cwd: Path) -> Any:
+    """Run with `--json`, which must end well; returns what it printed."""
+    ran = run(*arguments, "--json", cwd=cwd)
+    assert ran.code == 0, ran.err
+    assert "Traceback" not in ran.err
+    return ran.json
