@@ -72,8 +72,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         if path.is_dir():
             path.rmdir()
         temporary.replace(path)
-    except OSError as error:
-        raise QrloraError(f"cannot write {path}: {error.strerror or error}") from error
+    except (OSError, safetensors.SafetensorError) as error:
+        # safetensors has no class of its own for a failed write; a damaged file is not read in here.
+        raise QrloraError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -51,7 +51,7 @@ def locate_basis(coefficients: Coefficients, file: Path, given: Path | None = No
             refused.append(str(error))
             continue
         if basis.digest == coefficients.basis_digest:
-            coefficients.check_fits(basis)
+            _check_fits(coefficients, basis, file, candidate)
             return basis
         refused.append(f"{candidate} has digest {basis.digest[:12]}")
     wanted = f"{file} was trained on basis {coefficients.basis_digest[:12]} ({coefficients.basis_file or 'no name'})"

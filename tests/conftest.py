@@ -8,6 +8,7 @@ import os
 # Before any import of torch, transformers or tokenizers: the tests need no network, and thread
 # pools only slow down matrices of 32 columns.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

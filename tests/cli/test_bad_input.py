@@ -1,0 +1,224 @@
+"""Bad input ends in exit code 1 or 2 and one line, and leaves nothing half-written."""
+
+import resource
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from qrlora_deploy.basis import Basis, write_basis
+from qrlora_deploy.cli import cli
+from qrlora_deploy.coefficients import Coefficients
+from qrlora_deploy.files import write_tensors
+from tests.cli.running import run
+from tests.forging import forge
+from tests.tiny import LABELS, SENTENCES
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, so nothing is refused")
+
+
+@pytest.fixture
+def place(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_base: Path,
+    tiny_basis_file: Path,
+    tiny_customer_file: Path,
+    exported: Path,
+) -> Path:
+    """The current folder: a base, its basis, a customer, a bundle, and data, good and bad."""
+    shutil.copytree(tiny_base, tmp_path / "base")
+    shutil.copytree(exported, tmp_path / "bundle")
+    shutil.copy(tiny_basis_file, tmp_path / "basis.safetensors")
+    shutil.copy(tiny_customer_file, tmp_path / "acme.safetensors")
+    rows = [f"{sentence}\t{LABELS[index % 4]}" for index, sentence in enumerate(SENTENCES)]
+    (tmp_path / "good.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n", "utf-8")
+    (tmp_path / "stranger.tsv").write_text("text\tlabel\nhello\tno such label\n", "utf-8")
+    (tmp_path / "empty.tsv").write_text("text\tlabel\n", "utf-8")
+    (tmp_path / "latin.tsv").write_bytes("text\tlabel\ncafé\ttravel\n".encode("latin-1"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refuse(place: Path, capsys: pytest.CaptureFixture[str], command: str, *words: str) -> str:
+    """Run a command that must fail in one line that holds `words`, and change no file; returns the line."""
+    before = contents(place)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(command.split(), prog_name="qrlora-deploy")
+    shown = capsys.readouterr()
+    assert ended.value.code in (1, 2), shown.err
+    lines = shown.err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("Error: "), shown.err
+    assert shown.out == "" and "internal error" not in lines[0]
+    assert [word for word in words if word not in lines[0]] == [], lines[0]
+    assert contents(place) == before
+    return lines[0]
+
+
+def contents(place: Path) -> dict[str, int]:
+    return {path.relative_to(place).as_posix(): path.stat().st_size for path in place.rglob("*")}
+
+
+TRAIN = "train base --basis basis.safetensors -o new.safetensors --data"
+
+CASES = {
+    "unknown layer": ("factorize base -o new.safetensors --target qery", "qery", "attention.self.query"),
+    "broken expression": ("factorize base -o new.safetensors --target qu(ery", "qu(ery"),
+    "tau too large": ("factorize base -o new.safetensors --tau 1.5", "tau", "1.5"),
+    "tau and rank": ("factorize base -o new.safetensors --tau 0.5 --rank 4", "--tau", "--rank"),
+    "no rank": ("factorize base -o new.safetensors --rank 0", "rank"),
+    "no base": ("factorize nowhere -o new.safetensors", "nowhere"),
+    "no option": ("factorize base", "--output"),
+    "output is a folder": ("factorize base -o base", "base"),
+    "output folder missing": ("factorize base -o no/such/new.safetensors", "no/such"),
+    "no data": (f"{TRAIN} nothing.tsv", "nothing.tsv"),
+    "empty data": (f"{TRAIN} empty.tsv", "empty.tsv"),
+    "missing column": (f"{TRAIN} good.tsv --text-column body", "body", "text"),
+    "not UTF-8": (f"{TRAIN} latin.tsv", "latin.tsv", "UTF8"),
+    "unknown label": (f"{TRAIN} stranger.tsv", "no such label", "travel"),
+    "nothing to resume": (f"{TRAIN} good.tsv --resume", "--resume"),
+    "learning rate": (f"{TRAIN} good.tsv --learning-rate 1e38", "--learning-rate"),
+    "length": (f"{TRAIN} good.tsv --max-length 1000", "--max-length", "64"),
+    "metric": (f"{TRAIN} good.tsv --metric bleu", "bleu", "accuracy"),
+    "merge over a folder": ("merge --coefficients acme.safetensors -o bundle", "bundle"),
+    "not merged": ("merge --unmerge base --coefficients acme.safetensors -o new", "base"),
+    "export without a customer": ("export base -o new", "--merge"),
+    "unknown exporter": ("export --merge --coefficients acme.safetensors --format tflite -o new", "tflite", "onnx"),
+    "not a bundle": ("verify base", "base", "manifest.json"),
+    "not a file of ours": ("inspect base/model.safetensors", "neither"),
+    "no such file": ("inspect nothing.safetensors", "nothing.safetensors"),
+    "bad picture": ("inspect basis.safetensors --plot basis.txt", "basis.txt", ".png"),
+    "odd pairs": ("predict bundle --text a --text b --pair c", "--pair"),
+    "no text": ("predict bundle", "--text"),
+    "lone option": ("verify bundle --data good.tsv", "--coefficients"),
+    "unknown command": ("prdict bundle", "prdict"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refused_in_one_line(place: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
+    command, *words = CASES[case]
+    refuse(place, capsys, command, *words)
+
+
+@no_gpu
+@pytest.mark.parametrize(
+    "command",
+    [
+        f"{TRAIN} good.tsv --device cuda",
+        "factorize base -o new.safetensors --device cuda",
+        "warmup base --data good.tsv -o new --device cuda",
+        "verify bundle --provider cuda",
+        "predict bundle --text hello --provider cuda",
+        "export --merge --coefficients acme.safetensors -o new --provider cuda",
+        "quickstart --device cuda --out new",
+    ],
+)
+def test_cuda_where_there_is_none(place: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    refuse(place, capsys, command, "cuda" if "--device" in command else "CUDAExecutionProvider")
+
+
+def with_nan(path: Path, customer: Coefficients) -> None:
+    values = customer.values.copy()
+    values[3] = np.nan
+    forge(path, path, lambda metadata, tensors: tensors.update(coefficients=values))
+
+
+def too_short(path: Path, customer: Coefficients) -> None:
+    forge(path, path, lambda metadata, tensors: tensors.update(coefficients=customer.values[:-1].copy()))
+
+
+def cut(path: Path, customer: Coefficients) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def huge_header(path: Path, customer: Coefficients) -> None:
+    path.write_bytes(struct.pack("<Q", 2**62) + path.read_bytes()[8:])
+
+
+def foreign(path: Path, customer: Coefficients) -> None:
+    write_tensors(path, {"coefficients": customer.values}, {"format": "other", "format_version": 1})
+
+
+def empty(path: Path, customer: Coefficients) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [with_nan, too_short, cut, huge_header, foreign, empty])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "merge base --basis basis.safetensors --coefficients acme.safetensors -o new",
+        "export --merge --coefficients acme.safetensors -o new",
+    ],
+)
+def test_damaged_customer(
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+    tiny_customer: Coefficients,
+    damage: Callable[[Path, Coefficients], None],
+    command: str,
+) -> None:
+    damage(place / "acme.safetensors", tiny_customer)
+    refuse(place, capsys, command, "acme.safetensors")
+
+
+def test_damaged_basis(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = (place / "basis.safetensors").read_bytes()
+    (place / "basis.safetensors").write_bytes(whole[: len(whole) // 2])
+    refuse(place, capsys, f"{TRAIN} good.tsv", "basis.safetensors")
+
+
+def test_wrong_basis(place: Path, capsys: pytest.CaptureFixture[str], tiny_basis: Basis) -> None:
+    first, *rest = tiny_basis.targets
+    other = type(first)(first.name, -first.q, -first.r, first.diagonal, first.weight_digest)
+    wrong = type(tiny_basis)((other, *rest), tiny_basis.base_name, tiny_basis.rule, tiny_basis.versions)
+    write_basis(wrong, place / "other.safetensors")
+    command = "merge base --basis other.safetensors --coefficients acme.safetensors -o new"
+    refuse(place, capsys, command, tiny_basis.digest[:12], wrong.digest[:12])
+
+
+def test_another_base(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = place / "base" / "model.safetensors"
+    whole = bytearray(file.read_bytes())
+    whole[-5] ^= 1
+    file.write_bytes(whole)
+    refuse(place, capsys, "export base --merge --coefficients acme.safetensors -o new", "digest")
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "tokenizer.json", "reference.safetensors"])
+def test_tampered_bundle(place: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    file = place / "bundle" / name
+    whole = bytearray(file.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    file.write_bytes(whole)
+    refuse(place, capsys, "predict bundle --text hello", name, "changed")
+
+
+FULL_DISK = {
+    "factorize": ("factorize base -o new.safetensors", 2048),
+    "train": (f"{TRAIN} good.tsv --epochs 1 --max-length 32", 256),
+    "merge": ("merge --coefficients acme.safetensors -o new", 8192),
+    "export": ("export --merge --coefficients acme.safetensors -o new", 8192),
+    "warmup": ("warmup base --data good.tsv --epochs 1 --max-length 32 -o new", 8192),
+}
+
+
+@pytest.mark.parametrize("name", FULL_DISK)
+def test_full_disk(place: Path, name: str) -> None:
+    command, limit = FULL_DISK[name]
+    before = contents(place)
+
+    def small_disk() -> None:
+        # Writing past the limit fails with EFBIG, as a full disk does with ENOSPC. Python ignores the signal.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    ran = run(*command.split(), cwd=place, prepare=small_disk)
+    assert ran.code == 1, ran.err
+    assert ran.err.startswith("Error: ") and len(ran.err.splitlines()) == 1, ran.err
+    assert "internal error" not in ran.err
+    assert contents(place) == before
