@@ -28,14 +28,13 @@ from qrlora_deploy.runtime.bundle import (
     TensorRecord,
     digest_files,
 )
+from qrlora_deploy.runtime.layout import padded_rank
 from qrlora_deploy.runtime.parity import Case, ParityReport, check_parity, customer_effect, write_reference
 from qrlora_deploy.runtime.session import open_session
 from qrlora_deploy.training.data import Examples
 
 Progress = Callable[[str, int, int], None]
 STEPS = ("reference logits in PyTorch", "merge and export", "parity check", "seal the bundle")
-RANK_MULTIPLE = 8
-"""Ranks are padded to a multiple of this in a switchable graph: tensor cores want it."""
 
 README = """# {task}, {labels} labels
 
@@ -150,8 +149,7 @@ def _origin(checkpoint: Checkpoint, basis: Basis, coefficients: Coefficients) ->
         "base_digest": checkpoint.digest,
         "total_rank": basis.total_rank,
         "targets": tuple(
-            TargetRecord(name=name, rank=rank, padded_rank=-(-rank // RANK_MULTIPLE) * RANK_MULTIPLE)
-            for name, rank in basis.ranks.items()
+            TargetRecord(name=name, rank=rank, padded_rank=padded_rank(rank)) for name, rank in basis.ranks.items()
         ),
         "versions": tool_versions()
         | {name: version(name) for name in ("transformers", "onnx", "onnxscript")}

@@ -1,0 +1,58 @@
+"""Where a customer's numbers stand in a row of the coefficient table."""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+
+from qrlora_deploy.errors import InputError
+
+RANK_MULTIPLE = 8
+"""Ranks are padded with zeros to a multiple of this in a switchable graph: tensor cores want it."""
+
+
+def padded_rank(rank: int) -> int:
+    """`rank` rounded up to a multiple of `RANK_MULTIPLE`."""
+    return -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
+
+
+class TableLayout:
+    """The order and width of a table row: target after target, each padded.
+
+    Args:
+        ranks: rank of each target, in the basis's order.
+    """
+
+    def __init__(self, ranks: Sequence[int]) -> None:
+        self.ranks = tuple(ranks)
+        self.padded_ranks = tuple(padded_rank(rank) for rank in ranks)
+
+    @property
+    def width(self) -> int:
+        """Columns of the table."""
+        return sum(self.padded_ranks)
+
+    @property
+    def total_rank(self) -> int:
+        """Numbers of a customer."""
+        return sum(self.ranks)
+
+    @cached_property
+    def columns(self) -> np.ndarray:
+        """`[total_rank]`: the column of each of a customer's numbers."""
+        starts = np.cumsum((0, *self.padded_ranks[:-1]))
+        return np.concatenate([start + np.arange(rank) for start, rank in zip(starts, self.ranks, strict=True)])
+
+    def row(self, values: np.ndarray) -> np.ndarray:
+        """A customer's `values [total_rank]` as a row `[width]` fp32; the padding is zero.
+
+        Raises:
+            InputError: the length does not fit.
+        """
+        if values.shape != (self.total_rank,):
+            raise InputError(
+                f"a customer of this bundle has {self.total_rank} coefficients, not {'x'.join(map(str, values.shape))}"
+            )
+        row = np.zeros(self.width, dtype=np.float32)
+        row[self.columns] = values
+        return row
