@@ -23,6 +23,7 @@ COMMANDS = (
     "factorize",
     "train",
     "inspect",
+    "combine",
     "merge",
     "export",
     "verify",

@@ -1,0 +1,79 @@
+"""`qrlora-deploy combine`."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from qrlora_deploy.cli.options import common, output_option
+from qrlora_deploy.cli.output import Output, size_text
+from qrlora_deploy.errors import InputError
+
+if TYPE_CHECKING:
+    from qrlora_deploy.coefficients import Coefficients
+
+
+@click.command("combine")
+@click.argument("parts", nargs=-1, required=True, metavar="FILE[:WEIGHT]...")
+@output_option("Coefficients file to write.")
+@common
+def command(parts: tuple[str, ...], output: Path) -> Output:
+    """Add customers of one basis up, each FILE times its WEIGHT: 1 where left out, negative takes away.
+
+    The sum of their updates is the update of the sum: exact to one rounding to fp32. How good the
+    combined customer is, only data can tell.
+
+    \b
+    Example:
+      qrlora-deploy combine acme.safetensors:0.7 umbrella.safetensors:0.3 -o both.safetensors
+    """
+    from qrlora_deploy.coefficients import read_coefficients, write_coefficients
+    from qrlora_deploy.combining import combine
+    from qrlora_deploy.files import check_free_file
+
+    check_free_file(output)
+    chosen = [parse_part(part) for part in parts]
+    if output.resolve() in [file.resolve() for file, _ in chosen]:
+        raise InputError(f"{output} is one of the parts; give another --output")
+    customers = [(read_coefficients(file), weight) for file, weight in chosen]
+    combined = combine(customers, [str(file) for file, _ in chosen])
+    combined = replace(combined, basis_file=_basis_place(combined, chosen[0][0], output))
+    write_coefficients(combined, output)
+    size_bytes = output.stat().st_size
+    made_of = [
+        {"file": file, "weight": weight, "digest": customer.digest}
+        for (file, weight), (customer, _) in zip(chosen, customers, strict=True)
+    ]
+    record = {"output": output, "size_bytes": size_bytes, "digest": combined.digest, "parts": made_of}
+    facts = {"digest": combined.digest, "coefficients": len(combined.values), "size": size_text(size_bytes)}
+    return Output(record, f"wrote {output}", facts | {str(file): weight for file, weight in chosen})
+
+
+def parse_part(text: str) -> tuple[Path, float]:
+    """`FILE:WEIGHT` or `FILE`; a file whose own name holds the colon is taken as it is.
+
+    Raises:
+        InputError: there is no such file, or the weight is not a finite number.
+    """
+    if Path(text).is_file():
+        return Path(text), 1.0
+    name, colon, number = text.rpartition(":")
+    if not colon or not Path(name).is_file():
+        raise InputError(f"{name if colon else text}: no such file")
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise InputError(f"{text}: the weight {number!r} is not a finite number; write {name}:0.5")
+    return Path(name), weight
+
+
+def _basis_place(combined: "Coefficients", file: Path, output: Path) -> str:
+    """Where the basis is, seen from the new file: a recorded place is relative to its own file's folder."""
+    from qrlora_deploy.locating import recorded_place
+
+    place = file.parent / combined.basis_file
+    return recorded_place(place, output) if combined.basis_file and place.is_file() else combined.basis_file
