@@ -10,6 +10,12 @@ from qrlora_deploy.errors import InputError
 RANK_MULTIPLE = 8
 """Ranks are padded with zeros to a multiple of this in a switchable graph: tensor cores want it."""
 
+TABLE, HEAD_TABLE, SLOT = "coefficient_table", "head_table", "slot"
+"""Inputs of a switchable graph beside the text: `[slots, width]`, `[slots, head width]`, `[batch]`."""
+
+BASE_HEAD_FILE = "base_head.safetensors"
+"""The base's own output layer, in a bundle whose customers may have other ones."""
+
 
 def padded_rank(rank: int) -> int:
     """`rank` rounded up to a multiple of `RANK_MULTIPLE`."""

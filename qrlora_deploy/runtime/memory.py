@@ -1,0 +1,154 @@
+"""Where the rows of a coefficient table lie: an array of the host, or one buffer of a GPU."""
+
+import ctypes
+import ctypes.util
+import sys
+from typing import Any, Protocol
+
+import numpy as np
+import onnxruntime
+
+from qrlora_deploy.errors import ProviderError, QrloraError
+
+HOST_TO_DEVICE, DEVICE_TO_DEVICE = 1, 3
+"""`cudaMemcpyKind` of the CUDA runtime."""
+
+
+class Memory(Protocol):
+    """Rows of fp32 that ONNX Runtime reads while single rows are written.
+
+    A row that no run reads may be written at any time; which rows these are is the table's affair.
+    """
+
+    rows: int
+    width: int
+
+    def write(self, row: int, values: np.ndarray) -> None:
+        """Copy `values [width]` fp32 into a row; done when it returns."""
+
+    def grown(self, rows: int) -> "Memory":
+        """A new memory with more rows, the first ones being copies of these."""
+
+    def bind(self, binding: Any, name: str) -> None:
+        """Give the whole memory to an `onnxruntime.IOBinding` as the input `name`, without a copy."""
+
+
+class TableMemory:
+    """The inputs of a graph that have a row per customer, written together.
+
+    Args:
+        parts: a memory for each input, all with the same number of rows.
+    """
+
+    def __init__(self, parts: dict[str, Memory]) -> None:
+        self.parts = parts
+        self.rows = next(iter(parts.values())).rows
+
+    def write(self, row: int, values: dict[str, np.ndarray]) -> None:
+        """Copy `values`, a row `[width]` fp32 for every input, and wait until they are there."""
+        for name, part in self.parts.items():
+            part.write(row, values[name])
+
+    def grown(self, rows: int) -> "TableMemory":
+        """A larger copy."""
+        return TableMemory({name: part.grown(rows) for name, part in self.parts.items()})
+
+    def bind(self, binding: Any) -> None:
+        """Bind every part to the input of its name."""
+        for name, part in self.parts.items():
+            part.bind(binding, name)
+
+
+def make_memory(widths: dict[str, int], rows: int, provider: str) -> TableMemory:
+    """Zeroed memory for inputs of these `widths`, on the device of an execution provider.
+
+    Raises:
+        QrloraError: it does not fit. ProviderError: CUDA is not there.
+    """
+    kind = HostMemory if provider == "cpu" else CudaMemory
+    return TableMemory({name: kind(rows, width) for name, width in widths.items()})
+
+
+class HostMemory:
+    """Rows in one numpy array `[rows, width]`, zero at the start."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        self.rows, self.width = rows, width
+        try:
+            self.array = np.zeros((rows, width), dtype=np.float32)
+        except MemoryError as error:
+            raise QrloraError(_too_large(rows, width, "the host")) from error
+        # Made once and kept with its array: it only points to the array's memory.
+        self.value = onnxruntime.OrtValue.ortvalue_from_numpy(self.array)
+
+    def write(self, row: int, values: np.ndarray) -> None:
+        """Copy `values [width]` into a row."""
+        self.array[row] = values
+
+    def grown(self, rows: int) -> "HostMemory":
+        """A larger copy."""
+        larger = HostMemory(rows, self.width)
+        larger.array[: self.rows] = self.array
+        return larger
+
+    def bind(self, binding: Any, name: str) -> None:
+        """Bind the array itself."""
+        binding.bind_ortvalue_input(name, self.value)
+
+
+class CudaMemory:
+    """Rows in one buffer of a GPU, zero at the start. A row is copied there on its own."""
+
+    def __init__(self, rows: int, width: int, device: int = 0) -> None:
+        self.rows, self.width, self.device = rows, width, device
+        self.cuda = _cuda_runtime()
+        try:
+            self.value = onnxruntime.OrtValue.ortvalue_from_shape_and_type((rows, width), np.float32, "cuda", device)
+        # ONNX Runtime's exceptions share no base class of their own.
+        except Exception as error:
+            raise QrloraError(_too_large(rows, width, f"GPU {device}")) from error
+        self._check(self.cuda.cudaSetDevice(device))
+        self._check(self.cuda.cudaMemset(ctypes.c_void_p(self.value.data_ptr()), 0, ctypes.c_size_t(4 * rows * width)))
+        self._check(self.cuda.cudaDeviceSynchronize())
+
+    def write(self, row: int, values: np.ndarray) -> None:
+        """Copy `values [width]` into a row and wait until they are there."""
+        contiguous = np.ascontiguousarray(values, dtype=np.float32)
+        self._copy(4 * row * self.width, contiguous.ctypes.data, contiguous.nbytes, HOST_TO_DEVICE)
+
+    def grown(self, rows: int) -> "CudaMemory":
+        """A larger copy on the same GPU."""
+        larger = CudaMemory(rows, self.width, self.device)
+        larger._copy(0, self.value.data_ptr(), 4 * self.rows * self.width, DEVICE_TO_DEVICE)
+        return larger
+
+    def bind(self, binding: Any, name: str) -> None:
+        """Bind the buffer itself."""
+        binding.bind_ortvalue_input(name, self.value)
+
+    def _copy(self, offset: int, source: int, size_bytes: int, kind: int) -> None:
+        self._check(self.cuda.cudaSetDevice(self.device))
+        place = ctypes.c_void_p(self.value.data_ptr() + offset)
+        self._check(self.cuda.cudaMemcpy(place, ctypes.c_void_p(source), ctypes.c_size_t(size_bytes), kind))
+        # A copy between two places of one GPU returns before it is done.
+        if kind == DEVICE_TO_DEVICE:
+            self._check(self.cuda.cudaDeviceSynchronize())
+
+    def _check(self, code: int) -> None:
+        if code:
+            raise QrloraError(f"CUDA refused to write the coefficient table (error {code})")
+
+
+def _cuda_runtime() -> Any:
+    """The CUDA runtime library, which ONNX Runtime's CUDA provider has loaded already."""
+    pattern = "cudart64_{}.dll" if sys.platform == "win32" else "libcudart.so.{}"
+    for version in (13, 12):
+        try:
+            return ctypes.CDLL(pattern.format(version))
+        except OSError:
+            continue
+    raise ProviderError("the CUDA runtime library was not found; pip install 'qrlora-deploy[cuda]' brings it")
+
+
+def _too_large(rows: int, width: int, place: str) -> str:
+    return f"a coefficient table of {rows} rows ({4e-9 * rows * width:.1f} GB) does not fit {place}"
