@@ -1,5 +1,6 @@
 """The command line: `qrlora-deploy COMMAND`, one module per command."""
 
+import io
 import logging
 import os
 import sys
@@ -24,4 +25,8 @@ def main() -> None:
             os.environ.setdefault(name, value)
         warnings.simplefilter("ignore")
         logging.basicConfig(level=logging.ERROR)
+    for stream in (sys.stdout, sys.stderr):
+        # Names of files need not be text; what the stream cannot show is written as an escape.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     cli()

@@ -82,6 +82,9 @@ class LazyGroup(click.Group):
             # The reader of a pipe has gone; the interpreter's last flush must not complain either.
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - lives to the end
             sys.exit(1)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.ctx.get_help(), err=True)
+            sys.exit(2)
         except Exception as error:
             _fail(error, state.debug)
         # Without standalone mode click returns the code of --help and --version instead of exiting.

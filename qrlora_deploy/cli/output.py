@@ -53,7 +53,8 @@ class Output:
 def show(output: Output, as_json: bool, stream: IO[str]) -> None:
     """Print `output` to `stream`."""
     if as_json:
-        stream.write(json.dumps(plain(output.record), indent=2, ensure_ascii=False) + "\n")
+        escape = (getattr(stream, "encoding", None) or "utf-8").lower() not in ("utf-8", "utf8")
+        stream.write(json.dumps(plain(output.record), indent=2, ensure_ascii=escape) + "\n")
         return
     # Imported here: rich takes a tenth of the time that --help may take.
     from rich.console import Console

@@ -1,5 +1,6 @@
 """The group of commands: help, errors as one line, exit codes."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,25 @@ def test_help_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> N
     assert ended([name, "--help"]) == 0
     shown = capsys.readouterr().out
     assert "Example" in shown and f"qrlora-deploy {name}" in shown
+
+
+def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended([]) == 2
+    shown = capsys.readouterr().err
+    assert "Commands:" in shown and "factorize" in shown and "Error" not in shown
+
+
+def test_a_terminal_without_utf8_gets_escapes(tmp_path: Path) -> None:
+    (tmp_path / "caf\xe9").mkdir()
+    for arguments, code in ((["inspect", "caf\xe9"], 2), (["doctor", "--json"], 0)):
+        done = subprocess.run(
+            [sys.executable, "-m", "qrlora_deploy.cli", *arguments],
+            capture_output=True,
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)},
+            check=False,
+        )
+        assert done.returncode == code and b"internal error" not in done.stderr
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
