@@ -71,7 +71,7 @@ def attach(model: Any, basis: Basis) -> dict[str, QRLoRALinear]:
     """
     adapters, places = {}, []
     for target in basis.targets:
-        path, module = _resolve(model, target.name)
+        path, module = resolve_layer(model, target.name)
         adapters[target.name] = QRLoRALinear(module, target)
         places.append(path)
     for path, adapter in zip(places, adapters.values(), strict=True):
@@ -122,7 +122,12 @@ def precondition(adapters: dict[str, QRLoRALinear]) -> None:
             adapter.u.zero_()
 
 
-def _resolve(model: Any, name: str) -> tuple[str, nn.Module]:
+def resolve_layer(model: Any, name: str) -> tuple[str, nn.Module]:
+    """Path and layer of a target, whether the basis was made from the headless encoder or the task model.
+
+    Raises:
+        InputError: it is missing, or not a linear layer.
+    """
     prefix = getattr(model, "base_model_prefix", "")
     bare = name.removeprefix(f"{prefix}.")
     modules = dict(model.named_modules())

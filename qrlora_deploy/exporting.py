@@ -1,25 +1,62 @@
 """Exporters are found by name in an entry-point group, so that another package can add one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from qrlora_deploy.errors import InputError
 
+if TYPE_CHECKING:
+    from qrlora_deploy.basis import Basis
+    from qrlora_deploy.checkpoint import Checkpoint
+    from qrlora_deploy.coefficients import Coefficients
+    from qrlora_deploy.training.data import Examples
+
 GROUP = "qrlora_deploy.exporters"
 
-BUILT_IN = EntryPoint("onnx", "exporters.onnx:export_merged", GROUP)
+BUILT_IN = (EntryPoint("onnx", "exporters.onnx:export_bundle", GROUP),)
 """Also registered by pyproject.toml; named here so that a checkout works without being installed."""
 
 
-def find_exporter(name: str) -> Callable[..., Any]:
-    """The exporter registered under `name`, which is called like `exporters.onnx.export_merged`.
+@dataclass(frozen=True)
+class ExportJob:
+    """What an exporter is asked for.
+
+    Attributes:
+        checkpoint: the base.
+        basis: of that base.
+        output: a new file or folder.
+        coefficients: the customer, or None for a form that serves all customers.
+        head_labels: most labels that a customer's own head may have, in a form for all customers.
+        texts: texts of the check that ends the export; None: what comes with the project.
+        provider: execution provider of that check.
+        progress: called with a description, the steps done and all steps.
+    """
+
+    checkpoint: "Checkpoint"
+    basis: "Basis"
+    output: Path
+    coefficients: "Coefficients | None" = None
+    head_labels: int = 0
+    texts: "Examples | None" = None
+    provider: str = "cpu"
+    progress: Callable[[str, int, int], None] | None = None
+
+
+Exporter = Callable[[ExportJob], Mapping[str, Any]]
+"""Writes `output` whole or not at all, and returns plain JSON values that say what was written."""
+
+
+def find_exporter(name: str) -> Exporter:
+    """The exporter registered under `name`.
 
     Raises:
         InputError: there is none; the message lists those there are.
     """
-    found = {point.name: point for point in (BUILT_IN, *entry_points(group=GROUP))}
+    found = {point.name: point for point in (*BUILT_IN, *entry_points(group=GROUP))}
     if name not in found:
         raise InputError(f"--format {name}: no such exporter; there are {', '.join(sorted(found))}")
-    exporter: Callable[..., Any] = found[name].load()
+    exporter: Exporter = found[name].load()
     return exporter

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qrlora_deploy.adapter import _resolve as resolve_layer
+from qrlora_deploy.adapter import resolve_layer
 from qrlora_deploy.basis import Basis, BasisTarget
 from qrlora_deploy.checkpoint import Checkpoint, check_basis_fits
 from qrlora_deploy.coefficients import Coefficients

@@ -119,6 +119,17 @@ def exported(
     return output
 
 
+@pytest.fixture(scope="session")
+def switchable(tiny_base: Path, tiny_basis: Basis, texts: "Examples", tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A switchable bundle of the tiny base, with room for heads of six labels."""
+    from exporters.onnx import export_switchable
+    from qrlora_deploy.checkpoint import open_checkpoint
+
+    output = tmp_path_factory.mktemp("bundles") / "switchable"
+    export_switchable(open_checkpoint(str(tiny_base)), tiny_basis, output, texts, head_labels=6)
+    return output
+
+
 @pytest.fixture
 def copied(exported: Path, tmp_path: Path) -> Callable[[], Path]:
     """Makes a fresh copy of the bundle."""

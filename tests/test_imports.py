@@ -87,7 +87,7 @@ def test_the_runtime_stands_alone(name: str) -> None:
     found = imports(MODULES[name])
     heavy = {found_name for found_name in found if found_name.split(".")[0] in ("torch", "transformers", "onnx")}
     assert heavy == set()
-    own = {"qrlora_deploy.errors", "qrlora_deploy.files"}
+    own = {"qrlora_deploy.errors", "qrlora_deploy.files", "qrlora_deploy.coefficients"}
     assert {other for other in project(found) if not inside(other, "qrlora_deploy.runtime")} <= own
 
 

@@ -1,51 +1,59 @@
-"""One customer as a plain ONNX bundle."""
+"""A model as an ONNX bundle: one customer folded in, or any customer in any row."""
 
-from collections.abc import Callable
-from importlib.metadata import version
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
-import tokenizers
-
-from exporters.onnx.graph import OPSET, Graph, input_names, longest_input, write_graph
+from exporters.onnx.customers import made_up_customers, mixed_reference, read_base_head
+from exporters.onnx.graph import RowInputs, input_names, write_graph
 from exporters.onnx.reference import build_reference, choose_texts
+from exporters.onnx.sealing import Checked, Content, seal, write_side_files
+from exporters.onnx.switchable import make_switchable
 from qrlora_deploy.basis import Basis
-from qrlora_deploy.checkpoint import Checkpoint
+from qrlora_deploy.checkpoint import Checkpoint, check_basis_fits
 from qrlora_deploy.coefficients import Coefficients
 from qrlora_deploy.errors import InputError
+from qrlora_deploy.exporting import ExportJob
 from qrlora_deploy.files import atomic_folder, check_free_folder
 from qrlora_deploy.merging import merge_model
-from qrlora_deploy.provenance import tool_versions
-from qrlora_deploy.runtime.bundle import (
-    MANIFEST_FILE,
-    MODEL_FILE,
-    REFERENCE_FILE,
-    TOKENIZER_FILE,
-    Manifest,
-    ParityRecord,
-    TargetRecord,
-    TensorRecord,
-    digest_files,
-)
-from qrlora_deploy.runtime.layout import padded_rank
-from qrlora_deploy.runtime.parity import Case, ParityReport, check_parity, customer_effect, write_reference
+from qrlora_deploy.runtime.bundle import MODEL_FILE, Manifest
+from qrlora_deploy.runtime.layout import head_arrays
+from qrlora_deploy.runtime.parity import Case, check_parity
 from qrlora_deploy.runtime.session import open_session
 from qrlora_deploy.training.data import Examples
 
 Progress = Callable[[str, int, int], None]
-STEPS = ("reference logits in PyTorch", "merge and export", "parity check", "seal the bundle")
+STEPS = ("reference logits in PyTorch", "export", "parity check", "seal the bundle")
 
-README = """# {task}, {labels} labels
 
-A merged bundle written by qrlora-deploy: one customer folded into its base, as plain ONNX.
+@dataclass(frozen=True)
+class _Plan:
+    """What differs between the kinds of bundles."""
 
-    qrlora-deploy verify .
-    qrlora-deploy predict . --text "..."
+    content: Content
+    reference: list[Case]
+    model: Any
+    rows: RowInputs | None = None
 
-`manifest.json` says what it was made from and seals every file. `model.onnx` takes int64 inputs
-`[batch, sequence]` and gives `logits [batch, labels]`; it runs in any ONNX Runtime with opset 23.
-"""
+
+def export_bundle(job: ExportJob) -> Mapping[str, Any]:
+    """The exporter "onnx": a merged bundle of `job.coefficients`, or a switchable one without them.
+
+    Raises:
+        InputError: a head table was asked for with a merged bundle. Else as the two functions below.
+    """
+    if job.coefficients is None:
+        manifest = export_switchable(
+            job.checkpoint, job.basis, job.output, job.texts, job.provider, job.progress, job.head_labels
+        )
+    elif job.head_labels:
+        raise InputError("--head-labels belongs to a switchable bundle; a merged one has its customer's own head")
+    else:
+        manifest = export_merged(
+            job.checkpoint, job.basis, job.coefficients, job.output, job.texts, job.provider, job.progress
+        )
+    return manifest.model_dump(mode="json")
 
 
 def export_merged(
@@ -72,34 +80,85 @@ def export_merged(
         CheckFailed: the logits differ. ProviderError: the provider does not load.
         QrloraError: the model cannot be exported, or the disk is full.
     """
-    check_free_folder(output)
-    tokenizer = _check_exportable(checkpoint)
 
+    def plan() -> _Plan:
+        reference = build_reference(checkpoint, basis, coefficients, choose_texts(texts))
+        model = checkpoint.load_model()
+        merge_model(model, checkpoint, basis, coefficients)
+        labels = coefficients.labels or checkpoint.labels
+        content = Content("merged", coefficients.task, labels, len(labels), coefficients.digest)
+        return _Plan(content, reference, model)
+
+    return _export(checkpoint, basis, output, plan, provider, progress)
+
+
+def export_switchable(
+    checkpoint: Checkpoint,
+    basis: Basis,
+    output: Path,
+    texts: Examples | None = None,
+    provider: str = "cpu",
+    progress: Progress | None = None,
+    head_labels: int = 0,
+) -> Manifest:
+    """Write a bundle that serves every customer of `basis` to the new folder `output`.
+
+    The graph has the further inputs `coefficient_table [slots, width]` fp32 and `slot [batch]`
+    int64, and with `head_labels` also `head_table`. It is checked like a merged one, with
+    different customers in neighbouring rows.
+
+    Args:
+        head_labels: most labels that a customer's own head may have; 0: all use the base's head.
+
+    Raises:
+        As `export_merged`; InputError: a layer cannot have a customer per row, or the base has more
+        labels than `head_labels`.
+    """
+    if head_labels and head_labels < len(checkpoint.labels):
+        raise InputError(f"--head-labels {head_labels} is less than the base's {len(checkpoint.labels)} labels")
+
+    def plan() -> _Plan:
+        check_basis_fits(checkpoint, basis)
+        model = checkpoint.load_model()
+        rows = make_switchable(model, basis, head_labels)
+        customers = made_up_customers(checkpoint, basis, rows.head)
+        reference = mixed_reference(checkpoint, basis, customers, rows.head, choose_texts(texts))
+        base_head = head_arrays(read_base_head(checkpoint)) if rows.head else None
+        outputs = head_labels or len(checkpoint.labels)
+        content = Content(
+            "switchable", checkpoint.task, checkpoint.labels, outputs, head=rows.head, base_head=base_head
+        )
+        return _Plan(content, reference, model, rows)
+
+    return _export(checkpoint, basis, output, plan, provider, progress)
+
+
+def _export(
+    checkpoint: Checkpoint,
+    basis: Basis,
+    output: Path,
+    make_plan: Callable[[], _Plan],
+    provider: str,
+    progress: Progress | None,
+) -> Manifest:
     def step(done: int) -> None:
         if progress is not None:
             progress(STEPS[min(done, len(STEPS) - 1)], done, len(STEPS))
 
+    check_free_folder(output)
+    tokenizer = _check_exportable(checkpoint)
     step(0)
-    reference = build_reference(checkpoint, basis, coefficients, choose_texts(texts))
+    plan = make_plan()
     step(1)
-    model = checkpoint.load_model()
-    merge_model(model, checkpoint, basis, coefficients)
     with atomic_folder(output) as folder:
-        graph = write_graph(model, input_names(model, tokenizer), folder)
+        graph = write_graph(plan.model, input_names(plan.model, tokenizer), folder, plan.rows)
         step(2)
-        report = check_parity(open_session(folder / MODEL_FILE, provider), reference)
+        report = check_parity(open_session(folder / MODEL_FILE, provider), plan.reference)
         report.raise_if_failed()
         step(3)
-        _write_side_files(folder, model, tokenizer, coefficients, reference)
-        manifest = Manifest(
-            **_origin(checkpoint, basis, coefficients),
-            **_interface(graph, len(_labels(checkpoint, coefficients))),
-            **_tokenizer_facts(model, tokenizer),
-            parity=_parity_record(report, provider),
-            customer_effect=customer_effect(reference),
-            files=digest_files(folder),
-        )
-        (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+        checked = Checked(plan.model, tokenizer, graph, plan.reference, report, provider)
+        write_side_files(folder, plan.content, checked)
+        manifest = seal(folder, checkpoint, basis, plan.content, checked)
     step(4)
     return manifest
 
@@ -113,75 +172,3 @@ def _check_exportable(checkpoint: Checkpoint) -> Any:
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"{checkpoint.name} has no fast tokenizer (tokenizer.json), which serving needs")
     return tokenizer
-
-
-def _labels(checkpoint: Checkpoint, coefficients: Coefficients) -> tuple[str, ...]:
-    return coefficients.labels or checkpoint.labels
-
-
-def _write_side_files(
-    folder: Path, model: Any, tokenizer: Any, coefficients: Coefficients, reference: list[Case]
-) -> None:
-    """Config, tokenizer, reference logits and a README."""
-    write_reference(reference, folder / REFERENCE_FILE)
-    if coefficients.labels:
-        model.config.id2label = dict(enumerate(coefficients.labels))
-        model.config.label2id = {label: index for index, label in enumerate(coefficients.labels)}
-    model.config.to_json_file(folder / "config.json")
-    tokenizer.save_pretrained(folder)
-    # What padding and truncation were left on by earlier calls is no part of the tokenizer.
-    plain = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE))
-    plain.no_padding()
-    plain.no_truncation()
-    plain.save(str(folder / TOKENIZER_FILE))
-    (folder / "README.md").write_text(README.format(task=coefficients.task, labels=len(coefficients.labels)), "utf-8")
-
-
-def _origin(checkpoint: Checkpoint, basis: Basis, coefficients: Coefficients) -> dict[str, Any]:
-    return {
-        "kind": "merged",
-        "task": coefficients.task,
-        "labels": _labels(checkpoint, coefficients),
-        "precision": "fp32",
-        "basis_digest": basis.digest,
-        "coefficients_digest": coefficients.digest,
-        "base_name": checkpoint.name,
-        "base_digest": checkpoint.digest,
-        "total_rank": basis.total_rank,
-        "targets": tuple(
-            TargetRecord(name=name, rank=rank, padded_rank=padded_rank(rank)) for name, rank in basis.ranks.items()
-        ),
-        "versions": tool_versions()
-        | {name: version(name) for name in ("transformers", "onnx", "onnxscript")}
-        | {"onnxruntime": onnxruntime.__version__},
-    }
-
-
-def _interface(graph: Graph, outputs: int) -> dict[str, Any]:
-    axes = ("batch", "sequence")
-    return {
-        "opset": OPSET,
-        "attention_nodes": graph.attention_nodes,
-        "inputs": tuple(TensorRecord(name=name, dtype="int64", shape=axes) for name in graph.inputs),
-        "outputs": (TensorRecord(name="logits", dtype="float32", shape=("batch", outputs)),),
-    }
-
-
-def _tokenizer_facts(model: Any, tokenizer: Any) -> dict[str, Any]:
-    return {
-        "max_length": longest_input(model, tokenizer),
-        "pad_token_id": tokenizer.pad_token_id,
-        "padding_side": tokenizer.padding_side,
-        "pad_token_type_id": tokenizer.pad_token_type_id,
-    }
-
-
-def _parity_record(report: ParityReport, provider: str) -> ParityRecord:
-    return ParityRecord(
-        max_abs_error=report.max_abs_error,
-        bound=report.bound,
-        label_agreement=report.label_agreement,
-        cases=report.cases,
-        worst=report.worst,
-        provider=provider,
-    )

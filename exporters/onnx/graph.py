@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from optimum.utils import DummyTextInputGenerator, NormalizedTextConfig
 
 from exporters.onnx.attention import use_onnx_attention
 from qrlora_deploy.errors import QrloraError
+from qrlora_deploy.runtime.bundle import TensorRecord
 
 OPSET = 23
 """The first opset with the `Attention` operator."""
@@ -27,12 +28,26 @@ class Graph:
     """What was written.
 
     Attributes:
-        inputs: names of the inputs, int64 `[batch, sequence]` each.
+        inputs: name, type and axes of each input, the text inputs first.
         attention_nodes: number of `Attention` operators; 0 for a model with an attention of its own.
     """
 
-    inputs: tuple[str, ...]
+    inputs: tuple[TensorRecord, ...]
     attention_nodes: int
+
+
+Example = tuple[torch.Tensor, tuple[str | int, ...]]
+"""A tensor to trace with, and its axes: a dynamic one has a name instead of a size."""
+
+
+class RowInputs(Protocol):
+    """Inputs beside the text, which the model's layers read while it runs."""
+
+    def examples(self, batch: int) -> dict[str, Example]:
+        """Examples for a batch of `batch` rows, by the name of the input."""
+
+    def fill(self, inputs: dict[str, torch.Tensor]) -> None:
+        """Take the inputs of the run that begins."""
 
 
 def input_names(model: Any, tokenizer: Any) -> tuple[str, ...]:
@@ -57,67 +72,98 @@ def longest_input(model: Any, tokenizer: Any) -> int:
     return int(min(limits, default=512))
 
 
-def write_graph(model: Any, names: tuple[str, ...], folder: Path) -> Graph:
+def write_graph(model: Any, names: tuple[str, ...], folder: Path, rows: RowInputs | None = None) -> Graph:
     """Export `model` to `folder/model.onnx`, weights in `model.onnx.data`.
 
     The model's attention implementation is switched in place.
 
+    Args:
+        model: gives `logits [batch, outputs]`.
+        names: its text inputs, int64 `[batch, sequence]` each.
+        folder: where the files go.
+        rows: further inputs, and who takes them.
+
     Raises:
         QrloraError: the model cannot be traced, or the attention operator did not reach the graph.
+        InputError: a layer cannot work with `rows`.
     """
     model.config.use_cache = False
     emitted = use_onnx_attention(model)
-    program = _trace(_LogitsOnly(model, names).eval(), names, _example(model, names))
+    examples = _examples(model, names, rows)
+    wrapper = _LogitsOnly(model, tuple(examples), rows).eval()
+    if rows is not None:
+        # Errors of a layer come out of a plain run as they are, and out of a trace wrapped up.
+        with torch.no_grad():
+            wrapper(*(tensor for tensor, _axes in examples.values()))
+    program = _trace(wrapper, examples)
     attention_nodes = sum(node.op_type == "Attention" for node in program.model.graph.all_nodes())
     if emitted and not attention_nodes:
         raise QrloraError(f"{type(model).__name__}: no Attention operator reached the graph; please report this model")
     _strip(program.model)
     # Weights always go to their own file: a model of more than 2 GB has no other form.
     program.save(folder / MODEL_FILE, external_data=True)
-    return Graph(names, attention_nodes)
+    return Graph(tuple(_record(name, *example) for name, example in examples.items()), attention_nodes)
+
+
+def _record(name: str, tensor: torch.Tensor, axes: tuple[str | int, ...]) -> TensorRecord:
+    return TensorRecord(name=name, dtype=str(tensor.dtype).removeprefix("torch."), shape=axes)
 
 
 class _LogitsOnly(torch.nn.Module):
     """Takes tensors by position and gives logits `[batch, outputs]`."""
 
-    def __init__(self, model: torch.nn.Module, names: tuple[str, ...]) -> None:
+    def __init__(self, model: torch.nn.Module, names: tuple[str, ...], rows: RowInputs | None) -> None:
         super().__init__()
         self.model = model
         self.names = names
+        self.rows = rows
+        self.row_names = () if rows is None else tuple(rows.examples(1))
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         named = dict(zip(self.names, inputs, strict=True))
+        if self.rows is not None:
+            self.rows.fill({name: named.pop(name) for name in self.row_names})
         logits: torch.Tensor = self.model(**named, return_dict=True).logits
         return logits
 
 
-def _example(model: Any, names: tuple[str, ...]) -> tuple[torch.Tensor, ...]:
+def _examples(model: Any, names: tuple[str, ...], rows: RowInputs | None) -> dict[str, Example]:
     # No axis has size 1 or the size of another one: the exporter would take them for constants.
+    batch, sequence = 3, 11
     generator = DummyTextInputGenerator(
-        "text-classification", NormalizedTextConfig(model.config), batch_size=3, sequence_length=11
+        "text-classification", NormalizedTextConfig(model.config), batch_size=batch, sequence_length=sequence
     )
     inputs = {name: generator.generate(name, framework="pt") for name in names}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     inputs["attention_mask"][0, 7:] = 0
     if "token_type_ids" in inputs:
         inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
-    return tuple(inputs[name] for name in names)
+    text: dict[str, Example] = {name: (inputs[name], ("batch", "sequence")) for name in names}
+    return text if rows is None else text | rows.examples(batch)
 
 
-def _trace(wrapper: torch.nn.Module, names: tuple[str, ...], example: tuple[torch.Tensor, ...]) -> Any:
-    axes = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("sequence", min=1, max=2**20)}
+def _trace(wrapper: torch.nn.Module, examples: dict[str, Example]) -> Any:
+    dims = {
+        "batch": torch.export.Dim("batch", min=1),
+        "sequence": torch.export.Dim("sequence", min=1, max=2**20),
+        "slots": torch.export.Dim("slots", min=1),
+    }
+    shapes = tuple(
+        {index: dims[axis] for index, axis in enumerate(axes) if isinstance(axis, str)}
+        for _tensor, axes in examples.values()
+    )
     try:
         with warnings.catch_warnings(), _quiet(), torch.no_grad():
             # Deprecations inside torch and transformers, nothing a user can act on.
             warnings.simplefilter("ignore")
             return torch.onnx.export(
                 wrapper,
-                example,
+                tuple(tensor for tensor, _axes in examples.values()),
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=list(names),
+                input_names=list(examples),
                 output_names=["logits"],
-                dynamic_shapes=(tuple(axes for _ in names),),
+                dynamic_shapes=(shapes,),
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:

@@ -16,11 +16,9 @@ from qrlora_deploy.adapter import attach, set_coefficients
 from qrlora_deploy.basis import Basis
 from qrlora_deploy.checkpoint import Checkpoint
 from qrlora_deploy.coefficients import Coefficients
-from qrlora_deploy.errors import BasisMismatchError, InputError
+from qrlora_deploy.errors import InputError
 from qrlora_deploy.merging import merge_model
-from qrlora_deploy.runtime.bundle import Bundle
-from qrlora_deploy.runtime.parity import Case, ParityReport, check_parity
-from qrlora_deploy.runtime.session import open_session
+from qrlora_deploy.runtime.parity import Case
 from qrlora_deploy.training.data import Examples
 
 BATCH = 8
@@ -124,30 +122,3 @@ def _logits(model: Any, inputs: Inputs) -> np.ndarray:
         tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
         logits: np.ndarray = model(**tensors).logits.float().numpy()
     return logits
-
-
-def verify_against(
-    bundle: Bundle,
-    checkpoint: Checkpoint,
-    basis: Basis,
-    coefficients: Coefficients,
-    texts: Examples | None = None,
-    provider: str = "cpu",
-) -> ParityReport:
-    """Check a bundle against PyTorch anew, on texts of one's own, instead of its stored logits.
-
-    Raises:
-        BasisMismatchError: base, basis or coefficients are not those of the bundle.
-        ProviderError: the provider does not load.
-    """
-    manifest = bundle.manifest
-    given = {
-        "base": (checkpoint.digest, manifest.base_digest),
-        "basis": (basis.digest, manifest.basis_digest),
-        "coefficients": (coefficients.digest, manifest.coefficients_digest),
-    }
-    wrong = [f"{name} {mine[:12]}, not {theirs[:12]}" for name, (mine, theirs) in given.items() if mine != theirs]
-    if wrong:
-        raise BasisMismatchError(f"{bundle.folder} was exported from others: {'; '.join(wrong)} as in the bundle")
-    session = open_session(bundle.model, provider)
-    return check_parity(session, build_reference(checkpoint, basis, coefficients, choose_texts(texts)))

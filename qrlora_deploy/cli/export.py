@@ -1,6 +1,7 @@
 """`qrlora-deploy export`."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,7 +13,15 @@ from qrlora_deploy.cli.options import (
     output_option,
     provider_option,
 )
-from qrlora_deploy.cli.output import Output, plain, progress_bar
+from qrlora_deploy.cli.output import Output, progress_bar
+
+if TYPE_CHECKING:
+    from qrlora_deploy.basis import Basis
+    from qrlora_deploy.checkpoint import Checkpoint
+    from qrlora_deploy.coefficients import Coefficients
+
+SHOWN = ("kind", "task", "labels", "precision", "opset", "head_labels", "parity", "customer_effect")
+"""What of an exporter's answer is shown without `--json`."""
 
 
 @click.command("export")
@@ -20,8 +29,13 @@ from qrlora_deploy.cli.output import Output, plain, progress_bar
 @basis_option(required=False)
 @coefficients_option(required=False)
 @output_option("Folder to write, a bundle.")
-@click.option("--merge", is_flag=True, help="One customer as plain weights.")
+@click.option("--merge", is_flag=True, help="One customer as plain weights; needs --coefficients.")
 @click.option("--format", "format_name", default="onnx", show_default=True, help="Name of an exporter.")
+@click.option(
+    "--head-labels",
+    type=click.IntRange(min=1),
+    help="Switchable: customers may have a head of their own, with at most this many labels.",
+)
 @click.option("--data", help="Texts of the parity check, by default ones of this project.")
 @column_options
 @provider_option
@@ -33,36 +47,54 @@ def command(
     output: Path,
     merge: bool,
     format_name: str,
+    head_labels: int | None,
     data: str | None,
     text_column: str | None,
     label_column: str | None,
     provider: str,
 ) -> Output:
-    """Write a bundle that runs without the base: BASE plus one customer, as ONNX.
+    """Write a form of BASE that runs without it: by default an ONNX bundle, switchable or merged.
 
-    Ends with a check against PyTorch on real text; a bundle that fails it is not left.
-    BASE and --basis may be left out where those that the coefficients file remembers are found.
+    A switchable bundle takes any customer of the basis in any row of a batch, from coefficients
+    files; with --merge one customer is folded in. Ends with a check against PyTorch on real text;
+    what fails it is not left. BASE and --basis may be left out where those that the coefficients
+    file remembers are found.
 
     \b
-    Example:
+    Examples:
+      qrlora-deploy export base --basis basis.safetensors -o bundle
       qrlora-deploy export --merge --coefficients acme.safetensors -o acme-bundle
     """
-    if not merge or coefficients is None:
-        raise click.UsageError("this version exports merged bundles only: give --merge and --coefficients")
-    from qrlora_deploy.coefficients import read_coefficients
-    from qrlora_deploy.exporting import find_exporter
+    if format_name == "onnx" and merge != (coefficients is not None):
+        raise click.UsageError(
+            "give --merge and --coefficients for a merged bundle, or neither of them for a switchable one"
+        )
+    from qrlora_deploy.exporting import ExportJob, find_exporter
     from qrlora_deploy.files import check_free_folder
-    from qrlora_deploy.locating import locate_base, locate_basis
     from qrlora_deploy.training.data import read_examples
 
     exporter = find_exporter(format_name)
     check_free_folder(output)
-    customer = read_coefficients(coefficients)
-    frozen = locate_basis(customer, coefficients, basis)
-    checkpoint = locate_base(customer, coefficients, base)
+    checkpoint, frozen, customer = _open(base, basis, coefficients)
     texts = read_examples(data, text_column, label_column) if data else None
     with progress_bar() as progress:
-        manifest = exporter(checkpoint, frozen, customer, output, texts=texts, provider=provider, progress=progress)
-    record = plain(manifest)
-    names = ("kind", "task", "labels", "precision", "opset", "parity", "customer_effect")
-    return Output(record, f"wrote {output}", {name: record[name] for name in names})
+        job = ExportJob(checkpoint, frozen, output, customer, head_labels or 0, texts, provider, progress)
+        record = dict(exporter(job))
+    return Output(record, f"wrote {output}", {name: record[name] for name in record if name in SHOWN})
+
+
+def _open(
+    base: str | None, basis: Path | None, coefficients: Path | None
+) -> "tuple[Checkpoint, Basis, Coefficients | None]":
+    from qrlora_deploy.basis import read_basis
+    from qrlora_deploy.checkpoint import open_checkpoint
+    from qrlora_deploy.coefficients import read_coefficients
+    from qrlora_deploy.locating import locate_base, locate_basis
+
+    if coefficients is not None:
+        customer = read_coefficients(coefficients)
+        frozen = locate_basis(customer, coefficients, basis)
+        return locate_base(customer, coefficients, base), frozen, customer
+    if base is None or basis is None:
+        raise click.UsageError("give BASE and --basis; only a coefficients file remembers them")
+    return open_checkpoint(base), read_basis(basis), None

@@ -72,7 +72,7 @@ def _verify_anew(
     columns: tuple[str | None, str | None],
     provider: str,
 ) -> "ParityReport":
-    from exporters.onnx.reference import verify_against
+    from exporters.onnx.verifying import verify_against
     from qrlora_deploy.coefficients import read_coefficients
     from qrlora_deploy.locating import locate_base, locate_basis
     from qrlora_deploy.training.data import read_examples

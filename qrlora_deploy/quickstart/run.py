@@ -14,7 +14,7 @@ from qrlora_deploy.basis import Basis, write_basis
 from qrlora_deploy.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.coefficients import Coefficients, write_coefficients
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.exporting import find_exporter
+from qrlora_deploy.exporting import ExportJob, find_exporter
 from qrlora_deploy.factorizing import factorize
 from qrlora_deploy.files import atomic_folder
 from qrlora_deploy.locating import recorded_place
@@ -202,7 +202,8 @@ def _export(
     progress: Progress | None,
 ) -> Bundle:
     output = folder / f"{name}-bundle"
-    find_exporter("onnx")(base, basis, customer, output, provider=device, progress=progress)
+    job = ExportJob(base, basis, output, customer, provider=device, progress=progress)
+    find_exporter("onnx")(job)
     return open_bundle(output)
 
 

@@ -4,6 +4,7 @@ from qrlora_deploy.runtime.bundle import Bundle, Manifest, open_bundle
 from qrlora_deploy.runtime.parity import ParityReport, verify
 from qrlora_deploy.runtime.predictor import Prediction, Predictor
 from qrlora_deploy.runtime.session import open_session
+from qrlora_deploy.runtime.switchable import SwitchableSession
 
 __all__ = [
     "Bundle",
@@ -11,6 +12,7 @@ __all__ = [
     "ParityReport",
     "Prediction",
     "Predictor",
+    "SwitchableSession",
     "open_bundle",
     "open_session",
     "verify",

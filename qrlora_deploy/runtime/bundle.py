@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qrlora_deploy.errors import FileFormatError, InputError
 from qrlora_deploy.files import digest_file
@@ -60,8 +60,11 @@ class Manifest(_Strict):
     """What a bundle is and what every one of its files must hash to.
 
     Attributes:
-        kind: "merged": one customer, plain weights.
-        total_rank: number of coefficients of the customer.
+        kind: "merged": one customer, plain weights; "switchable": any customer in any row.
+        coefficients_digest: the customer of a merged bundle.
+        total_rank: number of coefficients of a customer.
+        head_labels: labels that a customer's own output layer may have; 0: all use the base's.
+        head_features: inputs of the output layer, where customers may have their own; else 0.
         customer_effect: `max |logits(c) - logits(0)|` on the reference texts. Parity proves
             nothing about the customer where this is below the bound.
         attention_nodes: `Attention` operators in the graph; 0 where the model's own was exported.
@@ -69,16 +72,18 @@ class Manifest(_Strict):
     """
 
     format_version: int = FORMAT_VERSION
-    kind: Literal["merged"]
+    kind: Literal["merged", "switchable"]
     task: Literal["text-classification", "text-regression"]
     labels: tuple[str, ...] = Field(min_length=1)
     precision: Literal["fp32"]
     opset: int
     basis_digest: str = Digest
-    coefficients_digest: str = Digest
+    coefficients_digest: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     base_name: str
     base_digest: str = Digest
     total_rank: int = Field(gt=0)
+    head_labels: int = Field(default=0, ge=0)
+    head_features: int = Field(default=0, ge=0)
     targets: tuple[TargetRecord, ...] = Field(min_length=1)
     inputs: tuple[TensorRecord, ...] = Field(min_length=1)
     outputs: tuple[TensorRecord, ...] = Field(min_length=1)
@@ -91,6 +96,17 @@ class Manifest(_Strict):
     padding_side: Literal["right", "left"]
     pad_token_type_id: int = Field(ge=0)
     versions: dict[str, str]
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> "Manifest":
+        merged = self.kind == "merged"
+        if merged != (self.coefficients_digest is not None):
+            raise ValueError(f"a {self.kind} bundle has {'a' if merged else 'no'} coefficients_digest")
+        if bool(self.head_labels) != bool(self.head_features) or (merged and self.head_labels):
+            raise ValueError("head_labels and head_features belong together, in a switchable bundle")
+        if self.head_labels and self.head_labels < len(self.labels):
+            raise ValueError(f"head_labels is {self.head_labels}, but the base has {len(self.labels)} labels")
+        return self
 
     def to_json(self) -> str:
         """Indented JSON with sorted keys: the same manifest always has the same bytes."""

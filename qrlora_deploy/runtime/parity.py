@@ -86,9 +86,7 @@ def check_parity(session: Any, reference: Sequence[Case]) -> ParityReport:
     errors, worst, agreed, rows = {}, ("", -1.0), 0, 0
     for case in reference:
         found = _run(session, case)
-        difference = np.abs(found - case.logits).max(axis=1)
-        # NaN compares false with everything, so it would pass unseen below.
-        difference = np.where(np.isfinite(difference), difference, np.inf)
+        difference = _difference(found, case.logits).max(axis=1)
         errors[case.name] = float(difference.max())
         if errors[case.name] > worst[1]:
             worst = (f"row {int(difference.argmax())} of {case.name!r}", errors[case.name])
@@ -96,9 +94,21 @@ def check_parity(session: Any, reference: Sequence[Case]) -> ParityReport:
         rows += len(found)
     if not rows:
         raise CheckFailed("there is nothing to compare: the reference holds no cases")
-    largest = max(float(np.abs(case.logits).max()) for case in reference)
-    bound = RELATIVE_BOUND * max(1.0, largest)
-    return ParityReport(worst[1], bound, agreed / rows, len(reference), rows, worst[0], errors)
+    return ParityReport(worst[1], bound_of(reference), agreed / rows, len(reference), rows, worst[0], errors)
+
+
+def bound_of(reference: Sequence[Case]) -> float:
+    """`1e-4 * max(1, max |logit|)`, over the labels that a row has."""
+    largest = max(float(np.abs(case.logits[np.isfinite(case.logits)]).max(initial=0)) for case in reference)
+    return RELATIVE_BOUND * max(1.0, largest)
+
+
+def _difference(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """`|found - expected|`; labels that a customer does not have are -inf on both sides."""
+    with np.errstate(invalid="ignore"):
+        difference = np.where(found == expected, 0.0, np.abs(found - expected))
+    # NaN compares false with everything, so it would pass unseen.
+    return np.where(np.isfinite(difference), difference, np.inf)
 
 
 def _run(session: Any, case: Case) -> np.ndarray:
@@ -115,7 +125,7 @@ def _run(session: Any, case: Case) -> np.ndarray:
 
 def customer_effect(reference: Sequence[Case]) -> float:
     """`max |logits(c) - logits(0)|`: how far the customer moves the base on these texts."""
-    return max(float(np.abs(case.logits - case.base_logits).max()) for case in reference)
+    return max(float(_difference(case.logits, case.base_logits).max()) for case in reference)
 
 
 def verify(bundle: Bundle, provider: str = "cpu", threads: int | None = None) -> ParityReport:

@@ -1,0 +1,117 @@
+"""Customers for the parity check of a switchable graph: made up, and different in every row of a batch."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from exporters.onnx.reference import Texts, build_reference
+from qrlora_deploy.basis import Basis
+from qrlora_deploy.checkpoint import Checkpoint
+from qrlora_deploy.coefficients import Coefficients
+from qrlora_deploy.errors import CheckFailed
+from qrlora_deploy.runtime.layout import HEAD_TABLE, SLOT, TABLE, HeadLayout, TableLayout, head_arrays
+from qrlora_deploy.runtime.parity import Case, bound_of, customer_effect
+from qrlora_deploy.training.head import output_layer
+
+MADE_UP = 3
+"""Customers beside the base: with fewer, a swap of two rows could go unseen."""
+
+
+def base_customer(checkpoint: Checkpoint, basis: Basis) -> Coefficients:
+    """The base as a customer: all coefficients zero, the base's own head."""
+    return Coefficients(
+        values=np.zeros(basis.total_rank, dtype=np.float32),
+        basis_digest=basis.digest,
+        base_name=checkpoint.name,
+        base_digest=checkpoint.digest,
+        task=checkpoint.task,
+        labels=checkpoint.labels,
+    )
+
+
+def made_up_customers(checkpoint: Checkpoint, basis: Basis, head: HeadLayout | None) -> list[Coefficients]:
+    """Customers with seeded coefficients that all differ from zero.
+
+    Their update is about a fifth of the part of each weight that the basis holds, which moves any
+    model. With `head` all but the last have an output layer of their own: one of full width and one
+    with fewer labels.
+    """
+    random = np.random.default_rng(20)
+    base = base_customer(checkpoint, basis)
+    customers = []
+    for index in range(MADE_UP):
+        signs = random.choice([-1.0, 1.0], basis.total_rank)
+        values = (signs * random.uniform(0.1, 0.3, basis.total_rank)).astype(np.float32)
+        customer = replace(base, values=values)
+        if head is not None and index < MADE_UP - 1:
+            labels = head.labels if index == 0 else max(1, head.labels // 2)
+            layer = output_layer(checkpoint.skeleton())
+            weight = random.normal(scale=head.features**-0.5, size=(labels, head.features))
+            tensors = {f"{layer}.weight": weight, f"{layer}.bias": random.normal(size=labels)}
+            own = {name: array.astype(np.float32) for name, array in tensors.items() if name in checkpoint.tensor_files}
+            customer = replace(customer, head=own, labels=tuple(f"label {number}" for number in range(labels)))
+        customers.append(customer)
+    return customers
+
+
+def read_base_head(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """The base's own output layer, fp32, by tensor name."""
+    layer = output_layer(checkpoint.skeleton())
+    names = [name for name in (f"{layer}.weight", f"{layer}.bias") if name in checkpoint.tensor_files]
+    return {name: checkpoint.read(name).float().numpy() for name in names}
+
+
+def mixed_reference(
+    checkpoint: Checkpoint, basis: Basis, customers: Sequence[Coefficients], head: HeadLayout | None, texts: Texts
+) -> list[Case]:
+    """Batches of every kind of padding in which neighbouring rows belong to different customers.
+
+    The base is one of them, in slot 0. Each customer's logits come from a PyTorch model of its own
+    with side branches, so nothing of the table is on that side of the comparison.
+
+    Raises:
+        As `build_reference`; CheckFailed: a customer does not move the logits on these texts, so
+        that agreement would prove nothing.
+    """
+    everyone = [base_customer(checkpoint, basis), *customers]
+    answers = [build_reference(checkpoint, basis, customer, texts) for customer in everyone]
+    silent = [slot for slot, cases in enumerate(answers) if slot and customer_effect(cases) <= 10 * bound_of(cases)]
+    if silent:
+        raise CheckFailed(
+            "coefficients of this basis do not move the logits on these texts, so parity would prove nothing; "
+            "choose other --data or other targets"
+        )
+    tables = _tables(checkpoint, basis, everyone, head)
+    return [_mix(index, [cases[index] for cases in answers], tables, head) for index in range(len(answers[0]))]
+
+
+def _tables(
+    checkpoint: Checkpoint, basis: Basis, everyone: Sequence[Coefficients], head: HeadLayout | None
+) -> dict[str, np.ndarray]:
+    layout = TableLayout(list(basis.ranks.values()))
+    tables = {TABLE: np.stack([layout.row(customer.values) for customer in everyone])}
+    if head is not None:
+        own = read_base_head(checkpoint)
+        tables[HEAD_TABLE] = np.stack([head.row(*head_arrays(customer.head or own)) for customer in everyone])
+    return tables
+
+
+def _mix(index: int, cases: Sequence[Case], tables: dict[str, np.ndarray], head: HeadLayout | None) -> Case:
+    """One case whose rows are taken from those of the customers in turn."""
+    rows = len(cases[0].logits)
+    # Another beginning in every case: one with a single row must not always be the base's.
+    slot = (np.arange(rows) + index + 1) % len(cases)
+    inputs = cases[0].inputs | tables | {SLOT: slot.astype(np.int64)}
+    width = head.labels if head is not None else cases[0].logits.shape[1]
+
+    def pick(logits: list[np.ndarray]) -> np.ndarray:
+        picked = np.full((rows, width), -np.inf, dtype=np.float32)
+        for row, owner in enumerate(slot):
+            found = logits[owner][row]
+            picked[row, : len(found)] = found
+        return picked
+
+    return Case(
+        cases[0].name, inputs, pick([case.logits for case in cases]), pick([case.base_logits for case in cases])
+    )

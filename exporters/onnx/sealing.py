@@ -1,0 +1,161 @@
+"""What a bundle holds beside its graph, and the manifest that seals it."""
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import safetensors.numpy
+import tokenizers
+
+from exporters.onnx.graph import OPSET, Graph, longest_input
+from qrlora_deploy.basis import Basis
+from qrlora_deploy.checkpoint import Checkpoint
+from qrlora_deploy.provenance import tool_versions
+from qrlora_deploy.runtime.bundle import (
+    MANIFEST_FILE,
+    REFERENCE_FILE,
+    TOKENIZER_FILE,
+    Manifest,
+    ParityRecord,
+    TargetRecord,
+    TensorRecord,
+    digest_files,
+)
+from qrlora_deploy.runtime.layout import BASE_HEAD_FILE, HeadLayout, padded_rank
+from qrlora_deploy.runtime.parity import Case, ParityReport, customer_effect, write_reference
+
+README = """# {task}, {labels} labels
+
+A {kind} bundle written by qrlora-deploy: {what}
+
+    qrlora-deploy verify .
+    qrlora-deploy predict . {option}--text "..."
+
+`manifest.json` says what it was made from and seals every file. `model.onnx` takes {inputs}
+and gives `logits [batch, labels]`; it runs in any ONNX Runtime with opset 23.
+"""
+WHAT = {
+    "merged": "one customer folded into its base, as plain ONNX.",
+    "switchable": "any customer of its base in any row of a batch.",
+}
+
+
+@dataclass(frozen=True)
+class Content:
+    """What the graph answers, and for whom.
+
+    Attributes:
+        kind: "merged" or "switchable".
+        labels: of the customer, or of the base.
+        outputs: columns of the logits.
+        coefficients_digest: the customer of a merged bundle.
+        head: columns of the head table, where customers may have a head of their own.
+        base_head: weight `[labels, features]` and bias `[labels]` of the base, where there is `head`.
+    """
+
+    kind: str
+    task: str
+    labels: tuple[str, ...]
+    outputs: int
+    coefficients_digest: str | None = None
+    head: HeadLayout | None = None
+    base_head: tuple[np.ndarray, np.ndarray] | None = None
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A graph that was written and agrees with PyTorch.
+
+    Attributes:
+        model: it was made from; tokenizer: of the base.
+        reference: PyTorch's logits; report: the comparison with them, on `provider`.
+    """
+
+    model: Any
+    tokenizer: Any
+    graph: Graph
+    reference: list[Case]
+    report: ParityReport
+    provider: str
+
+
+def write_side_files(folder: Path, content: Content, checked: Checked) -> None:
+    """Config, tokenizer, reference logits, the base's head and a README."""
+    write_reference(checked.reference, folder / REFERENCE_FILE)
+    model, tokenizer = checked.model, checked.tokenizer
+    model.config.id2label = dict(enumerate(content.labels))
+    model.config.label2id = {label: index for index, label in enumerate(content.labels)}
+    model.config.to_json_file(folder / "config.json")
+    tokenizer.save_pretrained(folder)
+    # What padding and truncation were left on by earlier calls is no part of the tokenizer.
+    plain = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+    plain.no_padding()
+    plain.no_truncation()
+    plain.save(str(folder / TOKENIZER_FILE))
+    if content.base_head is not None:
+        weight, bias = content.base_head
+        (folder / BASE_HEAD_FILE).write_bytes(safetensors.numpy.save({"weight": weight, "bias": bias}))
+    readme = README.format(
+        task=content.task,
+        labels=len(content.labels),
+        kind=content.kind,
+        what=WHAT[content.kind],
+        option="" if content.kind == "merged" else "--customers FOLDER --customer acme ",
+        inputs=", ".join(f"`{record.name}` {record.dtype} [{_axes(record)}]" for record in checked.graph.inputs),
+    )
+    (folder / "README.md").write_text(readme, encoding="utf-8")
+
+
+def _axes(record: TensorRecord) -> str:
+    return ", ".join(map(str, record.shape))
+
+
+def seal(folder: Path, checkpoint: Checkpoint, basis: Basis, content: Content, checked: Checked) -> Manifest:
+    """Write the manifest, last of all: it holds the digests of the other files."""
+    model, tokenizer, graph = checked.model, checked.tokenizer, checked.graph
+    manifest = Manifest(
+        kind=content.kind,  # type: ignore[arg-type]  # pydantic checks both
+        task=content.task,  # type: ignore[arg-type]
+        labels=content.labels,
+        precision="fp32",
+        opset=OPSET,
+        basis_digest=basis.digest,
+        coefficients_digest=content.coefficients_digest,
+        base_name=checkpoint.name,
+        base_digest=checkpoint.digest,
+        total_rank=basis.total_rank,
+        head_labels=content.head.labels if content.head else 0,
+        head_features=content.head.features if content.head else 0,
+        targets=tuple(
+            TargetRecord(name=name, rank=rank, padded_rank=padded_rank(rank)) for name, rank in basis.ranks.items()
+        ),
+        inputs=graph.inputs,
+        outputs=(TensorRecord(name="logits", dtype="float32", shape=("batch", content.outputs)),),
+        files=digest_files(folder),
+        parity=_parity_record(checked.report, checked.provider),
+        customer_effect=customer_effect(checked.reference),
+        attention_nodes=graph.attention_nodes,
+        max_length=longest_input(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        padding_side=tokenizer.padding_side,
+        pad_token_type_id=tokenizer.pad_token_type_id,
+        versions=tool_versions()
+        | {name: version(name) for name in ("transformers", "onnx", "onnxscript")}
+        | {"onnxruntime": onnxruntime.__version__},
+    )
+    (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
+
+
+def _parity_record(report: ParityReport, provider: str) -> ParityRecord:
+    return ParityRecord(
+        max_abs_error=report.max_abs_error,
+        bound=report.bound,
+        label_agreement=report.label_agreement,
+        cases=report.cases,
+        worst=report.worst,
+        provider=provider,
+    )

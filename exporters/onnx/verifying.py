@@ -1,0 +1,49 @@
+"""A bundle that lies on the disk, against PyTorch."""
+
+from exporters.onnx.customers import mixed_reference
+from exporters.onnx.reference import build_reference, choose_texts
+from qrlora_deploy.basis import Basis
+from qrlora_deploy.checkpoint import Checkpoint
+from qrlora_deploy.coefficients import Coefficients
+from qrlora_deploy.errors import BasisMismatchError, InputError
+from qrlora_deploy.runtime.bundle import Bundle
+from qrlora_deploy.runtime.layout import HeadLayout
+from qrlora_deploy.runtime.parity import ParityReport, check_parity
+from qrlora_deploy.runtime.session import open_session
+from qrlora_deploy.training.data import Examples
+
+
+def verify_against(
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    basis: Basis,
+    coefficients: Coefficients,
+    texts: Examples | None = None,
+    provider: str = "cpu",
+) -> ParityReport:
+    """Check a bundle against PyTorch anew, on texts of one's own, instead of its stored logits.
+
+    In a switchable bundle neighbouring rows are the customer's and the base's.
+
+    Raises:
+        BasisMismatchError: base, basis or coefficients are not those of the bundle.
+        ProviderError: the provider does not load.
+    """
+    manifest = bundle.manifest
+    given = [
+        ("base", checkpoint.digest, manifest.base_digest),
+        ("basis", basis.digest, manifest.basis_digest),
+    ]
+    if manifest.coefficients_digest is not None:
+        given.append(("coefficients", coefficients.digest, manifest.coefficients_digest))
+    wrong = [f"{name} {mine[:12]}, not {theirs[:12]}" for name, mine, theirs in given if mine != theirs]
+    if wrong:
+        raise BasisMismatchError(f"{bundle.folder} was exported from others: {'; '.join(wrong)} as in the bundle")
+    session = open_session(bundle.model, provider)
+    chosen = choose_texts(texts)
+    if manifest.kind == "merged":
+        return check_parity(session, build_reference(checkpoint, basis, coefficients, chosen))
+    head = HeadLayout(manifest.head_labels, manifest.head_features) if manifest.head_labels else None
+    if coefficients.head and head is None:
+        raise InputError(f"the customer has a head of its own; {bundle.folder} was exported without --head-labels")
+    return check_parity(session, mixed_reference(checkpoint, basis, [coefficients], head, chosen))

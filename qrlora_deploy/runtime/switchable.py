@@ -1,0 +1,221 @@
+"""One session for every customer of a base: any customer in any row of a batch."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from qrlora_deploy.coefficients import Coefficients, read_coefficients
+from qrlora_deploy.errors import BasisMismatchError, FileFormatError, InputError
+from qrlora_deploy.runtime.bundle import Bundle
+from qrlora_deploy.runtime.layout import BASE_HEAD_FILE, HEAD_TABLE, SLOT, TABLE, HeadLayout, TableLayout, head_arrays
+from qrlora_deploy.runtime.memory import make_memory
+from qrlora_deploy.runtime.session import open_session
+from qrlora_deploy.runtime.table import BASE_ROW, CoefficientTable, rows_of
+
+LOGITS = "logits"
+
+FETCH_ATTEMPTS = 8
+"""Rounds of fetching customers for one batch, while others push them out of a full table again."""
+
+
+class SwitchableSession:
+    """A switchable bundle, open, and the customers that it serves. Safe for many threads.
+
+    Args:
+        bundle: an open bundle of the kind "switchable".
+        provider: "cpu", "cuda" or "tensorrt"; the table lies on that device.
+        rows: rows of the table at the start; it doubles when it is full.
+        max_rows: rows at most, with the base's; then the customer that was not used for longest
+            gives way. None: no bound.
+        fetch: finds a customer that is not in the table, or raises `InputError`; without it such a
+            customer is refused.
+        threads: threads within an operator.
+
+    Raises:
+        InputError: the bundle is of another kind. ProviderError: the provider does not load.
+        QrloraError: the table does not fit the device.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        provider: str = "cpu",
+        rows: int = 64,
+        max_rows: int | None = None,
+        fetch: Callable[[str], Coefficients] | None = None,
+        threads: int | None = None,
+    ) -> None:
+        manifest = bundle.manifest
+        if manifest.kind != "switchable":
+            raise InputError(f"{bundle.folder} is a {manifest.kind} bundle; export a switchable one without --merge")
+        self.bundle = bundle
+        self.manifest = manifest
+        self.layout = TableLayout([target.rank for target in manifest.targets])
+        self.fetch = fetch
+        self.session = open_session(bundle.model, provider, threads)
+        _check_graph(self.session, bundle)
+        self._text_inputs = [record.name for record in manifest.inputs if record.name not in (TABLE, HEAD_TABLE, SLOT)]
+        self.head = HeadLayout(manifest.head_labels, manifest.head_features) if manifest.head_labels else None
+        widths = {TABLE: self.layout.width} | ({HEAD_TABLE: self.head.width} if self.head else {})
+        self._base_head = _read_base_head(bundle, self.head) if self.head else (np.empty((0, 0)), np.empty(0))
+        _check_widths(bundle, widths)
+        self.table = CoefficientTable(lambda count: make_memory(widths, count, provider), rows, max_rows)
+        self.table.memory.write(BASE_ROW, self._row(np.zeros(self.layout.total_rank, dtype=np.float32), {}))
+
+    def load(self, customer: str, source: Path | Coefficients) -> None:
+        """Make a coefficients file, or what was read from one, what `customer` is from now on.
+
+        Runs that are under way keep the version they began with.
+
+        Raises:
+            InputError: the file is damaged or of another basis, base or task; the old version stays.
+        """
+        coefficients = source if isinstance(source, Coefficients) else read_coefficients(source)
+        place = f"{customer}" if isinstance(source, Coefficients) else f"{source}"
+        self._check(coefficients, place)
+        self.table.publish(customer, self._row(coefficients.values, coefficients.head), coefficients.labels)
+
+    def unload(self, customer: str) -> bool:
+        """Forget a customer; runs that hold it end undisturbed. False where there is none."""
+        return self.table.remove(customer)
+
+    def customers(self) -> list[str]:
+        """The customers that are in the table."""
+        return self.table.customers()
+
+    def run(
+        self, inputs: dict[str, np.ndarray], customers: Sequence[str | None]
+    ) -> tuple[np.ndarray, list[tuple[str, ...]]]:
+        """Answer a batch, each row for its customer.
+
+        Args:
+            inputs: the text inputs, int64 `[batch, length]` each.
+            customers: one per row; None is the base.
+
+        Returns:
+            Logits `[batch, outputs]` fp32, and the labels of each row: a customer with fewer labels
+            than outputs has -inf behind them.
+
+        Raises:
+            InputError: shapes do not fit, or a customer is not there.
+        """
+        self._check_inputs(inputs, len(customers))
+        held: dict[str | None, int] = {}
+        try:
+            self._hold(customers, held)
+            slot = rows_of(customers, held)
+            # After the rows are held: a memory that grew later has the same rows.
+            memory = self.table.memory
+            binding = self.session.io_binding()
+            for name in self._text_inputs:
+                binding.bind_cpu_input(name, np.ascontiguousarray(inputs[name]))
+            binding.bind_cpu_input(SLOT, slot)
+            memory.bind(binding)
+            binding.bind_output(LOGITS, "cpu")
+            self.session.run_with_iobinding(binding)
+            logits: np.ndarray = binding.copy_outputs_to_cpu()[0]
+            labels = [self.table.note_of(int(row)) or self.manifest.labels for row in slot]
+        finally:
+            self.table.release(held.values())
+        return logits, labels
+
+    def _hold(self, customers: Sequence[str | None], held: dict[str | None, int]) -> None:
+        """Hold the row of every customer, fetching those that are not in the table."""
+        wanted: Sequence[str | None] = customers
+        for _ in range(FETCH_ATTEMPTS):
+            found, missing = self.table.hold(wanted)
+            held.update(found)
+            if not missing:
+                return
+            for name in missing:
+                if self.fetch is None:
+                    raise InputError(f"no customer is called {name!r}; load it first")
+                self.load(name, self.fetch(name))
+            wanted = missing
+        raise InputError(f"the table of {self.table.max_rows} rows is too small for what runs at the same time")
+
+    def _check_inputs(self, inputs: dict[str, np.ndarray], rows: int) -> None:
+        missing = [name for name in self._text_inputs if name not in inputs]
+        if missing:
+            raise InputError(f"the inputs lack {', '.join(missing)}")
+        shapes = {inputs[name].shape for name in self._text_inputs}
+        if len(shapes) != 1 or len(next(iter(shapes))) != 2 or next(iter(shapes))[0] != rows:
+            raise InputError(f"{rows} customers need inputs of one shape [{rows}, length], not {sorted(shapes)}")
+        if 0 in next(iter(shapes)):
+            raise InputError("there is nothing to answer: the inputs are empty")
+
+    def _check(self, coefficients: Coefficients, place: str) -> None:
+        manifest = self.manifest
+        if coefficients.basis_digest != manifest.basis_digest:
+            raise BasisMismatchError(
+                f"{place} was trained on basis {coefficients.basis_digest[:12]}, but the bundle holds "
+                f"{manifest.basis_digest[:12]}; train it on that basis, or export another bundle"
+            )
+        if coefficients.base_digest != manifest.base_digest:
+            raise BasisMismatchError(
+                f"{place} was trained on base {coefficients.base_digest[:12]}, but the bundle holds "
+                f"{manifest.base_digest[:12]}"
+            )
+        if coefficients.task != manifest.task:
+            raise InputError(f"{place} is a {coefficients.task}, the bundle a {manifest.task}")
+        if len(coefficients.values) != self.layout.total_rank:
+            raise InputError(f"{place}: expected {self.layout.total_rank} coefficients, not {len(coefficients.values)}")
+        if not coefficients.head and coefficients.labels != manifest.labels:
+            raise InputError(f"{place} uses the base's head but has other labels than the bundle")
+        if coefficients.head:
+            self._check_head(coefficients, place)
+
+    def _check_head(self, coefficients: Coefficients, place: str) -> None:
+        if self.head is None:
+            raise InputError(f"{place} has a head of its own; export the bundle with --head-labels N")
+        labels = len(coefficients.labels)
+        if labels > self.head.labels:
+            raise InputError(f"{place} has {labels} labels, the bundle room for {self.head.labels}")
+        try:
+            weight, _bias = head_arrays(coefficients.head)
+            self.head.row(*head_arrays(coefficients.head))
+        except InputError as error:
+            raise InputError(f"{place}: {error}") from error
+        if len(weight) != labels:
+            raise InputError(f"{place} has {labels} labels but a head for {len(weight)}")
+
+    def _row(self, values: np.ndarray, head: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        row = {TABLE: self.layout.row(values)}
+        if self.head is not None:
+            own = head_arrays(head) if head else self._base_head
+            row[HEAD_TABLE] = self.head.row(*own)
+        return row
+
+
+def _read_base_head(bundle: Bundle, head: HeadLayout) -> tuple[np.ndarray, np.ndarray]:
+    path = bundle.folder / BASE_HEAD_FILE
+    if BASE_HEAD_FILE not in bundle.manifest.files:
+        raise FileFormatError(f"{bundle.folder}: the manifest names no {BASE_HEAD_FILE}")
+    try:
+        weight, bias = head_arrays(safetensors.numpy.load_file(path))
+        head.row(weight, bias)
+    except (safetensors.SafetensorError, OSError, InputError) as error:
+        raise FileFormatError(f"{path} holds no head: {error}") from error
+    if len(weight) != len(bundle.manifest.labels):
+        raise FileFormatError(f"{path} has a head for {len(weight)} of {len(bundle.manifest.labels)} labels")
+    return weight, bias
+
+
+def _check_graph(session: Any, bundle: Bundle) -> None:
+    """The manifest is not sealed itself, so what it says of the graph is compared with the graph."""
+    found = [(value.name, tuple(value.shape)) for value in session.get_inputs()]
+    expected = [(record.name, record.shape) for record in bundle.manifest.inputs]
+    if sorted(found) != sorted(expected):
+        raise FileFormatError(f"{bundle.folder}: the manifest speaks of other inputs than the graph has")
+
+
+def _check_widths(bundle: Bundle, widths: dict[str, int]) -> None:
+    """The layout of a row, from the ranks of the manifest, must be that of the graph."""
+    shapes = {record.name: record.shape for record in bundle.manifest.inputs}
+    for name, width in widths.items():
+        if shapes.get(name) != ("slots", width):
+            raise FileFormatError(f"{bundle.folder}: ranks and {name} do not fit each other in the manifest")
