@@ -87,19 +87,21 @@ class TableBranch(nn.Module):
         self.register_buffer("r", r.to(weight.dtype).contiguous(), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[batch, length, in]` to `[batch, length, out]`; exactly `base(x)` in rows where c is zero.
+        """`[batch, length, in]` or `[batch, in]` to the same with `out`; exactly `base(x)` in rows where c is zero.
 
         Raises:
             InputError: the input has other axes, so that its rows are not those of the batch.
         """
         c = self.rows.coefficients[self.index]
         # Checked on a plain run before the export: under it, a comparison of sizes would fix them.
-        if not torch.compiler.is_exporting() and (x.dim() != 3 or x.shape[0] != c.shape[0]):
+        if not torch.compiler.is_exporting() and (x.dim() not in (2, 3) or x.shape[0] != c.shape[0]):
             raise InputError(
                 f"{self.name} takes an input of shape {list(x.shape)} for a batch of {c.shape[0]} rows, not "
                 f"[batch, length, in], so its rows cannot have customers of their own; make a basis without it "
                 f"(factorize --target), or export with --merge"
             )
+        if x.dim() == 2:
+            c = c.squeeze(1)
         return self.base(x) + ((x @ self.r) * c) @ self.q
 
 
