@@ -41,6 +41,7 @@ class Output:
         facts: name and value, one a line.
         tables: after the facts.
         failure: raised after printing; a check that ran and failed.
+        live: runs instead of the printing and writes to stdout as it goes.
     """
 
     record: Any
@@ -48,10 +49,14 @@ class Output:
     facts: Mapping[str, Any] = field(default_factory=dict)
     tables: Sequence[Table] = ()
     failure: QrloraError | None = None
+    live: Callable[[IO[str]], None] | None = None
 
 
 def show(output: Output, as_json: bool, stream: IO[str]) -> None:
     """Print `output` to `stream`."""
+    if output.live is not None:
+        output.live(stream)
+        return
     if as_json:
         escape = (getattr(stream, "encoding", None) or "utf-8").lower() not in ("utf-8", "utf8")
         stream.write(json.dumps(plain(output.record), indent=2, ensure_ascii=escape) + "\n")

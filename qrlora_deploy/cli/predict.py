@@ -1,33 +1,111 @@
 """`qrlora-deploy predict`."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from qrlora_deploy.cli.options import common, provider_option
+from qrlora_deploy.cli.options import EXISTING_FILE, common, provider_option
 from qrlora_deploy.cli.output import Output, Table
+from qrlora_deploy.errors import InputError
+
+if TYPE_CHECKING:
+    from qrlora_deploy.runtime.predictor import Predictor
+    from qrlora_deploy.runtime.requests import Request
+    from qrlora_deploy.runtime.store import CustomerStore
 
 
 @click.command("predict")
 @click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--text", "texts", multiple=True, required=True, help="A text; repeatable.")
+@click.option("--text", "texts", multiple=True, help="A text; repeatable.")
 @click.option("--pair", "pairs", multiple=True, help="The second text of each, for a task on pairs; repeatable.")
+@click.option("--requests", type=EXISTING_FILE, help='JSON Lines with "text", "customer" and "pair".')
+@click.option(
+    "--customers",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of coefficients files, <customer>.safetensors, of a switchable bundle.",
+)
+@click.option("--customer", "names", multiple=True, help="Whose the texts are: once, or once per text.")
+@click.option("--repl", is_flag=True, help="Type texts and switch customers; new files go live at once.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
 @provider_option
 @common
-def command(bundle: Path, texts: tuple[str, ...], pairs: tuple[str, ...], batch_size: int, provider: str) -> Output:
+def command(
+    bundle: Path,
+    texts: tuple[str, ...],
+    pairs: tuple[str, ...],
+    requests: Path | None,
+    customers: Path | None,
+    names: tuple[str, ...],
+    repl: bool,
+    batch_size: int,
+    provider: str,
+) -> Output:
     """Run texts through BUNDLE: ONNX Runtime and a tokenizer, no PyTorch.
 
+    In a switchable bundle each text is answered for its customer, or by the base where none is named.
+
     \b
-    Example:
+    Examples:
       qrlora-deploy predict acme-bundle --text "where is my parcel?" --text "cancel my order"
+      qrlora-deploy predict bundle --customers customers --customer acme --text "where is my parcel?"
+      qrlora-deploy predict bundle --customers customers --requests requests.jsonl
+      qrlora-deploy predict bundle --customers customers --repl
     """
+    if sum((bool(texts), requests is not None, repl)) != 1:
+        raise click.UsageError("give the texts by one of --text, --requests and --repl")
     if pairs and len(pairs) != len(texts):
         raise click.UsageError(f"--pair was given {len(pairs)} times and --text {len(texts)} times; give as many")
+    if texts and len(names) not in (0, 1, len(texts)):
+        raise click.UsageError(f"--customer was given {len(names)} times and --text {len(texts)} times")
+    if names and customers is None:
+        raise click.UsageError("--customer needs --customers, the folder with the coefficients files")
+    if names and requests is not None:
+        raise click.UsageError("--customer and --requests exclude each other: each request names its own")
     from qrlora_deploy.runtime.bundle import open_bundle
     from qrlora_deploy.runtime.predictor import Predictor
 
     predictor = Predictor(open_bundle(bundle), provider)
-    answers = predictor.predict(list(texts), list(pairs) or None, batch_size)
-    rows = [[text, answer.label, answer.score] for text, answer in zip(texts, answers, strict=True)]
-    return Output(answers, tables=[Table(["text", "label", "score"], rows)])
+    store = _open_store(predictor, customers) if customers is not None else None
+    if repl:
+        from qrlora_deploy.cli.repl import converse
+
+        return Output([], live=lambda stream: converse(predictor, store, names[0] if names else None, stream))
+    return _answer(predictor, _requests(texts, pairs, names, requests), batch_size)
+
+
+def _open_store(predictor: "Predictor", folder: Path) -> "CustomerStore":
+    from qrlora_deploy.runtime.store import CustomerStore
+
+    if predictor.switchable is None:
+        raise InputError(f"{predictor.bundle.folder} is a merged bundle and takes no --customers")
+    return CustomerStore(predictor.switchable, folder)
+
+
+def _requests(
+    texts: tuple[str, ...], pairs: tuple[str, ...], names: tuple[str, ...], file: Path | None
+) -> "list[Request]":
+    from qrlora_deploy.runtime.requests import Request, read_requests
+
+    if file is not None:
+        return read_requests(file)
+    owners = [names[index % len(names)] if names else None for index in range(len(texts))]
+    seconds: list[str | None] = [*pairs] or [None] * len(texts)
+    return [
+        Request(text=text, pair=pair, customer=owner) for text, pair, owner in zip(texts, seconds, owners, strict=True)
+    ]
+
+
+def _answer(predictor: "Predictor", requests: "list[Request]", batch_size: int) -> Output:
+    pairs = [request.pair for request in requests if request.pair is not None]
+    owners = [request.customer for request in requests]
+    answers = predictor.predict([request.text for request in requests], pairs or None, batch_size, owners)
+    record = [
+        {"customer": request.customer, "text": request.text, "label": answer.label}
+        | {"score": answer.score, "logits": answer.logits}
+        for request, answer in zip(requests, answers, strict=True)
+    ]
+    columns = ["text", "label", "score"]
+    if predictor.switchable is not None:
+        columns = ["customer", *columns]
+    return Output(record, tables=[Table(columns, [[row[column] for column in columns] for row in record])])

@@ -1,15 +1,15 @@
 """Text in, labels out, from a bundle alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import tokenizers
 
-from qrlora_deploy.errors import FileFormatError, InputError
-from qrlora_deploy.runtime.bundle import TOKENIZER_FILE, Bundle
+from qrlora_deploy.errors import InputError
+from qrlora_deploy.runtime.bundle import Bundle
 from qrlora_deploy.runtime.session import open_session
+from qrlora_deploy.runtime.switchable import SwitchableSession
+from qrlora_deploy.runtime.tokenizing import TextEncoder, batches
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Prediction:
     Attributes:
         label: the most likely label; for a regression the name of its output.
         score: its probability; for a regression the value itself.
-        logits: what the model gave.
+        logits: what the model gave, one per label of the customer.
     """
 
     label: str
@@ -31,21 +31,40 @@ class Predictor:
     """A bundle made ready to answer.
 
     Args:
-        bundle: an open bundle.
+        bundle: an open bundle, merged or switchable.
         provider: "cpu", "cuda" or "tensorrt".
         threads: threads within an operator.
+        session: the customers of a switchable bundle; opened with defaults, and without any
+            customer, if None.
+
+    Attributes:
+        switchable: the session that customers are loaded into; None for a merged bundle.
 
     Raises:
         ProviderError: the provider does not load. FileFormatError: the tokenizer or model cannot be opened.
     """
 
-    def __init__(self, bundle: Bundle, provider: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        provider: str = "cpu",
+        threads: int | None = None,
+        session: SwitchableSession | None = None,
+    ) -> None:
         self.bundle = bundle
-        self.tokenizer = _open_tokenizer(bundle)
-        self.session = open_session(bundle.model, provider, threads)
+        self.encoder = TextEncoder(bundle)
+        self.switchable = session
+        if bundle.manifest.kind == "merged":
+            self._merged = open_session(bundle.model, provider, threads)
+        elif session is None:
+            self.switchable = SwitchableSession(bundle, provider, threads=threads)
 
     def predict(
-        self, texts: Sequence[str], pairs: Sequence[str] | None = None, batch_size: int = 32
+        self,
+        texts: Sequence[str],
+        pairs: Sequence[str] | None = None,
+        batch_size: int = 32,
+        customers: Sequence[str | None] | None = None,
     ) -> list[Prediction]:
         """Answer every text, in the order given.
 
@@ -53,60 +72,37 @@ class Predictor:
             texts: the texts, or the first ones of the pairs.
             pairs: the second texts, one per text.
             batch_size: rows per run. Texts of similar length share a batch, so little is padded.
+            customers: of a switchable bundle, one per text, None being the base; all base if None.
 
         Raises:
-            InputError: the numbers of texts and pairs differ, or the batch size is not positive.
+            InputError: the numbers of texts, pairs and customers differ, the batch size is not
+                positive, or a customer is not there.
         """
-        if pairs is not None and len(pairs) != len(texts):
-            raise InputError(f"there are {len(texts)} texts but {len(pairs)} second texts")
-        if batch_size < 1:
-            raise InputError(f"the batch size must be at least 1, not {batch_size}")
-        order = sorted(range(len(texts)), key=lambda index: len(texts[index]) + len(pairs[index] if pairs else ""))
+        owners: Sequence[str | None] = [None] * len(texts) if customers is None else customers
+        if len(owners) != len(texts):
+            raise InputError(f"there are {len(texts)} texts but {len(owners)} customers")
         found: dict[int, Prediction] = {}
-        for rows in _batches(order, batch_size):
-            logits = self._logits([(texts[row], pairs[row]) if pairs else texts[row] for row in rows])
-            found.update((row, self._prediction(values)) for row, values in zip(rows, logits, strict=True))
+        for rows in batches(texts, pairs, batch_size):
+            inputs = self.encoder.encode([texts[row] for row in rows], [pairs[row] for row in rows] if pairs else None)
+            logits, labels = self._answer(inputs, [owners[row] for row in rows])
+            found.update((row, self._prediction(*answer)) for row, *answer in zip(rows, logits, labels, strict=True))
         return [found[index] for index in range(len(texts))]
 
-    def _logits(self, batch: list[Any]) -> np.ndarray:
-        encodings = self.tokenizer.encode_batch(batch)
-        columns = {
-            "input_ids": [encoding.ids for encoding in encodings],
-            "attention_mask": [encoding.attention_mask for encoding in encodings],
-            "token_type_ids": [encoding.type_ids for encoding in encodings],
-        }
-        names = [record.name for record in self.bundle.manifest.inputs]
-        inputs = {name: np.array(columns[name], dtype=np.int64) for name in names}
-        return np.asarray(self.session.run(["logits"], inputs)[0])
+    def _answer(
+        self, inputs: dict[str, np.ndarray], owners: Sequence[str | None]
+    ) -> tuple[np.ndarray, Sequence[tuple[str, ...]]]:
+        if self.switchable is not None:
+            return self.switchable.run(inputs, owners)
+        if any(owner is not None for owner in owners):
+            raise InputError(f"{self.bundle.folder} is a merged bundle: it holds one customer, who has no name in it")
+        return np.asarray(self._merged.run(["logits"], inputs)[0]), [self.bundle.manifest.labels] * len(owners)
 
-    def _prediction(self, logits: np.ndarray) -> Prediction:
-        manifest = self.bundle.manifest
-        values = tuple(float(value) for value in logits)
-        if manifest.task == "text-regression":
-            return Prediction(manifest.labels[0], values[0], values)
-        odds = np.exp(logits.astype(np.float64) - logits.max())
-        best = int(logits.argmax())
-        return Prediction(manifest.labels[best], float(odds[best] / odds.sum()), values)
-
-
-def _open_tokenizer(bundle: Bundle) -> Any:
-    manifest = bundle.manifest
-    path = bundle.folder / TOKENIZER_FILE
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    # The library raises plain `Exception`.
-    except Exception as error:
-        raise FileFormatError(f"{path} is not a tokenizer: {error}") from error
-    tokenizer.enable_truncation(manifest.max_length)
-    tokenizer.enable_padding(
-        direction=manifest.padding_side,
-        pad_id=manifest.pad_token_id,
-        pad_type_id=manifest.pad_token_type_id,
-        pad_token=tokenizer.id_to_token(manifest.pad_token_id) or "[PAD]",
-    )
-    return tokenizer
-
-
-def _batches(order: list[int], size: int) -> Iterator[list[int]]:
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
+    def _prediction(self, logits: np.ndarray, labels: tuple[str, ...]) -> Prediction:
+        # Behind its own labels a customer has -inf.
+        own = logits[: len(labels)]
+        values = tuple(float(value) for value in own)
+        if self.bundle.manifest.task == "text-regression":
+            return Prediction(labels[0], values[0], values)
+        odds = np.exp(own.astype(np.float64) - own.max())
+        best = int(own.argmax())
+        return Prediction(labels[best], float(odds[best] / odds.sum()), values)

@@ -130,7 +130,7 @@ def test_pairs_are_encoded_like_the_training_tokenizer(exported: Path) -> None:
     first, second = list(SENTENCES[:3]), list(SENTENCES[3:])
     theirs = AutoTokenizer.from_pretrained(exported)(first, second, padding=True, return_tensors="np")
     predictor = Predictor(open_bundle(exported))
-    ours = predictor.tokenizer.encode_batch(list(zip(first, second, strict=True)))
+    ours = predictor.encoder.tokenizer.encode_batch(list(zip(first, second, strict=True)))
     np.testing.assert_array_equal([row.ids for row in ours], theirs["input_ids"])
     np.testing.assert_array_equal([row.type_ids for row in ours], theirs["token_type_ids"])
     np.testing.assert_array_equal([row.attention_mask for row in ours], theirs["attention_mask"])
