@@ -1,7 +1,7 @@
 """A batch in which every row is another customer: our graph, a merged graph, PEFT, one session per customer.
 
-    python benchmarks/mixed_batch.py --provider cpu --batch 8 --length 64 -o benchmarks/results/mixed_batch_cpu.json
-    python benchmarks/mixed_batch.py --provider cuda --model roberta-base --rank 160 --batch 64 --length 128 -o FILE
+    python -m benchmarks.mixed_batch --provider cpu --batch 8 --length 64 -o benchmarks/results/mixed_batch_cpu.json
+    python -m benchmarks.mixed_batch --provider cuda --model roberta-base --rank 160 --batch 64 --length 128 -o FILE
 
 All in one process, in a random order each round; medians and ratios of medians. Inputs and logits go
 through host memory in each of them. PEFT gets LoRA of rank 8 on the same layers, which is less

@@ -1,6 +1,6 @@
 """Swapping a customer in a live session: from memory, from disk, the first answer after it, runs beside it.
 
-    python benchmarks/swap.py --provider cpu -o benchmarks/results/swap_cpu.json
+    python -m benchmarks.swap --provider cpu -o benchmarks/results/swap_cpu.json
 
 One process, kinds of samples in turn. "run beside swaps" is measured while another thread swaps
 `--swaps-per-second` times a second.
