@@ -31,7 +31,7 @@ Run = Callable[[], Any]
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Build, check, time; returns the record that is written."""
-    rule = RankRule(rank=arguments.rank) if arguments.rank else RankRule(tau=0.5)
+    rule = RankRule(tau=None, rank=arguments.rank) if arguments.rank else RankRule(tau=0.5)
     serving = prepare(folder, arguments.model, arguments.batch, rule, arguments.provider)
     runs, error = _runs(serving, arguments)
     samples: dict[str, list[float]] = {name: [] for name in runs}

@@ -73,7 +73,8 @@ def _save_base(folder: Path, model: str) -> Path:
         config = AutoConfig.from_pretrained(encoder, num_labels=4)
         made = AutoModelForSequenceClassification.from_pretrained(encoder, config=config, dtype=torch.float32)
     else:
-        config = RobertaConfig(num_labels=4, pad_token_id=tokenizer.pad_token_id, max_position_embeddings=514)
+        config = RobertaConfig(pad_token_id=tokenizer.pad_token_id, max_position_embeddings=514)
+        config.num_labels = 4
         made = AutoModelForSequenceClassification.from_config(config)
     made.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

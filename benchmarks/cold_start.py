@@ -1,0 +1,194 @@
+"""How long a serving process takes to have all its customers: one packed file against files of their own.
+
+    python benchmarks/cold_start.py --customers 1000000 --json benchmarks/results/cold_start_cpu.json
+
+The reader, the checks and the table are those of the product, the table on the host; only the ONNX
+graph is left out, which takes no part. Every stage runs in a process of its own, one at a time.
+Needs about 2.6 kB of disk and 3 kB of memory per customer.
+"""
+
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from datetime import UTC, datetime
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from qrlora_deploy.coefficients import Coefficients, write_coefficients
+from qrlora_deploy.files import write_json
+from qrlora_deploy.runtime.bundle import Manifest, TargetRecord
+from qrlora_deploy.runtime.layout import TABLE, TableLayout, padded_rank
+from qrlora_deploy.runtime.memory import make_memory
+from qrlora_deploy.runtime.packed import load_packed, write_packed
+from qrlora_deploy.runtime.store import CustomerStore
+from qrlora_deploy.runtime.switchable import SwitchableSession
+from qrlora_deploy.runtime.table import CoefficientTable
+
+TARGETS = 4
+LABELS = ("yes", "no")
+REPEATS = 5
+DISTINCT = 1024
+"""Vectors that take turns: making a million of them is not what is measured."""
+
+
+def make_session(coefficients: int) -> SwitchableSession:
+    """A session with its table but without a graph."""
+    ranks = [len(part) for part in np.array_split(np.arange(coefficients), TARGETS)]
+    targets = tuple(
+        TargetRecord(name=f"layer{index}", rank=rank, padded_rank=padded_rank(rank)) for index, rank in enumerate(ranks)
+    )
+    session = SwitchableSession.__new__(SwitchableSession)
+    session.manifest = Manifest.model_construct(
+        kind="switchable",
+        task="text-classification",
+        labels=LABELS,
+        basis_digest="b" * 64,
+        base_digest="a" * 64,
+        total_rank=coefficients,
+        targets=targets,
+    )
+    session.layout, session.head, session.fetch = TableLayout(ranks), None, None
+    widths = {TABLE: session.layout.width}
+    session.table = CoefficientTable(lambda rows: make_memory(widths, rows, "cpu"))
+    return session
+
+
+def make_customers(count: int, coefficients: int) -> Iterator[tuple[str, Coefficients]]:
+    """Customers with ids of 16 characters."""
+    values = np.random.default_rng(0).normal(size=(DISTINCT, coefficients)).astype(np.float32)
+    for index in range(count):
+        yield (
+            f"customer-{index:07d}",
+            Coefficients(values[index % DISTINCT], "b" * 64, "base", "a" * 64, "text-classification", LABELS),
+        )
+
+
+def pack(path: Path, count: int, coefficients: int) -> dict[str, Any]:
+    """Write the packed file."""
+    start = time.perf_counter()
+    write_packed(make_customers(count, coefficients), path, make_session(coefficients).manifest)
+    return {"seconds": round(time.perf_counter() - start, 2), "size_bytes": path.stat().st_size}
+
+
+def load(path: Path, coefficients: int, cold: bool) -> dict[str, Any]:
+    """Load the packed file into an empty table; `cold`: none of it is in the system's memory."""
+    _settle([path], cold)
+    session = make_session(coefficients)
+    before_bytes = _memory_bytes("VmHWM")
+    start = time.perf_counter()
+    count = load_packed(session, path)
+    elapsed_s = time.perf_counter() - start
+    return {
+        "customers": count,
+        "seconds": round(elapsed_s, 3),
+        "gigabytes_per_second": round(path.stat().st_size / elapsed_s / 1e9, 3),
+        "peak_rss_bytes": _memory_bytes("VmHWM"),
+        "rss_before_bytes": before_bytes,
+        "table_bytes": 4 * session.table.memory.rows * session.layout.width,
+    }
+
+
+def write_files(folder: Path, count: int, coefficients: int) -> dict[str, Any]:
+    """Write customers as files of their own."""
+    start = time.perf_counter()
+    for name, customer in make_customers(count, coefficients):
+        write_coefficients(customer, folder / f"{name}.safetensors")
+    return {"seconds": round(time.perf_counter() - start, 2)}
+
+
+def fetch_files(folder: Path, coefficients: int, cold: bool) -> dict[str, Any]:
+    """Fetch every customer of a folder through a store, one after the other."""
+    _settle(sorted(folder.iterdir()), cold)
+    session = make_session(coefficients)
+    store = CustomerStore(session, folder)
+    start = time.perf_counter()
+    names = store.customers()
+    for name in names:
+        store.fetch(name)
+    elapsed_s = time.perf_counter() - start
+    return {
+        "customers": len(names),
+        "seconds": round(elapsed_s, 3),
+        "microseconds_each": round(1e6 * elapsed_s / len(names), 1),
+        "peak_rss_bytes": _memory_bytes("VmHWM"),
+    }
+
+
+def _settle(paths: list[Path], cold: bool) -> None:
+    """Finish all writing, and put the files into the system's memory or out of it."""
+    os.sync()
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            if cold:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            else:
+                while file.read(2**24):
+                    pass
+
+
+def _memory_bytes(name: str) -> int:
+    """A line of the process's status; the peak there is this program's alone, unlike that of `getrusage`."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return 1024 * int(line.split()[1])
+    raise click.ClickException("this benchmark needs Linux")
+
+
+def alone(function: Callable[..., dict[str, Any]], *arguments: object) -> dict[str, Any]:
+    """Run in a fresh process and print the result."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        result = pool.submit(function, *arguments).result()
+    click.echo(f"{function.__name__:12} {result}", err=True)
+    return result
+
+
+def repeated(function: Callable[..., dict[str, Any]], *arguments: object) -> dict[str, Any]:
+    """The run that took the median time, and the times of all."""
+    results = sorted((alone(function, *arguments) for _ in range(REPEATS)), key=lambda result: result["seconds"])
+    return results[REPEATS // 2] | {"seconds_of_all": [result["seconds"] for result in results]}
+
+
+@click.command(help=__doc__)
+@click.option("--customers", type=click.IntRange(min=1), default=1_000_000, show_default=True)
+@click.option("--coefficients", type=click.IntRange(min=TARGETS), default=640, show_default=True)
+@click.option("--files", type=click.IntRange(min=1), default=10_000, show_default=True, help="Files of their own.")
+@click.option("--folder", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Where to work.")
+@click.option("--json", "output", type=click.Path(path_type=Path), help="JSON file to write.")
+def main(customers: int, coefficients: int, files: int, folder: Path | None, output: Path | None) -> None:
+    """Measure all stages, and write the record where asked."""
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        packed, single = Path(place) / "packed.safetensors", Path(place) / "single"
+        single.mkdir()
+        record: dict[str, Any] = {
+            "customers": customers,
+            "coefficients": coefficients,
+            "pack": alone(pack, packed, customers, coefficients),
+            "load_packed": repeated(load, packed, coefficients, False),
+            "load_packed_cold": repeated(load, packed, coefficients, True),
+        }
+        packed.unlink()
+        record["write_files"] = alone(write_files, single, files, coefficients)
+        record["fetch_files"] = repeated(fetch_files, single, coefficients, False)
+        record["fetch_files_cold"] = repeated(fetch_files, single, coefficients, True)
+    for name in ("fetch_files", "fetch_files_cold"):
+        record[f"{name}_extrapolated_seconds"] = round(customers * record[name]["seconds"] / files, 1)
+    record["versions"] = {name: version(name) for name in ("numpy", "onnxruntime-gpu", "safetensors")} | {
+        "python": platform.python_version()
+    }
+    record["machine"] = {"architecture": platform.machine(), "system": sys.platform, "cpu_count": os.cpu_count()}
+    record["date"] = datetime.now(UTC).date().isoformat()
+    if output:
+        write_json(output, record)
+
+
+if __name__ == "__main__":
+    main()
