@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 GROUP = "qrlora_deploy.exporters"
 
-BUILT_IN = (EntryPoint("onnx", "exporters.onnx:export_bundle", GROUP),)
+BUILT_IN = (
+    EntryPoint("onnx", "exporters.onnx:export_bundle", GROUP),
+    EntryPoint("onnx-adapter", "exporters.onnx_adapter:export_adapter", GROUP),
+    EntryPoint("peft", "exporters.peft:export_peft", GROUP),
+)
 """Also registered by pyproject.toml; named here so that a checkout works without being installed."""
 
 

@@ -28,6 +28,7 @@ COMMANDS = (
     "export",
     "verify",
     "predict",
+    "pack",
     "doctor",
 )
 """In the order of the work; each is a module of this package with a `command`."""

@@ -26,6 +26,9 @@ class Memory(Protocol):
     def write(self, row: int, values: np.ndarray) -> None:
         """Copy `values [width]` fp32 into a row; done when it returns."""
 
+    def write_rows(self, start: int, values: np.ndarray) -> None:
+        """Copy `values [n, width]` fp32 into the rows from `start` on, in one go."""
+
     def grown(self, rows: int) -> "Memory":
         """A new memory with more rows, the first ones being copies of these."""
 
@@ -48,6 +51,11 @@ class TableMemory:
         """Copy `values`, a row `[width]` fp32 for every input, and wait until they are there."""
         for name, part in self.parts.items():
             part.write(row, values[name])
+
+    def write_rows(self, start: int, values: dict[str, np.ndarray]) -> None:
+        """Copy `values`, rows `[n, width]` fp32 for every input, to the rows from `start` on, and wait."""
+        for name, part in self.parts.items():
+            part.write_rows(start, values[name])
 
     def grown(self, rows: int) -> "TableMemory":
         """A larger copy."""
@@ -85,6 +93,11 @@ class HostMemory:
         """Copy `values [width]` into a row."""
         self.array[row] = values
 
+    def write_rows(self, start: int, values: np.ndarray) -> None:
+        """Copy `values [n, width]` into the rows from `start` on."""
+        _check_block(values, start, self)
+        self.array[start : start + len(values)] = values
+
     def grown(self, rows: int) -> "HostMemory":
         """A larger copy."""
         larger = HostMemory(rows, self.width)
@@ -115,6 +128,12 @@ class CudaMemory:
         """Copy `values [width]` into a row and wait until they are there."""
         contiguous = np.ascontiguousarray(values, dtype=np.float32)
         self._copy(4 * row * self.width, contiguous.ctypes.data, contiguous.nbytes, HOST_TO_DEVICE)
+
+    def write_rows(self, start: int, values: np.ndarray) -> None:
+        """Copy `values [n, width]` into the rows from `start` on, with one copy, and wait."""
+        _check_block(values, start, self)
+        contiguous = np.ascontiguousarray(values, dtype=np.float32)
+        self._copy(4 * start * self.width, contiguous.ctypes.data, contiguous.nbytes, HOST_TO_DEVICE)
 
     def grown(self, rows: int) -> "CudaMemory":
         """A larger copy on the same GPU."""
@@ -148,6 +167,12 @@ def _cuda_runtime() -> Any:
         except OSError:
             continue
     raise ProviderError("the CUDA runtime library was not found; pip install 'qrlora-deploy[cuda]' brings it")
+
+
+def _check_block(values: np.ndarray, start: int, memory: Memory) -> None:
+    """A block that does not fit must not end in other customers' rows, nor past the memory."""
+    if values.ndim != 2 or values.shape[1] != memory.width or not 0 <= start <= memory.rows - len(values):
+        raise ValueError(f"rows {list(values.shape)} from {start} do not fit [{memory.rows}, {memory.width}]")
 
 
 def _too_large(rows: int, width: int, place: str) -> str:

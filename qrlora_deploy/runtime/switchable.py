@@ -31,8 +31,8 @@ class SwitchableSession:
         rows: rows of the table at the start; it doubles when it is full.
         max_rows: rows at most, with the base's; then the customer that was not used for longest
             gives way. None: no bound.
-        fetch: finds a customer that is not in the table, or raises `InputError`; without it such a
-            customer is refused.
+        fetch: finds a customer that is not in the table and returns it, or loads it itself and
+            returns None, or raises `InputError`; without it such a customer is refused.
         threads: threads within an operator.
 
     Raises:
@@ -46,7 +46,7 @@ class SwitchableSession:
         provider: str = "cpu",
         rows: int = 64,
         max_rows: int | None = None,
-        fetch: Callable[[str], Coefficients] | None = None,
+        fetch: Callable[[str], Coefficients | None] | None = None,
         threads: int | None = None,
     ) -> None:
         manifest = bundle.manifest
@@ -125,17 +125,20 @@ class SwitchableSession:
 
     def _hold(self, customers: Sequence[str | None], held: dict[str | None, int]) -> None:
         """Hold the row of every customer, fetching those that are not in the table."""
-        wanted: Sequence[str | None] = customers
+        found, missing = self.table.hold(customers)
+        held.update(found)
         for _ in range(FETCH_ATTEMPTS):
-            found, missing = self.table.hold(wanted)
-            held.update(found)
-            if not missing:
-                return
             for name in missing:
                 if self.fetch is None:
                     raise InputError(f"no customer is called {name!r}; load it first")
-                self.load(name, self.fetch(name))
-            wanted = missing
+                fetched = self.fetch(name)
+                if fetched is not None:
+                    self.load(name, fetched)
+                # At once: the next one that is fetched may push this one out of a full table.
+                held.update(self.table.hold([name])[0])
+            missing = [name for name in missing if name not in held]
+            if not missing:
+                return
         raise InputError(f"the table of {self.table.max_rows} rows is too small for what runs at the same time")
 
     def _check_inputs(self, inputs: dict[str, np.ndarray], rows: int) -> None:

@@ -1,0 +1,51 @@
+"""`qrlora-deploy pack`."""
+
+from pathlib import Path
+
+import click
+
+from qrlora_deploy.cli.options import common, output_option
+from qrlora_deploy.cli.output import Output, progress_bar, size_text
+from qrlora_deploy.errors import InputError
+
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+
+
+@click.command("pack")
+@click.argument("customers", type=FOLDER, metavar="FOLDER")
+@click.option("--bundle", required=True, type=FOLDER, help="The switchable bundle that serves the customers.")
+@output_option("Packed file to write, outside FOLDER.")
+@common
+def command(customers: Path, bundle: Path, output: Path) -> Output:
+    """Put all customers of FOLDER, files <id>.safetensors, into one file that a serving process loads at once.
+
+    Every customer is checked against the bundle. Customers with a head of their own are refused:
+    leave them files of their own.
+
+    \b
+    Example:
+      qrlora-deploy pack customers/ --bundle bundle -o customers.packed.safetensors
+    """
+    from qrlora_deploy.files import check_free_file
+    from qrlora_deploy.runtime import open_bundle
+    from qrlora_deploy.runtime.packed import write_packed
+
+    check_free_file(output)
+    if output.resolve().parent == customers.resolve():
+        raise InputError(f"{output} lies among the customers; write it to another folder")
+    manifest = open_bundle(bundle).manifest
+    if manifest.kind != "switchable":
+        raise InputError(f"{bundle} is a {manifest.kind} bundle; only a switchable one serves many customers")
+    with progress_bar() as progress:
+        count = write_packed(customers, output, manifest, progress)
+    size_bytes = output.stat().st_size
+    record = {
+        "output": output,
+        "size_bytes": size_bytes,
+        "customers": count,
+        "coefficients": manifest.total_rank,
+        "basis_digest": manifest.basis_digest,
+        "base_digest": manifest.base_digest,
+    }
+    facts = {"customers": count, "coefficients each": manifest.total_rank, "size": size_text(size_bytes)}
+    return Output(record, f"wrote {output}", facts)

@@ -1,0 +1,122 @@
+"""The head of a packed file: what it is for and its sizes, with one way only to write them."""
+
+import hashlib
+import io
+import json
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qrlora_deploy.errors import FileFormatError
+from qrlora_deploy.files import MAX_METADATA_BYTES, METADATA_KEY
+from qrlora_deploy.runtime.bundle import Manifest
+
+FORMAT = "qrlora-packed"
+FORMAT_VERSION = 1
+
+HEADER_STEP = 4096
+NO_DIGEST = "0" * 64
+WIDEST = 10**15
+"""A number of customers and bytes that never occurs: room is left in the header for its digits."""
+
+
+@dataclass(frozen=True)
+class PackedHeader:
+    """Metadata and sizes of a packed file; the same always gives the same bytes."""
+
+    metadata: dict[str, Any]
+    customers: int
+    total_rank: int
+    id_bytes: int
+
+    def to_bytes(self, digest: str) -> bytes:
+        """The file up to its tensors: the length, JSON, and spaces up to a size that `customers` does not change."""
+        room = len(self._json(NO_DIGEST, WIDEST, WIDEST))
+        size = -(-(8 + room) // HEADER_STEP) * HEADER_STEP - 8
+        text = self._json(digest, self.customers, self.id_bytes)
+        return struct.pack("<Q", size) + text.ljust(size)
+
+    def _json(self, digest: str, customers: int, id_bytes: int) -> bytes:
+        record = self.metadata | {"content_digest": digest}
+        first = 4 * customers * self.total_rank
+        second = first + customers
+        header = {
+            "__metadata__": {METADATA_KEY: json.dumps(record, sort_keys=True, separators=(",", ":"))},
+            "coefficients": {"dtype": "F32", "shape": [customers, self.total_rank], "data_offsets": [0, first]},
+            "id_lengths": {"dtype": "U8", "shape": [customers], "data_offsets": [first, second]},
+            "id_bytes": {"dtype": "U8", "shape": [id_bytes], "data_offsets": [second, second + id_bytes]},
+        }
+        return json.dumps(header, separators=(",", ":")).encode()
+
+    def seal(self, digest: "hashlib._Hash") -> str:
+        """The digest of the file: `digest` of its tensors, and then the header."""
+        digest.update(self.to_bytes(NO_DIGEST))
+        return digest.hexdigest()
+
+
+def metadata_of(manifest: Manifest) -> dict[str, Any]:
+    """What a packed file says of the bundle for which it is."""
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "basis_digest": manifest.basis_digest,
+        "base_digest": manifest.base_digest,
+        "task": manifest.task,
+        "labels": list(manifest.labels),
+    }
+
+
+def read_header(file: io.FileIO, path: Path) -> tuple[PackedHeader, str, int]:
+    """The header, the digest it names, and where the tensors begin.
+
+    Raises:
+        FileFormatError: it is not a packed file of this version, is cut, or its header was changed.
+    """
+    size_bytes = os.fstat(file.fileno()).st_size
+    prefix = file.read(8)
+    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size_bytes
+    if not 0 < length <= min(size_bytes - 8, 2 * MAX_METADATA_BYTES):
+        raise FileFormatError(f"{path} is not a complete safetensors file")
+    text = bytearray(length)
+    read_exactly(file, memoryview(text), path)
+    try:
+        record = json.loads(text)
+        metadata = json.loads(record["__metadata__"][METADATA_KEY])
+        kind, version = metadata["format"], metadata["format_version"]
+        digest = str(metadata.pop("content_digest"))
+        customers, total_rank = record["coefficients"]["shape"]
+        (id_bytes,) = record["id_bytes"]["shape"]
+        header = PackedHeader(metadata, customers, total_rank, id_bytes)
+        # Bounded first: a number of a million digits takes long to write.
+        if not all(type(number) is int and 0 < number < WIDEST for number in (customers, total_rank, id_bytes)):
+            raise ValueError("sizes that make no sense")
+        # The one way to write this header: so no byte of it can change unnoticed.
+        canonical = header.to_bytes(digest) == prefix + text
+    except (ValueError, KeyError, TypeError, RecursionError, AttributeError) as error:
+        raise FileFormatError(f"{path} is not a {FORMAT} file") from error
+    if kind != FORMAT:
+        raise FileFormatError(f"{path} is not a {FORMAT} file")
+    if version != FORMAT_VERSION:
+        raise FileFormatError(f"{path} has format version {version!r}; this version reads {FORMAT_VERSION}")
+    start = 8 + length
+    if not canonical:
+        raise FileFormatError(f"{path} was changed after it was written: its header is not as it was")
+    if size_bytes != start + 4 * customers * total_rank + customers + id_bytes:
+        raise FileFormatError(f"{path} is cut or has bytes too many")
+    return header, digest, start
+
+
+def read_exactly(file: io.FileIO, view: memoryview, path: Path) -> None:
+    """Fill `view`, bytes; nothing is mapped, as a file that is cut meanwhile would end the process.
+
+    Raises:
+        FileFormatError: the file ends before.
+    """
+    done = 0
+    while done < len(view):
+        count = file.readinto(view[done:])
+        if not count:
+            raise FileFormatError(f"{path} is cut")
+        done += count

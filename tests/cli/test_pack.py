@@ -1,0 +1,82 @@
+"""`pack` on the command line: what is written, and what is refused in one line."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qrlora_deploy.cli import cli
+from qrlora_deploy.coefficients import Coefficients, write_coefficients
+from qrlora_deploy.runtime.bundle import open_bundle
+from qrlora_deploy.runtime.packed import load_packed
+from qrlora_deploy.runtime.switchable import SwitchableSession
+from tests.cli.running import run, succeed
+
+PACK = "pack customers --bundle bundle -o packed.safetensors"
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, switchable: Path, tiny_customer: Coefficients) -> Path:
+    """The current folder: a bundle and two customers."""
+    (tmp_path / "bundle").symlink_to(switchable)
+    (tmp_path / "customers").mkdir()
+    for name in ("acme", "bolt"):
+        write_coefficients(tiny_customer, tmp_path / "customers" / f"{name}.safetensors")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_pack(place: Path, tiny_customer: Coefficients) -> None:
+    (place / "customers" / "note.txt").write_text("not a customer")
+    made = succeed(PACK.split(), place)
+    file = place / "packed.safetensors"
+    manifest = open_bundle(place / "bundle").manifest
+    assert made == {
+        "output": "packed.safetensors",
+        "size_bytes": file.stat().st_size,
+        "customers": 2,
+        "coefficients": len(tiny_customer.values),
+        "basis_digest": manifest.basis_digest,
+        "base_digest": manifest.base_digest,
+    }
+    session = SwitchableSession(open_bundle(place / "bundle"), threads=1)
+    assert load_packed(session, file) == 2 and sorted(session.customers()) == ["acme", "bolt"]
+
+
+def test_pack_says_what_it_did(place: Path) -> None:
+    ran = run(*PACK.split(), cwd=place)
+    assert ran.code == 0 and ran.err == ""
+    assert "wrote packed.safetensors" in ran.out and "customers" in ran.out
+
+
+def refuse(capsys: pytest.CaptureFixture[str], command: str, *parts: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(command.split(), prog_name="qrlora-deploy")
+    shown = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert shown.startswith("Error: ") and len(shown.splitlines()) == 1, shown
+    assert all(part in shown for part in parts), shown
+
+
+def test_refused_in_one_line(
+    place: Path, capsys: pytest.CaptureFixture[str], tiny_customer: Coefficients, exported: Path
+) -> None:
+    refuse(capsys, "pack customers --bundle bundle -o customers/all.safetensors", "among the customers")
+    refuse(capsys, "pack customers --bundle bundle -o nowhere/all.safetensors", "nowhere")
+    refuse(capsys, "pack nowhere --bundle bundle -o packed.safetensors", "nowhere")
+    refuse(capsys, "pack customers --bundle customers -o packed.safetensors", "customers is not a bundle")
+    refuse(capsys, f"pack customers --bundle {exported} -o packed.safetensors", "is a merged bundle")
+    bolt = place / "customers" / "bolt.safetensors"
+    whole = bolt.read_bytes()
+    bolt.write_bytes(whole[:-1])
+    refuse(capsys, PACK, "bolt.safetensors is not a complete")
+    write_coefficients(replace(tiny_customer, basis_digest="e" * 64), bolt)
+    refuse(capsys, PACK, "bolt was trained on basis eeeeeeeeeeee")
+    write_coefficients(replace(tiny_customer, head={"w": np.ones((4, 32), np.float32)}), bolt)
+    refuse(capsys, PACK, "bolt has a head of its own")
+    shutil.rmtree(place / "customers")
+    (place / "customers").mkdir()
+    refuse(capsys, PACK, "no customer to pack in customers")
+    assert not (place / "packed.safetensors").exists()
