@@ -20,7 +20,7 @@ class FolderWatcher:
     Args:
         folder: the folder; it may go away and come back, and be another one then.
         begin: called in the thread once the folder is watched, so that what changed before can be
-            found; with True where it was watched before, and went away or became another one.
+            found; with True where it went away before, or became another one.
         follow: called several times a second with the names that changed, often with none.
         complain: called with one line when watching fails; the same line is not repeated.
         poll: compare again and again instead of asking the system for changes.
@@ -82,7 +82,8 @@ class FolderWatcher:
                 message = f"{self.folder} cannot be watched: {reason}"
                 if message != complaint:
                     self._complain(message)
-                complaint = message
+                # Also where it went away before it was watched: what is found next may be another folder.
+                complaint, again = message, True
                 stop.wait(RETRY_S)
 
     def _rounds(self, stop: threading.Event, again: bool) -> Iterator[None]:
