@@ -1,17 +1,12 @@
 """Where the rows of a coefficient table lie: an array of the host, or one buffer of a GPU."""
 
-import ctypes
-import ctypes.util
-import sys
 from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime
 
-from qrlora_deploy.errors import ProviderError, QrloraError
-
-HOST_TO_DEVICE, DEVICE_TO_DEVICE = 1, 3
-"""`cudaMemcpyKind` of the CUDA runtime."""
+from qrlora_deploy.errors import QrloraError
+from qrlora_deploy.runtime.cuda import DEVICE_TO_DEVICE, HOST_TO_DEVICE, CudaBuffer, CudaCopies, pinned_bytes
 
 
 class Memory(Protocol):
@@ -114,59 +109,37 @@ class CudaMemory:
 
     def __init__(self, rows: int, width: int, device: int = 0) -> None:
         self.rows, self.width, self.device = rows, width, device
-        self.cuda = _cuda_runtime()
         try:
-            self.value = onnxruntime.OrtValue.ortvalue_from_shape_and_type((rows, width), np.float32, "cuda", device)
-        # ONNX Runtime's exceptions share no base class of their own.
-        except Exception as error:
+            self.buffer = CudaBuffer(4 * rows * width, device)
+        except MemoryError as error:
             raise QrloraError(_too_large(rows, width, f"GPU {device}")) from error
-        self._check(self.cuda.cudaSetDevice(device))
-        self._check(self.cuda.cudaMemset(ctypes.c_void_p(self.value.data_ptr()), 0, ctypes.c_size_t(4 * rows * width)))
-        self._check(self.cuda.cudaDeviceSynchronize())
+        self._copies = CudaCopies(device)
+        self._row = pinned_bytes(4 * width).view(np.float32)
 
     def write(self, row: int, values: np.ndarray) -> None:
         """Copy `values [width]` into a row and wait until they are there."""
-        contiguous = np.ascontiguousarray(values, dtype=np.float32)
-        self._copy(4 * row * self.width, contiguous.ctypes.data, contiguous.nbytes, HOST_TO_DEVICE)
+        self._row[:] = values
+        self._copy(row, self._row.ctypes.data, self._row.nbytes, HOST_TO_DEVICE)
 
     def write_rows(self, start: int, values: np.ndarray) -> None:
         """Copy `values [n, width]` into the rows from `start` on, with one copy, and wait."""
         _check_block(values, start, self)
         contiguous = np.ascontiguousarray(values, dtype=np.float32)
-        self._copy(4 * start * self.width, contiguous.ctypes.data, contiguous.nbytes, HOST_TO_DEVICE)
+        self._copy(start, contiguous.ctypes.data, contiguous.nbytes, HOST_TO_DEVICE)
 
     def grown(self, rows: int) -> "CudaMemory":
         """A larger copy on the same GPU."""
         larger = CudaMemory(rows, self.width, self.device)
-        larger._copy(0, self.value.data_ptr(), 4 * self.rows * self.width, DEVICE_TO_DEVICE)
+        larger._copy(0, self.buffer.pointer, 4 * self.rows * self.width, DEVICE_TO_DEVICE)
         return larger
 
     def bind(self, binding: Any, name: str) -> None:
         """Bind the buffer itself."""
-        binding.bind_ortvalue_input(name, self.value)
+        shape = (self.rows, self.width)
+        binding.bind_input(name, "cuda", self.device, np.float32, shape, self.buffer.pointer)
 
-    def _copy(self, offset: int, source: int, size_bytes: int, kind: int) -> None:
-        self._check(self.cuda.cudaSetDevice(self.device))
-        place = ctypes.c_void_p(self.value.data_ptr() + offset)
-        self._check(self.cuda.cudaMemcpy(place, ctypes.c_void_p(source), ctypes.c_size_t(size_bytes), kind))
-        # A copy between two places of one GPU returns before it is done.
-        if kind == DEVICE_TO_DEVICE:
-            self._check(self.cuda.cudaDeviceSynchronize())
-
-    def _check(self, code: int) -> None:
-        if code:
-            raise QrloraError(f"CUDA refused to write the coefficient table (error {code})")
-
-
-def _cuda_runtime() -> Any:
-    """The CUDA runtime library, which ONNX Runtime's CUDA provider has loaded already."""
-    pattern = "cudart64_{}.dll" if sys.platform == "win32" else "libcudart.so.{}"
-    for version in (13, 12):
-        try:
-            return ctypes.CDLL(pattern.format(version))
-        except OSError:
-            continue
-    raise ProviderError("the CUDA runtime library was not found; pip install 'qrlora-deploy[cuda]' brings it")
+    def _copy(self, row: int, source: int, size_bytes: int, kind: int) -> None:
+        self._copies.copy(self.buffer.pointer + 4 * row * self.width, source, size_bytes, kind)
 
 
 def _check_block(values: np.ndarray, start: int, memory: Memory) -> None:

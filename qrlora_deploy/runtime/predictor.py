@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from qrlora_deploy.errors import InputError
+from qrlora_deploy.runtime.bucket_runner import make_runner
+from qrlora_deploy.runtime.buckets import Buckets
 from qrlora_deploy.runtime.bundle import Bundle
 from qrlora_deploy.runtime.session import open_session
 from qrlora_deploy.runtime.switchable import SwitchableSession
@@ -34,6 +36,7 @@ class Predictor:
         bundle: an open bundle, merged or switchable.
         provider: "cpu", "cuda" or "tensorrt".
         threads: threads within an operator.
+        buckets: run in these shapes only; on CUDA as captured graphs.
         session: the customers of a switchable bundle; opened with defaults, and without any
             customer, if None.
 
@@ -49,15 +52,17 @@ class Predictor:
         bundle: Bundle,
         provider: str = "cpu",
         threads: int | None = None,
+        buckets: Buckets | None = None,
         session: SwitchableSession | None = None,
     ) -> None:
         self.bundle = bundle
         self.encoder = TextEncoder(bundle)
         self.switchable = session
         if bundle.manifest.kind == "merged":
-            self._merged = open_session(bundle.model, provider, threads)
+            opened = open_session(bundle.model, provider, threads, cuda_graph=buckets is not None)
+            self._merged = make_runner(opened, bundle.manifest, provider, buckets)
         elif session is None:
-            self.switchable = SwitchableSession(bundle, provider, threads=threads)
+            self.switchable = SwitchableSession(bundle, provider, threads=threads, buckets=buckets)
 
     def predict(
         self,
@@ -95,7 +100,7 @@ class Predictor:
             return self.switchable.run(inputs, owners)
         if any(owner is not None for owner in owners):
             raise InputError(f"{self.bundle.folder} is a merged bundle: it holds one customer, who has no name in it")
-        return np.asarray(self._merged.run(["logits"], inputs)[0]), [self.bundle.manifest.labels] * len(owners)
+        return self._merged.run(inputs), [self.bundle.manifest.labels] * len(owners)
 
     def _prediction(self, logits: np.ndarray, labels: tuple[str, ...]) -> Prediction:
         # Behind its own labels a customer has -inf.

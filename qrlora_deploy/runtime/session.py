@@ -19,13 +19,15 @@ PROVIDERS = {
 QUIET, DEFAULT_SEVERITY = 4, 2
 
 
-def open_session(model: Path, provider: str = "cpu", threads: int | None = None) -> Any:
+def open_session(model: Path, provider: str = "cpu", threads: int | None = None, cuda_graph: bool = False) -> Any:
     """Open `model` on `provider`, "cpu", "cuda" or "tensorrt", with TF32 off.
 
     Args:
         model: the ONNX file. Check a bundle with `open_bundle` first.
         provider: a GPU is never replaced by the CPU silently.
         threads: threads within an operator; None leaves the choice to ONNX Runtime.
+        cuda_graph: on CUDA, runs are captured and replayed by their `gpu_graph_id`; all inputs and
+            outputs must then be bound to fixed addresses (`BucketRunner` does that).
 
     Returns:
         An `onnxruntime.InferenceSession`.
@@ -47,14 +49,18 @@ def open_session(model: Path, provider: str = "cpu", threads: int | None = None)
         options.intra_op_num_threads = threads
     if provider != "cpu":
         _preload()
-    session = _create(model, options, provider)
+    session, reason = _create(model, options, provider, cuda_graph)
     if session is None or session.get_providers()[0] != name:
-        raise ProviderError(f"{name} was asked for but does not load: {_missing(provider)}. Or pass --provider cpu")
+        raise ProviderError(
+            f"{name} was asked for but does not load: {_missing(provider) or reason}. Or pass --provider cpu"
+        )
     return session
 
 
-def _create(model: Path, options: Any, provider: str) -> Any:
-    cuda = ("CUDAExecutionProvider", {"use_tf32": "0"})
+def _create(model: Path, options: Any, provider: str, cuda_graph: bool) -> tuple[Any, str]:
+    """The session, or None and ONNX Runtime's own reason."""
+    graph = str(int(cuda_graph and provider == "cuda"))
+    cuda = ("CUDAExecutionProvider", {"use_tf32": "0", "enable_cuda_graph": graph})
     chains: dict[str, list[Any]] = {
         "cpu": ["CPUExecutionProvider"],
         "cuda": [cuda, "CPUExecutionProvider"],
@@ -65,11 +71,12 @@ def _create(model: Path, options: Any, provider: str) -> Any:
         onnxruntime.set_default_logger_severity(QUIET)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            return onnxruntime.InferenceSession(str(model), options, providers=chains[provider])
+            session = onnxruntime.InferenceSession(str(model), options, providers=chains[provider])
+        return session, "no usable NVIDIA GPU or driver was found"
     # Its exceptions share no base class of their own.
     except Exception as error:
         if provider != "cpu":
-            return None
+            return None, _first_line(error)
         raise FileFormatError(f"{model} cannot be opened by ONNX Runtime: {_first_line(error)}") from error
     finally:
         onnxruntime.set_default_logger_severity(DEFAULT_SEVERITY)
@@ -84,7 +91,7 @@ def _preload() -> None:
 
 
 def _missing(provider: str) -> str:
-    """Why a provider did not load, as far as the dynamic linker can tell."""
+    """Why a provider did not load, as far as the dynamic linker can tell; empty where it could."""
     folder = Path(onnxruntime.__file__).parent / "capi"
     pattern = "onnxruntime_providers_{}.dll" if sys.platform == "win32" else "libonnxruntime_providers_{}.so"
     try:
@@ -96,7 +103,7 @@ def _missing(provider: str) -> str:
             hint = "pip install 'qrlora-deploy[cuda]' brings it" if provider == "cuda" else "install TensorRT"
             return f"{library} was not found; {hint}"
         return _first_line(error)
-    return "no usable NVIDIA GPU or driver was found"
+    return ""
 
 
 def _first_line(error: BaseException) -> str:

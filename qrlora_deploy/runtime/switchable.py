@@ -10,13 +10,14 @@ import safetensors.numpy
 
 from qrlora_deploy.coefficients import Coefficients, read_coefficients
 from qrlora_deploy.errors import BasisMismatchError, FileFormatError, InputError
+from qrlora_deploy.runtime.bucket_runner import make_runner
+from qrlora_deploy.runtime.buckets import Buckets
 from qrlora_deploy.runtime.bundle import Bundle
-from qrlora_deploy.runtime.layout import BASE_HEAD_FILE, HEAD_TABLE, SLOT, TABLE, HeadLayout, TableLayout, head_arrays
+from qrlora_deploy.runtime.layout import BASE_HEAD_FILE, HEAD_TABLE, TABLE, HeadLayout, TableLayout, head_arrays
 from qrlora_deploy.runtime.memory import make_memory
+from qrlora_deploy.runtime.running import text_inputs
 from qrlora_deploy.runtime.session import open_session
 from qrlora_deploy.runtime.table import BASE_ROW, CoefficientTable, rows_of
-
-LOGITS = "logits"
 
 FETCH_ATTEMPTS = 8
 """Rounds of fetching customers for one batch, while others push them out of a full table again."""
@@ -31,9 +32,15 @@ class SwitchableSession:
         rows: rows of the table at the start; it doubles when it is full.
         max_rows: rows at most, with the base's; then the customer that was not used for longest
             gives way. None: no bound.
-        fetch: finds a customer that is not in the table and returns it, or loads it itself and
-            returns None, or raises `InputError`; without it such a customer is refused.
         threads: threads within an operator.
+        buckets: run in these shapes only, all of them made ready here; on CUDA as captured graphs.
+            After the table has grown, the first run in each bucket captures it anew. None: every
+            batch runs as it comes.
+
+    Attributes:
+        fetch: finds a customer that is not in the table and returns it, or loads it itself and
+            returns None, or raises `InputError`; None: such a customer is refused. A
+            `CustomerStore` puts its own here.
 
     Raises:
         InputError: the bundle is of another kind. ProviderError: the provider does not load.
@@ -46,8 +53,8 @@ class SwitchableSession:
         provider: str = "cpu",
         rows: int = 64,
         max_rows: int | None = None,
-        fetch: Callable[[str], Coefficients | None] | None = None,
         threads: int | None = None,
+        buckets: Buckets | None = None,
     ) -> None:
         manifest = bundle.manifest
         if manifest.kind != "switchable":
@@ -55,16 +62,17 @@ class SwitchableSession:
         self.bundle = bundle
         self.manifest = manifest
         self.layout = TableLayout([target.rank for target in manifest.targets])
-        self.fetch = fetch
-        self.session = open_session(bundle.model, provider, threads)
+        self.fetch: Callable[[str], Coefficients | None] | None = None
+        self.session = open_session(bundle.model, provider, threads, cuda_graph=buckets is not None)
         _check_graph(self.session, bundle)
-        self._text_inputs = [record.name for record in manifest.inputs if record.name not in (TABLE, HEAD_TABLE, SLOT)]
+        self._text_inputs = text_inputs(manifest)
         self.head = HeadLayout(manifest.head_labels, manifest.head_features) if manifest.head_labels else None
         widths = {TABLE: self.layout.width} | ({HEAD_TABLE: self.head.width} if self.head else {})
         self._base_head = _read_base_head(bundle, self.head) if self.head else (np.empty((0, 0)), np.empty(0))
         _check_widths(bundle, widths)
         self.table = CoefficientTable(lambda count: make_memory(widths, count, provider), rows, max_rows)
         self.table.memory.write(BASE_ROW, self._row(np.zeros(self.layout.total_rank, dtype=np.float32), {}))
+        self._runner = make_runner(self.session, manifest, provider, buckets, lambda: self.table.memory)
 
     def load(self, customer: str, source: Path | Coefficients) -> None:
         """Make a coefficients file, or what was read from one, what `customer` is from now on.
@@ -108,16 +116,7 @@ class SwitchableSession:
         try:
             self._hold(customers, held)
             slot = rows_of(customers, held)
-            # After the rows are held: a memory that grew later has the same rows.
-            memory = self.table.memory
-            binding = self.session.io_binding()
-            for name in self._text_inputs:
-                binding.bind_cpu_input(name, np.ascontiguousarray(inputs[name]))
-            binding.bind_cpu_input(SLOT, slot)
-            memory.bind(binding)
-            binding.bind_output(LOGITS, "cpu")
-            self.session.run_with_iobinding(binding)
-            logits: np.ndarray = binding.copy_outputs_to_cpu()[0]
+            logits = self._runner.run(inputs, slot)
             labels = [self.table.note_of(int(row)) or self.manifest.labels for row in slot]
         finally:
             self.table.release(held.values())
