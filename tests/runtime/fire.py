@@ -22,7 +22,7 @@ import numpy as np
 
 from qrlora_deploy.coefficients import Coefficients
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.runtime import Manifest, SwitchableSession, open_bundle
+from qrlora_deploy.runtime import Buckets, Manifest, SwitchableSession, open_bundle
 
 MARGIN = 1e-3
 """How much nearer a row must be to its version than versions are to each other, where the size of
@@ -320,6 +320,7 @@ def fire(
     readers: int = 8,
     writers: int = 2,
     provider: str = "cpu",
+    buckets: Buckets | None = None,
     sabotage: Callable[[SwitchableSession], None] | None = None,
     read_memory: ReadMemory = resident_bytes,
 ) -> Report:
@@ -331,6 +332,7 @@ def fire(
         readers: threads that predict.
         writers: threads that swap; one more loads and unloads a customer.
         provider: "cpu" or "cuda".
+        buckets: of the session.
         sabotage: breaks the session after the scene is set, to prove that this notices. The fire
             then stops at the first mixture.
         read_memory: resident bytes of the process.
@@ -338,7 +340,7 @@ def fire(
     Raises:
         AssertionError: versions of this bundle lie too near to each other to be told apart.
     """
-    session = SwitchableSession(open_bundle(folder), provider, rows=4, threads=1)
+    session = SwitchableSession(open_bundle(folder), provider, rows=4, threads=1, buckets=buckets)
     scene = set_scene(session)
     distance, spread = measure_distance(scene), measure_spread(session, scene)
     bound = 0.0 if spread == 0.0 else MARGIN * distance
@@ -382,8 +384,10 @@ def main() -> int:
     parser.add_argument("--readers", type=int, default=8)
     parser.add_argument("--writers", type=int, default=2)
     parser.add_argument("--provider", default="cpu")
+    parser.add_argument("--buckets", action="store_true", help="run in buckets, on CUDA as captured graphs")
     options = parser.parse_args()
-    report = fire(options.bundle, options.seconds, options.readers, options.writers, options.provider)
+    buckets = Buckets((1, 4, 16), (12,)) if options.buckets else None
+    report = fire(options.bundle, options.seconds, options.readers, options.writers, options.provider, buckets)
     print(report)
     return 1 if report.wrong_count or report.errors else 0
 

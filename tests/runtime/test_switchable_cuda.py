@@ -8,19 +8,24 @@ import pytest
 
 from qrlora_deploy.coefficients import Coefficients
 from qrlora_deploy.errors import ProviderError
-from qrlora_deploy.runtime import SwitchableSession, open_bundle, verify
+from qrlora_deploy.runtime import Buckets, Predictor, SwitchableSession, open_bundle, verify
 from qrlora_deploy.runtime.tokenizing import TextEncoder
+from tests.runtime.fire import fire
 from tests.tiny import SENTENCES
 from tests.tolerances import FP32_ONNX
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(scope="module")
-def sessions(switchable: Path) -> tuple[SwitchableSession, SwitchableSession]:
+BUCKETS = Buckets((2, 8), (16, 32))
+
+
+@pytest.fixture(scope="module", params=[None, BUCKETS], ids=["plain", "captured graphs"])
+def sessions(switchable: Path, request: pytest.FixtureRequest) -> tuple[SwitchableSession, SwitchableSession]:
+    """The CPU's and the GPU's."""
     bundle = open_bundle(switchable)
     try:
-        return SwitchableSession(bundle, rows=4), SwitchableSession(bundle, "cuda", rows=4)
+        return SwitchableSession(bundle, rows=4), SwitchableSession(bundle, "cuda", rows=4, buckets=request.param)
     except ProviderError as error:
         pytest.skip(f"no CUDA execution provider here: {error}")
 
@@ -66,3 +71,37 @@ def test_back_to_the_first_version_is_exact_on_cuda(
         answers.append(device.run(inputs, ["acme", None])[0])
     np.testing.assert_array_equal(answers[0], answers[2])
     assert np.abs(answers[0][0, :4] - answers[1][0, :4]).max() > 1e-3
+
+
+def test_a_batch_that_fits_no_bucket_runs_as_it_is(
+    sessions: tuple[SwitchableSession, SwitchableSession], tiny_customer: Coefficients
+) -> None:
+    host, device = sessions
+    for session in sessions:
+        session.load("acme", tiny_customer)
+    inputs = TextEncoder(host.bundle).encode(SENTENCES * 2)
+    for count in (1, 12, 2, 12):
+        some = {name: values[:count] for name, values in inputs.items()}
+        names = (["acme", None] * 6)[:count]
+        np.testing.assert_allclose(device.run(some, names)[0], host.run(some, names)[0], **FP32_ONNX)
+
+
+def test_a_merged_bundle_runs_as_captured_graphs(exported: Path) -> None:
+    bundle = open_bundle(exported)
+    try:
+        device = Predictor(bundle, "cuda", buckets=BUCKETS)
+    except ProviderError as error:
+        pytest.skip(f"no CUDA execution provider here: {error}")
+    expected = Predictor(bundle).predict(SENTENCES)
+    for _ in range(3):
+        found = device.predict(SENTENCES)
+        np.testing.assert_allclose([a.logits for a in found], [a.logits for a in expected], **FP32_ONNX)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("buckets", [None, Buckets((1, 4, 16), (12,))], ids=["plain", "captured graphs"])
+def test_swaps_under_fire_give_no_mixture(switchable: Path, buckets: Buckets | None) -> None:
+    report = fire(switchable, seconds=15, provider="cuda", buckets=buckets)
+    print(report)
+    assert report.wrong_count == 0 and report.errors == [], report
+    assert report.rows > 1000 and report.swaps > 1000, report
