@@ -23,6 +23,9 @@ BUILT_IN = (
 )
 """Also registered by pyproject.toml; named here so that a checkout works without being installed."""
 
+FP32_ONLY = frozenset({"onnx-adapter", "peft"})
+"""Exporters of coefficients, which are fp32 beside a graph of any precision."""
+
 
 @dataclass(frozen=True)
 class ExportJob:
@@ -36,6 +39,7 @@ class ExportJob:
         head_labels: most labels that a customer's own head may have, in a form for all customers.
         texts: texts of the check that ends the export; None: what comes with the project.
         provider: execution provider of that check.
+        precision: of weights and activations, such as "fp32".
         progress: called with a description, the steps done and all steps.
     """
 
@@ -47,6 +51,7 @@ class ExportJob:
     texts: "Examples | None" = None
     provider: str = "cpu"
     progress: Callable[[str, int, int], None] | None = None
+    precision: str = "fp32"
 
 
 Exporter = Callable[[ExportJob], Mapping[str, Any]]

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from exporters.onnx.customers import made_up_customers, mixed_reference, read_base_head
-from exporters.onnx.graph import RowInputs, input_names, write_graph
+from exporters.onnx.graph import input_names, write_graph
+from exporters.onnx.precision import cast_inside, check_precision
 from exporters.onnx.reference import build_reference, choose_texts
 from exporters.onnx.sealing import Checked, Content, seal, write_side_files
-from exporters.onnx.switchable import make_switchable
+from exporters.onnx.switchable import CustomerRows, make_switchable
 from qrlora_deploy.basis import Basis
 from qrlora_deploy.checkpoint import Checkpoint, check_basis_fits
 from qrlora_deploy.coefficients import Coefficients
@@ -19,8 +20,7 @@ from qrlora_deploy.files import atomic_folder, check_free_folder
 from qrlora_deploy.merging import merge_model
 from qrlora_deploy.runtime.bundle import MODEL_FILE, Manifest
 from qrlora_deploy.runtime.layout import head_arrays
-from qrlora_deploy.runtime.parity import Case, check_parity
-from qrlora_deploy.runtime.session import open_session
+from qrlora_deploy.runtime.parity import Case, check_parity, open_for_check
 from qrlora_deploy.training.data import Examples
 
 Progress = Callable[[str, int, int], None]
@@ -34,7 +34,17 @@ class _Plan:
     content: Content
     reference: list[Case]
     model: Any
-    rows: RowInputs | None = None
+    rows: CustomerRows | None = None
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What does not differ between them: where the bundle goes, and how it is written and checked."""
+
+    output: Path
+    provider: str
+    precision: str
+    progress: Progress | None
 
 
 def export_bundle(job: ExportJob) -> Mapping[str, Any]:
@@ -45,13 +55,27 @@ def export_bundle(job: ExportJob) -> Mapping[str, Any]:
     """
     if job.coefficients is None:
         manifest = export_switchable(
-            job.checkpoint, job.basis, job.output, job.texts, job.provider, job.progress, job.head_labels
+            job.checkpoint,
+            job.basis,
+            job.output,
+            job.texts,
+            job.provider,
+            job.progress,
+            job.head_labels,
+            job.precision,
         )
     elif job.head_labels:
         raise InputError("--head-labels belongs to a switchable bundle; a merged one has its customer's own head")
     else:
         manifest = export_merged(
-            job.checkpoint, job.basis, job.coefficients, job.output, job.texts, job.provider, job.progress
+            job.checkpoint,
+            job.basis,
+            job.coefficients,
+            job.output,
+            job.texts,
+            job.provider,
+            job.progress,
+            job.precision,
         )
     return manifest.model_dump(mode="json")
 
@@ -64,6 +88,7 @@ def export_merged(
     texts: Examples | None = None,
     provider: str = "cpu",
     progress: Progress | None = None,
+    precision: str = "fp32",
 ) -> Manifest:
     """Write the bundle of one customer to the new folder `output`.
 
@@ -73,11 +98,16 @@ def export_merged(
     Args:
         texts: text to check with; what comes with the project if None.
         provider: where the check runs, "cpu", "cuda" or "tensorrt".
+        progress: called with a description, the steps done and all steps.
+        precision: of weights and activations, "fp32", "fp16" or "bf16"; inputs and logits are the
+            same in all of them. The merge is rounded once.
 
     Raises:
-        InputError: `output` exists, or the checkpoint has no task head or no fast tokenizer.
+        InputError: `output` exists, the checkpoint has no task head or no fast tokenizer, or the
+            precision is unknown.
         BasisMismatchError: base, basis and coefficients do not belong together.
-        CheckFailed: the logits differ. ProviderError: the provider does not load.
+        CheckFailed: the logits differ, or the customer's effect does.
+        ProviderError: the provider does not load, or cannot compute in `precision`.
         QrloraError: the model cannot be exported, or the disk is full.
     """
 
@@ -89,7 +119,7 @@ def export_merged(
         content = Content("merged", coefficients.task, labels, len(labels), coefficients.digest)
         return _Plan(content, reference, model)
 
-    return _export(checkpoint, basis, output, plan, provider, progress)
+    return _export(checkpoint, basis, plan, _Settings(output, provider, precision, progress))
 
 
 def export_switchable(
@@ -100,6 +130,7 @@ def export_switchable(
     provider: str = "cpu",
     progress: Progress | None = None,
     head_labels: int = 0,
+    precision: str = "fp32",
 ) -> Manifest:
     """Write a bundle that serves every customer of `basis` to the new folder `output`.
 
@@ -130,33 +161,29 @@ def export_switchable(
         )
         return _Plan(content, reference, model, rows)
 
-    return _export(checkpoint, basis, output, plan, provider, progress)
+    return _export(checkpoint, basis, plan, _Settings(output, provider, precision, progress))
 
 
-def _export(
-    checkpoint: Checkpoint,
-    basis: Basis,
-    output: Path,
-    make_plan: Callable[[], _Plan],
-    provider: str,
-    progress: Progress | None,
-) -> Manifest:
+def _export(checkpoint: Checkpoint, basis: Basis, make_plan: Callable[[], _Plan], settings: _Settings) -> Manifest:
     def step(done: int) -> None:
-        if progress is not None:
-            progress(STEPS[min(done, len(STEPS) - 1)], done, len(STEPS))
+        if settings.progress is not None:
+            settings.progress(STEPS[min(done, len(STEPS) - 1)], done, len(STEPS))
 
-    check_free_folder(output)
+    check_precision(settings.precision)
+    check_free_folder(settings.output)
     tokenizer = _check_exportable(checkpoint)
     step(0)
     plan = make_plan()
     step(1)
-    with atomic_folder(output) as folder:
+    with atomic_folder(settings.output) as folder:
+        cast_inside(plan.model, plan.rows, settings.precision)
         graph = write_graph(plan.model, input_names(plan.model, tokenizer), folder, plan.rows)
         step(2)
-        report = check_parity(open_session(folder / MODEL_FILE, provider), plan.reference)
+        session = open_for_check(folder / MODEL_FILE, settings.precision, settings.provider)
+        report = check_parity(session, plan.reference, settings.precision)
         report.raise_if_failed()
         step(3)
-        checked = Checked(plan.model, tokenizer, graph, plan.reference, report, provider)
+        checked = Checked(plan.model, tokenizer, graph, plan.reference, report, settings.provider)
         write_side_files(folder, plan.content, checked)
         manifest = seal(folder, checkpoint, basis, plan.content, checked)
     step(4)

@@ -78,7 +78,7 @@ def write_graph(model: Any, names: tuple[str, ...], folder: Path, rows: RowInput
     The model's attention implementation is switched in place.
 
     Args:
-        model: gives `logits [batch, outputs]`.
+        model: gives `logits [batch, outputs]`; the graph computes in its dtype.
         names: its text inputs, int64 `[batch, sequence]` each.
         folder: where the files go.
         rows: further inputs, and who takes them.
@@ -110,7 +110,7 @@ def _record(name: str, tensor: torch.Tensor, axes: tuple[str | int, ...]) -> Ten
 
 
 class _LogitsOnly(torch.nn.Module):
-    """Takes tensors by position and gives logits `[batch, outputs]`."""
+    """Takes tensors by position and gives logits `[batch, outputs]`, fp32 whatever the model's dtype."""
 
     def __init__(self, model: torch.nn.Module, names: tuple[str, ...], rows: RowInputs | None) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class _LogitsOnly(torch.nn.Module):
         named = dict(zip(self.names, inputs, strict=True))
         if self.rows is not None:
             self.rows.fill({name: named.pop(name) for name in self.row_names})
-        logits: torch.Tensor = self.model(**named, return_dict=True).logits
+        logits: torch.Tensor = self.model(**named, return_dict=True).logits.float()
         return logits
 
 

@@ -29,7 +29,7 @@ from qrlora_deploy.runtime.parity import Case, ParityReport, customer_effect, wr
 
 README = """# {task}, {labels} labels
 
-A {kind} bundle written by qrlora-deploy: {what}
+A {kind} bundle in {precision}, written by qrlora-deploy: {what}
 
     qrlora-deploy verify .
     qrlora-deploy predict . {option}--text "..."
@@ -102,6 +102,7 @@ def write_side_files(folder: Path, content: Content, checked: Checked) -> None:
         task=content.task,
         labels=len(content.labels),
         kind=content.kind,
+        precision=checked.report.precision,
         what=WHAT[content.kind],
         option="" if content.kind == "merged" else "--customers FOLDER --customer acme ",
         inputs=", ".join(f"`{record.name}` {record.dtype} [{_axes(record)}]" for record in checked.graph.inputs),
@@ -120,7 +121,7 @@ def seal(folder: Path, checkpoint: Checkpoint, basis: Basis, content: Content, c
         kind=content.kind,  # type: ignore[arg-type]  # pydantic checks both
         task=content.task,  # type: ignore[arg-type]
         labels=content.labels,
-        precision="fp32",
+        precision=checked.report.precision,  # type: ignore[arg-type]
         opset=OPSET,
         basis_digest=basis.digest,
         coefficients_digest=content.coefficients_digest,
@@ -158,4 +159,6 @@ def _parity_record(report: ParityReport, provider: str) -> ParityRecord:
         cases=report.cases,
         worst=report.worst,
         provider=provider,
+        effect_correlation=report.effect_correlation,
+        effect_error=report.effect_error,
     )

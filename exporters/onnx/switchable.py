@@ -21,13 +21,15 @@ class CustomerRows:
         head: columns of the head table, where customers may have an output layer of their own.
 
     Attributes:
+        dtype: of the model's activations, and so of `coefficients`; the tables are fp32.
         coefficients: `[batch, 1, padded rank]` for each target, in the basis's order.
-        weight: `[batch, labels, features]`; bias: `[batch, labels]`.
+        weight: `[batch, labels, features]`; bias: `[batch, labels]`; both fp32.
     """
 
     def __init__(self, layout: TableLayout, head: HeadLayout | None = None) -> None:
         self.layout = layout
         self.head = head
+        self.dtype = torch.float32
         self.coefficients: tuple[torch.Tensor, ...] = ()
         self.weight = self.bias = torch.empty(0)
 
@@ -41,7 +43,7 @@ class CustomerRows:
 
     def fill(self, inputs: dict[str, torch.Tensor]) -> None:
         """Gather the rows: `coefficient_table [slots, width]`, `head_table`, `slot [batch]`."""
-        gathered = inputs[TABLE].index_select(0, inputs[SLOT]).unsqueeze(1)
+        gathered = inputs[TABLE].index_select(0, inputs[SLOT]).unsqueeze(1).to(self.dtype)
         self.coefficients = torch.split(gathered, list(self.layout.padded_ranks), dim=2)
         if self.head is not None:
             rows = inputs[HEAD_TABLE].index_select(0, inputs[SLOT])
@@ -119,7 +121,9 @@ class HeadBranch(nn.Module):
         self.rows = rows
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[batch, features]` to `[batch, labels]`.
+        """`[batch, features]` to `[batch, labels]` fp32, whatever the dtype of `x`.
+
+        The rows come from an fp32 table: casting them would cost more than the product does.
 
         Raises:
             InputError: the input has other axes.
@@ -129,7 +133,7 @@ class HeadBranch(nn.Module):
                 f"{self.name} takes an input of shape {list(x.shape)}, not [batch, features], so customers cannot "
                 f"have heads of their own; leave --head-labels out"
             )
-        return torch.matmul(self.rows.weight, x.unsqueeze(2)).squeeze(2) + self.rows.bias
+        return torch.matmul(self.rows.weight, x.float().unsqueeze(2)).squeeze(2) + self.rows.bias
 
 
 def make_switchable(model: Any, basis: Basis, head_labels: int = 0) -> CustomerRows:

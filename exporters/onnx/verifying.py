@@ -8,8 +8,7 @@ from qrlora_deploy.coefficients import Coefficients
 from qrlora_deploy.errors import BasisMismatchError, InputError
 from qrlora_deploy.runtime.bundle import Bundle
 from qrlora_deploy.runtime.layout import HeadLayout
-from qrlora_deploy.runtime.parity import ParityReport, check_parity
-from qrlora_deploy.runtime.session import open_session
+from qrlora_deploy.runtime.parity import ParityReport, check_parity, open_for_check
 from qrlora_deploy.training.data import Examples
 
 
@@ -27,7 +26,7 @@ def verify_against(
 
     Raises:
         BasisMismatchError: base, basis or coefficients are not those of the bundle.
-        ProviderError: the provider does not load.
+        ProviderError: the provider does not load or cannot compute in the bundle's precision.
     """
     manifest = bundle.manifest
     given = [
@@ -39,11 +38,12 @@ def verify_against(
     wrong = [f"{name} {mine[:12]}, not {theirs[:12]}" for name, mine, theirs in given if mine != theirs]
     if wrong:
         raise BasisMismatchError(f"{bundle.folder} was exported from others: {'; '.join(wrong)} as in the bundle")
-    session = open_session(bundle.model, provider)
+    session = open_for_check(bundle.model, manifest.precision, provider)
     chosen = choose_texts(texts)
     if manifest.kind == "merged":
-        return check_parity(session, build_reference(checkpoint, basis, coefficients, chosen))
+        return check_parity(session, build_reference(checkpoint, basis, coefficients, chosen), manifest.precision)
     head = HeadLayout(manifest.head_labels, manifest.head_features) if manifest.head_labels else None
     if coefficients.head and head is None:
         raise InputError(f"the customer has a head of its own; {bundle.folder} was exported without --head-labels")
-    return check_parity(session, mixed_reference(checkpoint, basis, [coefficients], head, chosen))
+    reference = mixed_reference(checkpoint, basis, [coefficients], head, chosen)
+    return check_parity(session, reference, manifest.precision)

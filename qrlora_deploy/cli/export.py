@@ -36,6 +36,13 @@ SHOWN = ("kind", "task", "labels", "precision", "opset", "head_labels", "parity"
     type=click.IntRange(min=1),
     help="Switchable: customers may have a head of their own, with at most this many labels.",
 )
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="Of weights and activations; inputs and logits stay as they are. bf16 needs --provider cuda.",
+)
 @click.option("--data", help="Texts of the parity check, by default ones of this project.")
 @column_options
 @provider_option
@@ -48,6 +55,7 @@ def command(
     merge: bool,
     format_name: str,
     head_labels: int | None,
+    precision: str,
     data: str | None,
     text_column: str | None,
     label_column: str | None,
@@ -63,22 +71,25 @@ def command(
     \b
     Examples:
       qrlora-deploy export base --basis basis.safetensors -o bundle
+      qrlora-deploy export base --basis basis.safetensors --precision fp16 -o bundle-fp16
       qrlora-deploy export --merge --coefficients acme.safetensors -o acme-bundle
     """
     if format_name == "onnx" and merge != (coefficients is not None):
         raise click.UsageError(
             "give --merge and --coefficients for a merged bundle, or neither of them for a switchable one"
         )
-    from qrlora_deploy.exporting import ExportJob, find_exporter
+    from qrlora_deploy.exporting import FP32_ONLY, ExportJob, find_exporter
     from qrlora_deploy.files import check_free_folder
     from qrlora_deploy.training.data import read_examples
 
+    if precision != "fp32" and format_name in FP32_ONLY:
+        raise click.UsageError(f"--precision belongs to --format onnx; what {format_name} writes is fp32")
     exporter = find_exporter(format_name)
     check_free_folder(output)
     checkpoint, frozen, customer = _open(base, basis, coefficients)
     texts = read_examples(data, text_column, label_column) if data else None
     with progress_bar() as progress:
-        job = ExportJob(checkpoint, frozen, output, customer, head_labels or 0, texts, provider, progress)
+        job = ExportJob(checkpoint, frozen, output, customer, head_labels or 0, texts, provider, progress, precision)
         record = dict(exporter(job))
     return Output(record, f"wrote {output}", {name: record[name] for name in record if name in SHOWN})
 

@@ -45,8 +45,21 @@ class TensorRecord(_Strict):
     shape: tuple[int | str, ...]
 
 
+Precision = Literal["fp32", "fp16", "bf16"]
+
+
 class ParityRecord(_Strict):
-    """The parity check that the export ended with."""
+    """The parity check that the export ended with.
+
+    Attributes:
+        effect_correlation: cosine of the customers' effect, `logits(c) - logits(0)`, in the graph
+            and in PyTorch, over all logits; None in bundles of earlier versions, and where there is
+            no effect to compare with.
+        effect_error: largest difference of the two effects, relative to the largest effect.
+        accuracy: share of right labels of the graph; accuracy_reference: of PyTorch in fp32;
+            accuracy_rows: on so many labelled rows. None where the export was given no labels of
+            the model's. In a switchable bundle they are the base's.
+    """
 
     max_abs_error: float = Field(ge=0)
     bound: float = Field(gt=0)
@@ -54,6 +67,11 @@ class ParityRecord(_Strict):
     cases: int = Field(gt=0)
     worst: str
     provider: str
+    effect_correlation: float | None = Field(default=None, ge=-1, le=1)
+    effect_error: float | None = Field(default=None, ge=0)
+    accuracy: float | None = Field(default=None, ge=0, le=1)
+    accuracy_reference: float | None = Field(default=None, ge=0, le=1)
+    accuracy_rows: int | None = Field(default=None, gt=0)
 
 
 class Manifest(_Strict):
@@ -61,6 +79,7 @@ class Manifest(_Strict):
 
     Attributes:
         kind: "merged": one customer, plain weights; "switchable": any customer in any row.
+        precision: of weights and activations; the inputs and outputs are the same in every one.
         coefficients_digest: the customer of a merged bundle.
         total_rank: number of coefficients of a customer.
         head_labels: labels that a customer's own output layer may have; 0: all use the base's.
@@ -75,7 +94,7 @@ class Manifest(_Strict):
     kind: Literal["merged", "switchable"]
     task: Literal["text-classification", "text-regression"]
     labels: tuple[str, ...] = Field(min_length=1)
-    precision: Literal["fp32"]
+    precision: Precision
     opset: int
     basis_digest: str = Digest
     coefficients_digest: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")

@@ -10,13 +10,38 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from qrlora_deploy.errors import CheckFailed, FileFormatError
+from qrlora_deploy.errors import CheckFailed, FileFormatError, ProviderError
 from qrlora_deploy.runtime.bundle import REFERENCE_FILE, Bundle
+from qrlora_deploy.runtime.layout import TABLE
 from qrlora_deploy.runtime.session import open_session
 
-RELATIVE_BOUND = 1e-4
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a precision may cost.
+
+    Attributes:
+        relative: largest error of a logit, by `max(1, max |logit|)`.
+        effect_correlation: least cosine of the customers' effect with PyTorch's; None: not judged.
+    """
+
+    relative: float
+    effect_correlation: float | None = None
+
+
+BOUNDS = {
+    "fp32": Bounds(1e-4),
+    "fp16": Bounds(1e-2, 0.99),
+    "bf16": Bounds(8e-2, 0.95),
+}
 """fp32: sums of a few hundred products in another order differ by some 1e-6, six layers of them
-by some 1e-5; a wrong mask or a lost customer by 1e-2 and more."""
+by some 1e-5; a wrong mask or a lost customer by 1e-2 and more.
+
+fp16 and bf16: each rounding is off by at most 2^-11 = 5e-4 and 2^-8 = 4e-3. Roundings of a layer
+add up like a random walk, and the residual stream carries them on: encoders of 2 to 12 layers
+come out 1 to 4 roundings off. The bounds are 20 of them. A customer that is lost entirely can stay
+below such an error, so the effect is judged by itself: its noise is the same few roundings,
+which are a small part of any effect that decides a label."""
 
 LOGITS, BASE_LOGITS = "logits", "base_logits"
 INDEX = "cases"
@@ -45,10 +70,16 @@ class ParityReport:
 
     Attributes:
         max_abs_error: largest difference of two logits.
-        bound: what it may be, `1e-4 * max(1, max |logit|)`.
+        bound: what it may be, for fp32 `1e-4 * max(1, max |logit|)`.
         label_agreement: share of rows whose largest logit is the same one.
         cases: number of batches; rows: number of rows in them.
         worst: the row with the largest difference.
+        errors: largest difference in each case, by its name.
+        precision: of the graph.
+        effect_correlation: cosine of `logits(c) - logits(0)` in the graph and in PyTorch, over all
+            logits of all rows; not centred, since a shift of every logit is an effect too. None
+            where PyTorch knows of no effect.
+        effect_error: largest difference of the two, relative to the largest effect.
     """
 
     max_abs_error: float
@@ -58,34 +89,54 @@ class ParityReport:
     rows: int
     worst: str
     errors: dict[str, float] = field(default_factory=dict)
+    precision: str = "fp32"
+    effect_correlation: float | None = None
+    effect_error: float | None = None
 
     @property
     def passed(self) -> bool:
-        """Whether the error is within the bound; NaN is not."""
-        return self.max_abs_error <= self.bound
+        """Whether everything is within its bound; NaN is not."""
+        return not self._failures()
 
     def raise_if_failed(self) -> None:
         """Raise unless the check passed.
 
         Raises:
-            CheckFailed: naming the error, the bound and the worst row.
+            CheckFailed: naming the numbers that are out of bounds, the bounds and the worst row.
         """
-        if not self.passed:
+        failures = self._failures()
+        if failures:
             raise CheckFailed(
-                f"logits differ from PyTorch: max abs error {self.max_abs_error:.1e} > {self.bound:.1e} "
-                f"(fp32, {self.rows} inputs, worst: {self.worst})"
+                f"{'; '.join(failures)} ({self.precision}, {self.rows} inputs, worst: {self.worst})"
+                + ("" if self.precision == "fp32" else "; choose another --precision")
             )
 
+    def _failures(self) -> list[str]:
+        failures = []
+        if not self.max_abs_error <= self.bound:
+            failures.append(f"logits differ from PyTorch: max abs error {self.max_abs_error:.1e} > {self.bound:.1e}")
+        least, found = BOUNDS[self.precision].effect_correlation, self.effect_correlation
+        if least is not None and found is not None and not found >= least:
+            failures.append(f"the customers' effect is not PyTorch's: correlation {found:.4f} < {least}")
+        return failures
 
-def check_parity(session: Any, reference: Sequence[Case]) -> ParityReport:
-    """Run every case and compare with its logits.
+
+def check_parity(session: Any, reference: Sequence[Case], precision: str = "fp32") -> ParityReport:
+    """Run every case and compare with its logits, and the effect of the customers with PyTorch's.
+
+    Args:
+        session: of the graph.
+        reference: what PyTorch gives in fp32.
+        precision: of the graph; decides the bounds.
 
     Raises:
         CheckFailed: a case cannot be run or gives another shape.
     """
     errors, worst, agreed, rows = {}, ("", -1.0), 0, 0
+    effects = []
     for case in reference:
-        found = _run(session, case)
+        found = _run(session, case, case.inputs)
+        effects.append(_effect(found, _base_logits(session, case), case))
         difference = _difference(found, case.logits).max(axis=1)
         errors[case.name] = float(difference.max())
         if errors[case.name] > worst[1]:
@@ -94,13 +145,45 @@ def check_parity(session: Any, reference: Sequence[Case]) -> ParityReport:
         rows += len(found)
     if not rows:
         raise CheckFailed("there is nothing to compare: the reference holds no cases")
-    return ParityReport(worst[1], bound_of(reference), agreed / rows, len(reference), rows, worst[0], errors)
+    bound = bound_of(reference, precision)
+    effect = _compare_effects(np.concatenate(effects), reference)
+    return ParityReport(worst[1], bound, agreed / rows, len(reference), rows, worst[0], errors, precision, *effect)
 
 
-def bound_of(reference: Sequence[Case]) -> float:
-    """`1e-4 * max(1, max |logit|)`, over the labels that a row has."""
+def bound_of(reference: Sequence[Case], precision: str = "fp32") -> float:
+    """For fp32 `1e-4 * max(1, max |logit|)`, over the labels that a row has."""
     largest = max(float(np.abs(case.logits[np.isfinite(case.logits)]).max(initial=0)) for case in reference)
-    return RELATIVE_BOUND * max(1.0, largest)
+    return BOUNDS[precision].relative * max(1.0, largest)
+
+
+def _base_logits(session: Any, case: Case) -> np.ndarray:
+    """The graph's own logits with all coefficients zero; a merged graph has none, so PyTorch's.
+
+    The table is set to zero and not the slot: each row keeps its customer's head.
+    """
+    if TABLE not in case.inputs:
+        return case.base_logits
+    return _run(session, case, case.inputs | {TABLE: np.zeros_like(case.inputs[TABLE])})
+
+
+def _effect(logits: np.ndarray, base_logits: np.ndarray, case: Case) -> np.ndarray:
+    """`logits(c) - logits(0)` in fp64, flat, of the labels that a row has."""
+    present = np.isfinite(case.logits)
+    return logits[present].astype(np.float64) - base_logits[present]
+
+
+def _compare_effects(found: np.ndarray, reference: Sequence[Case]) -> tuple[float | None, float | None]:
+    """Cosine of two effects, and their largest difference by the largest effect."""
+    expected = np.concatenate([_effect(case.logits, case.base_logits, case) for case in reference])
+    largest = np.abs(expected).max(initial=0)
+    if not largest > 0:
+        return None, None
+    if not np.isfinite(found).all():
+        return 0.0, float("inf")
+    product = np.linalg.norm(found) * np.linalg.norm(expected)
+    # A graph without any effect has no direction either.
+    cosine = float(np.clip(found @ expected / product, -1, 1)) if product > 0 else 0.0
+    return cosine, float(np.abs(found - expected).max() / largest)
 
 
 def _difference(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
@@ -111,9 +194,9 @@ def _difference(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(difference), difference, np.inf)
 
 
-def _run(session: Any, case: Case) -> np.ndarray:
+def _run(session: Any, case: Case, inputs: dict[str, np.ndarray]) -> np.ndarray:
     try:
-        found = np.asarray(session.run([LOGITS], case.inputs)[0])
+        found = np.asarray(session.run([LOGITS], inputs)[0])
     # ONNX Runtime's exceptions share no base class of their own.
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
@@ -132,9 +215,30 @@ def verify(bundle: Bundle, provider: str = "cpu", threads: int | None = None) ->
     """Repeat the check of the export with the logits that the bundle carries.
 
     Raises:
-        ProviderError: the provider does not load. FileFormatError: the reference is damaged.
+        ProviderError: the provider does not load or cannot compute in the bundle's precision.
+        FileFormatError: the reference is damaged.
     """
-    return check_parity(open_session(bundle.model, provider, threads), read_reference(bundle.folder / REFERENCE_FILE))
+    precision = bundle.manifest.precision
+    session = open_for_check(bundle.model, precision, provider, threads)
+    return check_parity(session, read_reference(bundle.folder / REFERENCE_FILE), precision)
+
+
+def open_for_check(model: Path, precision: str, provider: str = "cpu", threads: int | None = None) -> Any:
+    """As `open_session`, and says what to do where a provider cannot compute in `precision`.
+
+    Raises:
+        As `open_session`; ProviderError: the provider has no kernel for an operator in `precision`.
+    """
+    try:
+        return open_session(model, provider, threads)
+    except FileFormatError as error:
+        reason = str(error)
+        if precision == "fp32" or "NOT_IMPLEMENTED" not in reason:
+            raise
+        kernel = reason.rpartition("NOT_IMPLEMENTED : ")[2]
+        raise ProviderError(
+            f"{provider} cannot run a graph in {precision}: {kernel}; export and verify it with --provider cuda"
+        ) from error
 
 
 def write_reference(reference: Sequence[Case], path: Path) -> None:
