@@ -39,7 +39,7 @@ class Serving:
     customers: dict[str, Coefficients]
 
 
-def prepare(folder: Path, model: str, count: int, rule: RankRule, provider: str) -> Serving:
+def prepare(folder: Path, model: str, count: int, rule: RankRule, provider: str, precision: str = "fp32") -> Serving:
     """Export both bundles of `model`; customers have seeded coefficients on the query projections.
 
     Args:
@@ -48,6 +48,7 @@ def prepare(folder: Path, model: str, count: int, rule: RankRule, provider: str)
         count: number of customers.
         rule: of the ranks.
         provider: where the parity checks run.
+        precision: of both bundles.
     """
     checkpoint = open_checkpoint(str(_save_base(folder / "base", model)))
     basis = factorize(checkpoint, choose_targets(checkpoint.skeleton(), ["query"], LAST_LAYERS), rule)
@@ -58,8 +59,8 @@ def prepare(folder: Path, model: str, count: int, rule: RankRule, provider: str)
         for index in range(count)
     }
     texts = Examples(sample_texts()[:8], None, ["0"] * 8, "samples")
-    export_merged(checkpoint, basis, customers["customer-0"], folder / "merged", texts, provider)
-    export_switchable(checkpoint, basis, folder / "switchable", texts, provider)
+    export_merged(checkpoint, basis, customers["customer-0"], folder / "merged", texts, provider, precision=precision)
+    export_switchable(checkpoint, basis, folder / "switchable", texts, provider, precision=precision)
     return Serving(checkpoint, basis, open_bundle(folder / "merged"), open_bundle(folder / "switchable"), customers)
 
 

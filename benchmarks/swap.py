@@ -19,14 +19,15 @@ from benchmarks.serving import Serving, environment, make_inputs, prepare, summa
 from qrlora_deploy.coefficients import write_coefficients
 from qrlora_deploy.files import write_json
 from qrlora_deploy.rank_rule import RankRule
-from qrlora_deploy.runtime import SwitchableSession
+from qrlora_deploy.runtime import Buckets, SwitchableSession
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Build, check, time; returns the record that is written."""
     rule = RankRule(tau=None, rank=arguments.rank) if arguments.rank else RankRule(tau=0.5)
-    serving = prepare(folder, arguments.model, 2, rule, arguments.provider)
-    session = SwitchableSession(serving.switchable, arguments.provider)
+    serving = prepare(folder, arguments.model, 2, rule, arguments.provider, arguments.precision)
+    buckets = Buckets((arguments.batch,), (arguments.length,)) if arguments.cuda_graph else None
+    session = SwitchableSession(serving.switchable, arguments.provider, buckets=buckets)
     versions = list(serving.customers.values())
     files = [folder / f"{index}.safetensors" for index in range(len(versions))]
     for version, file in zip(versions, files, strict=True):
@@ -52,6 +53,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "batch": arguments.batch,
         "length": arguments.length,
         "provider": arguments.provider,
+        "precision": arguments.precision,
+        "cuda_graph": arguments.cuda_graph,
         "latency_us": {name: summary(values, 1e6) for name, values in kinds.items()}
         | {"run beside swaps": summary(beside, 1e6)},
         "swaps_per_second": swaps,
@@ -106,6 +109,8 @@ def main() -> None:
     """Parse, measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--provider", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--precision", choices=["fp32", "fp16"], default="fp32")
+    parser.add_argument("--cuda-graph", action="store_true", help="the graph captured, in one bucket")
     parser.add_argument("--model", choices=["minilm", "roberta-base"], default="minilm")
     parser.add_argument("--rank", type=int, help="fixed rank instead of tau 0.5")
     parser.add_argument("--batch", type=int, default=1)
