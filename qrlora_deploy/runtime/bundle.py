@@ -1,80 +1,39 @@
 """The bundle: a folder that holds a model, its tokenizer and a manifest that seals both."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+import numpy as np
+from pydantic import Field, ValidationError, model_validator
 
 from qrlora_deploy.errors import FileFormatError, InputError
 from qrlora_deploy.files import digest_file
 from qrlora_deploy.runtime.external_data import external_locations
+from qrlora_deploy.runtime.layout import BASE_HEAD_FILE, HEAD_TABLE, TABLE, HeadLayout, TableLayout, padded_rank
+from qrlora_deploy.runtime.records import ParityRecord, Precision, Strict, TargetRecord, TensorRecord
+from qrlora_deploy.runtime.sealed_facts import read_config_facts, read_head_row, read_reference_facts
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 MODEL_FILE = "model.onnx"
 REFERENCE_FILE = "reference.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
-NEEDED = (MODEL_FILE, REFERENCE_FILE, TOKENIZER_FILE)
+CONFIG_FILE = "config.json"
+NEEDED = (MODEL_FILE, REFERENCE_FILE, TOKENIZER_FILE, CONFIG_FILE)
 
 MAX_MANIFEST_BYTES = 16 * 2**20
+MAX_SHOWN = 120
+"""Characters of a name or a reason in a message."""
 MAX_GRAPH_BYTES = 2**31 - 1
 """Protobuf's own limit for one message."""
 
 Digest = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TargetRecord(_Strict):
-    """One adapted layer; `padded_rank` is the rank in the table of a switchable bundle."""
-
-    name: str
-    rank: int = Field(gt=0)
-    padded_rank: int = Field(gt=0)
-
-
-class TensorRecord(_Strict):
-    """One input or output of the graph; a dynamic axis has a name instead of a size."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-
-Precision = Literal["fp32", "fp16", "bf16"]
-
-
-class ParityRecord(_Strict):
-    """The parity check that the export ended with.
-
-    Attributes:
-        effect_correlation: cosine of the customers' effect, `logits(c) - logits(0)`, in the graph
-            and in PyTorch, over all logits; None in bundles of earlier versions, and where there is
-            no effect to compare with.
-        effect_error: largest difference of the two effects, relative to the largest effect.
-        accuracy: share of right labels of the graph; accuracy_reference: of PyTorch in fp32;
-            accuracy_rows: on so many labelled rows. None where the export was given no labels of
-            the model's. In a switchable bundle they are the base's.
-    """
-
-    max_abs_error: float = Field(ge=0)
-    bound: float = Field(gt=0)
-    label_agreement: float = Field(ge=0, le=1)
-    cases: int = Field(gt=0)
-    worst: str
-    provider: str
-    effect_correlation: float | None = Field(default=None, ge=-1, le=1)
-    effect_error: float | None = Field(default=None, ge=0)
-    accuracy: float | None = Field(default=None, ge=0, le=1)
-    accuracy_reference: float | None = Field(default=None, ge=0, le=1)
-    accuracy_rows: int | None = Field(default=None, gt=0)
-
-
-class Manifest(_Strict):
+class Manifest(Strict):
     """What a bundle is and what every one of its files must hash to.
 
     Attributes:
@@ -110,10 +69,10 @@ class Manifest(_Strict):
     parity: ParityRecord
     customer_effect: float = Field(ge=0)
     attention_nodes: int = Field(ge=0)
-    max_length: int = Field(gt=0)
-    pad_token_id: int = Field(ge=0)
+    max_length: int = Field(gt=0, lt=2**31)
+    pad_token_id: int = Field(ge=0, lt=2**31)
     padding_side: Literal["right", "left"]
-    pad_token_type_id: int = Field(ge=0)
+    pad_token_type_id: int = Field(ge=0, lt=2**31)
     versions: dict[str, str]
 
     @model_validator(mode="after")
@@ -125,6 +84,28 @@ class Manifest(_Strict):
             raise ValueError("head_labels and head_features belong together, in a switchable bundle")
         if self.head_labels and self.head_labels < len(self.labels):
             raise ValueError(f"head_labels is {self.head_labels}, but the base has {len(self.labels)} labels")
+        return self
+
+    @model_validator(mode="after")
+    def _check_shapes(self) -> "Manifest":
+        """Before any table is made: the numbers that give its size belong together."""
+        ranks = [target.rank for target in self.targets]
+        if sum(ranks) != self.total_rank:
+            raise ValueError(f"total_rank is {self.total_rank}, but the ranks add up to {sum(ranks)}")
+        if any(target.padded_rank != padded_rank(target.rank) for target in self.targets):
+            raise ValueError("a padded_rank is not that of its rank")
+        if len({record.name for record in self.inputs}) < len(self.inputs):
+            raise ValueError("two inputs have one name")
+        expected = {}
+        if self.kind == "switchable":
+            expected[TABLE] = ("slots", TableLayout(ranks).width)
+        if self.head_labels:
+            expected[HEAD_TABLE] = ("slots", HeadLayout(self.head_labels, self.head_features).width)
+        if {record.name: record.shape for record in self.inputs if record.name in (TABLE, HEAD_TABLE)} != expected:
+            raise ValueError(f"the inputs do not fit the ranks and the head of a {self.kind} bundle")
+        answer = ("logits", ("batch", self.head_labels or len(self.labels)))
+        if [(record.name, record.shape) for record in self.outputs] != [answer]:
+            raise ValueError(f"the output is not {answer[0]} [{', '.join(map(str, answer[1]))}]")
         return self
 
     def to_json(self) -> str:
@@ -157,21 +138,42 @@ def open_bundle(folder: Path) -> Bundle:
 
     Raises:
         FileFormatError: the manifest is damaged or of another version, a file is missing, changed,
-            a link or outside the bundle (all of them are named), or the model keeps weights in a
-            file that the manifest does not seal.
+            a link or outside the bundle (all of them are named), the manifest says other things
+            than the files, or the model keeps weights in a file that the manifest does not seal.
         InputError: it is not a bundle.
     """
     manifest = _read_manifest(folder)
-    missing = [name for name in NEEDED if name not in manifest.files]
+    needed = (*NEEDED, BASE_HEAD_FILE) if manifest.head_labels else NEEDED
+    missing = [name for name in needed if name not in manifest.files]
     if missing:
         raise FileFormatError(f"{folder}/{MANIFEST_FILE} does not list {', '.join(missing)}")
     problems = [
-        f"{name} {problem}" for name, digest in manifest.files.items() if (problem := _check(folder, name, digest))
+        f"{_shown(name)} {problem}"
+        for name, digest in manifest.files.items()
+        if (problem := _check(folder, name, digest))
     ]
     if problems:
         raise FileFormatError(f"{folder} is not the bundle that was exported: {'; '.join(problems)}. Export it again")
     _check_external_data(folder, manifest)
+    wrong = [*_config_problems(folder, manifest), *_reference_problems(folder, manifest)]
+    if wrong:
+        raise FileFormatError(f"{folder}/{MANIFEST_FILE} does not fit its bundle: {'; '.join(wrong)}. Export it again")
     return Bundle(folder, manifest)
+
+
+def check_graph(session: Any, bundle: Bundle) -> None:
+    """Make sure that an open session has the inputs and outputs that the manifest names.
+
+    Raises:
+        FileFormatError: it has other ones.
+    """
+    for records, values in (
+        (bundle.manifest.inputs, session.get_inputs()),
+        (bundle.manifest.outputs, session.get_outputs()),
+    ):
+        expected = {record.name: record.shape for record in records}
+        if {value.name: tuple(value.shape) for value in values} != expected:
+            raise FileFormatError(f"{bundle.folder}: the manifest speaks of other inputs or outputs than the graph has")
 
 
 def _read_manifest(folder: Path) -> Manifest:
@@ -186,12 +188,14 @@ def _read_manifest(folder: Path) -> Manifest:
         raise FileFormatError(f"{path} is not JSON: {error}") from error
     version = record.get("format_version") if isinstance(record, dict) else None
     if version != FORMAT_VERSION:
-        raise FileFormatError(f"{path} has format version {version!r}; this version reads {FORMAT_VERSION}")
+        shown = _shown(str(version)) if isinstance(version, int | str) else "none"
+        raise FileFormatError(f"{path} has format version {shown}; this version reads {FORMAT_VERSION}")
     try:
         return Manifest.model_validate(record)
     except ValidationError as error:
-        wrong = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
-        raise FileFormatError(f"{path} is not a manifest: {'; '.join(wrong[:5])}") from error
+        items = [(".".join(map(str, item["loc"])), item["msg"]) for item in error.errors()[:5]]
+        wrong = [": ".join(_shown(part) for part in item if part) for item in items]
+        raise FileFormatError(f"{path} is not a manifest: {'; '.join(wrong)}") from error
 
 
 def _check(folder: Path, name: str, digest: str) -> str:
@@ -200,11 +204,51 @@ def _check(folder: Path, name: str, digest: str) -> str:
     if not parts or name.startswith("/") or "\\" in name or ":" in name or ".." in parts or "\0" in name:
         return "lies outside the bundle"
     steps = [folder.joinpath(*parts[: count + 1]) for count in range(len(parts))]
-    if any(step.is_symlink() for step in steps):
-        return "is a link"
-    if not steps[-1].is_file():
-        return "is missing"
-    return "" if digest_file(steps[-1]) == digest else "was changed"
+    try:
+        if any(step.is_symlink() for step in steps):
+            return "is a link"
+        if not steps[-1].is_file():
+            return "is missing"
+        return "" if digest_file(steps[-1]) == digest else "was changed"
+    except OSError as error:  # such as a name that is too long for the system
+        return f"cannot be read: {error.strerror or 'an error of the system'}"
+
+
+def _shown(name: str) -> str:
+    """What came from the manifest, short and on one line."""
+    text = name if name.isprintable() else ascii(name)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+def _config_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
+    facts = read_config_facts(folder / CONFIG_FILE)
+    if manifest.labels != facts.labels:
+        yield f"its labels are not those of {CONFIG_FILE}"
+    regression = manifest.task == "text-regression"
+    # The customer of a merged bundle may have classes on a base that gives a number; never the other way round.
+    if regression != facts.regression and (regression or manifest.kind == "switchable"):
+        yield f"its task is not that of {CONFIG_FILE}"
+
+
+def _reference_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
+    facts = read_reference_facts(folder / REFERENCE_FILE)
+    padding = {"input_ids": manifest.pad_token_id, "token_type_ids": manifest.pad_token_type_id}
+    if any(facts.padding.get(name, frozenset()) - {value} for name, value in padding.items()):
+        yield f"its padding is not that of {REFERENCE_FILE}"
+    if manifest.max_length != facts.max_length:
+        yield f"its max_length is not {facts.max_length}, the longest text of {REFERENCE_FILE}"
+    if manifest.kind == "merged":
+        return
+    # A wrong rank would give a customer's numbers to other directions, in a row of the same width.
+    # The sizes come first: they keep hostile numbers from taking memory.
+    layout = TableLayout([target.rank for target in manifest.targets])
+    if layout.total_rank != len(facts.columns) or not np.array_equal(layout.columns, facts.columns):
+        yield f"its ranks are not those of {REFERENCE_FILE}"
+    head = HeadLayout(manifest.head_labels, manifest.head_features)
+    if head.width != len(facts.base_head):
+        yield f"its head is not that of {REFERENCE_FILE}"
+    elif manifest.head_labels and not np.array_equal(read_head_row(folder / BASE_HEAD_FILE, head), facts.base_head):
+        yield f"{BASE_HEAD_FILE} is not the head of {REFERENCE_FILE}"
 
 
 def _check_external_data(folder: Path, manifest: Manifest) -> None:

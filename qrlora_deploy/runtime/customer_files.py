@@ -66,10 +66,12 @@ def read_customer(folder: Path, customer: str) -> Coefficients:
         if not place.is_file():
             raise InputError(f"{folder} holds no customer {customer!r}: there is no file {path.name}")
         with place.open("rb") as file:
-            content = file.read(MAX_CUSTOMER_BYTES + 1)
+            # Before anything is read: a file with holes takes memory for all that it has not.
+            too_large = os.fstat(file.fileno()).st_size > MAX_CUSTOMER_BYTES
+            content = b"" if too_large else file.read(MAX_CUSTOMER_BYTES + 1)
     except (OSError, RuntimeError) as error:  # a circle of links is a RuntimeError
         raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if len(content) > MAX_CUSTOMER_BYTES:
+    if too_large or len(content) > MAX_CUSTOMER_BYTES:
         raise InputError(f"{path} is too large for a customer")
     with _private_copy(content) as copy:
         try:

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, QrloraError
 from qrlora_deploy.runtime.bucket_runner import make_runner
 from qrlora_deploy.runtime.buckets import Buckets
-from qrlora_deploy.runtime.bundle import Bundle
+from qrlora_deploy.runtime.bundle import Bundle, check_graph
 from qrlora_deploy.runtime.session import open_session
 from qrlora_deploy.runtime.switchable import SwitchableSession
 from qrlora_deploy.runtime.tokenizing import TextEncoder, batches
@@ -60,6 +60,7 @@ class Predictor:
         self.switchable = session
         if bundle.manifest.kind == "merged":
             opened = open_session(bundle.model, provider, threads, cuda_graph=buckets is not None)
+            check_graph(opened, bundle)
             self._merged = make_runner(opened, bundle.manifest, provider, buckets)
         elif session is None:
             self.switchable = SwitchableSession(bundle, provider, threads=threads, buckets=buckets)
@@ -82,6 +83,7 @@ class Predictor:
         Raises:
             InputError: the numbers of texts, pairs and customers differ, the batch size is not
                 positive, or a customer is not there.
+            QrloraError: the model fails.
         """
         owners: Sequence[str | None] = [None] * len(texts) if customers is None else customers
         if len(owners) != len(texts):
@@ -89,7 +91,11 @@ class Predictor:
         found: dict[int, Prediction] = {}
         for rows in batches(texts, pairs, batch_size):
             inputs = self.encoder.encode([texts[row] for row in rows], [pairs[row] for row in rows] if pairs else None)
-            logits, labels = self._answer(inputs, [owners[row] for row in rows])
+            try:
+                logits, labels = self._answer(inputs, [owners[row] for row in rows])
+            except RuntimeError as error:  # an operator failed
+                reason = str(error).strip().splitlines()[0]
+                raise QrloraError(f"{self.bundle.model} does not run on these texts: {reason}") from error
             found.update((row, self._prediction(*answer)) for row, *answer in zip(rows, logits, labels, strict=True))
         return [found[index] for index in range(len(texts))]
 

@@ -1,0 +1,55 @@
+"""The parts of a bundle's manifest."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Precision = Literal["fp32", "fp16", "bf16"]
+
+
+class Strict(BaseModel):
+    """A record with these fields and no others."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TargetRecord(Strict):
+    """One adapted layer; `padded_rank` is the rank in the table of a switchable bundle."""
+
+    name: str
+    rank: int = Field(gt=0)
+    padded_rank: int = Field(gt=0)
+
+
+class TensorRecord(Strict):
+    """One input or output of the graph; a dynamic axis has a name instead of a size."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class ParityRecord(Strict):
+    """The parity check that the export ended with.
+
+    Attributes:
+        effect_correlation: cosine of the customers' effect, `logits(c) - logits(0)`, in the graph
+            and in PyTorch, over all logits; None in bundles of earlier versions, and where there is
+            no effect to compare with.
+        effect_error: largest difference of the two effects, relative to the largest effect.
+        accuracy: share of right labels of the graph; accuracy_reference: of PyTorch in fp32;
+            accuracy_rows: on so many labelled rows. None where the export was given no labels of
+            the model's. In a switchable bundle they are the base's.
+    """
+
+    max_abs_error: float = Field(ge=0)
+    bound: float = Field(gt=0)
+    label_agreement: float = Field(ge=0, le=1)
+    cases: int = Field(gt=0)
+    worst: str
+    provider: str
+    effect_correlation: float | None = Field(default=None, ge=-1, le=1)
+    effect_error: float | None = Field(default=None, ge=0)
+    accuracy: float | None = Field(default=None, ge=0, le=1)
+    accuracy_reference: float | None = Field(default=None, ge=0, le=1)
+    accuracy_rows: int | None = Field(default=None, gt=0)
