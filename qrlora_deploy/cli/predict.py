@@ -62,24 +62,30 @@ def command(
         raise click.UsageError("--customer needs --customers, the folder with the coefficients files")
     if names and requests is not None:
         raise click.UsageError("--customer and --requests exclude each other: each request names its own")
+    if repl and click.get_current_context().params["as_json"]:
+        raise click.UsageError("--repl prints a line per answer and no --json; give --requests a file for that")
     from qrlora_deploy.runtime.bundle import open_bundle
     from qrlora_deploy.runtime.predictor import Predictor
 
+    asked = [] if repl else _requests(texts, pairs, names, requests)
+    if customers is None and any(request.customer is not None for request in asked):
+        raise InputError(f"{requests} names customers; give --customers, the folder with the coefficients files")
     predictor = Predictor(open_bundle(bundle), provider)
     store = _open_store(predictor, customers) if customers is not None else None
     if repl:
         from qrlora_deploy.cli.repl import converse
 
         return Output([], live=lambda stream: converse(predictor, store, names[0] if names else None, stream))
-    return _answer(predictor, _requests(texts, pairs, names, requests), batch_size)
+    return _answer(predictor, asked, batch_size)
 
 
 def _open_store(predictor: "Predictor", folder: Path) -> "CustomerStore":
+    from qrlora_deploy.cli.repl import report
     from qrlora_deploy.runtime.store import CustomerStore
 
     if predictor.switchable is None:
         raise InputError(f"{predictor.bundle.folder} is a merged bundle and takes no --customers")
-    return CustomerStore(predictor.switchable, folder)
+    return CustomerStore(predictor.switchable, folder, report)
 
 
 def _requests(
@@ -89,6 +95,10 @@ def _requests(
 
     if file is not None:
         return read_requests(file)
+    for text in (*texts, *pairs):
+        # Bytes of the command line that are no text arrive as surrogates.
+        if any("\ud800" <= char <= "\udfff" for char in text):
+            raise InputError(f"{text!a} is not UTF-8 text")
     owners = [names[index % len(names)] if names else None for index in range(len(texts))]
     seconds: list[str | None] = [*pairs] or [None] * len(texts)
     return [

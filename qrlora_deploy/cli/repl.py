@@ -1,26 +1,38 @@
 """The conversation of `predict --repl`."""
 
+import io
 import sys
+import threading
 from contextlib import nullcontext
 from typing import IO, TYPE_CHECKING
 
 import click
 
-from qrlora_deploy.errors import QrloraError
+from qrlora_deploy.errors import InputError, QrloraError
 from qrlora_deploy.text import one_line
 
 if TYPE_CHECKING:
     from qrlora_deploy.runtime.predictor import Predictor
-    from qrlora_deploy.runtime.store import CustomerStore
+    from qrlora_deploy.runtime.store import CustomerStore, StoreEvent
 
-HELP = "Type a text. /customer NAME switches, /base goes back to the base, /customers lists, /quit ends."
+HELP = "Type a text. /customer NAME switches, /base goes back to the base, /customers lists, /help, /quit ends."
+
+LISTED = 20
+"""Customers that are named of a folder that may hold thousands."""
 
 
 def converse(predictor: "Predictor", store: "CustomerStore | None", customer: str | None, stdout: IO[str]) -> None:
     """Answer the lines of stdin until it ends; an error is shown and the conversation goes on.
 
     While it lasts, new files in the folder of `store` go live.
+
+    Raises:
+        InputError: there is no such customer to begin with.
     """
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    if customer is not None:
+        _make_sure(predictor, customer)
     with store or nullcontext():
         click.echo(HELP, err=True)
         while True:
@@ -29,27 +41,59 @@ def converse(predictor: "Predictor", store: "CustomerStore | None", customer: st
             if not line or line.strip() in ("/quit", "/exit"):
                 return
             try:
-                customer = _obey(predictor, customer, line.strip(), stdout)
+                customer = _obey(predictor, store, customer, line.strip(), stdout)
             except QrloraError as error:
                 click.echo(f"Error: {one_line(str(error))}", err=True)
 
 
-def _obey(predictor: "Predictor", customer: str | None, line: str, stdout: IO[str]) -> str | None:
+def report(event: "StoreEvent") -> None:
+    """Show what happened to a customer's file while the conversation was about something else.
+
+    What a line of the conversation brought about is answered there.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        click.echo(f"{event.kind}: {one_line(event.message)}", err=True)
+
+
+def _obey(
+    predictor: "Predictor", store: "CustomerStore | None", customer: str | None, line: str, stdout: IO[str]
+) -> str | None:
     """Do what one line says; returns who the customer is from now on."""
     word, _, rest = line.partition(" ")
-    if word == "/customer" and rest.strip():
-        # An answer that nobody reads: it makes sure that the customer is there.
-        predictor.predict(["-"], customers=[rest.strip()])
+    if word == "/customer":
+        if not rest.strip():
+            raise InputError("/customer needs a name: /customer NAME")
+        _make_sure(predictor, rest.strip())
         return rest.strip()
     if word == "/base":
         return None
     if word == "/customers":
-        names = predictor.switchable.customers() if predictor.switchable is not None else []
-        click.echo(", ".join(names) or "none is loaded", err=True)
-    elif word.startswith("/"):
+        click.echo(_list(predictor, store), err=True)
+    elif word == "/help":
         click.echo(HELP, err=True)
+    elif word.startswith("/"):
+        raise InputError(f"there is no {word}. {HELP}")
     elif line:
         answer = predictor.predict([line], customers=[customer])[0]
         stdout.write(f"{one_line(answer.label)}\t{answer.score:.4f}\n")
         stdout.flush()
     return customer
+
+
+def _make_sure(predictor: "Predictor", customer: str) -> None:
+    """Raise unless the customer is there: an answer that nobody reads."""
+    predictor.predict(["-"], customers=[customer])
+
+
+def _list(predictor: "Predictor", store: "CustomerStore | None") -> str:
+    """The customers that have a file, those marked that are in the table already."""
+    if predictor.switchable is None:
+        return "a merged bundle holds one customer, who has no name in it"
+    if store is None:
+        return "there are no customers without --customers"
+    loaded = set(predictor.switchable.customers())
+    # A file that was deleted may be served for a moment yet.
+    names = sorted(loaded | set(store.customers()))
+    shown = [f"{name} (loaded)" if name in loaded else name for name in names[:LISTED]]
+    more = [f"and {len(names) - LISTED} more"] if len(names) > LISTED else []
+    return ", ".join([*shown, *more]) or f"{store.folder} holds no customers"

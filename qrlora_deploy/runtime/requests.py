@@ -31,7 +31,8 @@ def read_requests(path: Path) -> list[Request]:
         InputError: the file cannot be read or is empty.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not `splitlines`: JSON has some of its separators within texts.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise FileFormatError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     except OSError as error:
