@@ -1,0 +1,301 @@
+"""The report of a benchmark: everything that was measured, where, and on what. Format version 1.
+
+`docs/bench.md` describes the fields. All times are milliseconds, all sizes bytes, all rates per second.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qrlora_deploy.errors import FileFormatError, InputError
+from qrlora_deploy.files import atomic_file
+
+FORMAT: Literal["qrlora-bench"] = "qrlora-bench"
+FORMAT_VERSION: Literal[1] = 1
+MAX_REPORT_BYTES = 2**30
+
+Scenario = Literal["single-stream", "offline", "server", "idle-gap", "cold-start", "swap"]
+SCENARIOS: tuple[Scenario, ...] = ("single-stream", "offline", "server", "idle-gap", "cold-start", "swap")
+
+Kind = Literal["merged", "switchable", "torch-eager", "torch-compile", "peft"]
+
+
+class Strict(BaseModel):
+    """A part of the report: nothing unknown in it, nothing changed later, no NaN."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Interval(Strict):
+    """A number with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Memory(Strict):
+    """Of a process that only opens the subject and runs its largest shape.
+
+    Attributes:
+        host_peak_bytes: largest resident set; host_before_bytes: before the subject was opened,
+            with the libraries loaded.
+        device_bytes: memory of the GPU that is in use more than before, at the end; None without one.
+    """
+
+    host_peak_bytes: int
+    host_before_bytes: int
+    device_bytes: int | None = None
+
+
+class Parity(Strict):
+    """`runtime.verify` on the benchmark's provider; see `ParityReport`."""
+
+    max_abs_error: float | None
+    bound: float
+    label_agreement: float
+    effect_correlation: float | None = None
+    passed: bool
+
+
+class Subject(Strict):
+    """What was measured.
+
+    Attributes:
+        name: unique in the report.
+        role: "candidate", "reference", or "peer", which is never judged.
+        digest: SHA-256 of the manifest, which seals every other file; of a peer its weights'.
+        provider: the execution provider that is first in the open session; of a peer its device.
+        options: what else decides its speed, such as CUDA graphs or threads.
+    """
+
+    name: str
+    role: Literal["candidate", "reference", "peer"]
+    kind: Kind
+    path: str
+    digest: str
+    precision: str
+    provider: str
+    options: dict[str, str] = {}
+    size_bytes: int
+    memory: Memory | None = None
+    parity: Parity | None = None
+
+
+class Customer(Strict):
+    """A file of the folder of customers; `refused` says why it cannot be served, where it cannot."""
+
+    name: str
+    size_bytes: int
+    digest: str = ""
+    refused: str = ""
+
+
+class Measurement(Strict):
+    """One subject in one scenario and shape.
+
+    Attributes:
+        subject: name. scenario: see `docs/bench.md`.
+        batch: rows of a run. length: tokens of a row; None where they are texts of the user.
+        variant: what else tells measurements of a scenario apart, such as a rate or "with swaps".
+        unit: of `samples` and all that is made from them: "ms", or "rows/s" in the scenario offline.
+        samples: in the order in which they were taken, all of them.
+        warmup: before them, not part of any figure.
+        percentiles: by name; `refused`: of those that are missing, how many samples they need.
+        windows: median of each window. spread: of the last three; None where there are fewer.
+        stable: whether those agree; None where a scenario has no windows.
+        throughput_per_s: rows answered by the time spent in runs.
+        offered_per_s: in the scenario server: arrivals. saturated: the queue grew until it was cut off.
+    """
+
+    subject: str
+    scenario: Scenario
+    batch: int
+    length: int | None
+    variant: str = ""
+    unit: Literal["ms", "rows/s"] = "ms"
+    samples: list[float]
+    warmup: list[float] = []
+    percentiles: dict[str, Interval] = {}
+    refused: dict[str, int] = {}
+    windows: list[float] = []
+    spread: float | None = None
+    stable: bool | None = None
+    throughput_per_s: float | None = None
+    offered_per_s: float | None = None
+    saturated: bool = False
+
+    @property
+    def shape(self) -> str:
+        """Such as `8x64`, or `8xtexts`."""
+        return f"{self.batch}x{self.length or 'texts'}"
+
+    @property
+    def key(self) -> tuple[str, int, int | None, str]:
+        """The same for what may be compared: all but the subject."""
+        return self.scenario, self.batch, self.length, self.variant
+
+
+class Capacity(Strict):
+    """The scenario server's answer: the largest rate that was tried with its p99 within the budget.
+
+    Attributes:
+        rate_per_s: None where no rate that was tried stayed within it.
+        bounded: a higher rate failed, so this is the limit and not the end of the search.
+    """
+
+    subject: str
+    batch: int
+    length: int | None
+    budget_ms: float
+    rate_per_s: float | None
+    bounded: bool
+
+
+class Comparison(Strict):
+    """`statistic` of a subject by that of the baseline in the same measurement: below 1 is less.
+
+    Attributes:
+        baseline: the other subject; "earlier report" where it is not of this run.
+        paired: measured in turn, in the same rounds.
+        difference: "none" where the interval reaches into 1 ± `statistics.SAME_WITHIN`.
+    """
+
+    subject: str
+    baseline: str
+    scenario: Scenario
+    batch: int
+    length: int | None
+    variant: str = ""
+    statistic: str
+    ratio: Interval
+    paired: bool = True
+    difference: Literal["less", "more", "none"]
+
+
+class Accuracy(Strict):
+    """Labels of a customer's own file: right answers of the subject and of its base (slot 0).
+
+    Attributes:
+        base_accuracy: None where the bundle holds no base, or the base has other labels.
+        error: why it could not be measured; then there are no figures.
+    """
+
+    subject: str
+    customer: str
+    data: str
+    rows: int = 0
+    accuracy: float | None = None
+    base_accuracy: float | None = None
+    error: str = ""
+
+
+class Verdict(Strict):
+    """What became of one rule for one subject.
+
+    Attributes:
+        rule: its name in the gate file. subject, customer: empty where it is not about one.
+        outcome: "passed"; "failed"; or "unknown": it could not be decided, which fails as well.
+        line: one line that says it.
+    """
+
+    rule: str
+    subject: str = ""
+    customer: str = ""
+    measured: float | None = None
+    limit: float | None = None
+    interval: Interval | None = None
+    outcome: Literal["passed", "failed", "unknown"]
+    line: str
+
+
+class Gate(Strict):
+    """All verdicts. `customers`: whether each customer's file passed; `passed`: the rollout as a whole."""
+
+    file: str
+    verdicts: list[Verdict]
+    customers: dict[str, bool]
+    passed: bool
+
+
+class Environment(Strict):
+    """Where and when; what is not known is None or absent."""
+
+    date: str
+    host: dict[str, str | int | float | None]
+    gpus: list[dict[str, str]] = []
+    versions: dict[str, str]
+    tf32: bool = False
+    load_average: float | None = None
+
+
+class Settings(Strict):
+    """How it was measured, enough to repeat it."""
+
+    scenarios: list[Scenario]
+    provider: str
+    threads: int | None
+    batches: list[int]
+    lengths: list[int]
+    data: str = ""
+    mix: str
+    seconds: float
+    samples: int
+    seed: int
+
+
+class Report(Strict):
+    """Everything."""
+
+    format: Literal["qrlora-bench"] = FORMAT
+    format_version: Literal[1] = FORMAT_VERSION
+    settings: Settings
+    environment: Environment
+    subjects: list[Subject] = Field(min_length=1)
+    customers: list[Customer] = []
+    measurements: list[Measurement] = []
+    capacities: list[Capacity] = []
+    comparisons: list[Comparison] = []
+    accuracy: list[Accuracy] = []
+    notes: list[str] = []
+    gate: Gate | None = None
+
+    def of(self, scenario: str) -> Iterator[Measurement]:
+        """The measurements of one scenario, in order."""
+        return (item for item in self.measurements if item.scenario == scenario)
+
+
+def write_report(report: Report, path: Path) -> None:
+    """Write the report as JSON, atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(report.model_dump_json() + "\n", encoding="utf-8")
+
+
+def read_report(path: Path) -> Report:
+    """Read a report.
+
+    Raises:
+        InputError: it cannot be read. FileFormatError: it is no report of this version.
+    """
+    try:
+        if path.stat().st_size > MAX_REPORT_BYTES:
+            raise FileFormatError(f"{path} is too large for a report")
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(f"{path} is not JSON: {error}") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise FileFormatError(f"{path} is not a report of bench")
+    if record.get("format_version") != FORMAT_VERSION:
+        raise FileFormatError(
+            f"{path} has format version {str(record.get('format_version'))[:20]}; this version reads {FORMAT_VERSION}"
+        )
+    try:
+        return Report.model_validate(record)
+    except ValidationError as error:
+        wrong = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        raise FileFormatError(f"{path} is not a report of bench: {'; '.join(wrong[:5])}") from error
