@@ -55,7 +55,7 @@ def prepare(folder: Path, model: str, count: int, rule: RankRule, provider: str,
     random = np.random.default_rng(0)
     base = base_customer(checkpoint, basis)
     customers = {
-        f"customer-{index}": replace(base, values=random.normal(scale=0.3, size=basis.total_rank).astype(np.float32))
+        f"customer-{index}": replace(base, values=random.normal(size=basis.total_rank).astype(np.float32))
         for index in range(count)
     }
     texts = Examples(sample_texts()[:8], None, ["0"] * 8, "samples")

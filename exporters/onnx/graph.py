@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import onnx_ir
 import torch
 from optimum.utils import DummyTextInputGenerator, NormalizedTextConfig
 
@@ -20,6 +21,10 @@ OPSET = 23
 """The first opset with the `Attention` operator."""
 
 MODEL_FILE = "model.onnx"
+SMALLEST_EXTERNAL_BYTES = 16 * 2**10
+"""Smaller tensors stay in the graph. ONNX Runtime reads some of them while it still loads the graph,
+such as the sizes of the Split that has one for each target, and refuses to find those elsewhere."""
+
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -101,7 +106,12 @@ def write_graph(model: Any, names: tuple[str, ...], folder: Path, rows: RowInput
         raise QrloraError(f"{type(model).__name__}: no Attention operator reached the graph; please report this model")
     _strip(program.model)
     # Weights always go to their own file: a model of more than 2 GB has no other form.
-    program.save(folder / MODEL_FILE, external_data=True)
+    onnx_ir.save(
+        program.model,
+        folder / MODEL_FILE,
+        external_data=f"{MODEL_FILE}.data",
+        size_threshold_bytes=SMALLEST_EXTERNAL_BYTES,
+    )
     return Graph(tuple(_record(name, *example) for name, example in examples.items()), attention_nodes)
 
 

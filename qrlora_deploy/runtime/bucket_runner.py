@@ -10,10 +10,10 @@ import onnxruntime
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.runtime.buckets import Buckets, filling, pad_into
 from qrlora_deploy.runtime.bundle import Manifest
-from qrlora_deploy.runtime.cuda import DEVICE_TO_HOST, HOST_TO_DEVICE, CudaBuffer, CudaCopies, pinned_bytes
+from qrlora_deploy.runtime.cuda import DEVICE_TO_HOST, HOST_TO_DEVICE, CudaBuffer, pinned_bytes
 from qrlora_deploy.runtime.layout import SLOT
 from qrlora_deploy.runtime.memory import TableMemory
-from qrlora_deploy.runtime.running import LOGITS, Inputs, PlainRunner, Runner, Tables, text_inputs
+from qrlora_deploy.runtime.running import LOGITS, Inputs, PlainRunner, Runner, Tables, run_bound, text_inputs
 from qrlora_deploy.runtime.worker import Worker
 
 ALIGNMENT = 256
@@ -71,7 +71,7 @@ class BucketRunner:
             bound.inputs[SLOT][:batch] = slot
             bound.inputs[SLOT][batch:] = 0
         bound.buffers.upload()
-        self._session.run_with_iobinding(bound.binding, bound.options)
+        run_bound(self._session, bound.binding, bound.options)
         bound.buffers.download()
         return bound.logits[:batch].copy()
 
@@ -162,18 +162,18 @@ class _CudaBuffers:
     device_type = "cuda"
 
     def __init__(self, size_bytes: int, inputs_bytes: int) -> None:
-        self._buffer, self._copies = CudaBuffer(size_bytes), CudaCopies()
+        self._buffer = CudaBuffer(size_bytes)
         self.host, self.pointer = pinned_bytes(size_bytes), self._buffer.pointer
         self._inputs_bytes, self._logits_bytes = inputs_bytes, size_bytes - inputs_bytes
 
     def upload(self) -> None:
         """All inputs in one copy."""
-        self._copies.copy(self.pointer, self.host.ctypes.data, self._inputs_bytes, HOST_TO_DEVICE)
+        self._buffer.copies.copy(self.pointer, self.host.ctypes.data, self._inputs_bytes, HOST_TO_DEVICE)
 
     def download(self) -> None:
         """The logits."""
-        start = self._inputs_bytes
-        self._copies.copy(self.host.ctypes.data + start, self.pointer + start, self._logits_bytes, DEVICE_TO_HOST)
+        host, place = self.host.ctypes.data + self._inputs_bytes, self.pointer + self._inputs_bytes
+        self._buffer.copies.copy(host, place, self._logits_bytes, DEVICE_TO_HOST)
 
 
 def _places(inputs: Mapping[str, tuple[int, ...]], logits: tuple[int, int]) -> tuple[dict[str, slice], int]:

@@ -17,6 +17,9 @@ from qrlora_deploy.errors import ProviderError, QrloraError
 HOST_TO_DEVICE, DEVICE_TO_HOST, DEVICE_TO_DEVICE = 1, 2, 3
 """`cudaMemcpyKind`."""
 
+RELAXED = 2
+"""`cudaStreamCaptureModeRelaxed`."""
+
 NON_BLOCKING = 1
 """`cudaStreamNonBlocking`: copies on such a stream wait for nothing that runs on others."""
 
@@ -37,6 +40,38 @@ def cuda_runtime() -> Any:
     raise ProviderError("the CUDA runtime library was not found; pip install 'qrlora-deploy[cuda]' brings it")
 
 
+class CudaCopies:
+    """Copies on a stream of their own, each done when the call returns. For one thread at a time.
+
+    Raises:
+        ProviderError: CUDA is not there.
+    """
+
+    def __init__(self, device: int = 0) -> None:
+        self._cuda, self._device, self._stream = cuda_runtime(), device, ctypes.c_void_p()
+        with _BesideCaptures():
+            _check(self._cuda.cudaSetDevice(device))
+            _check(self._cuda.cudaStreamCreateWithFlags(ctypes.byref(self._stream), NON_BLOCKING))
+        _when_gone(self, self._cuda.cudaStreamDestroy, self._stream)
+
+    def copy(self, target: int, source: int, size_bytes: int, kind: int) -> None:
+        """Copy `size_bytes` from one address to another and wait until they are there."""
+        place, origin, size = ctypes.c_void_p(target), ctypes.c_void_p(source), ctypes.c_size_t(size_bytes)
+        with _BesideCaptures():
+            _check(self._cuda.cudaSetDevice(self._device))
+            _check(self._cuda.cudaMemcpyAsync(place, origin, size, kind, self._stream))
+            # Also where the host's memory is not pinned: CUDA may say that such a copy is done while
+            # it is under way.
+            _check(self._cuda.cudaStreamSynchronize(self._stream))
+
+    def clear(self, target: int, size_bytes: int) -> None:
+        """Set `size_bytes` to zero and wait."""
+        with _BesideCaptures():
+            _check(self._cuda.cudaSetDevice(self._device))
+            _check(self._cuda.cudaMemsetAsync(ctypes.c_void_p(target), 0, ctypes.c_size_t(size_bytes), self._stream))
+            _check(self._cuda.cudaStreamSynchronize(self._stream))
+
+
 class CudaBuffer:
     """Zeroed memory of a GPU; given back when nobody refers to it any more.
 
@@ -46,6 +81,7 @@ class CudaBuffer:
 
     Attributes:
         pointer: the address.
+        copies: for what is copied there.
 
     Raises:
         MemoryError: it does not fit. ProviderError: CUDA is not there.
@@ -53,39 +89,14 @@ class CudaBuffer:
 
     def __init__(self, size_bytes: int, device: int = 0) -> None:
         cuda, place = cuda_runtime(), ctypes.c_void_p()
-        _check(cuda.cudaSetDevice(device))
-        if cuda.cudaMalloc(ctypes.byref(place), ctypes.c_size_t(size_bytes)):
-            cuda.cudaGetLastError()  # or the next call reports it again
-            raise MemoryError(f"{size_bytes} bytes do not fit GPU {device}")
+        self.copies = CudaCopies(device)
+        with _BesideCaptures():
+            if cuda.cudaMalloc(ctypes.byref(place), ctypes.c_size_t(size_bytes)):
+                cuda.cudaGetLastError()  # or the next call reports it again
+                raise MemoryError(f"{size_bytes} bytes do not fit GPU {device}")
         _when_gone(self, cuda.cudaFree, place)
         self.pointer = int(place.value or 0)
-        self.device = device
-        _check(cuda.cudaMemset(place, 0, ctypes.c_size_t(size_bytes)))
-        _check(cuda.cudaDeviceSynchronize())
-
-
-class CudaCopies:
-    """Copies on a stream of their own, each done when the call returns. For one thread at a time.
-
-    A copy from ordinary memory may still be under way when CUDA says that it is done; so all of
-    them go through pinned memory, or wait for their stream.
-
-    Raises:
-        ProviderError: CUDA is not there.
-    """
-
-    def __init__(self, device: int = 0) -> None:
-        self._cuda, self._device, self._stream = cuda_runtime(), device, ctypes.c_void_p()
-        _check(self._cuda.cudaSetDevice(device))
-        _check(self._cuda.cudaStreamCreateWithFlags(ctypes.byref(self._stream), NON_BLOCKING))
-        _when_gone(self, self._cuda.cudaStreamDestroy, self._stream)
-
-    def copy(self, target: int, source: int, size_bytes: int, kind: int) -> None:
-        """Copy `size_bytes` from one address to another and wait until they are there."""
-        _check(self._cuda.cudaSetDevice(self._device))
-        place, origin, size = ctypes.c_void_p(target), ctypes.c_void_p(source), ctypes.c_size_t(size_bytes)
-        _check(self._cuda.cudaMemcpyAsync(place, origin, size, kind, self._stream))
-        _check(self._cuda.cudaStreamSynchronize(self._stream))
+        self.copies.clear(self.pointer, size_bytes)
 
 
 def pinned_bytes(size_bytes: int) -> np.ndarray:
@@ -95,7 +106,8 @@ def pinned_bytes(size_bytes: int) -> np.ndarray:
         QrloraError: there is not so much of it.
     """
     cuda, place = cuda_runtime(), ctypes.c_void_p()
-    _check(cuda.cudaHostAlloc(ctypes.byref(place), ctypes.c_size_t(size_bytes), 0))
+    with _BesideCaptures():
+        _check(cuda.cudaHostAlloc(ctypes.byref(place), ctypes.c_size_t(size_bytes), 0))
     block = (ctypes.c_uint8 * size_bytes).from_address(int(place.value or 0))
     # numpy holds on to the block, and with it the memory.
     _when_gone(block, cuda.cudaFreeHost, place)
@@ -104,9 +116,33 @@ def pinned_bytes(size_bytes: int) -> np.ndarray:
     return array
 
 
+class _BesideCaptures:
+    """Calls in here are allowed while another thread captures a graph, and do not spoil its capture.
+
+    ONNX Runtime captures in the mode in which CUDA refuses others' allocations. None of ours ends
+    in a captured graph.
+    """
+
+    def __enter__(self) -> None:
+        self._mode = ctypes.c_int(RELAXED)
+        self._exchange()
+
+    def __exit__(self, *_: object) -> None:
+        self._exchange()
+
+    def _exchange(self) -> None:
+        """Set the thread's mode; the one it had takes its place here."""
+        cuda_runtime().cudaThreadExchangeStreamCaptureMode(ctypes.byref(self._mode))
+
+
 def _when_gone(owner: object, release: Any, what: ctypes.c_void_p) -> None:
     # Not at the end of the process, when CUDA may have gone before.
-    weakref.finalize(owner, release, what).atexit = False
+    weakref.finalize(owner, _release, release, what).atexit = False
+
+
+def _release(release: Any, what: ctypes.c_void_p) -> None:
+    with _BesideCaptures():
+        release(what)
 
 
 def _check(code: int) -> None:

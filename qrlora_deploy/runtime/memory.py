@@ -6,7 +6,7 @@ import numpy as np
 import onnxruntime
 
 from qrlora_deploy.errors import QrloraError
-from qrlora_deploy.runtime.cuda import DEVICE_TO_DEVICE, HOST_TO_DEVICE, CudaBuffer, CudaCopies, pinned_bytes
+from qrlora_deploy.runtime.cuda import DEVICE_TO_DEVICE, HOST_TO_DEVICE, CudaBuffer, pinned_bytes
 
 
 class Memory(Protocol):
@@ -113,7 +113,6 @@ class CudaMemory:
             self.buffer = CudaBuffer(4 * rows * width, device)
         except MemoryError as error:
             raise QrloraError(_too_large(rows, width, f"GPU {device}")) from error
-        self._copies = CudaCopies(device)
         self._row = pinned_bytes(4 * width).view(np.float32)
 
     def write(self, row: int, values: np.ndarray) -> None:
@@ -139,7 +138,7 @@ class CudaMemory:
         binding.bind_input(name, "cuda", self.device, np.float32, shape, self.buffer.pointer)
 
     def _copy(self, row: int, source: int, size_bytes: int, kind: int) -> None:
-        self._copies.copy(self.buffer.pointer + 4 * row * self.width, source, size_bytes, kind)
+        self.buffer.copies.copy(self.buffer.pointer + 4 * row * self.width, source, size_bytes, kind)
 
 
 def _check_block(values: np.ndarray, start: int, memory: Memory) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qrlora_deploy.errors import InputError, QrloraError
+from qrlora_deploy.errors import InputError
 from qrlora_deploy.runtime.bucket_runner import make_runner
 from qrlora_deploy.runtime.buckets import Buckets
 from qrlora_deploy.runtime.bundle import Bundle, check_graph
@@ -91,11 +91,7 @@ class Predictor:
         found: dict[int, Prediction] = {}
         for rows in batches(texts, pairs, batch_size):
             inputs = self.encoder.encode([texts[row] for row in rows], [pairs[row] for row in rows] if pairs else None)
-            try:
-                logits, labels = self._answer(inputs, [owners[row] for row in rows])
-            except RuntimeError as error:  # an operator failed
-                reason = str(error).strip().splitlines()[0]
-                raise QrloraError(f"{self.bundle.model} does not run on these texts: {reason}") from error
+            logits, labels = self._answer(inputs, [owners[row] for row in rows])
             found.update((row, self._prediction(*answer)) for row, *answer in zip(rows, logits, labels, strict=True))
         return [found[index] for index in range(len(texts))]
 

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from qrlora_deploy.errors import QrloraError
 from qrlora_deploy.runtime.bundle import Manifest
 from qrlora_deploy.runtime.layout import HEAD_TABLE, SLOT, TABLE
 from qrlora_deploy.runtime.memory import TableMemory
@@ -27,6 +28,9 @@ class Runner(Protocol):
         Args:
             inputs: the text inputs, int64 `[batch, length]` each.
             slot: int64 `[batch]`, for a switchable graph only.
+
+        Raises:
+            QrloraError: an operator failed.
         """
 
 
@@ -53,9 +57,23 @@ class PlainRunner:
             memory = self._tables()
             memory.bind(binding)
         binding.bind_output(LOGITS, "cpu")
-        self._session.run_with_iobinding(binding, options)
+        run_bound(self._session, binding, options)
         logits: np.ndarray = binding.copy_outputs_to_cpu()[0]
         return logits
+
+
+def run_bound(session: Any, binding: Any, options: Any = None) -> None:
+    """Run what is bound.
+
+    Raises:
+        QrloraError: an operator failed, as the embedding does on a token that it does not know.
+    """
+    try:
+        session.run_with_iobinding(binding, options)
+    # ONNX Runtime's exceptions share no base class of their own.
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise QrloraError(f"the model does not run on these inputs: {reason}") from error
 
 
 def text_inputs(manifest: Manifest) -> list[str]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors
@@ -12,7 +11,7 @@ from qrlora_deploy.coefficients import Coefficients, read_coefficients
 from qrlora_deploy.errors import BasisMismatchError, FileFormatError, InputError
 from qrlora_deploy.runtime.bucket_runner import make_runner
 from qrlora_deploy.runtime.buckets import Buckets
-from qrlora_deploy.runtime.bundle import Bundle
+from qrlora_deploy.runtime.bundle import Bundle, check_graph
 from qrlora_deploy.runtime.layout import BASE_HEAD_FILE, HEAD_TABLE, TABLE, HeadLayout, TableLayout, head_arrays
 from qrlora_deploy.runtime.memory import make_memory
 from qrlora_deploy.runtime.running import text_inputs
@@ -64,7 +63,7 @@ class SwitchableSession:
         self.layout = TableLayout([target.rank for target in manifest.targets])
         self.fetch: Callable[[str], Coefficients | None] | None = None
         self.session = open_session(bundle.model, provider, threads, cuda_graph=buckets is not None)
-        _check_graph(self.session, bundle)
+        check_graph(self.session, bundle)
         self._text_inputs = text_inputs(manifest)
         self.head = HeadLayout(manifest.head_labels, manifest.head_features) if manifest.head_labels else None
         widths = {TABLE: self.layout.width} | ({HEAD_TABLE: self.head.width} if self.head else {})
@@ -205,14 +204,6 @@ def _read_base_head(bundle: Bundle, head: HeadLayout) -> tuple[np.ndarray, np.nd
     if len(weight) != len(bundle.manifest.labels):
         raise FileFormatError(f"{path} has a head for {len(weight)} of {len(bundle.manifest.labels)} labels")
     return weight, bias
-
-
-def _check_graph(session: Any, bundle: Bundle) -> None:
-    """The manifest is not sealed itself, so what it says of the graph is compared with the graph."""
-    found = [(value.name, tuple(value.shape)) for value in session.get_inputs()]
-    expected = [(record.name, record.shape) for record in bundle.manifest.inputs]
-    if sorted(found) != sorted(expected):
-        raise FileFormatError(f"{bundle.folder}: the manifest speaks of other inputs than the graph has")
 
 
 def _check_widths(bundle: Bundle, widths: dict[str, int]) -> None:

@@ -52,7 +52,7 @@ ENCODERS = {
 }
 
 
-def save_encoder(name: str, folder: Path) -> Path:
+def save_encoder(name: str, folder: Path, **changes: int) -> Path:
     model_class, config_class, sizes = ENCODERS[name]
     tokenizer = build_tokenizer()
     config = config_class(
@@ -60,7 +60,7 @@ def save_encoder(name: str, folder: Path) -> Path:
         max_position_embeddings=70,
         num_labels=4,
         pad_token_id=tokenizer.pad_token_id,
-        **sizes,
+        **sizes | changes,
     )
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
@@ -81,6 +81,14 @@ def test_every_encoder_agrees_with_pytorch_on_all_linear_layers(name: str, tmp_p
     assert manifest.parity.max_abs_error <= manifest.parity.bound < manifest.customer_effect / 10
     assert len(manifest.targets) >= 12
     assert verify(open_bundle(tmp_path / "bundle")).passed
+
+
+def test_as_many_targets_as_a_deep_model_has(tmp_path: Path, texts: Examples) -> None:
+    """ONNX Runtime reads the sizes of the targets' Split while it loads the graph, so they must be in it."""
+    checkpoint = open_checkpoint(str(save_encoder("bert", tmp_path / "base", num_hidden_layers=7)))
+    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton()), RankRule(tau=None, rank=2))
+    manifest = export_switchable(checkpoint, basis, tmp_path / "bundle", texts)
+    assert len(manifest.targets) == 42 and manifest.parity.max_abs_error <= manifest.parity.bound
 
 
 def test_deberta_works_but_for_projections_of_positions(tmp_path: Path, texts: Examples) -> None:

@@ -343,7 +343,8 @@ def fire(
     session = SwitchableSession(open_bundle(folder), provider, rows=4, threads=1, buckets=buckets)
     scene = set_scene(session)
     distance, spread = measure_distance(scene), measure_spread(session, scene)
-    bound = 0.0 if spread == 0.0 else MARGIN * distance
+    # A GPU that runs several batches at once chooses other sums than for one alone.
+    bound = 0.0 if spread == 0.0 and provider == "cpu" else MARGIN * distance
     assert distance > 1e-2 and 2 * spread <= MARGIN * distance, f"versions differ by {distance}, batches by {spread}"
     if sabotage is not None:
         sabotage(session)

@@ -458,7 +458,6 @@ ENTRIES: dict[str, Entries] = {
     "length of nothing": {"length": "0"},
     "length that is no number": {"length": "ten"},
     "length too small": {"length": "4"},
-    "length too large": {"length": "SIZE"},
     "offset and length that add up to nothing": {"offset": str(2**63 - 64), "length": str(2**63)},
     "a file that is no weights": {"location": "config.json"},
     "a file that is the model": {"location": "model.onnx"},
