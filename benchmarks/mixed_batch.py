@@ -1,8 +1,8 @@
 """A batch in which every row is another customer: our graph, a merged graph, PEFT, one session per customer.
 
-    python -m benchmarks.mixed_batch --provider cpu --batch 8 --length 64 -o benchmarks/results/mixed_batch_cpu.json
+    python -m benchmarks.mixed_batch --shape 8x64 -o benchmarks/results/mixed_batch_cpu.json
     python -m benchmarks.mixed_batch --provider cuda --cuda-graph --precision fp16 --model roberta-base --rank 160 \
-        --batch 64 --length 128 -o FILE
+        --shape 8x128 --shape 64x128 -o FILE
 
 All in one process, in a random order each round; medians and ratios of medians. Inputs and logits go
 through host memory in each of them. PEFT gets LoRA of rank 8 on the same layers, which is less
@@ -38,8 +38,22 @@ TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2}
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Build, check, time; returns the record that is written."""
     rule = RankRule(tau=None, rank=arguments.rank) if arguments.rank else RankRule(tau=0.5)
-    serving = prepare(folder, arguments.model, arguments.batch, rule, arguments.provider, arguments.precision)
-    runs, error = _runs(serving, arguments)
+    most = max(batch for batch, _length in arguments.shapes)
+    serving = prepare(folder, arguments.model, most, rule, arguments.provider, arguments.precision)
+    return {
+        "model": arguments.model,
+        "total_rank": serving.basis.total_rank,
+        "ranks": list(serving.basis.ranks.values()),
+        "provider": arguments.provider,
+        "precision": arguments.precision,
+        "cuda_graph": arguments.cuda_graph,
+        "shapes": [_measure_shape(serving, arguments, *shape) for shape in arguments.shapes],
+        "environment": environment(arguments.provider),
+    }
+
+
+def _measure_shape(serving: Serving, arguments: argparse.Namespace, batch: int, length: int) -> dict[str, Any]:
+    runs, error = _runs(serving, arguments, batch, length)
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for name in runs:
         for _ in range(arguments.warmup):
@@ -54,41 +68,36 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             samples[name].append(time.perf_counter() - start)
     median = {name: float(np.median(values)) for name, values in samples.items()}
     return {
-        "model": arguments.model,
-        "total_rank": serving.basis.total_rank,
-        "ranks": list(serving.basis.ranks.values()),
-        "batch": arguments.batch,
-        "length": arguments.length,
-        "provider": arguments.provider,
-        "precision": arguments.precision,
-        "cuda_graph": arguments.cuda_graph,
+        "batch": batch,
+        "length": length,
         "max_abs_error": error,
         "latency_ms": {name: summary(values) for name, values in samples.items()},
         "ratio_to_merged": {name: value / median["merged"] for name, value in median.items()},
         "peft_over_mixed": median["peft mixed"] / median["switchable, all different"],
-        "environment": environment(arguments.provider),
     }
 
 
-def _runs(serving: Serving, arguments: argparse.Namespace) -> tuple[dict[str, Run], float]:
-    inputs = make_inputs(serving.merged, arguments.batch, arguments.length)
-    names = list(serving.customers)
-    buckets = Buckets((1, arguments.batch), (arguments.length,)) if arguments.cuda_graph else None
+def _runs(serving: Serving, arguments: argparse.Namespace, batch: int, length: int) -> tuple[dict[str, Run], float]:
+    inputs = make_inputs(serving.merged, batch, length)
+    customers = dict(list(serving.customers.items())[:batch])
+    names = list(customers)
+    buckets = Buckets((1, batch), (length,)) if arguments.cuda_graph else None
     opened = open_session(serving.merged.model, arguments.provider, cuda_graph=arguments.cuda_graph)
     merged = make_runner(opened, serving.merged.manifest, arguments.provider, buckets)
-    session = SwitchableSession(serving.switchable, arguments.provider, rows=arguments.batch + 2, buckets=buckets)
-    for name, customer in serving.customers.items():
+    session = SwitchableSession(serving.switchable, arguments.provider, rows=batch + 2, buckets=buckets)
+    for name, customer in customers.items():
         session.load(name, customer)
     error = _check(session, merged, inputs, names, TOLERANCES[arguments.precision])
-    each = _sessions(serving, arguments)
-    rows = [{key: value[row : row + 1] for key, value in inputs.items()} for row in range(arguments.batch)]
+    each = [open_session(serving.merged.model, arguments.provider) for _ in names] if arguments.sessions else []
+    rows = [{key: value[row : row + 1] for key, value in inputs.items()} for row in range(batch)]
     runs: dict[str, Run] = {
         "merged": lambda: merged.run(inputs),
         "switchable, one customer": lambda: session.run(inputs, [names[0]] * len(names)),
         "switchable, all different": lambda: session.run(inputs, names),
-        "peft mixed": _peft(serving, inputs, arguments),
+        "peft mixed": _peft(serving, names, inputs, arguments),
     }
     if each:
+        # All of the same bundle, as their speed does not depend on its numbers.
         runs["one session per customer"] = lambda: [
             one.run(["logits"], row) for one, row in zip(each, rows, strict=True)
         ]
@@ -110,19 +119,11 @@ def _check(
     return error
 
 
-def _sessions(serving: Serving, arguments: argparse.Namespace) -> list[Any]:
-    """A session for each row; all of the same merged bundle, as their speed does not depend on its numbers."""
-    if not arguments.sessions:
-        return []
-    return [open_session(serving.merged.model, arguments.provider) for _ in range(arguments.batch)]
-
-
-def _peft(serving: Serving, inputs: dict[str, np.ndarray], arguments: argparse.Namespace) -> Run:
+def _peft(serving: Serving, names: list[str], inputs: dict[str, np.ndarray], arguments: argparse.Namespace) -> Run:
     device = "cuda" if arguments.provider == "cuda" else "cpu"
     dtype = {"fp32": torch.float32, "fp16": torch.float16}[arguments.precision]
     targets = list(serving.basis.ranks)
     config = LoraConfig(r=8, lora_alpha=8, target_modules=targets, init_lora_weights=False)
-    names = list(serving.customers)
     model = get_peft_model(serving.checkpoint.load_model(), config, adapter_name=names[0].replace("-", "_"))
     adapters = [name.replace("-", "_") for name in names]
     for adapter in adapters[1:]:
@@ -138,6 +139,11 @@ def _peft(serving: Serving, inputs: dict[str, np.ndarray], arguments: argparse.N
     return run
 
 
+def _shape(text: str) -> tuple[int, int]:
+    batch, length = text.split("x")
+    return int(batch), int(length)
+
+
 def main() -> None:
     """Parse, measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -146,8 +152,7 @@ def main() -> None:
     parser.add_argument("--cuda-graph", action="store_true", help="our graphs captured, in one bucket")
     parser.add_argument("--model", choices=["minilm", "roberta-base"], default="minilm")
     parser.add_argument("--rank", type=int, help="fixed rank instead of tau 0.5")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--shape", dest="shapes", type=_shape, action="append", help="BATCHxLENGTH; repeatable")
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument(
@@ -155,12 +160,15 @@ def main() -> None:
     )
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
+    arguments.shapes = arguments.shapes or [(8, 64)]
     onnxruntime.set_default_logger_severity(3)
     with tempfile.TemporaryDirectory() as folder:
         record = measure(arguments, Path(folder))
-    for name, figures in record["latency_ms"].items():
-        print(f"{name:28} p50 {figures['p50']:9.3f} ms  x{record['ratio_to_merged'][name]:.3f} of merged")
-    print(f"PEFT's mixed batch takes {record['peft_over_mixed']:.1f} times as long as ours")
+    for shape in record["shapes"]:
+        print(f"{shape['batch']} x {shape['length']}, largest difference {shape['max_abs_error']:.1e}")
+        for name, figures in shape["latency_ms"].items():
+            print(f"  {name:28} p50 {figures['p50']:9.3f} ms  x{shape['ratio_to_merged'][name]:.3f} of merged")
+        print(f"  PEFT's mixed batch takes {shape['peft_over_mixed']:.1f} times as long as ours")
     if arguments.output:
         write_json(arguments.output, record)
 

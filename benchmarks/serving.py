@@ -77,6 +77,12 @@ def _save_base(folder: Path, model: str) -> Path:
         config = RobertaConfig(pad_token_id=tokenizer.pad_token_id, max_position_embeddings=514)
         config.num_labels = 4
         made = AutoModelForSequenceClassification.from_config(config)
+        # Random projections attend to everything alike, and then no customer has an effect that could
+        # be told from the rounding of fp16.
+        with torch.no_grad():
+            for name, weight in made.named_parameters():
+                if name.endswith(("query.weight", "key.weight")):
+                    weight.mul_(4)
     made.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
