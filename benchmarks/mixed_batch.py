@@ -92,8 +92,8 @@ def _runs(serving: Serving, arguments: argparse.Namespace, batch: int, length: i
     rows = [{key: value[row : row + 1] for key, value in inputs.items()} for row in range(batch)]
     runs: dict[str, Run] = {
         "merged": lambda: merged.run(inputs),
-        "switchable, one customer": lambda: session.run(inputs, [names[0]] * len(names)),
-        "switchable, all different": lambda: session.run(inputs, names),
+        "switchable, one customer": lambda: session.predict(inputs, [names[0]] * len(names)),
+        "switchable, all different": lambda: session.predict(inputs, names),
         "peft mixed": _peft(serving, names, inputs, arguments),
     }
     if each:
@@ -107,13 +107,13 @@ def _runs(serving: Serving, arguments: argparse.Namespace, batch: int, length: i
 def _check(
     session: SwitchableSession, merged: Runner, inputs: dict[str, np.ndarray], names: list[str], tolerance: float
 ) -> float:
-    mixed = session.run(inputs, names)[0]
+    mixed = session.predict(inputs, names)[0]
     alone = np.concatenate(
-        [session.run({k: v[i : i + 1] for k, v in inputs.items()}, [n])[0] for i, n in enumerate(names)]
+        [session.predict({k: v[i : i + 1] for k, v in inputs.items()}, [n])[0] for i, n in enumerate(names)]
     )
     first = merged.run(inputs)[0]
     error = float(max(np.abs(mixed - alone).max(), np.abs(mixed[0] - first).max()))
-    effect = float(np.abs(mixed - session.run(inputs, [None] * len(names))[0]).max())
+    effect = float(np.abs(mixed - session.predict(inputs, [None] * len(names))[0]).max())
     if not error < min(tolerance, effect / 10):
         raise SystemExit(f"the graphs do not agree (error {error:.1e}, effect of the customers {effect:.1e})")
     return error

@@ -43,8 +43,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
     for turn in range(arguments.runs):
         _time(kinds["swap from memory"], session.load, "acme", versions[turn % 2])
-        _time(kinds["first run after it"], session.run, inputs, owners)
-        _time(kinds["run"], session.run, inputs, owners)
+        _time(kinds["first run after it"], session.predict, inputs, owners)
+        _time(kinds["run"], session.predict, inputs, owners)
         _time(kinds["swap from disk"], session.load, "acme", files[(turn + 1) % 2])
     beside, swaps = _run_beside_swaps(session, serving, inputs, owners, arguments)
     return {
@@ -72,7 +72,7 @@ def _check(session: SwitchableSession, serving: Serving, inputs: dict[str, np.nd
     answers = []
     for version in serving.customers.values():
         session.load("acme", version)
-        answers.append(session.run(inputs, owners)[0])
+        answers.append(session.predict(inputs, owners)[0])
     if np.abs(answers[0] - answers[1]).max() < 1e-4:
         raise SystemExit("the two versions answer alike, so a swap could not be seen")
 
@@ -98,7 +98,7 @@ def _run_beside_swaps(
     start = time.perf_counter()
     thread.start()
     for _ in range(arguments.runs):
-        _time(samples, session.run, inputs, owners)
+        _time(samples, session.predict, inputs, owners)
     elapsed = time.perf_counter() - start
     stop.set()
     thread.join()

@@ -99,7 +99,7 @@ class Predictor:
         self, inputs: dict[str, np.ndarray], owners: Sequence[str | None]
     ) -> tuple[np.ndarray, Sequence[tuple[str, ...]]]:
         if self.switchable is not None:
-            return self.switchable.run(inputs, owners)
+            return self.switchable.predict(inputs, owners)
         if any(owner is not None for owner in owners):
             raise InputError(f"{self.bundle.folder} is a merged bundle: it holds one customer, who has no name in it")
         return self._merged.run(inputs), [self.bundle.manifest.labels] * len(owners)

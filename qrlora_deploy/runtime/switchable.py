@@ -94,7 +94,7 @@ class SwitchableSession:
         """The customers that are in the table."""
         return self.table.customers()
 
-    def run(
+    def predict(
         self, inputs: dict[str, np.ndarray], customers: Sequence[str | None]
     ) -> tuple[np.ndarray, list[tuple[str, ...]]]:
         """Answer a batch, each row for its customer.

@@ -141,9 +141,9 @@ def test_rows_of_a_mixed_batch_in_fp16_are_those_of_single_runs(
     case = read_reference(switchable_fp16 / "reference.safetensors")[1]
     inputs = {name: case.inputs[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
     customers = [("acme", None, "opposite")[row % 3] for row in range(len(case.logits))]
-    mixed, _labels = session.run(inputs, customers)
+    mixed, _labels = session.predict(inputs, customers)
     for row, customer in enumerate(customers):
-        alone, _labels = session.run({name: array[row : row + 1] for name, array in inputs.items()}, [customer])
+        alone, _labels = session.predict({name: array[row : row + 1] for name, array in inputs.items()}, [customer])
         np.testing.assert_allclose(alone[0], mixed[row], **FP16_ROWS)
     assert np.abs(mixed[0, :4] - mixed[1, :4]).max() > 10 * FP16_ROWS["atol"]
 

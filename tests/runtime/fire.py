@@ -162,7 +162,7 @@ def _alone(
         if name is not None and version is not None:
             session.load(name, version)
         rows = [
-            session.run(_pick(inputs, np.array([text])), [name]) for text in range(len(next(iter(inputs.values()))))
+            session.predict(_pick(inputs, np.array([text])), [name]) for text in range(len(next(iter(inputs.values()))))
         ]
         answers.append(np.concatenate([logits for logits, _ in rows]))
         labels.append(rows[0][1][0])
@@ -197,7 +197,7 @@ def measure_spread(session: SwitchableSession, scene: Scene, rounds: int = 20) -
     greatest = 0.0
     for size in BATCHES * rounds:
         chosen, texts = random.integers(len(names), size=size), random.integers(_texts(scene), size=size)
-        logits, _ = session.run(_pick(scene.inputs, texts), [names[index] for index in chosen])
+        logits, _ = session.predict(_pick(scene.inputs, texts), [names[index] for index in chosen])
         for row, index, text in zip(logits, chosen, texts, strict=True):
             # The version that was loaded last.
             greatest = max(greatest, difference(row, scene.answers[names[index]][-1, text]))
@@ -251,7 +251,7 @@ class Fire:
             customers = [names[index] for index in random.integers(len(names), size=size)]
             texts = random.integers(_texts(self.scene), size=size)
             try:
-                logits, labels = self.session.run(_pick(self.scene.inputs, texts), customers)
+                logits, labels = self.session.predict(_pick(self.scene.inputs, texts), customers)
             except InputError:
                 if self.scene.visitor not in customers:
                     raise

@@ -60,11 +60,11 @@ def test_a_bucket_changes_no_answer(
     plain, bucketed = sessions
     names: list[str | None] = [None, *plain.customers()]
     # A larger batch first: what it left behind must not show.
-    bucketed.run(made_up_inputs(plain.manifest, 8, 24, seed=9), (names * 2)[1:9])
+    bucketed.predict(made_up_inputs(plain.manifest, 8, 24, seed=9), (names * 2)[1:9])
     inputs = made_up_inputs(plain.manifest, batch, length, seed=batch)
     inputs["attention_mask"][batch // 2, length // 2 :] = 0
-    expected, labels = plain.run(inputs, names[:batch])
-    found, found_labels = bucketed.run(inputs, names[:batch])
+    expected, labels = plain.predict(inputs, names[:batch])
+    found, found_labels = bucketed.predict(inputs, names[:batch])
     np.testing.assert_array_equal(np.isneginf(found), np.isneginf(expected))
     np.testing.assert_allclose(found, expected, **FP32_ONNX)
     assert found_labels == labels and found.shape == expected.shape
@@ -72,9 +72,9 @@ def test_a_bucket_changes_no_answer(
 
 def test_answers_are_the_callers_own(sessions: tuple[SwitchableSession, SwitchableSession]) -> None:
     session = sessions[1]
-    first, _ = session.run(made_up_inputs(session.manifest, 1, 12, seed=1), ["c0"])
+    first, _ = session.predict(made_up_inputs(session.manifest, 1, 12, seed=1), ["c0"])
     kept = first.copy()
-    session.run(made_up_inputs(session.manifest, 1, 12, seed=2), ["c1"])
+    session.predict(made_up_inputs(session.manifest, 1, 12, seed=2), ["c1"])
     np.testing.assert_array_equal(first, kept)
 
 
@@ -85,7 +85,7 @@ def test_growth_under_threads_gives_no_wrong_answer(switchable: Path) -> None:
     alone = SwitchableSession(bundle, rows=128, threads=1)
     for name, coefficients in made.items():
         alone.load(name, coefficients)
-    expected = {name: alone.run(inputs, [name] * 3)[0] for name in made}
+    expected = {name: alone.predict(inputs, [name] * 3)[0] for name in made}
     session = SwitchableSession(bundle, rows=2, threads=1, buckets=BUCKETS)
     loaded: list[str] = []
     wrong: list[object] = []
@@ -99,7 +99,7 @@ def test_growth_under_threads_gives_no_wrong_answer(switchable: Path) -> None:
                 if not loaded:
                     continue
                 names = [loaded[index] for index in random.integers(len(loaded), size=3)]
-                found, _ = session.run(inputs, names)
+                found, _ = session.predict(inputs, names)
                 for row, name in enumerate(names):
                     if not np.allclose(found[row], expected[name][row], **FP32_ONNX):
                         wrong.append((name, found[row]))
@@ -128,7 +128,7 @@ def test_a_table_that_grew_is_not_kept_by_its_buckets(switchable: Path) -> None:
     old = weakref.ref(session.table.memory)
     for number in range(4):
         session.load(f"c{number}", made_up_customer(bundle.manifest, number))
-    session.run(made_up_inputs(bundle.manifest, 1, 5), ["c3"])
+    session.predict(made_up_inputs(bundle.manifest, 1, 5), ["c3"])
     gc.collect()
     assert old() is None
 

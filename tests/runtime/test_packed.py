@@ -127,8 +127,8 @@ def test_a_folder_is_packed_and_answers_the_same(
     for number in range(5):
         session.load(f"c{number}", folder / f"c{number}.safetensors")
     inputs = {name: np.repeat(array, 6, axis=0) for name, array in INPUTS.items()}
-    np.testing.assert_array_equal(fresh.run(inputs, names)[0], session.run(inputs, names)[0])
-    assert fresh.run(inputs, names)[1] == [fresh.manifest.labels] * 6
+    np.testing.assert_array_equal(fresh.predict(inputs, names)[0], session.predict(inputs, names)[0])
+    assert fresh.predict(inputs, names)[1] == [fresh.manifest.labels] * 6
 
 
 @SAME_FOLDER
@@ -285,7 +285,7 @@ def test_loading_replaces_what_is_there(fresh: SwitchableSession, sample: Path, 
     fresh.table.release(held.values())
     expected = [fresh.layout.row(scaled(tiny_customer, number).values) for number in (0, 1, 7)]
     np.testing.assert_array_equal(rows(fresh, ["a", "b.c", "other"]), np.stack(expected))
-    assert fresh.run(INPUTS, ["a"])[1] == [fresh.manifest.labels]
+    assert fresh.predict(INPUTS, ["a"])[1] == [fresh.manifest.labels]
     assert len(fresh.table._free) == fresh.table.memory.rows - 1 - 4
 
 

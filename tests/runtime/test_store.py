@@ -59,7 +59,7 @@ class Place:
         return CustomerStore(self.session, self.folder, self.events.append, **options)
 
     def logits(self, name: str | None, session: SwitchableSession | None = None) -> list[float]:
-        found: list[float] = (session or self.session).run(INPUTS, [name])[0][0].tolist()
+        found: list[float] = (session or self.session).predict(INPUTS, [name])[0][0].tolist()
         return found
 
     def expected(self, number: float) -> list[float]:
@@ -246,7 +246,7 @@ def test_other_labels_are_another_version(watched: Place) -> None:
     watched.wait("loaded", 2)
     write_coefficients(replace(one, labels=("b", "a")), watched.path("acme"))
     watched.wait("loaded", 3)
-    assert watched.session.run(INPUTS, ["acme"])[1] == [("b", "a")]
+    assert watched.session.predict(INPUTS, ["acme"])[1] == [("b", "a")]
 
 
 def with_nan(path: Path, customer: Coefficients) -> None:
@@ -495,7 +495,7 @@ def test_more_customers_than_rows_under_threads(place: Place) -> None:
         random = np.random.default_rng(seed)
         for _ in range(40):
             chosen = [names[index] for index in random.integers(len(names), size=3)]
-            np.testing.assert_array_equal(place.session.run(inputs, chosen)[0], whole.run(inputs, chosen)[0])
+            np.testing.assert_array_equal(place.session.predict(inputs, chosen)[0], whole.predict(inputs, chosen)[0])
         return 1
 
     with ThreadPoolExecutor(4) as pool:

@@ -67,7 +67,7 @@ def rows(inputs: Inputs, which: Sequence[int] | slice | np.ndarray) -> Inputs:
 
 
 def one(session: SwitchableSession, inputs: Inputs, customer: str | None) -> np.ndarray:
-    return session.run(rows(inputs, [0]), [customer])[0][0]
+    return session.predict(rows(inputs, [0]), [customer])[0][0]
 
 
 def assert_equal_rows(found: np.ndarray, expected: np.ndarray) -> None:
@@ -86,8 +86,8 @@ def test_permuting_rows_permutes_answers(served: SwitchableSession, inputs: Inpu
     customers = data.draw(st.lists(names, min_size=1, max_size=12), label="customers")
     texts = np.array(data.draw(st.lists(st.integers(0, 63), min_size=len(customers), max_size=len(customers))))
     order = data.draw(st.permutations(range(len(customers))), label="order")
-    logits, labels = served.run(rows(inputs, texts), customers)
-    permuted, permuted_labels = served.run(rows(inputs, texts[order]), [customers[index] for index in order])
+    logits, labels = served.predict(rows(inputs, texts), customers)
+    permuted, permuted_labels = served.predict(rows(inputs, texts[order]), [customers[index] for index in order])
     assert_equal_rows(permuted, logits[order])
     assert permuted_labels == [labels[index] for index in order]
 
@@ -99,10 +99,10 @@ def test_exchanging_two_customers_exchanges_only_their_answers(
     random = np.random.default_rng(seed)
     names = list(random.choice(served.customers(), 8, replace=False))
     same_text = rows(inputs, [seed] * 8)
-    before, _ = served.run(same_text, names)
+    before, _ = served.predict(same_text, names)
     first, second = random.choice(8, 2, replace=False)
     names[first], names[second] = names[second], names[first]
-    after, _ = served.run(same_text, names)
+    after, _ = served.predict(same_text, names)
     order = np.arange(8)
     order[[first, second]] = second, first
     assert_equal_rows(after, before[order])
@@ -115,11 +115,11 @@ def test_back_to_the_first_version_is_exact(
 ) -> None:
     first, second = (made_up_customer(bundle.manifest, seed, own_labels) for seed in (1, 2))
     session.load("acme", first)
-    before, _ = session.run(rows(inputs, slice(4)), ["acme"] * 4)
+    before, _ = session.predict(rows(inputs, slice(4)), ["acme"] * 4)
     session.load("acme", second)
-    between, _ = session.run(rows(inputs, slice(4)), ["acme"] * 4)
+    between, _ = session.predict(rows(inputs, slice(4)), ["acme"] * 4)
     session.load("acme", first)
-    after, _ = session.run(rows(inputs, slice(4)), ["acme"] * 4)
+    after, _ = session.predict(rows(inputs, slice(4)), ["acme"] * 4)
     np.testing.assert_allclose(after, before, **EXACT)
     assert (before[:, :2] != between[:, :2]).any(axis=1).all()
 
@@ -130,7 +130,7 @@ def test_a_new_head_may_be_narrower_or_none(session: SwitchableSession, bundle: 
         version = made_up_customer(bundle.manifest, seed, own_labels)
         session.load("acme", version)
         fresh.load(f"only {seed}", version)
-        logits, labels = session.run(rows(inputs, [0]), ["acme"])
+        logits, labels = session.predict(rows(inputs, [0]), ["acme"])
         assert np.isfinite(logits[0]).sum() == len(labels[0]) == (own_labels or len(LABELS))
         assert labels[0] == version.labels
         np.testing.assert_allclose(logits[0], one(fresh, inputs, f"only {seed}"), **EXACT)
@@ -146,19 +146,19 @@ def test_padding_on_the_right_changes_nothing(
         for name, values in inputs.items()
     }
     names = served.customers()
-    assert_equal_rows(served.run(wider, names)[0], served.run(inputs, names)[0])
+    assert_equal_rows(served.predict(wider, names)[0], served.predict(inputs, names)[0])
 
 
 def test_64_customers_in_one_batch_equal_64_runs(
     served: SwitchableSession, crowd: dict[str, Coefficients], inputs: Inputs
 ) -> None:
-    logits, labels = served.run(inputs, list(crowd))
+    logits, labels = served.predict(inputs, list(crowd))
     assert logits.shape == (64, OUTPUTS) and logits.dtype == np.float32
     for row, (name, coefficients) in enumerate(crowd.items()):
         # Its padding is cut off as well: alone a text needs none.
         length = int(inputs["attention_mask"][row].sum())
         alone = {key: values[[row], :length] for key, values in inputs.items()}
-        assert_equal_rows(logits[row], served.run(alone, [name])[0][0])
+        assert_equal_rows(logits[row], served.predict(alone, [name])[0][0])
         assert labels[row] == coefficients.labels
         assert np.isfinite(logits[row]).sum() == len(coefficients.labels)
         assert np.isneginf(logits[row, len(coefficients.labels) :]).all()
@@ -167,7 +167,7 @@ def test_64_customers_in_one_batch_equal_64_runs(
 def test_no_two_customers_answer_alike(served: SwitchableSession, inputs: Inputs) -> None:
     """Were two rows of the table exchanged, the tests here would see it."""
     names = served.customers()
-    logits, _ = served.run(rows(inputs, [0] * 64), names)
+    logits, _ = served.predict(rows(inputs, [0] * 64), names)
     distances = np.abs(logits[:, None, :2] - logits[None, :, :2]).max(axis=2) + np.eye(64)
     assert distances.min() > 10 * FP32_ONNX["atol"]
 
@@ -188,11 +188,11 @@ def test_no_customer_is_the_base(served: SwitchableSession, bundle: Bundle, inpu
     tables = {TABLE: np.zeros((1, served.layout.width), dtype=np.float32), HEAD_TABLE: head_row}
     plain = open_session(bundle.model, threads=1)
     expected = plain.run(["logits"], inputs | tables | {SLOT: np.zeros(64, dtype=np.int64)})[0]
-    logits, labels = served.run(inputs, [None] * 64)
+    logits, labels = served.predict(inputs, [None] * 64)
     np.testing.assert_allclose(logits, expected, **EXACT)
     assert labels == [LABELS] * 64
     # Beside customers, too.
-    mixed, _ = served.run(inputs, [None, "c1"] * 32)
+    mixed, _ = served.predict(inputs, [None, "c1"] * 32)
     assert_equal_rows(mixed[::2], expected[::2])
 
 
@@ -211,7 +211,7 @@ def test_rows_equal_the_side_branch_of_pytorch(
     from qrlora_deploy.adapter import attach, set_coefficients
 
     names = list(crowd)[:18]
-    found, _ = served.run(inputs, [*names, *[None] * 46])
+    found, _ = served.predict(inputs, [*names, *[None] * 46])
     model = AutoModelForSequenceClassification.from_pretrained(tiny_base, attn_implementation="eager").eval()
     adapters = attach(model, tiny_basis)
     head = model.classifier
@@ -276,7 +276,7 @@ def test_wrong_customer_is_refused_and_the_old_version_serves(
     message: str,
     as_file: bool,
 ) -> None:
-    before = served.run(inputs, list(crowd))
+    before = served.predict(inputs, list(crowd))
     wrong: Coefficients | Path = spoil(replace(crowd["c0"], values=-crowd["c0"].values))
     if as_file:
         assert isinstance(wrong, Coefficients)
@@ -287,7 +287,7 @@ def test_wrong_customer_is_refused_and_the_old_version_serves(
         with pytest.raises(error, match=message) as caught:
             served.load(name, wrong)
         assert "\n" not in str(caught.value)
-    after = served.run(inputs, list(crowd))
+    after = served.predict(inputs, list(crowd))
     np.testing.assert_allclose(after[0], before[0], **EXACT)
     assert after[1] == before[1]
     assert served.customers() == list(crowd)
@@ -309,7 +309,7 @@ def test_missing_and_damaged_files_are_refused(
 
 def test_unknown_customer_is_refused_in_one_line(served: SwitchableSession, inputs: Inputs) -> None:
     with pytest.raises(InputError, match="no customer is called 'nob\\\\ndy'; load it first") as caught:
-        served.run(rows(inputs, [0, 1, 2]), ["c0", "nob\ndy", None])
+        served.predict(rows(inputs, [0, 1, 2]), ["c0", "nob\ndy", None])
     assert "\n" not in str(caught.value)
     # What the batch held before is given back.
     assert served.table._holders == {}
@@ -344,32 +344,32 @@ def test_inputs_that_do_not_fit_are_refused(served: SwitchableSession, inputs: I
     }
     for message, batch in wrong.items():
         with pytest.raises(InputError, match=message) as caught:
-            served.run(batch, ["c0", "c1", None])
+            served.predict(batch, ["c0", "c1", None])
         assert "\n" not in str(caught.value)
     assert served.table._holders == {}
 
 
 def test_an_empty_batch_is_refused(served: SwitchableSession, inputs: Inputs) -> None:
     with pytest.raises(InputError, match="the inputs are empty"):
-        served.run(rows(inputs, slice(0)), [])
+        served.predict(rows(inputs, slice(0)), [])
 
 
 def test_inputs_may_lie_in_memory_in_any_order(served: SwitchableSession, inputs: Inputs) -> None:
     names = served.customers()
     transposed = {name: np.asfortranarray(values) for name, values in inputs.items()}
     backwards = {name: values[::-1] for name, values in inputs.items()}
-    expected = served.run(inputs, names)[0]
-    np.testing.assert_allclose(served.run(transposed, names)[0], expected, **EXACT)
-    assert_equal_rows(served.run(backwards, names[::-1])[0], expected[::-1])
+    expected = served.predict(inputs, names)[0]
+    np.testing.assert_allclose(served.predict(transposed, names)[0], expected, **EXACT)
+    assert_equal_rows(served.predict(backwards, names[::-1])[0], expected[::-1])
 
 
 def test_answers_stay_what_they_were(session: SwitchableSession, bundle: Bundle, inputs: Inputs) -> None:
     """The arrays given back are the caller's: later runs and versions do not change them."""
     session.load("acme", made_up_customer(bundle.manifest, 1))
-    given, _ = session.run(rows(inputs, slice(8)), ["acme"] * 8)
+    given, _ = session.predict(rows(inputs, slice(8)), ["acme"] * 8)
     copy = given.copy()
     session.load("acme", made_up_customer(bundle.manifest, 2))
-    session.run(rows(inputs, slice(8)), ["acme"] * 8)
+    session.predict(rows(inputs, slice(8)), ["acme"] * 8)
     np.testing.assert_array_equal(given, copy)
 
 
@@ -397,7 +397,7 @@ def test_the_table_grows_under_running_threads(bundle: Bundle, inputs: Inputs) -
                 names: list[str | None] = [
                     None if index < 0 else loaded[index] for index in random.integers(-1, there, 8)
                 ]
-                found, labels = session.run(rows(inputs, [0] * 8), names)
+                found, labels = session.predict(rows(inputs, [0] * 8), names)
                 for name, logits, its_labels in zip(names, found, labels, strict=True):
                     if name is not None and its_labels != made[name].labels:
                         wrong.append(f"{name} has the labels {its_labels}")

@@ -51,8 +51,8 @@ def test_mixed_rows_growth_and_swaps_equal_the_cpu(
             values = random.normal(size=tiny_customer.values.shape).astype(np.float32)
             for session in sessions:
                 session.load(str(name), replace(tiny_customer, values=values))
-        found = device.run(inputs, names)[0]
-        np.testing.assert_allclose(found, host.run(inputs, names)[0], **FP32_ONNX)
+        found = device.predict(inputs, names)[0]
+        np.testing.assert_allclose(found, host.predict(inputs, names)[0], **FP32_ONNX)
         answers.append(found)
     np.testing.assert_array_equal(answers[0][0], answers[2][0])
     assert (np.abs(answers[0][1:, :4] - answers[2][1:, :4]).max(axis=1) > 1e-3).all()
@@ -68,7 +68,7 @@ def test_back_to_the_first_version_is_exact_on_cuda(
     answers = []
     for version in (tiny_customer, other, tiny_customer):
         device.load("acme", version)
-        answers.append(device.run(inputs, ["acme", None])[0])
+        answers.append(device.predict(inputs, ["acme", None])[0])
     np.testing.assert_array_equal(answers[0], answers[2])
     assert np.abs(answers[0][0, :4] - answers[1][0, :4]).max() > 1e-3
 
@@ -83,7 +83,7 @@ def test_a_batch_that_fits_no_bucket_runs_as_it_is(
     for count in (1, 12, 2, 12):
         some = {name: values[:count] for name, values in inputs.items()}
         names = (["acme", None] * 6)[:count]
-        np.testing.assert_allclose(device.run(some, names)[0], host.run(some, names)[0], **FP32_ONNX)
+        np.testing.assert_allclose(device.predict(some, names)[0], host.predict(some, names)[0], **FP32_ONNX)
 
 
 def test_a_merged_bundle_runs_as_captured_graphs(exported: Path) -> None:
