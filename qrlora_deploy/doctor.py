@@ -34,6 +34,9 @@ PACKAGES = (
 
 PROVIDERS = ("cpu", "cuda", "tensorrt")
 
+LITTLE_BYTES = 2 * 10**9
+"""Less free memory or disk than this is worth a word: an encoder's checkpoint and bundle take half of it."""
+
 PROBE = "CAgSADpEChEKAXgKAXgSAXkiBk1hdE11bBIFcHJvYmVaEwoBeBIOCgwIARIICgIIAgoCCAJiEwoBeRIOCgwIARIICgIIAgoCCAJCBAoAEBE="
 """An ONNX model, y = x @ x for x [2, 2]: a serving host has no `onnx` package to build one."""
 
@@ -43,7 +46,7 @@ class Finding:
     """One thing that was looked at.
 
     Attributes:
-        name: what; group: "version", "device" or "provider".
+        name: what; group: "version", "resource", "device" or "provider".
         works: whether it can be used; None where that is no question, as for a version.
         detail: what was found; advice: what to do, empty where nothing is.
     """
@@ -65,7 +68,7 @@ class Health:
 
 def examine(progress: Callable[[str, int, int], None] | None = None) -> Health:
     """Look at the machine; nothing is changed, and nothing that is missing is an error."""
-    steps: list[Callable[[], list[Finding]]] = [versions, devices, providers]
+    steps: list[Callable[[], list[Finding]]] = [versions, resources, devices, providers]
     findings: list[Finding] = []
     for index, step in enumerate(steps):
         findings += step()
@@ -96,6 +99,39 @@ def _version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def resources() -> list[Finding]:
+    """Memory, and room on the disks where files are written."""
+    found = []
+    total, free = _memory_bytes("SC_PHYS_PAGES"), _memory_bytes("SC_AVPHYS_PAGES")
+    if total:
+        found.append(
+            _room("memory", free or total, total, "close other programs, or a large table will not fit")
+        )
+    for name, folder in (("disk, this folder", Path.cwd()), ("disk, temporary", Path(tempfile.gettempdir()))):
+        usage = shutil.disk_usage(folder)
+        found.append(_room(name, usage.free, usage.total, f"make room on the disk of {folder}"))
+    return found
+
+
+def _room(name: str, free_bytes: int, total_bytes: int, advice: str) -> Finding:
+    enough = free_bytes >= LITTLE_BYTES
+    return Finding(
+        "resource",
+        name,
+        enough,
+        f"{free_bytes / 1e9:.1f} of {total_bytes / 1e9:.1f} GB free",
+        "" if enough else advice,
+    )
+
+
+def _memory_bytes(name: str) -> int:
+    """Memory by its name in `os.sysconf`; 0 where the system does not tell."""
+    try:
+        return int(os.sysconf(name)) * int(os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, OSError, ValueError):
+        return 0
 
 
 def devices() -> list[Finding]:

@@ -2,6 +2,8 @@
 
 import base64
 import importlib
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,8 +32,8 @@ def test_the_probe_is_a_model_of_one_product() -> None:
 def test_the_least_that_is_needed_works_here() -> None:
     steps: list[tuple[str, int, int]] = []
     health = examine(lambda *step: steps.append(step))
-    assert health.usable and steps == [("doctor", 1, 3), ("doctor", 2, 3), ("doctor", 3, 3)]
-    assert {finding.group for finding in health.findings} == {"version", "device", "provider"}
+    assert health.usable and steps == [("doctor", step, 4) for step in range(1, 5)]
+    assert {finding.group for finding in health.findings} == {"version", "resource", "device", "provider"}
     assert all(finding.detail and "\n" not in finding.detail + finding.advice for finding in health.findings)
 
 
@@ -124,3 +126,17 @@ def test_a_driver_that_does_not_answer_is_no_gpu(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/bin/{name}")
     monkeypatch.setattr(doctor.subprocess, "run", fail)
     assert by_name(devices())["gpu"] == Finding("device", "gpu", False, "no NVIDIA driver answers")
+
+
+def test_memory_and_disks_are_named_and_little_room_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {finding.name: finding for finding in doctor.resources()}
+    assert {"disk, this folder", "disk, temporary"} <= found.keys()
+    usage = shutil.disk_usage(Path.cwd())
+    assert f"of {usage.total / 1e9:.1f} GB free" in found["disk, this folder"].detail
+    monkeypatch.setattr(doctor, "LITTLE_BYTES", 10**18)
+    assert all(finding.works is False and finding.advice for finding in doctor.resources())
+
+
+def test_a_system_that_does_not_tell_its_memory_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sysconf")
+    assert [finding.name for finding in doctor.resources()] == ["disk, this folder", "disk, temporary"]
