@@ -106,9 +106,7 @@ def resources() -> list[Finding]:
     found = []
     total, free = _memory_bytes("SC_PHYS_PAGES"), _memory_bytes("SC_AVPHYS_PAGES")
     if total:
-        found.append(
-            _room("memory", free or total, total, "close other programs, or a large table will not fit")
-        )
+        found.append(_room("memory", free or total, total, "close other programs, or a large table will not fit"))
     for name, folder in (("disk, this folder", Path.cwd()), ("disk, temporary", Path(tempfile.gettempdir()))):
         usage = shutil.disk_usage(folder)
         found.append(_room(name, usage.free, usage.total, f"make room on the disk of {folder}"))
