@@ -145,6 +145,7 @@ class Capacity(Strict):
     Attributes:
         rate_per_s: None where no rate that was tried stayed within it.
         bounded: a higher rate failed, so this is the limit and not the end of the search.
+        refused: requests that a p99 needs, where a run had time for fewer; then no rate was judged.
     """
 
     subject: str
@@ -153,6 +154,7 @@ class Capacity(Strict):
     budget_ms: float
     rate_per_s: float | None
     bounded: bool
+    refused: int = 0
 
 
 class Comparison(Strict):

@@ -1,0 +1,93 @@
+"""From a plan to what is opened: the subjects with their names and roles, and their shapes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from qrlora_deploy.bench.plan import Plan
+from qrlora_deploy.bench.record import Report
+from qrlora_deploy.bench.subjects import Spec, with_graphs
+from qrlora_deploy.bench.workload import Workload, shaped_workloads, text_workloads
+from qrlora_deploy.errors import InputError
+from qrlora_deploy.runtime.bundle import Bundle, open_bundle
+
+DEFAULT_LENGTHS = (32, 128)
+
+
+def open_bundles(plan: Plan) -> dict[Path, Bundle]:
+    """Check every bundle of the plan, the reference among them.
+
+    Raises:
+        InputError: one is no bundle, or damaged.
+    """
+    folders = list(plan.bundles)
+    if plan.reference is not None and plan.earlier is None:
+        folders.append(plan.reference)
+    return {folder: open_bundle(folder) for folder in dict.fromkeys(folders)}
+
+
+def make_specs(plan: Plan, bundles: dict[Path, Bundle]) -> list[Spec]:
+    """The reference first, then the bundles in order, then the peers; all names differ."""
+    reference = plan.reference if plan.earlier is None else None
+    folders: list[tuple[Path, bool]] = [] if reference is None else [(reference, True)]
+    folders += [(folder, False) for folder in plan.bundles]
+    specs: list[Spec] = []
+    for folder, is_reference in folders:
+        switchable = bundles[folder].manifest.kind == "switchable"
+        spec = Spec(
+            name=_free_name(folder.resolve().name, specs),
+            role="reference" if is_reference else "candidate",
+            kind="bundle",
+            path=folder,
+            provider=plan.provider,
+            threads=plan.threads,
+            cuda_graph=plan.cuda_graph == "on",
+            folder=plan.customers if switchable else None,
+            mix=plan.mix,
+        )
+        specs += [spec, with_graphs(spec)] if plan.cuda_graph == "both" else [spec]
+    if plan.customers is not None and not any(spec.folder for spec in specs):
+        raise InputError("--customers is for switchable bundles, and none of these is one")
+    targets = tuple(target.name for target in bundles[plan.bundles[0]].manifest.targets)
+    for peer in plan.peers:
+        base = plan.base if plan.base is not None else Path()
+        specs.append(Spec(peer, "peer", peer, base, plan.provider, plan.threads, targets=targets))
+    return specs
+
+
+def _free_name(name: str, specs: Sequence[Spec]) -> str:
+    taken = {spec.name for spec in specs}
+    number = 2
+    wanted = name
+    while wanted in taken:
+        wanted, number = f"{name} #{number}", number + 1
+    return wanted
+
+
+def make_workloads(plan: Plan, bundles: dict[Path, Bundle]) -> list[Workload]:
+    """The shapes of the plan, or batches of its texts.
+
+    Raises:
+        InputError: the texts cannot be read.
+    """
+    if plan.data is not None:
+        # Imported here: it takes a quarter of a second; no PyTorch in it.
+        from qrlora_deploy.training.data import read_examples
+
+        examples = read_examples(plan.data)
+        return text_workloads(plan.batches, examples.texts, examples.pairs, plan.seed)
+    most = min(bundle.manifest.max_length for bundle in bundles.values())
+    lengths = plan.lengths or tuple(dict.fromkeys(min(length, most) for length in DEFAULT_LENGTHS))
+    return shaped_workloads(plan.batches, lengths, plan.seed)
+
+
+def baseline(specs: Sequence[Spec]) -> str:
+    """The subject that ratios are to: the reference, or the first one."""
+    references = [spec.name for spec in specs if spec.role == "reference"]
+    return references[0] if references else specs[0].name
+
+
+def earlier_names(specs: Sequence[Spec], earlier: Report) -> dict[str, str]:
+    """The subject of the earlier report for each candidate: that of its name, or its first candidate."""
+    names = [subject.name for subject in earlier.subjects if subject.role != "peer"]
+    first = next((subject.name for subject in earlier.subjects if subject.role == "candidate"), names[0])
+    return {spec.name: spec.name if spec.name in names else first for spec in specs if spec.role == "candidate"}

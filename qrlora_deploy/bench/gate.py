@@ -1,0 +1,241 @@
+"""Verdicts: every rule of a gate on a report. Pure functions; nothing is measured here."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from qrlora_deploy.bench.gate_file import GateRules, LatencyRule, ThroughputRule
+from qrlora_deploy.bench.record import Comparison, Gate, Interval, Measurement, Report, Subject, Verdict
+
+Outcome = Literal["passed", "failed", "unknown"]
+
+
+def judge(report: Report, rules: GateRules, file: str) -> Gate:
+    """Judge the candidates of a report.
+
+    A rule that cannot be decided is "unknown" and fails: nothing measured, too few samples, windows
+    that do not agree, or an interval that reaches over its limit.
+
+    Args:
+        file: name of the gate file, for the record.
+    """
+    verdicts = [
+        verdict
+        for subject in report.subjects
+        if subject.role == "candidate"
+        for verdict in _judge_subject(report, rules, subject)
+    ]
+    verdicts += _judge_customers(report, rules)
+    names = {customer.name for customer in report.customers} | {item.customer for item in report.accuracy}
+    bad = {verdict.customer for verdict in verdicts if verdict.outcome != "passed"}
+    customers = {name: name not in bad for name in sorted(names)}
+    return Gate(
+        file=file,
+        verdicts=verdicts,
+        customers=customers,
+        passed=all(verdict.outcome == "passed" for verdict in verdicts),
+    )
+
+
+def _judge_subject(report: Report, rules: GateRules, subject: Subject) -> Iterator[Verdict]:
+    for rule in rules.latency:
+        yield from _latency(report, rules, rule, subject.name)
+    for each in rules.throughput:
+        yield from _throughput(report, rules, each, subject.name)
+    if rules.capacity is not None:
+        yield from _capacity(report, rules.capacity.min_requests_per_s, subject.name)
+    parity = subject.parity
+    if rules.parity is not None:
+        error, agreement = (None, None) if parity is None else (parity.max_abs_error, parity.label_agreement)
+        yield from _most("parity.max_abs_error", subject.name, error, rules.parity.max_abs_error)
+        yield from _least("parity.min_label_agreement", subject.name, agreement, rules.parity.min_label_agreement)
+    if rules.size is not None:
+        yield from _most("size.max_bundle_bytes", subject.name, subject.size_bytes, rules.size.max_bundle_bytes)
+    if rules.memory is not None:
+        peak = subject.memory.host_peak_bytes if subject.memory is not None else None
+        yield from _most("memory.max_host_bytes", subject.name, peak, rules.memory.max_host_bytes)
+
+
+def _latency(report: Report, rules: GateRules, rule: LatencyRule, subject: str) -> Iterator[Verdict]:
+    name = f"latency.{rule.statistic}"
+    found = [item for item in report.of(rule.scenario) if item.subject == subject and rule.shape in (None, item.shape)]
+    if not found:
+        yield _verdict(name, subject, "unknown", f"{rule.scenario} {rule.shape or ''} was not measured")
+    for item in found:
+        what = f"{rule.statistic} of {_title(item)}"
+        if rule.max_ms is not None:
+            yield _limited(rules, item, rule.statistic, f"{name}.max_ms", what, rule.max_ms)
+        if rule.max_ratio is not None:
+            yield _compared(report, rules, item, rule.statistic, f"{name}.max_ratio", what, at_most=rule.max_ratio)
+
+
+def _throughput(report: Report, rules: GateRules, rule: ThroughputRule, subject: str) -> Iterator[Verdict]:
+    found = [item for item in report.of("offline") if item.subject == subject and rule.shape in (None, item.shape)]
+    if not found:
+        yield _verdict("throughput", subject, "unknown", f"offline {rule.shape or ''} was not measured")
+    for item in found:
+        what = f"rows per second of {_title(item)}"
+        if rule.min_rows_per_s is not None:
+            yield _limited(rules, item, "p50", "throughput.min_rows_per_s", what, rule.min_rows_per_s, least=True)
+        if rule.min_ratio is not None:
+            yield _compared(report, rules, item, "p50", "throughput.min_ratio", what, at_least=rule.min_ratio)
+
+
+def _limited(
+    rules: GateRules, item: Measurement, statistic: str, rule: str, what: str, limit: float, least: bool = False
+) -> Verdict:
+    """A percentile by an absolute limit."""
+    if item.saturated:
+        return _verdict(rule, item.subject, "failed", f"{what}: the queue grew without end", limit=limit)
+    found = item.percentiles.get(statistic)
+    if found is None:
+        needed = item.refused.get(statistic, 0)
+        line = f"{what}: {len(item.samples)} samples, {needed} are needed; give more --seconds"
+        return _verdict(rule, item.subject, "unknown", line, limit=limit)
+    sign = ">=" if least else "<="
+    line = f"{what}: {found.value:.4g} {sign} {limit:g} {item.unit}"
+    met = found.value >= limit if least else found.value <= limit
+    outcome: Outcome = "passed" if met else "failed"
+    return _steady(rules, item, _verdict(rule, item.subject, outcome, line, found.value, limit, found))
+
+
+def _compared(
+    report: Report,
+    rules: GateRules,
+    item: Measurement,
+    statistic: str,
+    rule: str,
+    what: str,
+    at_most: float | None = None,
+    at_least: float | None = None,
+) -> Verdict:
+    """A ratio to the baseline, judged by its interval."""
+    limit = at_most if at_most is not None else at_least
+    found = _comparison(report, item, statistic)
+    if found is None:
+        if any(other.baseline == item.subject for other in report.comparisons):
+            return _verdict(rule, item.subject, "passed", f"{what}: it is the baseline itself", 1.0, limit)
+        line = f"{what}: not compared; give --reference or a second bundle, and more --seconds"
+        return _verdict(rule, item.subject, "unknown", line, limit=limit)
+    ratio = found.ratio
+    shown = f"{what}: {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}] of {found.baseline}"
+    if at_most is not None:
+        outcome, line = _by_interval(ratio.high <= at_most, ratio.low > at_most), f"{shown}, limit {at_most:g}"
+    else:
+        least = at_least or 0.0
+        outcome, line = _by_interval(ratio.low >= least, ratio.high < least), f"{shown}, limit {least:g}"
+    if outcome == "unknown":
+        line += "; the interval reaches over it, give more --seconds"
+    return _steady(rules, item, _verdict(rule, item.subject, outcome, line, ratio.value, limit, ratio))
+
+
+def _by_interval(met: bool, broken: bool) -> Outcome:
+    return "passed" if met else "failed" if broken else "unknown"
+
+
+def _comparison(report: Report, item: Measurement, statistic: str) -> Comparison | None:
+    """That with an earlier report where there is one: it is what was asked for."""
+    found = [
+        other
+        for other in report.comparisons
+        if (other.subject, other.statistic) == (item.subject, statistic)
+        and (other.scenario, other.batch, other.length, other.variant) == item.key
+    ]
+    return next((other for other in found if not other.paired), found[0] if found else None)
+
+
+def _steady(rules: GateRules, item: Measurement, verdict: Verdict) -> Verdict:
+    """The verdict, or "unknown" where the windows of its measurement do not agree."""
+    if item.stable is False and not rules.allow_unstable and verdict.outcome == "passed":
+        spread = "too few windows" if item.spread is None else f"windows differ by {item.spread:.0%}"
+        line = f"{verdict.line}, but not stable: {spread}; give more --seconds or a quiet machine"
+        return verdict.model_copy(update={"outcome": "unknown", "line": line})
+    return verdict
+
+
+def _capacity(report: Report, least: float, subject: str) -> Iterator[Verdict]:
+    rule, found = "capacity.min_requests_per_s", [item for item in report.capacities if item.subject == subject]
+    if not found:
+        yield _verdict(rule, subject, "unknown", "the scenario server was not measured", limit=least)
+    for item in found:
+        rate = item.rate_per_s or 0.0
+        line = f"requests per second with a p99 of {item.budget_ms:.4g} ms: {rate:.4g} >= {least:g}"
+        yield _verdict(rule, subject, "passed" if rate >= least else "failed", line, rate, least)
+
+
+def _judge_customers(report: Report, rules: GateRules) -> Iterator[Verdict]:
+    for customer in report.customers:
+        if customer.refused:
+            yield _verdict("customer", "", "failed", customer.refused, customer=customer.name)
+        if rules.size is not None and rules.size.max_customer_bytes is not None:
+            limit = rules.size.max_customer_bytes
+            yield from _most("size.max_customer_bytes", "", customer.size_bytes, limit, customer.name)
+    if rules.accuracy is None:
+        return
+    candidates = {subject.name for subject in report.subjects if subject.role == "candidate"}
+    found = [item for item in report.accuracy if item.subject in candidates]
+    missing = rules.accuracy.data.keys() - {item.customer for item in found}
+    if not found or missing:
+        whose = f" of {', '.join(sorted(missing))}" if missing else ""
+        yield _verdict("accuracy", "", "unknown", f"the accuracy{whose} was not measured; give labelled files")
+    for item in found:
+        if item.error:
+            yield _verdict("accuracy", item.subject, "unknown", item.error, customer=item.customer)
+            continue
+        yield from _least("accuracy.min", item.subject, item.accuracy, rules.accuracy.min, item.customer)
+        known = item.accuracy is not None and item.base_accuracy is not None
+        drop = (item.base_accuracy or 0.0) - (item.accuracy or 0.0) if known else None
+        yield from _most("accuracy.max_drop", item.subject, drop, rules.accuracy.max_drop, item.customer)
+
+
+def _most(
+    rule: str, subject: str, measured: float | None, limit: float | None, customer: str = ""
+) -> Iterator[Verdict]:
+    if limit is not None:
+        met = measured is not None and measured <= limit
+        yield _plain(rule, subject, measured, limit, customer, "<=", met)
+
+
+def _least(
+    rule: str, subject: str, measured: float | None, limit: float | None, customer: str = ""
+) -> Iterator[Verdict]:
+    if limit is not None:
+        met = measured is not None and measured >= limit
+        yield _plain(rule, subject, measured, limit, customer, ">=", met)
+
+
+def _plain(
+    rule: str, subject: str, measured: float | None, limit: float, customer: str, sign: str, met: bool
+) -> Verdict:
+    what = rule.partition(".")[2].removeprefix("max_").removeprefix("min_").replace("_", " ")
+    what = "accuracy" if rule == "accuracy.min" else what
+    if measured is None:
+        return _verdict(rule, subject, "unknown", f"{what} is not known", limit=limit, customer=customer)
+    line = f"{what} {measured:.6g} {sign} {limit:g}"
+    return _verdict(rule, subject, "passed" if met else "failed", line, measured, limit, customer=customer)
+
+
+def _verdict(
+    rule: str,
+    subject: str,
+    outcome: Outcome,
+    line: str,
+    measured: float | None = None,
+    limit: float | None = None,
+    interval: Interval | None = None,
+    customer: str = "",
+) -> Verdict:
+    whose = " ".join(filter(None, (subject, customer)))
+    return Verdict(
+        rule=rule,
+        subject=subject,
+        customer=customer,
+        measured=measured,
+        limit=limit,
+        interval=interval,
+        outcome=outcome,
+        line=f"{whose}: {line}" if whose else line,
+    )
+
+
+def _title(item: Measurement) -> str:
+    return " ".join(filter(None, (item.scenario, item.shape, item.variant)))

@@ -1,0 +1,190 @@
+"""The rules of a gate, read from a TOML file."""
+
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from qrlora_deploy.errors import FileFormatError, InputError
+
+Statistic = Literal["p50", "p90", "p95", "p99", "p99.9"]
+Shape = Field(default=None, pattern=r"^\d+x(\d+|texts)$")
+
+EXAMPLE = """\
+# What a rollout must keep to: qrlora-deploy bench BUNDLE --gate gate.toml
+# Leave out what you do not want; every rule that is here must be met by every bundle (not by the
+# reference, nor by peers). A rule that nothing was measured for fails.
+
+# A measurement whose last three windows differ by more than 10 % decides nothing, so its rules fail.
+# true lets them be judged all the same.
+allow_unstable = false
+
+# Latency, as often as you like. Give max_ms, max_ratio or both.
+[[latency]]
+statistic = "p99"            # p50, p90, p95, p99 or p99.9; too few samples for it fail
+scenario = "single-stream"   # or "server", "idle-gap", "cold-start", "swap"
+shape = "1x32"               # batch x length, or 1xtexts with --data; left out: every shape
+max_ms = 50.0
+
+[[latency]]
+statistic = "p50"
+max_ratio = 1.05             # to the reference (--reference BUNDLE or an earlier report.json), or to
+                             # the first bundle; the whole 95 % interval must be below it
+
+# Rows per second of the scenario offline.
+[[throughput]]
+min_rows_per_s = 10.0
+# min_ratio = 0.95
+
+# Requests per second at which the scenario server stays within its budget of latency.
+# [capacity]
+# min_requests_per_s = 20.0
+
+# Logits against PyTorch's, which the bundle carries.
+[parity]
+max_abs_error = 0.001
+min_label_agreement = 0.99
+
+[size]
+max_bundle_bytes = 2000000000
+max_customer_bytes = 100000
+
+[memory]
+max_host_bytes = 8000000000
+
+# Right answers on labelled files, one for each customer; paths are from this file's folder.
+# [accuracy]
+# min = 0.8
+# max_drop = 0.0             # below the base's own accuracy on the same file
+# [accuracy.data]
+# acme = "acme-test.tsv"
+"""
+
+
+class _Rule(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _has_a_limit(self) -> "_Rule":
+        limits = [name for name in type(self).model_fields if name.startswith(("max", "min"))]
+        if all(getattr(self, name) is None for name in limits):
+            raise ValueError(f"needs one of {', '.join(limits)}")
+        return self
+
+
+class LatencyRule(_Rule):
+    """A percentile in milliseconds, absolute and to the baseline."""
+
+    statistic: Statistic = "p99"
+    scenario: Literal["single-stream", "server", "idle-gap", "cold-start", "swap"] = "single-stream"
+    shape: str | None = Shape
+    max_ms: float | None = Field(default=None, gt=0)
+    max_ratio: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _is_compared(self) -> "LatencyRule":
+        if self.max_ratio is not None and (self.scenario != "single-stream" or self.statistic not in ("p50", "p99")):
+            raise ValueError("max_ratio is for the p50 and the p99 of single-stream, which are measured in turn")
+        return self
+
+
+class ThroughputRule(_Rule):
+    """Rows per second of the scenario offline, the median of its blocks."""
+
+    shape: str | None = Shape
+    min_rows_per_s: float | None = Field(default=None, gt=0)
+    min_ratio: float | None = Field(default=None, gt=0)
+
+
+class CapacityRule(_Rule):
+    """Requests per second within the budget of the scenario server."""
+
+    min_requests_per_s: float = Field(gt=0)
+
+
+class AccuracyRule(_Rule):
+    """Share of right labels of every customer that has a labelled file."""
+
+    min: float | None = Field(default=None, ge=0, le=1)
+    max_drop: float | None = Field(default=None, ge=0, le=1)
+    data: dict[str, str] = {}
+
+
+class ParityRule(_Rule):
+    """Logits against PyTorch's."""
+
+    max_abs_error: float | None = Field(default=None, gt=0)
+    min_label_agreement: float | None = Field(default=None, ge=0, le=1)
+
+
+class SizeRule(_Rule):
+    """Files of a bundle together, and each customer's file."""
+
+    max_bundle_bytes: int | None = Field(default=None, gt=0)
+    max_customer_bytes: int | None = Field(default=None, gt=0)
+
+
+class MemoryRule(_Rule):
+    """Peak of a process that only runs the bundle."""
+
+    max_host_bytes: int = Field(gt=0)
+
+
+class GateRules(BaseModel):
+    """All of a file. `folder`: where it lies; paths of data are from there."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    allow_unstable: bool = False
+    latency: list[LatencyRule] = []
+    throughput: list[ThroughputRule] = []
+    capacity: CapacityRule | None = None
+    accuracy: AccuracyRule | None = None
+    parity: ParityRule | None = None
+    size: SizeRule | None = None
+    memory: MemoryRule | None = None
+
+    @model_validator(mode="after")
+    def _has_rules(self) -> "GateRules":
+        if (
+            not self.latency
+            and not self.throughput
+            and not any((self.capacity, self.accuracy, self.parity, self.size, self.memory))
+        ):
+            raise ValueError("there is no rule in it; bench --gate-example shows some")
+        return self
+
+
+def read_gate(path: Path) -> GateRules:
+    """Read a gate file.
+
+    Raises:
+        InputError: it cannot be read. FileFormatError: it is no TOML, or has wrong or unknown keys,
+            all of which are named.
+    """
+    try:
+        record = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise FileFormatError(f"{path} is not TOML: {error}") from error
+    try:
+        return GateRules.model_validate(record)
+    except ValidationError as error:
+        wrong = [": ".join(filter(None, (_place(item["loc"]), _reason(item["msg"])))) for item in error.errors()]
+        raise FileFormatError(f"{path}: {'; '.join(wrong)}") from error
+
+
+def labelled_data(rules: GateRules, path: Path) -> dict[str, Path]:
+    """The labelled file of each customer that the gate at `path` names."""
+    data = rules.accuracy.data if rules.accuracy is not None else {}
+    return {customer: path.parent / name for customer, name in data.items()}
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    return ".".join(map(str, location))
+
+
+def _reason(message: str) -> str:
+    return message.removeprefix("Value error, ")

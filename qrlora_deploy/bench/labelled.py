@@ -1,0 +1,69 @@
+"""Accuracy on customers' own labelled files, beside that of the base."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from qrlora_deploy.bench.record import Accuracy
+from qrlora_deploy.bench.subjects import BundleSubject
+from qrlora_deploy.errors import InputError, QrloraError
+from qrlora_deploy.runtime.customer_files import ID
+
+SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet")
+
+
+def labelled_files(folder: Path) -> dict[str, Path]:
+    """Files `<customer>.tsv`, `.csv`, `.jsonl` or `.parquet` of a folder, by customer.
+
+    Raises:
+        InputError: there is none, or a customer has two.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder with a labelled file for each customer")
+    files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and ID.fullmatch(file.stem))
+    if not files:
+        raise InputError(f"{folder} holds no labelled files, such as acme.tsv")
+    found: dict[str, Path] = {}
+    for file in files:
+        if file.stem in found:
+            raise InputError(f"{folder} holds two files for {file.stem}: {found[file.stem].name} and {file.name}")
+        found[file.stem] = file
+    return found
+
+
+def measure_accuracy(subject: BundleSubject, files: Mapping[str, Path]) -> list[Accuracy]:
+    """Accuracy of a subject for every customer it serves; what cannot be measured says why.
+
+    A merged bundle holds one customer: the one whose name its folder has, or else the only one.
+    """
+    return [_measure(subject, customer, files[customer]) for customer in _served(subject, files)]
+
+
+def _served(subject: BundleSubject, files: Mapping[str, Path]) -> list[str]:
+    if subject.switchable is not None:
+        return sorted(files)
+    name = subject.bundle.folder.name
+    return [name] if name in files else sorted(files) if len(files) == 1 else []
+
+
+def _measure(subject: BundleSubject, customer: str, file: Path) -> Accuracy:
+    nothing = Accuracy(subject=subject.record.name, customer=customer, data=str(file))
+    try:
+        if subject.bundle.manifest.task != "text-classification":
+            raise InputError(f"a {subject.bundle.manifest.task} has no accuracy")
+        if subject.switchable is not None and customer not in subject.customers:
+            raise InputError(subject.refused.get(customer, f"no file of {customer} is among the customers"))
+        # Imported here: it takes a quarter of a second; no PyTorch in it.
+        from qrlora_deploy.training.data import read_examples
+
+        examples = read_examples(file)
+        own = _share(subject.answer(examples.texts, examples.pairs, customer), examples.labels)
+        base = None
+        if subject.switchable is not None and set(examples.labels) <= set(subject.bundle.manifest.labels):
+            base = _share(subject.answer(examples.texts, examples.pairs, None), examples.labels)
+        return nothing.model_copy(update={"rows": len(examples), "accuracy": own, "base_accuracy": base})
+    except QrloraError as error:
+        return nothing.model_copy(update={"error": str(error)})
+
+
+def _share(found: list[str], expected: list[str]) -> float:
+    return sum(one == other for one, other in zip(found, expected, strict=True)) / len(expected)

@@ -1,0 +1,96 @@
+"""What a benchmark is asked to do."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from qrlora_deploy.bench.record import SCENARIOS, Scenario
+from qrlora_deploy.bench.subjects import Mix
+from qrlora_deploy.errors import InputError
+
+PEERS = ("torch-eager", "torch-compile", "peft")
+Peer = Literal["torch-eager", "torch-compile", "peft"]
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Settings of one benchmark.
+
+    Attributes:
+        bundles: folders, all measured in turn. The first is the baseline of the ratios where there
+            is no reference.
+        customers: folder of coefficients files for the switchable ones.
+        scenarios: in any order.
+        batches, lengths: every one with every other. No lengths: 32 and 128, or the model's most.
+        data: labelled file whose texts are the inputs instead, in their own lengths.
+        provider, threads: as for `open_session`.
+        cuda_graph: "off", "on", or "both", which makes two subjects of each bundle.
+        peers: measured beside the bundles, from the folder `base`.
+        reference: a bundle to be measured in turn with the others, or an earlier report.json.
+        labelled: folder of customers' labelled files, for the accuracy.
+        mix: whose the rows of a batch are.
+        seconds: bound of each measurement, for all subjects together.
+        samples: of each subject before a measurement may end; 368 are enough for the p99.
+        p99_budget_ms: for the scenario server; None: five times the slowest single run's median.
+        server_runs: rates that are tried. workers: threads that answer.
+        idle_seconds: of rest before a request. repeats: of rests and of cold starts.
+        swaps_per_s: in the scenario swap.
+        seed: of every random choice.
+    """
+
+    bundles: tuple[Path, ...]
+    customers: Path | None = None
+    scenarios: tuple[Scenario, ...] = ("single-stream", "offline")
+    batches: tuple[int, ...] = (1, 8)
+    lengths: tuple[int, ...] = ()
+    data: Path | None = None
+    provider: str = "cpu"
+    threads: int | None = None
+    cuda_graph: Literal["off", "on", "both"] = "off"
+    peers: tuple[Peer, ...] = ()
+    base: Path | None = None
+    reference: Path | None = None
+    labelled: Path | None = None
+    mix: Mix = "different"
+    seconds: float = 20.0
+    samples: int = 368
+    p99_budget_ms: float | None = None
+    server_runs: int = 6
+    workers: int = 1
+    idle_seconds: float = 1.0
+    repeats: int = 6
+    swaps_per_s: float = 20.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check what can be checked before anything is opened.
+
+        Raises:
+            InputError: naming the option.
+        """
+        if not self.bundles:
+            raise InputError("give at least one bundle to measure")
+        if self.data is not None and self.lengths:
+            raise InputError("--length and --data exclude each other: texts have their own lengths")
+        for option, sizes in (("--batch", self.batches), ("--length", self.lengths)):
+            if any(size < 1 for size in sizes):
+                raise InputError(f"{option} must be at least 1, not {min(sizes)}")
+        if not self.seconds > 0 or self.samples < 1 or self.repeats < 1 or self.workers < 1 or self.server_runs < 1:
+            raise InputError("--seconds, --samples, --repeats, --workers and --server-runs must be positive")
+        if not self.batches or not self.scenarios:
+            raise InputError("give at least one --batch and one --scenario")
+        unknown = [name for name in self.scenarios if name not in SCENARIOS]
+        if unknown:
+            raise InputError(f"--scenario {', '.join(unknown)}: choose from {', '.join(SCENARIOS)}")
+        if self.peers and self.base is None:
+            raise InputError(f"--peer {', '.join(self.peers)} needs --base, the folder of the Hugging Face checkpoint")
+        if self.cuda_graph != "off" and self.provider != "cuda":
+            raise InputError(f"--cuda-graph {self.cuda_graph} needs --provider cuda, not {self.provider}")
+
+    @property
+    def earlier(self) -> Path | None:
+        """The reference, where it is an earlier report and not a bundle."""
+        return self.reference if self.reference is not None and not self.reference.is_dir() else None

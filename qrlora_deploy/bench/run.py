@@ -1,0 +1,213 @@
+"""A benchmark from its plan to its report."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from qrlora_deploy.bench.choosing import baseline, earlier_names, make_specs, make_workloads, open_bundles
+from qrlora_deploy.bench.environment import describe_environment
+from qrlora_deploy.bench.fresh import start_fresh
+from qrlora_deploy.bench.labelled import labelled_files, measure_accuracy
+from qrlora_deploy.bench.limits import describe_limits
+from qrlora_deploy.bench.measurements import compare, compare_earlier, make_measurement
+from qrlora_deploy.bench.opening import open_subject
+from qrlora_deploy.bench.plan import Plan, Progress
+from qrlora_deploy.bench.record import (
+    Accuracy,
+    Capacity,
+    Customer,
+    Measurement,
+    Memory,
+    Parity,
+    Report,
+    Scenario,
+    Settings,
+    read_report,
+)
+from qrlora_deploy.bench.record import Subject as SubjectRecord
+from qrlora_deploy.bench.scenarios import (
+    Stage,
+    run_idle_gap,
+    run_offline,
+    run_server,
+    run_single_stream,
+    run_swap,
+    smallest_batch,
+)
+from qrlora_deploy.bench.subjects import BundleSubject, Spec, Subject, customer_file, largest
+from qrlora_deploy.bench.workload import Workload
+from qrlora_deploy.errors import InputError
+from qrlora_deploy.files import digest_file
+from qrlora_deploy.runtime.parity import verify
+
+
+@dataclass
+class _Found:
+    measurements: list[Measurement] = field(default_factory=list)
+    capacities: list[Capacity] = field(default_factory=list)
+    accuracy: list[Accuracy] = field(default_factory=list)
+    memory: dict[str, Memory] = field(default_factory=dict)
+
+
+def run_benchmark(plan: Plan, progress: Progress | None = None) -> Report:
+    """Open everything, measure, compare.
+
+    Args:
+        plan: what to do.
+        progress: told (description, done, total).
+
+    Returns:
+        The report without a gate.
+
+    Raises:
+        InputError: a bundle, a file or a setting is wrong. QrloraError: a run failed.
+    """
+    environment = describe_environment()
+    earlier = read_report(plan.earlier) if plan.earlier is not None else None
+    files = labelled_files(plan.labelled) if plan.labelled is not None else {}
+    bundles = open_bundles(plan)
+    specs = make_specs(plan, bundles)
+    workloads = make_workloads(plan, bundles)
+    subjects = _open(specs, workloads, progress)
+    found = _Found()
+    _measure(plan, specs, subjects, workloads, found, progress)
+    for name, subject in subjects.items():
+        if isinstance(subject, BundleSubject) and files:
+            _tell(progress, f"accuracy of {name}", 0, 1)
+            found.accuracy += measure_accuracy(subject, files)
+    comparisons = compare(found.measurements, baseline(specs), plan.seed)
+    if earlier is not None:
+        comparisons += compare_earlier(
+            found.measurements, earlier.measurements, earlier_names(specs, earlier), plan.seed
+        )
+    report = Report(
+        settings=_settings(plan, workloads),
+        environment=environment,
+        subjects=[_described(subject, found.memory.get(name), plan) for name, subject in subjects.items()],
+        customers=_customers(subjects),
+        measurements=found.measurements,
+        capacities=found.capacities,
+        comparisons=comparisons,
+        accuracy=found.accuracy,
+    )
+    return report.model_copy(update={"notes": describe_limits(report, earlier)})
+
+
+def _measure(
+    plan: Plan,
+    specs: Sequence[Spec],
+    subjects: dict[str, Subject],
+    workloads: Sequence[Workload],
+    found: _Found,
+    progress: Progress | None,
+) -> None:
+    """Every scenario of the plan, in the order of the plan."""
+    random = np.random.default_rng(plan.seed)
+    simple: dict[Scenario, Callable[[Stage, Workload], list[Measurement]]] = {
+        "single-stream": run_single_stream,
+        "offline": run_offline,
+        "idle-gap": run_idle_gap,
+        "swap": run_swap,
+    }
+    _fresh(plan, specs, workloads, found, progress)
+    for scenario in plan.scenarios:
+        shapes = workloads if scenario in ("single-stream", "offline") else smallest_batch(workloads)
+        for workload in shapes if scenario != "cold-start" else ():
+            title = f"{scenario} {workload.name}"
+
+            def tick(share: float, title: str = title) -> None:
+                _tell(progress, title, int(100 * share), 100)
+
+            stage = Stage(plan, subjects, random, tick)
+            if scenario == "server":
+                measured, capacities = run_server(stage, workload)
+                found.measurements += measured
+                found.capacities += capacities
+            else:
+                found.measurements += simple[scenario](stage, workload)
+            tick(1.0)
+
+
+def _fresh(
+    plan: Plan, specs: Sequence[Spec], workloads: Sequence[Workload], found: _Found, progress: Progress | None
+) -> None:
+    """Processes of their own: memory of every subject, and the cold starts where they are asked for."""
+    first, large = smallest_batch(workloads)[0], largest(workloads)
+    repeats = plan.repeats if "cold-start" in plan.scenarios else 1
+    samples: dict[str, list[float]] = {spec.name: [] for spec in specs}
+    for repeat in range(repeats):
+        for spec in specs:
+            fresh = start_fresh(spec, first, large)
+            samples[spec.name].append(1e3 * fresh.first_answer_s)
+            found.memory[spec.name] = fresh.memory
+        _tell(progress, "processes of their own", repeat + 1, repeats)
+    if "cold-start" in plan.scenarios:
+        found.measurements += [make_measurement(name, "cold-start", first, values) for name, values in samples.items()]
+
+
+def _open(specs: Sequence[Spec], workloads: Sequence[Workload], progress: Progress | None) -> dict[str, Subject]:
+    subjects: dict[str, Subject] = {}
+    for index, spec in enumerate(specs):
+        subject = open_subject(spec, workloads)
+        if isinstance(subject, BundleSubject) and subject.refused and not subject.customers:
+            name, reason = next(iter(subject.refused.items()))
+            raise InputError(f"none of the {len(subject.refused)} customers can be served, such as {name}: {reason}")
+        subjects[spec.name] = subject
+        _tell(progress, "opening", index + 1, len(specs))
+    return subjects
+
+
+def _described(subject: Subject, memory: Memory | None, plan: Plan) -> SubjectRecord:
+    parity = None
+    if isinstance(subject, BundleSubject):
+        found = verify(subject.bundle, plan.provider, plan.threads)
+        finite = bool(np.isfinite(found.max_abs_error))
+        parity = Parity(
+            max_abs_error=found.max_abs_error if finite else None,
+            bound=found.bound,
+            label_agreement=found.label_agreement,
+            effect_correlation=found.effect_correlation,
+            passed=found.passed,
+        )
+    return subject.record.model_copy(update={"memory": memory, "parity": parity})
+
+
+def _customers(subjects: dict[str, Subject]) -> list[Customer]:
+    """Every file that a subject was given; refused by one is refused."""
+    refused: dict[str, str] = {}
+    places: dict[str, Path] = {}
+    for subject in subjects.values():
+        if isinstance(subject, BundleSubject):
+            refused |= subject.refused
+            places |= {name: customer_file(subject.spec, name) for name in [*subject.customers, *subject.refused]}
+    return [
+        Customer(
+            name=name,
+            size_bytes=path.stat().st_size if path.is_file() else 0,
+            digest=digest_file(path) if path.is_file() else "",
+            refused=refused.get(name, ""),
+        )
+        for name, path in sorted(places.items())
+    ]
+
+
+def _settings(plan: Plan, workloads: Sequence[Workload]) -> Settings:
+    return Settings(
+        scenarios=list(plan.scenarios),
+        provider=plan.provider,
+        threads=plan.threads,
+        batches=list(plan.batches),
+        lengths=sorted({workload.length for workload in workloads if workload.length is not None}),
+        data=str(plan.data) if plan.data is not None else "",
+        mix=plan.mix,
+        seconds=plan.seconds,
+        samples=plan.samples,
+        seed=plan.seed,
+    )
+
+
+def _tell(progress: Progress | None, description: str, done: int, total: int) -> None:
+    if progress is not None:
+        progress(description, done, total)
