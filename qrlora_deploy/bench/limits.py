@@ -17,7 +17,7 @@ def describe_limits(report: Report, earlier: Report | None) -> list[str]:
     if unstable:
         notes.append(f"not stable within 10 %: {', '.join(unstable)}")
     notes += [
-        f"server {item.subject}: a p99 needs {item.refused} requests, more than fit --seconds {report.settings.seconds:g}"
+        f"server {item.subject}: a p99 needs {item.refused} requests, more than fit {report.settings.seconds:g} seconds"
         for item in report.capacities
         if item.refused
     ]
