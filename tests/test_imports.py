@@ -164,3 +164,10 @@ def test_the_runtime_loads_neither_torch_nor_transformers() -> None:
     assert "onnxruntime" in found
     heavy = {"torch", "transformers", "onnx", "datasets", "sklearn", "scipy", "matplotlib", "exporters"}
     assert found & heavy == set()
+
+
+def test_bench_loads_neither_torch_nor_transformers() -> None:
+    names = [name for name in MODULES if inside(name, "qrlora_deploy.bench")]
+    found = loaded_by(f"import {', '.join(names)}")
+    assert "onnxruntime" in found
+    assert found & {"torch", "transformers", "onnx", "datasets", "matplotlib"} == set()

@@ -1,7 +1,5 @@
 """Rounds, load and a whole run: what is measured, counted and recorded. No time is asserted."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +10,7 @@ import pytest
 from qrlora_deploy.bench.opening import open_subject
 from qrlora_deploy.bench.plan import Plan
 from qrlora_deploy.bench.record import SCENARIOS, Report, read_report, write_report
-from qrlora_deploy.bench.rounds import MIN_WINDOW, WARMUP_RUNS, Bounds, measure_latency, measure_throughput
+from qrlora_deploy.bench.rounds import MAX_RUNS, MIN_WINDOW, WARMUP_RUNS, Bounds, measure_latency, measure_throughput
 from qrlora_deploy.bench.run import run_benchmark
 from qrlora_deploy.bench.serving_load import RateSearch, Served, offer, poisson_arrivals
 from qrlora_deploy.bench.subjects import BundleSubject, Spec
@@ -31,17 +29,21 @@ def counting(calls: list[str], name: str) -> Callable[[int], None]:
 def test_subjects_take_turns_in_random_order() -> None:
     order: list[str] = []
     both = {name: counting(order, name) for name in "ab"}
-    found = measure_latency(both, Bounds(60.0, 100), np.random.default_rng(0))
-    measured = order[2 * WARMUP_RUNS :: 2]
-    rounds = [set(measured[at : at + 2]) for at in range(0, len(measured), 2)]
-    assert all(turn == {"a", "b"} for turn in rounds) and 20 < measured[::2].count("a") < len(rounds) - 20
+    found = measure_latency(both, Bounds(0.5, 100), np.random.default_rng(0))
+    # Two warm-ups; a turn has one run that is not measured, and then those that are.
+    turns = order[4 * WARMUP_RUNS :]
+    size = 1 + MAX_RUNS
+    owners = turns[::size]
+    assert all(turns[at : at + size] == [turns[at]] * size for at in range(0, len(turns), size))
+    assert all(set(owners[at : at + 2]) == {"a", "b"} for at in range(0, len(owners), 2))
+    assert {"a", "b"} == set(owners[::2])
     assert all(len(series.warmup) == WARMUP_RUNS for series in found.values())
-    assert len(found["a"].samples) == len(found["b"].samples) >= 100
+    assert len(found["a"].samples) == len(found["b"].samples) == MAX_RUNS * len(owners) // 2 >= 100
 
 
 def test_a_measurement_is_bounded() -> None:
-    found = measure_latency({"a": lambda turn: None}, Bounds(0.0, 1000), np.random.default_rng(0))
-    assert len(found["a"].samples) == 1 and not found["a"].stability.stable
+    found = measure_latency({"a": lambda turn: None}, Bounds(1e-9, 1000), np.random.default_rng(0))
+    assert len(found["a"].samples) == MAX_RUNS and not found["a"].stability.stable
 
 
 def test_throughput_counts_the_rows() -> None:
@@ -101,7 +103,7 @@ def test_rows_of_a_batch_are_different_customers(switchable: Path, customers: Pa
     shape = Workload(3, 8)
     spec = Spec("all", "candidate", "bundle", switchable, threads=1, folder=customers)
     subject = BundleSubject(spec, [shape])
-    assert subject.owners(3) == ["acme", "bolt", "acme"] and "another basis" not in subject.customers
+    assert subject.owners(3) == ["acme", "bolt", "acme"]
     assert "stranger" in subject.refused and "eeee" in subject.refused["stranger"]
     mixed, _ = subject.prepare(shape)(0)
     base, _ = BundleSubject(replace(spec, mix="base"), [shape]).prepare(shape)(0)
@@ -115,7 +117,7 @@ def test_a_whole_run(plan: Plan, measured: Report, exported: Path) -> None:
     assert all(subject.parity and subject.parity.passed and subject.memory for subject in measured.subjects)
     assert {item.scenario for item in measured.measurements} == set(SCENARIOS)
     for item in measured.measurements:
-        assert item.samples and set(item.percentiles) & set(item.refused) == set()
+        assert (item.samples or item.saturated) and set(item.percentiles) & set(item.refused) == set()
     single = list(measured.of("single-stream"))
     assert {(item.subject, item.shape) for item in single} == {
         (name, shape) for name in ("acme", "switchable") for shape in ("1x8", "2x8")
@@ -195,9 +197,3 @@ def test_peers_run_beside_the_bundles(tiny_base: Path, exported: Path) -> None:
 
 def test_a_report_made_for_tests_is_valid() -> None:
     assert Report.model_validate(good_report().model_dump()) == good_report()
-
-
-def test_nothing_of_bench_needs_a_framework() -> None:
-    code = "import sys, qrlora_deploy.bench.run; print(sorted({'torch', 'transformers', 'onnx'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert done.stdout.strip() == "[]"
