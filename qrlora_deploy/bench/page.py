@@ -12,7 +12,8 @@ CSS = """
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e4e8ec; --paper: #15181c; --faint: #4a525a; --soft: #1e2328;
     --good: #4cc38a; --bad: #ff7b72; --open: #e3b341; } }
-@media print { :root { --ink: #000; --paper: #fff; --faint: #bbb; --soft: #fff; --good: #064; --bad: #a00; --open: #850; }
+@media print {
+  :root { --ink: #000; --paper: #fff; --faint: #bbb; --soft: #fff; --good: #064; --bad: #a00; --open: #850; }
   figure, tr, .card { break-inside: avoid; } body { font-size: 10pt; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.2rem; max-width: 76rem; background: var(--paper); color: var(--ink);
@@ -77,12 +78,12 @@ def _verdicts(report: Report) -> str:
         f"<tr><td>{escape(name)}</td><td>{_badge('passed' if passed else 'failed')}</td></tr>"
         for name, passed in report.gate.customers.items()
     )
-    table = _table(["", "rule", "what was found"], rows)
+    table = _table(["", "what was found, and the rule"], rows)
     return table + (f"<h2>Customers</h2>{_wrap(f'<table>{customers}</table>')}" if customers else "")
 
 
 def _verdict_row(verdict: Verdict) -> list[str]:
-    return [_badge(verdict.outcome), escape(verdict.rule), escape(verdict.line)]
+    return [_badge(verdict.outcome), f'{escape(verdict.line)} <span class="quiet">{escape(verdict.rule)}</span>']
 
 
 def _badge(outcome: str) -> str:

@@ -2,11 +2,13 @@
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from qrlora_deploy.bench.record import Measurement, Report
 
@@ -16,10 +18,10 @@ INK, FAINT = "#010203", "#040506"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7b61c4", "#8a8a8a")
 """After Okabe and Ito: told apart with any eyes, and seen on white and on black."""
 
-WIDTH = 7.2
+WIDTH = 6.2
 """Inches. The page lets a figure shrink, so letters must be legible at half of it."""
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "qrlora-bench",
     "font.family": "sans-serif",
@@ -62,14 +64,15 @@ def _latencies(items: Sequence[Measurement], colours: dict[str, str]) -> Figure:
     figure, axes = _axes(3.4)
     for item in items:
         samples = np.sort(item.samples)
-        shares = 1 - np.arange(len(samples)) / len(samples)
+        shares = 100 * (1 - np.arange(len(samples)) / len(samples))
         axes.step(samples, shares, where="post", color=colours[item.subject], linewidth=1.8, label=item.subject)
-    axes.set(xscale="log", yscale="log", xlabel="milliseconds", ylabel="share of runs that took longer")
-    for share, name in ((0.5, "p50"), (0.1, "p90"), (0.01, "p99")):
-        if share >= min(1 / len(item.samples) for item in items):
+    axes.set(xscale="log", yscale="log", xlabel="milliseconds", ylabel="runs that took longer")
+    for share, name in ((50, "p50"), (10, "p90"), (1, "p99")):
+        if share >= min(100 / len(item.samples) for item in items):
             axes.axhline(share, color=FAINT, linewidth=0.8, linestyle=":")
             axes.annotate(name, (1.005, share), xycoords=("axes fraction", "data"), va="center", fontsize=9)
-    _plain_ticks(axes, axes_names="x")
+    _plain_ticks(axes.xaxis)
+    _plain_ticks(axes.yaxis, " %")
     _legend(axes)
     return figure
 
@@ -87,7 +90,7 @@ def _throughput(items: Sequence[Measurement], colours: dict[str, str]) -> Figure
         axes.errorbar(batches, middle, yerr=spread, color=colours[name], marker="o", capsize=3, label=name)
     axes.set(xscale="log", xlabel="batch, rows", ylabel="rows per second", ylim=(0, None))
     axes.set_xticks(sorted({item.batch for item in items}))
-    _plain_ticks(axes, axes_names="x")
+    _plain_ticks(axes.xaxis)
     _legend(axes)
     return figure
 
@@ -99,7 +102,7 @@ def _rates(report: Report, colours: dict[str, str]) -> Figure:
         chosen = sorted((item for item in items if item.subject == name), key=lambda item: item.offered_per_s or 0)
         kept = [item for item in chosen if not item.saturated]
         for share, style, statistic in ((0.5, ":", "p50"), (0.99, "-", "p99")):
-            rates = [item.offered_per_s for item in kept]
+            rates = [item.offered_per_s or 0.0 for item in kept]
             values = [float(np.quantile(item.samples, share)) for item in kept]
             axes.plot(rates, values, style, color=colours[name], marker="o", markersize=4, label=f"{name} {statistic}")
         for item in chosen:
@@ -108,7 +111,7 @@ def _rates(report: Report, colours: dict[str, str]) -> Figure:
     for budget in {capacity.budget_ms for capacity in report.capacities}:
         axes.axhline(budget, color=INK, linewidth=1, linestyle="--", label=f"budget of the p99, {budget:.3g} ms")
     axes.set(yscale="log", xlabel="requests per second, Poisson (dotted lines: the queue grew)", ylabel="milliseconds")
-    _plain_ticks(axes, axes_names="y")
+    _plain_ticks(axes.yaxis)
     _legend(axes)
     return figure
 
@@ -141,20 +144,13 @@ def _axes(height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _plain_ticks(axes: Axes, axes_names: str) -> None:
+def _plain_ticks(axis: Any, unit: str = "") -> None:
     """5 and 50 instead of powers of ten."""
-    for axis in (axes.xaxis if name == "x" else axes.yaxis for name in axes_names):
-        axis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-        if axis.get_scale() == "log":
-            axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-            axis.set_minor_locator(matplotlib.ticker.NullLocator())
-            if axis is axes.yaxis or len(axes.get_xticks()) == 0 or axes.get_xscale() == "log":
-                _log_ticks(axis)
-
-
-def _log_ticks(axis: "matplotlib.axis.Axis") -> None:
-    if not isinstance(axis.get_major_locator(), matplotlib.ticker.FixedLocator):
-        axis.set_major_locator(matplotlib.ticker.LogLocator(base=10, subs=(1.0, 2.0, 5.0), numticks=8))
+    axis.set_major_formatter(lambda value, _position: f"{value:g}{unit}")
+    if axis.get_scale() == "log":
+        axis.set_minor_locator(NullLocator())
+        if not isinstance(axis.get_major_locator(), FixedLocator):
+            axis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0), numticks=8))
 
 
 def _legend(axes: Axes) -> None:
