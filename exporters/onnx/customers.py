@@ -62,6 +62,11 @@ def read_base_head(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     return {name: checkpoint.read(name).float().numpy() for name in names}
 
 
+def base_tables(checkpoint: Checkpoint, basis: Basis, head: HeadLayout | None) -> dict[str, np.ndarray]:
+    """Tables `[1, width]` fp32 by input whose only row is the base's."""
+    return _tables(checkpoint, basis, [base_customer(checkpoint, basis)], head)
+
+
 def mixed_reference(
     checkpoint: Checkpoint, basis: Basis, customers: Sequence[Coefficients], head: HeadLayout | None, texts: Texts
 ) -> list[Case]:

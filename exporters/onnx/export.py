@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporters.onnx.customers import made_up_customers, mixed_reference, read_base_head
+import numpy as np
+
+from exporters.onnx.accuracy import Labelled, answer_in_pytorch, choose_labelled, measure_accuracy
+from exporters.onnx.customers import base_tables, made_up_customers, mixed_reference, read_base_head
 from exporters.onnx.graph import input_names, write_graph
 from exporters.onnx.precision import cast_inside, check_precision
 from exporters.onnx.reference import build_reference, choose_texts
@@ -29,12 +32,19 @@ STEPS = ("reference logits in PyTorch", "export", "parity check", "seal the bund
 
 @dataclass(frozen=True)
 class _Plan:
-    """What differs between the kinds of bundles."""
+    """What differs between the kinds of bundles.
+
+    Attributes:
+        rows, tables: of a switchable model; the tables hold the base alone.
+        labelled: rows to measure accuracy on, answered by PyTorch; None: there are none.
+    """
 
     content: Content
     reference: list[Case]
     model: Any
     rows: CustomerRows | None = None
+    tables: dict[str, np.ndarray] | None = None
+    labelled: Labelled | None = None
 
 
 @dataclass(frozen=True)
@@ -96,15 +106,16 @@ def export_merged(
     `provider`, agree with PyTorch's on real text; on any failure nothing is left.
 
     Args:
-        texts: text to check with; what comes with the project if None.
+        texts: text to check with; what comes with the project if None. Where all its labels are the
+            customer's, the accuracy on up to 512 of its rows is recorded too.
         provider: where the check runs, "cpu", "cuda" or "tensorrt".
         progress: called with a description, the steps done and all steps.
         precision: of weights and activations, "fp32", "fp16" or "bf16"; inputs and logits are the
             same in all of them. The merge is rounded once.
 
     Raises:
-        InputError: `output` exists, the checkpoint has no task head or no fast tokenizer, or the
-            precision is unknown.
+        InputError: `output` exists, the checkpoint has no task head or no fast tokenizer, the
+            precision is unknown, or some labels of `texts` are the customer's and some are not.
         BasisMismatchError: base, basis and coefficients do not belong together.
         CheckFailed: the logits differ, or the customer's effect does.
         ProviderError: the provider does not load, or cannot compute in `precision`.
@@ -112,12 +123,14 @@ def export_merged(
     """
 
     def plan() -> _Plan:
+        labels = coefficients.labels or checkpoint.labels
+        labelled = choose_labelled(texts, coefficients.task, labels, strict=True)
         reference = build_reference(checkpoint, basis, coefficients, choose_texts(texts))
         model = checkpoint.load_model()
         merge_model(model, checkpoint, basis, coefficients)
-        labels = coefficients.labels or checkpoint.labels
         content = Content("merged", coefficients.task, labels, len(labels), coefficients.digest)
-        return _Plan(content, reference, model)
+        answered = answer_in_pytorch(model, checkpoint.tokenizer(), labelled, labels, progress) if labelled else None
+        return _Plan(content, reference, model, labelled=answered)
 
     return _export(checkpoint, basis, plan, _Settings(output, provider, precision, progress))
 
@@ -139,6 +152,7 @@ def export_switchable(
     different customers in neighbouring rows.
 
     Args:
+        texts: as for `export_merged`; the accuracy is the base's.
         head_labels: most labels that a customer's own head may have; 0: all use the base's head.
 
     Raises:
@@ -151,15 +165,16 @@ def export_switchable(
     def plan() -> _Plan:
         check_basis_fits(checkpoint, basis)
         model = checkpoint.load_model()
+        labels = checkpoint.labels
+        labelled = choose_labelled(texts, checkpoint.task, labels, strict=False)
+        answered = answer_in_pytorch(model, checkpoint.tokenizer(), labelled, labels, progress) if labelled else None
         rows = make_switchable(model, basis, head_labels)
         customers = made_up_customers(checkpoint, basis, rows.head)
         reference = mixed_reference(checkpoint, basis, customers, rows.head, choose_texts(texts))
         base_head = head_arrays(read_base_head(checkpoint)) if rows.head else None
-        outputs = head_labels or len(checkpoint.labels)
-        content = Content(
-            "switchable", checkpoint.task, checkpoint.labels, outputs, head=rows.head, base_head=base_head
-        )
-        return _Plan(content, reference, model, rows)
+        outputs = head_labels or len(labels)
+        content = Content("switchable", checkpoint.task, labels, outputs, head=rows.head, base_head=base_head)
+        return _Plan(content, reference, model, rows, base_tables(checkpoint, basis, rows.head), answered)
 
     return _export(checkpoint, basis, plan, _Settings(output, provider, precision, progress))
 
@@ -182,8 +197,10 @@ def _export(checkpoint: Checkpoint, basis: Basis, make_plan: Callable[[], _Plan]
         session = open_for_check(folder / MODEL_FILE, settings.precision, settings.provider)
         report = check_parity(session, plan.reference, settings.precision)
         report.raise_if_failed()
+        labelled = plan.labelled
+        accuracy = measure_accuracy(session, labelled, plan.tables, settings.progress) if labelled else None
         step(3)
-        checked = Checked(plan.model, tokenizer, graph, plan.reference, report, settings.provider)
+        checked = Checked(plan.model, tokenizer, graph, plan.reference, report, settings.provider, accuracy)
         write_side_files(folder, plan.content, checked)
         manifest = seal(folder, checkpoint, basis, plan.content, checked)
     step(4)

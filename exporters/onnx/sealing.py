@@ -10,6 +10,7 @@ import onnxruntime
 import safetensors.numpy
 import tokenizers
 
+from exporters.onnx.accuracy import Accuracy
 from exporters.onnx.graph import OPSET, Graph, longest_input
 from qrlora_deploy.basis import Basis
 from qrlora_deploy.checkpoint import Checkpoint
@@ -72,6 +73,7 @@ class Checked:
     Attributes:
         model: it was made from; tokenizer: of the base.
         reference: PyTorch's logits; report: the comparison with them, on `provider`.
+        accuracy: on labelled rows, where there are any.
     """
 
     model: Any
@@ -80,6 +82,7 @@ class Checked:
     reference: list[Case]
     report: ParityReport
     provider: str
+    accuracy: Accuracy | None = None
 
 
 def write_side_files(folder: Path, content: Content, checked: Checked) -> None:
@@ -136,7 +139,7 @@ def seal(folder: Path, checkpoint: Checkpoint, basis: Basis, content: Content, c
         inputs=graph.inputs,
         outputs=(TensorRecord(name="logits", dtype="float32", shape=("batch", content.outputs)),),
         files=digest_files(folder),
-        parity=_parity_record(checked.report, checked.provider),
+        parity=_parity_record(checked.report, checked.provider, checked.accuracy),
         customer_effect=customer_effect(checked.reference),
         attention_nodes=graph.attention_nodes,
         max_length=longest_input(model, tokenizer),
@@ -151,7 +154,7 @@ def seal(folder: Path, checkpoint: Checkpoint, basis: Basis, content: Content, c
     return manifest
 
 
-def _parity_record(report: ParityReport, provider: str) -> ParityRecord:
+def _parity_record(report: ParityReport, provider: str, accuracy: Accuracy | None) -> ParityRecord:
     return ParityRecord(
         max_abs_error=report.max_abs_error,
         bound=report.bound,
@@ -161,4 +164,7 @@ def _parity_record(report: ParityReport, provider: str) -> ParityRecord:
         provider=provider,
         effect_correlation=report.effect_correlation,
         effect_error=report.effect_error,
+        accuracy=accuracy.graph if accuracy else None,
+        accuracy_reference=accuracy.reference if accuracy else None,
+        accuracy_rows=accuracy.rows if accuracy else None,
     )
