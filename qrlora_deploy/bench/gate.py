@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Literal
 
-from qrlora_deploy.bench.gate_file import GateRules, LatencyRule, ThroughputRule
+from qrlora_deploy.bench.gate_file import CapacityRule, GateRules, LatencyRule, ThroughputRule
 from qrlora_deploy.bench.record import Comparison, Gate, Interval, Measurement, Report, Subject, Verdict
 
 Outcome = Literal["passed", "failed", "unknown"]
@@ -42,7 +42,7 @@ def _judge_subject(report: Report, rules: GateRules, subject: Subject) -> Iterat
     for each in rules.throughput:
         yield from _throughput(report, rules, each, subject.name)
     if rules.capacity is not None:
-        yield from _capacity(report, rules.capacity.min_requests_per_s, subject.name)
+        yield from _capacity(report, rules.capacity, subject.name)
     parity = subject.parity
     if rules.parity is not None:
         error, agreement = (None, None) if parity is None else (parity.max_abs_error, parity.label_agreement)
@@ -51,15 +51,21 @@ def _judge_subject(report: Report, rules: GateRules, subject: Subject) -> Iterat
     if rules.size is not None:
         yield from _most("size.max_bundle_bytes", subject.name, subject.size_bytes, rules.size.max_bundle_bytes)
     if rules.memory is not None:
-        peak = subject.memory.host_peak_bytes if subject.memory is not None else None
-        yield from _most("memory.max_host_bytes", subject.name, peak, rules.memory.max_host_bytes)
+        used = subject.memory
+        host, device = (None, None) if used is None else (used.host_peak_bytes, used.device_bytes)
+        yield from _most("memory.max_host_bytes", subject.name, host, rules.memory.max_host_bytes)
+        yield from _most("memory.max_device_bytes", subject.name, device, rules.memory.max_device_bytes)
 
 
 def _latency(report: Report, rules: GateRules, rule: LatencyRule, subject: str) -> Iterator[Verdict]:
     name = f"latency.{rule.statistic}"
-    found = [item for item in report.of(rule.scenario) if item.subject == subject and rule.shape in (None, item.shape)]
+    found = [
+        item
+        for item in report.of(rule.scenario)
+        if item.subject == subject and rule.shape in (None, item.shape) and rule.variant in (None, item.variant)
+    ]
     if not found:
-        yield _verdict(name, subject, "unknown", f"{rule.scenario} {rule.shape or ''} was not measured")
+        yield _verdict(name, subject, "unknown", _missing(rule.scenario, rule.shape, rule.variant))
     for item in found:
         what = f"{rule.statistic} of {_title(item)}"
         if rule.max_ms is not None:
@@ -71,7 +77,7 @@ def _latency(report: Report, rules: GateRules, rule: LatencyRule, subject: str) 
 def _throughput(report: Report, rules: GateRules, rule: ThroughputRule, subject: str) -> Iterator[Verdict]:
     found = [item for item in report.of("offline") if item.subject == subject and rule.shape in (None, item.shape)]
     if not found:
-        yield _verdict("throughput", subject, "unknown", f"offline {rule.shape or ''} was not measured")
+        yield _verdict("throughput", subject, "unknown", _missing("offline", rule.shape))
     for item in found:
         what = f"rows per second of {_title(item)}"
         if rule.min_rows_per_s is not None:
@@ -84,8 +90,6 @@ def _limited(
     rules: GateRules, item: Measurement, statistic: str, rule: str, what: str, limit: float, least: bool = False
 ) -> Verdict:
     """A percentile by an absolute limit."""
-    if item.saturated:
-        return _verdict(rule, item.subject, "failed", f"{what}: the queue grew without end", limit=limit)
     found = item.percentiles.get(statistic)
     if found is None:
         needed = item.refused.get(statistic, 0)
@@ -112,10 +116,13 @@ def _compared(
     limit = at_most if at_most is not None else at_least
     found = _comparison(report, item, statistic)
     if found is None:
-        if any(other.baseline == item.subject for other in report.comparisons):
+        if any(other.baseline == item.subject and other.statistic == statistic for other in report.comparisons):
             return _verdict(rule, item.subject, "passed", f"{what}: it is the baseline itself", 1.0, limit)
         line = f"{what}: not compared; give --reference or a second bundle, and more --seconds"
         return _verdict(rule, item.subject, "unknown", line, limit=limit)
+    if found.caveat:
+        line = f"{what}: {found.baseline} is no reference, {found.caveat}; measure both in one run"
+        return _verdict(rule, item.subject, "unknown", line, found.ratio.value, limit, found.ratio)
     ratio = found.ratio
     shown = f"{what}: {ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}] of {found.baseline}"
     if at_most is not None:
@@ -152,14 +159,23 @@ def _steady(rules: GateRules, item: Measurement, verdict: Verdict) -> Verdict:
     return verdict
 
 
-def _capacity(report: Report, least: float, subject: str) -> Iterator[Verdict]:
-    rule, found = "capacity.min_requests_per_s", [item for item in report.capacities if item.subject == subject]
+def _capacity(report: Report, limits: CapacityRule, subject: str) -> Iterator[Verdict]:
+    rule, least = "capacity.min_requests_per_s", limits.min_requests_per_s
+    found = [item for item in report.capacities if item.subject == subject]
     if not found:
         yield _verdict(rule, subject, "unknown", "the scenario server was not measured", limit=least)
     for item in found:
+        what = f"requests per second with a p99 of {item.budget_ms:.4g} ms"
         rate = item.rate_per_s or 0.0
-        line = f"requests per second with a p99 of {item.budget_ms:.4g} ms: {rate:.4g} >= {least:g}"
-        yield _verdict(rule, subject, "passed" if rate >= least else "failed", line, rate, least)
+        if item.refused and rate < least:
+            line = f"{what}: a p99 needs {item.refused} requests, more than fit; give more --seconds"
+            yield _verdict(rule, subject, "unknown", line, limit=least)
+        elif limits.p99_ms is not None and item.budget_ms > limits.p99_ms:
+            line = f"{what}: the gate's budget is {limits.p99_ms:g} ms; measure with --p99-budget-ms {limits.p99_ms:g}"
+            yield _verdict(rule, subject, "unknown", line, rate, least)
+        else:
+            met: Outcome = "passed" if rate >= least else "failed"
+            yield _verdict(rule, subject, met, f"{what}: {rate:.4g} >= {least:g}", rate, least)
 
 
 def _judge_customers(report: Report, rules: GateRules) -> Iterator[Verdict]:
@@ -182,9 +198,12 @@ def _judge_customers(report: Report, rules: GateRules) -> Iterator[Verdict]:
             yield _verdict("accuracy", item.subject, "unknown", item.error, customer=item.customer)
             continue
         yield from _least("accuracy.min", item.subject, item.accuracy, rules.accuracy.min, item.customer)
-        known = item.accuracy is not None and item.base_accuracy is not None
-        drop = (item.base_accuracy or 0.0) - (item.accuracy or 0.0) if known else None
-        yield from _most("accuracy.max_drop", item.subject, drop, rules.accuracy.max_drop, item.customer)
+        for rule, before, most in (
+            ("accuracy.max_drop", item.base_accuracy, rules.accuracy.max_drop),
+            ("accuracy.max_drop_to_reference", item.reference_accuracy, rules.accuracy.max_drop_to_reference),
+        ):
+            drop = before - item.accuracy if before is not None and item.accuracy is not None else None
+            yield from _most(rule, item.subject, drop, most, item.customer)
 
 
 def _most(
@@ -235,6 +254,10 @@ def _verdict(
         outcome=outcome,
         line=f"{whose}: {line}" if whose else line,
     )
+
+
+def _missing(*parts: str | None) -> str:
+    return f"{' '.join(filter(None, parts))} was not measured; see --scenario, --batch and --length"
 
 
 def _title(item: Measurement) -> str:

@@ -1,6 +1,6 @@
 """Accuracy on customers' own labelled files, beside that of the base."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qrlora_deploy.bench.record import Accuracy
@@ -36,6 +36,17 @@ def measure_accuracy(subject: BundleSubject, files: Mapping[str, Path]) -> list[
     A merged bundle holds one customer: the one whose name its folder has, or else the only one.
     """
     return [_measure(subject, customer, files[customer]) for customer in _served(subject, files)]
+
+
+def with_reference(found: Sequence[Accuracy], reference: Sequence[Accuracy]) -> list[Accuracy]:
+    """`found`, each with the accuracy of the reference for the same customer and as many rows."""
+    known = {(item.customer, item.rows): item.accuracy for item in reference if not item.error}
+    return [
+        item.model_copy(update={"reference_accuracy": known.get((item.customer, item.rows))})
+        if not item.error
+        else item
+        for item in found
+    ]
 
 
 def _served(subject: BundleSubject, files: Mapping[str, Path]) -> list[str]:

@@ -1,6 +1,6 @@
 """What a reader must know before believing the figures of a report."""
 
-from qrlora_deploy.bench.record import Report
+from qrlora_deploy.bench.record import Environment, Report, Settings
 
 BUSY_LOAD = 0.5
 """Load of the machine at the start, by its cores, above which the report says so."""
@@ -24,22 +24,22 @@ def describe_limits(report: Report, earlier: Report | None) -> list[str]:
     if "swap" in report.settings.scenarios and not any(report.of("swap")):
         notes.append("nothing was swapped: that takes a switchable bundle and --customers")
     if earlier is not None:
-        notes += [
-            f"the earlier report is of another machine: {other}" for other in machine_differences(report, earlier)
-        ]
+        differences = machine_differences(report.environment, report.settings, earlier)
+        notes += [f"the earlier report is of another machine: {other}" for other in differences]
     return notes
 
 
-def machine_differences(report: Report, earlier: Report) -> list[str]:
+def machine_differences(environment: Environment, settings: Settings, earlier: Report) -> list[str]:
     """What makes latencies of two reports incomparable; empty where nothing does."""
     found = []
     for name in ("cpu", "cores", "cores_allowed", "architecture"):
-        now, then = report.environment.host.get(name), earlier.environment.host.get(name)
+        now, then = environment.host.get(name), earlier.environment.host.get(name)
         if now != then:
             found.append(f"{name} {then} then, {now} now")
-    cards = [[gpu.get("name", "") for gpu in each.environment.gpus] for each in (earlier, report)]
+    cards = [[gpu.get("name", "") for gpu in each.gpus] for each in (earlier.environment, environment)]
     if cards[0] != cards[1]:
         found.append(f"GPUs {', '.join(cards[0]) or 'none'} then, {', '.join(cards[1]) or 'none'} now")
-    if report.settings.provider != earlier.settings.provider or report.settings.threads != earlier.settings.threads:
+    then_settings = earlier.settings
+    if (settings.provider, settings.threads) != (then_settings.provider, then_settings.threads):
         found.append("another provider or number of threads")
     return found

@@ -73,17 +73,22 @@ def compare(measurements: Sequence[Measurement], baseline: str, seed: int) -> li
 
 
 def compare_earlier(
-    measurements: Sequence[Measurement], earlier: Sequence[Measurement], names: Mapping[str, str], seed: int
+    measurements: Sequence[Measurement],
+    earlier: Sequence[Measurement],
+    names: Mapping[str, str],
+    seed: int,
+    caveat: str = "",
 ) -> list[Comparison]:
     """Subjects by those of an earlier report.
 
     Args:
         measurements: of this run. earlier: of the other one.
         names: the earlier subject of each of this run's.
+        caveat: why they are not to be compared; empty where they are.
     """
     theirs = {(item.subject, item.key): item for item in earlier}
     return [
-        found
+        found.model_copy(update={"caveat": caveat})
         for item in measurements
         if (names.get(item.subject, ""), item.key) in theirs
         for found in _compare(item, theirs[names[item.subject], item.key], "earlier report", False, seed)

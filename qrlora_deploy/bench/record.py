@@ -163,7 +163,8 @@ class Comparison(Strict):
     Attributes:
         baseline: the other subject; "earlier report" where it is not of this run.
         paired: measured in turn, in the same rounds.
-        difference: "none" where the interval reaches into 1 ± `statistics.SAME_WITHIN`.
+        difference: "none" where the interval reaches into 1 ± `measurements.SAME_WITHIN`.
+        caveat: why the two are not to be compared, such as another machine; empty where they are.
     """
 
     subject: str
@@ -176,6 +177,7 @@ class Comparison(Strict):
     ratio: Interval
     paired: bool = True
     difference: Literal["less", "more", "none"]
+    caveat: str = ""
 
 
 class Accuracy(Strict):
@@ -183,6 +185,7 @@ class Accuracy(Strict):
 
     Attributes:
         base_accuracy: None where the bundle holds no base, or the base has other labels.
+        reference_accuracy: of the reference or the earlier report on as many rows; None without one.
         error: why it could not be measured; then there are no figures.
     """
 
@@ -192,6 +195,7 @@ class Accuracy(Strict):
     rows: int = 0
     accuracy: float | None = None
     base_accuracy: float | None = None
+    reference_accuracy: float | None = None
     error: str = ""
 
 

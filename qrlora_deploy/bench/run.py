@@ -9,8 +9,8 @@ import numpy as np
 from qrlora_deploy.bench.choosing import baseline, earlier_names, make_specs, make_workloads, open_bundles
 from qrlora_deploy.bench.environment import describe_environment
 from qrlora_deploy.bench.fresh import start_fresh
-from qrlora_deploy.bench.labelled import labelled_files, measure_accuracy
-from qrlora_deploy.bench.limits import describe_limits
+from qrlora_deploy.bench.labelled import labelled_files, measure_accuracy, with_reference
+from qrlora_deploy.bench.limits import describe_limits, machine_differences
 from qrlora_deploy.bench.measurements import compare, compare_earlier, make_measurement
 from qrlora_deploy.bench.opening import open_subject
 from qrlora_deploy.bench.plan import Plan, Progress
@@ -51,12 +51,13 @@ class _Found:
     memory: dict[str, Memory] = field(default_factory=dict)
 
 
-def run_benchmark(plan: Plan, progress: Progress | None = None) -> Report:
+def run_benchmark(plan: Plan, progress: Progress | None = None, data: dict[str, Path] | None = None) -> Report:
     """Open everything, measure, compare.
 
     Args:
         plan: what to do.
         progress: told (description, done, total).
+        data: customers' labelled files beside those of `plan.labelled`.
 
     Returns:
         The report without a gate.
@@ -66,10 +67,11 @@ def run_benchmark(plan: Plan, progress: Progress | None = None) -> Report:
     """
     environment = describe_environment()
     earlier = read_report(plan.earlier) if plan.earlier is not None else None
-    files = labelled_files(plan.labelled) if plan.labelled is not None else {}
+    files = (labelled_files(plan.labelled) if plan.labelled is not None else {}) | (data or {})
     bundles = open_bundles(plan)
     specs = make_specs(plan, bundles)
     workloads = make_workloads(plan, bundles)
+    settings = _settings(plan, workloads)
     subjects = _open(specs, workloads, progress)
     found = _Found()
     _measure(plan, specs, subjects, workloads, found, progress)
@@ -77,20 +79,22 @@ def run_benchmark(plan: Plan, progress: Progress | None = None) -> Report:
         if isinstance(subject, BundleSubject) and files:
             _tell(progress, f"accuracy of {name}", 0, 1)
             found.accuracy += measure_accuracy(subject, files)
-    comparisons = compare(found.measurements, baseline(specs), plan.seed)
+    first = baseline(specs)
+    comparisons, before, theirs = compare(found.measurements, first, plan.seed), found.accuracy, {first}
     if earlier is not None:
-        comparisons += compare_earlier(
-            found.measurements, earlier.measurements, earlier_names(specs, earlier), plan.seed
-        )
+        names, caveat = earlier_names(specs, earlier), "; ".join(machine_differences(environment, settings, earlier))
+        comparisons += compare_earlier(found.measurements, earlier.measurements, names, plan.seed, caveat)
+        before, theirs = earlier.accuracy, set(names.values())
+    accuracy = with_reference(found.accuracy, [item for item in before if item.subject in theirs])
     report = Report(
-        settings=_settings(plan, workloads),
+        settings=settings,
         environment=environment,
         subjects=[_described(subject, found.memory.get(name), plan) for name, subject in subjects.items()],
         customers=_customers(subjects),
         measurements=found.measurements,
         capacities=found.capacities,
         comparisons=comparisons,
-        accuracy=found.accuracy,
+        accuracy=accuracy,
     )
     return report.model_copy(update={"notes": describe_limits(report, earlier)})
 
