@@ -170,4 +170,4 @@ def test_bench_loads_neither_torch_nor_transformers() -> None:
     names = [name for name in MODULES if inside(name, "qrlora_deploy.bench")]
     found = loaded_by(f"import {', '.join(names)}")
     assert "onnxruntime" in found
-    assert found & {"torch", "transformers", "onnx", "datasets", "matplotlib"} == set()
+    assert found & {"torch", "transformers", "onnx", "datasets"} == set()

@@ -29,6 +29,7 @@ COMMANDS = (
     "verify",
     "predict",
     "pack",
+    "bench",
     "doctor",
 )
 """In the order of the work; each is a module of this package with a `command`."""

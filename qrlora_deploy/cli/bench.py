@@ -1,0 +1,216 @@
+"""`qrlora-deploy bench`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from qrlora_deploy.cli.options import EXISTING_FILE, common, provider_option, seed_option
+from qrlora_deploy.cli.output import Output, Table, progress_bar
+from qrlora_deploy.errors import CheckFailed, InputError
+
+if TYPE_CHECKING:
+    from qrlora_deploy.bench.gate_file import GateRules
+    from qrlora_deploy.bench.plan import Plan
+    from qrlora_deploy.bench.record import Report
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+SCENARIOS = ("single-stream", "offline", "server", "idle-gap", "cold-start", "swap")
+PEERS = ("torch-eager", "torch-compile", "peft")
+
+SHOWN = 5
+"""Tables in the terminal; the files have all of them."""
+
+
+def _what(function: Command) -> Command:
+    """Options that say what is measured."""
+    for option in reversed(
+        [
+            click.option(
+                "--scenario",
+                "scenarios",
+                type=click.Choice(SCENARIOS),
+                multiple=True,
+                default=("single-stream", "offline"),
+                show_default=True,
+                help="Repeatable.",
+            ),
+            click.option(
+                "--batch", "batches", type=click.IntRange(1), multiple=True, default=(1, 8), show_default=True
+            ),
+            click.option(
+                "--length", "lengths", type=click.IntRange(2), multiple=True, help="Tokens; default 32 and 128."
+            ),
+            click.option(
+                "--data", type=EXISTING_FILE, help="Labelled file whose texts are the inputs, as long as they are."
+            ),
+            click.option("--customers", type=FOLDER, help="Folder of customers' files for the switchable bundles."),
+            click.option(
+                "--mix",
+                type=click.Choice(["different", "one", "base"]),
+                default="different",
+                show_default=True,
+                help="Whose the rows of a batch are.",
+            ),
+            click.option("--labelled", type=FOLDER, help="Folder of labelled files, <customer>.tsv, for the accuracy."),
+            click.option(
+                "--reference",
+                type=click.Path(exists=True, path_type=Path),
+                help="What runs now: a bundle, measured in turn with the others, or an earlier report.json.",
+            ),
+            click.option("--peer", "peers", type=click.Choice(PEERS), multiple=True, help="Beside them; needs --base."),
+            click.option("--base", type=FOLDER, help="Hugging Face checkpoint of the peers."),
+        ]
+    ):
+        function = option(function)
+    return function
+
+
+def _how(function: Command) -> Command:
+    """Options that say how it is measured."""
+    positive = click.FloatRange(min=0, min_open=True)
+    for option in reversed(
+        [
+            provider_option,
+            click.option(
+                "--threads", type=click.IntRange(1), help="Within an operator; default: ONNX Runtime's choice."
+            ),
+            click.option(
+                "--cuda-graph",
+                type=click.Choice(["off", "on", "both"]),
+                default="off",
+                show_default=True,
+                help="Captured CUDA graphs of the shapes; both: each bundle twice.",
+            ),
+            click.option(
+                "--seconds", type=positive, default=20.0, show_default=True, help="Bound of each measurement."
+            ),
+            click.option(
+                "--samples",
+                type=click.IntRange(6),
+                default=368,
+                show_default=True,
+                help="Of each subject before a stable measurement ends; 368 give a p99, 3688 a p99.9.",
+            ),
+            click.option("--p99-budget-ms", type=positive, help="Server: default 5 times the slowest median."),
+            click.option("--server-runs", type=click.IntRange(1), default=6, show_default=True, help="Rates tried."),
+            click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Server: threads."),
+            click.option("--idle-seconds", type=positive, default=1.0, show_default=True, help="Rest of idle-gap."),
+            click.option(
+                "--repeats", type=click.IntRange(1), default=6, show_default=True, help="Rests, and cold starts."
+            ),
+            click.option("--swaps-per-s", type=positive, default=20.0, show_default=True, help="In the scenario swap."),
+            seed_option,
+        ]
+    ):
+        function = option(function)
+    return function
+
+
+def _print_example(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    if value:
+        from qrlora_deploy.bench.gate_file import EXAMPLE
+
+        click.echo(EXAMPLE, nl=False)
+        context.exit()
+
+
+@click.command("bench")
+@click.argument("bundles", metavar="BUNDLE [BUNDLE ...]", type=FOLDER, nargs=-1, required=True)
+@_what
+@_how
+@click.option("--gate", type=EXISTING_FILE, help="Rules, TOML; exit code 1 where one is not met.")
+@click.option(
+    "--gate-example",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_example,
+    help="Print a gate file with comments, and end.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default="bench-report",
+    show_default=True,
+    help="Folder for report.json, report.md and report.html.",
+)
+@common
+def command(bundles: tuple[Path, ...], gate: Path | None, output: Path, **settings: Any) -> Output:
+    """Measure every BUNDLE on this machine, in turn, and judge them.
+
+    The first bundle, or the --reference, is what the others are compared with. With --gate the exit
+    code is 1 where a rule is not met or cannot be decided: too few samples, or not stable.
+
+    \b
+    Examples:
+      qrlora-deploy bench new-bundle --reference old-bundle --customers customers
+      qrlora-deploy bench --gate-example > gate.toml
+      qrlora-deploy bench bundle --customers customers --labelled dev --gate gate.toml
+      qrlora-deploy bench bundle --scenario server --p99-budget-ms 20 --data texts.tsv --batch 1
+    """
+    from qrlora_deploy.bench.gate import judge
+    from qrlora_deploy.bench.gate_file import labelled_data, read_gate
+    from qrlora_deploy.bench.plan import Plan
+    from qrlora_deploy.bench.run import run_benchmark
+
+    plan = Plan(bundles=bundles, **settings)
+    rules = read_gate(gate) if gate is not None else None
+    if rules is not None:
+        _check_measured(rules, plan)
+    if not output.parent.is_dir():
+        raise InputError(f"-o {output}: the folder {output.parent} does not exist")
+    with progress_bar() as progress:
+        data = labelled_data(rules, gate) if rules is not None and gate is not None else {}
+        report = run_benchmark(plan, progress, data)
+    if rules is not None and gate is not None:
+        report = report.model_copy(update={"gate": judge(report, rules, gate.name)})
+    return _output(report, _write(report, output))
+
+
+def _check_measured(rules: "GateRules", plan: "Plan") -> None:
+    """Refuse a gate whose scenarios are not measured, before minutes are spent."""
+    wanted: set[str] = {rule.scenario for rule in rules.latency}
+    wanted |= {"offline"} if rules.throughput else set()
+    wanted |= {"server"} if rules.capacity is not None else set()
+    missing = sorted(wanted - set(plan.scenarios))
+    if missing:
+        options = " ".join(f"--scenario {name}" for name in missing)
+        raise InputError(f"--gate has rules for what is not measured: add {options}")
+
+
+def _write(report: "Report", folder: Path) -> dict[str, str]:
+    """The three files, by suffix."""
+    from qrlora_deploy.bench.markdown import render_markdown
+    from qrlora_deploy.bench.page import render_page
+    from qrlora_deploy.bench.record import write_report
+    from qrlora_deploy.files import atomic_file
+
+    folder.mkdir(exist_ok=True)
+    write_report(report, folder / "report.json")
+    for suffix, text in (("md", render_markdown(report)), ("html", render_page(report))):
+        with atomic_file(folder / f"report.{suffix}") as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return {suffix: str(folder / f"report.{suffix}") for suffix in ("json", "md", "html")}
+
+
+def _output(report: "Report", files: dict[str, str]) -> Output:
+    from qrlora_deploy.bench.tables import sections, verdict_line
+
+    failure = None
+    if report.gate is not None and not report.gate.passed:
+        bad = [verdict.line for verdict in report.gate.verdicts if verdict.outcome != "passed"]
+        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+        failure = CheckFailed(f"the gate {report.gate.file} failed: {bad[0]}{more}")
+    # Raw samples are in the file: on stdout they would be megabytes.
+    record = report.model_dump(mode="json")
+    record["measurements"] = [
+        {name: value for name, value in item.items() if name != "samples"} for item in record["measurements"]
+    ]
+    facts = {"written": files, **{f"note {index + 1}": note for index, note in enumerate(report.notes)}}
+    tables = [Table(section.columns, section.rows, section.title) for section in sections(report)[:SHOWN]]
+    return Output(record | {"files": files}, verdict_line(report), facts, tables, failure=failure)

@@ -1,0 +1,85 @@
+"""`bench` on the command line: what it writes, what it prints, and when it ends with which code."""
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from qrlora_deploy.bench.record import read_report
+from qrlora_deploy.cli import cli
+from qrlora_deploy.coefficients import Coefficients, write_coefficients
+from tests.tiny import LABELS, SENTENCES
+
+SHORT = "bench bundle --customers customers --batch 1 --length 8 --threads 1 --seconds 0.4 --samples 6 -o report"
+LOOSE = """
+allow_unstable = true
+[parity]
+max_abs_error = 1.0
+[size]
+max_bundle_bytes = 1000000000
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, switchable: Path, tiny_customer: Coefficients) -> Path:
+    """The current folder: a bundle, a customer, its labelled file."""
+    (tmp_path / "bundle").symlink_to(switchable)
+    (tmp_path / "customers").mkdir()
+    write_coefficients(tiny_customer, tmp_path / "customers" / "acme.safetensors")
+    rows = [f"{text}\t{LABELS[0]}" for text in SENTENCES]
+    (tmp_path / "acme.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def ended(command: str, capsys: pytest.CaptureFixture[str]) -> tuple[int | str | None, str, str]:
+    """Exit code, stdout and stderr of a command in this process."""
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(command.split(), prog_name="qrlora-deploy")
+    shown = capsys.readouterr()
+    return exit_.value.code, shown.out, shown.err
+
+
+def test_a_good_bundle_passes(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "gate.toml").write_text(LOOSE + '[accuracy]\nmin = 0.0\n[accuracy.data]\nacme = "acme.tsv"\n')
+    code, out, _ = ended(f"{SHORT} --gate gate.toml --json", capsys)
+    assert code == 0
+    printed, report = json.loads(out), read_report(place / "report" / "report.json")
+    assert printed["gate"]["passed"] and printed["gate"]["customers"] == {"acme": True}
+    assert "samples" not in printed["measurements"][0] and report.measurements[0].samples
+    assert report.accuracy[0].rows == len(SENTENCES)
+    markdown = (place / "report" / "report.md").read_text()
+    assert markdown.startswith("## Benchmark: PASSED: 3 checks of gate.toml\n")
+    assert "<svg" in (place / "report" / "report.html").read_text()
+
+
+def test_a_broken_rule_ends_with_1_and_names_it(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "gate.toml").write_text("[size]\nmax_bundle_bytes = 1000\n")
+    code, out, err = ended(f"{SHORT} --scenario single-stream --gate gate.toml", capsys)
+    assert code == 1 and out.startswith("FAILED: 1 of 1 check of gate.toml")
+    assert err.startswith("Error: the gate gate.toml failed: switchable: bundle bytes") and len(err.splitlines()) == 1
+
+
+def test_the_example_is_a_gate(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = ended("bench --gate-example", capsys)
+    assert code == 0 and "max_ratio" in tomllib.loads(out)["latency"][1]
+
+
+def test_refused_in_one_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "gate.toml").write_text("[capacity]\nmin_requests_per_s = 1\n")
+    (place / "typo.toml").write_text("[size]\nmax_bundle = 1\n")
+    for command, part in (
+        ("bench", "Missing argument"),
+        ("bench nowhere", "nowhere"),
+        ("bench customers", "customers is not a bundle"),
+        ("bench bundle --length 65", "takes at most 64 tokens"),
+        ("bench bundle --peer peft", "--peer peft needs --base"),
+        ("bench bundle --cuda-graph on", "--cuda-graph on needs --provider cuda"),
+        ("bench bundle --gate gate.toml", "add --scenario server"),
+        ("bench bundle --gate typo.toml", "max_bundle"),
+        ("bench bundle -o nowhere/report", "nowhere does not exist"),
+    ):
+        code, _, err = ended(command, capsys)
+        assert code == 2 and len(err.splitlines()) == 1 and part in err, err
+    assert not (place / "bench-report").exists()
