@@ -47,10 +47,12 @@ def make_specs(plan: Plan, bundles: dict[Path, Bundle]) -> list[Spec]:
         specs += [spec, with_graphs(spec)] if plan.cuda_graph == "both" else [spec]
     if plan.customers is not None and not any(spec.folder for spec in specs):
         raise InputError("--customers is for switchable bundles, and none of these is one")
-    targets = tuple(target.name for target in bundles[plan.bundles[0]].manifest.targets)
+    first = bundles[plan.bundles[0]].manifest
+    targets = tuple(target.name for target in first.targets)
+    precision = first.precision if first.precision in ("fp16", "bf16") else "fp32"
     for peer in plan.peers:
         base = plan.base if plan.base is not None else Path()
-        specs.append(Spec(peer, "peer", peer, base, plan.provider, plan.threads, targets=targets))
+        specs.append(Spec(peer, "peer", peer, base, plan.provider, plan.threads, targets=targets, precision=precision))
     return specs
 
 

@@ -16,14 +16,17 @@ from qrlora_deploy.files import digest_file
 
 KINDS: dict[str, Kind] = {"torch-eager": "torch-eager", "torch-compile": "torch-compile", "peft": "peft"}
 
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""Names of PyTorch's dtypes."""
+
 LORA_RANK = 8
 LORA_ADAPTERS = 8
 
 
 class TorchSubject:
-    """A Hugging Face classifier in PyTorch, fp32, TF32 off; with PEFT, LoRA adapters of rank 8 in turn by row.
+    """A Hugging Face classifier in PyTorch, in the first bundle's precision, TF32 off.
 
-    The adapters have random numbers: their speed does not depend on them.
+    With PEFT it has LoRA adapters of rank 8, in turn by row. The adapters have random numbers: their speed does not depend on them.
 
     Raises:
         InputError: a package is missing, or the base cannot be opened.
@@ -53,7 +56,7 @@ class TorchSubject:
         self._adapters: list[str] = []
         if spec.kind == "peft":
             model = self._with_adapters(model)
-        self._model = model.eval().to(spec.provider)
+        self._model = model.eval().to(spec.provider, getattr(torch, DTYPES[spec.precision]))
         if spec.kind == "torch-compile":
             mode = "reduce-overhead" if spec.provider == "cuda" else None
             self._model = torch.compile(self._model, mode=mode)
@@ -110,7 +113,7 @@ class TorchSubject:
             kind=KINDS[self.spec.kind],
             path=str(self.spec.path),
             digest=_digest(self.spec.path),
-            precision="fp32",
+            precision=self.spec.precision,
             provider=f"torch {self.spec.provider}",
             options=options,
             size_bytes=folder_bytes(self.spec.path),

@@ -42,6 +42,7 @@ class Spec:
         folder: customers' files for a switchable bundle. customers: those that are loaded; None: all.
         mix: whose the rows of a batch are: different customers', one customer's, or the base's.
         targets: layers that the peer with PEFT adapts.
+        precision: of a peer: "fp32", "fp16" or "bf16".
     """
 
     name: str
@@ -55,6 +56,7 @@ class Spec:
     customers: tuple[str, ...] | None = None
     mix: Mix = "different"
     targets: tuple[str, ...] = ()
+    precision: str = "fp32"
 
 
 class Subject(Protocol):
