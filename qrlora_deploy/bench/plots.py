@@ -18,14 +18,25 @@ INK, FAINT = "#010203", "#040506"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7b61c4", "#8a8a8a")
 """After Okabe and Ito: told apart with any eyes, and seen on white and on black."""
 
-WIDTH = 6.2
-"""Inches. The page lets a figure shrink, so letters must be legible at half of it."""
+SMALL = 10.5
+"""Points, of legends and names."""
+
+NAME = 26
+"""Letters of a name that is shown whole."""
+
+BESIDE = 18
+"""Letters of the longest entry of a legend in two columns."""
+
+WIDTH = 4.8
+"""Inches. A phone shows it at two thirds of that, and letters must be legible there."""
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "qrlora-bench",
     "font.family": "sans-serif",
-    "font.size": 11,
+    "font.size": 12,
+    # Names of folders may hold dollar signs.
+    "text.parse_math": False,
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": FAINT,
@@ -65,12 +76,12 @@ def _latencies(items: Sequence[Measurement], colours: dict[str, str]) -> Figure:
     for item in items:
         samples = np.sort(item.samples)
         shares = 100 * (1 - np.arange(len(samples)) / len(samples))
-        axes.step(samples, shares, where="post", color=colours[item.subject], linewidth=1.8, label=item.subject)
+        axes.step(samples, shares, where="post", color=colours[item.subject], linewidth=1.8, label=short(item.subject))
     axes.set(xscale="log", yscale="log", xlabel="milliseconds", ylabel="runs that took longer")
     for share, name in ((50, "p50"), (10, "p90"), (1, "p99")):
         if share >= min(100 / len(item.samples) for item in items):
             axes.axhline(share, color=FAINT, linewidth=0.8, linestyle=":")
-            axes.annotate(name, (1.005, share), xycoords=("axes fraction", "data"), va="center", fontsize=9)
+            axes.annotate(name, (1.005, share), xycoords=("axes fraction", "data"), va="center", fontsize=SMALL)
     _plain_ticks(axes.xaxis)
     _plain_ticks(axes.yaxis, " %")
     _legend(axes)
@@ -87,7 +98,7 @@ def _throughput(items: Sequence[Measurement], colours: dict[str, str]) -> Figure
             [value - float(np.quantile(item.samples, 0.05)) for value, item in zip(middle, chosen, strict=True)],
             [float(np.quantile(item.samples, 0.95)) - value for value, item in zip(middle, chosen, strict=True)],
         ]
-        axes.errorbar(batches, middle, yerr=spread, color=colours[name], marker="o", capsize=3, label=name)
+        axes.errorbar(batches, middle, yerr=spread, color=colours[name], marker="o", capsize=3, label=short(name))
     axes.set(xscale="log", xlabel="batch, rows", ylabel="rows per second", ylim=(0, None))
     axes.set_xticks(sorted({item.batch for item in items}))
     _plain_ticks(axes.xaxis)
@@ -104,13 +115,15 @@ def _rates(report: Report, colours: dict[str, str]) -> Figure:
         for share, style, statistic in ((0.5, ":", "p50"), (0.99, "-", "p99")):
             rates = [item.offered_per_s or 0.0 for item in kept]
             values = [float(np.quantile(item.samples, share)) for item in kept]
-            axes.plot(rates, values, style, color=colours[name], marker="o", markersize=4, label=f"{name} {statistic}")
+            axes.plot(
+                rates, values, style, color=colours[name], marker="o", markersize=4, label=f"{short(name)} {statistic}"
+            )
         for item in chosen:
             if item.saturated:
                 axes.axvline(item.offered_per_s or 0, color=colours[name], linewidth=1, linestyle=(0, (1, 3)))
     for budget in {capacity.budget_ms for capacity in report.capacities}:
-        axes.axhline(budget, color=INK, linewidth=1, linestyle="--", label=f"budget of the p99, {budget:.3g} ms")
-    axes.set(yscale="log", xlabel="requests per second, Poisson (dotted lines: the queue grew)", ylabel="milliseconds")
+        axes.axhline(budget, color=INK, linewidth=1, linestyle="--", label=f"budget {budget:.3g} ms")
+    axes.set(yscale="log", xlabel="requests per second, Poisson\n(dotted: the queue grew)", ylabel="milliseconds")
     _plain_ticks(axes.yaxis)
     _legend(axes)
     return figure
@@ -118,7 +131,7 @@ def _rates(report: Report, colours: dict[str, str]) -> Figure:
 
 def _ratios(report: Report, colours: dict[str, str]) -> Figure:
     items = [item for item in report.comparisons if item.subject in colours]
-    figure, axes = _axes(0.9 + 0.36 * len(items))
+    figure, axes = _axes(0.9 + 0.48 * len(items))
     for row, item in enumerate(items):
         low, high = item.ratio.value - item.ratio.low, item.ratio.high - item.ratio.value
         axes.errorbar(
@@ -126,12 +139,19 @@ def _ratios(report: Report, colours: dict[str, str]) -> Figure:
         )
     axes.axvline(1.0, color=INK, linewidth=0.8)
     names = [
-        f"{item.subject}: {item.scenario} {item.batch}x{item.length or 'texts'} {item.statistic}" for item in items
+        f"{short(item.subject)}:\n{item.scenario} {item.batch}x{item.length or 'texts'} {item.statistic}"
+        for item in items
     ]
-    axes.set_yticks(range(len(items)), names, fontsize=9)
-    axes.invert_yaxis()
-    axes.set(xlabel=f"by {', '.join(dict.fromkeys(item.baseline for item in items))}, with the 95 % interval")
+    axes.set_yticks(range(len(items)), names, fontsize=SMALL)
+    axes.set_ylim(len(items) - 0.5, -0.5)
+    axes.set(xlabel=f"by {', '.join(dict.fromkeys(short(item.baseline) for item in items))}\nwith the 95 % interval")
     return figure
+
+
+def short(name: str) -> str:
+    """A name with its middle left out where it is long: beginnings and ends tell bundles apart."""
+    half = (NAME - 1) // 2
+    return name if len(name) <= NAME else f"{name[:half]}…{name[-half:]}"
 
 
 def _axes(height: float) -> tuple[Figure, Axes]:
@@ -155,7 +175,9 @@ def _plain_ticks(axis: Any, unit: str = "") -> None:
 
 def _legend(axes: Axes) -> None:
     """Above the axes: no place inside is free for certain."""
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.01), ncols=2, fontsize=9, borderaxespad=0)
+    longest = max((len(str(artist.get_label())) for artist in axes.get_legend_handles_labels()[0]), default=0)
+    columns = 2 if longest <= BESIDE else 1
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.01), ncols=columns, fontsize=SMALL, borderaxespad=0)
 
 
 def _svg(figure: Figure) -> str:

@@ -88,8 +88,8 @@ def _customers(report: Report) -> Section:
     for customer in report.customers:
         judged = "passed" if passed.get(customer.name) else "failed" if customer.name in passed else NOTHING
         verdict = "refused" if customer.refused else judged
-        rows.append((customer.name, verdict, f"{customer.size_bytes:,}", customer.digest[:12]))
-    return Section("Customers", ("customer", "verdict", "bytes", "SHA-256"), rows)
+        rows.append((customer.name, verdict, customer.digest[:12], f"{customer.size_bytes:,}"))
+    return Section("Customers", ("customer", "verdict", "SHA-256", "bytes"), rows, names=3)
 
 
 def _latency(report: Report) -> Section:
