@@ -26,7 +26,8 @@ LORA_ADAPTERS = 8
 class TorchSubject:
     """A Hugging Face classifier in PyTorch, in the first bundle's precision, TF32 off.
 
-    With PEFT it has LoRA adapters of rank 8, in turn by row. The adapters have random numbers: their speed does not depend on them.
+    With PEFT it has LoRA adapters of rank 8, in turn by row. The adapters have random numbers: their
+    speed does not depend on them.
 
     Raises:
         InputError: a package is missing, or the base cannot be opened.

@@ -74,13 +74,16 @@ def measure_latency(
     calls: Mapping[str, Call], bounds: Bounds, random: np.random.Generator, tick: Tick | None = None
 ) -> dict[str, Series]:
     """Seconds of single runs; the same number of each subject in a round."""
-    slowest = max(float(np.median(warm_up(call))) for call in calls.values())
+    started, warmups = time.perf_counter(), {name: warm_up(call) for name, call in calls.items()}
+    slowest = max(float(np.median(warmup)) for warmup in warmups.values())
     runs = int(np.clip(TURN_S / slowest, 1, MAX_RUNS))
 
     def sample(call: Call, turn: int) -> list[float]:
         return [seconds_of(call, turn * runs + step) for step in range(runs)]
 
-    return _measure(calls, dict.fromkeys(calls, sample), bounds, random, tick)
+    measured = {name: Series(warmup=warmup) for name, warmup in warmups.items()}
+    _measure(measured, calls, dict.fromkeys(calls, sample), _Run(bounds, started, random, tick))
+    return measured
 
 
 def measure_throughput(
@@ -99,8 +102,11 @@ def measure_throughput(
 
         return sample
 
-    samplers = {name: sampler(float(np.median(warm_up(call)))) for name, call in calls.items()}
-    return _measure(calls, samplers, bounds, random, tick)
+    started = time.perf_counter()
+    measured = {name: Series(warmup=warm_up(call)) for name, call in calls.items()}
+    samplers = {name: sampler(float(np.median(series.warmup))) for name, series in measured.items()}
+    _measure(measured, calls, samplers, _Run(bounds, started, random, tick))
+    return measured
 
 
 def rest() -> None:
@@ -125,18 +131,24 @@ def seconds_of(call: Call, turn: int) -> float:
     return time.perf_counter() - start
 
 
+@dataclass(frozen=True)
+class _Run:
+    """A measurement's bounds, when its warm-up began, its random order, and who is told."""
+
+    bounds: Bounds
+    started: float
+    random: np.random.Generator
+    tick: Tick | None
+
+
 def _measure(
-    calls: Mapping[str, Call],
-    samplers: Mapping[str, Sampler],
-    bounds: Bounds,
-    random: np.random.Generator,
-    tick: Tick | None,
-) -> dict[str, Series]:
-    started = time.perf_counter()
-    measured = {name: Series(warmup=warm_up(call)) for name, call in calls.items()}
+    measured: dict[str, Series], calls: Mapping[str, Call], samplers: Mapping[str, Sampler], run: _Run
+) -> None:
+    """Add samples and windows to what was `measured`, until that is enough."""
+    bounds = run.bounds
     first, window, rounds = time.perf_counter(), MIN_WINDOW, 0
     while True:
-        for name in random.permutation(list(calls)):
+        for name in run.random.permutation(list(calls)):
             rest()
             calls[name](rounds)
             measured[name].samples += samplers[name](calls[name], rounds)
@@ -151,8 +163,8 @@ def _measure(
                 series.stability.stable and len(series.samples) >= bounds.samples for series in measured.values()
             )
             if enough:
-                return measured
-        if tick is not None:
-            tick(min(1.0, (now - started) / bounds.seconds))
-        if now - started >= bounds.seconds:
-            return measured
+                return
+        if run.tick is not None:
+            run.tick(min(1.0, (now - run.started) / bounds.seconds))
+        if now - run.started >= bounds.seconds:
+            return

@@ -30,8 +30,8 @@ def test_subjects_take_turns_in_random_order() -> None:
     order: list[str] = []
     both = {name: counting(order, name) for name in "ab"}
     found = measure_latency(both, Bounds(0.5, 100), np.random.default_rng(0))
-    # Two warm-ups; a turn has one run that is not measured, and then those that are.
-    turns = order[4 * WARMUP_RUNS :]
+    # The warm-up; then turns of one run that is not measured, and those that are.
+    turns = order[2 * WARMUP_RUNS :]
     size = 1 + MAX_RUNS
     owners = turns[::size]
     assert all(turns[at : at + size] == [turns[at]] * size for at in range(0, len(turns), size))
