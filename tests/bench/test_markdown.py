@@ -1,7 +1,19 @@
-"""The tables and the Markdown of a report."""
+"""The tables and the Markdown of a report, and its documentation."""
 
+import re
+from pathlib import Path
+
+from qrlora_deploy.bench.gate_file import (
+    AccuracyRule,
+    CapacityRule,
+    LatencyRule,
+    MemoryRule,
+    ParityRule,
+    SizeRule,
+    ThroughputRule,
+)
 from qrlora_deploy.bench.markdown import render_markdown
-from qrlora_deploy.bench.record import Customer
+from qrlora_deploy.bench.record import SCENARIOS, Customer, Report
 from qrlora_deploy.bench.tables import sections
 from tests.bench.fixed import good_report
 
@@ -33,3 +45,15 @@ def test_names_cannot_become_markup() -> None:
     report = good_report().model_copy(update={"customers": [hostile], "notes": ["<b> `x`\n# y"]})
     text = render_markdown(report)
     assert "a\\|b" in text and "<b>" not in text and "\n# " not in text
+
+
+def test_the_documentation_names_every_field_scenario_and_rule() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "bench.md").read_text()
+    names = set(Report.model_fields) - {"format", "format_version"} | set(SCENARIOS)
+    names |= {
+        name
+        for rule in (LatencyRule, ThroughputRule, CapacityRule, AccuracyRule, ParityRule, SizeRule, MemoryRule)
+        for name in rule.model_fields
+        if name.startswith(("max", "min"))
+    }
+    assert {name for name in names if not re.search(rf"`[^`]*\b{name}\b[^`]*`", text)} == set()
