@@ -95,9 +95,8 @@ def _limited(
         needed = item.refused.get(statistic, 0)
         line = f"{what}: {len(item.samples)} samples, {needed} are needed; give more --seconds"
         return _verdict(rule, item.subject, "unknown", line, limit=limit)
-    sign = ">=" if least else "<="
-    line = f"{what}: {found.value:.4g} {sign} {limit:g} {item.unit}"
     met = found.value >= limit if least else found.value <= limit
+    line = f"{what}: {found.value:.4g} {_sign(least, met)} {limit:g} {item.unit}"
     outcome: Outcome = "passed" if met else "failed"
     return _steady(rules, item, _verdict(rule, item.subject, outcome, line, found.value, limit, found))
 
@@ -174,8 +173,9 @@ def _capacity(report: Report, limits: CapacityRule, subject: str) -> Iterator[Ve
             line = f"{what}: the gate's budget is {limits.p99_ms:g} ms; measure with --p99-budget-ms {limits.p99_ms:g}"
             yield _verdict(rule, subject, "unknown", line, rate, least)
         else:
-            met: Outcome = "passed" if rate >= least else "failed"
-            yield _verdict(rule, subject, met, f"{what}: {rate:.4g} >= {least:g}", rate, least)
+            met = rate >= least
+            line = f"{what}: {rate:.4g} {_sign(True, met)} {least:g}"
+            yield _verdict(rule, subject, "passed" if met else "failed", line, rate, least)
 
 
 def _judge_customers(report: Report, rules: GateRules) -> Iterator[Verdict]:
@@ -211,7 +211,7 @@ def _most(
 ) -> Iterator[Verdict]:
     if limit is not None:
         met = measured is not None and measured <= limit
-        yield _plain(rule, subject, measured, limit, customer, "<=", met)
+        yield _plain(rule, subject, measured, limit, customer, _sign(False, met), met)
 
 
 def _least(
@@ -219,7 +219,7 @@ def _least(
 ) -> Iterator[Verdict]:
     if limit is not None:
         met = measured is not None and measured >= limit
-        yield _plain(rule, subject, measured, limit, customer, ">=", met)
+        yield _plain(rule, subject, measured, limit, customer, _sign(True, met), met)
 
 
 def _plain(
@@ -254,6 +254,11 @@ def _verdict(
         outcome=outcome,
         line=f"{whose}: {line}" if whose else line,
     )
+
+
+def _sign(least: bool, met: bool) -> str:
+    """How the measured number stands to its limit."""
+    return (">=" if met else "<") if least else ("<=" if met else ">")
 
 
 def _missing(*parts: str | None) -> str:

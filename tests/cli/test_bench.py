@@ -58,7 +58,11 @@ def test_a_broken_rule_ends_with_1_and_names_it(place: Path, capsys: pytest.Capt
     (place / "gate.toml").write_text("[size]\nmax_bundle_bytes = 1000\n")
     code, out, err = ended(f"{SHORT} --scenario single-stream --gate gate.toml", capsys)
     assert code == 1 and out.startswith("FAILED: 1 of 1 check of gate.toml")
-    assert err.startswith("Error: the gate gate.toml failed: switchable: bundle bytes") and len(err.splitlines()) == 1
+    assert (
+        err.startswith("Error: the gate gate.toml failed: switchable: bundle bytes ")
+        and "> 1000" in err
+        and len(err.splitlines()) == 1
+    )
 
 
 def test_the_example_is_a_gate(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
