@@ -159,21 +159,22 @@ def command(bundles: tuple[Path, ...], gate: Path | None, output: Path, **settin
     from qrlora_deploy.bench.run import run_benchmark
 
     plan = Plan(bundles=bundles, **settings)
-    rules = read_gate(gate) if gate is not None else None
-    if rules is not None:
-        _check_measured(rules, plan)
+    rules, data = None, dict[str, Path]()
+    if gate is not None:
+        rules = read_gate(gate)
+        data = labelled_data(rules, gate)
+        _check_measured(rules, plan, data)
     if not output.parent.is_dir():
         raise InputError(f"-o {output}: the folder {output.parent} does not exist")
     with progress_bar() as progress:
-        data = labelled_data(rules, gate) if rules is not None and gate is not None else {}
         report = run_benchmark(plan, progress, data)
     if rules is not None and gate is not None:
         report = report.model_copy(update={"gate": judge(report, rules, gate.name)})
     return _output(report, _write(report, output))
 
 
-def _check_measured(rules: "GateRules", plan: "Plan") -> None:
-    """Refuse a gate whose scenarios are not measured, before minutes are spent."""
+def _check_measured(rules: "GateRules", plan: "Plan", data: dict[str, Path]) -> None:
+    """Refuse a gate that cannot be met by what is measured, before minutes are spent."""
     wanted: set[str] = {rule.scenario for rule in rules.latency}
     wanted |= {"offline"} if rules.throughput else set()
     wanted |= {"server"} if rules.capacity is not None else set()
@@ -181,6 +182,14 @@ def _check_measured(rules: "GateRules", plan: "Plan") -> None:
     if missing:
         options = " ".join(f"--scenario {name}" for name in missing)
         raise InputError(f"--gate has rules for what is not measured: add {options}")
+    absent = [str(path) for path in data.values() if not path.is_file()]
+    if absent:
+        raise InputError(f"--gate names labelled files that do not exist: {', '.join(absent)}")
+    if rules.accuracy is not None and not data and plan.labelled is None:
+        raise InputError("--gate has rules for the accuracy: give --labelled, or name files under [accuracy.data]")
+    ratios = any(rule.max_ratio for rule in rules.latency) or any(rule.min_ratio for rule in rules.throughput)
+    if ratios and plan.reference is None and len(plan.bundles) == 1 and plan.cuda_graph != "both":
+        raise InputError("--gate has rules for ratios: give --reference, or a second bundle")
 
 
 def _write(report: "Report", folder: Path) -> dict[str, str]:

@@ -72,6 +72,9 @@ def test_the_example_is_a_gate(place: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_refused_in_one_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "gate.toml").write_text("[capacity]\nmin_requests_per_s = 1\n")
+    (place / "ratio.toml").write_text("[[latency]]\nmax_ratio = 1.1\n")
+    (place / "right.toml").write_text("[accuracy]\nmin = 0.5\n")
+    (place / "gone.toml").write_text('[accuracy]\nmin = 0.5\n[accuracy.data]\nacme = "gone.tsv"\n')
     (place / "typo.toml").write_text("[size]\nmax_bundle = 1\n")
     for command, part in (
         ("bench", "Missing argument"),
@@ -82,8 +85,25 @@ def test_refused_in_one_line(place: Path, capsys: pytest.CaptureFixture[str]) ->
         ("bench bundle --cuda-graph on", "--cuda-graph on needs --provider cuda"),
         ("bench bundle --gate gate.toml", "add --scenario server"),
         ("bench bundle --gate typo.toml", "max_bundle"),
+        ("bench bundle --gate ratio.toml", "give --reference"),
+        ("bench bundle --gate right.toml", "give --labelled"),
+        ("bench bundle --gate gone.toml", "gone.tsv"),
         ("bench bundle -o nowhere/report", "nowhere does not exist"),
     ):
         code, _, err = ended(command, capsys)
         assert code == 2 and len(err.splitlines()) == 1 and part in err, err
     assert not (place / "bench-report").exists()
+
+
+def test_texts_of_ones_own_against_an_earlier_report(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = SHORT.replace(
+        "--length 8", "--data acme.tsv --scenario single-stream --scenario idle-gap --idle-seconds 0.01"
+    )
+    assert ended(own, capsys)[0] == 0
+    before = place / "report" / "report.json"
+    before.rename(place / "before.json")
+    code, out, _ = ended(f"{own} --reference before.json --json", capsys)
+    found = json.loads(out)
+    assert code == 0 and {item["length"] for item in found["measurements"]} == {None}
+    assert {item["scenario"] for item in found["measurements"]} == {"single-stream", "idle-gap"}
+    assert {item["baseline"] for item in found["comparisons"]} == {"earlier report"}
