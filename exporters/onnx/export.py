@@ -9,8 +9,9 @@ import numpy as np
 
 from exporters.onnx.accuracy import Labelled, answer_in_pytorch, choose_labelled, measure_accuracy
 from exporters.onnx.customers import base_tables, made_up_customers, mixed_reference, read_base_head
-from exporters.onnx.graph import input_names, write_graph
+from exporters.onnx.graph import SMALLEST_EXTERNAL_BYTES, input_names, write_graph
 from exporters.onnx.precision import cast_inside, check_precision
+from exporters.onnx.quantizing import quantize_graph
 from exporters.onnx.reference import build_reference, choose_texts
 from exporters.onnx.sealing import Checked, Content, seal, write_side_files
 from exporters.onnx.switchable import CustomerRows, make_switchable
@@ -110,12 +111,12 @@ def export_merged(
             customer's, the accuracy on up to 512 of its rows is recorded too.
         provider: where the check runs, "cpu", "cuda" or "tensorrt".
         progress: called with a description, the steps done and all steps.
-        precision: of weights and activations, "fp32", "fp16" or "bf16"; inputs and logits are the
-            same in all of them. The merge is rounded once.
+        precision: of weights and activations, "fp32", "fp16", "bf16" or "int8" (the linear layers
+            of the base alone); inputs and logits are the same in all of them. The merge is rounded once.
 
     Raises:
         InputError: `output` exists, the checkpoint has no task head or no fast tokenizer, the
-            precision is unknown, or some labels of `texts` are the customer's and some are not.
+            precision is unknown or not for `provider`, or some labels of `texts` are the customer's and some are not.
         BasisMismatchError: base, basis and coefficients do not belong together.
         CheckFailed: the logits differ, or the customer's effect does.
         ProviderError: the provider does not load, or cannot compute in `precision`.
@@ -184,7 +185,7 @@ def _export(checkpoint: Checkpoint, basis: Basis, make_plan: Callable[[], _Plan]
         if settings.progress is not None:
             settings.progress(STEPS[min(done, len(STEPS) - 1)], done, len(STEPS))
 
-    check_precision(settings.precision)
+    check_precision(settings.precision, settings.provider)
     check_free_folder(settings.output)
     tokenizer = _check_exportable(checkpoint)
     step(0)
@@ -193,6 +194,8 @@ def _export(checkpoint: Checkpoint, basis: Basis, make_plan: Callable[[], _Plan]
     with atomic_folder(settings.output) as folder:
         cast_inside(plan.model, plan.rows, settings.precision)
         graph = write_graph(plan.model, input_names(plan.model, tokenizer), folder, plan.rows)
+        if settings.precision == "int8":
+            quantize_graph(folder / MODEL_FILE, graph.products, SMALLEST_EXTERNAL_BYTES)
         step(2)
         session = open_for_check(folder / MODEL_FILE, settings.precision, settings.provider)
         report = check_parity(session, plan.reference, settings.precision)

@@ -14,6 +14,7 @@ import torch
 from optimum.utils import DummyTextInputGenerator, NormalizedTextConfig
 
 from exporters.onnx.attention import use_onnx_attention
+from exporters.onnx.quantizing import base_products
 from qrlora_deploy.errors import QrloraError
 from qrlora_deploy.runtime.bundle import TensorRecord
 
@@ -35,10 +36,12 @@ class Graph:
     Attributes:
         inputs: name, type and axes of each input, the text inputs first.
         attention_nodes: number of `Attention` operators; 0 for a model with an attention of its own.
+        products: names of the products of the base's linear layers, which int8 quantises.
     """
 
     inputs: tuple[TensorRecord, ...]
     attention_nodes: int
+    products: tuple[str, ...] = ()
 
 
 Example = tuple[torch.Tensor, tuple[str | int, ...]]
@@ -104,6 +107,7 @@ def write_graph(model: Any, names: tuple[str, ...], folder: Path, rows: RowInput
     attention_nodes = sum(node.op_type == "Attention" for node in program.model.graph.all_nodes())
     if emitted and not attention_nodes:
         raise QrloraError(f"{type(model).__name__}: no Attention operator reached the graph; please report this model")
+    products = base_products(program.model.graph.all_nodes(), wrapper)
     _strip(program.model)
     # Weights always go to their own file: a model of more than 2 GB has no other form.
     onnx_ir.save(
@@ -112,7 +116,7 @@ def write_graph(model: Any, names: tuple[str, ...], folder: Path, rows: RowInput
         external_data=f"{MODEL_FILE}.data",
         size_threshold_bytes=SMALLEST_EXTERNAL_BYTES,
     )
-    return Graph(tuple(_record(name, *example) for name, example in examples.items()), attention_nodes)
+    return Graph(tuple(_record(name, *example) for name, example in examples.items()), attention_nodes, products)
 
 
 def _record(name: str, tensor: torch.Tensor, axes: tuple[str | int, ...]) -> TensorRecord:

@@ -7,18 +7,22 @@ import torch
 from exporters.onnx.switchable import CustomerRows
 from qrlora_deploy.errors import InputError, QrloraError
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-"""What weights, factors and activations are, by the name of the precision."""
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float32}
+"""What weights, factors and activations are when the graph is traced, by the name of the precision;
+int8 quantises the fp32 graph."""
 
 
-def check_precision(precision: str) -> None:
-    """Make sure that the precision is a known one.
+def check_precision(precision: str, provider: str) -> None:
+    """Make sure that the precision is a known one, and that the provider is made for it.
 
     Raises:
-        InputError: it is not; the message lists those that are.
+        InputError: it is not; the message lists those that are. Or int8 was asked for on a GPU.
     """
     if precision not in DTYPES:
         raise InputError(f"unknown precision {precision!r}; choose from {', '.join(DTYPES)}")
+    if precision == "int8" and provider != "cpu":
+        # ONNX Runtime's GPU providers have no kernel for its products and would copy to the CPU for each.
+        raise InputError(f"int8 is for the CPU, not --provider {provider}; choose --precision fp16 there")
 
 
 def cast_inside(model: Any, rows: CustomerRows | None, precision: str) -> None:

@@ -38,10 +38,11 @@ SHOWN = ("kind", "task", "labels", "precision", "opset", "head_labels", "parity"
 )
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "fp16", "bf16"]),
+    type=click.Choice(["fp32", "fp16", "bf16", "int8"]),
     default="fp32",
     show_default=True,
-    help="Of weights and activations; inputs and logits stay as they are. bf16 needs --provider cuda.",
+    help="Of weights and activations; inputs and logits stay as they are. bf16 needs --provider cuda; "
+    "int8 is for the CPU, and customers of a switchable bundle stay in fp32.",
 )
 @click.option(
     "--data",

@@ -1,0 +1,129 @@
+"""int8: the linear layers in the base's blocks compute in whole numbers, the customers do not.
+
+What is quantised is decided by the module that a product comes from, which the exporter notes on
+every node it traces. Each output channel of a weight gets a scale of its own. Activations get theirs
+while the graph runs, one for the whole tensor, so an answer depends a little on its batch.
+
+These stay in fp32:
+
+- the products with R and Q of a switchable graph. A customer is a small difference of large numbers;
+  in 8 bits a good part of it would be lost, and it is a few hundredths of the work;
+- what lies outside of the numbered blocks, such as the pooler and the output layer: it sees one token
+  of each text, so there is nothing to gain, and its error would reach the logits directly;
+- attention, embeddings and LayerNorm. ONNX Runtime's quantiser makes an invalid operator of the
+  `Attention` of opset 23, so it is shown nothing but the nodes it may touch.
+
+In a merged graph the customer lies in the weights and is rounded with them.
+
+Sums of 8-bit products may saturate on x86 processors without VNNI; `verify` tells where a bundle is
+served.
+"""
+
+import ast
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir
+from torch import nn
+
+from qrlora_deploy.errors import CheckFailed, QrloraError
+from qrlora_deploy.targets import BLOCK, is_conv1d
+
+INTEGER_PRODUCT = "MatMulInteger"
+PRODUCTS = ("MatMul", "Gemm")
+SCOPES = "pkg.torch.onnx.name_scopes"
+"""The exporter's note: paths of the modules that a node comes from, outermost first, and last the
+operation, as a list in Python's writing."""
+
+PREPARED = ("onnx.quant.pre_process", "onnxruntime.quant")
+"""Says that shapes are known. Without it the quantiser warns, and sets up the root logger for that."""
+
+
+def base_products(nodes: Iterable[Any], wrapper: nn.Module) -> tuple[str, ...]:
+    """Names of the products of the base's own linear layers in numbered blocks.
+
+    Args:
+        nodes: as they were traced, with the exporter's notes.
+        wrapper: what was traced; paths in the notes begin at it.
+    """
+    layers = {
+        name
+        for name, module in wrapper.named_modules()
+        if (isinstance(module, nn.Linear) or is_conv1d(module)) and BLOCK.search(f".{name}.")
+    }
+    return tuple(
+        node.name
+        for node in nodes
+        # A side branch's products carry the path of the branch; its base has one of its own below.
+        if node.op_type in PRODUCTS and _module_path(node) in layers and node.inputs[1].is_initializer()
+    )
+
+
+def _module_path(node: Any) -> str:
+    scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
+    return str(scopes[-2]) if len(scopes) > 1 else ""
+
+
+def quantize_graph(path: Path, products: Sequence[str], external_from_bytes: int) -> None:
+    """Replace the graph at `path`, and its weights in `{path.name}.data`, by one in int8.
+
+    Args:
+        path: of a graph in fp32, in a folder that is not yet in use.
+        products: names of the nodes to quantise.
+        external_from_bytes: tensors of this size and larger go to the weights' file.
+
+    Raises:
+        QrloraError: there is nothing to quantise, or ONNX Runtime cannot.
+        CheckFailed: products are not in whole numbers afterwards, or nothing became smaller.
+    """
+    if not products:
+        raise QrloraError("no linear layer in a numbered block reached the graph, so int8 has nothing to quantise")
+    data = path.with_name(f"{path.name}.data")
+    before = path.stat().st_size + data.stat().st_size
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="int8-") as scratch:
+        quantized = Path(scratch) / path.name
+        _quantize(path, products, quantized)
+        # Written anew: the quantiser puts tensors into the weights' file that ONNX Runtime reads too early.
+        model = onnx_ir.load(quantized)
+        model.metadata_props.clear()
+        path.unlink()
+        data.unlink()
+        onnx_ir.save(model, path, external_data=data.name, size_threshold_bytes=external_from_bytes)
+        found = sum(node.op_type == INTEGER_PRODUCT for node in model.graph.all_nodes())
+    if found != len(products):
+        raise CheckFailed(f"{found} of {len(products)} products are in whole numbers; choose another --precision")
+    after = path.stat().st_size + data.stat().st_size
+    if after >= before:
+        raise CheckFailed(f"int8 is not smaller: {after} bytes, fp32 {before}; choose another --precision")
+
+
+def _quantize(path: Path, products: Sequence[str], output: Path) -> None:
+    # Imported here: only this precision needs the quantiser.
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    model = onnx.load(path)
+    model.metadata_props.add(key=PREPARED[0], value=PREPARED[1])
+    # The quantiser first makes a MatMul and an Add of every Gemm, and names them so. It transposes the
+    # weight, but not the shape that the graph notes for it.
+    weights = {tensor.name for tensor in model.graph.initializer}
+    shapes = [value for value in model.graph.value_info if value.name not in weights]
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(shapes)
+    gemms = {node.name for node in model.graph.node if node.op_type == "Gemm"}
+    try:
+        quantize_dynamic(
+            model,
+            output,
+            op_types_to_quantize=["MatMul"],
+            nodes_to_quantize=[f"{name}_MatMul" if name in gemms else name for name in products],
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            use_external_data_format=True,
+        )
+    # It raises ValueError, RuntimeError, onnx's own and others, all about the graph.
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise QrloraError(f"ONNX Runtime cannot quantise this model: {reason}; choose another --precision") from error

@@ -1,0 +1,190 @@
+"""int8: whole numbers in the base's layers and nowhere else, and a bad graph is refused."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from exporters.onnx import export as export_module
+from exporters.onnx import export_merged, export_switchable, verify_against
+from exporters.onnx.quantizing import quantize_graph
+from qrlora_deploy.basis import Basis
+from qrlora_deploy.checkpoint import open_checkpoint
+from qrlora_deploy.coefficients import Coefficients
+from qrlora_deploy.errors import CheckFailed, InputError, QrloraError
+from qrlora_deploy.runtime import SwitchableSession, open_bundle, verify
+from qrlora_deploy.runtime.parity import BOUNDS, Case, check_parity, read_reference
+from qrlora_deploy.training.data import Examples
+from tests.cli.running import succeed
+from tests.tolerances import INT8_ROWS
+
+FLOAT, INT8 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT8
+LAYERS = 12
+"""Six linear layers in each of the two blocks."""
+
+
+@pytest.fixture(scope="module")
+def merged(
+    tiny_base: Path,
+    tiny_basis: Basis,
+    tiny_customer: Coefficients,
+    texts: Examples,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    output = tmp_path_factory.mktemp("int8") / "acme"
+    export_merged(open_checkpoint(str(tiny_base)), tiny_basis, tiny_customer, output, texts, precision="int8")
+    return output
+
+
+@pytest.fixture(scope="module")
+def switchable_int8(
+    tiny_base: Path, tiny_basis: Basis, texts: Examples, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    output = tmp_path_factory.mktemp("int8") / "switchable"
+    export_switchable(open_checkpoint(str(tiny_base)), tiny_basis, output, texts, head_labels=6, precision="int8")
+    return output
+
+
+@pytest.mark.parametrize("kind", ["merged", "switchable"])
+def test_base_layers_are_whole_numbers_and_nothing_else(
+    kind: str, merged: Path, switchable_int8: Path, tiny_basis: Basis
+) -> None:
+    folder = merged if kind == "merged" else switchable_int8
+    model = onnx.load(folder / "model.onnx")
+    types = {tensor.name: tensor for tensor in model.graph.initializer}
+    operators = Counter(node.op_type for node in model.graph.node)
+    assert operators["MatMulInteger"] == LAYERS and operators["Attention"] == 2
+    for node in model.graph.node:
+        if node.op_type == "MatMulInteger":
+            assert types[node.input[1]].data_type == INT8
+            # One zero point and one scale for each output channel.
+            assert len(types[node.input[3]].dims) == 1 and types[node.input[3]].dims[0] == types[node.input[1]].dims[1]
+    if kind == "switchable":
+        for target in tiny_basis.targets:
+            factors = [name for name in types if name.endswith((f"{target.name}.q", f"{target.name}.r"))]
+            assert len(factors) == 2 and {types[name].data_type for name in factors} == {FLOAT}
+    eight_bits = [tensor for tensor in types.values() if tensor.data_type == INT8 and len(tensor.dims) == 2]
+    assert len(eight_bits) == LAYERS
+
+
+@pytest.mark.parametrize("kind", ["merged", "switchable"])
+def test_int8_is_small_and_true_to_the_customer(
+    kind: str, merged: Path, switchable_int8: Path, exported: Path, switchable: Path
+) -> None:
+    small, full = (merged, exported) if kind == "merged" else (switchable_int8, switchable)
+    sizes = [sum(path.stat().st_size for path in folder.glob("model.onnx*")) for folder in (small, full)]
+    assert sizes[0] < sizes[1]
+    manifest = open_bundle(small).manifest
+    assert manifest.precision == "int8" and manifest.inputs == open_bundle(full).manifest.inputs
+    assert 1e-4 < manifest.parity.max_abs_error <= manifest.parity.bound
+    assert manifest.parity.effect_correlation is not None and manifest.parity.effect_correlation >= 0.9
+    assert verify(open_bundle(small)).passed
+    assert sorted(path.name for path in small.iterdir()) == sorted(path.name for path in full.iterdir())
+
+
+def test_mixed_batch_in_int8_is_close_to_single_runs(switchable_int8: Path, tiny_customer: Coefficients) -> None:
+    session = SwitchableSession(open_bundle(switchable_int8))
+    session.load("acme", tiny_customer)
+    session.load("opposite", replace(tiny_customer, values=-tiny_customer.values))
+    case = read_reference(switchable_int8 / "reference.safetensors")[1]
+    inputs = {name: case.inputs[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
+    customers = [("acme", None, "opposite")[row % 3] for row in range(len(case.logits))]
+    mixed, _labels = session.predict(inputs, customers)
+    again, _labels = session.predict(inputs, customers)
+    np.testing.assert_array_equal(mixed, again)
+    for row, customer in enumerate(customers):
+        alone, _labels = session.predict({name: array[row : row + 1] for name, array in inputs.items()}, [customer])
+        np.testing.assert_allclose(alone[0], mixed[row], **INT8_ROWS)
+    assert np.abs(mixed[0, :4] - mixed[1, :4]).max() > 5 * INT8_ROWS["atol"]
+
+
+def test_verify_against_in_int8(
+    merged: Path,
+    switchable_int8: Path,
+    tiny_base: Path,
+    tiny_basis: Basis,
+    tiny_customer: Coefficients,
+    texts: Examples,
+) -> None:
+    for folder in (merged, switchable_int8):
+        report = verify_against(open_bundle(folder), open_checkpoint(str(tiny_base)), tiny_basis, tiny_customer, texts)
+        assert report.passed and report.precision == "int8"
+
+
+def change(path: Path, names: tuple[str, str], factor: float) -> None:
+    """Multiply the first float tensor whose name has both parts in it."""
+    model = onnx.load(path)
+    tensor = next(tensor for tensor in model.graph.initializer if all(name in tensor.name for name in names))
+    assert tensor.data_type == FLOAT
+    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(factor), tensor.name))
+    # Another file for the weights: saving to the same one would append.
+    path.with_name("model.onnx.data").unlink()
+    onnx.save(model, path, save_as_external_data=True, location="model.onnx.data", size_threshold=2**14)
+
+
+def test_wrong_scale_of_a_weight_is_refused(
+    tiny_base: Path, tiny_basis: Basis, texts: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(path: Path, *arguments: Any) -> None:
+        quantize_graph(path, *arguments)
+        change(path, ("_scale", ""), 4.0)
+
+    monkeypatch.setattr(export_module, "quantize_graph", wrong)
+    with pytest.raises(CheckFailed, match=r"max abs error .* > .*int8"):
+        export_switchable(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "bundle", texts, precision="int8")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lost_customers_are_refused_by_their_effect(
+    tiny_base: Path, tiny_basis: Basis, texts: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BOUNDS, "int8", replace(BOUNDS["int8"], relative=1e3, label_agreement=None))
+
+    def coarse(path: Path, *arguments: Any) -> None:
+        """Side branches in so few bits that every factor becomes zero."""
+        quantize_graph(path, *arguments)
+        for target in tiny_basis.targets:
+            change(path, (target.name, ".q"), 0.0)
+
+    monkeypatch.setattr(export_module, "quantize_graph", coarse)
+    with pytest.raises(CheckFailed, match=r"effect is not PyTorch's: correlation -?0\.\d+ < 0\.6 \(int8"):
+        export_switchable(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "bundle", texts, precision="int8")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_labels_are_judged_by_themselves() -> None:
+    base = np.eye(4, dtype=np.float32) * 0.01
+    case = Case("one", {}, base, base)
+
+    class Turned:
+        def run(self, *_arguments: object) -> list[np.ndarray]:
+            return [base[::-1].copy()]
+
+    report = check_parity(Turned(), [case], "int8")
+    assert report.max_abs_error < report.bound and not report.passed
+    with pytest.raises(CheckFailed, match=r"labels are not PyTorch's: agreement 0\.0000 < 0\.85 \(int8, 4 inputs"):
+        report.raise_if_failed()
+
+
+def test_nothing_to_quantise_and_a_gpu_are_errors(
+    exported: Path, tiny_base: Path, tiny_basis: Basis, tmp_path: Path
+) -> None:
+    with pytest.raises(QrloraError, match="int8 has nothing to quantise"):
+        quantize_graph(exported / "model.onnx", (), 2**14)
+    with pytest.raises(InputError, match="int8 is for the CPU, not --provider cuda"):
+        export_switchable(
+            open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "bundle", provider="cuda", precision="int8"
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_int8_on_the_command_line(tiny_base: Path, tiny_basis_file: Path, tmp_path: Path) -> None:
+    arguments = ["export", tiny_base, "--basis", tiny_basis_file, "-o", tmp_path / "bundle", "--precision", "int8"]
+    assert succeed(arguments, tmp_path)["precision"] == "int8"
+    assert succeed(["inspect", tmp_path / "bundle"], tmp_path)["precision"] == "int8"
+    assert succeed(["verify", tmp_path / "bundle"], tmp_path)["precision"] == "int8"
