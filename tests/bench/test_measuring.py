@@ -122,9 +122,9 @@ def test_a_whole_run(plan: Plan, measured: Report, exported: Path) -> None:
     assert {(item.subject, item.shape) for item in single} == {
         (name, shape) for name in ("acme", "switchable") for shape in ("1x8", "2x8")
     }
-    assert all(len(item.samples) >= 40 and item.stable is not None for item in single)
+    assert all(len(item.samples) >= MAX_RUNS and item.stable is not None for item in single)
     assert {item.variant for item in measured.of("swap")} == {"no swaps", "with swaps", "swap"}
-    assert {item.statistic for item in measured.comparisons} >= {"p50"}
+    assert {(item.subject, item.baseline) for item in measured.comparisons} <= {("switchable", "acme")}
     refused = {customer.name: bool(customer.refused) for customer in measured.customers}
     assert refused == {"acme": False, "bolt": False, "stranger": True}
     assert not measured.environment.tf32 and "onnxruntime-gpu" in measured.environment.versions

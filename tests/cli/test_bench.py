@@ -99,6 +99,7 @@ def test_texts_of_ones_own_against_an_earlier_report(place: Path, capsys: pytest
     own = SHORT.replace(
         "--length 8", "--data acme.tsv --scenario single-stream --scenario idle-gap --idle-seconds 0.01"
     )
+    own = own.replace("--seconds 0.4 --samples 6", "--seconds 5 --samples 40")
     assert ended(own, capsys)[0] == 0
     before = place / "report" / "report.json"
     before.rename(place / "before.json")
