@@ -29,7 +29,8 @@ p { margin: .3rem 0; } .quiet { opacity: .75; font-size: .9rem; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { text-align: left; padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--faint); vertical-align: top; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1.2rem; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1.2rem;
+  align-items: start; }
 figure { margin: 0; padding: .8rem; background: var(--soft); border-radius: .6rem; }
 figcaption { font-weight: 600; margin-bottom: .4rem; } figure svg { width: 100%; height: auto; display: block; }
 @media (max-width: 44rem) {
@@ -49,12 +50,13 @@ ul { margin: .3rem 0; padding-left: 1.2rem; }
 def render_page(report: Report) -> str:
     """The page, complete and without a script."""
     tables = sections(report)
+    first = FIRST if report.gate is not None else ()
     figures = "".join(_figure(title, svg) for title, svg in draw_figures(report).items())
     parts = [
         _head(report),
-        *[_section(table) for table in tables if table.title in FIRST],
+        *[_section(table) for table in tables if table.title in first],
         f'<section><h2>Figures</h2><div class="figures">{figures}</div></section>' if figures else "",
-        *[_section(table) for table in tables if table.title not in FIRST],
+        *[_section(table) for table in tables if table.title not in first],
     ]
     title = "Benchmark of " + ", ".join(subject.name for subject in report.subjects)
     return (

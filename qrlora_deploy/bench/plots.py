@@ -27,6 +27,9 @@ NAME = 26
 BESIDE = 18
 """Letters of the longest entry of a legend in two columns."""
 
+LEGEND_ROW = 0.2
+"""Inches that an entry of a legend takes."""
+
 WIDTH = 4.8
 """Inches. A phone shows it at two thirds of that, and letters must be legible there."""
 
@@ -115,15 +118,18 @@ def _rates(report: Report, colours: dict[str, str]) -> Figure:
         for share, style, statistic in ((0.5, ":", "p50"), (0.99, "-", "p99")):
             rates = [item.offered_per_s or 0.0 for item in kept]
             values = [float(np.quantile(item.samples, share)) for item in kept]
-            axes.plot(
-                rates, values, style, color=colours[name], marker="o", markersize=4, label=f"{short(name)} {statistic}"
-            )
+            label = short(name) if statistic == "p99" else None
+            axes.plot(rates, values, style, color=colours[name], marker="o", markersize=4, label=label)
         for item in chosen:
             if item.saturated:
                 axes.axvline(item.offered_per_s or 0, color=colours[name], linewidth=1, linestyle=(0, (1, 3)))
     for budget in {capacity.budget_ms for capacity in report.capacities}:
         axes.axhline(budget, color=INK, linewidth=1, linestyle="--", label=f"budget {budget:.3g} ms")
-    axes.set(yscale="log", xlabel="requests per second, Poisson\n(dotted: the queue grew)", ylabel="milliseconds")
+    axes.set(
+        yscale="log",
+        xlabel="requests per second, Poisson\n(dotted: the queue grew)",
+        ylabel="milliseconds: p99, dotted p50",
+    )
     _plain_ticks(axes.yaxis)
     _legend(axes)
     return figure
@@ -174,10 +180,13 @@ def _plain_ticks(axis: Any, unit: str = "") -> None:
 
 
 def _legend(axes: Axes) -> None:
-    """Above the axes: no place inside is free for certain."""
-    longest = max((len(str(artist.get_label())) for artist in axes.get_legend_handles_labels()[0]), default=0)
-    columns = 2 if longest <= BESIDE else 1
+    """Above the axes, for which the figure grows: no place inside is free for certain."""
+    names = [str(artist.get_label()) for artist in axes.get_legend_handles_labels()[0]]
+    columns = 2 if max(map(len, names), default=0) <= BESIDE else 1
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1.01), ncols=columns, fontsize=SMALL, borderaxespad=0)
+    figure = axes.get_figure(root=True)
+    if figure is not None:
+        figure.set_figheight(figure.get_figheight() + LEGEND_ROW * -(-len(names) // columns))
 
 
 def _svg(figure: Figure) -> str:

@@ -9,6 +9,9 @@ SHOWN = ("p50", "p90", "p95", "p99", "p99.9")
 MB = 1e6
 NOTHING = "-"
 
+MOST_CUSTOMERS = 20
+"""Rows of the table of customers: those that did not pass come first. The report has all of them."""
+
 
 @dataclass(frozen=True)
 class Section:
@@ -89,6 +92,11 @@ def _customers(report: Report) -> Section:
         judged = "passed" if passed.get(customer.name) else "failed" if customer.name in passed else NOTHING
         verdict = "refused" if customer.refused else judged
         rows.append((customer.name, verdict, customer.digest[:12], f"{customer.size_bytes:,}"))
+    rows.sort(key=lambda row: row[1] in ("passed", NOTHING))
+    left = len(rows) - MOST_CUSTOMERS
+    if left > 0:
+        bad = sum(row[1] in ("failed", "refused") for row in rows[MOST_CUSTOMERS:])
+        rows[MOST_CUSTOMERS:] = [(f"and {left} more", f"{bad} of them bad" if bad else NOTHING, NOTHING, NOTHING)]
     return Section("Customers", ("customer", "verdict", "SHA-256", "bytes"), rows, names=3)
 
 
