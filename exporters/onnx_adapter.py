@@ -41,10 +41,7 @@ def export_adapter(job: ExportJob) -> Mapping[str, Any]:
         raise InputError("--format onnx-adapter writes one customer; give it by --coefficients")
     check_free_file(job.output)
     checkpoint, basis = job.checkpoint, job.basis
-    if not checkpoint.has_task_head:
-        raise InputError(
-            f"{checkpoint.name} is a {checkpoint.architecture} without a task head; give it one with `warmup` first"
-        )
+    checkpoint.require_task_head()
     plan_folds(checkpoint, basis, customer, checkpoint.skeleton())
     check_head(checkpoint, customer)
     tables = _tables(job, customer)

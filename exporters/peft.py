@@ -48,10 +48,7 @@ def export_peft(job: ExportJob) -> Mapping[str, Any]:
         raise InputError("--head-labels belongs to switchable bundles; --format peft takes the customer's own head")
     check_free_folder(job.output)
     checkpoint, basis = job.checkpoint, job.basis
-    if not checkpoint.has_task_head:
-        raise InputError(
-            f"{checkpoint.name} is a {checkpoint.architecture} without a task head; give it one with `warmup` first"
-        )
+    checkpoint.require_task_head()
     model = checkpoint.skeleton()
     plan_folds(checkpoint, basis, customer, model)
     outputs = check_head(checkpoint, customer)

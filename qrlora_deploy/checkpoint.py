@@ -52,6 +52,17 @@ class Checkpoint:
         """Whether the checkpoint can classify or regress as it is."""
         return self.architecture.endswith("ForSequenceClassification")
 
+    def require_task_head(self) -> None:
+        """Make sure that there is a task head.
+
+        Raises:
+            InputError: there is none; the message says how to give it one.
+        """
+        if not self.has_task_head:
+            raise InputError(
+                f"{self.name} is a {self.architecture} without a task head; give it one with `warmup` first"
+            )
+
     @property
     def labels(self) -> tuple[str, ...]:
         """Names of the outputs."""

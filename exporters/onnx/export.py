@@ -211,10 +211,7 @@ def _export(checkpoint: Checkpoint, basis: Basis, make_plan: Callable[[], _Plan]
 
 
 def _check_exportable(checkpoint: Checkpoint) -> Any:
-    if not checkpoint.has_task_head:
-        raise InputError(
-            f"{checkpoint.name} is a {checkpoint.architecture} without a task head; give it one with `warmup` first"
-        )
+    checkpoint.require_task_head()
     tokenizer = checkpoint.tokenizer()
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"{checkpoint.name} has no fast tokenizer (tokenizer.json), which serving needs")
