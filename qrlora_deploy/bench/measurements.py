@@ -7,7 +7,7 @@ import numpy as np
 
 from qrlora_deploy.bench.record import Comparison, Interval, Measurement, Scenario
 from qrlora_deploy.bench.rounds import Series
-from qrlora_deploy.bench.statistics import PERCENTILES, Estimate, needed_samples, percentile, ratio
+from qrlora_deploy.bench.statistics import PERCENTILES, Estimate, needed_samples, percentile, ratio, ratio_in_rounds
 from qrlora_deploy.bench.workload import Workload
 
 SAME_WITHIN = 0.02
@@ -99,7 +99,10 @@ def _compare(item: Measurement, other: Measurement, baseline: str, paired: bool,
     made = []
     for statistic in COMPARED.get(item.scenario, ()):
         samples, reference = np.array(item.samples), np.array(other.samples)
-        found = ratio(samples, reference, PERCENTILES[statistic], paired, seed)
+        if paired and statistic == "p50":
+            found = ratio_in_rounds(samples, reference, seed)
+        else:
+            found = ratio(samples, reference, PERCENTILES[statistic], paired, seed)
         if found is not None:
             made.append(
                 Comparison(

