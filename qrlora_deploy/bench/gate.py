@@ -229,7 +229,7 @@ def _plain(
     what = "accuracy" if rule == "accuracy.min" else what
     if measured is None:
         return _verdict(rule, subject, "unknown", f"{what} is not known", limit=limit, customer=customer)
-    line = f"{what} {measured:.6g} {sign} {limit:g}"
+    line = f"{what} {_number(measured)} {sign} {_number(limit)}"
     return _verdict(rule, subject, "passed" if met else "failed", line, measured, limit, customer=customer)
 
 
@@ -254,6 +254,11 @@ def _verdict(
         outcome=outcome,
         line=f"{whose}: {line}" if whose else line,
     )
+
+
+def _number(value: float) -> str:
+    """Sizes in full, small numbers with six digits."""
+    return f"{value:,.0f}" if abs(value) >= 1e6 else f"{value:.6g}"
 
 
 def _sign(least: bool, met: bool) -> str:

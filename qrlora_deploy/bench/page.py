@@ -35,14 +35,15 @@ figure { margin: 0; padding: .8rem; background: var(--soft); border-radius: .6re
 figcaption { font-weight: 600; margin-bottom: .4rem; } figure svg { width: 100%; height: auto; display: block; }
 @media (max-width: 44rem) {
   .verdicts thead { display: none; } .verdicts tr { display: block; border-bottom: 1px solid var(--faint); }
-  .verdicts td { display: inline; border: 0; padding: 0 .4rem 0 0; line-height: 1.8; } }
+  .verdicts tbody { display: block; } .verdicts td { display: inline-block; border: 0; padding: .2rem .6rem 0 0; }
+  .verdicts td:last-child { display: block; padding-bottom: .3rem; } }
 ul { margin: .3rem 0; padding-left: 1.2rem; }
 @media print {
   :root { color-scheme: light; --ink: #000; --paper: #fff; --faint: #bbb; --soft: #fff; --good: #064; --bad: #a00;
     --open: #850; }
   body { font-size: 10pt; padding: 0; max-width: none; } table { font-size: 7pt; }
   th, td { padding-right: .4rem; overflow-wrap: anywhere; } td.number, th.number { white-space: normal; }
-  .scroll { overflow: visible; } figure { padding: 0; }
+  td:first-child, .verdicts td:nth-child(2) { overflow-wrap: normal; } .scroll { overflow: visible; } figure { padding: 0; }
   .figures { grid-template-columns: 1fr 1fr; } figure, tr, .card { break-inside: avoid; } h2 { break-after: avoid; } }
 """
 

@@ -127,7 +127,8 @@ def _rates(report: Report, colours: dict[str, str]) -> Figure:
         axes.axhline(budget, color=INK, linewidth=1, linestyle="--", label=f"budget {budget:.3g} ms")
     axes.set(
         yscale="log",
-        xlabel="requests per second, Poisson\n(dotted: the queue grew)",
+        xlabel="requests per second, Poisson"
+        + ("\n(upright: the queue grew)" if any(i.saturated for i in items) else ""),
         ylabel="milliseconds: p99, dotted p50",
     )
     _plain_ticks(axes.yaxis)
