@@ -43,7 +43,8 @@ ul { margin: .3rem 0; padding-left: 1.2rem; }
     --open: #850; }
   body { font-size: 10pt; padding: 0; max-width: none; } table { font-size: 7pt; }
   th, td { padding-right: .4rem; overflow-wrap: anywhere; } td.number, th.number { white-space: normal; }
-  td:first-child, .verdicts td:nth-child(2) { overflow-wrap: normal; } .scroll { overflow: visible; } figure { padding: 0; }
+  td:first-child, .verdicts td:nth-child(2) { overflow-wrap: normal; }
+  .scroll { overflow: visible; } figure { padding: 0; }
   .figures { grid-template-columns: 1fr 1fr; } figure, tr, .card { break-inside: avoid; } h2 { break-after: avoid; } }
 """
 

@@ -242,7 +242,7 @@ class Environment(Strict):
 
 
 class Settings(Strict):
-    """How it was measured, enough to repeat it."""
+    """How it was measured, enough to repeat it; see `Plan`."""
 
     scenarios: list[Scenario]
     provider: str
@@ -254,6 +254,12 @@ class Settings(Strict):
     seconds: float
     samples: int
     seed: int
+    p99_budget_ms: float | None = None
+    server_runs: int = 6
+    workers: int = 1
+    idle_seconds: float = 1.0
+    repeats: int = 6
+    swaps_per_s: float = 20.0
 
 
 class Report(Strict):

@@ -209,6 +209,12 @@ def _settings(plan: Plan, workloads: Sequence[Workload]) -> Settings:
         seconds=plan.seconds,
         samples=plan.samples,
         seed=plan.seed,
+        p99_budget_ms=plan.p99_budget_ms,
+        server_runs=plan.server_runs,
+        workers=plan.workers,
+        idle_seconds=plan.idle_seconds,
+        repeats=plan.repeats,
+        swaps_per_s=plan.swaps_per_s,
     )
 
 
