@@ -9,7 +9,7 @@ import onnxruntime
 
 from exporters.onnx.customers import read_base_head
 from qrlora_deploy.coefficients import Coefficients
-from qrlora_deploy.errors import CheckFailed, InputError, QrloraError
+from qrlora_deploy.errors import CheckFailed, InputError, QrloraError, first_line
 from qrlora_deploy.exporting import ExportJob
 from qrlora_deploy.files import atomic_file, check_free_file
 from qrlora_deploy.folding import check_head, plan_folds
@@ -94,7 +94,7 @@ def _write(tables: Mapping[str, np.ndarray], path: Path) -> None:
         adapter.export_adapter(str(path))
     # ONNX Runtime's exceptions share no base class of their own.
     except Exception as error:
-        raise QrloraError(f"ONNX Runtime cannot write the adapter: {_first_line(error)}") from error
+        raise QrloraError(f"ONNX Runtime cannot write the adapter: {first_line(error)}") from error
 
 
 def _check_written(tables: Mapping[str, np.ndarray], path: Path) -> None:
@@ -104,7 +104,7 @@ def _check_written(tables: Mapping[str, np.ndarray], path: Path) -> None:
         parameters = adapter.get_parameters()
         found = {name: value.numpy().copy() for name, value in parameters.items()}
     except Exception as error:
-        raise CheckFailed(f"the adapter that was written cannot be read back: {_first_line(error)}") from error
+        raise CheckFailed(f"the adapter that was written cannot be read back: {first_line(error)}") from error
     same = found.keys() == tables.keys() and all(
         found[name].dtype == table.dtype
         and found[name].shape == table.shape
@@ -113,7 +113,3 @@ def _check_written(tables: Mapping[str, np.ndarray], path: Path) -> None:
     )
     if not same:
         raise CheckFailed("the adapter that was written holds other numbers than the customer; please report this")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 
 from qrlora_deploy.basis import Basis
-from qrlora_deploy.errors import BasisMismatchError, FileFormatError, InputError
+from qrlora_deploy.errors import BasisMismatchError, FileFormatError, InputError, first_line
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -37,7 +37,7 @@ class Checkpoint:
         try:
             return transformers.AutoConfig.from_pretrained(self.folder)
         except (OSError, ValueError, KeyError) as error:
-            raise FileFormatError(f"{self.folder}/config.json cannot be used: {_first_line(error)}") from error
+            raise FileFormatError(f"{self.folder}/config.json cannot be used: {first_line(error)}") from error
 
     @property
     def architecture(self) -> str:
@@ -163,7 +163,7 @@ class Checkpoint:
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self.folder} holds no usable tokenizer: {_first_line(error)}") from error
+            raise InputError(f"{self.folder} holds no usable tokenizer: {first_line(error)}") from error
         # transformers 5 makes a tokenizer without any word where the files are missing.
         files = sorted({"tokenizer.json", *tokenizer.vocab_files_names.values()})
         if tokenizer.vocab_files_names and not any((self.folder / name).is_file() for name in files):
@@ -197,7 +197,7 @@ def open_checkpoint(name: str) -> Checkpoint:
     try:
         return Checkpoint(Path(snapshot_download(name, allow_patterns=patterns)), name)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(f"{name} is neither a folder nor a reachable hub repository: {_first_line(error)}") from error
+        raise InputError(f"{name} is neither a folder nor a reachable hub repository: {first_line(error)}") from error
 
 
 def check_basis_fits(checkpoint: Checkpoint, basis: Basis) -> None:
@@ -217,7 +217,3 @@ def check_basis_fits(checkpoint: Checkpoint, basis: Basis) -> None:
             f"the basis was made from other weights than {checkpoint.name}: {len(wrong)} of "
             f"{len(basis.targets)} targets differ ({', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''})"
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

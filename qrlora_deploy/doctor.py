@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qrlora_deploy import __version__
-from qrlora_deploy.errors import FileFormatError, ProviderError
+from qrlora_deploy.errors import FileFormatError, ProviderError, first_line
 
 PACKAGES = (
     "torch",
@@ -141,7 +141,7 @@ def devices() -> list[Finding]:
         torch = importlib.import_module("torch")
     except ImportError as error:
         advice = "only needed to train, factorize, merge and export: pip install torch"
-        return [*found, Finding("device", "torch cuda", False, _first_line(error), advice)]
+        return [*found, Finding("device", "torch cuda", False, first_line(error), advice)]
     if torch.cuda.is_available():
         detail = f"{torch.cuda.get_device_name(0)}, CUDA {torch.version.cuda}"
         return [*found, Finding("device", "torch cuda", True, detail)]
@@ -170,7 +170,7 @@ def providers() -> list[Finding]:
         from qrlora_deploy.runtime.session import open_session
     except ImportError as error:
         advice = "pip install onnxruntime-gpu (Linux, Windows on x86-64) or onnxruntime"
-        return [Finding("provider", name, False, _first_line(error), advice) for name in PROVIDERS]
+        return [Finding("provider", name, False, first_line(error), advice) for name in PROVIDERS]
     found = []
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "probe.onnx"
@@ -181,7 +181,7 @@ def providers() -> list[Finding]:
                     open_session(model, name)
             except (ProviderError, FileFormatError) as error:
                 advice = "" if name != "cpu" else "install onnxruntime again"
-                found.append(Finding("provider", name, False, _first_line(error), advice))
+                found.append(Finding("provider", name, False, first_line(error), advice))
             else:
                 found.append(Finding("provider", name, True, "loads and opens a model"))
     return found
@@ -199,7 +199,3 @@ def _silent_stderr() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(sink)
         os.close(kept)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -27,3 +27,8 @@ class ProviderError(InputError):
 
 class CheckFailed(QrloraError):
     """A check ran and its result is out of bounds (parity, labels)."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's exception says, on one line; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

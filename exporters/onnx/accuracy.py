@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from exporters.onnx.graph import input_names, longest_input
-from qrlora_deploy.errors import CheckFailed, InputError
+from qrlora_deploy.errors import InputError
 from qrlora_deploy.runtime.layout import SLOT
-from qrlora_deploy.runtime.parity import LOGITS
+from qrlora_deploy.runtime.parity import run_logits
 from qrlora_deploy.training.data import Examples
 from qrlora_deploy.training.tasks import CLASSIFICATION
 
@@ -135,12 +135,7 @@ def measure_accuracy(
     right = done = 0
     for inputs, targets in zip(labelled.batches, labelled.targets, strict=True):
         fed = inputs if tables is None else inputs | tables | {SLOT: np.zeros(len(targets), dtype=np.int64)}
-        try:
-            found = session.run([LOGITS], fed)[0].argmax(axis=1)
-        # ONNX Runtime's exceptions share no base class of their own.
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0]
-            raise CheckFailed(f"the model does not run on a batch of {len(targets)} labelled rows: {reason}") from error
+        found = run_logits(session, fed, f"a batch of {len(targets)} labelled rows").argmax(axis=1)
         right += int((found == targets).sum())
         done += len(targets)
         if progress is not None:

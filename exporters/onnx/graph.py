@@ -15,7 +15,7 @@ from optimum.utils import DummyTextInputGenerator, NormalizedTextConfig
 
 from exporters.onnx.attention import use_onnx_attention
 from exporters.onnx.quantizing import base_products
-from qrlora_deploy.errors import QrloraError
+from qrlora_deploy.errors import QrloraError, first_line
 from qrlora_deploy.runtime.bundle import TensorRecord
 
 OPSET = 23
@@ -181,7 +181,7 @@ def _trace(wrapper: torch.nn.Module, examples: dict[str, Example]) -> Any:
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        reason = first_line(error.__cause__ or error)
         raise QrloraError(f"the model cannot be exported to ONNX: {reason}") from error
 
 

@@ -28,7 +28,7 @@ from typing import Any
 import onnx_ir
 from torch import nn
 
-from qrlora_deploy.errors import CheckFailed, QrloraError
+from qrlora_deploy.errors import CheckFailed, QrloraError, first_line
 from qrlora_deploy.targets import BLOCK, is_conv1d
 
 INTEGER_PRODUCT = "MatMulInteger"
@@ -125,5 +125,5 @@ def _quantize(path: Path, products: Sequence[str], output: Path) -> None:
         )
     # It raises ValueError, RuntimeError, onnx's own and others, all about the graph.
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise QrloraError(f"ONNX Runtime cannot quantise this model: {reason}; choose another --precision") from error

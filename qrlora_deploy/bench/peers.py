@@ -11,7 +11,7 @@ from qrlora_deploy.bench.record import Kind
 from qrlora_deploy.bench.record import Subject as SubjectRecord
 from qrlora_deploy.bench.subjects import Call, Spec, folder_bytes
 from qrlora_deploy.bench.workload import Workload, token_inputs
-from qrlora_deploy.errors import InputError, ProviderError
+from qrlora_deploy.errors import InputError, ProviderError, first_line
 from qrlora_deploy.files import digest_file
 
 KINDS: dict[str, Kind] = {"torch-eager": "torch-eager", "torch-compile": "torch-compile", "peft": "peft"}
@@ -52,7 +52,7 @@ class TorchSubject:
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(spec.path)
             model = transformers.AutoModelForSequenceClassification.from_pretrained(spec.path, dtype=torch.float32)
         except (OSError, ValueError) as error:
-            raise InputError(f"--base {spec.path} cannot be opened: {str(error).splitlines()[0]}") from error
+            raise InputError(f"--base {spec.path} cannot be opened: {first_line(error)}") from error
         self._vocabulary = int(model.config.vocab_size)
         self._adapters: list[str] = []
         if spec.kind == "peft":

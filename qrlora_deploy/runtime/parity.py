@@ -10,7 +10,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from qrlora_deploy.errors import CheckFailed, FileFormatError, ProviderError
+from qrlora_deploy.errors import CheckFailed, FileFormatError, ProviderError, first_line
 from qrlora_deploy.runtime.bundle import REFERENCE_FILE, Bundle
 from qrlora_deploy.runtime.layout import TABLE
 from qrlora_deploy.runtime.session import open_session
@@ -208,13 +208,21 @@ def _difference(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(difference), difference, np.inf)
 
 
-def _run(session: Any, case: Case, inputs: dict[str, np.ndarray]) -> np.ndarray:
+def run_logits(session: Any, inputs: dict[str, np.ndarray], what: str) -> np.ndarray:
+    """Logits `[batch, outputs]` of a session for one batch; `what` names the batch in an error.
+
+    Raises:
+        CheckFailed: the model does not run on it.
+    """
     try:
-        found = np.asarray(session.run([LOGITS], inputs)[0])
+        return np.asarray(session.run([LOGITS], inputs)[0])
     # ONNX Runtime's exceptions share no base class of their own.
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckFailed(f"the model does not run on {case.name!r}: {reason}") from error
+        raise CheckFailed(f"the model does not run on {what}: {first_line(error)}") from error
+
+
+def _run(session: Any, case: Case, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    found = run_logits(session, inputs, repr(case.name))
     if found.shape != case.logits.shape:
         raise CheckFailed(f"{case.name!r} gives logits of shape {found.shape}, PyTorch {case.logits.shape}")
     return found

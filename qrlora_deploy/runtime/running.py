@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from qrlora_deploy.errors import QrloraError
+from qrlora_deploy.errors import QrloraError, first_line
 from qrlora_deploy.runtime.bundle import Manifest
 from qrlora_deploy.runtime.layout import HEAD_TABLE, SLOT, TABLE
 from qrlora_deploy.runtime.memory import TableMemory
@@ -72,8 +72,7 @@ def run_bound(session: Any, binding: Any, options: Any = None) -> None:
         session.run_with_iobinding(binding, options)
     # ONNX Runtime's exceptions share no base class of their own.
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise QrloraError(f"the model does not run on these inputs: {reason}") from error
+        raise QrloraError(f"the model does not run on these inputs: {first_line(error)}") from error
 
 
 def text_inputs(manifest: Manifest) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import onnxruntime
 
-from qrlora_deploy.errors import FileFormatError, ProviderError
+from qrlora_deploy.errors import FileFormatError, ProviderError, first_line
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -76,8 +76,8 @@ def _create(model: Path, options: Any, provider: str, cuda_graph: bool) -> tuple
     # Its exceptions share no base class of their own.
     except Exception as error:
         if provider != "cpu":
-            return None, _first_line(error)
-        raise FileFormatError(f"{model} cannot be opened by ONNX Runtime: {_first_line(error)}") from error
+            return None, first_line(error)
+        raise FileFormatError(f"{model} cannot be opened by ONNX Runtime: {first_line(error)}") from error
     finally:
         onnxruntime.set_default_logger_severity(DEFAULT_SEVERITY)
 
@@ -102,9 +102,5 @@ def _missing(provider: str) -> str:
         if "cannot open shared object" in rest:
             hint = "pip install 'qrlora-deploy[cuda]' brings it" if provider == "cuda" else "install TensorRT"
             return f"{library} was not found; {hint}"
-        return _first_line(error)
+        return first_line(error)
     return ""
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.csv
 import pyarrow.parquet
 
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, first_line
 
 PAIR_COLUMNS = (
     ("sentence1", "sentence2"),
@@ -93,9 +93,9 @@ def read_examples(
         else:
             columns = _read_hub(str(source), split or "train")
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise InputError(f"{source} cannot be read as {path.suffix[1:].upper()}: {_reason(error)}") from error
+        raise InputError(f"{source} cannot be read as {path.suffix[1:].upper()}: {first_line(error)}") from error
     except OSError as error:
-        raise InputError(f"{source} cannot be read: {error.strerror or _reason(error)}") from error
+        raise InputError(f"{source} cannot be read: {error.strerror or first_line(error)}") from error
     return _examples(str(source), columns, text_column, label_column)
 
 
@@ -151,10 +151,6 @@ def _label(value: Any) -> str:
 def _rows(rows: list[int]) -> str:
     shown = ", ".join(str(row) for row in rows[:5]) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
     return f"row {shown} has" if len(rows) == 1 else f"rows {shown} have"
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _read_delimited(path: Path, parse: pyarrow.csv.ParseOptions) -> Columns:
@@ -219,7 +215,8 @@ def _read_hub(source: str, split: str) -> Columns:
         data = datasets.load_dataset(match["name"], match["config"], split=split)
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"{source} is neither a file nor a hub data set with a split {split!r} that can be read: {_reason(error)}"
+            f"{source} is neither a file nor a hub data set with a split {split!r} that can be read: "
+            f"{first_line(error)}"
         ) from error
     return {name: _named(data.features[name], data[name]) for name in data.column_names}
 

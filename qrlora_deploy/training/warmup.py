@@ -8,7 +8,7 @@ import torch
 from optimum.exporters.tasks import TasksManager
 
 from qrlora_deploy.checkpoint import Checkpoint
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, first_line
 from qrlora_deploy.files import atomic_folder, check_free_folder, write_json
 from qrlora_deploy.training.data import Examples
 from qrlora_deploy.training.head import Outputs, own_outputs
@@ -109,8 +109,7 @@ def _load(checkpoint: Checkpoint, outputs: Outputs) -> Any:
         with quiet_transformers():
             return model_class.from_pretrained(checkpoint.folder, dtype=torch.float32, **outputs.options)
     except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{checkpoint.name} cannot become a text classifier: {reason}") from error
+        raise InputError(f"{checkpoint.name} cannot become a text classifier: {first_line(error)}") from error
 
 
 def _choose_parameters(model: Any, mode: str) -> int:
