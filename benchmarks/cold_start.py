@@ -56,7 +56,7 @@ def make_session(coefficients: int) -> SwitchableSession:
         total_rank=coefficients,
         targets=targets,
     )
-    session.layout, session.head, session.fetch = TableLayout(ranks), None, None
+    session.layout, session.head, session.base_head, session.fetch = TableLayout(ranks), None, None, None
     widths = {TABLE: session.layout.width}
     session.table = CoefficientTable(lambda rows: make_memory(widths, rows, "cpu"))
     return session

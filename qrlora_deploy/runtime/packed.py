@@ -18,6 +18,7 @@ from qrlora_deploy.errors import BasisMismatchError, FileFormatError, InputError
 from qrlora_deploy.files import atomic_file
 from qrlora_deploy.runtime.bundle import Manifest
 from qrlora_deploy.runtime.customer_files import MAX_ID_CHARACTERS, check_customer_id, customer_ids, read_customer
+from qrlora_deploy.runtime.fitting import check_customer_fits
 from qrlora_deploy.runtime.layout import HEAD_TABLE, TABLE, TableLayout
 from qrlora_deploy.runtime.packed_header import NO_DIGEST, PackedHeader, metadata_of, read_exactly, read_header
 from qrlora_deploy.runtime.switchable import SwitchableSession
@@ -121,22 +122,13 @@ def _items_of(source: Path | Iterable[tuple[str, Coefficients]]) -> tuple[int, I
 
 
 def _check_fits(name: str, coefficients: Coefficients, manifest: Manifest) -> None:
-    for what, found, expected in (
-        ("basis", coefficients.basis_digest, manifest.basis_digest),
-        ("base", coefficients.base_digest, manifest.base_digest),
-    ):
-        if found != expected:
-            raise BasisMismatchError(f"{name} was trained on {what} {found[:12]}, but the bundle holds {expected[:12]}")
+    check_customer_fits(coefficients, manifest, name)
     if coefficients.head:
         raise InputError(
             f"{name} has a head of its own, for which a packed file has no room; leave it a file of its own"
         )
-    if coefficients.task != manifest.task:
-        raise InputError(f"{name} is a {coefficients.task}, the bundle a {manifest.task}")
     if coefficients.labels != manifest.labels:
         raise InputError(f"{name} has other labels than the bundle")
-    if coefficients.values.shape != (manifest.total_rank,):
-        raise InputError(f"{name}: expected {manifest.total_rank} coefficients, not {len(coefficients.values)}")
     if not np.isfinite(coefficients.values).all():
         raise InputError(f"{name} holds NaN or Inf")
 
@@ -190,7 +182,6 @@ def _blocks(
     # Two, by turns: while one is hashed by the other thread, the next is read.
     buffers = [np.empty((block_rows, header.total_rank), dtype="<f4") for _ in range(2)]
     rows = np.zeros((block_rows, layout.width), dtype=np.float32)
-    head = None if session.head is None else session._row(np.zeros(layout.total_rank, dtype=np.float32), {})[HEAD_TABLE]
     hashed = None
     with ThreadPoolExecutor(1, thread_name_prefix="packed-digest") as pool:
         for index, first in enumerate(range(0, header.customers, block_rows)):
@@ -204,8 +195,8 @@ def _blocks(
                 raise FileFormatError(f"{path} holds NaN or Inf")
             _spread(values, rows[:count], layout)
             block = {TABLE: rows[:count]}
-            if head is not None:
-                block[HEAD_TABLE] = np.broadcast_to(head, (count, len(head)))
+            if session.base_head is not None:
+                block[HEAD_TABLE] = np.broadcast_to(session.base_head, (count, len(session.base_head)))
             yield block
             if progress is not None:
                 progress("loading", first + count, header.customers)

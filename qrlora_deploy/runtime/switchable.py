@@ -4,17 +4,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from qrlora_deploy.coefficients import Coefficients, read_coefficients
-from qrlora_deploy.errors import BasisMismatchError, FileFormatError, InputError
+from qrlora_deploy.errors import FileFormatError, InputError
 from qrlora_deploy.runtime.bucket_runner import make_runner
 from qrlora_deploy.runtime.buckets import Buckets
 from qrlora_deploy.runtime.bundle import Bundle, check_graph
+from qrlora_deploy.runtime.fitting import check_customer_fits
 from qrlora_deploy.runtime.layout import BASE_HEAD_FILE, HEAD_TABLE, TABLE, HeadLayout, TableLayout, head_arrays
 from qrlora_deploy.runtime.memory import make_memory
 from qrlora_deploy.runtime.running import text_inputs
+from qrlora_deploy.runtime.sealed_facts import read_head_row
 from qrlora_deploy.runtime.session import open_session
 from qrlora_deploy.runtime.table import BASE_ROW, CoefficientTable, rows_of
 
@@ -37,6 +37,7 @@ class SwitchableSession:
             batch runs as it comes.
 
     Attributes:
+        base_head: the base's row of the head table, where customers may have heads of their own.
         fetch: finds a customer that is not in the table and returns it, or loads it itself and
             returns None, or raises `InputError`; None: such a customer is refused. A
             `CustomerStore` puts its own here.
@@ -67,10 +68,10 @@ class SwitchableSession:
         self._text_inputs = text_inputs(manifest)
         self.head = HeadLayout(manifest.head_labels, manifest.head_features) if manifest.head_labels else None
         widths = {TABLE: self.layout.width} | ({HEAD_TABLE: self.head.width} if self.head else {})
-        self._base_head = _read_base_head(bundle, self.head) if self.head else (np.empty((0, 0)), np.empty(0))
-        _check_widths(bundle, widths)
+        self.base_head = _read_base_head(bundle, self.head) if self.head else None
         self.table = CoefficientTable(lambda count: make_memory(widths, count, provider), rows, max_rows)
-        self.table.memory.write(BASE_ROW, self._row(np.zeros(self.layout.total_rank, dtype=np.float32), {}))
+        nobody = {TABLE: np.zeros(self.layout.width, dtype=np.float32)}
+        self.table.memory.write(BASE_ROW, nobody | ({} if self.base_head is None else {HEAD_TABLE: self.base_head}))
         self._runner = make_runner(self.session, manifest, provider, buckets, lambda: self.table.memory)
 
     def load(self, customer: str, source: Path | Coefficients) -> None:
@@ -83,8 +84,8 @@ class SwitchableSession:
         """
         coefficients = source if isinstance(source, Coefficients) else read_coefficients(source)
         place = f"{customer}" if isinstance(source, Coefficients) else f"{source}"
-        self._check(coefficients, place)
-        self.table.publish(customer, self._row(coefficients.values, coefficients.head), coefficients.labels)
+        check_customer_fits(coefficients, self.manifest, place)
+        self.table.publish(customer, self._row(coefficients, place), coefficients.labels)
 
     def unload(self, customer: str) -> bool:
         """Forget a customer; runs that hold it end undisturbed. False where there is none."""
@@ -149,66 +150,39 @@ class SwitchableSession:
         if 0 in next(iter(shapes)):
             raise InputError("there is nothing to answer: the inputs are empty")
 
-    def _check(self, coefficients: Coefficients, place: str) -> None:
-        manifest = self.manifest
-        if coefficients.basis_digest != manifest.basis_digest:
-            raise BasisMismatchError(
-                f"{place} was trained on basis {coefficients.basis_digest[:12]}, but the bundle holds "
-                f"{manifest.basis_digest[:12]}; train it on that basis, or export another bundle"
-            )
-        if coefficients.base_digest != manifest.base_digest:
-            raise BasisMismatchError(
-                f"{place} was trained on base {coefficients.base_digest[:12]}, but the bundle holds "
-                f"{manifest.base_digest[:12]}"
-            )
-        if coefficients.task != manifest.task:
-            raise InputError(f"{place} is a {coefficients.task}, the bundle a {manifest.task}")
-        if len(coefficients.values) != self.layout.total_rank:
-            raise InputError(f"{place}: expected {self.layout.total_rank} coefficients, not {len(coefficients.values)}")
-        if not coefficients.head and coefficients.labels != manifest.labels:
-            raise InputError(f"{place} uses the base's head but has other labels than the bundle")
+    def _row(self, coefficients: Coefficients, place: str) -> dict[str, np.ndarray]:
+        """The row of a customer that fits, by input; refuses a head or labels that do not."""
+        row = {TABLE: self.layout.row(coefficients.values)}
         if coefficients.head:
-            self._check_head(coefficients, place)
+            row[HEAD_TABLE] = self._head_row(coefficients, place)
+        elif coefficients.labels != self.manifest.labels:
+            raise InputError(f"{place} uses the base's head but has other labels than the bundle")
+        elif self.base_head is not None:
+            row[HEAD_TABLE] = self.base_head
+        return row
 
-    def _check_head(self, coefficients: Coefficients, place: str) -> None:
+    def _head_row(self, coefficients: Coefficients, place: str) -> np.ndarray:
         if self.head is None:
             raise InputError(f"{place} has a head of its own; export the bundle with --head-labels N")
         labels = len(coefficients.labels)
         if labels > self.head.labels:
             raise InputError(f"{place} has {labels} labels, the bundle room for {self.head.labels}")
         try:
-            weight, _bias = head_arrays(coefficients.head)
-            self.head.row(*head_arrays(coefficients.head))
+            weight, bias = head_arrays(coefficients.head)
+            row = self.head.row(weight, bias)
         except InputError as error:
             raise InputError(f"{place}: {error}") from error
         if len(weight) != labels:
             raise InputError(f"{place} has {labels} labels but a head for {len(weight)}")
-
-    def _row(self, values: np.ndarray, head: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        row = {TABLE: self.layout.row(values)}
-        if self.head is not None:
-            own = head_arrays(head) if head else self._base_head
-            row[HEAD_TABLE] = self.head.row(*own)
         return row
 
 
-def _read_base_head(bundle: Bundle, head: HeadLayout) -> tuple[np.ndarray, np.ndarray]:
+def _read_base_head(bundle: Bundle, head: HeadLayout) -> np.ndarray:
+    """The base's row of the head table."""
     path = bundle.folder / BASE_HEAD_FILE
-    if BASE_HEAD_FILE not in bundle.manifest.files:
-        raise FileFormatError(f"{bundle.folder}: the manifest names no {BASE_HEAD_FILE}")
-    try:
-        weight, bias = head_arrays(safetensors.numpy.load_file(path))
-        head.row(weight, bias)
-    except (safetensors.SafetensorError, OSError, InputError) as error:
-        raise FileFormatError(f"{path} holds no head: {error}") from error
-    if len(weight) != len(bundle.manifest.labels):
-        raise FileFormatError(f"{path} has a head for {len(weight)} of {len(bundle.manifest.labels)} labels")
-    return weight, bias
-
-
-def _check_widths(bundle: Bundle, widths: dict[str, int]) -> None:
-    """The layout of a row, from the ranks of the manifest, must be that of the graph."""
-    shapes = {record.name: record.shape for record in bundle.manifest.inputs}
-    for name, width in widths.items():
-        if shapes.get(name) != ("slots", width):
-            raise FileFormatError(f"{bundle.folder}: ranks and {name} do not fit each other in the manifest")
+    row = read_head_row(path, head)
+    # Where there is no label the bias is -inf.
+    labels = int(np.isfinite(row[-head.labels :]).sum())
+    if labels != len(bundle.manifest.labels):
+        raise FileFormatError(f"{path} has a head for {labels} of {len(bundle.manifest.labels)} labels")
+    return row
