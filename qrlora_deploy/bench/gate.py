@@ -140,12 +140,7 @@ def _by_interval(met: bool, broken: bool) -> Outcome:
 
 def _comparison(report: Report, item: Measurement, statistic: str) -> Comparison | None:
     """That with an earlier report where there is one: it is what was asked for."""
-    found = [
-        other
-        for other in report.comparisons
-        if (other.subject, other.statistic) == (item.subject, statistic)
-        and (other.scenario, other.batch, other.length, other.variant) == item.key
-    ]
+    found = report.comparisons_of(item, statistic)
     return next((other for other in found if not other.paired), found[0] if found else None)
 
 

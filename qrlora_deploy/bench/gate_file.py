@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from qrlora_deploy.bench.record import problems
 from qrlora_deploy.errors import FileFormatError, InputError
 
 Statistic = Literal["p50", "p90", "p95", "p99", "p99.9"]
@@ -185,19 +186,10 @@ def read_gate(path: Path) -> GateRules:
     try:
         return GateRules.model_validate(record)
     except ValidationError as error:
-        wrong = [": ".join(filter(None, (_place(item["loc"]), _reason(item["msg"])))) for item in error.errors()]
-        raise FileFormatError(f"{path}: {'; '.join(wrong)}") from error
+        raise FileFormatError(f"{path}: {'; '.join(problems(error))}") from error
 
 
 def labelled_data(rules: GateRules, path: Path) -> dict[str, Path]:
     """The labelled file of each customer that the gate at `path` names."""
     data = rules.accuracy.data if rules.accuracy is not None else {}
     return {customer: path.parent / name for customer, name in data.items()}
-
-
-def _place(location: tuple[int | str, ...]) -> str:
-    return ".".join(map(str, location))
-
-
-def _reason(message: str) -> str:
-    return message.removeprefix("Value error, ")

@@ -4,16 +4,20 @@ from collections.abc import Sequence
 
 from qrlora_deploy.bench.subjects import BundleSubject, Spec, Subject
 from qrlora_deploy.bench.workload import Workload
+from qrlora_deploy.runtime.bundle import Bundle
 
 
-def open_subject(spec: Spec, workloads: Sequence[Workload]) -> Subject:
+def open_subject(spec: Spec, workloads: Sequence[Workload], bundle: Bundle | None = None) -> Subject:
     """Open what `spec` says, ready for `workloads`.
+
+    Args:
+        bundle: that of the spec, where it has been checked before.
 
     Raises:
         InputError: it cannot be opened that way, or a workload does not fit it.
     """
     if spec.kind == "bundle":
-        return BundleSubject(spec, workloads)
+        return BundleSubject(spec, workloads, bundle)
     # Imported here: a serving host has no PyTorch.
     from qrlora_deploy.bench.peers import TorchSubject
 

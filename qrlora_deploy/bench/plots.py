@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
-from qrlora_deploy.bench.record import Measurement, Report
+from qrlora_deploy.bench.record import Measurement, Report, shape_name
 
 INK, FAINT = "#010203", "#040506"
 """Stand for the page's colours of text and of lines in the background, and are replaced by them."""
@@ -146,7 +146,7 @@ def _ratios(report: Report, colours: dict[str, str]) -> Figure:
         )
     axes.axvline(1.0, color=INK, linewidth=0.8)
     names = [
-        f"{short(item.subject)}:\n{item.scenario} {item.batch}x{item.length or 'texts'} {item.statistic}"
+        f"{short(item.subject)}:\n{item.scenario} {shape_name(item.batch, item.length)} {item.statistic}"
         for item in items
     ]
     axes.set_yticks(range(len(items)), names, fontsize=SMALL)

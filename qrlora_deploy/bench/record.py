@@ -29,6 +29,11 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def shape_name(batch: int, length: int | None) -> str:
+    """Such as `8x64`, or `8xtexts` for texts of the user in their own lengths."""
+    return f"{batch}x{length or 'texts'}"
+
+
 class Interval(Strict):
     """A number with its 95 % interval."""
 
@@ -130,8 +135,8 @@ class Measurement(Strict):
 
     @property
     def shape(self) -> str:
-        """Such as `8x64`, or `8xtexts`."""
-        return f"{self.batch}x{self.length or 'texts'}"
+        """As `shape_name`."""
+        return shape_name(self.batch, self.length)
 
     @property
     def key(self) -> tuple[str, int, int | None, str]:
@@ -278,6 +283,15 @@ class Report(Strict):
     notes: list[str] = []
     gate: Gate | None = None
 
+    def comparisons_of(self, item: Measurement, statistic: str) -> list[Comparison]:
+        """Those of a statistic of one of the measurements, in order."""
+        return [
+            other
+            for other in self.comparisons
+            if (other.subject, other.statistic) == (item.subject, statistic)
+            and (other.scenario, other.batch, other.length, other.variant) == item.key
+        ]
+
     def of(self, scenario: str) -> Iterator[Measurement]:
         """The measurements of one scenario, in order."""
         return (item for item in self.measurements if item.scenario == scenario)
@@ -312,5 +326,10 @@ def read_report(path: Path) -> Report:
     try:
         return Report.model_validate(record)
     except ValidationError as error:
-        wrong = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
-        raise FileFormatError(f"{path} is not a report of bench: {'; '.join(wrong[:5])}") from error
+        raise FileFormatError(f"{path} is not a report of bench: {'; '.join(problems(error)[:5])}") from error
+
+
+def problems(error: ValidationError) -> list[str]:
+    """Everything that is wrong with a record, each with its place where it has one."""
+    found = [(".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, ")) for item in error.errors()]
+    return [": ".join(filter(None, item)) for item in found]

@@ -40,6 +40,7 @@ from qrlora_deploy.bench.subjects import BundleSubject, Spec, Subject, customer_
 from qrlora_deploy.bench.workload import Workload
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.files import digest_file
+from qrlora_deploy.runtime.bundle import Bundle
 from qrlora_deploy.runtime.parity import verify
 
 
@@ -72,7 +73,7 @@ def run_benchmark(plan: Plan, progress: Progress | None = None, data: dict[str, 
     specs = make_specs(plan, bundles)
     workloads = make_workloads(plan, bundles)
     settings = _settings(plan, workloads)
-    subjects = _open(specs, workloads, progress)
+    subjects = _open(specs, workloads, bundles, progress)
     found = _Found()
     _measure(plan, specs, subjects, workloads, found, progress)
     for name, subject in subjects.items():
@@ -151,10 +152,12 @@ def _fresh(
         found.measurements += [make_measurement(name, "cold-start", first, values) for name, values in samples.items()]
 
 
-def _open(specs: Sequence[Spec], workloads: Sequence[Workload], progress: Progress | None) -> dict[str, Subject]:
+def _open(
+    specs: Sequence[Spec], workloads: Sequence[Workload], bundles: dict[Path, Bundle], progress: Progress | None
+) -> dict[str, Subject]:
     subjects: dict[str, Subject] = {}
     for index, spec in enumerate(specs):
-        subject = open_subject(spec, workloads)
+        subject = open_subject(spec, workloads, bundles.get(spec.path))
         if isinstance(subject, BundleSubject) and subject.refused and not subject.customers:
             name, reason = next(iter(subject.refused.items()))
             raise InputError(f"none of the {len(subject.refused)} customers can be served, such as {name}: {reason}")

@@ -79,9 +79,9 @@ class BundleSubject:
         InputError, FileFormatError, ProviderError: the bundle cannot be opened that way.
     """
 
-    def __init__(self, spec: Spec, workloads: Sequence[Workload]) -> None:
+    def __init__(self, spec: Spec, workloads: Sequence[Workload], bundle: Bundle | None = None) -> None:
         self.spec = spec
-        self.bundle = open_bundle(spec.path)
+        self.bundle = bundle or open_bundle(spec.path)
         self.switchable: SwitchableSession | None = None
         self.customers: list[str] = []
         self.refused: dict[str, str] = {}

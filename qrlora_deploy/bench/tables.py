@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qrlora_deploy.bench.record import Comparison, Measurement, Report, Subject
+from qrlora_deploy.bench.record import Comparison, Measurement, Report, Subject, shape_name
 
 SHOWN = ("p50", "p90", "p95", "p99", "p99.9")
 MB = 1e6
@@ -66,13 +66,13 @@ def figure(value: float | None) -> str:
     return NOTHING if value is None else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
 
 
-def ratio_text(found: Comparison | None) -> str:
-    """A ratio with its interval, and whether a difference is claimed."""
-    if found is None:
+def ratio_text(found: Sequence[Comparison]) -> str:
+    """The first ratio with its interval, and whether a difference is claimed."""
+    if not found:
         return NOTHING
-    ratio = found.ratio
+    ratio = found[0].ratio
     shown = f"{ratio.value:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
-    return shown if found.difference != "none" else f"{shown} same"
+    return shown if found[0].difference != "none" else f"{shown} same"
 
 
 def _verdicts(report: Report) -> Section:
@@ -103,7 +103,7 @@ def _customers(report: Report) -> Section:
 def _latency(report: Report) -> Section:
     rows = []
     for item in report.of("single-stream"):
-        ratio = ratio_text(_comparison(report, item, "p50"))
+        ratio = ratio_text(report.comparisons_of(item, "p50"))
         rows.append(
             (item.shape, item.subject, *_percentiles(item), figure(item.throughput_per_s), ratio, _steady(item))
         )
@@ -132,7 +132,7 @@ def _throughput(report: Report) -> Section:
     for item in report.of("offline"):
         median = item.percentiles.get("p50")
         interval = f"[{figure(median.low)}, {figure(median.high)}]" if median else NOTHING
-        ratio = ratio_text(_comparison(report, item, "p50"))
+        ratio = ratio_text(report.comparisons_of(item, "p50"))
         rows.append((item.shape, item.subject, figure(item.throughput_per_s), interval, ratio, _steady(item)))
     columns = ("shape", "subject", "rows/s", "[95 %]", "by baseline [95 %]", "stable")
     return Section("Throughput of runs back to back", columns, rows)
@@ -143,7 +143,7 @@ def _capacity(report: Report) -> Section:
     for item in report.capacities:
         rate = figure(item.rate_per_s) if item.rate_per_s is not None else "none that was tried"
         limit = f"needs {item.refused} requests" if item.refused else "yes" if item.bounded else "no"
-        rows.append((f"{item.batch}x{item.length or 'texts'}", item.subject, figure(item.budget_ms), rate, limit))
+        rows.append((shape_name(item.batch, item.length), item.subject, figure(item.budget_ms), rate, limit))
     columns = ("shape", "subject", "budget of the p99, ms", "requests/s within it", "a higher rate failed")
     return Section("Server: the largest rate within a budget", columns, rows)
 
@@ -209,13 +209,3 @@ def _environment(report: Report) -> Section:
     facts += [("TF32", "on" if environment.tf32 else "off")]
     facts += [("versions", ", ".join(f"{name} {version}" for name, version in environment.versions.items()))]
     return Section("Where", ("fact", "value"), facts)
-
-
-def _comparison(report: Report, item: Measurement, statistic: str) -> Comparison | None:
-    found: Sequence[Comparison] = [
-        other
-        for other in report.comparisons
-        if (other.subject, other.statistic) == (item.subject, statistic)
-        and (other.scenario, other.batch, other.length, other.variant) == item.key
-    ]
-    return found[0] if found else None

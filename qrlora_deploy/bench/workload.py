@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qrlora_deploy.bench.record import shape_name
 from qrlora_deploy.errors import InputError
 
 TURNS = 64
@@ -32,8 +33,8 @@ class Workload:
 
     @property
     def name(self) -> str:
-        """Such as `8x64`, or `8xtexts`."""
-        return f"{self.batch}x{self.length or 'texts'}"
+        """As `shape_name`."""
+        return shape_name(self.batch, self.length)
 
 
 def shaped_workloads(batches: Sequence[int], lengths: Sequence[int], seed: int) -> list[Workload]:
