@@ -9,6 +9,7 @@ import numpy as np
 import safetensors
 
 from qrlora_deploy.files import METADATA_KEY, write_tensors
+from qrlora_deploy.runtime.bundle import digest_files
 
 Change = Callable[[dict[str, Any], dict[str, np.ndarray]], Any]
 
@@ -22,3 +23,11 @@ def forge(source: Path, path: Path, change: Change) -> Path:
     change(metadata, tensors)
     write_tensors(path, tensors, metadata)
     return path
+
+
+def reseal(folder: Path, **changes: object) -> None:
+    """Give a bundle's manifest the digests of its files as they are, and `changes` in its fields."""
+    path = folder / "manifest.json"
+    record = json.loads(path.read_text())
+    record["files"] = digest_files(folder)
+    path.write_text(json.dumps(record | changes))

@@ -25,6 +25,7 @@ from qrlora_deploy.runtime.parity import BOUNDS, Case, check_parity, read_refere
 from qrlora_deploy.targets import choose_targets
 from qrlora_deploy.training.data import Examples
 from tests.cli.running import run, succeed
+from tests.exporters.conftest import InPrecision
 from tests.exporters.test_switchable import save_encoder
 from tests.tolerances import FP16_ROWS
 
@@ -32,25 +33,13 @@ FLOAT, FLOAT16, INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.T
 
 
 @pytest.fixture(scope="module")
-def merged_fp16(
-    tiny_base: Path,
-    tiny_basis: Basis,
-    tiny_customer: Coefficients,
-    texts: Examples,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
-    output = tmp_path_factory.mktemp("fp16") / "acme"
-    export_merged(open_checkpoint(str(tiny_base)), tiny_basis, tiny_customer, output, texts, precision="fp16")
-    return output
+def merged_fp16(in_precision: InPrecision) -> Path:
+    return in_precision("merged", "fp16")
 
 
 @pytest.fixture(scope="module")
-def switchable_fp16(
-    tiny_base: Path, tiny_basis: Basis, texts: Examples, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    output = tmp_path_factory.mktemp("fp16") / "switchable"
-    export_switchable(open_checkpoint(str(tiny_base)), tiny_basis, output, texts, head_labels=6, precision="fp16")
-    return output
+def switchable_fp16(in_precision: InPrecision) -> Path:
+    return in_precision("switchable", "fp16")
 
 
 def weights_of(folder: Path) -> dict[str, onnx.TensorProto]:

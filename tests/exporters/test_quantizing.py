@@ -11,7 +11,7 @@ import pytest
 from onnx import numpy_helper
 
 from exporters.onnx import export as export_module
-from exporters.onnx import export_merged, export_switchable, verify_against
+from exporters.onnx import export_switchable, verify_against
 from exporters.onnx.quantizing import quantize_graph
 from qrlora_deploy.basis import Basis
 from qrlora_deploy.checkpoint import open_checkpoint
@@ -21,6 +21,7 @@ from qrlora_deploy.runtime import SwitchableSession, open_bundle, verify
 from qrlora_deploy.runtime.parity import BOUNDS, Case, check_parity, read_reference
 from qrlora_deploy.training.data import Examples
 from tests.cli.running import succeed
+from tests.exporters.conftest import InPrecision
 from tests.tolerances import INT8_ROWS
 
 FLOAT, INT8 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT8
@@ -29,25 +30,13 @@ LAYERS = 12
 
 
 @pytest.fixture(scope="module")
-def merged(
-    tiny_base: Path,
-    tiny_basis: Basis,
-    tiny_customer: Coefficients,
-    texts: Examples,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
-    output = tmp_path_factory.mktemp("int8") / "acme"
-    export_merged(open_checkpoint(str(tiny_base)), tiny_basis, tiny_customer, output, texts, precision="int8")
-    return output
+def merged(in_precision: InPrecision) -> Path:
+    return in_precision("merged", "int8")
 
 
 @pytest.fixture(scope="module")
-def switchable_int8(
-    tiny_base: Path, tiny_basis: Basis, texts: Examples, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    output = tmp_path_factory.mktemp("int8") / "switchable"
-    export_switchable(open_checkpoint(str(tiny_base)), tiny_basis, output, texts, head_labels=6, precision="int8")
-    return output
+def switchable_int8(in_precision: InPrecision) -> Path:
+    return in_precision("switchable", "int8")
 
 
 @pytest.mark.parametrize("kind", ["merged", "switchable"])

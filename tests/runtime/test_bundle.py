@@ -8,19 +8,11 @@ import onnx
 import pytest
 
 from qrlora_deploy.errors import FileFormatError, InputError
-from qrlora_deploy.files import digest_file
 from qrlora_deploy.runtime import open_bundle
 from qrlora_deploy.runtime.external_data import external_locations
+from tests.forging import reseal
 
 Copy = Callable[[], Path]
-
-
-def reseal(folder: Path, **changes: object) -> None:
-    """Change the manifest, with the digest of the model as it is now: what an attacker would do."""
-    path = folder / "manifest.json"
-    record = json.loads(path.read_text())
-    record["files"]["model.onnx"] = digest_file(folder / "model.onnx")
-    path.write_text(json.dumps(record | changes))
 
 
 def point_weights_to(folder: Path, location: str) -> None:

@@ -5,11 +5,8 @@ Never another kind of exception, never another customer's numbers, never the end
 
 import copy
 import json
-import os
 import shutil
 import struct
-import subprocess
-import sys
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import safetensors.numpy
 from hypothesis import HealthCheck, assume, given, settings
@@ -27,8 +23,8 @@ from qrlora_deploy.coefficients import Coefficients, write_coefficients
 from qrlora_deploy.errors import FileFormatError, InputError, QrloraError
 from qrlora_deploy.files import digest_file
 from qrlora_deploy.runtime import Predictor, SwitchableSession, open_bundle, verify
-from qrlora_deploy.runtime.bundle import digest_files
 from qrlora_deploy.runtime.customer_files import read_customer
+from tests.forging import reseal
 from tests.tiny import SENTENCES
 
 ROOT = Path(__file__).parents[2]
@@ -63,13 +59,6 @@ def answers(folder: Path, acme: Path) -> Any:
     """Labels, scores and logits of the texts, which compare bit for bit."""
     predictor = predictor_of(folder, acme)
     return predictor.predict(TEXTS, customers=OWNERS if predictor.switchable is not None else None)
-
-
-def reseal(folder: Path) -> None:
-    """Give the manifest the digests of the files as they are: what somebody with this source code could do."""
-    record = json.loads((folder / "manifest.json").read_text())
-    record["files"] = digest_files(folder)
-    (folder / "manifest.json").write_text(json.dumps(record))
 
 
 @pytest.fixture
@@ -426,113 +415,3 @@ def test_a_hostile_config_under_a_right_seal_is_refused(bundle: Path, content: s
     with pytest.raises(FileFormatError, match="config.json") as caught:
         open_bundle(bundle)
     assert_one_line(caught.value)
-
-
-# --- External data ----------------------------------------------------------------------------------------------------
-
-OPEN_ALL = """
-import json, sys
-from pathlib import Path
-from qrlora_deploy.errors import QrloraError
-from qrlora_deploy.runtime import Predictor, open_bundle
-for folder in sorted(Path(sys.argv[1]).iterdir()):
-    try:
-        outcome = Predictor(open_bundle(folder), threads=1).predict(["play some music"])[0].logits
-    except QrloraError as error:
-        outcome = str(error)
-    print(json.dumps([folder.name, outcome]), flush=True)
-"""
-
-Entries = dict[str, str]
-ENTRIES: dict[str, Entries] = {
-    "offset at the end": {"offset": "SIZE"},
-    "offset behind the end": {"offset": "4096000"},
-    "offset of 63 bits": {"offset": str(2**63 - 1)},
-    "offset of 65 bits": {"offset": str(2**64)},
-    "offset below zero": {"offset": "-64"},
-    "offset that is no number": {"offset": "ten"},
-    "offset that is empty": {"offset": ""},
-    "length behind the end": {"length": "4096000"},
-    "length of 63 bits": {"length": str(2**63 - 1)},
-    "length below zero": {"length": "-1"},
-    "length of nothing": {"length": "0"},
-    "length that is no number": {"length": "ten"},
-    "length too small": {"length": "4"},
-    "offset and length that add up to nothing": {"offset": str(2**63 - 64), "length": str(2**63)},
-    "a file that is no weights": {"location": "config.json"},
-    "a file that is the model": {"location": "model.onnx"},
-    "a file that is the manifest": {"location": "manifest.json"},
-    "a folder": {"location": "."},
-    "a way around": {"location": "./model.onnx.data"},
-    "a way out": {"location": "../secret"},
-    "a way out and in": {"location": "sub/../../secret"},
-    "a place on this machine": {"location": "/etc/passwd"},
-    "a folder that is a link": {"location": "link/model.onnx.data"},
-}
-
-
-DIMENSIONS = (0, 1, 2**20, 2**40, 2**62, -1)
-
-
-def point_weights(folder: Path, entries: Entries, dimension: int | None = None) -> None:
-    """Let the largest tensor of the model, an embedding, lie where `entries` say, under right seals."""
-    model = onnx.load(folder / "model.onnx", load_external_data=False)
-    tensor = max(model.graph.initializer, key=lambda tensor: int(np.prod(tensor.dims)) if tensor.external_data else 0)
-    size = (folder / "model.onnx.data").stat().st_size
-    for entry in tensor.external_data:
-        entry.value = entries.get(entry.key, entry.value).replace("SIZE", str(size))
-    if dimension is not None:
-        tensor.dims[0] = dimension
-    (folder / "model.onnx").write_bytes(model.SerializeToString())
-    reseal(folder)
-
-
-@pytest.fixture(scope="module")
-def outcomes(switchable: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The logits or the error of every such bundle, from one process of its own, which ends well."""
-    folders = tmp_path_factory.mktemp("external")
-    for name in ("untouched", *ENTRIES, *map(str, DIMENSIONS)):
-        shutil.copytree(switchable, folders / name)
-    # What `../secret` would give, were it followed; it is no bundle itself.
-    shutil.copy(switchable / "model.onnx.data", folders / "secret")
-    (folders / "a folder that is a link" / "link").symlink_to(switchable, target_is_directory=True)
-    for name, entries in ENTRIES.items():
-        point_weights(folders / name, entries)
-    for dimension in DIMENSIONS:
-        point_weights(folders / str(dimension), {}, dimension)
-    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    ran = subprocess.run(
-        [sys.executable, "-c", OPEN_ALL, str(folders)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": paths},
-        timeout=120,
-        check=False,
-    )
-    assert ran.returncode == 0, f"{ran.returncode} {ran.stdout} {ran.stderr}"  # a signal would be below zero
-    return dict(json.loads(line) for line in ran.stdout.splitlines())
-
-
-HARMLESS = ("length of nothing",)
-"""ONNX Runtime takes this for a length that is not given."""
-
-ANOTHER_MODEL = ("a file that is the model",)
-"""Bytes enough under a right seal: weights like any others. `verify` would not let them pass."""
-
-
-def assert_outcome(found: Any, expected: Any, name: str) -> None:
-    if name in HARMLESS:
-        assert found == expected
-    elif name not in ANOTHER_MODEL:
-        assert isinstance(found, str) and found.isprintable() and len(found) < 2000, found
-
-
-@pytest.mark.parametrize("name", ENTRIES)
-def test_weights_that_lie_elsewhere_are_refused_and_the_process_lives(outcomes: dict[str, Any], name: str) -> None:
-    assert isinstance(outcomes["untouched"], list)
-    assert_outcome(outcomes[name], outcomes["untouched"], name)
-
-
-@pytest.mark.parametrize("dimension", DIMENSIONS)
-def test_weights_of_another_size_are_refused_and_the_process_lives(outcomes: dict[str, Any], dimension: int) -> None:
-    assert_outcome(outcomes[str(dimension)], outcomes["untouched"], str(dimension))

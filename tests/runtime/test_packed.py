@@ -24,7 +24,8 @@ from qrlora_deploy.runtime.packed import load_packed, write_packed
 from qrlora_deploy.runtime.packed_header import PackedHeader, metadata_of
 from qrlora_deploy.runtime.switchable import SwitchableSession
 from qrlora_deploy.runtime.table import CoefficientTable, TableFullError, rows_of
-from tests.runtime.test_store import ALLOWED, INPUTS
+from tests.runtime.place import INPUTS
+from tests.runtime.test_store import ALLOWED
 
 SAME_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
 IDS = st.text(ALLOWED, min_size=1, max_size=128).filter(lambda name: name[0] != ".")

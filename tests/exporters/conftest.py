@@ -1,0 +1,38 @@
+"""The tiny bundles in every precision, each made once."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from exporters.onnx import export_merged, export_switchable
+from qrlora_deploy.basis import Basis
+from qrlora_deploy.checkpoint import open_checkpoint
+from qrlora_deploy.coefficients import Coefficients
+from qrlora_deploy.training.data import Examples
+
+InPrecision = Callable[[str, str], Path]
+
+
+@pytest.fixture(scope="session")
+def in_precision(
+    tiny_base: Path,
+    tiny_basis: Basis,
+    tiny_customer: Coefficients,
+    texts: Examples,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> InPrecision:
+    """From a kind, "merged" or "switchable", and a precision to a bundle like `exported` or `switchable`."""
+
+    @cache
+    def export(kind: str, precision: str) -> Path:
+        output = tmp_path_factory.mktemp(precision) / kind
+        checkpoint = open_checkpoint(str(tiny_base))
+        if kind == "merged":
+            export_merged(checkpoint, tiny_basis, tiny_customer, output, texts, precision=precision)
+        else:
+            export_switchable(checkpoint, tiny_basis, output, texts, head_labels=6, precision=precision)
+        return output
+
+    return export
