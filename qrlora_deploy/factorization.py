@@ -1,4 +1,4 @@
-"""Pivoted QR of weight matrices, and the update formula.
+"""Pivoted QR of weight matrices, and the update formula. docs/factorization.md explains the algorithm on GPUs.
 
 For `W [out, in]`, QR with column pivoting gives `W P = Q R` with `|R_11| >= |R_22| >= ...`
 (Golub and Van Loan, "Matrix Computations", 5.4.2). Here `R` has its columns back in the order of
@@ -6,6 +6,7 @@ For `W [out, in]`, QR with column pivoting gives `W P = Q R` with `|R_11| >= |R_
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +15,8 @@ import scipy.linalg
 import torch
 
 from qrlora_deploy.errors import InputError
-
-PANEL = 64
-"""Columns between two trailing updates of the blocked Cholesky; each update is one GEMM."""
-
-STAGE_DROP = 1e-8
-"""Squared residual norms below this share of a stage's largest are computed afresh: downdating
-loses as many digits as they shrink, and 1e-8 leaves eight of sixteen."""
+from qrlora_deploy.pivoted_qr.orthonormal import orthonormal
+from qrlora_deploy.pivoted_qr.order import pivot_order
 
 
 def update(q: Any, c: Any, r: Any) -> Any:
@@ -73,30 +69,84 @@ def factorize_weight(weight: np.ndarray) -> Factorization:
     k = min(weight.shape)
     ordered = np.empty_like(r)
     ordered[:, pivots] = r
-    return _positive(q, ordered, pivots[:k])
+    pivots = pivots[:k]
+    diagonal = ordered[np.arange(k), pivots]
+    signs = np.where(diagonal < 0, -1.0, 1.0)
+    return Factorization(q * signs, ordered * signs[:, None], pivots, np.abs(diagonal))
 
 
 def factorize_weights(weights: torch.Tensor) -> list[Factorization]:
-    """Pivoted QR of `weights [batch, out, in]` on their device, in fp64.
-
-    The pivots come from a blocked, pivoted Cholesky of the Gram matrix (Higham, "Accuracy and
-    Stability of Numerical Algorithms", 10.3): its pivots are those of QR, and a step is a few
-    batched kernels. The factors come from Householder QR of the chosen columns, so `q` is
-    orthonormal to rounding whatever the condition of the weight.
+    """Full pivoted QR of `weights [batch, out, in]` on their device, in fp64.
 
     Raises:
         InputError: as `factorize_weight`.
     """
+    found = pivoted_qr(weights)
+    parts = (found.q, found.r, found.pivots, found.diagonal)
+    return [Factorization(*each) for each in zip(*(part.cpu().numpy() for part in parts), strict=True)]
+
+
+@dataclass(frozen=True)
+class BatchFactorization:
+    """The leading directions of a batch of weights, on the device of the weights, in fp64.
+
+    Attributes:
+        q: `[batch, out, rank]`, orthonormal columns.
+        r: `[batch, rank, in]`, columns in the order of the weights.
+        pivots: `[batch, steps]`, in the order they were chosen.
+        diagonal: `[batch, steps]`, non-negative. The first `rank` are those of `r`; behind them are residual
+            norms, accurate to eight digits.
+    """
+
+    q: torch.Tensor
+    r: torch.Tensor
+    pivots: torch.Tensor
+    diagonal: torch.Tensor
+
+
+def pivoted_qr(
+    weights: torch.Tensor, steps: int | None = None, keep: Callable[[np.ndarray], int] | None = None
+) -> BatchFactorization:
+    """Pivoted QR of `weights [batch, out, in]` of any floating-point dtype, on their device, in fp64.
+
+    Args:
+        weights: one shape, so that a step is the same kernel for all of them.
+        steps: pivots to choose, at most and by default min(out, in). Fewer stop early.
+        keep: from a diagonal `[steps]`, how many directions of it to form, such as `RankRule.ranks_of`. The batch
+            gets the largest of the answers. None: all.
+
+    Raises:
+        InputError: the weights are not finite, non-empty matrices, or there are no steps.
+    """
     _check_weight(tuple(weights.shape[1:]), bool(weights.isfinite().all()))
+    limit = min(weights.shape[1:])
+    steps = limit if steps is None else min(steps, limit)
+    if steps < 1:
+        raise InputError(f"a factorization needs at least one step, not {steps}")
     exact = weights.to(torch.float64)
-    pivots = _pivot_order(exact)
-    chosen = exact.gather(2, pivots[:, None, :].expand(-1, exact.shape[1], -1))
-    q, _ = torch.linalg.qr(chosen)
+    pivots, diagonal = pivot_order(exact, steps)
+    rank = steps if keep is None else max(keep(row) for row in diagonal.cpu().numpy())
+    leading = pivots[:, None, :rank]
+    q = orthonormal(exact.gather(2, leading.expand(-1, exact.shape[1], -1)))
     r = q.mT @ exact
     # Zero in exact arithmetic below the diagonal of the chosen columns.
-    index = pivots[:, None, :].expand_as(r.gather(2, pivots[:, None, :].expand(-1, r.shape[1], -1)))
-    r = r.scatter(2, index, r.gather(2, index).triu())
-    return [_positive(*parts) for parts in zip(q.cpu().numpy(), r.cpu().numpy(), pivots.cpu().numpy(), strict=True)]
+    index = leading.expand(-1, rank, -1)
+    triangle = r.gather(2, index).triu()
+    found = triangle.diagonal(dim1=1, dim2=2)
+    # A sign that makes the diagonal non-negative; `q_i r_i^T`, and so every update, stays the same.
+    signs = torch.where(found < 0, -1.0, 1.0)
+    r = r.scatter(2, index, triangle).mul_(signs[:, :, None])
+    return BatchFactorization(q.mul_(signs[:, None]), r, pivots, torch.cat([found.abs(), diagonal[:, rank:]], dim=1))
+
+
+def bytes_of_one(out: int, width: int) -> int:
+    """Most bytes of device memory that `pivoted_qr` takes for each weight `[out, width]` of a batch."""
+    k = min(out, width)
+    # The weight; then either the Gram matrix with its smaller copy half made, or the chosen columns and what
+    # makes them orthonormal.
+    pivoting = 2.4 * width**2
+    forming = 3 * out * k + 3 * k**2 + 2 * k * width
+    return int(8 * (out * width + max(pivoting, forming)))
 
 
 def _check_weight(shape: tuple[int, ...], finite: bool) -> None:
@@ -104,65 +154,3 @@ def _check_weight(shape: tuple[int, ...], finite: bool) -> None:
         raise InputError(f"a weight must be a non-empty matrix, not {list(shape)}")
     if not finite:
         raise InputError("the weight holds NaN or Inf")
-
-
-def _positive(q: np.ndarray, r: np.ndarray, pivots: np.ndarray) -> Factorization:
-    """Make the diagonal non-negative; `q_i r_i^T`, and so every update, stays the same."""
-    diagonal = r[np.arange(len(pivots)), pivots]
-    signs = np.where(diagonal < 0, -1.0, 1.0)
-    return Factorization(q * signs, r * signs[:, None], pivots, np.abs(diagonal))
-
-
-def _pivot_order(weights: torch.Tensor) -> torch.Tensor:
-    """Pivots `[batch, k]` of QR with column pivoting of `weights [batch, out, in]` in fp64."""
-    k = min(weights.shape[1:])
-    pivots, accepted = _cholesky_pivots(weights.mT @ weights, k)
-    for row in (accepted < k).nonzero().flatten().tolist():
-        pivots[row] = _finish_pivots(weights[row], pivots[row, : int(accepted[row])], k)
-    return pivots
-
-
-def _finish_pivots(weight: torch.Tensor, pivots: torch.Tensor, k: int) -> torch.Tensor:
-    """Continue an order that ran out of digits, from the residual of the columns chosen so far."""
-    largest = weight.norm(dim=0).max()
-    while len(pivots) < k:
-        q, _ = torch.linalg.qr(weight[:, pivots])
-        residual = weight - q @ (q.mT @ weight)
-        residual = residual - q @ (q.mT @ residual)  # once is not enough: Giraud et al. 2005
-        residual[:, pivots] = 0
-        if residual.norm(dim=0).max() <= largest * torch.finfo(torch.float64).eps * k:
-            rest = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-            rest[pivots] = False
-            return torch.cat([pivots, rest.nonzero().flatten()])[:k]
-        more, accepted = _cholesky_pivots((residual.mT @ residual)[None], k - len(pivots))
-        pivots = torch.cat([pivots, more[0, : int(accepted[0])]])
-    return pivots
-
-
-def _cholesky_pivots(gram: torch.Tensor, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Diagonal pivots of a batch of Gram matrices `[batch, n, n]`, which are overwritten.
-
-    Returns:
-        Pivots `[batch, steps]`, and how many of each row are accurate `[batch]`, at least 1 unless
-        the matrix is zero.
-    """
-    batch, n, _ = gram.shape
-    residual = gram.diagonal(dim1=1, dim2=2).clone()
-    floor = residual.amax(dim=1) * STAGE_DROP
-    pivots = torch.zeros(batch, steps, dtype=torch.long, device=gram.device)
-    accepted = torch.zeros(batch, dtype=torch.long, device=gram.device)
-    rows = torch.arange(batch, device=gram.device)
-    for start in range(0, steps, PANEL):
-        width = min(PANEL, steps - start)
-        panel = gram.new_zeros(batch, n, width)
-        for j in range(width):
-            largest, pivot = residual.max(dim=1)
-            pivots[:, start + j] = pivot
-            accepted += (largest > floor) & (accepted == start + j)
-            column = gram[rows, :, pivot] - (panel[:, :, :j] @ panel[rows, pivot, :j, None])[..., 0]
-            column = column / largest.clamp_min(torch.finfo(torch.float64).tiny).sqrt()[:, None]
-            panel[:, :, j] = column
-            residual -= column.square()
-            residual[rows, pivot] = -math.inf
-        gram -= panel @ panel.mT
-    return pivots, accepted

@@ -11,14 +11,14 @@ from qrlora_deploy import __version__
 from qrlora_deploy.basis import Basis, BasisTarget
 from qrlora_deploy.checkpoint import Checkpoint
 from qrlora_deploy.errors import InputError, ProviderError
-from qrlora_deploy.factorization import Factorization, factorize_weight, factorize_weights
+from qrlora_deploy.factorization import bytes_of_one, factorize_weight, pivoted_qr
 from qrlora_deploy.rank_rule import RankRule
 from qrlora_deploy.targets import is_conv1d
 
 Progress = Callable[[str, int, int], None]
 
-BATCH_BYTES = 2 * 2**30
-"""Bound on the fp64 weights and Gram matrices of one batch on the GPU."""
+MEMORY_SHARE = 0.8
+"""Of a GPU's free memory that a batch may take: the libraries' workspaces need some, too."""
 
 
 def factorize(
@@ -46,40 +46,60 @@ def factorize(
     if device not in ("cpu", "cuda"):
         raise InputError(f"--device must be cpu or cuda, not {device}")
     done: dict[str, BasisTarget] = {}
-    for name, result in _results(checkpoint, names, device):
-        rank = rule.ranks_of(result.diagonal)
-        done[name] = BasisTarget(
-            name,
-            np.ascontiguousarray(result.q[:, :rank], dtype=np.float32),
-            np.ascontiguousarray(result.r[:rank], dtype=np.float32),
-            result.diagonal.astype(np.float32),
-            checkpoint.tensor_digest(checkpoint.tensor_of(name)),
-        )
+    for name, q, r, diagonal in _results(checkpoint, names, rule, device):
+        digest = checkpoint.tensor_digest(checkpoint.tensor_of(name))
+        done[name] = BasisTarget(name, _stored(q), _stored(r), _stored(diagonal), digest)
         if progress:
             progress("factorize", len(done), len(names))
     versions = {"qrlora-deploy": __version__} | {name: version(name) for name in ("torch", "scipy", "numpy")}
     return Basis(tuple(done[name] for name in names), checkpoint.name, rule, versions | {"device": device})
 
 
-def _results(checkpoint: Checkpoint, names: list[str], device: str) -> Iterator[tuple[str, Factorization]]:
+Factors = tuple[str, np.ndarray, np.ndarray, np.ndarray]
+"""Name, `Q [out, rank]`, `R [rank, in]` and the whole diagonal `[min(out, in)]` of a target."""
+
+
+def _stored(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array, dtype=np.float32)
+
+
+def _results(checkpoint: Checkpoint, names: list[str], rule: RankRule, device: str) -> Iterator[Factors]:
     if device == "cpu":
-        for name in names:
-            with _naming(name):
-                result = factorize_weight(read_weight(checkpoint, name).to(torch.float64).numpy())
-            yield name, result
+        yield from _by_lapack(checkpoint, names, rule)
         return
     by_shape: dict[tuple[int, int], list[str]] = {}
     for name in names:
         out, width = checkpoint.skeleton().get_parameter(f"{name}.weight").shape
         by_shape.setdefault((out, width), []).append(name)
     for (out, width), group in by_shape.items():
-        size = max(1, BATCH_BYTES // (8 * (3 * out * width + 2 * max(out, width) ** 2)))
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info()
+        size = int(MEMORY_SHARE * free / max(bytes_of_one(out, width), bytes_of_one(width, out)))
+        if size == 0:
+            # One matrix alone is larger than the device's memory, not than the host's.
+            yield from _by_lapack(checkpoint, group, rule)
+            continue
         for start in range(0, len(group), size):
-            batch = group[start : start + size]
-            weights = torch.stack([read_weight(checkpoint, name).to(device) for name in batch])
-            with _naming(", ".join(batch[:2])):
-                results = factorize_weights(weights)
-            yield from zip(batch, results, strict=True)
+            yield from _by_batch(checkpoint, group[start : start + size], rule, device)
+
+
+def _by_lapack(checkpoint: Checkpoint, names: list[str], rule: RankRule) -> Iterator[Factors]:
+    for name in names:
+        with _naming(name):
+            result = factorize_weight(read_weight(checkpoint, name).to(torch.float64).numpy())
+        rank = rule.ranks_of(result.diagonal)
+        yield name, result.q[:, :rank], result.r[:rank], result.diagonal
+
+
+def _by_batch(checkpoint: Checkpoint, names: list[str], rule: RankRule, device: str) -> Iterator[Factors]:
+    weights = torch.stack([read_weight(checkpoint, name).to(device) for name in names])
+    with _naming(", ".join(names[:2])):
+        found = pivoted_qr(weights, keep=rule.ranks_of)
+    # In fp32 as the basis stores them: half the way from the device.
+    q, r = found.q.float().cpu().numpy(), found.r.float().cpu().numpy()
+    for index, (name, diagonal) in enumerate(zip(names, found.diagonal.cpu().numpy(), strict=True)):
+        rank = rule.ranks_of(diagonal)
+        yield name, q[index, :, :rank], r[index, :rank], diagonal
 
 
 @contextmanager

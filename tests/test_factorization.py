@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.factorization import Factorization, factorize_weight, factorize_weights, update
+from qrlora_deploy.factorization import Factorization, factorize_weight, factorize_weights, pivoted_qr, update
 from qrlora_deploy.rank_rule import RankRule
 from tests.tolerances import ENERGIES, EXACT, ORTHONORMAL, RECONSTRUCTION
 
@@ -181,6 +181,32 @@ def test_a_batch_gives_what_each_weight_gives_alone() -> None:
     for weight, result in zip(batch, together, strict=True):
         check(weight, result)
         np.testing.assert_array_equal(result.pivots, by_cholesky(weight).pivots)
+
+
+def test_an_early_stop_gives_the_beginning_of_the_whole() -> None:
+    batch = torch.from_numpy(np.stack([gaussian(90, 80, seed) for seed in (1, 2)]))
+    whole, early = pivoted_qr(batch), pivoted_qr(batch, steps=30)
+    assert early.q.shape == (2, 90, 30) and early.r.shape == (2, 30, 80) and early.diagonal.shape == (2, 30)
+    np.testing.assert_array_equal(early.pivots, whole.pivots[:, :30])
+    np.testing.assert_allclose(early.q, whole.q[:, :, :30], **ORTHONORMAL)
+    np.testing.assert_allclose(early.r, whole.r[:, :30], **RECONSTRUCTION)
+    assert pivoted_qr(batch, steps=1000).q.shape == (2, 90, 80)
+    with pytest.raises(InputError, match="at least one step, not 0"):
+        pivoted_qr(batch, steps=0)
+
+
+def test_only_what_is_kept_is_formed_and_the_diagonal_is_whole() -> None:
+    weights = [gaussian(90, 80, 1), graded(90, 80, 6)]
+    rule = RankRule(tau=0.5)
+    kept = pivoted_qr(torch.from_numpy(np.stack(weights)), keep=rule.ranks_of)
+    ranks = [rule.ranks_of(factorize_weight(weight).diagonal) for weight in weights]
+    assert kept.q.shape[2] == kept.r.shape[1] == max(ranks) and ranks[0] != ranks[1]
+    for row, weight in enumerate(weights):
+        expected = factorize_weight(weight)
+        assert rule.ranks_of(kept.diagonal[row].numpy()) == ranks[row]
+        np.testing.assert_allclose(shares(kept.diagonal[row].numpy()), shares(expected.diagonal), **ENERGIES)
+        np.testing.assert_allclose(kept.diagonal[row], expected.diagonal, rtol=TIE, atol=0)
+        np.testing.assert_array_equal(kept.pivots[row, : ranks[row]], expected.pivots[: ranks[row]])
 
 
 def test_fp32_and_bf16_weights_are_factorized_in_fp64() -> None:

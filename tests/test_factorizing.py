@@ -141,6 +141,14 @@ def test_devices_that_are_not_there_are_refused(
         factorize(bert, tiny_basis.names, RankRule(), device="tpu")
 
 
+def test_weights_larger_than_the_gpu_are_factorized_on_the_host(
+    bert: Checkpoint, tiny_basis: Basis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1000, 1000))
+    assert factorize(bert, tiny_basis.names, RankRule(tau=0.5), device="cuda").digest == tiny_basis.digest
+
+
 def test_a_missing_layer_is_named(bert: Checkpoint) -> None:
     with pytest.raises(InputError, match=r"no weight for the layer bert\.encoder\.layer\.5\.output\.dense"):
         factorize(bert, ["bert.encoder.layer.5.output.dense"], RankRule())

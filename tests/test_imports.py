@@ -18,7 +18,11 @@ ALLOWED = {
     "qrlora_deploy.text": set(),
     "qrlora_deploy.files": {"errors"},
     "qrlora_deploy.rank_rule": {"errors"},
-    "qrlora_deploy.factorization": {"errors", "rank_rule"},
+    "qrlora_deploy.pivoted_qr.orthonormal": set(),
+    "qrlora_deploy.pivoted_qr.kernel": set(),
+    "qrlora_deploy.pivoted_qr.panel": {"pivoted_qr.kernel"},
+    "qrlora_deploy.pivoted_qr.order": {"pivoted_qr.orthonormal", "pivoted_qr.panel"},
+    "qrlora_deploy.factorization": {"errors", "rank_rule", "pivoted_qr.order", "pivoted_qr.orthonormal"},
     "qrlora_deploy.basis": {"errors", "files", "rank_rule"},
     "qrlora_deploy.coefficients": {"errors", "files", "basis"},
     "qrlora_deploy.targets": {"errors"},
@@ -78,6 +82,8 @@ def test_the_project_was_found() -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_every_module_can_be_imported(name: str) -> None:
+    if name == "qrlora_deploy.pivoted_qr.kernel":
+        pytest.importorskip("triton", reason="Triton comes with PyTorch's builds for CUDA alone")
     if not name.endswith("__main__"):  # it would run
         importlib.import_module(name)
 
