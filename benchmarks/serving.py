@@ -17,6 +17,7 @@ from exporters.onnx.customers import base_customer
 from qrlora_deploy.basis import Basis
 from qrlora_deploy.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.coefficients import Coefficients
+from qrlora_deploy.exporting import ExportJob
 from qrlora_deploy.factorizing import factorize
 from qrlora_deploy.quickstart.data import sample_texts
 from qrlora_deploy.rank_rule import RankRule
@@ -59,8 +60,20 @@ def prepare(folder: Path, model: str, count: int, rule: RankRule, provider: str,
         for index in range(count)
     }
     texts = Examples(sample_texts()[:8], None, ["0"] * 8, "samples")
-    export_merged(checkpoint, basis, customers["customer-0"], folder / "merged", texts, provider, precision=precision)
-    export_switchable(checkpoint, basis, folder / "switchable", texts, provider, precision=precision)
+    export_merged(
+        ExportJob(
+            checkpoint,
+            basis,
+            folder / "merged",
+            customers["customer-0"],
+            texts=texts,
+            provider=provider,
+            precision=precision,
+        )
+    )
+    export_switchable(
+        ExportJob(checkpoint, basis, folder / "switchable", texts=texts, provider=provider, precision=precision)
+    )
     return Serving(checkpoint, basis, open_bundle(folder / "merged"), open_bundle(folder / "switchable"), customers)
 
 

@@ -261,6 +261,7 @@ def make_own(folder: Path) -> Bundle:
     # Imported here: serving needs none of these.
     from exporters.onnx import export_switchable
     from qrlora_deploy.checkpoint import open_checkpoint
+    from qrlora_deploy.exporting import ExportJob
     from qrlora_deploy.factorizing import factorize
     from qrlora_deploy.quickstart.data import general_examples
     from qrlora_deploy.quickstart.run import find_encoder
@@ -278,7 +279,9 @@ def make_own(folder: Path) -> Bundle:
     warmup(encoder, few, None, folder / "base", WarmupSettings(mode="head", epochs=1, max_length=32, device="cpu"))
     base = open_checkpoint(str(folder / "base"))
     basis = factorize(base, choose_targets(base.skeleton(), ("query", "value"), 3), RankRule(tau=0.5))
-    export_switchable(base, basis, folder / "bundle", Examples(list(TEXTS), None, few.labels[: len(TEXTS)], "texts"))
+    export_switchable(
+        ExportJob(base, basis, folder / "bundle", texts=Examples(list(TEXTS), None, few.labels[: len(TEXTS)], "texts"))
+    )
     (folder / "customers").mkdir()
     for seed, name in enumerate(("acme", "bolt")):
         random = np.random.default_rng(seed)

@@ -113,9 +113,10 @@ def exported(
     """A merged bundle of the tiny customer."""
     from exporters.onnx import export_merged
     from qrlora_deploy.checkpoint import open_checkpoint
+    from qrlora_deploy.exporting import ExportJob
 
     output = tmp_path_factory.mktemp("bundles") / "acme"
-    export_merged(open_checkpoint(str(tiny_base)), tiny_basis, tiny_customer, output, texts)
+    export_merged(ExportJob(open_checkpoint(str(tiny_base)), tiny_basis, output, tiny_customer, texts=texts))
     return output
 
 
@@ -124,9 +125,10 @@ def switchable(tiny_base: Path, tiny_basis: Basis, texts: "Examples", tmp_path_f
     """A switchable bundle of the tiny base, with room for heads of six labels."""
     from exporters.onnx import export_switchable
     from qrlora_deploy.checkpoint import open_checkpoint
+    from qrlora_deploy.exporting import ExportJob
 
     output = tmp_path_factory.mktemp("bundles") / "switchable"
-    export_switchable(open_checkpoint(str(tiny_base)), tiny_basis, output, texts, head_labels=6)
+    export_switchable(ExportJob(open_checkpoint(str(tiny_base)), tiny_basis, output, texts=texts, head_labels=6))
     return output
 
 

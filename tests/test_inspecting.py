@@ -76,9 +76,12 @@ def test_a_merged_checkpoint(tiny_base: Path, tiny_basis: Basis, tiny_customer: 
 
 def test_a_bundle(tiny_base: Path, tiny_basis: Basis, tiny_customer: Coefficients, tmp_path: Path) -> None:
     from exporters.onnx import export_merged
+    from qrlora_deploy.exporting import ExportJob
 
     texts = Examples(list(SENTENCES), None, ["travel"] * len(SENTENCES), "sentences")
-    export_merged(open_checkpoint(str(tiny_base)), tiny_basis, tiny_customer, tmp_path / "bundle", texts)
+    export_merged(
+        ExportJob(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "bundle", tiny_customer, texts=texts)
+    )
     found = describe(tmp_path / "bundle")
     assert found.kind == "bundle" and found.facts["bundle_kind"] == "merged"
     assert {row["name"]: row["rank"] for row in found.targets} == tiny_basis.ranks

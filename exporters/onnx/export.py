@@ -1,8 +1,7 @@
 """A model as an ONNX bundle: one customer folded in, or any customer in any row."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,7 @@ from exporters.onnx.quantizing import quantize_graph
 from exporters.onnx.reference import build_reference, choose_texts
 from exporters.onnx.sealing import Checked, Content, seal, write_side_files
 from exporters.onnx.switchable import CustomerRows, make_switchable
-from qrlora_deploy.basis import Basis
 from qrlora_deploy.checkpoint import Checkpoint, check_basis_fits
-from qrlora_deploy.coefficients import Coefficients
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.exporting import ExportJob
 from qrlora_deploy.files import atomic_folder, check_free_folder
@@ -27,7 +24,6 @@ from qrlora_deploy.runtime.layout import head_arrays
 from qrlora_deploy.runtime.parity import Case, check_parity, open_for_check
 from qrlora_deploy.training.data import Examples
 
-Progress = Callable[[str, int, int], None]
 STEPS = ("reference logits in PyTorch", "export", "parity check", "seal the bundle")
 
 
@@ -48,118 +44,65 @@ class _Plan:
     labelled: Labelled | None = None
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """What does not differ between them: where the bundle goes, and how it is written and checked."""
-
-    output: Path
-    provider: str
-    precision: str
-    progress: Progress | None
-
-
 def export_bundle(job: ExportJob) -> Mapping[str, Any]:
     """The exporter "onnx": a merged bundle of `job.coefficients`, or a switchable one without them.
 
     Raises:
-        InputError: a head table was asked for with a merged bundle. Else as the two functions below.
+        As the two functions below.
     """
-    if job.coefficients is None:
-        manifest = export_switchable(
-            job.checkpoint,
-            job.basis,
-            job.output,
-            job.texts,
-            job.provider,
-            job.progress,
-            job.head_labels,
-            job.precision,
-        )
-    elif job.head_labels:
-        raise InputError("--head-labels belongs to a switchable bundle; a merged one has its customer's own head")
-    else:
-        manifest = export_merged(
-            job.checkpoint,
-            job.basis,
-            job.coefficients,
-            job.output,
-            job.texts,
-            job.provider,
-            job.progress,
-            job.precision,
-        )
-    return manifest.model_dump(mode="json")
+    export = export_switchable if job.coefficients is None else export_merged
+    return export(job).model_dump(mode="json")
 
 
-def export_merged(
-    checkpoint: Checkpoint,
-    basis: Basis,
-    coefficients: Coefficients,
-    output: Path,
-    texts: Examples | None = None,
-    provider: str = "cpu",
-    progress: Progress | None = None,
-    precision: str = "fp32",
-) -> Manifest:
-    """Write the bundle of one customer to the new folder `output`.
+def export_merged(job: ExportJob) -> Manifest:
+    """Write the bundle of the one customer `job.coefficients` to the new folder `job.output`.
 
     The bundle is built in a temporary folder and takes its place only after its logits, on
-    `provider`, agree with PyTorch's on real text; on any failure nothing is left.
-
-    Args:
-        texts: text to check with; what comes with the project if None. Where all its labels are the
-            customer's, the accuracy on up to 512 of its rows is recorded too.
-        provider: where the check runs, "cpu", "cuda" or "tensorrt".
-        progress: called with a description, the steps done and all steps.
-        precision: of weights and activations, "fp32", "fp16", "bf16" or "int8" (the linear layers
-            of the base alone); inputs and logits are the same in all of them. The merge is rounded once.
+    `job.provider`, agree with PyTorch's on real text; on any failure nothing is left. Where all
+    labels of `job.texts` are the customer's, the accuracy on up to 512 of its rows is recorded too.
+    Inputs and logits are the same in every precision. The merge is rounded once.
 
     Raises:
-        InputError: `output` exists, the checkpoint has no task head or no fast tokenizer, the
-            precision is unknown or not for `provider`, or some labels of `texts` are the customer's and some are not.
+        InputError: there is no customer, or a head table was asked for; the output exists, the
+            checkpoint has no task head or no fast tokenizer, the precision is unknown or not for
+            the provider, or some labels of the texts are the customer's and some are not.
         BasisMismatchError: base, basis and coefficients do not belong together.
         CheckFailed: the logits differ, or the customer's effect does.
-        ProviderError: the provider does not load, or cannot compute in `precision`.
+        ProviderError: the provider does not load, or cannot compute in the precision.
         QrloraError: the model cannot be exported, or the disk is full.
     """
+    checkpoint, customer = job.checkpoint, job.coefficients
+    if customer is None:
+        raise InputError("a merged bundle needs the coefficients of its customer; without them it is a switchable one")
+    if job.head_labels:
+        raise InputError("--head-labels belongs to a switchable bundle; a merged one has its customer's own head")
 
     def plan() -> _Plan:
-        labels = coefficients.labels or checkpoint.labels
-        labelled = choose_labelled(texts, coefficients.task, labels, strict=True)
-        reference = build_reference(checkpoint, basis, coefficients, choose_texts(texts))
+        labels = customer.labels or checkpoint.labels
+        labelled = choose_labelled(job.texts, customer.task, labels, strict=True)
+        reference = build_reference(checkpoint, job.basis, customer, choose_texts(job.texts))
         model = checkpoint.load_model()
-        merge_model(model, checkpoint, basis, coefficients)
-        content = Content("merged", coefficients.task, labels, len(labels), coefficients.digest)
-        answered = answer_in_pytorch(model, checkpoint.tokenizer(), labelled, labels, progress) if labelled else None
-        return _Plan(content, reference, model, labelled=answered)
+        merge_model(model, checkpoint, job.basis, customer)
+        content = Content("merged", customer.task, labels, len(labels), customer.digest)
+        return _Plan(content, reference, model, labelled=_answer(job, model, labelled, labels))
 
-    return _export(checkpoint, basis, plan, _Settings(output, provider, precision, progress))
+    return _export(job, plan)
 
 
-def export_switchable(
-    checkpoint: Checkpoint,
-    basis: Basis,
-    output: Path,
-    texts: Examples | None = None,
-    provider: str = "cpu",
-    progress: Progress | None = None,
-    head_labels: int = 0,
-    precision: str = "fp32",
-) -> Manifest:
-    """Write a bundle that serves every customer of `basis` to the new folder `output`.
+def export_switchable(job: ExportJob) -> Manifest:
+    """Write a bundle that serves every customer of `job.basis` to the new folder `job.output`.
 
     The graph has the further inputs `coefficient_table [slots, width]` fp32 and `slot [batch]`
-    int64, and with `head_labels` also `head_table`. It is checked like a merged one, with
-    different customers in neighbouring rows.
-
-    Args:
-        texts: as for `export_merged`; the accuracy is the base's.
-        head_labels: most labels that a customer's own head may have; 0: all use the base's head.
+    int64, and with `job.head_labels` also `head_table`. It is checked like a merged one, with
+    different customers in neighbouring rows; the accuracy is the base's.
 
     Raises:
         As `export_merged`; InputError: a layer cannot have a customer per row, or the base has more
-        labels than `head_labels`.
+        labels than `job.head_labels`.
     """
+    checkpoint, basis, head_labels = job.checkpoint, job.basis, job.head_labels
+    if job.coefficients is not None:
+        raise InputError("a switchable bundle serves all customers; coefficients belong to a merged one")
     if head_labels and head_labels < len(checkpoint.labels):
         raise InputError(f"--head-labels {head_labels} is less than the base's {len(checkpoint.labels)} labels")
 
@@ -167,45 +110,51 @@ def export_switchable(
         check_basis_fits(checkpoint, basis)
         model = checkpoint.load_model()
         labels = checkpoint.labels
-        labelled = choose_labelled(texts, checkpoint.task, labels, strict=False)
-        answered = answer_in_pytorch(model, checkpoint.tokenizer(), labelled, labels, progress) if labelled else None
+        labelled = choose_labelled(job.texts, checkpoint.task, labels, strict=False)
+        answered = _answer(job, model, labelled, labels)
         rows = make_switchable(model, basis, head_labels)
         customers = made_up_customers(checkpoint, basis, rows.head)
-        reference = mixed_reference(checkpoint, basis, customers, rows.head, choose_texts(texts))
+        reference = mixed_reference(checkpoint, basis, customers, rows.head, choose_texts(job.texts))
         base_head = head_arrays(read_base_head(checkpoint)) if rows.head else None
         outputs = head_labels or len(labels)
         content = Content("switchable", checkpoint.task, labels, outputs, head=rows.head, base_head=base_head)
         return _Plan(content, reference, model, rows, base_tables(checkpoint, basis, rows.head), answered)
 
-    return _export(checkpoint, basis, plan, _Settings(output, provider, precision, progress))
+    return _export(job, plan)
 
 
-def _export(checkpoint: Checkpoint, basis: Basis, make_plan: Callable[[], _Plan], settings: _Settings) -> Manifest:
+def _answer(job: ExportJob, model: Any, labelled: Examples | None, labels: Sequence[str]) -> Labelled | None:
+    if labelled is None:
+        return None
+    return answer_in_pytorch(model, job.checkpoint.tokenizer(), labelled, labels, job.progress)
+
+
+def _export(job: ExportJob, make_plan: Callable[[], _Plan]) -> Manifest:
     def step(done: int) -> None:
-        if settings.progress is not None:
-            settings.progress(STEPS[min(done, len(STEPS) - 1)], done, len(STEPS))
+        if job.progress is not None:
+            job.progress(STEPS[min(done, len(STEPS) - 1)], done, len(STEPS))
 
-    check_precision(settings.precision, settings.provider)
-    check_free_folder(settings.output)
-    tokenizer = _check_exportable(checkpoint)
+    check_precision(job.precision, job.provider)
+    check_free_folder(job.output)
+    tokenizer = _check_exportable(job.checkpoint)
     step(0)
     plan = make_plan()
     step(1)
-    with atomic_folder(settings.output) as folder:
-        cast_inside(plan.model, plan.rows, settings.precision)
+    with atomic_folder(job.output) as folder:
+        cast_inside(plan.model, plan.rows, job.precision)
         graph = write_graph(plan.model, input_names(plan.model, tokenizer), folder, plan.rows)
-        if settings.precision == "int8":
+        if job.precision == "int8":
             quantize_graph(folder / MODEL_FILE, graph.products, SMALLEST_EXTERNAL_BYTES)
         step(2)
-        session = open_for_check(folder / MODEL_FILE, settings.precision, settings.provider)
-        report = check_parity(session, plan.reference, settings.precision)
+        session = open_for_check(folder / MODEL_FILE, job.precision, job.provider)
+        report = check_parity(session, plan.reference, job.precision)
         report.raise_if_failed()
         labelled = plan.labelled
-        accuracy = measure_accuracy(session, labelled, plan.tables, settings.progress) if labelled else None
+        accuracy = measure_accuracy(session, labelled, plan.tables, job.progress) if labelled else None
         step(3)
-        checked = Checked(plan.model, tokenizer, graph, plan.reference, report, settings.provider, accuracy)
+        checked = Checked(plan.model, tokenizer, graph, plan.reference, report, job.provider, accuracy)
         write_side_files(folder, plan.content, checked)
-        manifest = seal(folder, checkpoint, basis, plan.content, checked)
+        manifest = seal(folder, job.checkpoint, job.basis, plan.content, checked)
     step(4)
     return manifest
 

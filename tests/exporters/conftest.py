@@ -10,6 +10,7 @@ from exporters.onnx import export_merged, export_switchable
 from qrlora_deploy.basis import Basis
 from qrlora_deploy.checkpoint import open_checkpoint
 from qrlora_deploy.coefficients import Coefficients
+from qrlora_deploy.exporting import ExportJob
 from qrlora_deploy.training.data import Examples
 
 InPrecision = Callable[[str, str], Path]
@@ -30,9 +31,11 @@ def in_precision(
         output = tmp_path_factory.mktemp(precision) / kind
         checkpoint = open_checkpoint(str(tiny_base))
         if kind == "merged":
-            export_merged(checkpoint, tiny_basis, tiny_customer, output, texts, precision=precision)
+            export_merged(ExportJob(checkpoint, tiny_basis, output, tiny_customer, texts=texts, precision=precision))
         else:
-            export_switchable(checkpoint, tiny_basis, output, texts, head_labels=6, precision=precision)
+            export_switchable(
+                ExportJob(checkpoint, tiny_basis, output, texts=texts, head_labels=6, precision=precision)
+            )
         return output
 
     return export

@@ -14,6 +14,7 @@ from qrlora_deploy.basis import Basis
 from qrlora_deploy.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.coefficients import Coefficients
 from qrlora_deploy.errors import CheckFailed, InputError
+from qrlora_deploy.exporting import ExportJob
 from qrlora_deploy.merging import merge_model
 from qrlora_deploy.training.data import Examples
 from tests.cli.running import run, succeed
@@ -44,7 +45,14 @@ def test_accuracy_of_a_merged_customer(
     examples = labelled_by(checkpoint, model, wrong=10)
     steps: list[tuple[str, int, int]] = []
     parity = export_merged(
-        checkpoint, tiny_basis, tiny_customer, tmp_path / "acme", examples, progress=lambda *step: steps.append(step)
+        ExportJob(
+            checkpoint,
+            tiny_basis,
+            tmp_path / "acme",
+            tiny_customer,
+            texts=examples,
+            progress=lambda *step: steps.append(step),
+        )
     ).parity
     assert (parity.accuracy, parity.accuracy_reference, parity.accuracy_rows) == (0.75, 0.75, ROWS)
     for description in ("accuracy in PyTorch", "accuracy of the graph"):
@@ -54,7 +62,9 @@ def test_accuracy_of_a_merged_customer(
 def test_accuracy_of_a_switchable_bundle_is_the_bases(tiny_base: Path, tiny_basis: Basis, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(tiny_base))
     examples = labelled_by(checkpoint, checkpoint.load_model(), wrong=4)
-    parity = export_switchable(checkpoint, tiny_basis, tmp_path / "bundle", examples, head_labels=6).parity
+    parity = export_switchable(
+        ExportJob(checkpoint, tiny_basis, tmp_path / "bundle", texts=examples, head_labels=6)
+    ).parity
     assert (parity.accuracy, parity.accuracy_reference, parity.accuracy_rows) == (0.9, 0.9, ROWS)
 
 

@@ -13,6 +13,7 @@ from exporters.onnx import export_merged
 from exporters.onnx.attention import onnx_attention, onnx_mask
 from qrlora_deploy.checkpoint import open_checkpoint
 from qrlora_deploy.coefficients import Coefficients
+from qrlora_deploy.exporting import ExportJob
 from qrlora_deploy.factorizing import factorize
 from qrlora_deploy.rank_rule import RankRule
 from qrlora_deploy.runtime import open_bundle, verify
@@ -70,7 +71,7 @@ def test_other_architectures_export(family: str, tmp_path: Path, texts: Examples
     customer = Coefficients(
         values, basis.digest, str(base), checkpoint.digest, "text-classification", checkpoint.labels
     )
-    manifest = export_merged(checkpoint, basis, customer, tmp_path / "bundle", texts)
+    manifest = export_merged(ExportJob(checkpoint, basis, tmp_path / "bundle", customer, texts=texts))
     assert manifest.customer_effect > 100 * manifest.parity.bound
     assert manifest.max_length == 64
     # MPNet adds a position bias of its own and does not use the registry.

@@ -14,6 +14,7 @@ from qrlora_deploy.basis import Basis
 from qrlora_deploy.checkpoint import open_checkpoint
 from qrlora_deploy.coefficients import Coefficients
 from qrlora_deploy.errors import BasisMismatchError, CheckFailed, InputError, ProviderError
+from qrlora_deploy.exporting import ExportJob
 from qrlora_deploy.merging import merge_model
 from qrlora_deploy.runtime import open_bundle, open_session, verify
 from qrlora_deploy.runtime.parity import Case, read_reference
@@ -102,7 +103,9 @@ def test_failed_parity_leaves_nothing(
     # The graph forgets the customer: exactly what the check is there for.
     monkeypatch.setattr(export_module, "merge_model", lambda *_: None)
     with pytest.raises(CheckFailed, match="logits differ from PyTorch: max abs error"):
-        export_merged(open_checkpoint(str(tiny_base)), tiny_basis, tiny_customer, tmp_path / "acme", texts)
+        export_merged(
+            ExportJob(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "acme", tiny_customer, texts=texts)
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -111,7 +114,7 @@ def test_existing_output_is_kept(
 ) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(InputError, match="already exists"):
-        export_merged(open_checkpoint(str(tiny_base)), tiny_basis, tiny_customer, tmp_path, texts)
+        export_merged(ExportJob(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path, tiny_customer, texts=texts))
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
@@ -120,7 +123,7 @@ def test_wrong_basis_is_refused(
 ) -> None:
     stranger = replace(tiny_customer, basis_digest="0" * 64)
     with pytest.raises(BasisMismatchError, match="000000000000"):
-        export_merged(open_checkpoint(str(tiny_base)), tiny_basis, stranger, tmp_path / "acme", texts)
+        export_merged(ExportJob(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "acme", stranger, texts=texts))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -128,7 +131,11 @@ def test_missing_provider_leaves_nothing(
     tiny_base: Path, tiny_basis: Basis, tiny_customer: Coefficients, texts: Examples, tmp_path: Path
 ) -> None:
     with pytest.raises(ProviderError, match="warp"):
-        export_merged(open_checkpoint(str(tiny_base)), tiny_basis, tiny_customer, tmp_path / "a", texts, "warp")
+        export_merged(
+            ExportJob(
+                open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "a", tiny_customer, texts=texts, provider="warp"
+            )
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -142,7 +149,7 @@ def test_own_head_travels_into_the_bundle(
     }
     customer = replace(tiny_customer, head=head, labels=("no", "yes"))
     checkpoint = open_checkpoint(str(tiny_base))
-    manifest = export_merged(checkpoint, tiny_basis, customer, tmp_path / "acme", texts)
+    manifest = export_merged(ExportJob(checkpoint, tiny_basis, tmp_path / "acme", customer, texts=texts))
     assert manifest.labels == ("no", "yes") and manifest.outputs[0].shape == ("batch", 2)
     assert verify(open_bundle(tmp_path / "acme")).passed
 

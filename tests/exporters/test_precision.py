@@ -18,6 +18,7 @@ from qrlora_deploy.basis import Basis
 from qrlora_deploy.checkpoint import open_checkpoint
 from qrlora_deploy.coefficients import Coefficients
 from qrlora_deploy.errors import CheckFailed, InputError, ProviderError, QrloraError
+from qrlora_deploy.exporting import ExportJob
 from qrlora_deploy.factorizing import factorize
 from qrlora_deploy.rank_rule import RankRule
 from qrlora_deploy.runtime import SwitchableSession, open_bundle, open_session, verify
@@ -92,7 +93,9 @@ def test_encoders_in_fp16(name: str, tmp_path: Path, texts: Examples) -> None:
         "mpnet": ("attn.q", "attn.v", "dense"),
     }.get(name, ("query", "value", "dense"))
     basis = factorize(checkpoint, choose_targets(checkpoint.skeleton(), patterns), RankRule(tau=0.5))
-    parity = export_switchable(checkpoint, basis, tmp_path / "bundle", texts, head_labels=6, precision="fp16").parity
+    parity = export_switchable(
+        ExportJob(checkpoint, basis, tmp_path / "bundle", texts=texts, head_labels=6, precision="fp16")
+    ).parity
     assert parity.max_abs_error <= parity.bound
     assert parity.effect_correlation is not None and parity.effect_correlation >= 0.999
     floats = {tensor.data_type for tensor in weights_of(tmp_path / "bundle").values()} & {FLOAT, FLOAT16}
@@ -169,7 +172,9 @@ def test_graph_without_the_customers_is_refused_by_its_effect(
 
     monkeypatch.setattr(export_module, "cast_inside", forget)
     with pytest.raises(CheckFailed, match=r"effect is not PyTorch's: correlation 0\.0000 < 0\.99 \(fp16, .*worst: row"):
-        export_switchable(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "bundle", texts, precision="fp16")
+        export_switchable(
+            ExportJob(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "bundle", texts=texts, precision="fp16")
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -185,7 +190,9 @@ def test_merged_graph_without_the_customer_is_refused_by_its_effect(
     monkeypatch.setattr(export_module, "merge_model", lambda *_: None)
     checkpoint = open_checkpoint(str(tiny_base))
     with pytest.raises(CheckFailed, match="the customers' effect is not PyTorch's"):
-        export_merged(checkpoint, tiny_basis, tiny_customer, tmp_path / "acme", texts, precision="fp16")
+        export_merged(
+            ExportJob(checkpoint, tiny_basis, tmp_path / "acme", tiny_customer, texts=texts, precision="fp16")
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -228,7 +235,9 @@ def test_weights_out_of_range_are_named(tiny_base: Path) -> None:
 
 def test_unknown_precision_lists_the_known(tiny_base: Path, tiny_basis: Basis, texts: Examples, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="unknown precision 'fp8'; choose from fp32, fp16, bf16"):
-        export_switchable(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "b", texts, precision="fp8")
+        export_switchable(
+            ExportJob(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "b", texts=texts, precision="fp8")
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -250,7 +259,9 @@ def test_bf16_says_which_provider_it_needs(
 ) -> None:
     checkpoint = open_checkpoint(str(tiny_base))
     with pytest.raises(ProviderError, match=r"cpu cannot run a graph in bf16: .*--provider cuda$") as caught:
-        export_merged(checkpoint, tiny_basis, tiny_customer, tmp_path / "acme", texts, precision="bf16")
+        export_merged(
+            ExportJob(checkpoint, tiny_basis, tmp_path / "acme", tiny_customer, texts=texts, precision="bf16")
+        )
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -263,10 +274,26 @@ def test_low_precision_on_cuda(
     checkpoint = open_checkpoint(str(tiny_base))
     try:
         merged = export_merged(
-            checkpoint, tiny_basis, tiny_customer, tmp_path / "acme", texts, "cuda", precision=precision
+            ExportJob(
+                checkpoint,
+                tiny_basis,
+                tmp_path / "acme",
+                tiny_customer,
+                texts=texts,
+                provider="cuda",
+                precision=precision,
+            )
         )
         switchable = export_switchable(
-            checkpoint, tiny_basis, tmp_path / "all", texts, "cuda", head_labels=6, precision=precision
+            ExportJob(
+                checkpoint,
+                tiny_basis,
+                tmp_path / "all",
+                texts=texts,
+                provider="cuda",
+                head_labels=6,
+                precision=precision,
+            )
         )
     except ProviderError as error:
         if "cannot run a graph" in str(error):

@@ -17,6 +17,7 @@ from qrlora_deploy.basis import Basis
 from qrlora_deploy.checkpoint import open_checkpoint
 from qrlora_deploy.coefficients import Coefficients
 from qrlora_deploy.errors import CheckFailed, InputError, QrloraError
+from qrlora_deploy.exporting import ExportJob
 from qrlora_deploy.runtime import SwitchableSession, open_bundle, verify
 from qrlora_deploy.runtime.parity import BOUNDS, Case, check_parity, read_reference
 from qrlora_deploy.training.data import Examples
@@ -125,7 +126,9 @@ def test_wrong_scale_of_a_weight_is_refused(
 
     monkeypatch.setattr(export_module, "quantize_graph", wrong)
     with pytest.raises(CheckFailed, match=r"max abs error .* > .*int8"):
-        export_switchable(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "bundle", texts, precision="int8")
+        export_switchable(
+            ExportJob(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "bundle", texts=texts, precision="int8")
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -142,7 +145,9 @@ def test_lost_customers_are_refused_by_their_effect(
 
     monkeypatch.setattr(export_module, "quantize_graph", coarse)
     with pytest.raises(CheckFailed, match=r"effect is not PyTorch's: correlation -?0\.\d+ < 0\.6 \(int8"):
-        export_switchable(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "bundle", texts, precision="int8")
+        export_switchable(
+            ExportJob(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "bundle", texts=texts, precision="int8")
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -167,7 +172,9 @@ def test_nothing_to_quantise_and_a_gpu_are_errors(
         quantize_graph(exported / "model.onnx", (), 2**14)
     with pytest.raises(InputError, match="int8 is for the CPU, not --provider cuda"):
         export_switchable(
-            open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "bundle", provider="cuda", precision="int8"
+            ExportJob(
+                open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "bundle", provider="cuda", precision="int8"
+            )
         )
     assert list(tmp_path.iterdir()) == []
 

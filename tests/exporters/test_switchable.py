@@ -26,6 +26,7 @@ from qrlora_deploy.basis import Basis
 from qrlora_deploy.checkpoint import open_checkpoint
 from qrlora_deploy.coefficients import Coefficients
 from qrlora_deploy.errors import BasisMismatchError, CheckFailed, InputError
+from qrlora_deploy.exporting import ExportJob
 from qrlora_deploy.factorizing import factorize
 from qrlora_deploy.rank_rule import RankRule
 from qrlora_deploy.runtime import open_bundle, verify
@@ -77,7 +78,7 @@ def save_encoder(name: str, folder: Path, **changes: int) -> Path:
 def test_every_encoder_agrees_with_pytorch_on_all_linear_layers(name: str, tmp_path: Path, texts: Examples) -> None:
     checkpoint = open_checkpoint(str(save_encoder(name, tmp_path / "base")))
     basis = factorize(checkpoint, choose_targets(checkpoint.skeleton()), RankRule(tau=0.5))
-    manifest = export_switchable(checkpoint, basis, tmp_path / "bundle", texts, head_labels=6)
+    manifest = export_switchable(ExportJob(checkpoint, basis, tmp_path / "bundle", texts=texts, head_labels=6))
     assert manifest.parity.max_abs_error <= manifest.parity.bound < manifest.customer_effect / 10
     assert len(manifest.targets) >= 12
     assert verify(open_bundle(tmp_path / "bundle")).passed
@@ -87,7 +88,7 @@ def test_as_many_targets_as_a_deep_model_has(tmp_path: Path, texts: Examples) ->
     """ONNX Runtime reads the sizes of the targets' Split while it loads the graph, so they must be in it."""
     checkpoint = open_checkpoint(str(save_encoder("bert", tmp_path / "base", num_hidden_layers=7)))
     basis = factorize(checkpoint, choose_targets(checkpoint.skeleton()), RankRule(tau=None, rank=2))
-    manifest = export_switchable(checkpoint, basis, tmp_path / "bundle", texts)
+    manifest = export_switchable(ExportJob(checkpoint, basis, tmp_path / "bundle", texts=texts))
     assert len(manifest.targets) == 42 and manifest.parity.max_abs_error <= manifest.parity.bound
 
 
@@ -97,11 +98,11 @@ def test_deberta_works_but_for_projections_of_positions(tmp_path: Path, texts: E
     everything = factorize(checkpoint, choose_targets(skeleton), RankRule(tau=0.5))
     # Positions have no rows of a batch, so no customers either.
     with pytest.raises(InputError, match=r"pos_\w+_proj takes an input of shape \[1, \d+, 32\]"):
-        export_switchable(checkpoint, everything, tmp_path / "bundle", texts)
+        export_switchable(ExportJob(checkpoint, everything, tmp_path / "bundle", texts=texts))
     assert not (tmp_path / "bundle").exists()
     names = ("query_proj", "value_proj", "dense")
     basis = factorize(checkpoint, choose_targets(skeleton, names), RankRule(tau=0.5))
-    manifest = export_switchable(checkpoint, basis, tmp_path / "bundle", texts)
+    manifest = export_switchable(ExportJob(checkpoint, basis, tmp_path / "bundle", texts=texts))
     assert manifest.parity.max_abs_error <= manifest.parity.bound < manifest.customer_effect / 10
 
 
@@ -152,14 +153,14 @@ def test_a_graph_that_ignores_the_slot_is_caught(
 
     monkeypatch.setattr(export_module, "make_switchable", wrong)
     with pytest.raises(CheckFailed, match="logits differ from PyTorch"):
-        export_switchable(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "bundle", texts)
+        export_switchable(ExportJob(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "bundle", texts=texts))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_another_base_is_refused(tiny_basis: Basis, texts: Examples, tmp_path: Path) -> None:
     other = open_checkpoint(str(save_encoder("bert", tmp_path / "other")))
     with pytest.raises((BasisMismatchError, InputError)):
-        export_switchable(other, tiny_basis, tmp_path / "bundle", texts)
+        export_switchable(ExportJob(other, tiny_basis, tmp_path / "bundle", texts=texts))
     assert not (tmp_path / "bundle").exists()
 
 
@@ -167,7 +168,9 @@ def test_room_for_fewer_labels_than_the_base_is_refused(
     tiny_base: Path, tiny_basis: Basis, texts: Examples, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match="--head-labels 3"):
-        export_switchable(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "bundle", texts, head_labels=3)
+        export_switchable(
+            ExportJob(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "bundle", texts=texts, head_labels=3)
+        )
 
 
 def test_verify_against_takes_any_customer_of_the_basis(

@@ -354,6 +354,7 @@ def stranger(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A switchable bundle of the same shapes: all weights of its base are other ones, and so is its basis."""
     from exporters.onnx import export_switchable
     from qrlora_deploy.checkpoint import open_checkpoint
+    from qrlora_deploy.exporting import ExportJob
     from qrlora_deploy.factorizing import factorize
     from qrlora_deploy.rank_rule import RankRule
     from qrlora_deploy.targets import choose_targets
@@ -367,7 +368,7 @@ def stranger(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint = open_checkpoint(str(base))
     basis = factorize(checkpoint, choose_targets(checkpoint.skeleton(), ("query", "value")), RankRule(tau=0.5))
     examples = Examples(list(SENTENCES), None, ["travel"] * len(SENTENCES), "sentences")
-    export_switchable(checkpoint, basis, folder / "bundle", examples, head_labels=6)
+    export_switchable(ExportJob(checkpoint, basis, folder / "bundle", texts=examples, head_labels=6))
     return folder / "bundle"
 
 
