@@ -15,8 +15,8 @@ import scipy.linalg
 import torch
 
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.pivoted_qr.orthonormal import orthonormal
 from qrlora_deploy.pivoted_qr.order import pivot_order
+from qrlora_deploy.pivoted_qr.orthonormal import orthonormal
 
 
 def update(q: Any, c: Any, r: Any) -> Any:
@@ -142,10 +142,9 @@ def pivoted_qr(
 def bytes_of_one(out: int, width: int) -> int:
     """Most bytes of device memory that `pivoted_qr` takes for each weight `[out, width]` of a batch."""
     k = min(out, width)
-    # The weight; then either the Gram matrix with its smaller copy half made, or the chosen columns and what
-    # makes them orthonormal.
-    pivoting = 2.4 * width**2
-    forming = 3 * out * k + 3 * k**2 + 2 * k * width
+    # The weight; then a stage's Gram matrix half rewritten, or a residual and what it is freed of; or the factors.
+    pivoting = max(2.4 * width**2, 2 * out * width + 2.5 * width**2)
+    forming = 2 * out * k + 4 * k * width
     return int(8 * (out * width + max(pivoting, forming)))
 
 
