@@ -40,6 +40,7 @@ class ExportJob:
         texts: texts of the check that ends the export; None: what comes with the project.
         provider: execution provider of that check.
         precision: of weights and activations, such as "fp32".
+        table_dtype: of the coefficient table in a form for all customers, "fp32" or "fp16".
         progress: called with a description, the steps done and all steps.
     """
 
@@ -52,6 +53,7 @@ class ExportJob:
     provider: str = "cpu"
     progress: Callable[[str, int, int], None] | None = None
     precision: str = "fp32"
+    table_dtype: str = "fp32"
 
 
 Exporter = Callable[[ExportJob], Mapping[str, Any]]

@@ -62,18 +62,26 @@ def read_base_head(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     return {name: checkpoint.read(name).float().numpy() for name in names}
 
 
-def base_tables(checkpoint: Checkpoint, basis: Basis, head: HeadLayout | None) -> dict[str, np.ndarray]:
-    """Tables `[1, width]` fp32 by input whose only row is the base's."""
-    return _tables(checkpoint, basis, [base_customer(checkpoint, basis)], head)
+def base_tables(
+    checkpoint: Checkpoint, basis: Basis, head: HeadLayout | None, table_dtype: str = "fp32"
+) -> dict[str, np.ndarray]:
+    """Tables `[1, width]` by input whose only row is the base's."""
+    return _tables(checkpoint, basis, [base_customer(checkpoint, basis)], head, table_dtype)
 
 
 def mixed_reference(
-    checkpoint: Checkpoint, basis: Basis, customers: Sequence[Coefficients], head: HeadLayout | None, texts: Texts
+    checkpoint: Checkpoint,
+    basis: Basis,
+    customers: Sequence[Coefficients],
+    head: HeadLayout | None,
+    texts: Texts,
+    table_dtype: str = "fp32",
 ) -> list[Case]:
     """Batches of every kind of padding in which neighbouring rows belong to different customers.
 
     The base is one of them, in slot 0. Each customer's logits come from a PyTorch model of its own
-    with side branches, so nothing of the table is on that side of the comparison.
+    with side branches, in fp32, so nothing of the table is on that side of the comparison: neither
+    its columns nor the rounding of its rows to `table_dtype`.
 
     Raises:
         As `build_reference`; CheckFailed: a customer does not move the logits on these texts, so
@@ -87,14 +95,14 @@ def mixed_reference(
             "coefficients of this basis do not move the logits on these texts, so parity would prove nothing; "
             "choose other --data or other targets"
         )
-    tables = _tables(checkpoint, basis, everyone, head)
+    tables = _tables(checkpoint, basis, everyone, head, table_dtype)
     return [_mix(index, [cases[index] for cases in answers], tables, head) for index in range(len(answers[0]))]
 
 
 def _tables(
-    checkpoint: Checkpoint, basis: Basis, everyone: Sequence[Coefficients], head: HeadLayout | None
+    checkpoint: Checkpoint, basis: Basis, everyone: Sequence[Coefficients], head: HeadLayout | None, table_dtype: str
 ) -> dict[str, np.ndarray]:
-    layout = TableLayout(list(basis.ranks.values()))
+    layout = TableLayout(list(basis.ranks.values()), table_dtype)
     tables = {TABLE: np.stack([layout.row(customer.values) for customer in everyone])}
     if head is not None:
         own = read_base_head(checkpoint)

@@ -20,7 +20,7 @@ from qrlora_deploy.exporting import ExportJob
 from qrlora_deploy.files import atomic_folder, check_free_folder
 from qrlora_deploy.merging import merge_model
 from qrlora_deploy.runtime.bundle import MODEL_FILE, Manifest
-from qrlora_deploy.runtime.layout import head_arrays
+from qrlora_deploy.runtime.layout import TABLE_DTYPES, head_arrays
 from qrlora_deploy.runtime.parity import Case, check_parity, open_for_check
 from qrlora_deploy.training.data import Examples
 
@@ -76,6 +76,8 @@ def export_merged(job: ExportJob) -> Manifest:
         raise InputError("a merged bundle needs the coefficients of its customer; without them it is a switchable one")
     if job.head_labels:
         raise InputError("--head-labels belongs to a switchable bundle; a merged one has its customer's own head")
+    if job.table_dtype != "fp32":
+        raise InputError("--table-dtype belongs to a switchable bundle; a merged one has no table")
 
     def plan() -> _Plan:
         labels = customer.labels or checkpoint.labels
@@ -92,7 +94,7 @@ def export_merged(job: ExportJob) -> Manifest:
 def export_switchable(job: ExportJob) -> Manifest:
     """Write a bundle that serves every customer of `job.basis` to the new folder `job.output`.
 
-    The graph has the further inputs `coefficient_table [slots, width]` fp32 and `slot [batch]`
+    The graph has the further inputs `coefficient_table [slots, width]` of `job.table_dtype` and `slot [batch]`
     int64, and with `job.head_labels` also `head_table`. It is checked like a merged one, with
     different customers in neighbouring rows; the accuracy is the base's.
 
@@ -103,6 +105,8 @@ def export_switchable(job: ExportJob) -> Manifest:
     checkpoint, basis, head_labels = job.checkpoint, job.basis, job.head_labels
     if job.coefficients is not None:
         raise InputError("a switchable bundle serves all customers; coefficients belong to a merged one")
+    if job.table_dtype not in TABLE_DTYPES:
+        raise InputError(f"unknown --table-dtype {job.table_dtype!r}; choose from {', '.join(TABLE_DTYPES)}")
     if head_labels and head_labels < len(checkpoint.labels):
         raise InputError(f"--head-labels {head_labels} is less than the base's {len(checkpoint.labels)} labels")
 
@@ -112,13 +116,14 @@ def export_switchable(job: ExportJob) -> Manifest:
         labels = checkpoint.labels
         labelled = choose_labelled(job.texts, checkpoint.task, labels, strict=False)
         answered = _answer(job, model, labelled, labels)
-        rows = make_switchable(model, basis, head_labels)
+        rows = make_switchable(model, basis, head_labels, job.table_dtype)
         customers = made_up_customers(checkpoint, basis, rows.head)
-        reference = mixed_reference(checkpoint, basis, customers, rows.head, choose_texts(job.texts))
+        reference = mixed_reference(checkpoint, basis, customers, rows.head, choose_texts(job.texts), job.table_dtype)
         base_head = head_arrays(read_base_head(checkpoint)) if rows.head else None
         outputs = head_labels or len(labels)
         content = Content("switchable", checkpoint.task, labels, outputs, head=rows.head, base_head=base_head)
-        return _Plan(content, reference, model, rows, base_tables(checkpoint, basis, rows.head), answered)
+        tables = base_tables(checkpoint, basis, rows.head, job.table_dtype)
+        return _Plan(content, reference, model, rows, tables, answered)
 
     return _export(job, plan)
 

@@ -8,7 +8,7 @@ from torch import nn
 from qrlora_deploy.adapter import resolve_layer
 from qrlora_deploy.basis import Basis, BasisTarget
 from qrlora_deploy.errors import BasisMismatchError, InputError
-from qrlora_deploy.runtime.layout import HEAD_TABLE, SLOT, TABLE, HeadLayout, TableLayout
+from qrlora_deploy.runtime.layout import HEAD_TABLE, SLOT, TABLE, TABLE_DTYPES, HeadLayout, TableLayout
 from qrlora_deploy.targets import is_conv1d
 from qrlora_deploy.training.head import output_layer
 
@@ -21,7 +21,7 @@ class CustomerRows:
         head: columns of the head table, where customers may have an output layer of their own.
 
     Attributes:
-        dtype: of the model's activations, and so of `coefficients`; the tables are fp32.
+        dtype: of the model's activations, and so of `coefficients`; a table may have another one.
         coefficients: `[batch, 1, padded rank]` for each target, in the basis's order.
         weight: `[batch, labels, features]`; bias: `[batch, labels]`; both fp32.
     """
@@ -39,6 +39,8 @@ class CustomerRows:
         slots = batch + 2
         widths = {TABLE: self.layout.width} | ({HEAD_TABLE: self.head.width} if self.head else {})
         tables = {name: (torch.full((slots, width), 0.01), ("slots", width)) for name, width in widths.items()}
+        if self.layout.dtype == TABLE_DTYPES["fp16"]:
+            tables[TABLE] = (tables[TABLE][0].half(), tables[TABLE][1])
         return {**tables, SLOT: (torch.arange(batch), ("batch",))}
 
     def fill(self, inputs: dict[str, torch.Tensor]) -> None:
@@ -136,13 +138,14 @@ class HeadBranch(nn.Module):
         return torch.matmul(self.rows.weight, x.float().unsqueeze(2)).squeeze(2) + self.rows.bias
 
 
-def make_switchable(model: Any, basis: Basis, head_labels: int = 0) -> CustomerRows:
+def make_switchable(model: Any, basis: Basis, head_labels: int = 0, table_dtype: str = "fp32") -> CustomerRows:
     """Put a `TableBranch` beside every target of `basis`, in place.
 
     Args:
         model: of a task, in fp32.
         basis: the factors.
         head_labels: most labels that a customer's own output layer may have; 0: all use the model's.
+        table_dtype: of the coefficient table, "fp32" or "fp16".
 
     Returns:
         The holder that must be filled before the model runs.
@@ -153,7 +156,7 @@ def make_switchable(model: Any, basis: Basis, head_labels: int = 0) -> CustomerR
     """
     head_path = output_layer(model) if head_labels else ""
     head = HeadLayout(head_labels, model.get_submodule(head_path).in_features) if head_labels else None
-    rows = CustomerRows(TableLayout(list(basis.ranks.values())), head)
+    rows = CustomerRows(TableLayout(list(basis.ranks.values()), table_dtype), head)
     replaced: dict[str, nn.Module] = {}
     for index, target in enumerate(basis.targets):
         path, layer = resolve_layer(model, target.name)

@@ -45,5 +45,5 @@ def verify_against(
     head = HeadLayout(manifest.head_labels, manifest.head_features) if manifest.head_labels else None
     if coefficients.head and head is None:
         raise InputError(f"the customer has a head of its own; {bundle.folder} was exported without --head-labels")
-    reference = mixed_reference(checkpoint, basis, [coefficients], head, chosen)
+    reference = mixed_reference(checkpoint, basis, [coefficients], head, chosen, manifest.table_dtype)
     return check_parity(session, reference, manifest.precision)

@@ -45,6 +45,13 @@ SHOWN = ("kind", "task", "labels", "precision", "opset", "head_labels", "parity"
     "int8 is for the CPU, and customers of a switchable bundle stay in fp32.",
 )
 @click.option(
+    "--table-dtype",
+    type=click.Choice(["fp32", "fp16"]),
+    default="fp32",
+    show_default=True,
+    help="Switchable: of the customers' coefficients on the device. fp16 takes half the memory; files stay fp32.",
+)
+@click.option(
     "--data",
     help="Texts of the parity check, by default ones of this project. Where its labels are the model's, accuracy is "
     "measured too, on up to 512 rows, in PyTorch in fp32 and in the export; switchable: the base's. Where none of "
@@ -62,6 +69,7 @@ def command(
     format_name: str,
     head_labels: int | None,
     precision: str,
+    table_dtype: str,
     data: str | None,
     text_column: str | None,
     label_column: str | None,
@@ -90,12 +98,25 @@ def command(
 
     if precision != "fp32" and format_name in FP32_ONLY:
         raise click.UsageError(f"--precision belongs to --format onnx; what {format_name} writes is fp32")
+    if table_dtype != "fp32" and format_name in FP32_ONLY:
+        raise click.UsageError(f"--table-dtype belongs to --format onnx; what {format_name} writes is fp32")
     exporter = find_exporter(format_name)
     check_free_folder(output)
     checkpoint, frozen, customer = _open(base, basis, coefficients)
     texts = read_examples(data, text_column, label_column) if data else None
     with progress_bar() as progress:
-        job = ExportJob(checkpoint, frozen, output, customer, head_labels or 0, texts, provider, progress, precision)
+        job = ExportJob(
+            checkpoint,
+            frozen,
+            output,
+            customer,
+            head_labels or 0,
+            texts,
+            provider,
+            progress,
+            precision,
+            table_dtype,
+        )
         record = dict(exporter(job))
     return Output(record, f"wrote {output}", _shown(record))
 

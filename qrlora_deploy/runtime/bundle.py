@@ -12,7 +12,15 @@ from pydantic import Field, ValidationError, model_validator
 from qrlora_deploy.errors import FileFormatError, InputError
 from qrlora_deploy.files import digest_file
 from qrlora_deploy.runtime.external_data import external_locations
-from qrlora_deploy.runtime.layout import BASE_HEAD_FILE, HEAD_TABLE, TABLE, HeadLayout, TableLayout, padded_rank
+from qrlora_deploy.runtime.layout import (
+    BASE_HEAD_FILE,
+    HEAD_TABLE,
+    TABLE,
+    TABLE_DTYPES,
+    HeadLayout,
+    TableLayout,
+    padded_rank,
+)
 from qrlora_deploy.runtime.records import ParityRecord, Precision, Strict, TargetRecord, TensorRecord
 from qrlora_deploy.runtime.sealed_facts import read_config_facts, read_head_row, read_reference_facts
 
@@ -29,6 +37,9 @@ MAX_SHOWN = 120
 """Characters of a name or a reason in a message."""
 MAX_GRAPH_BYTES = 2**31 - 1
 """Protobuf's own limit for one message."""
+
+GRAPH_TYPES = {"fp32": "tensor(float)", "fp16": "tensor(float16)"}
+"""ONNX Runtime's names of the dtypes of a coefficient table."""
 
 Digest = Field(pattern=r"^[0-9a-f]{64}$")
 
@@ -103,10 +114,21 @@ class Manifest(Strict):
             expected[HEAD_TABLE] = ("slots", HeadLayout(self.head_labels, self.head_features).width)
         if {record.name: record.shape for record in self.inputs if record.name in (TABLE, HEAD_TABLE)} != expected:
             raise ValueError(f"the inputs do not fit the ranks and the head of a {self.kind} bundle")
+        dtypes = {record.name: record.dtype for record in self.inputs}
+        if dtypes.get(HEAD_TABLE, "float32") != "float32" or dtypes.get(TABLE, "float32") not in map(
+            str, TABLE_DTYPES.values()
+        ):
+            raise ValueError("a table is of another dtype than float32, or float16 for the coefficients")
         answer = ("logits", ("batch", self.head_labels or len(self.labels)))
         if [(record.name, record.shape) for record in self.outputs] != [answer]:
             raise ValueError(f"the output is not {answer[0]} [{', '.join(map(str, answer[1]))}]")
         return self
+
+    @property
+    def table_dtype(self) -> str:
+        """Of the coefficient table: "fp32" or "fp16"; of a merged bundle, which has none, "fp32"."""
+        found = {record.name: record.dtype for record in self.inputs}.get(TABLE, "float32")
+        return next(name for name, dtype in TABLE_DTYPES.items() if dtype == found)
 
     def to_json(self) -> str:
         """Indented JSON with sorted keys: the same manifest always has the same bytes."""
@@ -162,11 +184,14 @@ def open_bundle(folder: Path) -> Bundle:
 
 
 def check_graph(session: Any, bundle: Bundle) -> None:
-    """Make sure that an open session has the inputs and outputs that the manifest names.
+    """Make sure that an open session has the inputs and outputs that the manifest names, and a table of its dtype.
 
     Raises:
         FileFormatError: it has other ones.
     """
+    types = {value.name: value.type for value in session.get_inputs()}
+    if TABLE in types and types[TABLE] != GRAPH_TYPES[bundle.manifest.table_dtype]:
+        raise FileFormatError(f"{bundle.folder}: the manifest speaks of a table of another dtype than the graph has")
     for records, values in (
         (bundle.manifest.inputs, session.get_inputs()),
         (bundle.manifest.outputs, session.get_outputs()),

@@ -23,6 +23,24 @@ RELAXED = 2
 NON_BLOCKING = 1
 """`cudaStreamNonBlocking`: copies on such a stream wait for nothing that runs on others."""
 
+NOT_READY = 600
+"""`cudaErrorNotReady`, which is no error."""
+
+QUERIES = 64
+"""How often a small copy is asked whether it is done, about a microsecond each, before it is waited for."""
+
+POINTER, SIZE = ctypes.c_void_p, ctypes.c_size_t
+ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "cudaMemcpyAsync": (POINTER, POINTER, SIZE, ctypes.c_int, POINTER),
+    "cudaMemsetAsync": (POINTER, ctypes.c_int, SIZE, POINTER),
+    "cudaStreamSynchronize": (POINTER,),
+    "cudaStreamQuery": (POINTER,),
+    "cudaStreamDestroy": (POINTER,),
+    "cudaFree": (POINTER,),
+    "cudaFreeHost": (POINTER,),
+}
+"""Types of the functions that take plain numbers for addresses."""
+
 
 @functools.cache
 def cuda_runtime() -> Any:
@@ -31,12 +49,32 @@ def cuda_runtime() -> Any:
     Raises:
         ProviderError: it is not there.
     """
+    return _load(ctypes.CDLL)
+
+
+@functools.cache
+def held_cuda_runtime() -> Any:
+    """The same, but its functions keep the interpreter's lock: for calls that never wait.
+
+    Giving the lock up and getting it back costs more than such a call, and much more where another
+    thread takes it meanwhile.
+
+    Raises:
+        ProviderError: it is not there.
+    """
+    return _load(ctypes.PyDLL)
+
+
+def _load(kind: Any) -> Any:
     pattern = "cudart64_{}.dll" if sys.platform == "win32" else "libcudart.so.{}"
     for version in (13, 12):
         try:
-            return ctypes.CDLL(pattern.format(version))
+            library = kind(pattern.format(version))
         except OSError:
             continue
+        for name, types in ARGUMENTS.items():
+            getattr(library, name).argtypes = types
+        return library
     raise ProviderError("the CUDA runtime library was not found; pip install 'qrlora-deploy[cuda]' brings it")
 
 
@@ -49,6 +87,8 @@ class CudaCopies:
 
     def __init__(self, device: int = 0) -> None:
         self._cuda, self._device, self._stream = cuda_runtime(), device, ctypes.c_void_p()
+        self._held, self._mode = held_cuda_runtime(), ctypes.c_int(RELAXED)
+        self._mode_place = ctypes.byref(self._mode)
         with _BesideCaptures():
             _check(self._cuda.cudaSetDevice(device))
             _check(self._cuda.cudaStreamCreateWithFlags(ctypes.byref(self._stream), NON_BLOCKING))
@@ -63,6 +103,31 @@ class CudaCopies:
             # Also where the host's memory is not pinned: CUDA may say that such a copy is done while
             # it is under way.
             _check(self._cuda.cudaStreamSynchronize(self._stream))
+
+    def copy_small(self, target: int, source: int, size_bytes: int) -> None:
+        """Copy a few kilobytes from pinned memory of the host to the device and wait until they are there.
+
+        As `copy`, but with half the calls and none that gives up the interpreter's lock, unless the
+        copy takes unusually long. The thread's current device does not matter: a copy follows its
+        stream.
+        """
+        calls, stream, code = self._held, self._stream, NOT_READY
+        # As `_BesideCaptures` does, whose two calls in Python cost as much as the copy.
+        self._mode.value = RELAXED
+        calls.cudaThreadExchangeStreamCaptureMode(self._mode_place)
+        try:
+            _check(calls.cudaMemcpyAsync(target, source, size_bytes, HOST_TO_DEVICE, stream))
+            for _ in range(QUERIES):
+                code = calls.cudaStreamQuery(stream)
+                if code != NOT_READY:
+                    break
+            else:
+                code = self._cuda.cudaStreamSynchronize(stream)
+            # "Not ready" stays the thread's last error, which ONNX Runtime would take for its own.
+            calls.cudaGetLastError()
+            _check(code)
+        finally:
+            calls.cudaThreadExchangeStreamCaptureMode(self._mode_place)
 
     def clear(self, target: int, size_bytes: int) -> None:
         """Set `size_bytes` to zero and wait."""
@@ -114,6 +179,18 @@ def pinned_bytes(size_bytes: int) -> np.ndarray:
     array = np.ctypeslib.as_array(block)
     array[:] = 0
     return array
+
+
+def free_bytes() -> int:
+    """Memory of the current GPU that nobody uses.
+
+    Raises:
+        ProviderError: CUDA is not there. QrloraError: it does not tell.
+    """
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    with _BesideCaptures():
+        _check(cuda_runtime().cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total)))
+    return free.value
 
 
 class _BesideCaptures:

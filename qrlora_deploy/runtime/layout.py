@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,12 @@ RANK_MULTIPLE = 8
 
 TABLE, HEAD_TABLE, SLOT = "coefficient_table", "head_table", "slot"
 """Inputs of a switchable graph beside the text: `[slots, width]`, `[slots, head width]`, `[batch]`."""
+
+TABLE_DTYPES: dict[str, np.dtype[Any]] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
+"""What a coefficient table may hold, by the name of the option; coefficients files are fp32, and a row is
+rounded once, when it is made. The head table is fp32 beside either."""
+
+LARGEST_HALF = float(np.finfo(np.float16).max)
 
 BASE_HEAD_FILE = "base_head.safetensors"
 """The base's own output layer, in a bundle whose customers may have other ones."""
@@ -28,11 +35,14 @@ class TableLayout:
 
     Args:
         ranks: rank of each target, in the basis's order.
+        dtype: of the table, "fp32" or "fp16".
     """
 
-    def __init__(self, ranks: Sequence[int]) -> None:
+    def __init__(self, ranks: Sequence[int], dtype: str = "fp32") -> None:
         self.ranks = tuple(ranks)
         self.padded_ranks = tuple(padded_rank(rank) for rank in ranks)
+        self.dtype = TABLE_DTYPES[dtype]
+        self._half = dtype == "fp16"
 
     @property
     def width(self) -> int:
@@ -51,18 +61,29 @@ class TableLayout:
         return np.concatenate([start + np.arange(rank) for start, rank in zip(starts, self.ranks, strict=True)])
 
     def row(self, values: np.ndarray) -> np.ndarray:
-        """A customer's `values [total_rank]` as a row `[width]` fp32; the padding is zero.
+        """A customer's `values [total_rank]` as a row `[width]` of the table's dtype; the padding is zero.
 
         Raises:
-            InputError: the length does not fit.
+            InputError: the length does not fit, or a value is out of the range of fp16.
         """
-        if values.shape != (self.total_rank,):
+        # Facts that do not change are looked up, not computed: a swap of a customer comes through here.
+        total_rank, width, where = self._sizes
+        if values.shape != (total_rank,):
             raise InputError(
-                f"a customer of this bundle has {self.total_rank} coefficients, not {'x'.join(map(str, values.shape))}"
+                f"a customer of this bundle has {total_rank} coefficients, not {'x'.join(map(str, values.shape))}"
             )
-        row = np.zeros(self.width, dtype=np.float32)
-        row[self.columns] = values
+        # A length below the limit has no coordinate above it; all customers but strange ones stop here.
+        if self._half and not np.dot(values, values) < LARGEST_HALF**2:
+            check_half_range(values)
+        row = np.zeros(width, dtype=self.dtype)
+        row[where] = values
         return row
+
+    @cached_property
+    def _sizes(self) -> tuple[int, int, np.ndarray | slice]:
+        """Total rank, width, and where the numbers stand; without padding a slice, which is copied faster."""
+        padded = self.width > self.total_rank
+        return self.total_rank, self.width, self.columns if padded else slice(None)
 
 
 @dataclass(frozen=True)
@@ -102,6 +123,21 @@ class HeadLayout:
         biases[:] = -np.inf
         biases[:count] = bias
         return row
+
+
+def check_half_range(values: np.ndarray) -> None:
+    """Make sure that fp16 can hold `values` fp32, rounded.
+
+    Raises:
+        InputError: it cannot.
+    """
+    with np.errstate(over="ignore"):
+        wrong = values[~np.isfinite(values.astype(np.float16))]
+    if wrong.size:
+        raise InputError(
+            f"the coefficient {wrong[0]:.4g} is more than fp16 can hold ({LARGEST_HALF:.0f}); serve it from a "
+            f"bundle exported with --table-dtype fp32"
+        )
 
 
 def head_arrays(head: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

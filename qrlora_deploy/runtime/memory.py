@@ -1,28 +1,38 @@
 """Where the rows of a coefficient table lie: an array of the host, or one buffer of a GPU."""
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime
 
 from qrlora_deploy.errors import QrloraError
-from qrlora_deploy.runtime.cuda import DEVICE_TO_DEVICE, HOST_TO_DEVICE, CudaBuffer, pinned_bytes
+from qrlora_deploy.runtime.cuda import DEVICE_TO_DEVICE, DEVICE_TO_HOST, HOST_TO_DEVICE, CudaBuffer, pinned_bytes
+
+FP32 = np.dtype(np.float32)
 
 
 class Memory(Protocol):
-    """Rows of fp32 that ONNX Runtime reads while single rows are written.
+    """Rows of one dtype that ONNX Runtime reads while single rows are written.
 
     A row that no run reads may be written at any time; which rows these are is the table's affair.
     """
 
     rows: int
     width: int
+    dtype: "np.dtype[Any]"
 
     def write(self, row: int, values: np.ndarray) -> None:
-        """Copy `values [width]` fp32 into a row; done when it returns."""
+        """Copy `values [width]` into a row; done when it returns."""
 
     def write_rows(self, start: int, values: np.ndarray) -> None:
-        """Copy `values [n, width]` fp32 into the rows from `start` on, in one go."""
+        """Copy `values [n, width]` into the rows from `start` on, in one go."""
+
+    def read_rows(self, start: int, count: int) -> np.ndarray:
+        """A copy `[count, width]` of the rows from `start` on."""
+
+    def staging(self, rows: int) -> np.ndarray:
+        """Host memory `[rows, width]`, zero, from which `write_rows` copies as fast as it can."""
 
     def grown(self, rows: int) -> "Memory":
         """A new memory with more rows, the first ones being copies of these."""
@@ -42,13 +52,18 @@ class TableMemory:
         self.parts = parts
         self.rows = next(iter(parts.values())).rows
 
+    @property
+    def size_bytes(self) -> int:
+        """Of all rows."""
+        return sum(part.rows * part.width * part.dtype.itemsize for part in self.parts.values())
+
     def write(self, row: int, values: dict[str, np.ndarray]) -> None:
-        """Copy `values`, a row `[width]` fp32 for every input, and wait until they are there."""
+        """Copy `values`, a row `[width]` for every input, and wait until they are there."""
         for name, part in self.parts.items():
             part.write(row, values[name])
 
     def write_rows(self, start: int, values: dict[str, np.ndarray]) -> None:
-        """Copy `values`, rows `[n, width]` fp32 for every input, to the rows from `start` on, and wait."""
+        """Copy `values`, rows `[n, width]` for every input, to the rows from `start` on, and wait."""
         for name, part in self.parts.items():
             part.write_rows(start, values[name])
 
@@ -62,25 +77,31 @@ class TableMemory:
             part.bind(binding, name)
 
 
-def make_memory(widths: dict[str, int], rows: int, provider: str) -> TableMemory:
+def make_memory(
+    widths: dict[str, int], rows: int, provider: str, dtypes: Mapping[str, "np.dtype[Any]"] | None = None
+) -> TableMemory:
     """Zeroed memory for inputs of these `widths`, on the device of an execution provider.
+
+    Args:
+        dtypes: of the inputs; those that are not there are fp32.
 
     Raises:
         QrloraError: it does not fit. ProviderError: CUDA is not there.
     """
     kind = HostMemory if provider == "cpu" else CudaMemory
-    return TableMemory({name: kind(rows, width) for name, width in widths.items()})
+    of = dtypes or {}
+    return TableMemory({name: kind(rows, width, of.get(name, FP32)) for name, width in widths.items()})
 
 
 class HostMemory:
     """Rows in one numpy array `[rows, width]`, zero at the start."""
 
-    def __init__(self, rows: int, width: int) -> None:
-        self.rows, self.width = rows, width
+    def __init__(self, rows: int, width: int, dtype: "np.dtype[Any]" = FP32) -> None:
+        self.rows, self.width, self.dtype = rows, width, dtype
         try:
-            self.array = np.zeros((rows, width), dtype=np.float32)
+            self.array = np.zeros((rows, width), dtype=dtype)
         except MemoryError as error:
-            raise QrloraError(_too_large(rows, width, "the host")) from error
+            raise QrloraError(_too_large(self, "the host")) from error
         # Made once and kept with its array: it only points to the array's memory.
         self.value = onnxruntime.OrtValue.ortvalue_from_numpy(self.array)
 
@@ -93,9 +114,17 @@ class HostMemory:
         _check_block(values, start, self)
         self.array[start : start + len(values)] = values
 
+    def read_rows(self, start: int, count: int) -> np.ndarray:
+        """A copy of the rows from `start` on."""
+        return self.array[start : start + count].copy()
+
+    def staging(self, rows: int) -> np.ndarray:
+        """Plain memory."""
+        return np.zeros((rows, self.width), dtype=self.dtype)
+
     def grown(self, rows: int) -> "HostMemory":
         """A larger copy."""
-        larger = HostMemory(rows, self.width)
+        larger = HostMemory(rows, self.width, self.dtype)
         larger.array[: self.rows] = self.array
         return larger
 
@@ -107,38 +136,54 @@ class HostMemory:
 class CudaMemory:
     """Rows in one buffer of a GPU, zero at the start. A row is copied there on its own."""
 
-    def __init__(self, rows: int, width: int, device: int = 0) -> None:
-        self.rows, self.width, self.device = rows, width, device
+    def __init__(self, rows: int, width: int, dtype: "np.dtype[Any]" = FP32, device: int = 0) -> None:
+        self.rows, self.width, self.dtype, self.device = rows, width, dtype, device
+        self._row_bytes = dtype.itemsize * width
         try:
-            self.buffer = CudaBuffer(4 * rows * width, device)
+            self.buffer = CudaBuffer(rows * self._row_bytes, device)
         except MemoryError as error:
-            raise QrloraError(_too_large(rows, width, f"GPU {device}")) from error
-        self._row = pinned_bytes(4 * width).view(np.float32)
+            raise QrloraError(_too_large(self, f"GPU {device}")) from error
+        self._row = pinned_bytes(self._row_bytes).view(dtype)
+        # Asked for once: numpy takes longer to tell an address than to copy a row.
+        self._row_address = int(self._row.ctypes.data)
 
     def write(self, row: int, values: np.ndarray) -> None:
         """Copy `values [width]` into a row and wait until they are there."""
         self._row[:] = values
-        self._copy(row, self._row.ctypes.data, self._row.nbytes, HOST_TO_DEVICE)
+        place = self.buffer.pointer + self._row_bytes * row
+        self.buffer.copies.copy_small(place, self._row_address, self._row_bytes)
 
     def write_rows(self, start: int, values: np.ndarray) -> None:
         """Copy `values [n, width]` into the rows from `start` on, with one copy, and wait."""
         _check_block(values, start, self)
-        contiguous = np.ascontiguousarray(values, dtype=np.float32)
+        contiguous = np.ascontiguousarray(values, dtype=self.dtype)
         self._copy(start, contiguous.ctypes.data, contiguous.nbytes, HOST_TO_DEVICE)
+
+    def read_rows(self, start: int, count: int) -> np.ndarray:
+        """A copy on the host of the rows from `start` on."""
+        found = np.zeros((count, self.width), dtype=self.dtype)
+        _check_block(found, start, self)
+        place = self.buffer.pointer + self._row_bytes * start
+        self.buffer.copies.copy(found.ctypes.data, place, found.nbytes, DEVICE_TO_HOST)
+        return found
+
+    def staging(self, rows: int) -> np.ndarray:
+        """Pinned memory."""
+        return pinned_bytes(rows * self._row_bytes).view(self.dtype).reshape(rows, self.width)
 
     def grown(self, rows: int) -> "CudaMemory":
         """A larger copy on the same GPU."""
-        larger = CudaMemory(rows, self.width, self.device)
-        larger._copy(0, self.buffer.pointer, 4 * self.rows * self.width, DEVICE_TO_DEVICE)
+        larger = CudaMemory(rows, self.width, self.dtype, self.device)
+        larger._copy(0, self.buffer.pointer, self.rows * self._row_bytes, DEVICE_TO_DEVICE)
         return larger
 
     def bind(self, binding: Any, name: str) -> None:
         """Bind the buffer itself."""
         shape = (self.rows, self.width)
-        binding.bind_input(name, "cuda", self.device, np.float32, shape, self.buffer.pointer)
+        binding.bind_input(name, "cuda", self.device, self.dtype.type, shape, self.buffer.pointer)
 
     def _copy(self, row: int, source: int, size_bytes: int, kind: int) -> None:
-        self.buffer.copies.copy(self.buffer.pointer + 4 * row * self.width, source, size_bytes, kind)
+        self.buffer.copies.copy(self.buffer.pointer + self._row_bytes * row, source, size_bytes, kind)
 
 
 def _check_block(values: np.ndarray, start: int, memory: Memory) -> None:
@@ -147,5 +192,6 @@ def _check_block(values: np.ndarray, start: int, memory: Memory) -> None:
         raise ValueError(f"rows {list(values.shape)} from {start} do not fit [{memory.rows}, {memory.width}]")
 
 
-def _too_large(rows: int, width: int, place: str) -> str:
-    return f"a coefficient table of {rows} rows ({4e-9 * rows * width:.1f} GB) does not fit {place}"
+def _too_large(memory: Memory, place: str) -> str:
+    size_gb = 1e-9 * memory.rows * memory.width * memory.dtype.itemsize
+    return f"a coefficient table of {memory.rows} rows ({size_gb:.1f} GB) does not fit {place}"

@@ -165,9 +165,15 @@ def check_parity(session: Any, reference: Sequence[Case], precision: str = "fp32
 
 
 def bound_of(reference: Sequence[Case], precision: str = "fp32") -> float:
-    """For fp32 `1e-4 * max(1, max |logit|)`, over the labels that a row has."""
+    """For fp32 `1e-4 * max(1, max |logit|)`, over the labels that a row has; more with an fp16 table.
+
+    Rounding a customer's coefficients to fp16 moves each by at most 2^-11 of itself, and the logits by
+    about as much of the customer's effect; four times that is allowed for where effects cancel.
+    """
     largest = max(float(np.abs(case.logits[np.isfinite(case.logits)]).max(initial=0)) for case in reference)
-    return BOUNDS[precision].relative * max(1.0, largest)
+    rounded = any(case.inputs[TABLE].dtype == np.float16 for case in reference if TABLE in case.inputs)
+    rounding = 2.0**-9 * customer_effect(reference) if rounded else 0.0
+    return BOUNDS[precision].relative * max(1.0, largest) + rounding
 
 
 def _base_logits(session: Any, case: Case) -> np.ndarray:

@@ -61,7 +61,7 @@ class SwitchableSession:
             raise InputError(f"{bundle.folder} is a {manifest.kind} bundle; export a switchable one without --merge")
         self.bundle = bundle
         self.manifest = manifest
-        self.layout = TableLayout([target.rank for target in manifest.targets])
+        self.layout = TableLayout([target.rank for target in manifest.targets], manifest.table_dtype)
         self.fetch: Callable[[str], Coefficients | None] | None = None
         self.session = open_session(bundle.model, provider, threads, cuda_graph=buckets is not None)
         check_graph(self.session, bundle)
@@ -69,8 +69,9 @@ class SwitchableSession:
         self.head = HeadLayout(manifest.head_labels, manifest.head_features) if manifest.head_labels else None
         widths = {TABLE: self.layout.width} | ({HEAD_TABLE: self.head.width} if self.head else {})
         self.base_head = _read_base_head(bundle, self.head) if self.head else None
-        self.table = CoefficientTable(lambda count: make_memory(widths, count, provider), rows, max_rows)
-        nobody = {TABLE: np.zeros(self.layout.width, dtype=np.float32)}
+        dtypes = {TABLE: self.layout.dtype}
+        self.table = CoefficientTable(lambda count: make_memory(widths, count, provider, dtypes), rows, max_rows)
+        nobody = {TABLE: np.zeros(self.layout.width, dtype=self.layout.dtype)}
         self.table.memory.write(BASE_ROW, nobody | ({} if self.base_head is None else {HEAD_TABLE: self.base_head}))
         self._runner = make_runner(self.session, manifest, provider, buckets, lambda: self.table.memory)
 
@@ -80,7 +81,8 @@ class SwitchableSession:
         Runs that are under way keep the version they began with.
 
         Raises:
-            InputError: the file is damaged or of another basis, base or task; the old version stays.
+            InputError: the file is damaged or of another basis, base or task, or holds a number that
+                the table cannot; the old version stays.
         """
         coefficients = source if isinstance(source, Coefficients) else read_coefficients(source)
         place = f"{customer}" if isinstance(source, Coefficients) else f"{source}"
@@ -152,7 +154,10 @@ class SwitchableSession:
 
     def _row(self, coefficients: Coefficients, place: str) -> dict[str, np.ndarray]:
         """The row of a customer that fits, by input; refuses a head or labels that do not."""
-        row = {TABLE: self.layout.row(coefficients.values)}
+        try:
+            row = {TABLE: self.layout.row(coefficients.values)}
+        except InputError as error:
+            raise InputError(f"{place}: {error}") from error
         if coefficients.head:
             row[HEAD_TABLE] = self._head_row(coefficients, place)
         elif coefficients.labels != self.manifest.labels:
