@@ -150,7 +150,7 @@ def split_model(model: Any, target_paths: Sequence[str], padding_side: str = "ri
 
 def _problem(split: SplitModel, target_paths: Sequence[str], padding_side: str) -> str | None:
     """What is wrong with a split, seen on a row alone and beside a longer one."""
-    batch, row = _probe(split.model, padding_side)
+    batch, row = probe(split.model, padding_side)
     early: list[str] = []
     layers = {path: split.model.get_submodule(path) for path in target_paths}
     hooks = [
@@ -177,7 +177,7 @@ def _close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return torch.allclose(found, expected, rtol=bound, atol=bound)
 
 
-def _probe(model: Any, padding_side: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def probe(model: Any, padding_side: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Two rows, the second half as long; and the second one alone."""
     config = model.config.get_text_config()
     device = next(model.parameters()).device
