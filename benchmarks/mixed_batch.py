@@ -22,7 +22,8 @@ import onnxruntime
 import torch
 from peft import LoraConfig, get_peft_model
 
-from benchmarks.serving import Serving, environment, make_inputs, prepare, summary
+from benchmarks.records import environment, summary
+from benchmarks.serving import Serving, make_inputs, prepare
 from qrlora_deploy.files import write_json
 from qrlora_deploy.rank_rule import RankRule
 from qrlora_deploy.runtime import Buckets, SwitchableSession, open_session

@@ -1,12 +1,7 @@
 """What the benchmarks of the runtime share: a base, its bundles, customers, and the shape of a record."""
 
-import datetime
-import os
-import platform
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +21,6 @@ from qrlora_deploy.targets import choose_targets
 from qrlora_deploy.training.data import Examples
 
 LAST_LAYERS = 4
-PERCENTILES = (50, 99)
 
 
 @dataclass(frozen=True)
@@ -106,29 +100,3 @@ def make_inputs(bundle: Bundle, batch: int, length: int) -> dict[str, np.ndarray
     tokens = np.random.default_rng(1).integers(1000, 20000, (batch, length))
     made = {"input_ids": tokens, "attention_mask": np.ones_like(tokens), "token_type_ids": np.zeros_like(tokens)}
     return {record.name: made[record.name] for record in bundle.manifest.inputs if record.name in made}
-
-
-def summary(samples_s: list[float], unit: float = 1e3) -> dict[str, float]:
-    """Percentiles of samples in seconds, in milliseconds by default, and how many there were."""
-    found = {f"p{rank}": float(np.percentile(samples_s, rank)) * unit for rank in PERCENTILES}
-    return found | {"samples": len(samples_s)}
-
-
-def environment(provider: str) -> dict[str, Any]:
-    """Machine, versions and date of a record."""
-    names = ("torch", "transformers", "onnxruntime-gpu", "peft", "numpy")
-    return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "device": torch.cuda.get_device_name() if provider == "cuda" else "cpu",
-        "cpus": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in names},
-        "tf32": False,
-    }
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except ModuleNotFoundError:
-        return "not installed as a distribution"

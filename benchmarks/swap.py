@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.serving import Serving, environment, make_inputs, prepare, summary
+from benchmarks.records import environment, summary
+from benchmarks.serving import Serving, make_inputs, prepare
 from qrlora_deploy.coefficients import write_coefficients
 from qrlora_deploy.files import write_json
 from qrlora_deploy.rank_rule import RankRule
