@@ -28,7 +28,8 @@ from qrlora_deploy.files import write_json
 from qrlora_deploy.runtime.bundle import Manifest, TargetRecord
 from qrlora_deploy.runtime.layout import TABLE, TableLayout, padded_rank
 from qrlora_deploy.runtime.memory import make_memory
-from qrlora_deploy.runtime.packed import load_packed, write_packed
+from qrlora_deploy.runtime.packed import load_packed
+from qrlora_deploy.runtime.packed_writer import write_packed
 from qrlora_deploy.runtime.store import CustomerStore
 from qrlora_deploy.runtime.switchable import SwitchableSession
 from qrlora_deploy.runtime.table import CoefficientTable
@@ -55,6 +56,7 @@ def make_session(coefficients: int) -> SwitchableSession:
         base_digest="a" * 64,
         total_rank=coefficients,
         targets=targets,
+        inputs=(),
     )
     session.layout, session.head, session.base_head, session.fetch = TableLayout(ranks), None, None, None
     widths = {TABLE: session.layout.width}

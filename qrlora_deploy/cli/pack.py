@@ -15,8 +15,13 @@ FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 @click.argument("customers", type=FOLDER, metavar="FOLDER")
 @click.option("--bundle", required=True, type=FOLDER, help="The switchable bundle that serves the customers.")
 @output_option("Packed file to write, outside FOLDER.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "fp16"]),
+    help="Of the coefficients in the file; by default that of the bundle's table, to which they are rounded anyway.",
+)
 @common
-def command(customers: Path, bundle: Path, output: Path) -> Output:
+def command(customers: Path, bundle: Path, output: Path, dtype: str | None) -> Output:
     """Put all customers of FOLDER, files <id>.safetensors, into one file that a serving process loads at once.
 
     Every customer is checked against the bundle. Customers with a head of their own are refused:
@@ -28,7 +33,7 @@ def command(customers: Path, bundle: Path, output: Path) -> Output:
     """
     from qrlora_deploy.files import check_free_file
     from qrlora_deploy.runtime import open_bundle
-    from qrlora_deploy.runtime.packed import write_packed
+    from qrlora_deploy.runtime.packed_writer import write_packed
 
     check_free_file(output)
     if output.resolve().parent == customers.resolve():
@@ -37,15 +42,17 @@ def command(customers: Path, bundle: Path, output: Path) -> Output:
     if manifest.kind != "switchable":
         raise InputError(f"{bundle} is a {manifest.kind} bundle; only a switchable one serves many customers")
     with progress_bar() as progress:
-        count = write_packed(customers, output, manifest, progress)
+        count = write_packed(customers, output, manifest, progress, dtype)
     size_bytes = output.stat().st_size
     record = {
         "output": output,
         "size_bytes": size_bytes,
         "customers": count,
         "coefficients": manifest.total_rank,
+        "dtype": dtype or manifest.table_dtype,
         "basis_digest": manifest.basis_digest,
         "base_digest": manifest.base_digest,
     }
-    facts = {"customers": count, "coefficients each": manifest.total_rank, "size": size_text(size_bytes)}
+    each = f"{manifest.total_rank} in {record['dtype']}"
+    facts = {"customers": count, "coefficients each": each, "size": size_text(size_bytes)}
     return Output(record, f"wrote {output}", facts)

@@ -1,89 +1,54 @@
 """Very many customers in one file, which fills the table of a switchable session in one go.
 
-A safetensors file with the tensors `coefficients [n, total_rank]` fp32, `id_lengths [n]` and
-`id_bytes [sum of the lengths]` uint8, in this order. It is read front to back once; the digest in
-its metadata covers every byte, and nothing goes live before it was found right.
+A safetensors file with the tensors `coefficients [n, total_rank]` fp32 or fp16, `id_lengths [n]` and
+`id_bytes [sum of the lengths]` uint8, in this order. Threads read, hash and check its pieces, and
+bring them into the form of the table; one after the other they are copied there. The digest in its
+metadata covers every byte, and nothing goes live before it was found right.
 """
 
-import hashlib
 import io
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from qrlora_deploy.coefficients import Coefficients
 from qrlora_deploy.errors import BasisMismatchError, FileFormatError, InputError
-from qrlora_deploy.files import atomic_file
 from qrlora_deploy.runtime.bundle import Manifest
-from qrlora_deploy.runtime.customer_files import MAX_ID_CHARACTERS, check_customer_id, customer_ids, read_customer
-from qrlora_deploy.runtime.fitting import check_customer_fits
+from qrlora_deploy.runtime.id_index import IdIndex
 from qrlora_deploy.runtime.layout import HEAD_TABLE, TABLE, TableLayout
-from qrlora_deploy.runtime.packed_header import NO_DIGEST, PackedHeader, metadata_of, read_exactly, read_header
+from qrlora_deploy.runtime.packed_header import (
+    STORED_DTYPES,
+    PackedHeader,
+    digest_piece,
+    metadata_of,
+    read_header,
+    tail_pieces,
+)
 from qrlora_deploy.runtime.switchable import SwitchableSession
 
-BLOCK_BYTES = 4 * 2**20
-"""Of coefficients that are read, hashed and copied together: small enough for a processor's cache."""
+MOST_THREADS = 8
+"""Reading, hashing and checking: so many keep up with what one thread can copy to a GPU."""
+
+SPARE_PIECES = 2
+"""Pieces that are ready while the others are being made."""
+
+HALF_EXPONENT = 0x7C00
+"""The exponent's bits of an fp16 number; all of them are set in NaN and Inf alone."""
 
 Progress = Callable[[str, int, int], None]
-
-
-def write_packed(
-    source: Path | Iterable[tuple[str, Coefficients]],
-    path: Path,
-    manifest: Manifest,
-    progress: Progress | None = None,
-) -> int:
-    """Write customers of one switchable bundle into one file, replacing `path` in one step.
-
-    Args:
-        source: a folder of `<id>.safetensors`, taken in the order of their ids, or customers by id.
-        path: the file to write.
-        manifest: the bundle's; every customer must fit it.
-        progress: called with (description, done, total); total is 0 where it is not known.
-
-    Returns:
-        The number of customers.
-
-    Raises:
-        InputError: there is no customer, or one does not fit the bundle, has a head of its own or
-            occurs twice; it is named.
-    """
-    total, items = _items_of(source)
-    header = PackedHeader(metadata_of(manifest), 0, manifest.total_rank, 0)
-    names: dict[str, None] = {}
-    digest = hashlib.sha256()
-    with atomic_file(path) as temporary, temporary.open("wb", buffering=BLOCK_BYTES) as file:
-        file.write(header.to_bytes(NO_DIGEST))
-        for name, coefficients in items:
-            check_customer_id(name)
-            if name in names:
-                raise InputError(f"the customer {name} occurs twice")
-            _check_fits(name, coefficients, manifest)
-            names[name] = None
-            values = np.ascontiguousarray(coefficients.values, dtype="<f4").tobytes()
-            digest.update(values)
-            file.write(values)
-            if progress is not None:
-                progress("packing", len(names), total)
-        if not names:
-            raise InputError(f"there is no customer to pack{f' in {source}' if isinstance(source, Path) else ''}")
-        text = "".join(names).encode("ascii")
-        tail = bytes(map(len, names)) + text
-        digest.update(tail)
-        file.write(tail)
-        file.seek(0)
-        header = PackedHeader(header.metadata, len(names), header.total_rank, len(text))
-        file.write(header.to_bytes(header.seal(digest)))
-    return len(names)
 
 
 def load_packed(session: SwitchableSession, path: Path, progress: Progress | None = None) -> int:
     """Make every customer of a packed file live in `session`; those that are loaded already change.
 
     Either all of them go live or, on any error, none. Load it before a `CustomerStore` starts: the
-    files of the store's folder then win over the packed ones.
+    files of the store's folder then win over the packed ones. Coefficients are rounded once where
+    the table is fp16 and the file is not.
 
     Args:
         session: a session on the bundle for which the file was packed.
@@ -95,42 +60,23 @@ def load_packed(session: SwitchableSession, path: Path, progress: Progress | Non
 
     Raises:
         FileFormatError: the file is cut, changed, of another format version, or holds NaN or Inf.
-        InputError: it cannot be read, belongs to another bundle, or has more customers than the
-            table may hold. QrloraError: the table cannot grow.
+        InputError: it cannot be read, belongs to another bundle, holds numbers that the table cannot,
+            or has more customers than the table may hold. QrloraError: the table cannot grow.
     """
     try:
-        with path.open("rb", buffering=0) as file:
+        with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1, thread_name_prefix="packed-ids") as ids:
             header, expected, start = read_header(file, path)
             _check_bundle(header, path, session.manifest)
-            ids_at = start + 4 * header.customers * header.total_rank
-            file.seek(ids_at)
+            source = _Source(file, path, header, start)
             tail = bytearray(header.customers + header.id_bytes)
-            read_exactly(file, memoryview(tail), path)
-            names = _names_of(tail, header.customers, path)
-            file.seek(start)
-            session.table.publish_many(names, _blocks(session, file, path, header, tail, expected, progress))
+            source.read(start + header.customers * header.row_bytes, memoryview(tail))
+            # A second or two for ten million, beside the reading of their coefficients.
+            index = ids.submit(_index_of, tail, header.customers, path)
+            blocks = _blocks(session, source, tail, expected, progress)
+            session.table.publish_bulk(header.customers, blocks, index.result)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     return header.customers
-
-
-def _items_of(source: Path | Iterable[tuple[str, Coefficients]]) -> tuple[int, Iterable[tuple[str, Coefficients]]]:
-    if not isinstance(source, Path):
-        return 0, source
-    names = sorted(customer_ids(source))
-    return len(names), ((name, read_customer(source, name)) for name in names)
-
-
-def _check_fits(name: str, coefficients: Coefficients, manifest: Manifest) -> None:
-    check_customer_fits(coefficients, manifest, name)
-    if coefficients.head:
-        raise InputError(
-            f"{name} has a head of its own, for which a packed file has no room; leave it a file of its own"
-        )
-    if coefficients.labels != manifest.labels:
-        raise InputError(f"{name} has other labels than the bundle")
-    if not np.isfinite(coefficients.values).all():
-        raise InputError(f"{name} holds NaN or Inf")
 
 
 def _check_bundle(header: PackedHeader, path: Path, manifest: Manifest) -> None:
@@ -145,66 +91,128 @@ def _check_bundle(header: PackedHeader, path: Path, manifest: Manifest) -> None:
         raise InputError(f"{path} has another task, other labels or another number of coefficients than the bundle")
 
 
-def _names_of(tail: bytearray, count: int, path: Path) -> list[str]:
-    """Ids from their lengths and their bytes, checked as `check_customer_id` does."""
-    lengths = np.frombuffer(tail, dtype=np.uint8, count=count)
-    ends = np.cumsum(lengths, dtype=np.int64)
-    if lengths.min() == 0 or lengths.max() > MAX_ID_CHARACTERS or ends[-1] != len(tail) - count:
-        raise FileFormatError(f"{path}: the lengths of its customers' ids make no sense")
+def _index_of(tail: bytearray, count: int, path: Path) -> IdIndex:
+    """The ids, from their lengths and their text."""
     try:
-        text = tail[count:].decode("ascii")
-    except UnicodeDecodeError as error:
-        raise FileFormatError(f"{path} holds ids that are none") from error
-    stops = ends.tolist()
-    names = [text[start:stop] for start, stop in zip((0, *stops), stops, strict=False)]
-    try:
-        for name in names:
-            check_customer_id(name)
+        return IdIndex(np.frombuffer(tail, dtype=np.uint8, count=count), bytes(memoryview(tail)[count:]))
     except InputError as error:
         raise FileFormatError(f"{path}: {error}") from error
-    if len(set(names)) != count:
-        raise FileFormatError(f"{path} holds a customer twice")
-    return names
+
+
+@dataclass(frozen=True)
+class _Source:
+    """An open packed file, whose coefficients begin at `start`."""
+
+    file: io.FileIO
+    path: Path
+    header: PackedHeader
+    start: int
+
+    def read(self, offset: int, view: memoryview) -> None:
+        """Fill `view` with the bytes from `offset` on; nothing is mapped, as a file that is cut meanwhile would end
+        the process.
+
+        Raises:
+            FileFormatError: the file ends before.
+        """
+        done = 0
+        while done < len(view):
+            count = _read_at(self.file, view[done:], offset + done)
+            if not count:
+                raise FileFormatError(f"{self.path} is cut")
+            done += count
+
+
+_seeking = threading.Lock()
+
+
+def _read_at(file: io.FileIO, view: memoryview, offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(file.fileno(), [view], offset)
+    with _seeking:
+        file.seek(offset)
+        return file.readinto(view) or 0
+
+
+class _Piece:
+    """Memory for a piece of the file: as it is stored, and as the table wants it."""
+
+    def __init__(self, header: PackedHeader, layout: TableLayout, staged: np.ndarray) -> None:
+        self.header, self.layout, self.staged = header, layout, staged
+        stored, shape = STORED_DTYPES[header.stored], (len(staged), header.total_rank)
+        # Where nothing has to be converted, the file is read to where it is copied from.
+        self.raw = staged if (staged.dtype, staged.shape) == (stored, shape) else np.empty(shape, dtype=stored)
+        self.count = 0
+
+    def fill(self, source: _Source, number: int) -> bytes:
+        """Read a piece, check it and bring it into the form of the table; returns its digest.
+
+        Raises:
+            FileFormatError: the file is cut, or holds NaN or Inf. InputError: fp16 cannot hold it.
+        """
+        first = number * len(self.raw)
+        self.count = min(len(self.raw), self.header.customers - first)
+        values = self.raw[: self.count]
+        source.read(source.start + first * self.header.row_bytes, values.data.cast("B"))
+        digest = digest_piece(values.data)
+        if not _all_finite(values):
+            raise FileFormatError(f"{source.path} holds NaN or Inf")
+        if self.raw is not self.staged:
+            with np.errstate(over="ignore"):
+                _spread(values, self.staged[: self.count], self.layout)
+            if self.staged.dtype == np.float16 and not _all_finite(self.staged[: self.count]):
+                raise InputError(
+                    f"{source.path} holds a coefficient of {np.abs(values).max():.4g}, more than the fp16 table can; "
+                    f"serve it from a bundle exported with --table-dtype fp32"
+                )
+        return digest
 
 
 def _blocks(
-    session: SwitchableSession,
-    file: io.FileIO,
-    path: Path,
-    header: PackedHeader,
-    tail: bytearray,
-    expected: str,
-    progress: Progress | None,
+    session: SwitchableSession, source: _Source, tail: bytearray, expected: str, progress: Progress | None
 ) -> Iterator[dict[str, np.ndarray]]:
     """Rows of the table, block after block; the last step compares the digest."""
-    layout, digest = session.layout, hashlib.sha256()
-    block_rows = max(1, BLOCK_BYTES // (4 * header.total_rank))
-    # Two, by turns: while one is hashed by the other thread, the next is read.
-    buffers = [np.empty((block_rows, header.total_rank), dtype="<f4") for _ in range(2)]
-    rows = np.zeros((block_rows, layout.width), dtype=np.float32)
-    hashed = None
-    with ThreadPoolExecutor(1, thread_name_prefix="packed-digest") as pool:
-        for index, first in enumerate(range(0, header.customers, block_rows)):
-            count = min(block_rows, header.customers - first)
-            values = buffers[index % 2][:count]
-            read_exactly(file, values.data.cast("B"), path)
-            if hashed is not None:
-                hashed.result()
-            hashed = pool.submit(digest.update, values.data)
-            if not np.isfinite(values).all():
-                raise FileFormatError(f"{path} holds NaN or Inf")
-            _spread(values, rows[:count], layout)
-            block = {TABLE: rows[:count]}
-            if session.base_head is not None:
-                block[HEAD_TABLE] = np.broadcast_to(session.base_head, (count, len(session.base_head)))
-            yield block
+    header, path = source.header, source.path
+    pieces = -(-header.customers // header.piece_rows)
+    threads = min(MOST_THREADS, os.cpu_count() or 1)
+    rows = min(header.piece_rows, header.customers)
+    staging = session.table.memory.parts[TABLE].staging
+    memory = [_Piece(header, session.layout, staging(rows)) for _ in range(min(threads + SPARE_PIECES, pieces))]
+    digests: list[bytes] = []
+    done = 0
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="packed-pieces")
+    try:
+        under_way: deque[tuple[_Piece, Future[bytes]]] = deque(
+            (piece, pool.submit(piece.fill, source, number)) for number, piece in enumerate(memory)
+        )
+        for number in range(len(memory), pieces + len(memory)):
+            piece, filled = under_way.popleft()
+            digests.append(filled.result())
+            done += piece.count
+            yield _block(session, piece)
             if progress is not None:
-                progress("loading", first + count, header.customers)
-        if hashed is not None:
-            hashed.result()
-    digest.update(tail)
-    if header.seal(digest) != expected:
+                progress("loading", done, header.customers)
+            if number < pieces:
+                under_way.append((piece, pool.submit(piece.fill, source, number)))
+        digests += pool.map(digest_piece, tail_pieces(memoryview(tail)))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if header.seal(digests) != expected:
         raise FileFormatError(f"{path} was changed after it was written: its content digest does not fit")
+
+
+def _block(session: SwitchableSession, piece: _Piece) -> dict[str, np.ndarray]:
+    block = {TABLE: piece.staged[: piece.count]}
+    if session.base_head is not None:
+        block[HEAD_TABLE] = np.broadcast_to(session.base_head, (piece.count, len(session.base_head)))
+    return block
+
+
+def _all_finite(values: np.ndarray) -> bool:
+    if values.dtype == np.float16:
+        # numpy looks at fp16 numbers one by one; at whole numbers it looks several at a time.
+        return int((values.view(np.uint16) & HALF_EXPONENT).max()) < HALF_EXPONENT
+    return bool(np.isfinite(values).all())
 
 
 def _spread(values: np.ndarray, rows: np.ndarray, layout: TableLayout) -> None:

@@ -1,20 +1,33 @@
-"""The head of a packed file: what it is for and its sizes, with one way only to write them."""
+"""The head of a packed file: what it is for and its sizes, with one way only to write them; and its digest.
+
+The digest covers pieces: of so many rows of coefficients as fill `PIECE_BYTES`, and then of that many
+bytes of ids. Each has a SHA-256 of its own, so that they can be read and hashed beside one another;
+the file's is that of theirs, one after the other, and of the header without it.
+"""
 
 import hashlib
 import io
 import json
 import os
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from qrlora_deploy.errors import FileFormatError
 from qrlora_deploy.files import MAX_METADATA_BYTES, METADATA_KEY
 from qrlora_deploy.runtime.bundle import Manifest
 
 FORMAT = "qrlora-packed"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+PIECE_BYTES = 4 * 2**20
+
+STORED_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
+"""What the coefficients may be in the file, by safetensors' names."""
 
 HEADER_STEP = 4096
 NO_DIGEST = "0" * 64
@@ -24,12 +37,27 @@ WIDEST = 10**15
 
 @dataclass(frozen=True)
 class PackedHeader:
-    """Metadata and sizes of a packed file; the same always gives the same bytes."""
+    """Metadata and sizes of a packed file; the same always gives the same bytes.
+
+    Attributes:
+        stored: dtype of the coefficients, a key of `STORED_DTYPES`.
+    """
 
     metadata: dict[str, Any]
     customers: int
     total_rank: int
     id_bytes: int
+    stored: str = "F32"
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a customer's coefficients."""
+        return STORED_DTYPES[self.stored].itemsize * self.total_rank
+
+    @property
+    def piece_rows(self) -> int:
+        """Customers of a piece."""
+        return max(1, PIECE_BYTES // self.row_bytes)
 
     def to_bytes(self, digest: str) -> bytes:
         """The file up to its tensors: the length, JSON, and spaces up to a size that `customers` does not change."""
@@ -40,18 +68,19 @@ class PackedHeader:
 
     def _json(self, digest: str, customers: int, id_bytes: int) -> bytes:
         record = self.metadata | {"content_digest": digest}
-        first = 4 * customers * self.total_rank
+        first = customers * self.row_bytes
         second = first + customers
         header = {
             "__metadata__": {METADATA_KEY: json.dumps(record, sort_keys=True, separators=(",", ":"))},
-            "coefficients": {"dtype": "F32", "shape": [customers, self.total_rank], "data_offsets": [0, first]},
+            "coefficients": {"dtype": self.stored, "shape": [customers, self.total_rank], "data_offsets": [0, first]},
             "id_lengths": {"dtype": "U8", "shape": [customers], "data_offsets": [first, second]},
             "id_bytes": {"dtype": "U8", "shape": [id_bytes], "data_offsets": [second, second + id_bytes]},
         }
         return json.dumps(header, separators=(",", ":")).encode()
 
-    def seal(self, digest: "hashlib._Hash") -> str:
-        """The digest of the file: `digest` of its tensors, and then the header."""
+    def seal(self, pieces: Iterable[bytes]) -> str:
+        """The digest of the file, from those of its pieces."""
+        digest = hashlib.sha256(b"".join(pieces))
         digest.update(self.to_bytes(NO_DIGEST))
         return digest.hexdigest()
 
@@ -88,28 +117,43 @@ def read_header(file: io.FileIO, path: Path) -> tuple[PackedHeader, str, int]:
         digest = str(metadata.pop("content_digest"))
         customers, total_rank = record["coefficients"]["shape"]
         (id_bytes,) = record["id_bytes"]["shape"]
-        header = PackedHeader(metadata, customers, total_rank, id_bytes)
+        stored = record["coefficients"]["dtype"]
+        header = PackedHeader(metadata, customers, total_rank, id_bytes, stored)
         # Bounded first: a number of a million digits takes long to write.
         if not all(type(number) is int and 0 < number < WIDEST for number in (customers, total_rank, id_bytes)):
             raise ValueError("sizes that make no sense")
+        if kind == FORMAT and version == FORMAT_VERSION and stored not in STORED_DTYPES:
+            raise FileFormatError(f"{path} holds coefficients in {stored!r:.20}, not {' or '.join(STORED_DTYPES)}")
         # The one way to write this header: so no byte of it can change unnoticed.
-        canonical = header.to_bytes(digest) == prefix + text
+        canonical = stored in STORED_DTYPES and header.to_bytes(digest) == prefix + text
     except (ValueError, KeyError, TypeError, RecursionError, AttributeError) as error:
         raise FileFormatError(f"{path} is not a {FORMAT} file") from error
     if kind != FORMAT:
         raise FileFormatError(f"{path} is not a {FORMAT} file")
     if version != FORMAT_VERSION:
-        raise FileFormatError(f"{path} has format version {version!r}; this version reads {FORMAT_VERSION}")
+        raise FileFormatError(
+            f"{path} has format version {version!r}; this version reads {FORMAT_VERSION}; pack it again"
+        )
     start = 8 + length
     if not canonical:
         raise FileFormatError(f"{path} was changed after it was written: its header is not as it was")
-    if size_bytes != start + 4 * customers * total_rank + customers + id_bytes:
+    if size_bytes != start + customers * header.row_bytes + customers + id_bytes:
         raise FileFormatError(f"{path} is cut or has bytes too many")
     return header, digest, start
 
 
+def tail_pieces(tail: memoryview) -> list[memoryview]:
+    """The pieces of the ids: their lengths and their text."""
+    return [tail[start : start + PIECE_BYTES] for start in range(0, len(tail), PIECE_BYTES)]
+
+
+def digest_piece(piece: memoryview) -> bytes:
+    """The digest of a piece; other threads go on meanwhile."""
+    return hashlib.sha256(piece).digest()
+
+
 def read_exactly(file: io.FileIO, view: memoryview, path: Path) -> None:
-    """Fill `view`, bytes; nothing is mapped, as a file that is cut meanwhile would end the process.
+    """Fill `view`, bytes, from where the file stands.
 
     Raises:
         FileFormatError: the file ends before.

@@ -2,17 +2,22 @@
 
 A new version of a customer goes to a row that nobody reads; then the customer's row number flips,
 and the old row is free once the last run that holds it is done. So no run sees half of a swap, a
-writer never waits for a run, and a run waits for nothing but a few dictionary look-ups.
+writer never waits for a run, and a run waits for nothing but a few look-ups.
+
+Customers that are published together, by the million, are found through an index of some 35 bytes
+each; one that is published by itself afterwards gets an entry in a dictionary.
 """
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from qrlora_deploy.errors import InputError
+from qrlora_deploy.runtime.directory import Bulk, Directory
+from qrlora_deploy.runtime.free_rows import FreeRows
+from qrlora_deploy.runtime.id_index import IdIndex
 from qrlora_deploy.runtime.memory import TableMemory
 
 BASE_ROW = 0
@@ -32,8 +37,8 @@ class CoefficientTable:
     Args:
         make: makes the memory for a number of rows.
         rows: rows at the start, with the base's.
-        max_rows: rows at most; then the customer that was not used for longest gives way. None:
-            no bound.
+        max_rows: rows at most; then a customer of a bulk that was never used gives way, or the one
+            that was not used for longest. None: no bound.
 
     Raises:
         InputError: the numbers of rows make no sense.
@@ -49,25 +54,31 @@ class CoefficientTable:
         self._lock = threading.Lock()
         # One writer at a time, so that a row is not lost while the memory grows.
         self._writing = threading.Lock()
-        self._row_of: OrderedDict[str, int] = OrderedDict()
+        self._directory = Directory()
         self._holders: dict[int, int] = {}
         self._retired: set[int] = set()
         self._notes: dict[int, Any] = {}
-        self._free = list(range(rows - 1, BASE_ROW, -1))
+        self._free = FreeRows(BASE_ROW + 1, rows)
 
     def __len__(self) -> int:
-        return len(self._row_of)
+        return len(self._directory)
 
     def __contains__(self, customer: str) -> bool:
-        return customer in self._row_of
+        with self._lock:
+            return self._directory.find(customer) is not None
 
     def customers(self) -> list[str]:
-        """Names of the customers that have a row."""
+        """Names of the customers that have a row: a new text for each."""
         with self._lock:
-            return list(self._row_of)
+            return self._directory.customers()
+
+    @property
+    def index_bytes(self) -> int:
+        """Memory of the host by which the customers of bulks are found."""
+        return sum(bulk.size_bytes for bulk in self._directory.bulks)
 
     def publish(self, customer: str, values: dict[str, np.ndarray], note: Any = None) -> None:
-        """Make `values`, a row `[width]` fp32 per input, what `customer` is from now on.
+        """Make `values`, a row `[width]` per input, what `customer` is from now on.
 
         Runs that began before go on with the old version; runs that begin afterwards see the new one.
         `note` goes with the version: `note_of` a held row gives it back.
@@ -82,51 +93,65 @@ class CoefficientTable:
                 self.memory.write(row, values)
             except BaseException:
                 with self._lock:
-                    self._free.append(row)
+                    self._free.give_back(row)
                 raise
             with self._lock:
                 self._flip(customer, row, note)
 
     def publish_many(self, customers: Sequence[str], blocks: Iterable[dict[str, np.ndarray]], note: Any = None) -> None:
+        """`publish_bulk` of customers whose names are there, each once.
+
+        Raises:
+            InputError: also where a name is no customer id.
+        """
+        if customers:
+            index = IdIndex.of(customers)
+            self.publish_bulk(len(index), blocks, lambda: index, note)
+
+    def publish_bulk(
+        self, count: int, blocks: Iterable[dict[str, np.ndarray]], index: Callable[[], IdIndex], note: Any = None
+    ) -> None:
         """Publish many customers at once: the table grows once, and blocks of rows are copied whole.
 
-        No customer changes before the last block is there; an error of `blocks` changes nothing.
-        Then each customer flips as in `publish`. Nobody is pushed out of a full table.
+        No customer changes before the last block is there; an error of `blocks` or `index` changes
+        nothing. Nobody is pushed out of a full table. A customer that is published by itself
+        meanwhile may end with either version.
 
         Args:
-            customers: the names, each once.
-            blocks: rows `[n, width]` fp32 per input, in the order of `customers`; together as many.
+            count: how many.
+            blocks: rows `[n, width]` per input; together `count`. A block is done with when the next
+                one is asked for.
+            index: gives their names, in the order of the rows; called after the last block.
             note: goes with every one of these versions.
 
         Raises:
-            InputError: a name occurs twice, or there are more or fewer rows than names.
+            InputError: there are more or fewer rows or names than `count`.
             TableFullError: the bound of the table leaves too few rows.
             QrloraError: the table cannot grow.
         """
-        if len(set(customers)) != len(customers):
-            raise InputError("a customer occurs twice")
-        rows = self._take_rows(len(customers))
-        flipped = 0
+        rows = self._take_rows(count)
         try:
             self._write_blocks(rows, blocks)
-            numbers = rows.tolist()
-            for first in range(0, len(numbers), FLIP_CUSTOMERS):
-                with self._lock:
-                    for index in range(first, min(first + FLIP_CUSTOMERS, len(numbers))):
-                        # Counted first: a row that is lost does no harm, one that is free twice does.
-                        flipped = index + 1
-                        self._flip(customers[index], numbers[index], note)
-        finally:
+            found = index()
+            if len(found) != count:
+                raise InputError(f"there are {len(found)} names for {count} customers")
+            bulk = Bulk(found, rows)
+        except BaseException:
             with self._lock:
-                self._free.extend(rows[flipped:].tolist())
+                self._free.give_back_many(rows)
+            raise
+        with self._lock:
+            if note is not None:
+                self._notes.update(dict.fromkeys(rows.tolist(), note))
+            older, names = self._directory.add(bulk), self._directory.entries()
+        self._supersede(bulk, older, names)
 
     def remove(self, customer: str) -> bool:
         """Take a customer out; runs that hold it are not disturbed. False where there is none."""
         with self._lock:
-            row = self._row_of.pop(customer, None)
-            if row is not None:
-                self._retire(row)
-        return row is not None
+            rows = self._directory.take_out(customer)
+            self._retire(rows)
+        return bool(rows)
 
     def hold(self, customers: Iterable[str | None]) -> tuple[dict[str | None, int], list[str]]:
         """Hold the rows of `customers` until `release`; None is the base.
@@ -138,14 +163,15 @@ class CoefficientTable:
         missing = []
         with self._lock:
             for customer in dict.fromkeys(customers):
-                row = BASE_ROW if customer is None else self._row_of.get(customer)
+                row = BASE_ROW if customer is None else self._directory.find(customer)
                 if row is None:
                     missing.append(str(customer))
                     continue
                 held[customer] = row
                 if customer is not None:
                     self._holders[row] = self._holders.get(row, 0) + 1
-                    self._row_of.move_to_end(customer)
+                    if self.max_rows is not None:
+                        self._retire(self._directory.use(customer))
         return held, missing
 
     def release(self, rows: Iterable[int]) -> None:
@@ -159,7 +185,7 @@ class CoefficientTable:
                     del self._holders[row]
                     if row in self._retired:
                         self._retired.remove(row)
-                        self._free.append(row)
+                        self._set_free(row)
 
     def note_of(self, row: int) -> Any:
         """What was published with the version in a row that is held; None for the base."""
@@ -167,32 +193,47 @@ class CoefficientTable:
 
     def _flip(self, customer: str, row: int, note: Any) -> None:
         """Make a row that is written the customer's. Called under the lock."""
-        if note is None:
-            self._notes.pop(row, None)
-        else:
+        if note is not None:
             self._notes[row] = note
-        old = self._row_of.pop(customer, None)
-        self._row_of[customer] = row
-        if old is not None:
-            self._retire(old)
+        self._retire(self._directory.put(customer, row))
 
-    def _retire(self, row: int) -> None:
-        if row in self._holders:
-            self._retired.add(row)
-        else:
-            self._free.append(row)
+    def _supersede(self, bulk: Bulk, older: Sequence[Bulk], names: Sequence[str]) -> None:
+        """Take the customers of a new bulk out of everything older, in steps that keep no run waiting."""
+        for first in range(0, len(names), FLIP_CUSTOMERS):
+            with self._lock:
+                for name in names[first : first + FLIP_CUSTOMERS]:
+                    self._retire(self._directory.give_up_entry(name, bulk))
+        for other in older:
+            places = np.flatnonzero(other.index.places_in(bulk.index) >= 0)
+            for first in range(0, len(places), FLIP_CUSTOMERS):
+                with self._lock:
+                    self._retire(other.take_out_many(places[first : first + FLIP_CUSTOMERS]))
+        with self._lock:
+            self._directory.drop_empty()
+
+    def _retire(self, rows: Iterable[int]) -> None:
+        """Rows that nobody has any more: free, or else when the last run lets go. Called under the lock."""
+        for row in rows:
+            if row in self._holders:
+                self._retired.add(row)
+            else:
+                self._set_free(row)
+
+    def _set_free(self, row: int) -> None:
+        self._notes.pop(row, None)
+        self._free.give_back(row)
 
     def _take_row(self) -> int:
         """A row that nobody reads. Called by the one writer."""
         with self._lock:
             if self._free:
-                return self._free.pop()
+                return self._free.take()
             rows = self.memory.rows
             if self.max_rows is not None and rows >= self.max_rows:
                 return self._evict()
         self._grow(min(2 * rows, self.max_rows or 2 * rows))
         with self._lock:
-            return self._free.pop()
+            return self._free.take()
 
     def _take_rows(self, count: int) -> np.ndarray:
         """`count` rows `[count]` int64 that nobody reads, rising, so that most lie side by side."""
@@ -210,20 +251,15 @@ class CoefficientTable:
                 spare = rows + lacking + max(64, (rows + lacking) // 16)
                 self._grow(min(spare, self.max_rows or spare))
             with self._lock:
-                self._free.sort(reverse=True)
-                first = len(self._free) - count
-                taken = self._free[first:]
-                del self._free[first:]
-        return np.array(taken[::-1], dtype=np.int64)
+                return self._free.take_many(count)
 
     def _grow(self, rows: int) -> None:
         """Called by the one writer."""
-        old = self.memory.rows
         larger = self.memory.grown(rows)
         with self._lock:
             # A run that holds the old memory keeps it alive; all rows are the same in both.
             self.memory = larger
-            self._free.extend(range(rows - 1, old - 1, -1))
+            self._free.add_range(rows)
 
     def _write_blocks(self, rows: np.ndarray, blocks: Iterable[dict[str, np.ndarray]]) -> None:
         done = 0
@@ -248,10 +284,10 @@ class CoefficientTable:
             raise InputError(f"there are {done} rows for {len(rows)} customers")
 
     def _evict(self) -> int:
-        for customer, row in self._row_of.items():
-            if row not in self._holders:
-                del self._row_of[customer]
-                return row
+        row = self._directory.give_way(self._holders)
+        if row is not None:
+            self._notes.pop(row, None)
+            return row
         raise TableFullError(f"all {self.max_rows} rows of the table are in use; open it with more rows")
 
 

@@ -35,6 +35,7 @@ def test_pack(place: Path, tiny_customer: Coefficients) -> None:
     manifest = open_bundle(place / "bundle").manifest
     assert made == {
         "output": "packed.safetensors",
+        "dtype": "fp32",
         "size_bytes": file.stat().st_size,
         "customers": 2,
         "coefficients": len(tiny_customer.values),

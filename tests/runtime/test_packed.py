@@ -17,11 +17,13 @@ from hypothesis import strategies as st
 from qrlora_deploy.coefficients import Coefficients, write_coefficients
 from qrlora_deploy.errors import BasisMismatchError, FileFormatError, InputError
 from qrlora_deploy.runtime import packed as packed_module
+from qrlora_deploy.runtime import packed_header
 from qrlora_deploy.runtime.bundle import Manifest, open_bundle
 from qrlora_deploy.runtime.layout import TABLE, TableLayout
 from qrlora_deploy.runtime.memory import HostMemory, make_memory
-from qrlora_deploy.runtime.packed import load_packed, write_packed
-from qrlora_deploy.runtime.packed_header import PackedHeader, metadata_of
+from qrlora_deploy.runtime.packed import load_packed
+from qrlora_deploy.runtime.packed_header import PackedHeader, digest_piece, metadata_of, tail_pieces
+from qrlora_deploy.runtime.packed_writer import write_packed
 from qrlora_deploy.runtime.switchable import SwitchableSession
 from qrlora_deploy.runtime.table import CoefficientTable, TableFullError, rows_of
 from tests.runtime.place import INPUTS
@@ -78,7 +80,7 @@ def rows(session: SwitchableSession, names: list[str]) -> np.ndarray:
 @given(
     names=st.lists(IDS, min_size=1, max_size=20, unique=True),
     seed=st.integers(0, 99),
-    block_bytes=st.integers(1, 20_000),
+    piece_bytes=st.integers(1, 20_000),
 )
 def test_pack_then_load_is_the_identity(
     tmp_path: Path,
@@ -86,16 +88,16 @@ def test_pack_then_load_is_the_identity(
     tiny_customer: Coefficients,
     names: list[str],
     seed: int,
-    block_bytes: int,
+    piece_bytes: int,
 ) -> None:
     random = np.random.default_rng(seed)
     customers = [
         replace(tiny_customer, values=random.normal(size=len(tiny_customer.values)).astype(np.float32)) for _ in names
     ]
     path = tmp_path / "packed.safetensors"
-    assert write_packed(zip(names, customers, strict=True), path, session.manifest) == len(names)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packed_module, "BLOCK_BYTES", block_bytes)
+        patch.setattr(packed_header, "PIECE_BYTES", piece_bytes)
+        assert write_packed(zip(names, customers, strict=True), path, session.manifest) == len(names)
         assert load_packed(empty(session), path) == len(names)
     assert set(session.customers()) == set(names)
     expected = np.stack([session.layout.row(customer.values) for customer in customers])
@@ -172,13 +174,13 @@ def refuse(session: SwitchableSession, path: Path, content: bytes, error: type[I
 
 def forged(session: SwitchableSession, values: np.ndarray, names: list[bytes], **changes: Any) -> bytes:
     """A file with a digest that is right, as somebody with this source code could make it."""
-    import hashlib
-
     text = b"".join(names)
     sizes = changes.pop("sizes", (len(values), values.shape[1], len(text)))
-    header = PackedHeader(metadata_of(session.manifest) | changes, *sizes)
-    body = values.astype("<f4").tobytes() + bytes(map(len, names)) + text
-    return header.to_bytes(header.seal(hashlib.sha256(body))) + body
+    stored = changes.pop("stored", "F32")
+    header = PackedHeader(metadata_of(session.manifest) | changes, *sizes, stored)
+    body, tail = values.astype({"F16": "<f2"}.get(stored, "<f4")).tobytes(), bytes(map(len, names)) + text
+    digests = [digest_piece(memoryview(body)), *map(digest_piece, tail_pieces(memoryview(tail)))]
+    return header.to_bytes(header.seal(digests)) + body + tail
 
 
 FORGED: dict[str, tuple[list[bytes], dict[str, Any], str]] = {
@@ -187,9 +189,9 @@ FORGED: dict[str, tuple[list[bytes], dict[str, Any], str]] = {
     "nul": ([b"a\0", b"b"], {}, "is no customer id"),
     "empty": ([b"", b"b"], {}, "make no sense"),
     "long": ([b"x" * 129, b"b"], {}, "make no sense"),
-    "latin": ([b"\xe9", b"b"], {}, "ids that are none"),
-    "twice": ([b"b", b"b"], {}, "a customer twice"),
-    "version": ([b"a", b"b"], {"format_version": 2}, "format version 2; this version reads 1"),
+    "latin": ([b"\xe9", b"b"], {}, "is no customer id"),
+    "twice": ([b"b", b"b"], {}, "the customer b occurs twice"),
+    "version": ([b"a", b"b"], {"format_version": 1}, "format version 1; this version reads 2; pack it again"),
     "kind": ([b"a", b"b"], {"format": "qrlora-basis"}, "is not a qrlora-packed file"),
     "task": ([b"a", b"b"], {"task": "text-regression"}, "another task"),
     "labels": ([b"a", b"b"], {"labels": ["x"]}, "other labels"),
@@ -335,7 +337,7 @@ def test_a_bulk_uses_the_gaps_and_never_pushes_out() -> None:
     with pytest.raises(TableFullError, match="4 customers need as many free rows, .* no more than 8, 4 of them in use"):
         table.publish_many(list("wxyz"), [block(1, 2, 3, 4)])
     table.publish_many(list("xyz"), [block(1), block(), block(2, 3)])
-    assert sorted(table.customers()) == list("acegxyz") and table._free == []
+    assert sorted(table.customers()) == list("acegxyz") and list(table._free) == []
     held, _ = table.hold("axyz")
     part = table.memory.parts[TABLE]
     assert isinstance(part, HostMemory)
@@ -390,7 +392,8 @@ def test_bulks_grow_once_and_threads_never_see_a_mixture() -> None:
         thread.join()
     assert wrong == [] and table._holders == {} and table._retired == set()
     assert len(table._free) == table.memory.rows - 1 - 300
-    assert len(set(table._free) | set(table._row_of.values())) == table.memory.rows - 1
+    held, _ = table.hold(names)
+    assert len(set(table._free) | set(held.values())) == table.memory.rows - 1
 
 
 def test_rows_are_spread_like_single_ones() -> None:
@@ -410,5 +413,5 @@ def test_the_format_is_pinned(session: SwitchableSession, sample: Path) -> None:
     assert (
         record == metadata_of(session.manifest)
         and record["format"] == "qrlora-packed"
-        and record["format_version"] == 1
+        and record["format_version"] == 2
     )

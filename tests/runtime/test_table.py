@@ -78,7 +78,7 @@ class TableModel(RuleBasedStateMachine):
     def the_base_is_zero_and_no_row_is_lost(self) -> None:
         memory = self.table.memory
         assert not array_of(memory)[BASE_ROW].any()
-        used = len(self.table._row_of) + len(self.table._retired) + len(self.table._free) + 1
+        used = len(self.table) + len(self.table._retired) + len(self.table._free) + 1
         assert used == memory.rows
         assert set(self.table.customers()) == self.expected.keys()
 
