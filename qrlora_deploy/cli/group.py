@@ -22,6 +22,7 @@ COMMANDS = (
     "warmup",
     "factorize",
     "train",
+    "train-fleet",
     "inspect",
     "combine",
     "merge",
@@ -32,7 +33,8 @@ COMMANDS = (
     "bench",
     "doctor",
 )
-"""In the order of the work; each is a module of this package with a `command`."""
+"""In the order of the work; each is a module of this package with a `command`,
+`-` as `_`."""
 
 INTERRUPTED = 130
 
@@ -59,7 +61,7 @@ class LazyGroup(click.Group):
         """The command, or None when there is no such name."""
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"qrlora_deploy.cli.{cmd_name}")
+        module = importlib.import_module(f"qrlora_deploy.cli.{cmd_name.replace('-', '_')}")
         command: click.Command = module.command
         return command
 

@@ -1,0 +1,145 @@
+"""`qrlora-deploy train-fleet`."""
+
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qrlora_deploy.cli.options import basis_option, common, output_option, training_options
+from qrlora_deploy.cli.output import Output, Table
+from qrlora_deploy.errors import InputError, QrloraError
+
+REPORT_SECONDS = 10
+SHOWN_FAILURES = 20
+LAUNCHER = "TORCHELASTIC_RUN_ID"
+"""Set by torchrun and accelerate, which end every worker as soon as one ends with an error."""
+
+
+@click.command("train-fleet")
+@click.argument("base")
+@basis_option(required=True)
+@output_option("Folder for one coefficients file a customer, and summary.jsonl.")
+@click.option("--customer-column", help="Column of the customers' ids; without it --data is a folder of one file each.")
+@click.option(
+    "--head",
+    type=click.Choice(["frozen", "output"]),
+    default="frozen",
+    show_default=True,
+    help="Keep the base's head, or train each customer's last projection too.",
+)
+@click.option("--patience", type=click.IntRange(min=1), default=3, show_default=True, help="Epochs without a gain.")
+@click.option("--resume", is_flag=True, help="Pass over customers whose file is there from the same data and settings.")
+@click.option("--metric", help="Chooses the best epoch on --eval, by default accuracy or pearson.")
+@click.option("--head-learning-rate", type=click.FloatRange(min=0, min_open=True), help="With --head output.")
+@click.option(
+    "--rows-per-step", type=click.IntRange(min=1), help="Rows of all customers in a step. Default: by device."
+)
+@click.option("--shard", help="I/N: train the I-th of N parts, from 0; torchrun's RANK and WORLD_SIZE by default.")
+@training_options(epochs=5, batch_size=32)
+@common
+def command(
+    base: str,
+    basis: Path,
+    output: Path,
+    resume: bool,
+    data: str,
+    evaluation: str | None,
+    customer_column: str | None,
+    text_column: str | None,
+    label_column: str | None,
+    rows_per_step: int | None,
+    shard: str | None,
+    **settings: Any,
+) -> Output:
+    """Train the coefficients of many customers on BASE in one process, each as `train` would alone.
+
+    Files appear as customers are done; what is wrong with one customer's data stops no other.
+
+    \b
+    Examples:
+      qrlora-deploy train-fleet base --basis basis.safetensors --data all.tsv --customer-column id -o customers
+      torchrun --nproc-per-node 8 --no-python qrlora-deploy train-fleet base --basis basis.safetensors \\
+        --data folder -o customers
+    """
+    from qrlora_deploy.basis import read_basis
+    from qrlora_deploy.checkpoint import open_checkpoint
+    from qrlora_deploy.locating import recorded_place
+    from qrlora_deploy.training.fleet.options import FleetOptions
+    from qrlora_deploy.training.fleet.plan import FleetSource, Shard
+    from qrlora_deploy.training.fleet.run import train_fleet
+    from qrlora_deploy.training.settings import TrainSettings, choose_device
+
+    index, count = parse_shard(shard)
+    # What was not given is left to the library's defaults, its own for each method.
+    chosen = TrainSettings(**{name: value for name, value in settings.items() if value is not None})
+    choose_device(chosen.device)
+    held_out = Path(evaluation) if evaluation else None
+    source = FleetSource(Path(data), held_out, customer_column, text_column, label_column)
+    place = recorded_place(basis, output / "customer")
+    local = int(os.environ.get("LOCAL_RANK", 0)) if shard is None else 0
+    options = FleetOptions(output, resume, rows_per_step, Shard(index, count), local, place)
+    report = train_fleet(open_checkpoint(base), read_basis(basis), source, chosen, options, Meter())
+    failed = [line for line in report.lines if line.status == "failed"]
+    facts = {
+        "trained": report.count("trained"),
+        "skipped": report.count("skipped"),
+        "failed": len(failed),
+        "customers a minute": report.customers_per_minute,
+        "seconds": report.seconds,
+        "held-out rows alone": report.strangers,
+    }
+    rows = [[line.customer, line.reason] for line in failed[:SHOWN_FAILURES]]
+    tables = [Table(["customer", "reason"], rows, "failed")] if rows else []
+    record = facts | {"output": output, "summary": report.summary}
+    return Output(record, f"wrote {report.summary}", facts, tables, _failure(len(failed), report.summary))
+
+
+def parse_shard(given: str | None) -> tuple[int, int]:
+    """Index and count of a worker's part, from `--shard` or from the launcher's variables.
+
+    Raises:
+        InputError: it is not I/N, or a launcher with several workers would train one part many times.
+    """
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if given is None:
+        given = f"{rank}/{world}"
+    elif world != "1":
+        raise InputError(f"--shard {given}: leave it out under a launcher, whose {world} workers share the customers")
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", given)
+    if match is None:
+        raise InputError(f"--shard {given}: give I/N with I from 0 to N - 1, such as 0/4")
+    return int(match[1]), int(match[2])
+
+
+def _failure(count: int, summary: Path) -> QrloraError | None:
+    """The error of the command where customers failed, which a launcher must not see."""
+    if not count:
+        return None
+    text = f"{count} customer{'s' if count > 1 else ''} failed; {summary} says why"
+    if LAUNCHER in os.environ:
+        click.echo(f"Warning: {text}", err=True)
+        return None
+    return QrloraError(text)
+
+
+class Meter:
+    """Prints how many customers are done, and how many a minute, every ten seconds on stderr."""
+
+    def __init__(self) -> None:
+        self.start = time.monotonic()
+        self.shown = self.start
+        self.before: int | None = None
+
+    def __call__(self, done: int, failed: int, total: int) -> None:
+        """So many customers of all are done or failed."""
+        if self.before is None:
+            self.before = done  # skipped or refused: none of this run's time went into them
+        now = time.monotonic()
+        if now - self.shown < REPORT_SECONDS and done < total:
+            return
+        self.shown = now
+        rate = 60 * (done - self.before) / max(now - self.start, 1e-9)
+        click.echo(f"{done} of {total} customers, {rate:.1f} a minute, {failed} failed", err=True)

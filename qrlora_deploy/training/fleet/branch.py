@@ -1,0 +1,104 @@
+"""The side branch and the output layer of many customers at once: each row of a batch has its own."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from qrlora_deploy.adapter import QRLoRALinear, attach, detach, precondition, resolve_layer
+from qrlora_deploy.basis import Basis
+
+
+class RowValues:
+    """What the layers of a model read while a batch runs.
+
+    Attributes:
+        c: `[rows, total_rank]` fp32, the coefficients of each row's customer.
+        slots: `[rows]` int64, the customer's row in the tables.
+        places: `[rows]` int64, which row this is among those of its customer in the batch.
+        places_end: one more than the largest of `places`.
+        head_weight: `[slots, labels, width]`, where customers have output layers of their own.
+        head_bias: `[slots, labels]`, or None.
+    """
+
+    c: torch.Tensor
+    slots: torch.Tensor
+    places: torch.Tensor
+    places_end: int
+    head_weight: torch.Tensor
+    head_bias: torch.Tensor | None
+
+
+class RowLinear(nn.Module):
+    """`y = base(x) + Q (c * (R x))` with another `c` in each row, as `QRLoRALinear` computes it.
+
+    Args:
+        adapter: the layer and its factors.
+        values: where the coefficients of the current batch are.
+        columns: which of them belong to this layer.
+    """
+
+    q: torch.Tensor
+    r: torch.Tensor
+
+    def __init__(self, adapter: QRLoRALinear, values: RowValues, columns: slice) -> None:
+        super().__init__()
+        self.base = adapter.base
+        self.register_buffer("q", adapter.q, persistent=False)
+        self.register_buffer("r", adapter.r, persistent=False)
+        self.values = values
+        self.columns = columns
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[rows, ..., in]` to `[rows, ..., out]`."""
+        projected = functional.linear(x, self.r)
+        c = self.values.c[:, self.columns].to(projected.dtype)
+        c = c.view(len(c), *[1] * (x.dim() - 2), -1)
+        return self.base(x) + functional.linear(projected * c, self.q)
+
+
+class RowHead(nn.Module):
+    """A linear output layer with another weight in each row.
+
+    Rows are sorted to their customers first, so that weights are read once a customer and not
+    copied once a row.
+    """
+
+    def __init__(self, values: RowValues) -> None:
+        super().__init__()
+        self.values = values
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[rows, ..., width]` to `[rows, ..., labels]`."""
+        values = self.values
+        weight = values.head_weight
+        where = values.slots * values.places_end + values.places
+        sorted_rows = x.new_zeros(len(weight) * values.places_end, *x.shape[1:]).index_copy(0, where, x)
+        by_customer = sorted_rows.view(len(weight), -1, x.shape[-1])
+        if values.head_bias is None:
+            answers = torch.bmm(by_customer, weight.transpose(1, 2))
+        else:
+            answers = torch.baddbmm(values.head_bias.unsqueeze(1), by_customer, weight.transpose(1, 2))
+        return answers.reshape(len(sorted_rows), *x.shape[1:-1], weight.shape[1]).index_select(0, where)
+
+
+def attach_rows(model: Any, basis: Basis, values: RowValues) -> torch.Tensor:
+    """Put a side branch of rows beside every target of `basis`, and freeze the model.
+
+    Returns:
+        `[total_rank]` fp32, the scale of `adapter.precondition`: `c = scale * u`, and `u` is trained.
+
+    Raises:
+        InputError: a layer is missing. BasisMismatchError: a shape differs.
+    """
+    adapters = attach(model, basis)
+    precondition(adapters)
+    scale = torch.cat([adapter.scale for adapter in adapters.values()])
+    detach(model)
+    start = 0
+    for name, adapter in adapters.items():
+        columns = slice(start, start + len(adapter.scale))
+        model.set_submodule(resolve_layer(model, name)[0], RowLinear(adapter, values, columns))
+        start = columns.stop
+    return scale

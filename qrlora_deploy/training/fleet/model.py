@@ -1,0 +1,171 @@
+"""The frozen base with a side branch, and where asked an output layer, of every active customer."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from qrlora_deploy.adapter import resolve_layer
+from qrlora_deploy.basis import Basis
+from qrlora_deploy.checkpoint import Checkpoint
+from qrlora_deploy.errors import InputError
+from qrlora_deploy.training.fleet.branch import RowHead, RowValues, attach_rows
+from qrlora_deploy.training.fleet.pool import IDS, PaddedRows
+from qrlora_deploy.training.fleet.table import AdamTable
+from qrlora_deploy.training.head import Outputs, base_outputs, output_layer
+from qrlora_deploy.training.loop import load_tokenizer, quiet_transformers
+from qrlora_deploy.training.settings import TrainSettings
+from qrlora_deploy.training.trunk import SplitModel, split_model
+
+MASK = "attention_mask"
+
+
+class FleetModel:
+    """A base, its tables of `slots` customers, and its trunk where it can be split.
+
+    Args:
+        checkpoint: the base, with its task head.
+        basis: made from it.
+        settings: which head is trained, the seed and the length of texts.
+        slots: how many customers are active at once.
+        labels: outputs of the largest head of a customer; read where heads are trained.
+        device: where everything lives.
+
+    Raises:
+        InputError: the base has no usable head, or the basis adapts the output layer that is to be trained.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        basis: Basis,
+        settings: TrainSettings,
+        slots: int,
+        labels: int,
+        device: torch.device,
+    ) -> None:
+        with quiet_transformers():
+            self.model = checkpoint.load_model(**base_outputs(checkpoint).options).to(device)
+        self.tokenizer = load_tokenizer(checkpoint, self.model, settings.max_length)
+        self.device, self.seed = device, settings.seed
+        self.values = RowValues()
+        paths = [resolve_layer(self.model, name)[0] for name in basis.names]
+        self.split = _split(self.model, paths, self.tokenizer.padding_side)
+        head = output_layer(self.model) if settings.head == "output" else None
+        if head in basis.names:
+            raise InputError(f"the basis adapts the output layer {head} already; use --head frozen")
+        self.scale = attach_rows(self.model, basis, self.values)
+        self.u = AdamTable((slots, basis.total_rank), device)
+        self.head: dict[str, AdamTable] = {}
+        if head is not None:
+            self._build_head(checkpoint, head, slots, labels)
+        self.limits = torch.zeros(slots, labels, device=device)
+
+    @property
+    def pad(self) -> dict[str, int]:
+        """Id of padding by name of each input with one value a token."""
+        known = {IDS: self.tokenizer.pad_token_id, "token_type_ids": self.tokenizer.pad_token_type_id}
+        return {name: known.get(name, 0) for name in self.tokenizer("a") if name != MASK}
+
+    def enter(self, slots: list[int], outputs: list[Outputs]) -> None:
+        """Customers begin: coefficients of zero, and output layers as `head.prepare_head` draws them."""
+        where = torch.tensor(slots, device=self.device)
+        self.u.enter(where, self.u.value.new_zeros(len(slots), self.u.value.shape[1]))
+        for slot, output in zip(slots, outputs, strict=True):
+            self.limits[slot] = 0.0
+            if self.head:
+                self.limits[slot, len(output.labels) :] = -torch.inf
+                self._enter_head(slot, output)
+
+    @contextmanager
+    def precision(self, training: bool) -> Iterator[None]:
+        """Run the block with or without gradients, in bf16 on CUDA where that is supported."""
+        bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16), torch.set_grad_enabled(training):
+            yield
+
+    def trunk(self, rows: PaddedRows) -> torch.Tensor | None:
+        """Hidden states below the first adapted block, or None where the base cannot be split."""
+        return None if self.split is None else self.split.trunk(rows.batch)
+
+    def logits(self, rows: PaddedRows, slots: torch.Tensor, places: torch.Tensor, places_end: int) -> torch.Tensor:
+        """What each row's customer answers.
+
+        Args:
+            rows: the batch.
+            slots: `[rows]` int64, whose row each is.
+            places: `[rows]` int64, which of its customer's rows in this batch it is.
+            places_end: one more than the largest of `places`.
+
+        Returns:
+            `[rows, labels]` fp32; minus infinity for labels that the customer has not.
+        """
+        values = self.values
+        values.slots, values.places, values.places_end = slots, places, places_end
+        values.c = (self.scale * self.u.value).index_select(0, slots)
+        for name, table in self.head.items():
+            setattr(values, f"head_{name}", table.value)
+        if self.split is None or rows.hidden is None:
+            logits = self.model(**rows.batch).logits
+        else:
+            logits = self.split.upper(rows.hidden, rows.batch)
+        return logits.float() + self.limits[slots] if self.head else logits.float()
+
+    def step(self, rates: dict[str, torch.Tensor], steps: torch.Tensor) -> None:
+        """One step of AdamW for every customer.
+
+        Args:
+            rates: `[slots]` learning rates of "coefficients" and "head".
+            steps: `[slots]`, how many steps each customer has made with this one.
+        """
+        self.u.step(rates["coefficients"], steps)
+        for table in self.head.values():
+            table.step(rates["head"], steps)
+
+    def keep(self, slots: list[int]) -> None:
+        """Remember the best epoch of some customers."""
+        where = torch.tensor(slots, device=self.device)
+        for table in (self.u, *self.head.values()):
+            table.keep(where)
+
+    def best(self, slot: int, outputs: Outputs) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """The coefficients `[total_rank]` and the output layer, by tensor name, that were kept last."""
+        values = (self.scale * self.u.best[slot]).cpu().numpy()
+        head = {
+            f"{self.head_name}.{name}": table.best[slot, : len(outputs.labels)].cpu().numpy()
+            for name, table in self.head.items()
+        }
+        return values, head
+
+    def _build_head(self, checkpoint: Checkpoint, name: str, slots: int, labels: int) -> None:
+        layer = self.model.get_submodule(name)
+        self.head_name, self.base_head = name, {part: value.detach() for part, value in layer.named_parameters()}
+        missing = [f"{name}.{part}" for part in self.base_head if f"{name}.{part}" not in checkpoint.tensor_files]
+        if missing:
+            raise InputError(f"{checkpoint.name} holds no tensor {', '.join(missing)}; use --head frozen")
+        self.values.head_bias = None
+        self.head = {
+            part: AdamTable((slots, labels, *value.shape[1:]), self.device) for part, value in self.base_head.items()
+        }
+        self.model.set_submodule(name, RowHead(self.values))
+
+    def _enter_head(self, slot: int, outputs: Outputs) -> None:
+        count, where = len(outputs.labels), torch.tensor([slot], device=self.device)
+        for part, table in self.head.items():
+            start = torch.zeros(1, *table.value.shape[1:])
+            if not outputs.new:
+                start[0, :count] = self.base_head[part].cpu()
+            elif part == "weight":
+                generator = torch.Generator().manual_seed(self.seed)
+                drawn = torch.randn((count, table.value.shape[2]), generator=generator)
+                start[0, :count] = drawn * getattr(self.model.config, "initializer_range", 0.02)
+            table.enter(where, start.to(self.device))
+
+
+def _split(model: Any, paths: list[str], padding_side: str) -> SplitModel | None:
+    try:
+        return split_model(model, paths, padding_side)
+    except InputError:
+        return None  # the whole model runs in every step: slower, and as right

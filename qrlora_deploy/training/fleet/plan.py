@@ -1,0 +1,153 @@
+"""Which customers a fleet trains: rows grouped by customer, shards, and what is refused before training."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qrlora_deploy.checkpoint import Checkpoint
+from qrlora_deploy.errors import InputError
+from qrlora_deploy.training.data import Examples
+from qrlora_deploy.training.fleet.grouping import Groups, read_groups
+from qrlora_deploy.training.head import Outputs, base_outputs, own_outputs
+from qrlora_deploy.training.settings import TrainSettings
+from qrlora_deploy.training.tasks import encode_labels
+
+CUSTOMER_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+"""What a customer's file may be called; the store of a serving host reads no other names."""
+
+Targets = Sequence[int] | Sequence[float]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One worker's part of a fleet: the customers whose id falls to `index` of `count`.
+
+    Raises:
+        InputError: there is no such part.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise InputError(f"--shard {self.index}/{self.count}: give I/N with I from 0 to N - 1, such as 0/4")
+
+    def holds(self, name: str) -> bool:
+        """Whether a customer belongs here; the same on every machine, whoever else is in the data."""
+        # surrogatepass: a name that is no text belongs to one shard too, which reports it.
+        digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
+        return int.from_bytes(digest[:8]) % self.count == self.index
+
+
+@dataclass(frozen=True)
+class FleetSource:
+    """Where the rows of all customers are.
+
+    Attributes:
+        data: a file with a column of customer ids, or a folder: of files with that column, or,
+            without a column, of one file a customer, named by its id.
+        evaluation: the same for held-out rows, or None.
+        customer_column: name of the column of ids; None for a folder with a file a customer.
+        text_column: as in `read_examples`.
+        label_column: as in `read_examples`.
+    """
+
+    data: Path
+    evaluation: Path | None = None
+    customer_column: str | None = None
+    text_column: str | None = None
+    label_column: str | None = None
+
+
+@dataclass(frozen=True)
+class Customer:
+    """One customer of a fleet, whose data were found to be in order.
+
+    Attributes:
+        name: its id, which names its file.
+        train: its examples.
+        evaluation: its held-out examples, or None.
+        outputs: what its head answers.
+        targets: of `train`, as `encode_labels` gives them.
+        evaluation_targets: of `evaluation`; empty where there is none.
+    """
+
+    name: str
+    train: Examples
+    evaluation: Examples | None
+    outputs: Outputs
+    targets: Targets
+    evaluation_targets: Targets
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The customers of a shard.
+
+    Attributes:
+        customers: in order of their ids.
+        refused: reason by id, for customers that cannot be trained.
+        strangers: how many customers have held-out rows alone; nothing is done with those.
+    """
+
+    customers: list[Customer]
+    refused: dict[str, str] = field(default_factory=dict)
+    strangers: int = 0
+
+
+def plan_fleet(source: FleetSource, checkpoint: Checkpoint, settings: TrainSettings, shard: Shard) -> Plan:
+    """Read the data and sort the customers into those that can be trained and those that cannot.
+
+    Args:
+        source: the data.
+        checkpoint: the base, with its task head.
+        settings: which head is trained and which metric chooses.
+        shard: whose customers are kept.
+
+    Raises:
+        InputError: a file or folder as a whole cannot be read, or the base has no usable head; what
+            is wrong with one customer alone is in the plan instead.
+    """
+    base = base_outputs(checkpoint)
+    if settings.head == "frozen":
+        settings.metric_of(base.task)
+    groups = _read(source, source.data, shard)
+    held_out = _read(source, source.evaluation, shard) if source.evaluation else Groups()
+    refused = {name: _bad_id(name) or reason for name, reason in groups.refused.items()}
+    customers = []
+    for name in sorted(groups.examples):
+        try:
+            evaluation = held_out.examples.get(name)
+            reason = _bad_id(name) or held_out.refused.get(name)
+            if reason:
+                raise InputError(reason)
+            outputs = own_outputs(checkpoint, groups.examples[name]) if settings.head == "output" else base
+            settings.metric_of(outputs.task)
+            customers.append(_customer(name, groups.examples[name], evaluation, outputs))
+        except InputError as error:
+            refused[name] = str(error)
+    strangers = (held_out.examples.keys() | held_out.refused.keys()) - groups.examples.keys() - groups.refused.keys()
+    return Plan(customers, refused, len(strangers))
+
+
+def _read(source: FleetSource, place: Path, shard: Shard) -> Groups:
+    return read_groups(place, source.customer_column, source.text_column, source.label_column, shard.holds)
+
+
+def _bad_id(name: str) -> str | None:
+    if CUSTOMER_ID.fullmatch(name):
+        return None
+    if not name:
+        return "these rows have no customer id"
+    return "no customer id: 1 to 128 of A-Z a-z 0-9 . _ - are allowed, and no dot at the start"
+
+
+def _customer(name: str, train: Examples, evaluation: Examples | None, outputs: Outputs) -> Customer:
+    if evaluation is not None and (evaluation.pairs is None) != (train.pairs is None):
+        raise InputError(f"{train.name} and {evaluation.name}: one holds pairs of texts, the other single ones")
+    targets = encode_labels(train, outputs.task, outputs.labels)
+    held_out = encode_labels(evaluation, outputs.task, outputs.labels) if evaluation else []
+    return Customer(name, train, evaluation, outputs, targets, held_out)

@@ -1,0 +1,307 @@
+"""Training a fleet: customers enter, train side by side, are written when they are done, and leave."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+
+from qrlora_deploy import __version__
+from qrlora_deploy.basis import Basis
+from qrlora_deploy.checkpoint import Checkpoint, check_basis_fits
+from qrlora_deploy.coefficients import Coefficients, write_coefficients
+from qrlora_deploy.errors import InputError, QrloraError
+from qrlora_deploy.training.fleet.engine import Engine, free_share
+from qrlora_deploy.training.fleet.model import FleetModel
+from qrlora_deploy.training.fleet.options import FleetOptions, FleetReport
+from qrlora_deploy.training.fleet.plan import Customer, FleetSource, Plan, plan_fleet
+from qrlora_deploy.training.fleet.schedule import Schedule
+from qrlora_deploy.training.fleet.scoring import score_answers
+from qrlora_deploy.training.fleet.summary import (
+    FAILED,
+    RUN,
+    Line,
+    finished_line,
+    run_digest,
+    summary_file,
+    trained_line,
+    write_summary,
+)
+from qrlora_deploy.training.loop import Rows
+from qrlora_deploy.training.settings import TrainSettings, choose_device
+from qrlora_deploy.training.trunk_memory import free_bytes
+
+Progress = Callable[[int, int, int], None]
+
+
+@dataclass
+class _Active:
+    """A customer in training.
+
+    Attributes:
+        customer: who.
+        metric: chooses the best epoch.
+        baseline: metrics before training.
+        metrics: of the best epoch so far.
+        waited: epochs since then.
+        loss: mean of the last epoch.
+    """
+
+    customer: Customer
+    metric: str
+    baseline: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    waited: int = 0
+    loss: float = 0.0
+
+
+def train_fleet(
+    checkpoint: Checkpoint,
+    basis: Basis,
+    source: FleetSource,
+    settings: TrainSettings,
+    options: FleetOptions,
+    progress: Progress | None = None,
+) -> FleetReport:
+    """Train every customer of a shard, each as `trainer.train` would alone with the same seed.
+
+    A customer's file is written as soon as it is done. What is wrong with one customer ends in its line
+    of the summary and stops no other. The base and the basis are not changed.
+
+    Args:
+        checkpoint: the base, with its task head.
+        basis: made from this base.
+        source: the rows of all customers.
+        settings: how each customer is trained.
+        options: how the fleet runs.
+        progress: called with (done, failed, total) when customers are done.
+
+    Raises:
+        InputError: the data as a whole, the settings or the output do not fit; nothing was trained.
+        BasisMismatchError: the basis was made from other weights.
+        ProviderError: CUDA was asked for where there is none.
+        QrloraError: the disk or the memory is full. Customers that were done keep their files.
+    """
+    device = _device(settings, options.local_rank)
+    check_basis_fits(checkpoint, basis)
+    start = time.perf_counter()
+    plan = plan_fleet(source, checkpoint, settings, options.shard)
+    options.open_output(plan.customers)
+    fleet = _Fleet(checkpoint, basis, settings, options, plan, device)
+    summary = summary_file(options.output, options.shard)
+    try:
+        fleet.run(progress)
+    except torch.OutOfMemoryError as error:
+        raise QrloraError("out of GPU memory; try a smaller --rows-per-step or --max-length") from error
+    finally:
+        write_summary(fleet.lines.values(), summary)
+    return FleetReport(list(fleet.lines.values()), plan.strangers, time.perf_counter() - start, summary)
+
+
+def _device(settings: TrainSettings, local_rank: int) -> torch.device:
+    if choose_device(settings.device) == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise InputError(f"worker {local_rank} of this machine has no GPU of its own: there are {count}")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+class _Fleet:
+    """The loop and what it knows of each active customer."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        basis: Basis,
+        settings: TrainSettings,
+        options: FleetOptions,
+        plan: Plan,
+        device: torch.device,
+    ) -> None:
+        self.checkpoint, self.settings, self.options, self.device = checkpoint, settings, options, device
+        self.origin = {"basis_digest": basis.digest, "base_digest": checkpoint.digest}
+        self.versions = {"qrlora-deploy": __version__, "torch": torch.__version__}
+        self.versions["transformers"] = version("transformers")
+        self.lines = {name: Line(name, FAILED, reason) for name, reason in plan.refused.items()}
+        self.failed = len(self.lines)
+        waiting = [customer for customer in plan.customers if not self._is_done(customer)]
+        self.total = len(plan.customers) + len(plan.refused)
+        # The longest first: at the end few would be left to train beside each other.
+        self.queue = deque(sorted(waiting, key=lambda customer: -len(customer.train)))
+        self.active: dict[int, _Active] = {}
+        self.slots = options.slots(device.type, settings.batch_size, len(waiting))
+        if waiting:
+            labels = max(len(customer.outputs.labels) for customer in waiting)
+            model = FleetModel(checkpoint, basis, settings, self.slots, labels, device)
+            free = free_bytes("device" if device.type == "cuda" else "host", device, options.output)
+            self.engine = Engine(model, self.slots, settings, free_share(free))
+            self.schedule = Schedule(self.slots, settings)
+
+    def run(self, progress: Progress | None) -> None:
+        """Train until nobody is left."""
+        self._report(progress)
+        while self.queue or self.active:
+            known = len(self.lines)
+            self._admit()
+            if self.active:
+                rows, rates = self.schedule.next_rows(), self.schedule.rates()
+                ended = self.schedule.advance()
+                self.engine.train_step(rows, rates, self.schedule.step)
+                if len(ended):
+                    self._end_epochs(ended)
+            if len(self.lines) != known:
+                self._report(progress)
+
+    def _report(self, progress: Progress | None) -> None:
+        if progress:
+            progress(len(self.lines), self.failed, self.total)
+
+    def _is_done(self, customer: Customer) -> bool:
+        wanted = run_digest(customer, self.settings, self.origin)
+        line = finished_line(customer, self.options.file_of(customer.name), wanted) if self.options.resume else None
+        if line is not None:
+            self.lines[customer.name] = line
+        return line is not None
+
+    def _admit(self) -> None:
+        """Let customers in where a good part of the slots is free, so that the trunk runs over many at once."""
+        free = self.schedule.free
+        if not self.queue or len(free) < max(1, self.slots // 8):
+            return
+        entering: list[tuple[int, Customer, Rows]] = []
+        for slot in free:
+            if not self.queue:
+                break
+            rows = self.engine.tokenize(self.queue[0])
+            waiting = [row for _, _, part in entering for row in part]
+            if not self.engine.has_room(waiting + rows) and (self.active or entering):
+                break
+            entering.append((int(slot), self.queue.popleft(), rows))
+        slots, customers = [slot for slot, _, _ in entering], [customer for _, customer, _ in entering]
+        wrong = self.engine.enter(slots, customers, [rows for _, _, rows in entering])
+        for slot, customer in zip(slots, customers, strict=True):
+            if slot in wrong:
+                self._fail(customer, wrong[slot])
+                continue
+            self.schedule.enter(slot, len(customer.train))
+            self.active[slot] = _Active(customer, self.settings.metric_of(customer.outputs.task))
+        judged = [slot for slot in slots if slot in self.active and self.active[slot].customer.evaluation]
+        known = [slot for slot in judged if not self.active[slot].customer.outputs.new]
+        for slot, metrics in self._scores(known).items():
+            self.active[slot].baseline = _rounded(metrics)
+
+    def _end_epochs(self, ended: np.ndarray) -> None:
+        losses = self.engine.take_losses(ended) / self.schedule.per_epoch[ended]
+        for slot, loss in zip(ended.tolist(), losses.tolist(), strict=True):
+            self.active[slot].loss = loss
+            if not np.isfinite(loss):
+                epoch = int(self.schedule.epoch[slot])
+                self._drop(slot, f"the loss became {loss} in epoch {epoch}; try a smaller --learning-rate")
+        left = [slot for slot in ended.tolist() if slot in self.active]
+        judged = [slot for slot in left if self.active[slot].customer.evaluation]
+        self._judge(judged)
+        left = [slot for slot in left if slot in self.active]
+        done = [slot for slot in left if self._is_over(slot)]
+        last = [slot for slot in done if not self.active[slot].customer.evaluation]
+        if last:
+            self.engine.model.keep(last)
+        for slot in done:
+            self._finish(slot)
+        self.schedule.next_epoch([slot for slot in left if slot in self.active])
+
+    def _is_over(self, slot: int) -> bool:
+        epochs = int(self.schedule.epoch[slot])
+        return epochs == self.settings.epochs or self.active[slot].waited >= self.settings.patience
+
+    def _judge(self, slots: list[int]) -> None:
+        """Score some customers, and remember those whose epoch was their best."""
+        better = []
+        for slot, metrics in self._scores(slots).items():
+            active = self.active[slot]
+            if not active.metrics or metrics[active.metric] > active.metrics[active.metric]:
+                active.metrics, active.waited = metrics, 0
+                better.append(slot)
+            else:
+                active.waited += 1
+        if better:
+            self.engine.model.keep(better)
+
+    def _scores(self, slots: list[int]) -> dict[int, dict[str, float]]:
+        """Metrics of some customers; those whose answers are no numbers are dropped."""
+        if not slots:
+            return {}
+        found = score_answers(self.engine.answer_held_out(slots), self.engine.regression)
+        for slot in set(slots) - found.keys():
+            self._drop(slot, "the model answers NaN or Inf: training diverged; try a smaller --learning-rate")
+        return found
+
+    def _finish(self, slot: int) -> None:
+        active = self.active[slot]
+        customer = active.customer
+        values, head = self.engine.model.best(slot, customer.outputs)
+        if not all(np.isfinite(array).all() for array in (values, *head.values())):
+            self._drop(slot, "training diverged: a coefficient is NaN or Inf; try a smaller --learning-rate")
+            return
+        record = self._record(slot)
+        coefficients = Coefficients(
+            values=values,
+            base_name=self.checkpoint.name,
+            task=customer.outputs.task,
+            labels=customer.outputs.labels,
+            head=head,
+            basis_file=self.options.basis_file,
+            training=record,
+            **self.origin,
+        )
+        path = self.options.file_of(customer.name)
+        write_coefficients(coefficients, path)
+        self.lines[customer.name] = trained_line(customer.name, path, record)
+        self._forget(slot)
+
+    def _record(self, slot: int) -> dict[str, Any]:
+        """The training record, with the entries of `trainer.train` and one digest for resuming."""
+        active, settings = self.active[slot], self.settings
+        train, held_out = active.customer.train, active.customer.evaluation
+        return {
+            "data_digest": train.digest,
+            **({"evaluation_digest": held_out.digest} if held_out else {}),
+            "rows": len(train),
+            "evaluation_rows": len(held_out) if held_out else 0,
+            "seed": settings.seed,
+            "steps": int(self.schedule.step[slot]),
+            "epochs": float(self.schedule.epoch[slot]),
+            "batch_size": settings.batch_size,
+            "learning_rate": settings.learning_rate,
+            "max_length": settings.max_length,
+            "head": settings.head,
+            "metric": active.metric,
+            "metrics": _rounded(active.metrics),
+            "baseline": active.baseline,
+            "loss": round(active.loss, 6),
+            "device": self.device.type,
+            "versions": self.versions,
+            RUN: run_digest(active.customer, settings, self.origin),
+        }
+
+    def _drop(self, slot: int, reason: str) -> None:
+        self._fail(self.active[slot].customer, reason)
+        self._forget(slot)
+
+    def _fail(self, customer: Customer, reason: str) -> None:
+        self.failed += 1
+        self.lines[customer.name] = Line(customer.name, FAILED, reason, rows=len(customer.train))
+
+    def _forget(self, slot: int) -> None:
+        del self.active[slot]
+        self.engine.leave(slot)
+        self.schedule.leave(slot)
+
+
+def _rounded(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 6) for name, value in metrics.items()}

@@ -1,0 +1,207 @@
+"""The parts of a fleet, each against what it stands for: torch's AdamW, the Trainer's order, scikit-learn's metrics."""
+
+import numpy as np
+import pytest
+import torch
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader, RandomSampler
+from transformers import get_linear_schedule_with_warmup
+
+from qrlora_deploy.errors import InputError
+from qrlora_deploy.training.fleet.branch import RowHead, RowValues
+from qrlora_deploy.training.fleet.engine import _places
+from qrlora_deploy.training.fleet.pool import RowPool
+from qrlora_deploy.training.fleet.schedule import Schedule
+from qrlora_deploy.training.fleet.scoring import Answers, count_scores, score_answers
+from qrlora_deploy.training.fleet.table import AdamTable
+from qrlora_deploy.training.tasks import CLASSIFICATION, score
+from tests.tolerances import FP32_SIDE_BRANCH, Tolerance
+from tests.training.fleet.making import settings_of
+
+CPU = torch.device("cpu")
+ADAM: Tolerance = {"rtol": 1e-6, "atol": 1e-7}
+"""AdamW in fp32 with the same operations; the bias corrections are computed in fp64 here."""
+
+
+def test_each_row_has_an_adamw_of_its_own() -> None:
+    random = torch.Generator().manual_seed(0)
+    table, start = AdamTable((3, 4), CPU), torch.randn(3, 4, generator=random)
+    table.enter(torch.arange(3), start)
+    rates = torch.tensor([0.1, 0.02, 0.3])
+    singles = [start[row].clone().requires_grad_(True) for row in range(3)]
+    optimizers = [
+        torch.optim.AdamW([value], lr=float(rate), weight_decay=0.0) for value, rate in zip(singles, rates, strict=True)
+    ]
+    for step in range(1, 8):
+        gradient = torch.randn(3, 4, generator=random)
+        table.value.grad = gradient.clone()
+        # The last row waits in the first three steps.
+        late = torch.tensor([step, step, max(1, step - 3)], dtype=torch.float32)
+        now = rates * torch.tensor([1.0, 1.0, float(step > 3)])
+        table.step(now, late)
+        for row, (value, optimizer) in enumerate(zip(singles, optimizers, strict=True)):
+            if row < 2 or step > 3:
+                value.grad = gradient[row]
+                optimizer.step()
+        if step == 3:
+            table.enter(torch.tensor([2]), start[2:])
+        assert not table.value.grad.any()
+    torch.testing.assert_close(table.value.detach(), torch.stack([value.detach() for value in singles]), **ADAM)
+    table.keep(torch.tensor([1]))
+    torch.testing.assert_close(table.best, torch.stack([start[0], singles[1].detach(), start[2]]), **ADAM)
+
+
+def test_a_new_customer_finds_nothing_of_the_one_before() -> None:
+    table = AdamTable((2, 3), CPU)
+    table.value.grad = torch.full((2, 3), torch.nan)
+    table.step(torch.ones(2), torch.ones(2))
+    table.enter(torch.tensor([1]), torch.zeros(1, 3))
+    assert not table.value[1].any() and not table.first[1].any() and not table.second[1].any()
+    table.value.grad = torch.ones(2, 3)
+    table.step(torch.tensor([0.0, 0.5]), torch.ones(2))
+    torch.testing.assert_close(table.value[1].detach(), torch.full((3,), -0.5), **ADAM)
+
+
+def test_order_and_rates_are_the_trainers() -> None:
+    settings, counts = settings_of(epochs=20, batch_size=4, seed=3), (9, 4, 1)
+    schedule = Schedule(4, settings)
+    expected: list[list[list[int]]] = []
+    for slot, count in enumerate(counts):
+        schedule.enter(slot, count)
+        torch.manual_seed(settings.seed)
+        data = list(range(count))
+        loader = DataLoader(data, batch_size=4, sampler=RandomSampler(data), collate_fn=list)  # type: ignore[arg-type]
+        prepared = prepare_data_loader(loader, use_seedable_sampler=True, put_on_device=False)
+        batches = []
+        for epoch in range(settings.epochs):
+            prepared.set_epoch(epoch)
+            batches += [list(batch) for batch in prepared]
+        expected.append(batches)
+    steps = [len(batches) for batches in expected]
+    curves = []
+    for total in steps:
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        curve = get_linear_schedule_with_warmup(optimizer, int(0.06 * total), total)
+        curves.append([optimizer.param_groups[0]["lr"], *_walk(optimizer, curve, total)])
+    for step in range(max(steps)):
+        rows, rates = schedule.next_rows(), schedule.rates()
+        for slot, total in enumerate(steps):
+            if step < total:
+                own = rows.slots == slot
+                assert rows.rows[own].tolist() == expected[slot][step]
+                np.testing.assert_allclose(rows.shares[own], 1 / own.sum(), rtol=0.0, atol=0.0)
+                np.testing.assert_allclose(rates[slot], curves[slot][step], rtol=1e-12, atol=0.0)
+        assert rates[3] == 0.0
+        ended = schedule.advance()
+        over = [slot for slot in ended if schedule.step[slot] == steps[slot]]
+        for slot in over:
+            schedule.leave(slot)
+        schedule.next_epoch([slot for slot in ended if slot not in over])
+    assert schedule.free.tolist() == [0, 1, 2, 3]
+
+
+def _walk(optimizer: torch.optim.Optimizer, curve: object, total: int) -> list[float]:
+    rates = []
+    for _ in range(total):
+        optimizer.step()
+        curve.step()  # type: ignore[attr-defined]
+        rates.append(optimizer.param_groups[0]["lr"])
+    return rates
+
+
+@pytest.mark.filterwarnings("ignore:A single label was found", "ignore:y_pred contains classes not in y_true")
+def test_metrics_of_many_are_those_of_each() -> None:
+    random = np.random.default_rng(0)
+    counts = (1, 2, 7, 40, 3)
+    owners = random.permutation(np.repeat(np.arange(5), counts))
+    targets, chosen = random.integers(0, 6, len(owners)), random.integers(0, 6, len(owners))
+    targets[owners == 4] = chosen[owners == 4] = 2
+    found = count_scores(owners, chosen, targets, 5)
+    for customer, metrics in enumerate(found):
+        own = owners == customer
+        alone = score(CLASSIFICATION, np.eye(6)[chosen[own]], targets[own])
+        assert metrics.keys() == alone.keys()
+        np.testing.assert_allclose(list(metrics.values()), list(alone.values()), rtol=1e-12, atol=1e-12)
+
+
+def test_answers_of_all_kinds_are_scored_and_unsound_ones_left_out() -> None:
+    slots = np.array([5, 2, 5, 7, 2, 5, 9])
+    values = np.array([0.1, 1.0, 0.7, 3.0, 0.0, 0.9, 1.0])
+    targets = np.array([1.0, 1.0, 2.0, 3.0, 1.0, 3.0, 1.0])
+    finite = np.array([True, True, True, False, True, True, True])
+    regression = np.arange(10) == 5
+    found = score_answers(Answers(slots, values, targets, finite), regression)
+    assert found.keys() == {2, 5, 9} and found[2]["accuracy"] == 0.5 and found[9]["accuracy"] == 1.0
+    assert found[5]["spearman"] == pytest.approx(1.0, rel=0, abs=1e-12)
+
+
+def pool_of(left: bool = False, slots: int = 3) -> RowPool:
+    return RowPool(slots, {"input_ids": 9, "token_type_ids": 0}, left, CPU, 10**6)
+
+
+def rows_of(*texts: list[int]) -> list[dict[str, list[int]]]:
+    return [{"input_ids": ids, "token_type_ids": [1] * len(ids)} for ids in texts]
+
+
+def shown(pool: RowPool, owners: list[int], rows: list[int]) -> tuple[list[list[int]], torch.Tensor | None]:
+    slots, numbers = np.array(owners), np.array(rows)
+    lengths = pool.lengths[slots, numbers]
+    starts = torch.from_numpy(pool.starts(slots, numbers))
+    padded = pool.pad_rows(starts, torch.from_numpy(lengths), int(lengths.max()))
+    return padded.batch["input_ids"].tolist(), padded.hidden
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_a_pool_keeps_rows_when_customers_come_and_go(left: bool) -> None:
+    pool = pool_of(left)
+    pool.add(0, rows_of([1, 2, 3], [4]))
+    pool.add(1, rows_of([5, 6]))
+    assert shown(pool, [0, 1, 0], [0, 0, 1])[0] == (
+        [[1, 2, 3], [9, 5, 6], [9, 9, 4]] if left else [[1, 2, 3], [5, 6, 9], [4, 9, 9]]
+    )
+    for slot, row, length in ((0, 0, 3), (0, 1, 1), (1, 0, 2)):
+        starts = torch.from_numpy(pool.starts(np.array([slot]), np.array([row])))
+        ids = torch.tensor(shown(pool, [slot], [row])[0], dtype=torch.float32)
+        pool.fill(starts, torch.tensor([length]), ids[:, :, None] * torch.ones(2))
+    pool.remove(0)
+    for number in range(20):
+        pool.add(2 - 2 * (number % 2), rows_of([7, 8, 7, number]))
+        ids, hidden = shown(pool, [1, 2 - 2 * (number % 2)], [0, 0])
+        assert ids == ([[9, 9, 5, 6], [7, 8, 7, number]] if left else [[5, 6, 9, 9], [7, 8, 7, number]])
+        assert hidden is not None and hidden.shape == (2, 4, 2)
+        assert hidden[0][-2:].tolist() == [[5, 5], [6, 6]] if left else hidden[0][:2].tolist() == [[5, 5], [6, 6]]
+        pool.remove(2 - 2 * (number % 2))
+    assert len(pool.tokens["input_ids"]) <= 12 and pool.size_bytes <= 12 * 2 * 4
+
+
+def test_a_text_without_a_token_is_refused() -> None:
+    with pytest.raises(InputError, match="row 2 has no text that the tokenizer knows"):
+        pool_of().add(0, rows_of([1], []))
+
+
+def test_room_is_counted_by_living_customers() -> None:
+    pool = RowPool(2, {"input_ids": 0}, False, CPU, limit_bytes=100)
+    pool.add(0, [{"input_ids": [1] * 8}])
+    assert pool.has_room(2, 10) and not pool.has_room(3, 10)
+    pool.remove(0)
+    assert pool.has_room(10, 10)
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (7, 3, 5)])
+def test_each_row_has_its_own_output_layer(shape: tuple[int, ...]) -> None:
+    random = torch.Generator().manual_seed(0)
+    values = RowValues()
+    values.slots = torch.tensor([2, 0, 2, 3, 0, 2, 3])
+    places = _places(values.slots.numpy())
+    assert places.tolist() == [0, 0, 1, 0, 1, 2, 1]
+    values.places, values.places_end = torch.from_numpy(places), 3
+    values.head_weight = torch.randn(4, 2, 5, generator=random)
+    values.head_bias = torch.randn(4, 2, generator=random)
+    x = torch.randn(shape, generator=random)
+    expected = torch.stack(
+        [
+            torch.nn.functional.linear(row, values.head_weight[slot], values.head_bias[slot])
+            for row, slot in zip(x, values.slots, strict=True)
+        ]
+    )
+    torch.testing.assert_close(RowHead(values)(x), expected, **FP32_SIDE_BRANCH)

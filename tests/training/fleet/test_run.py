@@ -1,0 +1,231 @@
+"""A fleet gives every customer what it would have become alone; what is wrong with one stops no other."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from qrlora_deploy.basis import Basis
+from qrlora_deploy.checkpoint import Checkpoint, open_checkpoint
+from qrlora_deploy.coefficients import read_coefficients
+from qrlora_deploy.errors import InputError
+from qrlora_deploy.files import digest_file
+from qrlora_deploy.training.data import read_examples
+from qrlora_deploy.training.fleet import model as fleet_model
+from qrlora_deploy.training.fleet.engine import CHUNK_TOKENS, Engine
+from qrlora_deploy.training.fleet.options import FleetOptions, FleetReport
+from qrlora_deploy.training.fleet.plan import FleetSource
+from qrlora_deploy.training.fleet.run import train_fleet
+from qrlora_deploy.training.settings import TrainSettings
+from qrlora_deploy.training.trainer import train
+from tests.training.fleet.making import (
+    check_same,
+    random_rows,
+    settings_of,
+    without_dropout,
+    write_folders,
+    write_rows,
+)
+
+
+@pytest.fixture(scope="module")
+def still_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """The tiny base without dropout."""
+    return open_checkpoint(str(without_dropout(tiny_base, tmp_path_factory.mktemp("still") / "base")))
+
+
+def run(
+    checkpoint: Checkpoint, basis: Basis, folder: Path, settings: TrainSettings, held_out: bool = True, rows: int = 12
+) -> FleetReport:
+    """A fleet of `write_folders` into `folder/out`, three customers of batch 4 beside each other by default."""
+    source = FleetSource(folder / "data", folder / "held-out" if held_out else None)
+    return train_fleet(checkpoint, basis, source, settings, FleetOptions(folder / "out", rows_per_step=rows))
+
+
+def alone(
+    checkpoint: Checkpoint, basis: Basis, folder: Path, name: str, settings: TrainSettings, held_out: bool = True
+) -> object:
+    """The single run of one of these customers."""
+    parts = [read_examples(folder / place / f"{name}.tsv") for place in ("data", "held-out")]
+    return train(checkpoint, basis, parts[0], parts[1] if held_out else None, settings, folder / f"{name}.work")
+
+
+@pytest.mark.parametrize(("head", "held_out"), [("frozen", True), ("frozen", False), ("output", True)])
+def test_every_customer_becomes_what_it_is_alone(
+    still_base: Checkpoint, tiny_basis: Basis, tmp_path: Path, head: str, held_out: bool
+) -> None:
+    names, settings = write_folders(tmp_path), settings_of(head=head)
+    if head == "output":
+        # Other labels, more of them, and numbers: each customer has an output layer of its own shape.
+        write_rows(tmp_path / "data" / "customer-2.tsv", random_rows(30, 2, tuple("abcdef")))
+        write_rows(tmp_path / "held-out" / "customer-2.tsv", random_rows(6, 102, tuple("abcdef")))
+        write_rows(tmp_path / "data" / "customer-4.tsv", random_rows(9, 4, ("0.5", "-1.5", "2")))
+        write_rows(tmp_path / "held-out" / "customer-4.tsv", random_rows(5, 104, ("0.5", "-1.5", "2")))
+    report = run(still_base, tiny_basis, tmp_path, settings, held_out)
+    assert [line.status for line in report.lines] == ["trained"] * len(names)
+    for name in names:
+        customer = read_coefficients(tmp_path / "out" / f"{name}.safetensors")
+        customer.check_fits(tiny_basis)
+        assert np.abs(customer.values).max() > 0.05
+        check_same(customer, alone(still_base, tiny_basis, tmp_path, name, settings, held_out))  # type: ignore[arg-type]
+
+
+def test_neighbours_and_their_number_change_nothing(
+    still_base: Checkpoint, tiny_basis: Basis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, settings = write_folders(tmp_path), settings_of(epochs=3)
+    run(still_base, tiny_basis, tmp_path, settings)
+    (tmp_path / "out").rename(tmp_path / "before")
+    # One after another, in chunks of two rows, in a model that cannot be split.
+    monkeypatch.setattr(fleet_model, "_split", lambda *_: None)
+    monkeypatch.setitem(CHUNK_TOKENS, "cpu", 20)
+    run(still_base, tiny_basis, tmp_path, settings, rows=1)
+    for name in names:
+        one, two = (read_coefficients(tmp_path / place / f"{name}.safetensors") for place in ("out", "before"))
+        check_same(one, two)
+
+
+def test_the_base_is_left_alone(tiny_base: Path, tiny_basis: Basis, tmp_path: Path) -> None:
+    write_folders(tmp_path)
+    before = digest_file(tiny_base / "model.safetensors")
+    seen: list[tuple[int, int, int]] = []
+    source, options = FleetSource(tmp_path / "data"), FleetOptions(tmp_path / "out")
+    train_fleet(
+        open_checkpoint(str(tiny_base)),
+        tiny_basis,
+        source,
+        settings_of(epochs=1),
+        options,
+        lambda *numbers: seen.append(numbers),
+    )
+    assert digest_file(tiny_base / "model.safetensors") == before
+    assert seen[0] == (0, 0, 5) and seen[-1] == (5, 0, 5)
+
+
+def test_one_bad_customer_stops_no_other(still_base: Checkpoint, tiny_basis: Basis, tmp_path: Path) -> None:
+    (good, second, *_), settings = write_folders(tmp_path), settings_of(epochs=2, head="output")
+    data = tmp_path / "data"
+    for name in ("customer-2", "customer-4"):
+        (data / f"{name}.tsv").unlink()
+    write_rows(data / "one-example.tsv", [("book a flight", "travel")])
+    write_rows(data / "one-label.tsv", [("book a flight", "new")] * 3)
+    write_rows(data / "no-label.tsv", [("book a flight", "travel"), ("rice", "")])
+    write_rows(data / "twice.tsv", random_rows(4, 0))
+    write_rows(data / "no id.tsv", random_rows(4, 0))
+    (data / "twice.csv").write_text("text,label\na,travel\n")
+    (data / "empty.tsv").write_text("text\tlabel\n")
+    (data / "nothing.tsv").write_text("")
+    (data / "broken.tsv").write_bytes(b"text\tlabel\ncaf\xe9\ttravel\n")
+    (data / "numbers.jsonl").write_text('{"text": 5, "label": "travel"}\n')
+    write_rows(tmp_path / "held-out" / f"{second}.tsv", [("rice", "unheard of")])
+    report = run(still_base, tiny_basis, tmp_path, settings)
+    reasons = {line.customer: line.reason for line in report.lines}
+    trained = {name for name, reason in reasons.items() if not reason}
+    assert trained == {good, "customer-3", "one-example"}
+    for name, word in {
+        second: "unknown label unheard of",
+        "one-label": "every row has the label new",
+        "no-label": "row 2 has no label",
+        "twice": "twice.csv and twice.tsv are the same customer",
+        "no id": "no customer id",
+        "empty": "holds no rows",
+        "nothing": "is empty",
+        "broken": "cannot be read",
+        "numbers": "row 1 has no text",
+    }.items():
+        assert word in reasons[name], reasons[name]
+    assert {path.stem for path in (tmp_path / "out").glob("*.safetensors")} == trained
+    lines = [json.loads(line) for line in report.summary.read_text().splitlines()]
+    assert {line["customer"]: line["reason"] for line in lines} == reasons
+    assert [line["customer"] for line in lines] == sorted(reasons) and report.strangers == 2
+    check_same(
+        read_coefficients(tmp_path / "out" / f"{good}.safetensors"),
+        alone(still_base, tiny_basis, tmp_path, good, settings),  # type: ignore[arg-type]
+    )
+
+
+def test_a_customer_that_diverges_is_dropped_alone(
+    still_base: Checkpoint, tiny_basis: Basis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, settings = write_folders(tmp_path), settings_of(epochs=3)
+    run(still_base, tiny_basis, tmp_path, settings)
+    (tmp_path / "out").rename(tmp_path / "before")
+    loss = Engine._row_losses
+    torn: list[int] = []
+
+    def spoil(engine: Engine, logits: torch.Tensor, slots: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        # The customer in slot 1 has an infinite loss in its first step.
+        spoilt = (slots == 1) & (not torn)
+        torn.extend(slots[spoilt].tolist())
+        return torch.where(spoilt, torch.inf, loss(engine, logits, slots, targets))
+
+    monkeypatch.setattr(Engine, "_row_losses", spoil)
+    report = run(still_base, tiny_basis, tmp_path, settings)
+    failed = [line for line in report.lines if line.status == "failed"]
+    assert [line.reason for line in failed] == ["the loss became inf in epoch 1; try a smaller --learning-rate"]
+    for name in set(names) - {failed[0].customer}:
+        one, two = (read_coefficients(tmp_path / place / f"{name}.safetensors") for place in ("out", "before"))
+        check_same(one, two)
+
+
+def test_a_rate_that_is_too_large_for_all_fails_all(still_base: Checkpoint, tiny_basis: Basis, tmp_path: Path) -> None:
+    write_folders(tmp_path)
+    report = run(still_base, tiny_basis, tmp_path, settings_of(learning_rate=1e30, epochs=2))
+    assert {line.status for line in report.lines} == {"failed"}
+    assert all("try a smaller --learning-rate" in line.reason for line in report.lines)
+    assert list((tmp_path / "out").iterdir()) == [report.summary]
+
+
+def test_files_are_not_overwritten_unasked_and_what_is_done_is_skipped(
+    still_base: Checkpoint, tiny_basis: Basis, tmp_path: Path
+) -> None:
+    names, settings, out = write_folders(tmp_path), settings_of(epochs=1), tmp_path / "out"
+    run(still_base, tiny_basis, tmp_path, settings)
+    before = {path: digest_file(path) for path in out.iterdir()}
+    with pytest.raises(InputError, match="out holds files of 5 of these customers, such as customer-0.safetensors"):
+        run(still_base, tiny_basis, tmp_path, settings)
+    assert {path: digest_file(path) for path in out.iterdir()} == before
+    # One file was cut, one customer has other rows, one other held-out rows.
+    (out / f"{names[0]}.safetensors").write_bytes(b"cut")
+    write_rows(tmp_path / "data" / f"{names[1]}.tsv", random_rows(5, 77))
+    write_rows(tmp_path / "held-out" / f"{names[2]}.tsv", random_rows(5, 78))
+    source, options = FleetSource(tmp_path / "data", tmp_path / "held-out"), FleetOptions(out, resume=True)
+    report = train_fleet(still_base, tiny_basis, source, settings, options)
+    assert {line.customer for line in report.lines if line.status == "skipped"} == set(names[3:])
+    assert digest_file(out / f"{names[0]}.safetensors") == before[out / f"{names[0]}.safetensors"]
+    again = train_fleet(still_base, tiny_basis, source, settings, options)
+    assert again.count("skipped") == 5 and again.customers_per_minute == 0
+    other = train_fleet(still_base, tiny_basis, source, settings_of(epochs=1, seed=1), options)
+    assert other.count("trained") == 5
+
+
+def test_rows_of_one_file_are_those_of_many(still_base: Checkpoint, tiny_basis: Basis, tmp_path: Path) -> None:
+    names, settings = write_folders(tmp_path), settings_of(epochs=1)
+    run(still_base, tiny_basis, tmp_path, settings, held_out=False)
+    parts = {name: read_examples(tmp_path / "data" / f"{name}.tsv") for name in names}
+    rows = [[name, *row] for name, part in parts.items() for row in zip(part.texts, part.labels, strict=True)]
+    random = np.random.default_rng(0)
+    # Mixed, but each customer's rows in their order.
+    owners = random.permutation([row[0] for row in rows])
+    left = {name: iter([row for row in rows if row[0] == name]) for name in names}
+    write_rows(tmp_path / "all.tsv", [next(left[owner]) for owner in owners], ("id", "text", "label"))
+    source = FleetSource(tmp_path / "all.tsv", customer_column="id")
+    train_fleet(still_base, tiny_basis, source, settings, FleetOptions(tmp_path / "other"))
+    for name in names:
+        one, two = (read_coefficients(tmp_path / place / f"{name}.safetensors") for place in ("out", "other"))
+        check_same(one, two)
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains_every_customer_as_alone(still_base: Checkpoint, tiny_basis: Basis, tmp_path: Path) -> None:
+    names, settings = write_folders(tmp_path), settings_of(device="cuda", head="output")
+    report = run(still_base, tiny_basis, tmp_path, settings)
+    assert report.count("trained") == len(names)
+    for name in names:
+        customer = read_coefficients(tmp_path / "out" / f"{name}.safetensors")
+        single = alone(still_base, tiny_basis, tmp_path, name, settings)
+        # bf16 keeps three digits, and rows of another shape round otherwise.
+        error = np.abs(customer.values - single.values).max() / np.abs(single.values).max()  # type: ignore[attr-defined]
+        assert error < 0.2, f"{name}: {error}"
