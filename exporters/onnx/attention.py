@@ -5,22 +5,53 @@ the exporter writes as one `Attention` node of opset 23. Pattern fusion loses th
 as the graph changes around it, and its mask handling is wrong under left padding.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+from transformers.models.mpnet.modeling_mpnet import MPNetEncoder, MPNetSelfAttention
 
 NAME = "qrlora_onnx"
+
+ATTEND = "qrlora_attend"
+"""Attribute of a module that has a function of its own in the place of `attend`."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How queries, keys and values are cut.
+
+    Attributes:
+        queries, keys: number of heads.
+        scale: of the scores; None: `1 / sqrt(size)`.
+        causal: whether a token looks at earlier ones alone.
+    """
+
+    queries: int
+    keys: int
+    scale: float | None
+    causal: bool = False
 
 
 def use_onnx_attention(model: Any) -> bool:
     """Switch `model` to the registered attention, in place.
 
+    MPNet does not use transformers' attention registry; its attention is replaced.
+
     Returns:
-        False for a model that does not use transformers' attention registry (MPNet; BERT before
-        transformers 5). Its own attention is exported then: sdpa becomes `Attention` too, anything
-        else becomes MatMul and Softmax.
+        False for a model that keeps an attention of its own (BERT before transformers 5). That is
+        exported then: sdpa becomes `Attention` too, anything else becomes MatMul and Softmax.
     """
+    own = [(path, module) for path, module in model.named_modules() if isinstance(module, MPNetSelfAttention)]
+    for path, module in own:
+        model.set_submodule(path, PositionBiasedAttention(module))
+    for module in model.modules():
+        if isinstance(module, MPNetEncoder):
+            _share_position_bias(module)
+    if own:
+        return True
     if not getattr(model, "_supports_attention_backend", False):
         return False
     model.set_attn_implementation(NAME)
@@ -42,20 +73,75 @@ def onnx_attention(
     The operator gets 3-D inputs, so the transposes that the model made cancel out in the graph.
     `attention_mask [batch, 1, query, key]` is boolean (True takes part) or float (added to the scores).
     """
-    causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
-    output, *_rest = torch.onnx.ops.attention(
-        _merge_heads(query),
-        _merge_heads(key),
-        _merge_heads(value),
-        attention_mask,
-        # A mask holds the causal part already, and the operator takes only one of the two.
-        is_causal=bool(causal) and attention_mask is None and query.shape[2] > 1,
-        q_num_heads=query.shape[1],
-        kv_num_heads=key.shape[1],
-        scale=scaling,
-    )
     batch, heads, length, _size = query.shape
+    causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+    cut = Heads(heads, key.shape[1], scaling, bool(causal))
+    states = (_merge_heads(query), _merge_heads(key), _merge_heads(value))
+    output = getattr(module, ATTEND, attend)(*states, attention_mask, cut)
     return output.reshape(batch, length, heads, -1), None
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    heads: Heads,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The operator: `query, key, value [batch, length, heads * size]` to the same shape.
+
+    A float `mask` and `bias [1, heads, query, key]` are both added to the scores. Every layer has the
+    same sum of them, so ONNX Runtime computes it once.
+    """
+    if bias is not None:
+        mask = bias if mask is None else bias + mask
+    output, *_rest = torch.onnx.ops.attention(
+        query,
+        key,
+        value,
+        mask,
+        # A mask holds the causal part already, and the operator takes only one of the two.
+        is_causal=heads.causal and mask is None and query.shape[1] > 1,
+        q_num_heads=heads.queries,
+        kv_num_heads=heads.keys,
+        scale=heads.scale,
+    )
+    result: torch.Tensor = output
+    return result
+
+
+class PositionBiasedAttention(nn.Module):
+    """MPNet's attention, which adds a bias by distance to the scores, by the operator.
+
+    Args:
+        original: what it takes the place of; its layers keep their paths.
+    """
+
+    def __init__(self, original: Any) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = original.q, original.k, original.v, original.o
+        self.heads = Heads(
+            original.num_attention_heads, original.num_attention_heads, original.attention_head_size**-0.5
+        )
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_bias: torch.Tensor | None = None,
+        output_attentions: bool = False,
+        **_: Any,
+    ) -> tuple[torch.Tensor]:
+        """`hidden_states [batch, length, width]` to the same; mask and bias are added to the scores."""
+        states = (self.q(hidden_states), self.k(hidden_states), self.v(hidden_states))
+        return (self.o(getattr(self, ATTEND, attend)(*states, attention_mask, self.heads, position_bias)),)
+
+
+def _share_position_bias(encoder: Any) -> None:
+    """Let MPNet make its bias `[1, heads, query, key]` once, not a copy for each row of the batch."""
+    compute = encoder.compute_position_bias
+    encoder.compute_position_bias = lambda states, *args, **kwargs: compute(states[:1], *args, **kwargs)
 
 
 def onnx_mask(*args: Any, **options: Any) -> torch.Tensor | None:

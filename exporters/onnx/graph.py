@@ -14,9 +14,11 @@ import torch
 from optimum.utils import DummyTextInputGenerator, NormalizedTextConfig
 
 from exporters.onnx.attention import use_onnx_attention
+from exporters.onnx.packing import Packing, pack_blocks
 from exporters.onnx.quantizing import base_products
-from qrlora_deploy.errors import QrloraError, first_line
+from qrlora_deploy.errors import InputError, QrloraError, first_line
 from qrlora_deploy.runtime.bundle import TensorRecord
+from qrlora_deploy.runtime.token_index import TOKEN_INDEX
 
 OPSET = 23
 """The first opset with the `Attention` operator."""
@@ -80,7 +82,9 @@ def longest_input(model: Any, tokenizer: Any) -> int:
     return int(min(limits, default=512))
 
 
-def write_graph(model: Any, names: tuple[str, ...], folder: Path, rows: RowInputs | None = None) -> Graph:
+def write_graph(
+    model: Any, names: tuple[str, ...], folder: Path, rows: RowInputs | None = None, packing: Packing | None = None
+) -> Graph:
     """Export `model` to `folder/model.onnx`, weights in `model.onnx.data`.
 
     The model's attention implementation is switched in place.
@@ -90,19 +94,33 @@ def write_graph(model: Any, names: tuple[str, ...], folder: Path, rows: RowInput
         names: its text inputs, int64 `[batch, sequence]` each.
         folder: where the files go.
         rows: further inputs, and who takes them.
+        packing: for a padding-free graph; the blocks of the model are made to use it, in place.
 
     Raises:
         QrloraError: the model cannot be traced, or the attention operator did not reach the graph.
-        InputError: a layer cannot work with `rows`.
+        InputError: a layer cannot work with `rows`, or the model cannot be made padding-free.
     """
     model.config.use_cache = False
     emitted = use_onnx_attention(model)
-    examples = _examples(model, names, rows)
-    wrapper = _LogitsOnly(model, tuple(examples), rows).eval()
-    if rows is not None:
+    blocks = 0
+    if packing is not None:
+        if not emitted:
+            raise InputError(
+                f"{type(model).__name__} cannot be made padding-free: its attention is its own, not one that is "
+                f"exported as an ONNX operator; leave --padding-free out"
+            )
+        blocks = pack_blocks(model, packing)
+    examples = _examples(model, names, rows, packing)
+    wrapper = _LogitsOnly(model, tuple(examples), rows, packing).eval()
+    if rows is not None or packing is not None:
         # Errors of a layer come out of a plain run as they are, and out of a trace wrapped up.
         with torch.no_grad():
             wrapper(*(tensor for tensor, _axes in examples.values()))
+    if packing is not None and packing.attended != blocks:
+        raise InputError(
+            f"{type(model).__name__} cannot be made padding-free: {packing.attended} of its {blocks} blocks attend "
+            f"through the registered function; leave --padding-free out"
+        )
     program = _trace(wrapper, examples)
     attention_nodes = sum(node.op_type == "Attention" for node in program.model.graph.all_nodes())
     if emitted and not attention_nodes:
@@ -126,22 +144,29 @@ def _record(name: str, tensor: torch.Tensor, axes: tuple[str | int, ...]) -> Ten
 class _LogitsOnly(torch.nn.Module):
     """Takes tensors by position and gives logits `[batch, outputs]`, fp32 whatever the model's dtype."""
 
-    def __init__(self, model: torch.nn.Module, names: tuple[str, ...], rows: RowInputs | None) -> None:
+    def __init__(
+        self, model: torch.nn.Module, names: tuple[str, ...], rows: RowInputs | None, packing: Packing | None
+    ) -> None:
         super().__init__()
         self.model = model
         self.names = names
         self.rows = rows
+        self.packing = packing
         self.row_names = () if rows is None else tuple(rows.examples(1))
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         named = dict(zip(self.names, inputs, strict=True))
         if self.rows is not None:
             self.rows.fill({name: named.pop(name) for name in self.row_names})
+        if self.packing is not None:
+            self.packing.fill(named.pop(TOKEN_INDEX), named["attention_mask"])
         logits: torch.Tensor = self.model(**named, return_dict=True).logits.float()
         return logits
 
 
-def _examples(model: Any, names: tuple[str, ...], rows: RowInputs | None) -> dict[str, Example]:
+def _examples(
+    model: Any, names: tuple[str, ...], rows: RowInputs | None, packing: Packing | None
+) -> dict[str, Example]:
     # No axis has size 1 or the size of another one: the exporter would take them for constants.
     batch, sequence = 3, 11
     generator = DummyTextInputGenerator(
@@ -153,7 +178,8 @@ def _examples(model: Any, names: tuple[str, ...], rows: RowInputs | None) -> dic
     if "token_type_ids" in inputs:
         inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
     text: dict[str, Example] = {name: (inputs[name], ("batch", "sequence")) for name in names}
-    return text if rows is None else text | rows.examples(batch)
+    tokens = {} if packing is None else packing.examples(inputs["attention_mask"])
+    return text | tokens | ({} if rows is None else rows.examples(batch))
 
 
 def _trace(wrapper: torch.nn.Module, examples: dict[str, Example]) -> Any:
@@ -161,6 +187,7 @@ def _trace(wrapper: torch.nn.Module, examples: dict[str, Example]) -> Any:
         "batch": torch.export.Dim("batch", min=1),
         "sequence": torch.export.Dim("sequence", min=1, max=2**20),
         "slots": torch.export.Dim("slots", min=1),
+        "tokens": torch.export.Dim("tokens", min=1),
     }
     shapes = tuple(
         {index: dims[axis] for index, axis in enumerate(axes) if isinstance(axis, str)}

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from exporters.onnx.packing import Packing
 from qrlora_deploy.adapter import resolve_layer
 from qrlora_deploy.basis import Basis, BasisTarget
 from qrlora_deploy.errors import BasisMismatchError, InputError
@@ -21,6 +22,7 @@ class CustomerRows:
         head: columns of the head table, where customers may have an output layer of their own.
 
     Attributes:
+        packing: of a padding-free model, whose blocks see `[1, tokens, in]`.
         dtype: of the model's activations, and so of `coefficients`; a table may have another one.
         coefficients: `[batch, 1, padded rank]` for each target, in the basis's order.
         weight: `[batch, labels, features]`; bias: `[batch, labels]`; both fp32.
@@ -29,6 +31,7 @@ class CustomerRows:
     def __init__(self, layout: TableLayout, head: HeadLayout | None = None) -> None:
         self.layout = layout
         self.head = head
+        self.packing: Packing | None = None
         self.dtype = torch.float32
         self.coefficients: tuple[torch.Tensor, ...] = ()
         self.weight = self.bias = torch.empty(0)
@@ -97,6 +100,8 @@ class TableBranch(nn.Module):
             InputError: the input has other axes, so that its rows are not those of the batch.
         """
         c = self.rows.coefficients[self.index]
+        if self.rows.packing is not None and x.dim() == 3:
+            c = self.rows.packing.by_token(c)
         # Checked on a plain run before the export: under it, a comparison of sizes would fix them.
         if not torch.compiler.is_exporting() and (x.dim() not in (2, 3) or x.shape[0] != c.shape[0]):
             raise InputError(

@@ -1,0 +1,150 @@
+"""Padding-free graphs: the blocks of an encoder see the tokens that take part, in one row.
+
+Padding costs a linear layer as much as text does. Here the hidden states `[batch, length, width]` are
+gathered to `[1, tokens, width]` before the first block and put back behind the last one; every layer
+in between works on tokens alone. Only attention needs to know which row a token belongs to: its
+queries, keys and values are put back for the operator, and its output is gathered again.
+
+What is put back on the place of a token that was left out is the first token of the batch. Attention
+does not look there, since its mask is zero, and no answer is read there.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from exporters.onnx.attention import ATTEND, Heads, attend
+from qrlora_deploy.errors import InputError
+from qrlora_deploy.runtime.token_index import TOKEN_INDEX, kept_tokens
+from qrlora_deploy.targets import BLOCK
+
+
+class Packing:
+    """The tokens of the current batch; the wrapper fills it before the model runs.
+
+    Attributes:
+        attended: how many attentions ran on tokens.
+        tokens: `[tokens]` int64, positions in the batch as one row.
+        places: `[batch * length]` int64, the other way round; 0 for a token that was left out.
+        rows: `[tokens]` int64, the row of the batch that each token is of.
+    """
+
+    def __init__(self) -> None:
+        self.attended = 0
+        self.batch: Any = 0
+        self.length: Any = 0
+        self.tokens = self.places = self.rows = torch.empty(0, dtype=torch.int64)
+
+    def examples(self, mask: torch.Tensor) -> dict[str, tuple[torch.Tensor, tuple[str | int, ...]]]:
+        """An example and its axes by the name of the input, for `mask [batch, length]`."""
+        return {TOKEN_INDEX: (torch.from_numpy(kept_tokens(mask.numpy())), ("tokens",))}
+
+    def fill(self, tokens: torch.Tensor, mask: torch.Tensor) -> None:
+        """Take the tokens of the run that begins, a batch of the shape of `mask`."""
+        self.tokens = tokens
+        self.batch, self.length = mask.shape
+        # The sizes only give shapes: as operands they would have to be copied to a GPU in every run.
+        numbers = torch.arange(tokens.shape[0], device=tokens.device)
+        empty = torch.zeros(self.batch * self.length, dtype=torch.int64, device=tokens.device)
+        self.places = empty.scatter(0, tokens, numbers)
+        rows = torch.arange(self.batch, device=tokens.device)
+        self.rows = rows[:, None].expand(-1, self.length).reshape(-1).index_select(0, tokens)
+
+    def pack(self, states: torch.Tensor) -> torch.Tensor:
+        """`[batch, length, width]` to `[1, tokens, width]`."""
+        return states.flatten(0, 1).index_select(0, self.tokens).unsqueeze(0)
+
+    def unpack(self, states: torch.Tensor) -> torch.Tensor:
+        """`[1, tokens, width]` to `[batch, length, width]`."""
+        return states.squeeze(0).index_select(0, self.places).unflatten(0, (self.batch, self.length))
+
+    def by_token(self, values: torch.Tensor) -> torch.Tensor:
+        """`[batch, 1, width]`, something of each row, to `[1, tokens, width]`."""
+        return values.squeeze(1).index_select(0, self.rows).unsqueeze(0)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        heads: Heads,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As `attention.attend`, but on `[1, tokens, heads * size]`; mask and bias are the batch's.
+
+        Raises:
+            InputError: a token looks at earlier ones alone.
+        """
+        if heads.causal:
+            raise InputError("the model answers at the last token of a row; --padding-free is for encoders")
+        self.attended += 1
+        return self.pack(attend(self.unpack(query), self.unpack(key), self.unpack(value), mask, heads, bias))
+
+
+class _FirstBlock(nn.Module):
+    """Gathers the tokens, and runs the block on them."""
+
+    def __init__(self, block: nn.Module, packing: Packing) -> None:
+        super().__init__()
+        self.block = block
+        self.packing = packing
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the block's; `hidden_states [batch, length, width]`, the result on tokens."""
+        return self.block(self.packing.pack(hidden_states), *args, **kwargs)
+
+
+class _LastBlock(nn.Module):
+    """Runs the block on tokens, and puts them back."""
+
+    def __init__(self, block: nn.Module, packing: Packing) -> None:
+        super().__init__()
+        self.block = block
+        self.packing = packing
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the block's; `hidden_states [1, tokens, width]`, the result `[batch, length, width]`."""
+        result = self.block(hidden_states, *args, **kwargs)
+        if isinstance(result, tuple):
+            return (self.packing.unpack(result[0]), *result[1:])
+        return self.packing.unpack(result)
+
+
+def pack_blocks(model: Any, packing: Packing) -> int:
+    """Make the blocks of `model` work on tokens, in place; their attention must be the operator already.
+
+    Call it last: it changes the paths of modules in the first and the last block.
+
+    Args:
+        packing: must be filled before the model runs.
+
+    Returns:
+        The number of blocks. Each of them must have attended once when the model has run.
+
+    Raises:
+        InputError: the model does not have one list of numbered blocks.
+    """
+    blocks = _blocks(model)
+    if blocks is None:
+        raise InputError(
+            f"{type(model).__name__} cannot be made padding-free: it does not have one list of numbered blocks; "
+            f"leave --padding-free out"
+        )
+    for block in blocks:
+        for module in block.modules():
+            setattr(module, ATTEND, packing.attend)
+    blocks[-1] = _LastBlock(blocks[-1], packing)
+    blocks[0] = _FirstBlock(blocks[0], packing)
+    return len(blocks)
+
+
+def _blocks(model: Any) -> nn.ModuleList | None:
+    """The list of numbered blocks, where there is one alone."""
+    found = [
+        module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and not BLOCK.search(f".{path}.")
+    ]
+    return found[0] if len(found) == 1 else None

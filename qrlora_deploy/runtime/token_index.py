@@ -1,0 +1,41 @@
+"""Which tokens of a padded batch a padding-free graph computes on."""
+
+import numpy as np
+
+TOKEN_INDEX = "token_index"
+"""The input of such a graph: `[tokens]` int64, positions in the batch as one row `[batch * length]`."""
+
+STEPS, SMALLEST_STEP = 16, 64
+"""Numbers of tokens that one bucket is split into, at most, and the least distance of two of them."""
+
+
+def kept_tokens(mask: np.ndarray) -> np.ndarray:
+    """Positions `[tokens]` int64, rising, of the tokens of `mask [batch, length]` that take part.
+
+    Models read their answer at the first position of a row, so that one is always among them, also
+    where padding stands on it.
+    """
+    kept = mask != 0
+    kept[:, 0] = True
+    return np.flatnonzero(kept)
+
+
+def write_kept_tokens(target: np.ndarray, mask: np.ndarray) -> None:
+    """Write the positions of `mask` into `target [at least as many]`, and position 0 behind them.
+
+    Position 0 is always kept; a token that is computed twice has the same state twice.
+    """
+    found = kept_tokens(mask)
+    target[: len(found)] = found
+    target[len(found) :] = 0
+
+
+def padded_tokens(tokens: int, batch: int, length: int) -> int:
+    """How many tokens a bucket of `batch` rows of `length` computes on where `tokens` are kept.
+
+    A captured graph has one size, so the number is rounded up: to a sixteenth of the batch, and to
+    the next 64, below which a product on a GPU takes no less time.
+    """
+    whole = batch * length
+    step = -(-whole // STEPS // SMALLEST_STEP) * SMALLEST_STEP
+    return min(-(-tokens // step) * step, whole)
