@@ -1,0 +1,186 @@
+"""GLUE tasks: where the rows are, how they are scored, and their tokens ready for a GPU."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+import torch
+from sklearn.metrics import f1_score
+
+from qrlora_deploy.checkpoint import Checkpoint
+from qrlora_deploy.errors import InputError
+from qrlora_deploy.files import atomic_file
+from qrlora_deploy.training.data import Examples, read_examples
+from qrlora_deploy.training.tasks import CLASSIFICATION, REGRESSION, encode_labels, label_names, score
+
+HUB = "hub"
+"""Instead of a folder: read GLUE from the Hugging Face hub."""
+
+HUB_SET = "nyu-mll/glue"
+MULTIPLE = 8
+"""Batches are padded to a multiple of this: tensor cores want it."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of GLUE.
+
+    Attributes:
+        name: as in the table, and of the folder with train.tsv and dev.tsv.
+        hub: configuration of the hub's data set.
+        metrics: what is reported, the headline first.
+        train_rows: size of the training sample, or None for all rows.
+    """
+
+    name: str
+    hub: str
+    metrics: tuple[str, ...]
+    train_rows: int | None = None
+
+    @property
+    def kind(self) -> str:
+        """The project's name of the kind of task."""
+        return REGRESSION if self.metrics[0] == "pearson" else CLASSIFICATION
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("RTE", "rte", ("accuracy",)),
+        Task("MRPC", "mrpc", ("accuracy", "f1")),
+        Task("CoLA", "cola", ("matthews",)),
+        Task("STS-B", "stsb", ("pearson", "spearman")),
+        Task("SST-2", "sst2", ("accuracy",), train_rows=8000),
+    )
+}
+"""In the order in which they run: small ones first."""
+
+PARTS = {"train": "train", "dev": "validation"}
+"""Our name of a part, and the hub's."""
+
+SAMPLE_SEED = 0
+"""Of the rows drawn from a larger set: the same for every seed, method and model."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tokenised rows on a device.
+
+    Attributes:
+        inputs: by input name, int64 `[n, longest]`, padded at the end; without the mask.
+        lengths: tokens of each row, `[n]`, on the CPU, so that a batch's width needs no wait.
+        device_lengths: the same on the device, from which the mask is made.
+        targets: `[n]`, int64 classes or fp32 scores.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    lengths: np.ndarray
+    device_lengths: torch.Tensor
+    targets: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def first(self, share: float, seed: int) -> "Rows":
+        """A share of the rows, drawn by `seed`, at least two batches of 32 where there are as many."""
+        count = min(len(self), max(64, round(share * len(self))))
+        chosen = np.random.default_rng(seed).permutation(len(self))[:count]
+        index = torch.from_numpy(chosen).to(self.targets.device)
+        inputs = {name: array[index] for name, array in self.inputs.items()}
+        return Rows(inputs, self.lengths[chosen], self.device_lengths[index], self.targets[index])
+
+    def batch(self, chosen: np.ndarray, index: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The model's inputs for the rows `chosen`, padded to the longest of them.
+
+        Args:
+            chosen: row numbers `[b]`.
+            index: the same on the device.
+        """
+        longest = next(iter(self.inputs.values())).shape[1]
+        width = min(longest, -(-int(self.lengths[chosen].max()) // MULTIPLE) * MULTIPLE)
+        mask = torch.arange(width, device=index.device)[None] < self.device_lengths[index, None]
+        inputs = {name: array[index, :width] for name, array in self.inputs.items()}
+        return inputs | {"attention_mask": mask.to(torch.int64)}
+
+
+def scores(task: Task, logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    """The task's metrics; F1 is GLUE's, of the class 1, and not the mean over the classes."""
+    found = score(task.kind, logits, targets)
+    if "f1" in task.metrics:
+        found["f1"] = float(f1_score(targets, logits.argmax(axis=-1), zero_division=0))
+    return {name: round(found[name], 6) for name in task.metrics}
+
+
+def read_part(task: Task, data: str, part: str, limit: int | None) -> Examples:
+    """Rows of "train" or "dev", sampled where the task or `limit` says so.
+
+    Raises:
+        InputError: they are not in the folder, or the hub cannot be reached.
+    """
+    if data == HUB:
+        examples = read_examples(f"{HUB_SET}:{task.hub}", split=PARTS[part])
+    else:
+        examples = read_examples(Path(data) / task.name / f"{part}.tsv")
+    most = min(value for value in (limit, task.train_rows if part == "train" else None, len(examples)) if value)
+    if most == len(examples):
+        return examples
+    rows = np.sort(np.random.default_rng(SAMPLE_SEED).permutation(len(examples))[:most])
+    pairs = None if examples.pairs is None else [examples.pairs[row] for row in rows]
+    return Examples([examples.texts[row] for row in rows], pairs, [examples.labels[row] for row in rows], examples.name)
+
+
+def write_tokens(
+    task: Task, data: str, checkpoint: Checkpoint, path: Path, max_length: int, limit: int | None = None
+) -> None:
+    """Tokenise both parts of a task into one file, so that no worker does it again.
+
+    Raises:
+        InputError: as `read_part`.
+    """
+    tokenizer = checkpoint.tokenizer()
+    train = read_part(task, data, "train", limit)
+    names = label_names(train.labels) if task.kind == CLASSIFICATION else ("score",)
+    tensors: dict[str, np.ndarray] = {}
+    for part, examples in (("train", train), ("dev", read_part(task, data, "dev", limit))):
+        encoded = tokenizer(examples.texts, examples.pairs, truncation=True, max_length=max_length)
+        lengths = np.array([len(row) for row in encoded["input_ids"]])
+        for name in encoded:
+            if name != "attention_mask":
+                padding = tokenizer.pad_token_id if name == "input_ids" else 0
+                tensors[f"{part}.inputs.{name}"] = _padded(encoded[name], lengths, padding)
+        kind = np.int64 if task.kind == CLASSIFICATION else np.float32
+        tensors[f"{part}.lengths"] = lengths
+        tensors[f"{part}.targets"] = np.array(encode_labels(examples, task.kind, names), dtype=kind)
+    with atomic_file(path) as temporary:
+        safetensors.numpy.save_file(tensors, temporary, {"labels": "\n".join(names)})
+
+
+def _padded(rows: list[list[int]], lengths: np.ndarray, padding: int) -> np.ndarray:
+    width = -(-int(lengths.max()) // MULTIPLE) * MULTIPLE
+    whole = np.full((len(rows), width), padding, dtype=np.int64)
+    for row, values in enumerate(rows):
+        whole[row, : len(values)] = values
+    return whole
+
+
+def read_tokens(path: Path, device: str) -> tuple[dict[str, Rows], tuple[str, ...]]:
+    """The parts of a task by name, on `device`, and its labels.
+
+    Raises:
+        InputError: the file is not there.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; it is made from --data at the start of a run")
+    with safetensors.safe_open(path, framework="np") as file:
+        labels = tuple((file.metadata() or {})["labels"].split("\n"))
+        tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    parts = {}
+    for part in PARTS:
+        prefix = f"{part}.inputs."
+        inputs = {n.removeprefix(prefix): torch.from_numpy(a).to(device) for n, a in tensors.items() if prefix in n}
+        lengths = tensors[f"{part}.lengths"]
+        targets = torch.from_numpy(tensors[f"{part}.targets"]).to(device)
+        parts[part] = Rows(inputs, lengths, torch.from_numpy(lengths).to(device), targets)
+    return parts, labels

@@ -1,0 +1,245 @@
+"""One worker process: takes runs that nobody else has, trains them, and records each as it is done."""
+
+import gc
+import os
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import transformers
+
+from benchmarks.glue_parts.loop import OutOfTime, Schedule, Trace, train_model
+from benchmarks.glue_parts.methods import METHODS, Method, Prepared, free, prepare
+from benchmarks.glue_parts.plan import WARM_UP, Place, Run, undone
+from benchmarks.glue_parts.records import Record, append_record, claimed, read_records
+from benchmarks.glue_parts.starts import (
+    PRETRAINED,
+    WARMED,
+    WARMUP_EPOCHS,
+    WARMUP_RATE,
+    WARMUP_SHARE,
+    Models,
+    write_warmed,
+)
+from benchmarks.glue_parts.tasks import TASKS, Rows, read_tokens
+from qrlora_deploy.checkpoint import Checkpoint, open_checkpoint
+
+PAUSE_S = 0.5
+"""Between two looks for work, while others make what is needed."""
+
+WARM_METHOD = Method(WARM_UP, "the start itself", WARMUP_RATE, "full")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all runs of a record have in common.
+
+    Attributes:
+        epochs: of every method.
+        batch_size: rows a step.
+        max_length: tokens a row.
+        points: scores along a run.
+        bf16: autocast.
+        rows: bound on the rows of each part, for a trial; None is all.
+    """
+
+    epochs: int = 3
+    batch_size: int = 32
+    max_length: int = 128
+    points: int = 10
+    bf16: bool = False
+    rows: int | None = None
+
+    @property
+    def record(self) -> Record:
+        """With the warm-up's, as kept with each run."""
+        warm = {"warmup_rate": WARMUP_RATE, "warmup_epochs": WARMUP_EPOCHS, "warmup_share": WARMUP_SHARE}
+        return asdict(self) | warm
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker is told.
+
+    Attributes:
+        plan: all runs, in order.
+        place: the files.
+        models: folder or hub name by model name.
+        settings: of all runs.
+        device: "cpu" or "cuda".
+        workers: how many there are.
+        launch: names this command; a run that failed is tried again by the next one.
+        deadline: `time.time()` at which to stop, or None.
+        parent: process that started the workers; without it they stop.
+    """
+
+    plan: tuple[Run, ...]
+    place: Place
+    models: dict[str, str]
+    settings: Settings
+    device: str
+    workers: int
+    launch: str
+    deadline: float | None
+    parent: int
+
+    def done(self) -> set[str]:
+        """Keys of the runs that need no more attention."""
+        found = read_records(self.place.records)
+        return {record["key"] for record in found if "error" not in record or record.get("launch") == self.launch}
+
+
+class Worker:
+    """Models and rows that stay on the device from run to run."""
+
+    def __init__(self, job: Job, index: int) -> None:
+        self.job = job
+        self.index = index
+        self._models: dict[str, Models] = {}
+        self._rows: dict[str, tuple[dict[str, Rows], tuple[str, ...]]] = {}
+        self._pace = 0.0
+
+    def take(self) -> bool | None:
+        """Do the first run that can be done.
+
+        Returns:
+            True where one was done, False where others hold or still prepare what is left, None
+            where nothing is left.
+
+        Raises:
+            OutOfTime: the time is up, or would be before the next run's end.
+        """
+        left = undone(self.job.plan, self.job.place, self.job.done())
+        for run in left:
+            if not self.job.place.is_ready(run):
+                continue
+            with claimed(self.job.place.claim(run)) as mine:
+                # Another worker may have finished it since the records were read.
+                if mine and undone([run], self.job.place, self.job.done()):
+                    self._record(run)
+                    return True
+        return False if left else None
+
+    def _record(self, run: Run) -> None:
+        common = {"key": run.key, **asdict(run), "launch": self.job.launch, "settings": self.job.settings.record}
+        try:
+            record = self._do(run)
+        except OutOfTime:
+            raise
+        except Exception as error:  # one bad run must not end the others; it is recorded and shown
+            record = {"error": f"{type(error).__name__}: {error}"[:500]}
+            traceback.print_exc()
+        gc.collect()
+        free(self.job.device)
+        finished_at = {"finished": datetime.now(UTC).isoformat(timespec="seconds")}
+        append_record(self.job.place.records, common | record | self._environment | finished_at)
+        shown = record.get("error") or f"{record['metrics']}  {record['train_seconds']:.1f} s"
+        print(f"[{self.index}] {run.key}  {shown}", file=sys.stderr, flush=True)
+
+    def _do(self, run: Run) -> Record:
+        """Prepare and train; returns what is particular to the run."""
+        began = time.perf_counter()
+        method = WARM_METHOD if run.method == WARM_UP else METHODS[run.method]
+        task = TASKS[run.task]
+        parts, labels = self._read_rows(run)
+        epochs = WARMUP_EPOCHS if run.method == WARM_UP else self.job.settings.epochs
+        if run.method == WARM_UP:
+            parts = parts | {"train": parts["train"].first(WARMUP_SHARE, run.seed)}
+        self._check_time(epochs * len(parts["train"]))
+        before = torch.cuda.memory_allocated() if self.job.device == "cuda" else 0
+        checkpoint, model = self._start(run, len(labels))
+        torch.manual_seed(run.seed)  # of PEFT's factors
+        prepared = prepare(method, model, checkpoint, run.start == PRETRAINED, labels)
+        free(self.job.device)
+        if self.job.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        schedule = self._schedule(epochs, run.seed)
+        trace = train_model(prepared.model, prepared.groups, task, parts, schedule)
+        self._pace = max(self._pace, (time.perf_counter() - began) / (epochs * len(parts["train"])))
+        peak = torch.cuda.max_memory_allocated() - before if self.job.device == "cuda" else None
+        if run.method == WARM_UP:
+            write_warmed(model, checkpoint, self.job.place.warmed(run))
+        return _result(method, trace, prepared, len(parts["train"])) | {
+            "peak_bytes": peak,
+            "seconds": round(time.perf_counter() - began, 2),
+        }
+
+    def _schedule(self, epochs: int, seed: int) -> Schedule:
+        settings = self.job.settings
+        return Schedule(epochs, settings.batch_size, settings.points, seed, settings.bf16, self.job.deadline)
+
+    def _read_rows(self, run: Run) -> tuple[dict[str, Rows], tuple[str, ...]]:
+        path = self.job.place.tokens(run)
+        if path.name not in self._rows:
+            self._rows[path.name] = read_tokens(path, self.job.device)
+        return self._rows[path.name]
+
+    def _start(self, run: Run, labels: int) -> tuple[Checkpoint, Any]:
+        """The checkpoint that the run starts from, and a model with its weights on the device."""
+        if run.model not in self._models:
+            self._models[run.model] = Models(open_checkpoint(self.job.models[run.model]), self.job.device)
+        models, task = self._models[run.model], TASKS[run.task]
+        if run.start == WARMED and run.method != WARM_UP:
+            folder = self.job.place.warmed(run)
+            return open_checkpoint(str(folder)), models.warmed(task, labels, folder)
+        return models.checkpoint, models.fresh(task, labels, run.seed)
+
+    def _check_time(self, rows: int) -> None:
+        if self.job.deadline is not None and time.time() + self._pace * rows > self.job.deadline:
+            raise OutOfTime
+
+    @cached_property
+    def _environment(self) -> Record:
+        name = torch.cuda.get_device_name() if self.job.device == "cuda" else platform.machine()
+        versions = {package: version(package) for package in ("torch", "transformers", "peft", "numpy")}
+        return {
+            "device": name,
+            "versions": versions | {"python": platform.python_version()},
+            "workers": self.job.workers,
+        }
+
+
+def _result(method: Method, trace: Trace, prepared: Prepared, rows: int) -> Record:
+    return {
+        "learning_rate": method.rate,
+        "metrics": trace.curve[-1]["metrics"],
+        "curve": trace.curve,
+        "rows": rows,
+        "steps": trace.steps,
+        "trainable_parameters": prepared.trainable,
+        "file_bytes": prepared.file_bytes(),
+        "train_seconds": round(trace.train_seconds, 3),
+    }
+
+
+def work(job: Job, index: int) -> None:
+    """Take runs until none is left, the time is up, or the command has gone."""
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.workers))
+    if job.device == "cuda":
+        torch.cuda.set_device(index % torch.cuda.device_count())
+    worker = Worker(job, index)
+    try:
+        while os.getppid() == job.parent:
+            done = worker.take()
+            if done is None:
+                return
+            if not done:
+                if job.deadline is not None and time.time() > job.deadline:
+                    return
+                time.sleep(PAUSE_S)
+    except OutOfTime:
+        print(f"[{index}] the time is up", file=sys.stderr, flush=True)
+
+
+def model_names(plan: Iterable[Run]) -> list[str]:
+    """The models of a plan, each once, in order."""
+    return list(dict.fromkeys(run.model for run in plan))
