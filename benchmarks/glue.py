@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import sys
 import time
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import torch
@@ -28,6 +29,9 @@ from benchmarks.glue_parts.tasks import TASKS, write_tokens
 from benchmarks.glue_parts.work import Job, Settings, model_names, work
 from qrlora_deploy.checkpoint import open_checkpoint
 from qrlora_deploy.errors import InputError, QrloraError
+from qrlora_deploy.training.settings import choose_device
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 MARGIN_S = 10.0
 """Of a time budget, kept for the report and the workers' end."""
@@ -41,10 +45,7 @@ def run(job: Job, data: str) -> None:
     """
     job.place.make()
     check_settings(job.place.records, job.settings.record)
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=work, args=(job, index)) for index in range(job.workers)]
-    for worker in workers:
-        worker.start()
+    workers = _start_workers(job)
     try:
         _make_tokens(job, data)
     except QrloraError:
@@ -53,6 +54,23 @@ def run(job: Job, data: str) -> None:
         raise
     for worker in workers:
         worker.join()
+
+
+def _start_workers(job: Job) -> list[SpawnProcess]:
+    """One process after another, each of which sees one GPU: a library that asks for "cuda" means its first."""
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=work, args=(job, index)) for index in range(job.workers)]
+    given = os.environ.get(VISIBLE)
+    gpus = given.split(",") if given else [str(index) for index in range(torch.cuda.device_count())]
+    for index, worker in enumerate(workers):
+        if job.device == "cuda":
+            os.environ[VISIBLE] = gpus[index % len(gpus)]
+        worker.start()
+    if given is None:
+        os.environ.pop(VISIBLE, None)
+    else:
+        os.environ[VISIBLE] = given
+    return workers
 
 
 def _make_tokens(job: Job, data: str) -> None:
@@ -87,7 +105,7 @@ def _model(text: str) -> tuple[str, str]:
 
 
 def _job(arguments: argparse.Namespace, began: float) -> Job:
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(arguments.device or "auto")
     models = dict(arguments.models)
     choice = Choice(
         tuple(models), tuple(arguments.tasks), tuple(arguments.starts), tuple(arguments.methods), tuple(arguments.seeds)

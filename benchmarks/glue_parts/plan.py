@@ -45,15 +45,15 @@ class Choice:
 def make_plan(choice: Choice) -> list[Run]:
     """All runs, so ordered that a table is balanced wherever the time ends.
 
-    Models, then seeds, then starts are outermost: a whole table of one seed before the next seed.
+    Models, then starts, then seeds are outermost: a whole table of one seed before the next seed.
     The warm-ups of a model come before everything that needs them.
     """
     plan = []
     for model in choice.models:
         if WARMED in choice.starts:
             plan += [Run(model, task, WARMED, WARM_UP, seed) for seed in choice.seeds for task in choice.tasks]
-        for seed in choice.seeds:
-            for start in choice.starts:
+        for start in choice.starts:
+            for seed in choice.seeds:
                 plan += [Run(model, task, start, method, seed) for task in choice.tasks for method in choice.methods]
     return plan
 

@@ -224,8 +224,6 @@ def work(job: Job, index: int) -> None:
     """Take runs until none is left, the time is up, or the command has gone."""
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.workers))
-    if job.device == "cuda":
-        torch.cuda.set_device(index % torch.cuda.device_count())
     worker = Worker(job, index)
     try:
         while os.getppid() == job.parent:

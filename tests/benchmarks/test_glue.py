@@ -86,7 +86,7 @@ def test_a_plan_is_balanced_wherever_it_ends() -> None:
     plan = make_plan(choice)
     assert len({run.key for run in plan}) == len(plan) == 4 + 16
     assert [run.method for run in plan[:4]] == [WARM_UP] * 4
-    assert [run.seed for run in plan[4:]] == [0] * 8 + [1] * 8
+    assert [(run.start, run.seed) for run in plan[4::4]] == [(WARMED, 0), (WARMED, 1), (PRETRAINED, 0), (PRETRAINED, 1)]
     assert [run.key for run in plan[4:8]] == [
         "mpnet/RTE/warmed/full/0",
         "mpnet/RTE/warmed/qr-q4/0",
