@@ -15,6 +15,7 @@ class RowValues:
 
     Attributes:
         c: `[rows, total_rank]` fp32, the coefficients of each row's customer.
+        token_rows: `[tokens]` int64, the row of each token where a batch has no padding.
         slots: `[rows]` int64, the customer's row in the tables.
         places: `[rows]` int64, which row this is among those of its customer in the batch.
         places_end: one more than the largest of `places`.
@@ -23,6 +24,7 @@ class RowValues:
     """
 
     c: torch.Tensor
+    token_rows: torch.Tensor
     slots: torch.Tensor
     places: torch.Tensor
     places_end: int
@@ -51,9 +53,12 @@ class RowLinear(nn.Module):
         self.columns = columns
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[rows, ..., in]` to `[rows, ..., out]`."""
+        """`[rows, ..., in]` to `[rows, ..., out]`, or `[tokens, in]` to `[tokens, out]`."""
         projected = functional.linear(x, self.r)
         c = self.values.c[:, self.columns].to(projected.dtype)
+        if len(x) != len(c):
+            # Tokens of all rows one after another. Where there are as many as rows, each row has one.
+            c = c.index_select(0, self.values.token_rows)
         c = c.view(len(c), *[1] * (x.dim() - 2), -1)
         return self.base(x) + functional.linear(projected * c, self.q)
 

@@ -10,7 +10,7 @@ from qrlora_deploy.errors import InputError
 from qrlora_deploy.training.data import Examples
 from qrlora_deploy.training.fleet.model import FleetModel
 from qrlora_deploy.training.fleet.plan import Customer, Targets
-from qrlora_deploy.training.fleet.pool import PaddedRows, RowPool
+from qrlora_deploy.training.fleet.pool import RowPool
 from qrlora_deploy.training.fleet.schedule import StepRows
 from qrlora_deploy.training.fleet.scoring import Answers
 from qrlora_deploy.training.loop import Rows, build_rows
@@ -157,18 +157,19 @@ class Engine:
         """Slots, targets, weights and logits of each chunk, all on the device."""
         for part in self._parts(rows):
             owners, numbers = rows.slots[part], rows.rows[part]
-            places = _places(owners)
-            padded, slots = self._padded(owners, numbers)
+            places, lengths = _places(owners), self.pool.lengths[owners, numbers]
+            whole = self._moved(np.stack([owners, places, self.pool.starts(owners, numbers), lengths]))
             real = self._moved(np.stack([self.targets[owners, numbers], rows.shares[part]]))
-            logits = self.model.logits(padded, slots, self._moved(places), int(places.max()) + 1)
-            yield slots, real[0], real[1].float(), logits
+            self.model.give(whole[0], whole[1], int(places.max()) + 1)
+            yield whole[0], real[0], real[1].float(), self._logits(whole[2], whole[3], lengths)
 
-    def _padded(
-        self, owners: np.ndarray, numbers: np.ndarray, with_hidden: bool = True
-    ) -> tuple[PaddedRows, torch.Tensor]:
-        lengths = self.pool.lengths[owners, numbers]
-        whole = self._moved(np.stack([owners, self.pool.starts(owners, numbers), lengths]))
-        return self.pool.pad_rows(whole[1], whole[2], int(lengths.max()), with_hidden), whole[0]
+    def _logits(self, starts: torch.Tensor, there: torch.Tensor, lengths: np.ndarray) -> torch.Tensor:
+        """Of rows whose lengths are `there` on the device."""
+        length = int(lengths.max())
+        if self.model.upper is not None:
+            return self.model.logits_packed(self.pool.packed_hidden(starts, there, length, int(lengths.sum())))
+        hidden = self.pool.padded_hidden(starts, there, length) if self.model.split else None
+        return self.model.logits_padded(self.pool.pad_rows(starts, there, length), hidden)
 
     def _moved(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)
@@ -180,11 +181,10 @@ class Engine:
         with self.model.precision(training=False):
             for part in self._parts(rows):
                 owners, numbers = rows.slots[part], rows.rows[part]
-                padded, _ = self._padded(owners, numbers, with_hidden=False)
-                hidden = self.model.trunk(padded)
-                if hidden is not None:
-                    starts = self._moved(self.pool.starts(owners, numbers))
-                    self.pool.fill(starts, self._moved(self.pool.lengths[owners, numbers]), hidden)
+                lengths = self.pool.lengths[owners, numbers]
+                starts, there = self._moved(np.stack([self.pool.starts(owners, numbers), lengths]))
+                batch = self.pool.pad_rows(starts, there, int(lengths.max()))
+                self.pool.fill(starts, there, self.model.trunk(batch))
 
     def _row_losses(self, logits: torch.Tensor, slots: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """`[rows]`: the squared error of a regression, the cross entropy of a classification."""

@@ -12,12 +12,13 @@ from qrlora_deploy.basis import Basis
 from qrlora_deploy.checkpoint import Checkpoint
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.training.fleet.branch import RowHead, RowValues, attach_rows
-from qrlora_deploy.training.fleet.pool import IDS, PaddedRows
+from qrlora_deploy.training.fleet.pool import IDS, PackedRows
 from qrlora_deploy.training.fleet.table import AdamTable
 from qrlora_deploy.training.head import Outputs, base_outputs, output_layer
 from qrlora_deploy.training.loop import load_tokenizer, quiet_transformers
 from qrlora_deploy.training.settings import TrainSettings
-from qrlora_deploy.training.trunk import SplitModel, split_model
+from qrlora_deploy.training.trunk import PROBE_LENGTH, SplitModel, split_model
+from qrlora_deploy.training.upper import Upper
 
 MASK = "attention_mask"
 
@@ -62,6 +63,7 @@ class FleetModel:
         if head is not None:
             self._build_head(checkpoint, head, slots, labels)
         self.limits = torch.zeros(slots, labels, device=device)
+        self.upper = self._build_upper() if self.split is not None else None
 
     @property
     def pad(self) -> dict[str, int]:
@@ -86,32 +88,52 @@ class FleetModel:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16), torch.set_grad_enabled(training):
             yield
 
-    def trunk(self, rows: PaddedRows) -> torch.Tensor | None:
-        """Hidden states below the first adapted block, or None where the base cannot be split."""
-        return None if self.split is None else self.split.trunk(rows.batch)
+    def trunk(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Hidden states `[rows, length, width]` below the first adapted block.
 
-    def logits(self, rows: PaddedRows, slots: torch.Tensor, places: torch.Tensor, places_end: int) -> torch.Tensor:
-        """What each row's customer answers.
+        Raises:
+            RuntimeError: the base cannot be split.
+        """
+        if self.split is None:
+            raise RuntimeError("a base that is not split has no trunk")
+        return self.split.trunk(batch)
+
+    def give(self, slots: torch.Tensor, places: torch.Tensor, places_end: int) -> None:
+        """Tell the layers whose rows come next.
 
         Args:
-            rows: the batch.
             slots: `[rows]` int64, whose row each is.
             places: `[rows]` int64, which of its customer's rows in this batch it is.
             places_end: one more than the largest of `places`.
-
-        Returns:
-            `[rows, labels]` fp32; minus infinity for labels that the customer has not.
         """
         values = self.values
         values.slots, values.places, values.places_end = slots, places, places_end
         values.c = (self.scale * self.u.value).index_select(0, slots)
         for name, table in self.head.items():
             setattr(values, f"head_{name}", table.value)
-        if self.split is None or rows.hidden is None:
-            logits = self.model(**rows.batch).logits
-        else:
-            logits = self.split.upper(rows.hidden, rows.batch)
-        return logits.float() + self.limits[slots] if self.head else logits.float()
+
+    def logits_packed(self, rows: PackedRows) -> torch.Tensor:
+        """What each row's customer answers, from hidden states without padding.
+
+        Returns:
+            `[rows, labels]` fp32; minus infinity for labels that the customer has not.
+
+        Raises:
+            RuntimeError: the base is of another kind than BERT's.
+        """
+        if self.upper is None:
+            raise RuntimeError("a base of another kind than BERT's runs on padded rows")
+        self.values.token_rows = rows.token_rows
+        return self._limited(self.upper(rows.hidden, rows.layout))
+
+    def logits_padded(self, batch: dict[str, torch.Tensor], hidden: torch.Tensor | None) -> torch.Tensor:
+        """The same from a batch of the model's inputs, and what the trunk gave for it where there is one."""
+        if self.split is None or hidden is None:
+            return self._limited(self.model(**batch).logits)
+        return self._limited(self.split.upper(hidden, batch))
+
+    def _limited(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.float() + self.limits[self.values.slots] if self.head else logits.float()
 
     def step(self, rates: dict[str, torch.Tensor], steps: torch.Tensor) -> None:
         """One step of AdamW for every customer.
@@ -150,6 +172,20 @@ class FleetModel:
             part: AdamTable((slots, labels, *value.shape[1:]), self.device) for part, value in self.base_head.items()
         }
         self.model.set_submodule(name, RowHead(self.values))
+
+    def _build_upper(self) -> Upper | None:
+        """The blocks above the trunk without padding; None where the base is of another kind than BERT's."""
+        if self.split is None:
+            return None
+        # It is held against the model on two rows of two lengths: they are the first customer's.
+        lengths = torch.tensor([PROBE_LENGTH, PROBE_LENGTH // 2], device=self.device)
+        rows = torch.arange(2, device=self.device)
+        self.values.token_rows = torch.repeat_interleave(rows, lengths)
+        self.give(torch.zeros_like(rows), rows, 2)
+        try:
+            return Upper(self.split)
+        except InputError:
+            return None
 
     def _enter_head(self, slot: int, outputs: Outputs) -> None:
         count, where = len(outputs.labels), torch.tensor([slot], device=self.device)

@@ -8,21 +8,24 @@ import numpy as np
 import torch
 
 from qrlora_deploy.errors import InputError
+from qrlora_deploy.training.upper import Layout
 
 IDS = "input_ids"
 
 
 @dataclass(frozen=True)
-class PaddedRows:
-    """Some rows side by side.
+class PackedRows:
+    """Some rows without padding.
 
     Attributes:
-        batch: what the model takes: `input_ids`, `attention_mask`, `[rows, length]` each.
-        hidden: `[rows, length, width]`, or None without a trunk; where the mask is 0 it means nothing.
+        hidden: `[tokens, width]`, one row after another.
+        layout: where the tokens are.
+        token_rows: `[tokens]` int64, the row of each.
     """
 
-    batch: dict[str, torch.Tensor]
-    hidden: torch.Tensor | None
+    hidden: torch.Tensor
+    layout: Layout
+    token_rows: torch.Tensor
 
 
 class RowPool:
@@ -100,21 +103,41 @@ class RowPool:
         """Where some rows begin in the pool; valid until the next `add`."""
         return self.begin[slots] + self.offsets[slots, rows]
 
-    def pad_rows(
-        self, starts: torch.Tensor, lengths: torch.Tensor, length: int, with_hidden: bool = True
-    ) -> PaddedRows:
-        """Some rows padded to `length`, the tokens of the longest one.
+    def pad_rows(self, starts: torch.Tensor, lengths: torch.Tensor, length: int) -> dict[str, torch.Tensor]:
+        """Some rows padded to `length`, the tokens of the longest one, as the model takes them.
 
         Args:
             starts: `[rows]` int64 on the device, from `starts`.
             lengths: `[rows]` int64 on the device.
             length: tokens.
-            with_hidden: whether the hidden states are wanted, where there are any.
         """
         where, mask = self._where(starts, lengths, length)
         batch = {name: torch.where(mask, stored[where].long(), self.pad[name]) for name, stored in self.tokens.items()}
-        hidden = self.hidden[where] if with_hidden and self.hidden is not None else None
-        return PaddedRows(batch | {"attention_mask": mask.long()}, hidden)
+        return batch | {"attention_mask": mask.long()}
+
+    def padded_hidden(self, starts: torch.Tensor, lengths: torch.Tensor, length: int) -> torch.Tensor:
+        """Hidden states `[rows, length, width]` of the same; where there is padding they mean nothing."""
+        return (
+            self._filled()
+            .index_select(0, self._where(starts, lengths, length)[0].flatten())
+            .unflatten(0, (len(starts), length))
+        )
+
+    def packed_hidden(self, starts: torch.Tensor, lengths: torch.Tensor, length: int, tokens: int) -> PackedRows:
+        """Some rows one after another; `tokens` is the sum of their lengths, which the host knows."""
+        rows = len(starts)
+        numbers = torch.arange(rows, device=self.device)
+        token_rows = torch.repeat_interleave(numbers, lengths, output_size=tokens)
+        first = lengths.cumsum(0) - lengths
+        position = torch.arange(tokens, device=self.device) - first[token_rows]
+        mask = torch.arange(length, device=self.device) < lengths[:, None]
+        layout = Layout(rows, length, first, mask[:, None, None], token_rows * length + position)
+        return PackedRows(self._filled().index_select(0, starts[token_rows] + position), layout, token_rows)
+
+    def _filled(self) -> torch.Tensor:
+        if self.hidden is None:
+            raise RuntimeError("hidden states are read before the trunk ran")
+        return self.hidden
 
     def _where(self, starts: torch.Tensor, lengths: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         column = torch.arange(length, device=self.device).unsqueeze(0)

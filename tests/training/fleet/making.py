@@ -20,7 +20,7 @@ neighbour shows in the second digit."""
 SIZES = ((16, 8), (7, 5), (30, 6), (1, 2), (33, 12))
 """Training and held-out rows of five customers."""
 
-OWN_WAYS = ("run_digest", "loss", "dropout", "trunk_cache")
+OWN_WAYS = ("run_digest", "loss", "metrics", "baseline", "dropout", "trunk_cache")
 """Of a training record: what is compared by itself, and what says how a run went and not what came out."""
 
 
@@ -72,9 +72,12 @@ def check_same(found: Coefficients, alone: Coefficients) -> None:
     for name, array in alone.head.items():
         np.testing.assert_allclose(found.head[name], array, **AS_ALONE)
     assert (found.labels, found.task) == (alone.labels, alone.task)
-    records = [
-        {name: value for name, value in customer.training.items() if name not in OWN_WAYS}
-        for customer in (found, alone)
-    ]
-    assert records[0] == records[1]
+    names = (found.training.keys() | alone.training.keys()) - set(OWN_WAYS)
+    pairs = {name: (found.training.get(name), alone.training.get(name)) for name in sorted(names)}
+    different = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    assert not different, f"fleet and alone differ: {different}"
+    for name in ("metrics", "baseline"):
+        one, two = found.training[name], alone.training[name]
+        assert one.keys() == two.keys()
+        np.testing.assert_allclose(list(one.values()), list(two.values()), **AS_ALONE)
     np.testing.assert_allclose(found.training["loss"], alone.training["loss"], **AS_ALONE)

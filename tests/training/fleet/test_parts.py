@@ -15,7 +15,8 @@ from qrlora_deploy.training.fleet.schedule import Schedule
 from qrlora_deploy.training.fleet.scoring import Answers, count_scores, score_answers
 from qrlora_deploy.training.fleet.table import AdamTable
 from qrlora_deploy.training.tasks import CLASSIFICATION, score
-from tests.tolerances import FP32_SIDE_BRANCH, Tolerance
+from qrlora_deploy.training.upper import packed_layout
+from tests.tolerances import EXACT, FP32_SIDE_BRANCH, Tolerance
 from tests.training.fleet.making import settings_of
 
 CPU = torch.device("cpu")
@@ -147,8 +148,23 @@ def shown(pool: RowPool, owners: list[int], rows: list[int]) -> tuple[list[list[
     slots, numbers = np.array(owners), np.array(rows)
     lengths = pool.lengths[slots, numbers]
     starts = torch.from_numpy(pool.starts(slots, numbers))
-    padded = pool.pad_rows(starts, torch.from_numpy(lengths), int(lengths.max()))
-    return padded.batch["input_ids"].tolist(), padded.hidden
+    there, length = torch.from_numpy(lengths), int(lengths.max())
+    hidden = None if pool.hidden is None else pool.padded_hidden(starts, there, length)
+    return pool.pad_rows(starts, there, length)["input_ids"].tolist(), hidden
+
+
+def test_rows_one_after_another_lie_as_the_upper_blocks_expect() -> None:
+    pool = pool_of()
+    pool.add(0, rows_of([1, 2, 3], [4]))
+    pool.add(2, rows_of([5, 6]))
+    lengths = torch.tensor([2, 3, 1])
+    starts = torch.from_numpy(pool.starts(np.array([2, 0, 0]), np.array([0, 0, 1])))
+    pool.fill(starts, lengths, pool.pad_rows(starts, lengths, 3)["input_ids"][:, :, None].float())
+    packed, expected = pool.packed_hidden(starts, lengths, 3, 6), packed_layout(lengths)
+    assert packed.hidden.flatten().tolist() == [5, 6, 1, 2, 3, 4] and packed.token_rows.tolist() == [0, 0, 1, 1, 1, 2]
+    assert (packed.layout.rows, packed.layout.length) == (3, 3)
+    for name in ("first", "mask", "places"):
+        torch.testing.assert_close(getattr(packed.layout, name), getattr(expected, name), **EXACT)
 
 
 @pytest.mark.parametrize("left", [False, True])

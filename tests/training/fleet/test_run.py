@@ -15,6 +15,7 @@ from qrlora_deploy.files import digest_file
 from qrlora_deploy.training.data import read_examples
 from qrlora_deploy.training.fleet import model as fleet_model
 from qrlora_deploy.training.fleet.engine import CHUNK_TOKENS, Engine
+from qrlora_deploy.training.fleet.model import FleetModel
 from qrlora_deploy.training.fleet.options import FleetOptions, FleetReport
 from qrlora_deploy.training.fleet.plan import FleetSource
 from qrlora_deploy.training.fleet.run import train_fleet
@@ -72,19 +73,28 @@ def test_every_customer_becomes_what_it_is_alone(
         check_same(customer, alone(still_base, tiny_basis, tmp_path, name, settings, held_out))  # type: ignore[arg-type]
 
 
-def test_neighbours_and_their_number_change_nothing(
-    still_base: Checkpoint, tiny_basis: Basis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("way", ["packed", "padded", "whole"])
+def test_neighbours_and_the_way_of_computing_change_nothing(
+    still_base: Checkpoint, tiny_basis: Basis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    names, settings = write_folders(tmp_path), settings_of(epochs=3)
+    names, settings = write_folders(tmp_path), settings_of(epochs=3, head="output")
     run(still_base, tiny_basis, tmp_path, settings)
     (tmp_path / "out").rename(tmp_path / "before")
-    # One after another, in chunks of two rows, in a model that cannot be split.
-    monkeypatch.setattr(fleet_model, "_split", lambda *_: None)
+    if way == "padded":
+        monkeypatch.setattr(FleetModel, "_build_upper", lambda _: None)
+    if way == "whole":
+        monkeypatch.setattr(fleet_model, "_split", lambda *_: None)
+    # One customer after another, in chunks of a row or two.
     monkeypatch.setitem(CHUNK_TOKENS, "cpu", 20)
     run(still_base, tiny_basis, tmp_path, settings, rows=1)
     for name in names:
         one, two = (read_coefficients(tmp_path / place / f"{name}.safetensors") for place in ("out", "before"))
         check_same(one, two)
+
+
+def test_the_tiny_base_is_computed_without_padding(still_base: Checkpoint, tiny_basis: Basis) -> None:
+    model = FleetModel(still_base, tiny_basis, settings_of(), 2, 4, torch.device("cpu"))
+    assert model.split is not None and model.upper is not None
 
 
 def test_the_base_is_left_alone(tiny_base: Path, tiny_basis: Basis, tmp_path: Path) -> None:
