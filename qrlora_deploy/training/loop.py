@@ -202,6 +202,12 @@ def evaluate(trainer: Trainer, task_metrics: Sequence[str]) -> dict[str, float]:
     return {name: round(result[f"eval_{name}"], 6) for name in task_metrics}
 
 
+def no_dropout(config: Any) -> dict[str, float]:
+    """Options of `from_pretrained` for a model that drops nothing out, by its config's own names."""
+    numbers = {name: value for name, value in config.to_dict().items() if isinstance(value, float)}
+    return {name: 0.0 for name in numbers if "drop" in name}
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silence remarks on newly initialised heads, which are meant here."""

@@ -7,6 +7,8 @@ from qrlora_deploy.errors import InputError, ProviderError
 from qrlora_deploy.training.tasks import METRICS
 
 MAX_RATE = 1e30
+WHERE = ("device", "trunk_cache")
+TRUNK_CACHES = ("auto", "device", "host", "disk", "off")
 WARMUP_RATES = {"full": 5e-5, "head": 1e-3}
 
 
@@ -52,6 +54,10 @@ class TrainSettings(RunSettings):
         patience: epochs without a better score before the run stops; needs evaluation data.
         head: "frozen" (the coefficients alone are trained) or "output" (the last projection too).
         metric: chooses the best epoch; the first of `METRICS` of the task where it is None.
+        dropout: whether the frozen base drops out as its config says; then its trunk cannot be cached.
+        trunk_cache: where the hidden states below the first adapted block are kept: "device", "host"
+            (memory), "disk", "auto" (the first of these with room, or none where the model does not
+            allow it) or "off".
     """
 
     learning_rate: float = 0.05
@@ -59,6 +65,8 @@ class TrainSettings(RunSettings):
     patience: int = 3
     head: str = "frozen"
     metric: str | None = None
+    dropout: bool = False
+    trunk_cache: str = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,6 +76,12 @@ class TrainSettings(RunSettings):
             raise InputError(f"--patience must be at least 1, not {self.patience}")
         if self.head not in ("frozen", "output"):
             raise InputError(f"--head must be frozen or output, not {self.head}")
+        if self.trunk_cache not in TRUNK_CACHES:
+            raise InputError(f"--trunk-cache must be one of {', '.join(TRUNK_CACHES)}, not {self.trunk_cache}")
+        if self.dropout and self.trunk_cache not in ("auto", "off"):
+            raise InputError(
+                f"--dropout changes what the trunk answers in each step; not with --trunk-cache {self.trunk_cache}"
+            )
 
     def metric_of(self, task: str) -> str:
         """The metric that chooses the best epoch of a `task`.
@@ -106,8 +120,8 @@ class WarmupSettings(RunSettings):
 
 
 def fingerprint(settings: RunSettings, **parts: Any) -> dict[str, Any]:
-    """What a run must have in common with the one it resumes; the device may differ."""
-    return {name: value for name, value in asdict(settings).items() if name != "device"} | parts
+    """What a run must have in common with the one it resumes; where it runs may differ."""
+    return {name: value for name, value in asdict(settings).items() if name not in WHERE} | parts
 
 
 def choose_device(device: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import EarlyStoppingCallback, TrainerState
+from transformers import DataCollatorWithPadding, EarlyStoppingCallback, TrainerState
 
 from qrlora_deploy import __version__
 from qrlora_deploy.adapter import QRLoRALinear, attach, get_coefficients, precondition
@@ -19,6 +19,15 @@ from qrlora_deploy.checkpoint import Checkpoint, check_basis_fits
 from qrlora_deploy.coefficients import Coefficients
 from qrlora_deploy.errors import InputError, QrloraError
 from qrlora_deploy.files import write_json
+from qrlora_deploy.training.cached import (
+    CachedModel,
+    CachedTrainer,
+    CacheWish,
+    Texts,
+    build_cached,
+    collate_numbers,
+    numbered,
+)
 from qrlora_deploy.training.data import Examples
 from qrlora_deploy.training.head import Outputs, base_outputs, own_outputs, prepare_head
 from qrlora_deploy.training.loop import (
@@ -31,6 +40,7 @@ from qrlora_deploy.training.loop import (
     evaluate,
     explained_failures,
     load_tokenizer,
+    no_dropout,
     quiet_transformers,
     trainer_parts,
     training_arguments,
@@ -97,11 +107,13 @@ def train(
         outputs = own_outputs(checkpoint, train)
     metric = settings.metric_of(outputs.task)
     job = _prepare(checkpoint, basis, train, evaluation, outputs, settings)
+    job.model.to(device)
     data = {"data_digest": train.digest, "evaluation_digest": evaluation.digest if evaluation else None}
     origin = {"basis_digest": basis.digest, "base_digest": checkpoint.digest}
     last = _open_work_dir(work_dir, fingerprint(settings, **data, **origin), resume)
-    trainer = _build_trainer(job, metric, work_dir, progress)
     with explained_failures(work_dir):
+        cached, cache_place = _cache_trunk(job, CacheWish(settings.trunk_cache, work_dir, progress))
+        trainer = _build_trainer(job, cached, metric, work_dir, progress)
         baseline = evaluate(trainer, METRICS[outputs.task]) if job.evaluation and not outputs.new else {}
         loss = _run(trainer, last, settings)
         metrics = evaluate(trainer, METRICS[outputs.task]) if job.evaluation else {}
@@ -120,6 +132,8 @@ def train(
         "learning_rate": settings.learning_rate,
         "max_length": settings.max_length,
         "head": settings.head,
+        "dropout": settings.dropout,
+        "trunk_cache": cache_place,
         "metric": metric,
         "metrics": metrics,
         "baseline": baseline,
@@ -152,7 +166,7 @@ def _prepare(
     parts = [part for part in (train, evaluation) if part is not None]
     targets = [encode_labels(part, outputs.task, outputs.labels) for part in parts]
     with quiet_transformers():
-        model = checkpoint.load_model(**outputs.options)
+        model = checkpoint.load_model(**outputs.options, **({} if settings.dropout else no_dropout(checkpoint.config)))
     tokenizer = load_tokenizer(checkpoint, model, settings.max_length)
     head = prepare_head(model, outputs, basis, settings.seed) if settings.head == "output" else {}
     missing = [name for name in head if name not in checkpoint.tensor_files]
@@ -166,7 +180,29 @@ def _prepare(
     return _Job(model, adapters, head, tokenizer, rows[0], rows[1] if evaluation else None, outputs, settings)
 
 
-def _build_trainer(job: _Job, metric: str, work_dir: Path, progress: Progress | None) -> SmallTrainer:
+def _cache_trunk(job: _Job, wish: CacheWish) -> tuple[CachedModel | None, str]:
+    """The part above the trunk, or None where the whole model is to be trained; and where the cache
+    is, or why there is none.
+
+    Raises:
+        InputError: a place was asked for by name, and the model or the room does not allow it.
+    """
+    if job.settings.dropout or wish.wanted == "off":
+        return None, "off"
+    targets = [path for path, module in job.model.named_modules() if isinstance(module, QRLoRALinear)]
+    texts = Texts(job.rows + (job.evaluation or []), DataCollatorWithPadding(job.tokenizer), job.tokenizer.padding_side)
+    try:
+        cached = build_cached(job.model, targets, texts, job.outputs.task, wish)
+        return cached, cached.cache.place
+    except InputError as error:
+        if wish.wanted == "auto":
+            return None, f"off: {error}"
+        raise InputError(f"--trunk-cache {wish.wanted}: {error}") from error
+
+
+def _build_trainer(
+    job: _Job, cached: CachedModel | None, metric: str, work_dir: Path, progress: Progress | None
+) -> SmallTrainer:
     settings = job.settings
     options: dict[str, Any] = {"save_strategy": "epoch", "save_total_limit": 1}
     callbacks: list[Any] = [Watch("train", progress)]
@@ -180,15 +216,20 @@ def _build_trainer(job: _Job, metric: str, work_dir: Path, progress: Progress | 
             "restore_callback_states_from_checkpoint": True,
         }
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=settings.patience))
-    return SmallTrainer(
-        model=job.model,
-        args=training_arguments(work_dir, settings, settings.learning_rate, len(job.rows), **options),
-        train_dataset=job.rows,
-        eval_dataset=job.evaluation,
-        callbacks=callbacks,
-        rates=dict.fromkeys(job.head, settings.head_learning_rate),
+    parts: dict[str, Any] = {
+        "model": job.model,
+        "args": training_arguments(work_dir, settings, settings.learning_rate, len(job.rows), **options),
+        "train_dataset": job.rows,
+        "eval_dataset": job.evaluation,
+        "callbacks": callbacks,
+        "rates": dict.fromkeys(job.head, settings.head_learning_rate),
         **trainer_parts(job.outputs.task, job.tokenizer),
-    )
+    }
+    if cached is None:
+        return SmallTrainer(**parts)
+    evaluation = numbered(job.evaluation, len(job.rows)) if job.evaluation else None
+    parts |= {"train_dataset": numbered(job.rows, 0), "eval_dataset": evaluation, "data_collator": collate_numbers}
+    return CachedTrainer(**parts, cached=cached)
 
 
 def _run(trainer: SmallTrainer, last: Path | None, settings: TrainSettings) -> float:

@@ -164,17 +164,19 @@ def _problem(split: SplitModel, target_paths: Sequence[str], padding_side: str) 
     if early:
         return f"{early[0]} comes before the blocks"
     mask = batch["attention_mask"].bool()
-    if hidden.shape[:2] != mask.shape or not _close(hidden[1, mask[1]], alone[0]):
+    if hidden.shape[:2] != mask.shape or not agree(hidden[1, mask[1]], alone[0]):
         return f"what its trunk answers depends on padding on the {padding_side}"
     hidden[~mask] = 1.0  # as good as any other value
     with torch.no_grad():
         whole, parts = split.model(**batch).logits, split.upper(hidden, batch)
-    return None if _close(parts, whole) else f"its parts do not answer as the whole does, padded on the {padding_side}"
+    return None if agree(parts, whole) else f"its parts do not answer as the whole does, padded on the {padding_side}"
 
 
-def _close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    bound = 1e-4 if expected.dtype == torch.float32 else 1e-1
-    return torch.allclose(found, expected, rtol=bound, atol=bound)
+def agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether two ways to compute the same differ by roundings only."""
+    # A new head answers 0.1 to everything, so little is let through: 1e-6 is usual in fp32.
+    bound = 3e-5 if expected.dtype == torch.float32 else 1e-1
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=bound, atol=bound)
 
 
 def probe(model: Any, padding_side: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

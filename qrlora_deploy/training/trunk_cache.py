@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.training.trunk import SplitModel
-from qrlora_deploy.training.trunk_memory import allocate
+from qrlora_deploy.training.trunk_memory import Room, allocate
+
+HOST = Room()
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,13 @@ class TrunkCache:
             memory or in a memory-mapped file.
         offsets: `[rows + 1]` int64, where each row begins; beside `hidden`.
         device: where batches go.
+        place: "device", "host" or "disk".
     """
 
     hidden: torch.Tensor
     offsets: torch.Tensor
     device: torch.device
+    place: str
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -46,6 +49,25 @@ class TrunkCache:
         """
         where, lengths = _places(self.offsets, rows.to(self.offsets.device))
         hidden = self.hidden.index_select(0, where)
+        return hidden.to(self.device, non_blocking=True), lengths.to(self.device, non_blocking=True)
+
+    def rectangle(self, rows: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows on the right padded to one length, without a look at their lengths on the CPU.
+
+        Args:
+            rows: `[n]` int64 row numbers.
+            length: at least that of the longest.
+
+        Returns:
+            hidden `[n * length, width]`, with a row's last token again where it is padded, and the
+            lengths `[n]`, both on `device`.
+        """
+        rows = rows.to(self.offsets.device)
+        starts = self.offsets[rows]
+        lengths = self.offsets[rows + 1] - starts
+        steps = torch.arange(length, device=rows.device)
+        where = starts[:, None] + torch.minimum(steps, lengths[:, None] - 1)
+        hidden = self.hidden.index_select(0, where.flatten())
         return hidden.to(self.device, non_blocking=True), lengths.to(self.device, non_blocking=True)
 
     def padded(self, rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -70,9 +92,9 @@ def fill_cache(
     split: SplitModel,
     rows: Sequence[Mapping[str, Any]],
     collate: Callable[[list[Any]], Mapping[str, torch.Tensor]],
-    place: str = "host",
-    folder: Path | None = None,
+    room: Room = HOST,
     tokens_per_batch: int = 4096,
+    report: Callable[[int], None] | None = None,
 ) -> TrunkCache:
     """Run the trunk over every row once.
 
@@ -80,9 +102,9 @@ def fill_cache(
         split: whose trunk; batches go to its device. Under autocast the trunk runs as that says.
         rows: what `collate` takes, one a row, each with `input_ids`.
         collate: pads some rows to a batch with an `attention_mask`.
-        place: "device", "host" or "disk".
-        folder: of the file, for "disk"; the file has no name there, so nothing is left behind.
+        room: where the hidden states go.
         tokens_per_batch: at most, padding included, but one row at least.
+        report: called with the number of rows that are done.
 
     Raises:
         OSError: the disk is full.
@@ -91,16 +113,20 @@ def fill_cache(
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     store: torch.Tensor | None = None
+    done = 0
     for numbers in _batches(lengths.tolist(), tokens_per_batch):
         batch = {name: tensor.to(device) for name, tensor in collate([rows[number] for number in numbers]).items()}
         hidden = split.trunk(batch)
         if store is None:
-            store = allocate((int(offsets[-1]), hidden.shape[-1]), hidden.dtype, place, device, folder)
+            store = allocate((int(offsets[-1]), hidden.shape[-1]), hidden.dtype, room, device)
         where, _ = _places(offsets, torch.tensor(numbers))
         store.index_copy_(0, where.to(store.device), hidden[batch["attention_mask"].bool()].to(store.device))
+        done += len(numbers)
+        if report:
+            report(done)
     if store is None:
         raise InputError("a trunk needs at least one row")
-    return TrunkCache(store, offsets.to(store.device), device)
+    return TrunkCache(store, offsets.to(store.device), device, room.place)
 
 
 def _places(offsets: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
@@ -15,6 +16,19 @@ SHARE = 0.5
 """Of what is free, at most: the rest is for training itself and for others."""
 
 CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Room:
+    """Where hidden states go.
+
+    Attributes:
+        place: one of `PLACES`.
+        folder: of the file on the disk, which has no name there, so that nothing is left behind.
+    """
+
+    place: str = "host"
+    folder: Path | None = None
 
 
 def free_bytes(place: str, device: torch.device, folder: Path) -> int:
@@ -31,9 +45,9 @@ def free_bytes(place: str, device: torch.device, folder: Path) -> int:
     return free if limit == "max" else min(free, int(limit) - int(used))
 
 
-def choose_place(
+def find_room(
     wanted: str, size_bytes: int, device: torch.device, folder: Path, budget_bytes: int | None = None
-) -> str | None:
+) -> Room:
     """The first place with room for `size_bytes`.
 
     Args:
@@ -43,11 +57,8 @@ def choose_place(
         folder: on the disk that would be used.
         budget_bytes: at most; half of what is free in the place where it is None.
 
-    Returns:
-        The place, or None where "auto" finds no room.
-
     Raises:
-        InputError: the place that was asked for has no room.
+        InputError: there is no room; the message names the last place that was tried.
     """
     names = PLACES if wanted == "auto" else (wanted,)
     for name in names:
@@ -55,30 +66,25 @@ def choose_place(
         free = int(free_bytes(place, device, folder) * SHARE)
         room = free if budget_bytes is None else min(budget_bytes, free)
         if size_bytes <= room:
-            return place
-    if wanted == "auto":
-        return None
+            return Room(place, folder)
     size, limit = (f"{value / 2**20:.0f} MiB" for value in (size_bytes, room))
     raise InputError(
-        f"--trunk-cache {wanted}: {size} of hidden states are more than the {limit} that may be used there; "
-        "use auto, another place, or off"
+        f"{size} of hidden states are more than the {limit} that may be used ({place}); use another place, or off"
     )
 
 
-def allocate(
-    shape: tuple[int, int], dtype: torch.dtype, place: str, device: torch.device, folder: Path | None = None
-) -> torch.Tensor:
+def allocate(shape: tuple[int, int], dtype: torch.dtype, room: Room, device: torch.device) -> torch.Tensor:
     """An uninitialised tensor in a place.
 
     Raises:
         OSError: the disk is full.
     """
-    if place == "device":
+    if room.place == "device":
         return torch.empty(shape, dtype=dtype, device=device)
-    if place == "host":
+    if room.place == "host":
         return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
     count = shape[0] * shape[1]
-    descriptor, name = tempfile.mkstemp(prefix=".trunk-", dir=folder)
+    descriptor, name = tempfile.mkstemp(prefix=".trunk-", dir=room.folder)
     try:
         # Reserved now: a write to a mapped page of a full disk would end the process without a word.
         os.posix_fallocate(descriptor, 0, max(1, count * dtype.itemsize))

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.training.trunk import SplitModel, probe
+from qrlora_deploy.training.trunk import SplitModel, agree, probe
 
 PARTS = ("query", "key", "value", "mix", "mix_norm", "expand", "activation", "contract", "norm")
 FAMILIES = (
@@ -107,15 +107,15 @@ class Layout:
 
     def spread(self, x: torch.Tensor) -> torch.Tensor:
         """`[tokens, width]` to `[rows * length, width]`."""
-        return x if self.places is None else _Spread.apply(x, self.places, self.rows * self.length)  # type: ignore[no-any-return]
+        return x if self.places is None else _Spread.apply(x, self.places, self.rows * self.length)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """`[rows * length, width]` to `[tokens, width]`."""
-        return x if self.places is None else _Gather.apply(x, self.places)  # type: ignore[no-any-return]
+        return x if self.places is None else _Gather.apply(x, self.places)
 
     def firsts(self, x: torch.Tensor) -> torch.Tensor:
         """`[tokens, width]` to the first tokens `[rows, width]`."""
-        return _Gather.apply(x, self.first)  # type: ignore[no-any-return]
+        return _Gather.apply(x, self.first)
 
 
 def packed_layout(lengths: torch.Tensor) -> Layout:
@@ -160,7 +160,7 @@ class Upper:
     """
 
     def __init__(self, split: SplitModel) -> None:
-        self.owner = split.owner
+        self.owner: Any = split.owner
         self.heads = int(split.model.config.num_attention_heads)
         self.blocks = [_read_block(split.model, block) for block in list(split.blocks)[split.first :]]
         self.head = _read_head(split.model)
@@ -244,5 +244,5 @@ def _check_upper(upper: Upper, split: SplitModel) -> None:
         raise InputError(f"{type(split.model).__name__} has a head of another kind than BERT's") from error
     finally:
         split.model.train(training)
-    if found.shape != whole.shape or not torch.allclose(found, whole, rtol=1e-3, atol=1e-3):
+    if not agree(found, whole):
         raise InputError(f"{type(split.model).__name__} does not compute as BERT does")

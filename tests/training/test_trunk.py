@@ -28,7 +28,7 @@ from qrlora_deploy.targets import choose_targets
 from qrlora_deploy.training import trunk_memory
 from qrlora_deploy.training.trunk import SplitModel, split_model
 from qrlora_deploy.training.trunk_cache import fill_cache
-from qrlora_deploy.training.trunk_memory import choose_place
+from qrlora_deploy.training.trunk_memory import Room, find_room
 from tests.tolerances import FP32_SIDE_BRANCH
 
 WIDE = {"vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48}
@@ -160,7 +160,7 @@ def split_of(name: str) -> SplitModel:
 @pytest.mark.parametrize("place", ["host", "disk"])
 def test_the_cache_holds_what_the_trunk_gave(name: str, side: str, place: str, tmp_path: Path) -> None:
     split, rows = split_of(name), rows_of(batch_of("right"))
-    cache = fill_cache(split, rows, lambda part: pad(part, side), place, tmp_path, tokens_per_batch=20)
+    cache = fill_cache(split, rows, lambda part: pad(part, side), Room(place, tmp_path), tokens_per_batch=20)
     assert list(tmp_path.iterdir()) == [] and len(cache) == 5 and cache.size_bytes == 35 * 32 * 4
     chosen = torch.tensor([3, 0, 2])
     batch = pad([rows[number] for number in chosen], side)
@@ -170,21 +170,24 @@ def test_the_cache_holds_what_the_trunk_gave(name: str, side: str, place: str, t
     hidden, lengths = cache.packed(chosen)
     assert lengths.tolist() == [5, 11, 7]
     torch.testing.assert_close(hidden, expected[mask], **FP32_SIDE_BRANCH)
+    rectangle, again = cache.rectangle(chosen, 16)
+    assert torch.equal(rectangle.view(3, 16, 32)[torch.arange(16) < again[:, None]], hidden)
     logits = split.upper(cache.padded(chosen, mask), batch)
     torch.testing.assert_close(logits, split.model(**batch).logits, **FP32_SIDE_BRANCH)
 
 
-def test_a_place_is_chosen_within_its_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = {"device": 100, "host": 1000, "disk": 10_000}
+def test_room_is_found_within_its_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = {"device": 100, "host": 1000, "disk": 10_000 * 2**20}
     monkeypatch.setattr(trunk_memory, "free_bytes", lambda place, device, folder: free[place])
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    found = [choose_place("auto", size, cuda, tmp_path) for size in (50, 51, 500, 501, 5000, 5001)]
-    assert found == ["device", "host", "host", "disk", "disk", None]
-    assert choose_place("auto", 50, cpu, tmp_path) == choose_place("device", 50, cpu, tmp_path) == "host"
-    assert choose_place("auto", 31, cuda, tmp_path, budget_bytes=30) is None
-    assert choose_place("disk", 30, cuda, tmp_path, budget_bytes=30) == "disk"
-    with pytest.raises(InputError, match="--trunk-cache host: 2 MiB of hidden states are more than the 0 MiB"):
-        choose_place("host", 2 * 2**20, cpu, tmp_path)
+    found = [find_room("auto", size, cuda, tmp_path).place for size in (50, 51, 500, 501)]
+    assert found == ["device", "host", "host", "disk"]
+    assert find_room("auto", 50, cpu, tmp_path) == find_room("device", 50, cpu, tmp_path) == Room("host", tmp_path)
+    assert find_room("disk", 30, cuda, tmp_path, budget_bytes=30).place == "disk"
+    with pytest.raises(InputError, match="more than the 0 MiB that may be used .disk.; use another place, or off"):
+        find_room("auto", 31, cuda, tmp_path, budget_bytes=30)
+    with pytest.raises(InputError, match="2 MiB of hidden states are more than the 0 MiB that may be used .host."):
+        find_room("host", 2 * 2**20, cpu, tmp_path)
 
 
 def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
