@@ -145,13 +145,35 @@ def _basis_of(customer: Coefficients, path: Path, basis_file: Path | None) -> Ba
         return None
 
 
+def direction_norms(basis: Basis, values: np.ndarray) -> dict[str, np.ndarray]:
+    """How far each direction moves its weight: `|c_i| ||R_i||`, `[rank]` in fp64 by target name.
+
+    The columns of `Q` are orthonormal, so these are the Frobenius norms of the rank-one parts of
+    the update, and the root of the sum of their squares is that of the whole, `||Q diag(c) R||`.
+
+    Args:
+        basis: the factors.
+        values: a customer's coefficients, `[total_rank]`.
+
+    Raises:
+        InputError: the length does not fit the basis.
+    """
+    parts = basis.split(values)
+    return {
+        target.name: np.abs(parts[target.name].astype(np.float64)) * np.linalg.norm(target.r.astype(np.float64), axis=1)
+        for target in basis.targets
+    }
+
+
 def _customer_rows(customer: Coefficients, basis: Basis) -> tuple[dict[str, Any], ...]:
+    moved = direction_norms(basis, customer.values)
     return tuple(
         {
             "name": name,
             "rank": len(part),
             "norm": float(np.linalg.norm(part.astype(np.float64))),
             "largest": float(np.abs(part).max()),
+            "update_norm": float(np.linalg.norm(moved[name])),
         }
         for name, part in basis.split(customer.values).items()
     )

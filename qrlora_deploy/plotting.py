@@ -1,6 +1,7 @@
 """Pictures of a basis and of a customer."""
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -10,6 +11,7 @@ from qrlora_deploy.basis import Basis
 from qrlora_deploy.coefficients import Coefficients
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.files import atomic_file
+from qrlora_deploy.inspecting import direction_norms
 
 SUFFIXES = (".pdf", ".png", ".svg")
 
@@ -57,31 +59,105 @@ def plot_basis(basis: Basis, path: Path) -> None:
 
 
 def plot_coefficients(coefficients: Coefficients, basis: Basis | None, path: Path) -> None:
-    """Draw a customer's coefficients, by layer where the basis is known.
+    """Draw what a customer learnt: which directions, and in which layers.
+
+    With the basis: every coefficient by layer and direction, the norm of each layer's update, and
+    how the update is spread over the directions. Without it, the values as they stand in the file.
 
     Raises:
         InputError: the suffix or the folder of `path` is wrong, or the basis is another.
     """
     check_plot_path(path)
-    if basis is not None:
-        coefficients.check_fits(basis)
-        parts = basis.split(coefficients.values)
-    else:
-        parts = {"all layers (basis not found)": coefficients.values}
-    figure = Figure(figsize=(12, max(4.5, 0.22 * len(parts))), layout="constrained")
-    values, norms = figure.subplots(1, 2)
-    start = 0
-    for index, part in enumerate(parts.values()):
-        values.vlines(np.arange(start, start + len(part)), 0, part, linewidth=0.8, color=f"C{index % 10}")
-        start += len(part)
-    values.set(xlabel="position, layer after layer", ylabel="coefficient", title=f"{start} coefficients")
-    rows = np.arange(len(parts))
-    lengths = [float(np.linalg.norm(part)) for part in parts.values()]
-    norms.barh(rows, lengths, color=[f"C{index % 10}" for index in rows])
-    norms.set_yticks(rows, list(parts), fontsize="x-small")
-    norms.invert_yaxis()
-    norms.set(xlabel="norm", title="Norm by layer")
+    if basis is None:
+        _save(_plain_values(coefficients.values), path)
+        return
+    coefficients.check_fits(basis)
+    names = _short_names(basis.names)
+    moved = direction_norms(basis, coefficients.values)
+    height = max(4.5, 0.22 * len(names))
+    figure = Figure(figsize=(12, height), layout="constrained")
+    grid, bars, spread = figure.subplots(1, 3, width_ratios=[5, 3, 3])
+    # On a tall page the curves would be stretched out of shape.
+    spread.set_box_aspect(1.2)
+    spread.set_anchor("N")
+    _draw_values(figure, grid, list(basis.split(coefficients.values).values()), names)
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.95, len(names)))
+    rows = np.arange(len(names))
+    bars.barh(rows, [float(np.linalg.norm(part)) for part in moved.values()], color=colours)
+    bars.set_yticks([])  # its rows are those of the grid
+    bars.set_ylim(len(names) - 0.5, -0.5)
+    bars.set(xlabel="‖Q diag(c) R‖", title="Update by layer")
+    _draw_spread(spread, list(moved.values()), names, colours)
     _save(figure, path)
+
+
+def _plain_values(values: np.ndarray) -> Figure:
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.vlines(np.arange(len(values)), 0, values, linewidth=0.8)
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.set(xlabel="position in the file", ylabel="c", title=f"{len(values)} coefficients (basis not found)")
+    return figure
+
+
+def _short_names(names: list[str]) -> list[str]:
+    """Module paths without the parts at their beginning that all of them share."""
+    parts = [name.split(".") for name in names]
+    shared = 0
+    while all(len(part) > shared + 1 for part in parts) and len({part[shared] for part in parts}) == 1:
+        shared += 1
+    return [".".join(part[shared:]) for part in parts]
+
+
+def _draw_values(figure: Figure, axes: Any, parts: list[np.ndarray], names: list[str]) -> None:
+    """One row a layer, one column a direction; white is zero and grey is past the layer's rank."""
+    widest = max(len(part) for part in parts)
+    values = np.full((len(parts), widest), np.nan)
+    for row, part in enumerate(parts):
+        values[row, : len(part)] = part
+    # A single large coefficient would leave all others white.
+    bound = float(np.nanquantile(np.abs(values), 0.99)) or 1.0
+    axes.set_facecolor("lightgrey")
+    image = axes.imshow(
+        values,
+        cmap="RdBu_r",
+        vmin=-bound,
+        vmax=bound,
+        aspect="auto",
+        interpolation="none",
+        extent=(0.5, widest + 0.5, len(parts) - 0.5, -0.5),
+    )
+    axes.set_yticks(np.arange(len(parts)), names, fontsize="x-small")
+    axes.set(xlabel="direction, in pivot order", title=f"{sum(map(len, parts))} coefficients")
+    figure.colorbar(
+        image,
+        ax=axes,
+        extend="both",
+        label="c",
+        shrink=min(1.0, 6 / figure.get_figheight()),
+        pad=0.02,
+        anchor=(0.0, 1.0),
+    )
+
+
+def _draw_spread(axes: Any, parts: list[np.ndarray], names: list[str], colours: np.ndarray) -> None:
+    """Share of the update's squared norm in the first directions of each layer."""
+    for part, name, colour in zip(parts, names, colours, strict=True):
+        energies = np.square(part)
+        total = energies.sum()
+        if total:
+            share = np.concatenate([[0.0], np.cumsum(energies) / total])
+            axes.plot(np.linspace(0, 1, len(share)), share, color=colour, linewidth=1, label=name)
+    axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle="--")
+    if len(parts) <= LEGEND_ENTRIES and axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="x-small")
+    axes.set(
+        xlabel="share of the directions",
+        ylabel="share of the update",
+        title="Spread (dashed: even)",
+        xlim=(0, 1),
+        ylim=(0, 1.02),
+    )
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -11,6 +11,7 @@ from qrlora_deploy.basis import Basis, write_basis
 from qrlora_deploy.checkpoint import open_checkpoint
 from qrlora_deploy.coefficients import Coefficients, write_coefficients
 from qrlora_deploy.errors import BasisMismatchError, FileFormatError, InputError
+from qrlora_deploy.factorization import update
 from qrlora_deploy.inspecting import describe
 from qrlora_deploy.merging import merge
 from qrlora_deploy.training.data import Examples
@@ -38,6 +39,11 @@ def test_coefficients_with_their_basis(
     assert found.facts["labels"] == list(LABELS) and found.facts["training"] == {"seed": 7}
     assert found.facts["largest"] == float(np.abs(tiny_customer.values).max())
     assert {row["name"]: row["rank"] for row in found.targets} == tiny_basis.ranks
+    parts = tiny_basis.split(tiny_customer.values)
+    for row, target in zip(found.targets, tiny_basis.targets, strict=True):
+        whole = np.linalg.norm(update(target.q, parts[target.name], target.r))
+        # Q is orthonormal to the rounding of fp32.
+        np.testing.assert_allclose(row["update_norm"], whole, rtol=1e-6, atol=0.0)
     # The layers' norms make up the whole one.
     whole = np.sqrt(sum(row["norm"] ** 2 for row in found.targets))
     np.testing.assert_allclose(found.facts["norm"], whole, rtol=1e-12, atol=0.0)

@@ -3,12 +3,16 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
+from qrlora_deploy import plotting
 from qrlora_deploy.basis import Basis
 from qrlora_deploy.coefficients import Coefficients
 from qrlora_deploy.errors import BasisMismatchError, InputError
+from qrlora_deploy.factorization import update
 from qrlora_deploy.plotting import check_plot_path, plot_basis, plot_coefficients
 
 SIZE = (1800, 675)
@@ -48,6 +52,45 @@ def test_a_customer_with_and_without_its_basis(
     with Image.open(tmp_path / "acme.png") as image:
         assert (image.format, image.size) == ("PNG", SIZE)
     assert colours(tmp_path / "acme.png") > 20
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch, coefficients: Coefficients, basis: Basis | None, path: Path) -> Figure:
+    """The figure that `plot_coefficients` saves."""
+    figures: list[Figure] = []
+    save = plotting._save
+    monkeypatch.setattr(plotting, "_save", lambda figure, path: (figures.append(figure), save(figure, path)))
+    plot_coefficients(coefficients, basis, path)
+    return figures[0]
+
+
+def test_a_customer_shows_its_coefficients_and_the_norm_of_each_update(
+    tiny_basis: Basis, tiny_customer: Coefficients, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid, bars, spread, _colours = drawn(monkeypatch, tiny_customer, tiny_basis, tmp_path / "a.png").axes
+    parts = tiny_basis.split(tiny_customer.values)
+    shown = np.ma.filled(grid.images[0].get_array(), np.nan)
+    for row, (target, bar, curve) in enumerate(zip(tiny_basis.targets, bars.patches, spread.lines, strict=False)):
+        part = parts[target.name]
+        np.testing.assert_array_equal(shown[row, : len(part)], part)
+        assert np.isnan(shown[row, len(part) :]).all()
+        # Q is orthonormal to the rounding of fp32.
+        assert bar.get_width() == pytest.approx(float(np.linalg.norm(update(target.q, part, target.r))), rel=1e-6)
+        assert (curve.get_ydata()[0], curve.get_ydata()[-1]) == (0.0, pytest.approx(1.0, abs=1e-12))
+    names = [label.get_text() for label in grid.get_yticklabels()]
+    assert names == [name.removeprefix("bert.encoder.layer.") for name in tiny_basis.names]
+
+
+def test_many_layers_and_a_customer_of_zeros_are_drawn(
+    tiny_basis: Basis, tiny_customer: Coefficients, tmp_path: Path
+) -> None:
+    targets = tuple(replace(tiny_basis.targets[0], name=f"encoder.{index}.query") for index in range(72))
+    many = replace(tiny_basis, targets=targets)
+    values = np.resize(tiny_customer.values, many.total_rank)
+    plot_coefficients(replace(tiny_customer, values=values, basis_digest=many.digest), many, tmp_path / "many.png")
+    with Image.open(tmp_path / "many.png") as image:
+        assert image.size == (1800, 2376)
+    plot_coefficients(replace(tiny_customer, values=0 * tiny_customer.values), tiny_basis, tmp_path / "zero.png")
+    assert colours(tmp_path / "zero.png") > 20
 
 
 @pytest.mark.parametrize(("name", "start"), [("a.svg", b"<?xml"), ("a.pdf", b"%PDF-"), ("a.PNG", b"\x89PNG")])
