@@ -236,7 +236,7 @@ def _time_swaps(stage: Stage) -> dict[str, Any]:
         record["copy asked until done"] = summary(small, 1e6)
         record["copy waited for"] = summary(waited, 1e6)
     original = type(part).write
-    type(part).write = lambda *_: None  # type: ignore[method-assign,assignment]
+    type(part).write = lambda *_: None  # type: ignore[method-assign]
     try:
         without = _swapper(stage, stage.names[:1])
         for _ in range(SWAPS):

@@ -82,10 +82,11 @@ def save_base(folder: Path, model: str) -> Path:
         config = AutoConfig.from_pretrained(encoder, num_labels=4)
         made = AutoModelForSequenceClassification.from_pretrained(encoder, config=config, dtype=torch.float32)
     else:
-        small = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128}
-        # A narrow layer needs larger weights to do anything.
-        shape = small | {"initializer_range": 0.1} if model == "tiny" else {}
-        config = RobertaConfig(pad_token_id=tokenizer.pad_token_id, max_position_embeddings=514, **shape)
+        config = RobertaConfig(pad_token_id=tokenizer.pad_token_id, max_position_embeddings=514)
+        if model == "tiny":
+            # A narrow layer needs larger weights to do anything.
+            config.hidden_size, config.intermediate_size, config.initializer_range = 64, 128, 0.1
+            config.num_hidden_layers = config.num_attention_heads = 4
         config.num_labels = 4
         made = AutoModelForSequenceClassification.from_config(config)
         # Random projections attend to everything alike, and then no customer has an effect that could

@@ -49,6 +49,13 @@ class TableModel(RuleBasedStateMachine):
         self.table.publish(customer, version(self.count), note=self.count)
         self.expected[customer] = self.count
 
+    @rule(customers=st.lists(NAMES, unique=True, max_size=6))
+    def publish_many(self, customers: list[str]) -> None:
+        self.count += 1
+        rows = {TABLE: np.full((len(customers), WIDTH), self.count, dtype=np.float32)}
+        self.table.publish_many(customers, [rows], note=self.count)
+        self.expected.update(dict.fromkeys(customers, self.count))
+
     @rule(customer=NAMES)
     def remove(self, customer: str) -> None:
         assert self.table.remove(customer) == (self.expected.pop(customer, None) is not None)
@@ -80,7 +87,9 @@ class TableModel(RuleBasedStateMachine):
         assert not array_of(memory)[BASE_ROW].any()
         used = len(self.table) + len(self.table._retired) + len(self.table._free) + 1
         assert used == memory.rows
-        assert set(self.table.customers()) == self.expected.keys()
+        assert sorted(self.table.customers()) == sorted(self.expected)
+        assert len(set(self.table._free)) == len(self.table._free)
+        assert [name in self.table for name in self.expected] == [True] * len(self.expected)
 
 
 TableModel.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
@@ -102,6 +111,20 @@ def test_a_full_table_forgets_what_was_not_used_for_longest() -> None:
     table.release(held.values())
     table.publish("e", version(5))
     assert len(table) == 3
+
+
+def test_of_a_bulk_those_who_were_not_used_give_way_first() -> None:
+    table = new_table(rows=5, max_rows=5)
+    table.publish("old", version(9))
+    table.publish_many(list("abc"), [{TABLE: np.arange(1, 4, dtype=np.float32)[:, None].repeat(WIDTH, axis=1)}])
+    assert "a" in table
+    held, _ = table.hold(["b"])
+    for name, left in (("d", "bcdold"), ("e", "bdeold"), ("f", "bdef"), ("g", "befg")):
+        table.publish(name, version(ord(name)))
+        assert "".join(sorted(table.customers())) == left
+    assert (array_of(table.memory)[held["b"]] == 2).all()
+    table.release(held.values())
+    assert len(table) == 4 and len(table._free) == 0
 
 
 def test_a_write_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
