@@ -23,6 +23,8 @@ from qrlora_deploy.runtime.token_index import TOKEN_INDEX
 OPSET = 23
 """The first opset with the `Attention` operator."""
 
+ATTENTION = ("Attention", "PackedMultiHeadAttention")
+
 MODEL_FILE = "model.onnx"
 SMALLEST_EXTERNAL_BYTES = 16 * 2**10
 """Smaller tensors stay in the graph. ONNX Runtime reads some of them while it still loads the graph,
@@ -38,11 +40,13 @@ class Graph:
     Attributes:
         inputs: name, type and axes of each input, the text inputs first.
         attention_nodes: number of `Attention` operators; 0 for a model with an attention of its own.
+        opset: that its operators are of.
         products: names of the products of the base's linear layers, which int8 quantises.
     """
 
     inputs: tuple[TensorRecord, ...]
     attention_nodes: int
+    opset: int = OPSET
     products: tuple[str, ...] = ()
 
 
@@ -51,7 +55,13 @@ Example = tuple[torch.Tensor, tuple[str | int, ...]]
 
 
 class RowInputs(Protocol):
-    """Inputs beside the text, which the model's layers read while it runs."""
+    """Inputs beside the text, which the model's layers read while it runs.
+
+    Attributes:
+        packing: of a padding-free model, set before it runs.
+    """
+
+    packing: Packing | None
 
     def examples(self, batch: int) -> dict[str, Example]:
         """Examples for a batch of `batch` rows, by the name of the input."""
@@ -110,6 +120,8 @@ def write_graph(
                 f"exported as an ONNX operator; leave --padding-free out"
             )
         blocks = pack_blocks(model, packing)
+    if rows is not None:
+        rows.packing = packing
     examples = _examples(model, names, rows, packing)
     wrapper = _LogitsOnly(model, tuple(examples), rows, packing).eval()
     if rows is not None or packing is not None:
@@ -121,8 +133,9 @@ def write_graph(
             f"{type(model).__name__} cannot be made padding-free: {packing.attended} of its {blocks} blocks attend "
             f"through the registered function; leave --padding-free out"
         )
-    program = _trace(wrapper, examples)
-    attention_nodes = sum(node.op_type == "Attention" for node in program.model.graph.all_nodes())
+    opset = OPSET if packing is None else packing.opset
+    program = _trace(wrapper, examples, opset)
+    attention_nodes = sum(node.op_type in ATTENTION for node in program.model.graph.all_nodes())
     if emitted and not attention_nodes:
         raise QrloraError(f"{type(model).__name__}: no Attention operator reached the graph; please report this model")
     products = base_products(program.model.graph.all_nodes(), wrapper)
@@ -134,7 +147,8 @@ def write_graph(
         external_data=f"{MODEL_FILE}.data",
         size_threshold_bytes=SMALLEST_EXTERNAL_BYTES,
     )
-    return Graph(tuple(_record(name, *example) for name, example in examples.items()), attention_nodes, products)
+    inputs = tuple(_record(name, *example) for name, example in examples.items())
+    return Graph(inputs, attention_nodes, opset, products)
 
 
 def _record(name: str, tensor: torch.Tensor, axes: tuple[str | int, ...]) -> TensorRecord:
@@ -182,7 +196,7 @@ def _examples(
     return text | tokens | ({} if rows is None else rows.examples(batch))
 
 
-def _trace(wrapper: torch.nn.Module, examples: dict[str, Example]) -> Any:
+def _trace(wrapper: torch.nn.Module, examples: dict[str, Example], opset: int) -> Any:
     dims = {
         "batch": torch.export.Dim("batch", min=1),
         "sequence": torch.export.Dim("sequence", min=1, max=2**20),
@@ -201,7 +215,7 @@ def _trace(wrapper: torch.nn.Module, examples: dict[str, Example]) -> Any:
                 wrapper,
                 tuple(tensor for tensor, _axes in examples.values()),
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=opset,
                 input_names=list(examples),
                 output_names=["logits"],
                 dynamic_shapes=(shapes,),

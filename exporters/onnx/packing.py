@@ -24,11 +24,14 @@ class Packing:
     """The tokens of the current batch; the wrapper fills it before the model runs.
 
     Attributes:
+        opset: that its operators are of.
         attended: how many attentions ran on tokens.
         tokens: `[tokens]` int64, positions in the batch as one row.
         places: `[batch * length]` int64, the other way round; 0 for a token that was left out.
         rows: `[tokens]` int64, the row of the batch that each token is of.
     """
+
+    opset = 23
 
     def __init__(self) -> None:
         self.attended = 0

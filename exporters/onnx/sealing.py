@@ -11,7 +11,7 @@ import safetensors.numpy
 import tokenizers
 
 from exporters.onnx.accuracy import Accuracy
-from exporters.onnx.graph import OPSET, Graph, longest_input
+from exporters.onnx.graph import Graph, longest_input
 from qrlora_deploy.basis import Basis
 from qrlora_deploy.checkpoint import Checkpoint
 from qrlora_deploy.provenance import tool_versions
@@ -36,7 +36,7 @@ A {kind} bundle in {precision}, written by qrlora-deploy: {what}
     qrlora-deploy predict . {option}--text "..."
 
 `manifest.json` says what it was made from and seals every file. `model.onnx` takes {inputs}
-and gives `logits [batch, labels]`; it runs in any ONNX Runtime with opset 23.
+and gives `logits [batch, labels]`; it runs in any ONNX Runtime with opset {opset}.
 """
 WHAT = {
     "merged": "one customer folded into its base, as plain ONNX.",
@@ -106,6 +106,7 @@ def write_side_files(folder: Path, content: Content, checked: Checked) -> None:
         labels=len(content.labels),
         kind=content.kind,
         precision=checked.report.precision,
+        opset=checked.graph.opset,
         what=WHAT[content.kind],
         option="" if content.kind == "merged" else "--customers FOLDER --customer acme ",
         inputs=", ".join(f"`{record.name}` {record.dtype} [{_axes(record)}]" for record in checked.graph.inputs),
@@ -125,7 +126,7 @@ def seal(folder: Path, checkpoint: Checkpoint, basis: Basis, content: Content, c
         task=content.task,  # type: ignore[arg-type]
         labels=content.labels,
         precision=checked.report.precision,  # type: ignore[arg-type]
-        opset=OPSET,
+        opset=graph.opset,
         basis_digest=basis.digest,
         coefficients_digest=content.coefficients_digest,
         base_name=checkpoint.name,

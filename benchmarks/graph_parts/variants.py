@@ -1,0 +1,199 @@
+"""The graphs that are compared, and ways of attention that are tried here before the product takes them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from benchmarks.graph_parts.shapes import Setup
+from exporters.onnx.attention import Heads
+from exporters.onnx.packing import Packing
+from exporters.onnx.switchable import TableBranch
+
+PAPER = Setup(("query", "q"), last_layers=4, rank=160)
+"""The paper's set-up: query, last 4 layers; tau = 0.5 gives 157 to 163 directions, padded to 160."""
+WIDE = Setup(("query", "value", "q", "v"), last_layers=12, rank=160)
+
+TRIPLES = (("query", "key", "value"), ("q", "k", "v"))
+
+
+class LengthPacking(Packing):
+    """Attention gets lengths instead of a mask (opset 24), so ONNX Runtime can use flash attention.
+
+    A row's tokens that are attended to are moved to its front, and a first token that is not comes
+    behind them: it is a query, but no key. So this is right for every mask.
+    """
+
+    opset = 24
+
+    def fill(self, tokens: torch.Tensor, mask: torch.Tensor) -> None:
+        """As `Packing.fill`."""
+        super().fill(tokens, mask)
+        counts = mask.cumsum(1)
+        self.lengths = mask.sum(1)
+        slots = torch.where(mask != 0, counts - 1, self.lengths[:, None])
+        starts = torch.arange(self.batch * self.length, device=mask.device).unflatten(0, (self.batch, self.length))
+        self.homes = (starts[:, :1] + slots).flatten().index_select(0, tokens)
+        numbers = torch.arange(tokens.shape[0], device=tokens.device)
+        empty = torch.zeros(self.batch * self.length, dtype=torch.int64, device=tokens.device)
+        self.sources = empty.scatter(0, self.homes, numbers)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        heads: Heads,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As `Packing.attend`; with a bias, only for right-padded rows, whose tokens stay where they are."""
+        self.attended += 1
+        states = [
+            part.squeeze(0).index_select(0, self.sources).unflatten(0, (self.batch, self.length))
+            for part in (query, key, value)
+        ]
+        output = torch.onnx.ops.symbolic(
+            "Attention",
+            (*states, bias, None, None, self.lengths),
+            {"q_num_heads": heads.queries, "kv_num_heads": heads.keys, "scale": _scale(heads)},
+            dtype=query.dtype,
+            shape=states[0].shape,
+            version=24,
+        )
+        return output.flatten(0, 1).index_select(0, self.homes).unsqueeze(0)
+
+
+class VarlenPacking(Packing):
+    """Attention on the packed tokens themselves, by ONNX Runtime's own operator, on CUDA alone.
+
+    Only for masks that begin with a 1 in every row; with a bias, only for right-padded rows.
+    """
+
+    def fill(self, tokens: torch.Tensor, mask: torch.Tensor) -> None:
+        """As `Packing.fill`. What the operator leaves unwritten behind the last row must not be put back."""
+        super().fill(tokens, mask)
+        numbers = torch.arange(tokens.shape[0], device=tokens.device)
+        numbers = torch.where(tokens == 0, torch.zeros_like(numbers), numbers)
+        empty = torch.zeros(self.batch * self.length, dtype=torch.int64, device=tokens.device)
+        self.places = empty.scatter(0, tokens, numbers)
+        ends = mask.to(torch.int32).sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        self.borders = torch.cat([torch.zeros(1, dtype=torch.int32, device=mask.device), ends])
+        self.offsets = torch.zeros(self.batch, self.length, dtype=torch.int32, device=mask.device)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        heads: Heads,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As `Packing.attend`."""
+        self.attended += 1
+        output = torch.onnx.ops.symbolic(
+            "com.microsoft::PackedMultiHeadAttention",
+            (query.squeeze(0), key.squeeze(0), value.squeeze(0), None, self.offsets, self.borders, bias),
+            {"num_heads": heads.queries, "scale": _scale(heads)},
+            dtype=query.dtype,
+            shape=query.shape[1:],
+            version=1,
+        )
+        return output.unsqueeze(0)
+
+
+def _scale(heads: Heads) -> float:
+    if heads.scale is None:
+        raise SystemExit("the scale of the scores is not known")
+    return heads.scale
+
+
+class _Shared:
+    """One product for three layers, computed when the first of them sees an input."""
+
+    def __init__(self, linear: nn.Linear, sizes: list[int]) -> None:
+        self.linear, self.sizes = linear, sizes
+        self.seen: torch.Tensor | None = None
+        self.parts: tuple[torch.Tensor, ...] = ()
+
+
+class _Part(nn.Module):
+    def __init__(self, shared: _Shared, index: int) -> None:
+        super().__init__()
+        self.linear = shared.linear
+        self.shared = shared
+        self.index = index
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., in]` to `[..., out]`."""
+        shared = self.shared
+        if shared.seen is not x:
+            shared.seen, shared.parts = x, self.linear(x).split(shared.sizes, -1)
+        return shared.parts[self.index]
+
+
+def fuse_projections(model: nn.Module) -> None:
+    """Make one product of query, key and value, in place; a side branch keeps its own two."""
+    for parent in list(model.modules()):
+        for names in TRIPLES:
+            children = [getattr(parent, name, None) for name in names]
+            linears = [part for child in children if isinstance(part := getattr(child, "base", child), nn.Linear)]
+            if len(linears) < len(names):
+                continue
+            first = linears[0]
+            linear = nn.Linear(first.in_features, sum(one.out_features for one in linears)).to(first.weight.dtype)
+            with torch.no_grad():
+                linear.weight.copy_(torch.cat([one.weight for one in linears]))
+                linear.bias.copy_(torch.cat([one.bias for one in linears]))
+            shared = _Shared(linear.requires_grad_(False), [one.out_features for one in linears])
+            for index, (name, child) in enumerate(zip(names, children, strict=True)):
+                part = _Part(shared, index)
+                if isinstance(child, TableBranch):
+                    child.base = part
+                else:
+                    setattr(parent, name, part)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A graph to build.
+
+    Attributes:
+        setup: side branches; None: merged.
+        packing: how tokens are packed; None: padded.
+        fused: query, key and value in one product.
+        cuda_only: has an operator that no other provider has.
+    """
+
+    name: str
+    setup: Setup | None = None
+    packing: Callable[[], Packing] | None = None
+    fused: bool = False
+    cuda_only: bool = False
+
+    def switchable(self, label: str, setup: Setup) -> "Variant":
+        """The same with side branches."""
+        return replace(self, name=f"{label}, {self.name}", setup=setup)
+
+
+PADDED = Variant("padded")
+PACKED = Variant("padding-free", packing=Packing)
+LENGTHS = Variant("padding-free, lengths", packing=LengthPacking)
+VARLEN = Variant("padding-free, varlen", packing=VarlenPacking, cuda_only=True)
+MERGED = (
+    PADDED,
+    replace(PADDED, name="padded, one qkv", fused=True),
+    PACKED,
+    replace(PACKED, name="padding-free, one qkv", fused=True),
+    LENGTHS,
+    VARLEN,
+    replace(VARLEN, name="padding-free, varlen, one qkv", fused=True),
+)
+SWITCHABLE = tuple(
+    base.switchable(label, setup)
+    for base in (PADDED, PACKED, VARLEN)
+    for label, setup in (("paper", PAPER), ("qv of 12", WIDE))
+)
+ALL: dict[str, Variant] = {variant.name: variant for variant in (*MERGED, *SWITCHABLE)}
