@@ -179,7 +179,9 @@ def forged(session: SwitchableSession, values: np.ndarray, names: list[bytes], *
     stored = changes.pop("stored", "F32")
     header = PackedHeader(metadata_of(session.manifest) | changes, *sizes, stored)
     body, tail = values.astype({"F16": "<f2"}.get(stored, "<f4")).tobytes(), bytes(map(len, names)) + text
-    digests = [digest_piece(memoryview(body)), *map(digest_piece, tail_pieces(memoryview(tail)))]
+    step = header.piece_rows * header.row_bytes if stored in packed_header.STORED_DTYPES else len(body)
+    pieces = [memoryview(body)[start : start + step] for start in range(0, len(body), step)]
+    digests = map(digest_piece, [*pieces, *tail_pieces(memoryview(tail))])
     return header.to_bytes(header.seal(digests)) + body + tail
 
 
