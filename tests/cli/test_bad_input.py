@@ -93,6 +93,16 @@ CASES = {
         "export --merge --coefficients acme.safetensors --head-labels 5 -o new",
         "--head-labels",
     ),
+    "a table in a merged bundle": (
+        "export --merge --coefficients acme.safetensors --table-dtype fp16 -o new",
+        "--table-dtype",
+        "switchable",
+    ),
+    "a table for PEFT": (
+        "export --format peft --coefficients acme.safetensors --table-dtype fp16 -o new",
+        "--table-dtype",
+        "peft",
+    ),
     "unknown exporter": ("export --merge --coefficients acme.safetensors --format tflite -o new", "tflite", "onnx"),
     "not a bundle": ("verify base", "base", "manifest.json"),
     "not a file of ours": ("inspect base/model.safetensors", "neither"),

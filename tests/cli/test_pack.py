@@ -28,6 +28,26 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, switchable: Path, tin
     return tmp_path
 
 
+def test_the_file_is_in_the_dtype_of_the_bundles_table_unless_it_is_said(
+    place: Path, tiny_base: Path, tiny_basis_file: Path, tiny_customer: Coefficients
+) -> None:
+    command = f"export {tiny_base} --basis {tiny_basis_file} --table-dtype fp16 -o half"
+    exported = succeed(command.split(), place)
+    assert {record["name"]: record["dtype"] for record in exported["inputs"]}["coefficient_table"] == "float16"
+    session = SwitchableSession(open_bundle(place / "half"), threads=1)
+    sizes = {}
+    for option, dtype in (("", "fp16"), (" --dtype fp16", "fp16"), (" --dtype fp32", "fp32")):
+        made = succeed(f"pack customers --bundle half -o packed.safetensors{option}".split(), place)
+        assert made["dtype"] == dtype
+        sizes[dtype] = made["size_bytes"]
+        assert load_packed(session, place / "packed.safetensors") == 2
+        held, _ = session.table.hold(["bolt"])
+        row = session.table.memory.parts["coefficient_table"].read_rows(held["bolt"], 1)[0]
+        session.table.release(held.values())
+        np.testing.assert_array_equal(row, session.layout.row(tiny_customer.values))
+    assert sizes["fp32"] - sizes["fp16"] == 2 * 2 * len(tiny_customer.values)
+
+
 def test_pack(place: Path, tiny_customer: Coefficients) -> None:
     (place / "customers" / "note.txt").write_text("not a customer")
     made = succeed(PACK.split(), place)
