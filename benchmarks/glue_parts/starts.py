@@ -13,7 +13,6 @@ from transformers import AutoModelForSequenceClassification
 
 from benchmarks.glue_parts.tasks import Task
 from qrlora_deploy.checkpoint import Checkpoint
-from qrlora_deploy.training.loop import quiet_transformers
 from qrlora_deploy.training.tasks import REGRESSION
 
 PRETRAINED = "pretrained"
@@ -38,14 +37,13 @@ class Models:
         """A copy of the pretrained model whose head is drawn by `seed`."""
         if labels not in self._pristine:
             problem = "regression" if task.kind == REGRESSION else "single_label_classification"
-            with quiet_transformers():
-                loaded = AutoModelForSequenceClassification.from_pretrained(
-                    self.checkpoint.folder,
-                    dtype=torch.float32,
-                    num_labels=labels,
-                    problem_type=problem,
-                    ignore_mismatched_sizes=True,
-                )
+            loaded = AutoModelForSequenceClassification.from_pretrained(
+                self.checkpoint.folder,
+                dtype=torch.float32,
+                num_labels=labels,
+                problem_type=problem,
+                ignore_mismatched_sizes=True,
+            )
             self._pristine[labels] = loaded.to(self.device)
         model = copy.deepcopy(self._pristine[labels])
         _draw_head(model, seed)

@@ -223,6 +223,7 @@ def _result(method: Method, trace: Trace, prepared: Prepared, rows: int) -> Reco
 def work(job: Job, index: int) -> None:
     """Take runs until none is left, the time is up, or the command has gone."""
     transformers.utils.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()  # remarks on new heads, which are meant here
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.workers))
     worker = Worker(job, index)
     try:
