@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from qrlora_deploy.basis import Basis
     from qrlora_deploy.checkpoint import Checkpoint
     from qrlora_deploy.coefficients import Coefficients
-    from qrlora_deploy.training.data import Examples
+    from qrlora_deploy.training.data import Examples, TextRows
 
 GROUP = "qrlora_deploy.exporters"
 
@@ -41,6 +41,7 @@ class ExportJob:
         provider: execution provider of that check.
         precision: of weights and activations, such as "fp32".
         table_dtype: of the coefficient table in a form for all customers, "fp32" or "fp16".
+        calibration: texts that int8 finds the scales of its activations on; None: while the graph runs.
         progress: called with a description, the steps done and all steps.
     """
 
@@ -54,6 +55,7 @@ class ExportJob:
     progress: Callable[[str, int, int], None] | None = None
     precision: str = "fp32"
     table_dtype: str = "fp32"
+    calibration: "TextRows | None" = None
 
 
 Exporter = Callable[[ExportJob], Mapping[str, Any]]

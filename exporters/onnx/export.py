@@ -1,12 +1,13 @@
 """A model as an ONNX bundle: one customer folded in, or any customer in any row."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from exporters.onnx.accuracy import Labelled, answer_in_pytorch, choose_labelled, measure_accuracy
+from exporters.onnx.calibrating import calibration_inputs
 from exporters.onnx.customers import base_tables, made_up_customers, mixed_reference, read_base_head
 from exporters.onnx.graph import SMALLEST_EXTERNAL_BYTES, input_names, write_graph
 from exporters.onnx.precision import cast_inside, check_precision
@@ -117,8 +118,9 @@ def export_switchable(job: ExportJob) -> Manifest:
         labelled = choose_labelled(job.texts, checkpoint.task, labels, strict=False)
         answered = _answer(job, model, labelled, labels)
         rows = make_switchable(model, basis, head_labels, job.table_dtype)
-        customers = made_up_customers(checkpoint, basis, rows.head)
-        reference = mixed_reference(checkpoint, basis, customers, rows.head, choose_texts(job.texts), job.table_dtype)
+        texts = choose_texts(job.texts)
+        customers = made_up_customers(checkpoint, basis, rows.head, texts)
+        reference = mixed_reference(checkpoint, basis, customers, rows.head, texts, job.table_dtype)
         base_head = head_arrays(read_base_head(checkpoint)) if rows.head else None
         outputs = head_labels or len(labels)
         content = Content("switchable", checkpoint.task, labels, outputs, head=rows.head, base_head=base_head)
@@ -139,7 +141,7 @@ def _export(job: ExportJob, make_plan: Callable[[], _Plan]) -> Manifest:
         if job.progress is not None:
             job.progress(STEPS[min(done, len(STEPS) - 1)], done, len(STEPS))
 
-    check_precision(job.precision, job.provider)
+    check_precision(job.precision, job.provider, job.calibration is not None)
     check_free_folder(job.output)
     tokenizer = _check_exportable(job.checkpoint)
     step(0)
@@ -149,7 +151,8 @@ def _export(job: ExportJob, make_plan: Callable[[], _Plan]) -> Manifest:
         cast_inside(plan.model, plan.rows, job.precision)
         graph = write_graph(plan.model, input_names(plan.model, tokenizer), folder, plan.rows)
         if job.precision == "int8":
-            quantize_graph(folder / MODEL_FILE, graph.products, SMALLEST_EXTERNAL_BYTES)
+            calibration = _calibration(job, plan, tokenizer)
+            quantize_graph(folder / MODEL_FILE, graph.products, SMALLEST_EXTERNAL_BYTES, calibration)
         step(2)
         session = open_for_check(folder / MODEL_FILE, job.precision, job.provider)
         report = check_parity(session, plan.reference, job.precision)
@@ -162,6 +165,12 @@ def _export(job: ExportJob, make_plan: Callable[[], _Plan]) -> Manifest:
         manifest = seal(folder, job.checkpoint, job.basis, plan.content, checked)
     step(4)
     return manifest
+
+
+def _calibration(job: ExportJob, plan: _Plan, tokenizer: Any) -> Iterator[dict[str, np.ndarray]] | None:
+    if job.calibration is None:
+        return None
+    return calibration_inputs(plan.model, tokenizer, job.calibration, plan.reference[0].inputs, job.progress)
 
 
 def _check_exportable(checkpoint: Checkpoint) -> Any:

@@ -12,17 +12,23 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, 
 int8 quantises the fp32 graph."""
 
 
-def check_precision(precision: str, provider: str) -> None:
+def check_precision(precision: str, provider: str, calibrated: bool = False) -> None:
     """Make sure that the precision is a known one, and that the provider is made for it.
 
+    Args:
+        calibrated: whether texts to calibrate on were given.
+
     Raises:
-        InputError: it is not; the message lists those that are. Or int8 was asked for on a GPU.
+        InputError: it is not; the message lists those that are. Or int8 was asked for on a GPU, or
+            there is nothing to calibrate.
     """
     if precision not in DTYPES:
         raise InputError(f"unknown precision {precision!r}; choose from {', '.join(DTYPES)}")
     if precision == "int8" and provider != "cpu":
         # ONNX Runtime's GPU providers have no kernel for its products and would copy to the CPU for each.
         raise InputError(f"int8 is for the CPU, not --provider {provider}; choose --precision fp16 there")
+    if calibrated and precision != "int8":
+        raise InputError(f"--calibration belongs to --precision int8; {precision} has no scales to find")
 
 
 def cast_inside(model: Any, rows: CustomerRows | None, precision: str) -> None:

@@ -1,8 +1,10 @@
 """int8: the linear layers in the base's blocks compute in whole numbers, the customers do not.
 
 What is quantised is decided by the module that a product comes from, which the exporter notes on
-every node it traces. Each output channel of a weight gets a scale of its own. Activations get theirs
-while the graph runs, one for the whole tensor, so an answer depends a little on its batch.
+every node it traces. Each output channel of a weight gets a scale of its own. Activations have one
+for the whole tensor. It is found while the graph runs, so that an answer depends a little on its
+batch; or, with texts to calibrate on, it is a constant of the graph, and a row has the same answer
+in any batch, but values that no such text had are cut off.
 
 These stay in fp32:
 
@@ -21,10 +23,11 @@ served.
 
 import ast
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir
 from torch import nn
 
@@ -39,6 +42,8 @@ operation, as a list in Python's writing."""
 
 PREPARED = ("onnx.quant.pre_process", "onnxruntime.quant")
 """Says that shapes are known. Without it the quantiser warns, and sets up the root logger for that."""
+
+Inputs = dict[str, np.ndarray]
 
 
 def base_products(nodes: Iterable[Any], wrapper: nn.Module) -> tuple[str, ...]:
@@ -66,13 +71,17 @@ def _module_path(node: Any) -> str:
     return str(scopes[-2]) if len(scopes) > 1 else ""
 
 
-def quantize_graph(path: Path, products: Sequence[str], external_from_bytes: int) -> None:
+def quantize_graph(
+    path: Path, products: Sequence[str], external_from_bytes: int, calibration: Iterator[Inputs] | None = None
+) -> None:
     """Replace the graph at `path`, and its weights in `{path.name}.data`, by one in int8.
 
     Args:
         path: of a graph in fp32, in a folder that is not yet in use.
         products: names of the nodes to quantise.
         external_from_bytes: tensors of this size and larger go to the weights' file.
+        calibration: inputs of the graph to measure the ranges of activations on; None: they get
+            their scales while the graph runs.
 
     Raises:
         QrloraError: there is nothing to quantise, or ONNX Runtime cannot.
@@ -84,14 +93,14 @@ def quantize_graph(path: Path, products: Sequence[str], external_from_bytes: int
     before = path.stat().st_size + data.stat().st_size
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="int8-") as scratch:
         quantized = Path(scratch) / path.name
-        _quantize(path, products, quantized)
+        _quantize(path, products, quantized, calibration)
         # Written anew: the quantiser puts tensors into the weights' file that ONNX Runtime reads too early.
         model = onnx_ir.load(quantized)
         model.metadata_props.clear()
         path.unlink()
         data.unlink()
         onnx_ir.save(model, path, external_data=data.name, size_threshold_bytes=external_from_bytes)
-        found = sum(node.op_type == INTEGER_PRODUCT for node in model.graph.all_nodes())
+        found = sum(map(_is_whole, model.graph.all_nodes()))
     if found != len(products):
         raise CheckFailed(f"{found} of {len(products)} products are in whole numbers; choose another --precision")
     after = path.stat().st_size + data.stat().st_size
@@ -99,31 +108,74 @@ def quantize_graph(path: Path, products: Sequence[str], external_from_bytes: int
         raise CheckFailed(f"int8 is not smaller: {after} bytes, fp32 {before}; choose another --precision")
 
 
-def _quantize(path: Path, products: Sequence[str], output: Path) -> None:
+def _is_whole(node: Any) -> bool:
+    """Whether a product is in whole numbers.
+
+    A calibrated one is written as a product of two dequantised tensors, which ONNX Runtime computes as one of integers.
+    """
+    if node.op_type == INTEGER_PRODUCT:
+        return True
+    makers = [value.producer() for value in node.inputs if value is not None] if node.op_type == "MatMul" else []
+    return bool(makers) and all(maker is not None and maker.op_type == "DequantizeLinear" for maker in makers)
+
+
+class _Reader:
+    """What ONNX Runtime's calibration takes its inputs from."""
+
+    def __init__(self, inputs: Iterator[Inputs]) -> None:
+        self._inputs = inputs
+
+    def get_next(self) -> Inputs | None:
+        return next(self._inputs, None)
+
+
+def _quantize(path: Path, products: Sequence[str], output: Path, calibration: Iterator[Inputs] | None) -> None:
     # Imported here: only this precision needs the quantiser.
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_dynamic, quantize_static
+
+    model, nodes = _prepare(path, products)
+    common = {
+        "op_types_to_quantize": ["MatMul"],
+        "nodes_to_quantize": nodes,
+        "per_channel": True,
+        "weight_type": QuantType.QInt8,
+        "use_external_data_format": True,
+    }
+    try:
+        if calibration is None:
+            quantize_dynamic(model, output, **common)
+        else:
+            # What was found best of formats and methods, and what each loses: docs/precision.md.
+            quantize_static(
+                model,
+                output,
+                _Reader(calibration),
+                quant_format=QuantFormat.QDQ,
+                calibrate_method=CalibrationMethod.MinMax,
+                activation_type=QuantType.QUInt8,
+                # The sum of a product stays in fp32: rounded as well it loses more than all the rest.
+                extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul"]},
+                **common,
+            )
+    # It raises ValueError, RuntimeError, onnx's own and others, all about the graph.
+    except Exception as error:
+        reason = first_line(error)
+        raise QrloraError(f"ONNX Runtime cannot quantise this model: {reason}; choose another --precision") from error
+
+
+def _prepare(path: Path, products: Sequence[str]) -> tuple[Any, list[str]]:
+    """The graph as the quantiser wants it, and the names that `products` have in it."""
     import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.onnx_model import ONNXModel
 
     model = onnx.load(path)
     model.metadata_props.add(key=PREPARED[0], value=PREPARED[1])
-    # The quantiser first makes a MatMul and an Add of every Gemm, and names them so. It transposes the
-    # weight, but not the shape that the graph notes for it.
+    # A MatMul and an Add take the place of every Gemm, and are named so. This transposes the weight, but
+    # not the shape that the graph notes for it.
     weights = {tensor.name for tensor in model.graph.initializer}
     shapes = [value for value in model.graph.value_info if value.name not in weights]
     del model.graph.value_info[:]
     model.graph.value_info.extend(shapes)
     gemms = {node.name for node in model.graph.node if node.op_type == "Gemm"}
-    try:
-        quantize_dynamic(
-            model,
-            output,
-            op_types_to_quantize=["MatMul"],
-            nodes_to_quantize=[f"{name}_MatMul" if name in gemms else name for name in products],
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-            use_external_data_format=True,
-        )
-    # It raises ValueError, RuntimeError, onnx's own and others, all about the graph.
-    except Exception as error:
-        reason = first_line(error)
-        raise QrloraError(f"ONNX Runtime cannot quantise this model: {reason}; choose another --precision") from error
+    ONNXModel(model).replace_gemm_with_matmul()
+    return model, [f"{name}_MatMul" if name in gemms else name for name in products]

@@ -67,9 +67,9 @@ def build_reference(checkpoint: Checkpoint, basis: Basis, coefficients: Coeffici
     batches = build_batches(tokenizer, texts, input_names(model, tokenizer), longest_input(model, tokenizer))
     adapters = attach(model, basis)
     set_coefficients(adapters, basis, silent.values)
-    base = {name: _logits(model, inputs) for name, inputs in batches.items()}
+    base = {name: model_logits(model, inputs) for name, inputs in batches.items()}
     set_coefficients(adapters, basis, coefficients.values)
-    return [Case(name, inputs, _logits(model, inputs), base[name]) for name, inputs in batches.items()]
+    return [Case(name, inputs, model_logits(model, inputs), base[name]) for name, inputs in batches.items()]
 
 
 def build_batches(tokenizer: Any, texts: Texts, names: tuple[str, ...], max_length: int) -> dict[str, Inputs]:
@@ -117,7 +117,8 @@ def _pad(values: list[int], width: int, left: Callable[[int, int], int], index: 
     return np.pad(np.array(values, dtype=np.int64), (before, gap - before), constant_values=fill)
 
 
-def _logits(model: Any, inputs: Inputs) -> np.ndarray:
+def model_logits(model: Any, inputs: Inputs) -> np.ndarray:
+    """Logits `[batch, outputs]` fp32 of a PyTorch model."""
     with torch.no_grad():
         tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
         logits: np.ndarray = model(**tensors).logits.float().numpy()

@@ -59,6 +59,19 @@ class Examples:
         return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class TextRows:
+    """Text without labels, in the order of the file; at least one row.
+
+    Attributes:
+        texts, pairs, name: as of `Examples`.
+    """
+
+    texts: list[str]
+    pairs: list[str] | None
+    name: str
+
+
 def read_examples(
     source: str | Path, text_column: str | None = None, label_column: str | None = None, split: str | None = None
 ) -> Examples:
@@ -77,6 +90,20 @@ def read_examples(
         InputError: nothing can be read there, the columns are not those, a row is ragged or has no
             label, the text is not UTF-8, or there are no rows.
     """
+    return _examples(str(source), _read_columns(source, split), text_column, label_column)
+
+
+def read_texts(source: str | Path, text_column: str | None = None) -> TextRows:
+    """Read the text of a file or hub data set, with labels or without.
+
+    Raises:
+        As `read_examples`, but for what it says of labels.
+    """
+    texts = _text_columns(str(source), _read_columns(source, None), text_column)
+    return TextRows(texts[0], texts[1] if len(texts) == 2 else None, str(source))
+
+
+def _read_columns(source: str | Path, split: str | None) -> Columns:
     path = Path(source)
     if path.is_dir():
         raise InputError(f"{source} is a folder; give a .tsv, .csv, .jsonl or .parquet file")
@@ -89,27 +116,29 @@ def read_examples(
         if reader is not None:
             if not path.is_file():
                 raise InputError(f"{source}: no such file")
-            columns = reader(path)
-        else:
-            columns = _read_hub(str(source), split or "train")
+            return reader(path)
+        return _read_hub(str(source), split or "train")
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise InputError(f"{source} cannot be read as {path.suffix[1:].upper()}: {first_line(error)}") from error
     except OSError as error:
         raise InputError(f"{source} cannot be read: {error.strerror or first_line(error)}") from error
-    return _examples(str(source), columns, text_column, label_column)
 
 
 def _examples(source: str, columns: Columns, text_column: str | None, label_column: str | None) -> Examples:
-    if not columns or not len(next(iter(columns.values()))):
-        raise InputError(f"{source} holds no rows")
-    text_names = _text_names(source, columns, text_column)
+    texts = _text_columns(source, columns, text_column)
     label_name = _label_name(source, columns, label_column)
-    texts = [_texts(source, name, columns[name]) for name in text_names]
     labels = [_label(value) for value in columns[label_name]]
     empty = [row for row, label in enumerate(labels, start=1) if not label]
     if empty:
         raise InputError(f"{source}: {_rows(empty)} no {label_name}; every example needs one")
     return Examples(texts[0], texts[1] if len(texts) == 2 else None, labels, source)
+
+
+def _text_columns(source: str, columns: Columns, text_column: str | None) -> list[list[str]]:
+    """The one or two columns of text."""
+    if not columns or not len(next(iter(columns.values()))):
+        raise InputError(f"{source} holds no rows")
+    return [_texts(source, name, columns[name]) for name in _text_names(source, columns, text_column)]
 
 
 def _text_names(source: str, columns: Columns, given: str | None) -> tuple[str, ...]:

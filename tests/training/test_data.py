@@ -7,7 +7,7 @@ import pyarrow.parquet
 import pytest
 
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.training.data import read_examples
+from qrlora_deploy.training.data import TextRows, read_examples, read_texts
 
 
 def test_four_formats_give_the_same_examples(tmp_path: Path) -> None:
@@ -20,6 +20,17 @@ def test_four_formats_give_the_same_examples(tmp_path: Path) -> None:
     found = [read_examples(tmp_path / f"a.{kind}") for kind in ("tsv", "csv", "jsonl", "parquet")]
     assert len({examples.digest for examples in found}) == 1
     assert all(e.texts == ["NA", "é, b"] and e.labels == ["007", "true"] and e.pairs is None for e in found)
+
+
+def test_texts_need_no_labels(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("question\tsentence\na\tb\nc\td\n")
+    assert read_texts(tmp_path / "a.tsv") == TextRows(["a", "c"], ["b", "d"], str(tmp_path / "a.tsv"))
+    assert read_texts(tmp_path / "a.tsv", "sentence").texts == ["b", "d"]
+    (tmp_path / "a.csv").write_text("text,label\na,\n")
+    assert read_texts(tmp_path / "a.csv") == TextRows(["a"], None, str(tmp_path / "a.csv"))
+    (tmp_path / "a.csv").write_text("text,label\n")
+    with pytest.raises(InputError, match="holds no rows"):
+        read_texts(tmp_path / "a.csv")
 
 
 @pytest.mark.parametrize(
