@@ -154,8 +154,8 @@ class Worker:
         if run.method == WARM_UP:
             parts = parts | {"train": parts["train"].first(WARMUP_SHARE, run.seed)}
         self._check_time(epochs * len(parts["train"]))
-        before = torch.cuda.memory_allocated() if self.job.device == "cuda" else 0
         checkpoint, model = self._start(run, len(labels))
+        others = _allocated(self.job.device) - sum(part.nbytes for part in (*model.parameters(), *model.buffers()))
         torch.manual_seed(run.seed)  # of PEFT's factors
         prepared = prepare(method, model, checkpoint, run.start == PRETRAINED, labels)
         free(self.job.device)
@@ -164,7 +164,7 @@ class Worker:
         schedule = self._schedule(epochs, run.seed)
         trace = train_model(prepared.model, prepared.groups, task, parts, schedule)
         self._pace = max(self._pace, (time.perf_counter() - began) / (epochs * len(parts["train"])))
-        peak = torch.cuda.max_memory_allocated() - before if self.job.device == "cuda" else None
+        peak = torch.cuda.max_memory_allocated() - others if self.job.device == "cuda" else None
         if run.method == WARM_UP:
             write_warmed(model, checkpoint, self.job.place.warmed(run))
         return _result(method, trace, prepared, len(parts["train"])) | {
@@ -205,6 +205,10 @@ class Worker:
             "versions": versions | {"python": platform.python_version()},
             "workers": self.job.workers,
         }
+
+
+def _allocated(device: str) -> int:
+    return torch.cuda.memory_allocated() if device == "cuda" else 0
 
 
 def _result(method: Method, trace: Trace, prepared: Prepared, rows: int) -> Record:
