@@ -61,7 +61,7 @@ METHODS = {
         Method("lora", "LoRA, r = 8, q and v (PEFT)", 5e-4, "lora"),
         Method("pissa", "PiSSA, r = 8, q and v (PEFT)", 5e-4, "pissa"),
         Method("vera", "VeRA, r = 256, q and v (PEFT)", 1e-2, "vera"),
-        Method("tinylora", "TinyLoRA, r = 2, u = 64, q and v (PEFT)", 1e-2, "tinylora"),
+        Method("tinylora", "TinyLoRA, r = 2, u = 64, q and v (PEFT)", 2e-3, "tinylora"),
         Method("qr-q4", "QR-LoRA, q of the last 4", 0.05, "qr", ("query",), 4),
         Method("qr-qv4", "QR-LoRA, q and v of the last 4", 0.05, "qr", ("query", "value"), 4),
         Method("qr-all", "QR-LoRA, all linear layers", 0.05, "qr", ()),
