@@ -42,6 +42,7 @@ class ExportJob:
         precision: of weights and activations, such as "fp32".
         table_dtype: of the coefficient table in a form for all customers, "fp32" or "fp16".
         calibration: texts that int8 finds the scales of its activations on; None: while the graph runs.
+        padding_free: the ONNX graph computes on the tokens that take part, given by one more input.
         progress: called with a description, the steps done and all steps.
     """
 
@@ -56,6 +57,7 @@ class ExportJob:
     precision: str = "fp32"
     table_dtype: str = "fp32"
     calibration: "TextRows | None" = None
+    padding_free: bool = False
 
 
 Exporter = Callable[[ExportJob], Mapping[str, Any]]

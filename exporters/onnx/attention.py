@@ -126,16 +126,16 @@ class PositionBiasedAttention(nn.Module):
         )
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_bias: torch.Tensor | None = None,
-        output_attentions: bool = False,
-        **_: Any,
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, *others: Any, **options: Any
     ) -> tuple[torch.Tensor]:
-        """`hidden_states [batch, length, width]` to the same; mask and bias are added to the scores."""
+        """`hidden_states [batch, length, width]` to the same.
+
+        Mask and bias are added to the scores. The bias comes by name or as the last of `others`;
+        before it, transformers 4 has a mask of heads, which a model in use leaves empty.
+        """
+        bias = options.get("position_bias", others[-1] if others else None)
         states = (self.q(hidden_states), self.k(hidden_states), self.v(hidden_states))
-        return (self.o(getattr(self, ATTEND, attend)(*states, attention_mask, self.heads, position_bias)),)
+        return (self.o(getattr(self, ATTEND, attend)(*states, attention_mask, self.heads, bias)),)
 
 
 def _share_position_bias(encoder: Any) -> None:

@@ -10,6 +10,7 @@ from exporters.onnx.accuracy import Labelled, answer_in_pytorch, choose_labelled
 from exporters.onnx.calibrating import calibration_inputs
 from exporters.onnx.customers import base_tables, made_up_customers, mixed_reference, read_base_head
 from exporters.onnx.graph import SMALLEST_EXTERNAL_BYTES, input_names, write_graph
+from exporters.onnx.packing import Packing
 from exporters.onnx.precision import cast_inside, check_precision
 from exporters.onnx.quantizing import quantize_graph
 from exporters.onnx.reference import build_reference, choose_texts
@@ -65,8 +66,8 @@ def export_merged(job: ExportJob) -> Manifest:
 
     Raises:
         InputError: there is no customer, or a head table was asked for; the output exists, the
-            checkpoint has no task head or no fast tokenizer, the precision is unknown or not for
-            the provider, or some labels of the texts are the customer's and some are not.
+            checkpoint has no task head or no fast tokenizer, or cannot be padding-free; the precision
+            is unknown or not for the provider, or some labels of the texts are the customer's and some are not.
         BasisMismatchError: base, basis and coefficients do not belong together.
         CheckFailed: the logits differ, or the customer's effect does.
         ProviderError: the provider does not load, or cannot compute in the precision.
@@ -142,6 +143,8 @@ def _export(job: ExportJob, make_plan: Callable[[], _Plan]) -> Manifest:
             job.progress(STEPS[min(done, len(STEPS) - 1)], done, len(STEPS))
 
     check_precision(job.precision, job.provider, job.calibration is not None)
+    if job.padding_free and job.calibration is not None:
+        raise InputError("--calibration runs padded batches, which a padding-free graph does not take; leave one out")
     check_free_folder(job.output)
     tokenizer = _check_exportable(job.checkpoint)
     step(0)
@@ -149,7 +152,8 @@ def _export(job: ExportJob, make_plan: Callable[[], _Plan]) -> Manifest:
     step(1)
     with atomic_folder(job.output) as folder:
         cast_inside(plan.model, plan.rows, job.precision)
-        graph = write_graph(plan.model, input_names(plan.model, tokenizer), folder, plan.rows)
+        packing = Packing() if job.padding_free else None
+        graph = write_graph(plan.model, input_names(plan.model, tokenizer), folder, plan.rows, packing)
         if job.precision == "int8":
             calibration = _calibration(job, plan, tokenizer)
             quantize_graph(folder / MODEL_FILE, graph.products, SMALLEST_EXTERNAL_BYTES, calibration)

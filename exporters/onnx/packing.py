@@ -26,6 +26,7 @@ class Packing:
     Attributes:
         opset: that its operators are of.
         attended: how many attentions ran on tokens.
+        inside: whether the run is between the first block and the last.
         tokens: `[tokens]` int64, positions in the batch as one row.
         places: `[batch * length]` int64, the other way round; 0 for a token that was left out.
         rows: `[tokens]` int64, the row of the batch that each token is of.
@@ -35,6 +36,7 @@ class Packing:
 
     def __init__(self) -> None:
         self.attended = 0
+        self.inside = False
         self.batch: Any = 0
         self.length: Any = 0
         self.tokens = self.places = self.rows = torch.empty(0, dtype=torch.int64)
@@ -45,7 +47,7 @@ class Packing:
 
     def fill(self, tokens: torch.Tensor, mask: torch.Tensor) -> None:
         """Take the tokens of the run that begins, a batch of the shape of `mask`."""
-        self.tokens = tokens
+        self.tokens, self.inside = tokens, False
         self.batch, self.length = mask.shape
         # The sizes only give shapes: as operands they would have to be copied to a GPU in every run.
         numbers = torch.arange(tokens.shape[0], device=tokens.device)
@@ -96,7 +98,9 @@ class _FirstBlock(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the block's; `hidden_states [batch, length, width]`, the result on tokens."""
-        return self.block(self.packing.pack(hidden_states), *args, **kwargs)
+        packed = self.packing.pack(hidden_states)
+        self.packing.inside = True
+        return self.block(packed, *args, **kwargs)
 
 
 class _LastBlock(nn.Module):
@@ -110,6 +114,7 @@ class _LastBlock(nn.Module):
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the block's; `hidden_states [1, tokens, width]`, the result `[batch, length, width]`."""
         result = self.block(hidden_states, *args, **kwargs)
+        self.packing.inside = False
         if isinstance(result, tuple):
             return (self.packing.unpack(result[0]), *result[1:])
         return self.packing.unpack(result)

@@ -100,7 +100,7 @@ class TableBranch(nn.Module):
             InputError: the input has other axes, so that its rows are not those of the batch.
         """
         c = self.rows.coefficients[self.index]
-        if self.rows.packing is not None and x.dim() == 3:
+        if self.rows.packing is not None and self.rows.packing.inside:
             c = self.rows.packing.by_token(c)
         # Checked on a plain run before the export: under it, a comparison of sizes would fix them.
         if not torch.compiler.is_exporting() and (x.dim() not in (2, 3) or x.shape[0] != c.shape[0]):

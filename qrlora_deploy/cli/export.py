@@ -59,6 +59,12 @@ SHOWN = ("kind", "task", "labels", "precision", "opset", "head_labels", "parity"
     help="Switchable: of the customers' coefficients on the device. fp16 takes half the memory; files stay fp32.",
 )
 @click.option(
+    "--padding-free",
+    is_flag=True,
+    help="The linear layers of an encoder compute on text alone, not on padding; for batches of uneven lengths. The "
+    "graph gets one more input, token_index, which this project's sessions fill in.",
+)
+@click.option(
     "--data",
     help="Texts of the parity check, by default ones of this project. Where its labels are the model's, accuracy is "
     "measured too, on up to 512 rows, in PyTorch in fp32 and in the export; switchable: the base's. Where none of "
@@ -78,6 +84,7 @@ def command(
     precision: str,
     calibration: str | None,
     table_dtype: str,
+    padding_free: bool,
     data: str | None,
     text_column: str | None,
     label_column: str | None,
@@ -111,6 +118,8 @@ def command(
         raise click.UsageError(f"--table-dtype belongs to --format onnx; what {format_name} writes is fp32")
     if calibration is not None and precision != "int8":
         raise click.UsageError(f"--calibration belongs to --precision int8; {precision} has no scales to find")
+    if padding_free and format_name in FP32_ONLY:
+        raise click.UsageError(f"--padding-free belongs to --format onnx; {format_name} writes no graph")
     exporter = find_exporter(format_name)
     check_free_folder(output)
     checkpoint, frozen, customer = _open(base, basis, coefficients)
@@ -129,6 +138,7 @@ def command(
             precision,
             table_dtype,
             unlabelled,
+            padding_free,
         )
         record = dict(exporter(job))
     return Output(record, f"wrote {output}", _shown(record))

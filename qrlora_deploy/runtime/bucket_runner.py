@@ -13,7 +13,17 @@ from qrlora_deploy.runtime.bundle import Manifest
 from qrlora_deploy.runtime.cuda import DEVICE_TO_HOST, HOST_TO_DEVICE, CudaBuffer, pinned_bytes
 from qrlora_deploy.runtime.layout import SLOT
 from qrlora_deploy.runtime.memory import TableMemory
-from qrlora_deploy.runtime.running import LOGITS, Inputs, PlainRunner, Runner, Tables, run_bound, text_inputs
+from qrlora_deploy.runtime.running import (
+    LOGITS,
+    Inputs,
+    PlainRunner,
+    Runner,
+    Tables,
+    is_padding_free,
+    run_bound,
+    text_inputs,
+)
+from qrlora_deploy.runtime.token_index import TOKEN_INDEX, kept_tokens, padded_tokens
 from qrlora_deploy.runtime.worker import Worker
 
 ALIGNMENT = 256
@@ -29,7 +39,8 @@ class BucketRunner:
     On CUDA each bucket is a captured graph, which takes its launches off the processor. ONNX
     Runtime keeps captured graphs by thread, and the memory between their operators is shared with
     every other run, so no two runs may overlap: hence the thread. What fits no bucket runs there
-    as it is.
+    as it is. A padding-free graph also has a number of tokens, rounded up (`padded_tokens`): a bucket
+    is captured here for full rows, and for every other number when it comes for the first time.
 
     Args:
         session: opened by `open_session`, on CUDA with `cuda_graph`.
@@ -47,7 +58,8 @@ class BucketRunner:
         self._names = text_inputs(manifest)
         self._outputs = int(manifest.outputs[0].shape[1])
         self._fill, self._plain = filling(manifest), PlainRunner(session, self._names, tables)
-        self._bound: dict[tuple[int, int], _Bound] = {}
+        self._padding_free = is_padding_free(session)
+        self._bound: dict[tuple[int, int, int], _Bound] = {}
         self._graphs = 0
         self._worker = Worker()
         for batch, length in buckets:
@@ -61,12 +73,18 @@ class BucketRunner:
 
     def _run(self, inputs: Inputs, slot: np.ndarray | None) -> np.ndarray:
         batch, length = inputs[self._names[0]].shape
-        shape = self.buckets.fit(batch, length)
-        if shape is None:
+        fitting = self.buckets.fit(batch, length)
+        if fitting is None:
             return self._plain.run(inputs, slot, self._options(NO_GRAPH))
+        kept = self._kept(fitting, inputs) if self._padding_free else None
+        shape = (*fitting, 0 if kept is None else padded_tokens(len(kept), *fitting))
         bound = self._find(shape, None if self._tables is None else self._tables())
         for name in self._names:
             pad_into(bound.inputs[name], inputs[name], self._fill.get(name, 0), int(name == "attention_mask"))
+        if kept is not None:
+            # Position 0 is kept in every batch, so it may be computed more than once.
+            bound.inputs[TOKEN_INDEX][: len(kept)] = kept
+            bound.inputs[TOKEN_INDEX][len(kept) :] = 0
         if slot is not None:
             bound.inputs[SLOT][:batch] = slot
             bound.inputs[SLOT][batch:] = 0
@@ -75,7 +93,13 @@ class BucketRunner:
         bound.buffers.download()
         return bound.logits[:batch].copy()
 
-    def _find(self, shape: tuple[int, int], memory: TableMemory | None) -> "_Bound":
+    def _kept(self, shape: tuple[int, int], inputs: Inputs) -> np.ndarray:
+        """The tokens of a batch in its bucket, of whose further rows each has one."""
+        mask = np.zeros(shape, dtype=np.int64)
+        pad_into(mask, inputs["attention_mask"], 0, 1)
+        return kept_tokens(mask)
+
+    def _find(self, shape: tuple[int, int, int], memory: TableMemory | None) -> "_Bound":
         bound = self._bound.get(shape)
         if bound is None or bound.memory is not memory:
             # A table that has grown lies elsewhere, and a graph keeps its addresses: no bucket of
@@ -84,9 +108,11 @@ class BucketRunner:
             bound = self._bound[shape] = self._bind(shape, memory)
         return bound
 
-    def _bind(self, shape: tuple[int, int], memory: TableMemory | None) -> "_Bound":
-        batch, length = shape
+    def _bind(self, shape: tuple[int, int, int], memory: TableMemory | None) -> "_Bound":
+        batch, length, tokens = shape
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(self._names, (batch, length))
+        if tokens:
+            shapes[TOKEN_INDEX] = (tokens,)
         if memory is not None:
             shapes[SLOT] = (batch,)
         places, size_bytes = _places(shapes, (batch, self._outputs))

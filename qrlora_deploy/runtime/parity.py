@@ -13,7 +13,9 @@ import safetensors.numpy
 from qrlora_deploy.errors import CheckFailed, FileFormatError, ProviderError, first_line
 from qrlora_deploy.runtime.bundle import REFERENCE_FILE, Bundle
 from qrlora_deploy.runtime.layout import TABLE
+from qrlora_deploy.runtime.running import is_padding_free
 from qrlora_deploy.runtime.session import open_session
+from qrlora_deploy.runtime.token_index import TOKEN_INDEX, kept_tokens
 
 
 @dataclass(frozen=True)
@@ -220,6 +222,8 @@ def run_logits(session: Any, inputs: dict[str, np.ndarray], what: str) -> np.nda
     Raises:
         CheckFailed: the model does not run on it.
     """
+    if is_padding_free(session):
+        inputs = inputs | {TOKEN_INDEX: kept_tokens(inputs["attention_mask"])}
     try:
         return np.asarray(session.run([LOGITS], inputs)[0])
     # ONNX Runtime's exceptions share no base class of their own.

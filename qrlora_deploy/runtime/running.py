@@ -9,6 +9,7 @@ from qrlora_deploy.errors import QrloraError, first_line
 from qrlora_deploy.runtime.bundle import Manifest
 from qrlora_deploy.runtime.layout import HEAD_TABLE, SLOT, TABLE
 from qrlora_deploy.runtime.memory import TableMemory
+from qrlora_deploy.runtime.token_index import TOKEN_INDEX, kept_tokens
 
 LOGITS = "logits"
 
@@ -45,12 +46,15 @@ class PlainRunner:
 
     def __init__(self, session: Any, names: Sequence[str], tables: Tables | None = None) -> None:
         self._session, self._names, self._tables = session, names, tables
+        self._padding_free = is_padding_free(session)
 
     def run(self, inputs: Inputs, slot: np.ndarray | None = None, options: Any = None) -> np.ndarray:
         """As `Runner.run`; `options` are ONNX Runtime's `RunOptions`."""
         binding = self._session.io_binding()
         for name in self._names:
             binding.bind_cpu_input(name, np.ascontiguousarray(inputs[name]))
+        if self._padding_free:
+            binding.bind_cpu_input(TOKEN_INDEX, kept_tokens(inputs["attention_mask"]))
         if slot is not None and self._tables is not None:
             binding.bind_cpu_input(SLOT, slot)
             # Held to the end of the run, or a table that grows meanwhile would be given back.
@@ -76,5 +80,11 @@ def run_bound(session: Any, binding: Any, options: Any = None) -> None:
 
 
 def text_inputs(manifest: Manifest) -> list[str]:
-    """Names of the graph's inputs but those of its tables."""
-    return [record.name for record in manifest.inputs if record.name not in (TABLE, HEAD_TABLE, SLOT)]
+    """Names of the graph's inputs that come from the text: not those of its tables, nor what a runner computes."""
+    others = (TABLE, HEAD_TABLE, SLOT, TOKEN_INDEX)
+    return [record.name for record in manifest.inputs if record.name not in others]
+
+
+def is_padding_free(session: Any) -> bool:
+    """Whether the graph of a session takes the tokens to compute on, which follow from the mask."""
+    return any(value.name == TOKEN_INDEX for value in session.get_inputs())
