@@ -87,8 +87,11 @@ class CudaCopies:
 
     def __init__(self, device: int = 0) -> None:
         self._cuda, self._device, self._stream = cuda_runtime(), device, ctypes.c_void_p()
-        self._held, self._mode = held_cuda_runtime(), ctypes.c_int(RELAXED)
+        held, self._mode = held_cuda_runtime(), ctypes.c_int(RELAXED)
         self._mode_place = ctypes.byref(self._mode)
+        # Looked up once: a small copy takes about as long as to find and call them.
+        self._exchange, self._last_error = held.cudaThreadExchangeStreamCaptureMode, held.cudaGetLastError
+        self._begin, self._query = held.cudaMemcpyAsync, held.cudaStreamQuery
         with _BesideCaptures():
             _check(self._cuda.cudaSetDevice(device))
             _check(self._cuda.cudaStreamCreateWithFlags(ctypes.byref(self._stream), NON_BLOCKING))
@@ -111,23 +114,24 @@ class CudaCopies:
         copy takes unusually long. The thread's current device does not matter: a copy follows its
         stream.
         """
-        calls, stream, code = self._held, self._stream, NOT_READY
-        # As `_BesideCaptures` does, whose two calls in Python cost as much as the copy.
+        stream, place = self._stream, self._mode_place
+        # As `_BesideCaptures` does, whose calls in Python would cost as much as the copy.
         self._mode.value = RELAXED
-        calls.cudaThreadExchangeStreamCaptureMode(self._mode_place)
+        self._exchange(place)
         try:
-            _check(calls.cudaMemcpyAsync(target, source, size_bytes, HOST_TO_DEVICE, stream))
-            for _ in range(QUERIES):
-                code = calls.cudaStreamQuery(stream)
-                if code != NOT_READY:
-                    break
-            else:
-                code = self._cuda.cudaStreamSynchronize(stream)
-            # "Not ready" stays the thread's last error, which ONNX Runtime would take for its own.
-            calls.cudaGetLastError()
-            _check(code)
+            code = self._begin(target, source, size_bytes, HOST_TO_DEVICE, stream)
+            if not code:
+                query, left = self._query, QUERIES
+                while (code := query(stream)) == NOT_READY and (left := left - 1):
+                    pass
+                if code == NOT_READY:
+                    code = self._cuda.cudaStreamSynchronize(stream)
+                # "Not ready" stays the thread's last error, which ONNX Runtime would take for its own.
+                self._last_error()
         finally:
-            calls.cudaThreadExchangeStreamCaptureMode(self._mode_place)
+            self._exchange(place)
+        if code:
+            _check(code)
 
     def clear(self, target: int, size_bytes: int) -> None:
         """Set `size_bytes` to zero and wait."""

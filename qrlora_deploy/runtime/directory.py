@@ -115,8 +115,10 @@ class Directory:
         """Give a customer an entry; returns the rows it had."""
         old = self._row_of.pop(customer, None)
         self._row_of[customer] = row
-        # Nobody has both an entry and a row of a bulk, but while a bulk takes the place of entries.
-        return self._out_of_bulks(customer) if old is None else [old]
+        if old is not None:
+            # Nobody has both an entry and a row of a bulk, but while a bulk takes the place of entries.
+            return [old]
+        return self._out_of_bulks(customer) if self.bulks else []
 
     def take_out(self, customer: str) -> list[int]:
         """Forget a customer; returns the rows it had."""

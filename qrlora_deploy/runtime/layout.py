@@ -20,6 +20,7 @@ TABLE_DTYPES: dict[str, np.dtype[Any]] = {"fp32": np.dtype(np.float32), "fp16": 
 rounded once, when it is made. The head table is fp32 beside either."""
 
 LARGEST_HALF = float(np.finfo(np.float16).max)
+LARGEST_SQUARE = LARGEST_HALF**2
 
 BASE_HEAD_FILE = "base_head.safetensors"
 """The base's own output layer, in a bundle whose customers may have other ones."""
@@ -61,29 +62,32 @@ class TableLayout:
         return np.concatenate([start + np.arange(rank) for start, rank in zip(starts, self.ranks, strict=True)])
 
     def row(self, values: np.ndarray) -> np.ndarray:
-        """A customer's `values [total_rank]` as a row `[width]` of the table's dtype; the padding is zero.
+        """A customer's `values [total_rank]` fp32 as a row `[width]` of the table's dtype; the padding is zero.
+
+        Where the row would be no other it is `values` itself.
 
         Raises:
             InputError: the length does not fit, or a value is out of the range of fp16.
         """
         # Facts that do not change are looked up, not computed: a swap of a customer comes through here.
-        total_rank, width, where = self._sizes
+        total_rank, width, padded = self._sizes
         if values.shape != (total_rank,):
             raise InputError(
                 f"a customer of this bundle has {total_rank} coefficients, not {'x'.join(map(str, values.shape))}"
             )
         # A length below the limit has no coordinate above it; all customers but strange ones stop here.
-        if self._half and not np.dot(values, values) < LARGEST_HALF**2:
+        if self._half and not values.dot(values) < LARGEST_SQUARE:
             check_half_range(values)
+        if not padded:
+            return values.astype(self.dtype, copy=False)
         row = np.zeros(width, dtype=self.dtype)
-        row[where] = values
+        row[self.columns] = values
         return row
 
     @cached_property
-    def _sizes(self) -> tuple[int, int, np.ndarray | slice]:
-        """Total rank, width, and where the numbers stand; without padding a slice, which is copied faster."""
-        padded = self.width > self.total_rank
-        return self.total_rank, self.width, self.columns if padded else slice(None)
+    def _sizes(self) -> tuple[int, int, bool]:
+        """Total rank, width, and whether there is padding."""
+        return self.total_rank, self.width, self.width > self.total_rank
 
 
 @dataclass(frozen=True)

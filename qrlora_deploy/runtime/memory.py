@@ -146,12 +146,13 @@ class CudaMemory:
         self._row = pinned_bytes(self._row_bytes).view(dtype)
         # Asked for once: numpy takes longer to tell an address than to copy a row.
         self._row_address = int(self._row.ctypes.data)
+        self._pointer, self._copy_small = self.buffer.pointer, self.buffer.copies.copy_small
 
     def write(self, row: int, values: np.ndarray) -> None:
         """Copy `values [width]` into a row and wait until they are there."""
         self._row[:] = values
-        place = self.buffer.pointer + self._row_bytes * row
-        self.buffer.copies.copy_small(place, self._row_address, self._row_bytes)
+        size_bytes = self._row_bytes
+        self._copy_small(self._pointer + size_bytes * row, self._row_address, size_bytes)
 
     def write_rows(self, start: int, values: np.ndarray) -> None:
         """Copy `values [n, width]` into the rows from `start` on, with one copy, and wait."""

@@ -96,7 +96,9 @@ class CoefficientTable:
                     self._free.give_back(row)
                 raise
             with self._lock:
-                self._flip(customer, row, note)
+                if note is not None:
+                    self._notes[row] = note
+                self._retire(self._directory.put(customer, row))
 
     def publish_many(self, customers: Sequence[str], blocks: Iterable[dict[str, np.ndarray]], note: Any = None) -> None:
         """`publish_bulk` of customers whose names are there, each once.
@@ -190,12 +192,6 @@ class CoefficientTable:
     def note_of(self, row: int) -> Any:
         """What was published with the version in a row that is held; None for the base."""
         return self._notes.get(row)
-
-    def _flip(self, customer: str, row: int, note: Any) -> None:
-        """Make a row that is written the customer's. Called under the lock."""
-        if note is not None:
-            self._notes[row] = note
-        self._retire(self._directory.put(customer, row))
 
     def _supersede(self, bulk: Bulk, older: Sequence[Bulk], names: Sequence[str]) -> None:
         """Take the customers of a new bulk out of everything older, in steps that keep no run waiting."""

@@ -35,12 +35,11 @@ class FakeCuda:
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("cuda"):
             raise AttributeError(name)
-        function = getattr(self, f"_{name[4:].lower()}")
 
         def call(*arguments: Any) -> int:
             self.calls.append(name)
             plain = [getattr(item, "value", item) for item in arguments]
-            code: int = function(*plain)
+            code: int = getattr(self, f"_{name[4:].lower()}")(*plain)
             # Asking for the last error is no error.
             if name != "cudaGetLastError":
                 self.last_error = code or self.last_error
