@@ -71,6 +71,9 @@ def test_accuracy_of_a_switchable_bundle_is_the_bases(tiny_base: Path, tiny_basi
 class Always:
     """A session that answers with one label."""
 
+    def get_inputs(self) -> list[object]:
+        return []
+
     def run(self, _names: list[str], inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
         return [np.eye(4, dtype=np.float32)[np.full(len(inputs["input_ids"]), 2)]]
 
@@ -84,6 +87,9 @@ def test_graph_and_pytorch_are_counted_apart() -> None:
 
 def test_graph_that_cannot_run_a_batch_is_one_line() -> None:
     class Broken:
+        def get_inputs(self) -> list[object]:
+            return []
+
         def run(self, *_arguments: object) -> None:
             raise RuntimeError("no kernel\nand a trace")
 
