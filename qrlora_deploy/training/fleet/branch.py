@@ -55,11 +55,13 @@ class RowLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[rows, ..., in]` to `[rows, ..., out]`, or `[tokens, in]` to `[tokens, out]`."""
         projected = functional.linear(x, self.r)
-        c = self.values.c[:, self.columns].to(projected.dtype)
-        if len(x) != len(c):
-            # Tokens of all rows one after another. Where there are as many as rows, each row has one.
+        c = self.values.c[:, self.columns]
+        if len(x) != len(c) > 1:
+            # Tokens of all rows one after another. Where there are as many as rows, each row has one;
+            # and coefficients of one row are everyone's.
             c = c.index_select(0, self.values.token_rows)
-        c = c.view(len(c), *[1] * (x.dim() - 2), -1)
+        # Cast after the look-up: its gradient is a sum over tokens, which bf16 would round at each.
+        c = c.view(len(c), *[1] * (x.dim() - 2), -1).to(projected.dtype)
         return self.base(x) + functional.linear(projected * c, self.q)
 
 

@@ -10,7 +10,7 @@ from qrlora_deploy.errors import InputError
 from qrlora_deploy.training.data import Examples
 from qrlora_deploy.training.fleet.model import FleetModel
 from qrlora_deploy.training.fleet.plan import Customer, Targets
-from qrlora_deploy.training.fleet.pool import RowPool
+from qrlora_deploy.training.fleet.pool import RowPool, to_device
 from qrlora_deploy.training.fleet.schedule import StepRows
 from qrlora_deploy.training.fleet.scoring import Answers
 from qrlora_deploy.training.loop import Rows, build_rows
@@ -56,12 +56,12 @@ class Engine:
             for row in build_rows(self.model.tokenizer, examples, targets, length)
         ]
 
-    def has_room(self, rows: Rows) -> bool:
-        """Whether the hidden states of so many more rows may be kept."""
+    def has_room(self, tokens: int) -> bool:
+        """Whether the hidden states of so many more tokens may be kept."""
         if self.model.split is None:
             return True
         width = int(self.model.model.config.get_text_config().hidden_size)
-        return self.pool.has_room(sum(len(row["input_ids"]) for row in rows), 4 * width)
+        return self.pool.has_room(tokens, width * torch.float32.itemsize)
 
     def enter(self, slots: list[int], customers: list[Customer], rows: list[Rows]) -> dict[int, str]:
         """Customers begin; the trunk runs over all their rows.
@@ -144,36 +144,33 @@ class Engine:
         return StepRows(owners, first[owners] + within, np.ones(len(owners)))
 
     def _parts(self, rows: StepRows) -> Iterator[np.ndarray]:
-        """Positions in `rows`, the longest rows first, cut into chunks."""
+        """Positions in `rows`, cut into chunks; the longest rows first, but ascending within a chunk."""
         lengths = self.pool.lengths[rows.slots, rows.rows]
         order = np.argsort(-lengths, kind="stable")
         start = 0
         while start < len(order):
             size = max(1, self.chunk_tokens // int(lengths[order[start]]))
-            yield order[start : start + size]
+            yield order[start : start + size][::-1]
             start += size
 
     def _chunks(self, rows: StepRows) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Slots, targets, weights and logits of each chunk, all on the device."""
         for part in self._parts(rows):
             owners, numbers = rows.slots[part], rows.rows[part]
-            places, lengths = _places(owners), self.pool.lengths[owners, numbers]
-            whole = self._moved(np.stack([owners, places, self.pool.starts(owners, numbers), lengths]))
-            real = self._moved(np.stack([self.targets[owners, numbers], rows.shares[part]]))
-            self.model.give(whole[0], whole[1], int(places.max()) + 1)
-            yield whole[0], real[0], real[1].float(), self._logits(whole[2], whole[3], lengths)
+            places = _places(owners)
+            slots, on_device = to_device(np.stack([owners, places]), self.device)
+            real = to_device(np.stack([self.targets[owners, numbers], rows.shares[part]]), self.device)
+            self.model.give(slots, on_device, int(places.max()) + 1)
+            yield slots, real[0], real[1].float(), self._logits(owners, numbers)
 
-    def _logits(self, starts: torch.Tensor, there: torch.Tensor, lengths: np.ndarray) -> torch.Tensor:
-        """Of rows whose lengths are `there` on the device."""
-        length = int(lengths.max())
+    def _logits(self, owners: np.ndarray, numbers: np.ndarray) -> torch.Tensor:
+        starts, lengths = self.pool.starts(owners, numbers), self.pool.lengths[owners, numbers]
         if self.model.upper is not None:
-            return self.model.logits_packed(self.pool.packed_hidden(starts, there, length, int(lengths.sum())))
-        hidden = self.pool.padded_hidden(starts, there, length) if self.model.split else None
-        return self.model.logits_padded(self.pool.pad_rows(starts, there, length), hidden)
-
-    def _moved(self, array: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+            return self.model.logits_packed(self.pool.packed_hidden(starts, lengths))
+        where, there = to_device(np.stack([starts, lengths]), self.device)
+        length = int(lengths.max())
+        hidden = self.pool.padded_hidden(where, there, length) if self.model.split else None
+        return self.model.logits_padded(self.pool.pad_rows(where, there, length), hidden)
 
     def _run_trunk(self, rows: StepRows) -> None:
         if self.model.split is None:
@@ -182,7 +179,7 @@ class Engine:
             for part in self._parts(rows):
                 owners, numbers = rows.slots[part], rows.rows[part]
                 lengths = self.pool.lengths[owners, numbers]
-                starts, there = self._moved(np.stack([self.pool.starts(owners, numbers), lengths]))
+                starts, there = to_device(np.stack([self.pool.starts(owners, numbers), lengths]), self.device)
                 batch = self.pool.pad_rows(starts, there, int(lengths.max()))
                 self.pool.fill(starts, there, self.model.trunk(batch))
 

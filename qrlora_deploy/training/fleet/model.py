@@ -17,7 +17,7 @@ from qrlora_deploy.training.fleet.table import AdamTable
 from qrlora_deploy.training.head import Outputs, base_outputs, output_layer
 from qrlora_deploy.training.loop import load_tokenizer, quiet_transformers
 from qrlora_deploy.training.settings import TrainSettings
-from qrlora_deploy.training.trunk import PROBE_LENGTH, SplitModel, split_model
+from qrlora_deploy.training.trunk import SplitModel, split_model
 from qrlora_deploy.training.upper import Upper
 
 MASK = "attention_mask"
@@ -177,11 +177,10 @@ class FleetModel:
         """The blocks above the trunk without padding; None where the base is of another kind than BERT's."""
         if self.split is None:
             return None
-        # It is held against the model on two rows of two lengths: they are the first customer's.
-        lengths = torch.tensor([PROBE_LENGTH, PROBE_LENGTH // 2], device=self.device)
+        # It is held against the model on two rows, which are of one customer then.
         rows = torch.arange(2, device=self.device)
-        self.values.token_rows = torch.repeat_interleave(rows, lengths)
         self.give(torch.zeros_like(rows), rows, 2)
+        self.values.c = self.values.c[:1]
         try:
             return Upper(self.split)
         except InputError:

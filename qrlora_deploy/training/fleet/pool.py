@@ -1,14 +1,14 @@
 """The rows of the active customers on the device: token ids and hidden states, without padding."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.training.upper import Layout
+from qrlora_deploy.training.upper import Layout, packed_layout
 
 IDS = "input_ids"
 
@@ -123,16 +123,20 @@ class RowPool:
             .unflatten(0, (len(starts), length))
         )
 
-    def packed_hidden(self, starts: torch.Tensor, lengths: torch.Tensor, length: int, tokens: int) -> PackedRows:
-        """Some rows one after another; `tokens` is the sum of their lengths, which the host knows."""
-        rows = len(starts)
-        numbers = torch.arange(rows, device=self.device)
-        token_rows = torch.repeat_interleave(numbers, lengths, output_size=tokens)
-        first = lengths.cumsum(0) - lengths
-        position = torch.arange(tokens, device=self.device) - first[token_rows]
-        mask = torch.arange(length, device=self.device) < lengths[:, None]
-        layout = Layout(rows, length, first, mask[:, None, None], token_rows * length + position)
-        return PackedRows(self._filled().index_select(0, starts[token_rows] + position), layout, token_rows)
+    def packed_hidden(self, starts: np.ndarray, lengths: np.ndarray) -> PackedRows:
+        """Some rows one after another.
+
+        Args:
+            starts: `[rows]` int64, from `starts`.
+            lengths: `[rows]` int64, which ascend.
+        """
+        token_rows = np.repeat(np.arange(len(lengths)), lengths)
+        before = lengths.cumsum() - lengths
+        where = (starts - before)[token_rows] + np.arange(len(token_rows))
+        # Built on the host, which knows every size: on a GPU each would be waited for.
+        layout = _on_device(packed_layout(torch.from_numpy(lengths)), self.device)
+        hidden = self._filled().index_select(0, to_device(where, self.device))
+        return PackedRows(hidden, layout, to_device(token_rows, self.device))
 
     def _filled(self) -> torch.Tensor:
         if self.hidden is None:
@@ -161,6 +165,26 @@ class RowPool:
             self.hidden = _moved(self.hidden, kept, capacity)
         self.begin[living] = np.cumsum(self.size[living]) - self.size[living]
         self.end = len(kept)
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """An array as a tensor on the device; nothing is waited for."""
+    return _send(torch.from_numpy(array), device)
+
+
+def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def _on_device(value: Any, device: torch.device) -> Any:
+    """A record with all tensors in it, and in the records that it holds, on the device."""
+    if isinstance(value, torch.Tensor):
+        return _send(value, device)
+    if isinstance(value, tuple):
+        return tuple(_on_device(item, device) for item in value)
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    return replace(value, **{item.name: _on_device(getattr(value, item.name), device) for item in fields(value)})
 
 
 def _moved(stored: torch.Tensor, kept: torch.Tensor, capacity: int) -> torch.Tensor:

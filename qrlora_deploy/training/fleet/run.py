@@ -86,6 +86,8 @@ def train_fleet(
         ProviderError: CUDA was asked for where there is none.
         QrloraError: the disk or the memory is full. Customers that were done keep their files.
     """
+    if settings.dropout:
+        raise InputError("a fleet trains without dropout: its masks would depend on who else is in the batch")
     device = _device(settings, options.local_rank)
     check_basis_fits(checkpoint, basis)
     start = time.perf_counter()
@@ -134,6 +136,7 @@ class _Fleet:
         self.total = len(plan.customers) + len(plan.refused)
         # The longest first: at the end few would be left to train beside each other.
         self.queue = deque(sorted(waiting, key=lambda customer: -len(customer.train)))
+        self.ready: Rows | None = None
         self.active: dict[int, _Active] = {}
         self.slots = options.slots(device.type, settings.batch_size, len(waiting))
         if waiting:
@@ -175,14 +178,17 @@ class _Fleet:
         if not self.queue or len(free) < max(1, self.slots // 8):
             return
         entering: list[tuple[int, Customer, Rows]] = []
+        tokens = 0
         for slot in free:
             if not self.queue:
                 break
-            rows = self.engine.tokenize(self.queue[0])
-            waiting = [row for _, _, part in entering for row in part]
-            if not self.engine.has_room(waiting + rows) and (self.active or entering):
+            rows = self.ready or self.engine.tokenize(self.queue[0])
+            tokens += sum(len(row["input_ids"]) for row in rows)
+            if not self.engine.has_room(tokens) and (self.active or entering):
+                self.ready = rows  # until somebody has left
                 break
             entering.append((int(slot), self.queue.popleft(), rows))
+            self.ready = None
         slots, customers = [slot for slot, _, _ in entering], [customer for _, customer, _ in entering]
         wrong = self.engine.enter(slots, customers, [rows for _, _, rows in entering])
         for slot, customer in zip(slots, customers, strict=True):
@@ -280,6 +286,7 @@ class _Fleet:
             "learning_rate": settings.learning_rate,
             "max_length": settings.max_length,
             "head": settings.head,
+            "dropout": False,
             "metric": active.metric,
             "metrics": _rounded(active.metrics),
             "baseline": active.baseline,

@@ -20,7 +20,7 @@ neighbour shows in the second digit."""
 SIZES = ((16, 8), (7, 5), (30, 6), (1, 2), (33, 12))
 """Training and held-out rows of five customers."""
 
-OWN_WAYS = ("run_digest", "loss", "metrics", "baseline", "dropout", "trunk_cache")
+OWN_WAYS = ("run_digest", "loss", "metrics", "baseline", "trunk_cache")
 """Of a training record: what is compared by itself, and what says how a run went and not what came out."""
 
 

@@ -14,11 +14,13 @@ from qrlora_deploy.errors import InputError
 from qrlora_deploy.files import digest_file
 from qrlora_deploy.training.data import read_examples
 from qrlora_deploy.training.fleet import model as fleet_model
+from qrlora_deploy.training.fleet import run as fleet_run
 from qrlora_deploy.training.fleet.engine import CHUNK_TOKENS, Engine
 from qrlora_deploy.training.fleet.model import FleetModel
 from qrlora_deploy.training.fleet.options import FleetOptions, FleetReport
 from qrlora_deploy.training.fleet.plan import FleetSource
 from qrlora_deploy.training.fleet.run import train_fleet
+from qrlora_deploy.training.fleet.schedule import StepRows
 from qrlora_deploy.training.settings import TrainSettings
 from qrlora_deploy.training.trainer import train
 from tests.training.fleet.making import (
@@ -90,6 +92,24 @@ def test_neighbours_and_the_way_of_computing_change_nothing(
     for name in names:
         one, two = (read_coefficients(tmp_path / place / f"{name}.safetensors") for place in ("out", "before"))
         check_same(one, two)
+
+
+def test_customers_wait_until_there_is_room(
+    still_base: Checkpoint, tiny_basis: Basis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, settings = write_folders(tmp_path), settings_of(epochs=2)
+    # Room for the hidden states of about one customer: the others wait, and nobody is forgotten.
+    monkeypatch.setattr(fleet_run, "free_share", lambda _: 300 * 32 * 4)
+    most: list[int] = []
+    step = Engine.train_step
+
+    def counted(engine: Engine, rows: StepRows, *rest: np.ndarray) -> None:
+        most.append(len(set(rows.slots.tolist())))
+        step(engine, rows, *rest)
+
+    monkeypatch.setattr(Engine, "train_step", counted)
+    report = run(still_base, tiny_basis, tmp_path, settings, rows=100)
+    assert report.count("trained") == len(names) and max(most) < len(names)
 
 
 def test_the_tiny_base_is_computed_without_padding(still_base: Checkpoint, tiny_basis: Basis) -> None:

@@ -1,0 +1,124 @@
+"""The peers of a fleet: PEFT's LoRA on one customer after another, in a plain loop and by transformers' Trainer."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils.data import DataLoader
+from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, get_linear_schedule_with_warmup
+from transformers.trainer_callback import PrinterCallback
+
+from qrlora_deploy.checkpoint import Checkpoint
+from qrlora_deploy.training.data import Examples
+from qrlora_deploy.training.loop import Rows, build_rows, load_tokenizer
+from qrlora_deploy.training.settings import TrainSettings
+from qrlora_deploy.training.tasks import encode_labels
+
+RATE = 5e-4
+RANK = 8
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A base that is loaded once, and what LoRA adapts in it.
+
+    Attributes:
+        model: without adapters between customers.
+        tokenizer: of the base.
+        labels: of the base's head, which stays frozen.
+        targets: module paths, those of the fleet.
+        settings: epochs, batch size, length and seed, those of the fleet.
+        device: "cpu" or "cuda".
+    """
+
+    model: Any
+    tokenizer: Any
+    labels: tuple[str, ...]
+    targets: list[str]
+    settings: TrainSettings
+    device: str
+
+    def rows(self, examples: Examples) -> Rows:
+        """Tokens and targets of a customer."""
+        targets = encode_labels(examples, "text-classification", self.labels)
+        return build_rows(self.tokenizer, examples, targets, self.settings.max_length)
+
+
+def open_peer(checkpoint: Checkpoint, targets: list[str], settings: TrainSettings, device: str) -> Peer:
+    """Load the base once, without dropout, as the fleet has it."""
+    zero = {name: 0.0 for name, value in checkpoint.config.to_dict().items() if "drop" in name and value is not None}
+    model = checkpoint.load_model(**zero).to(device)
+    tokenizer = load_tokenizer(checkpoint, model, settings.max_length)
+    return Peer(model, tokenizer, checkpoint.labels, targets, settings, device)
+
+
+def seconds_of(train: Callable[[Peer, Examples], None], peer: Peer, customers: list[Examples]) -> list[float]:
+    """How long each customer takes, tokenizing included."""
+    found = []
+    for examples in customers:
+        start = time.perf_counter()
+        train(peer, examples)
+        if peer.device == "cuda":
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - start)
+    return found
+
+
+def train_in_loop(peer: Peer, examples: Examples) -> None:
+    """LoRA in a loop of plain PyTorch: nothing but what training needs."""
+    settings = peer.settings
+    tuned: Any = get_peft_model(peer.model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=peer.targets))
+    tuned.train()
+    collate: Any = DataCollatorWithPadding(peer.tokenizer)
+    generator = torch.Generator().manual_seed(settings.seed)
+    rows: Any = peer.rows(examples)
+    loader: Any = DataLoader(rows, settings.batch_size, shuffle=True, collate_fn=collate, generator=generator)
+    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
+    steps = settings.epochs * len(loader)
+    schedule = get_linear_schedule_with_warmup(optimizer, int(0.06 * steps), steps)
+    for _ in range(settings.epochs):
+        for batch in loader:
+            with torch.autocast(peer.device, torch.bfloat16, enabled=peer.device == "cuda"):
+                loss = tuned(**{name: tensor.to(peer.device) for name, tensor in batch.items()}).loss
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+    tuned.unload()
+
+
+def train_by_trainer(folder: Path) -> Callable[[Peer, Examples], None]:
+    """LoRA as PEFT's own examples train it; `folder` is for the Trainer, which writes nothing there."""
+
+    def train(peer: Peer, examples: Examples) -> None:
+        settings = peer.settings
+        config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=peer.targets)
+        tuned: Any = get_peft_model(peer.model, config)
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            num_train_epochs=settings.epochs,
+            per_device_train_batch_size=settings.batch_size,
+            learning_rate=RATE,
+            warmup_steps=0,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=peer.device == "cpu",
+            bf16=peer.device == "cuda",
+            dataloader_pin_memory=peer.device == "cuda",
+            seed=settings.seed,
+        )
+        rows: Any = peer.rows(examples)
+        trainer = Trainer(
+            model=tuned, args=arguments, train_dataset=rows, data_collator=DataCollatorWithPadding(peer.tokenizer)
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        tuned.unload()
+
+    return train
