@@ -21,14 +21,14 @@ import numpy as np
 import onnxruntime
 
 from benchmarks.records import environment, summary
-from benchmarks.table_parts.busy import Busy, rates_beside_swaps
+from benchmarks.table_parts.busy import Busy, Swapper, rates_beside_swaps
 from benchmarks.table_parts.customers import make_bundle
 from benchmarks.table_parts.loading import repeated
 from benchmarks.table_parts.stage import Stage, check, load
 from qrlora_deploy.bench.statistics import ratio_in_rounds
 from qrlora_deploy.files import write_json
 from qrlora_deploy.runtime import SwitchableSession, open_bundle
-from qrlora_deploy.runtime.cuda import HOST_TO_DEVICE
+from qrlora_deploy.runtime.cuda import HOST_TO_DEVICE, CudaCopies
 from qrlora_deploy.runtime.layout import TABLE
 from qrlora_deploy.runtime.memory import CudaMemory
 
@@ -126,8 +126,11 @@ def _time_swaps(stage: Stage) -> dict[str, Any]:
     for _ in range(SWAPS):
         others.swap()
         one.swap()
+    waited = stage.swapper(stage.names[:1])
+    waited_s = repeated(lambda: _swap_and_wait(waited), SWAPS)
     part = stage.all.table.memory.parts[TABLE]
     record = {"another every time": summary(others.samples, 1e6), "always the same": summary(one.samples, 1e6)}
+    record["until it is on the device"] = summary(waited_s, 1e6)
     row = part.read_rows(1, 1)[0]
     spare = stage.all.table.memory.rows - 1
     record["the copy alone"] = summary(repeated(lambda: part.write(spare, row), SWAPS), 1e6)
@@ -144,6 +147,11 @@ def _time_swaps(stage: Stage) -> dict[str, Any]:
     return {"idle_us": record | {"without the copy": summary(without.samples, 1e6)}}
 
 
+def _swap_and_wait(swapper: Swapper) -> None:
+    swapper.swap()
+    swapper.session.table.memory.settle()
+
+
 def _time_copies(part: CudaMemory, spare: int, row: np.ndarray) -> dict[str, Any]:
     """Ways to copy a row to the GPU, from pinned and from plain memory."""
     copies, place, size_bytes = part.buffer.copies, part.buffer.pointer + spare * row.nbytes, row.nbytes
@@ -151,11 +159,19 @@ def _time_copies(part: CudaMemory, spare: int, row: np.ndarray) -> dict[str, Any
     places = {"pinned": int(pinned.ctypes.data), "plain": int(row.ctypes.data)}
     record = {}
     for name, source in places.items():
-        asked = repeated(lambda source=source: copies.copy_small(place, source, size_bytes), SWAPS)  # type: ignore[misc]
+        asked = repeated(lambda source=source: _copy_and_ask(copies, place, source, size_bytes), SWAPS)  # type: ignore[misc]
+        begun = repeated(lambda source=source: copies.begin_copy(place, source, size_bytes), SWAPS)  # type: ignore[misc]
+        copies.wait()
         waited = repeated(lambda source=source: copies.copy(place, source, size_bytes, HOST_TO_DEVICE), SWAPS)  # type: ignore[misc]
         record[f"copy from {name} memory, asked"] = summary(asked, 1e6)
         record[f"copy from {name} memory, waited"] = summary(waited, 1e6)
+        record[f"copy from {name} memory, begun"] = summary(begun, 1e6)
     return record
+
+
+def _copy_and_ask(copies: CudaCopies, place: int, source: int, size_bytes: int) -> None:
+    copies.begin_copy(place, source, size_bytes)
+    copies.wait()
 
 
 def _time_beside(stage: Stage) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def _load(kind: Any) -> Any:
 
 
 class CudaCopies:
-    """Copies on a stream of their own, each done when the call returns. For one thread at a time.
+    """Copies on a stream of their own. For one thread at a time but where it is said.
 
     Raises:
         ProviderError: CUDA is not there.
@@ -107,31 +107,34 @@ class CudaCopies:
             # it is under way.
             _check(self._cuda.cudaStreamSynchronize(self._stream))
 
-    def copy_small(self, target: int, source: int, size_bytes: int) -> None:
-        """Copy a few kilobytes from pinned memory of the host to the device and wait until they are there.
+    def begin_copy(self, target: int, source: int, size_bytes: int) -> None:
+        """Begin to copy a few kilobytes from pinned memory of the host to the device; `wait` waits for it.
 
-        As `copy`, but with half the calls and none that gives up the interpreter's lock, unless the
-        copy takes unusually long. The thread's current device does not matter: a copy follows its
-        stream.
+        The calls keep the interpreter's lock, as none of them waits. The thread's current device does
+        not matter: a copy follows its stream.
         """
-        stream, place = self._stream, self._mode_place
-        # As `_BesideCaptures` does, whose calls in Python would cost as much as the copy.
+        # As `_BesideCaptures` does, whose calls in Python would cost as much as this.
         self._mode.value = RELAXED
-        self._exchange(place)
-        try:
-            code = self._begin(target, source, size_bytes, HOST_TO_DEVICE, stream)
-            if not code:
-                query, left = self._query, QUERIES
-                while (code := query(stream)) == NOT_READY and (left := left - 1):
-                    pass
-                if code == NOT_READY:
-                    code = self._cuda.cudaStreamSynchronize(stream)
-                # "Not ready" stays the thread's last error, which ONNX Runtime would take for its own.
-                self._last_error()
-        finally:
-            self._exchange(place)
+        self._exchange(self._mode_place)
+        code = self._begin(target, source, size_bytes, HOST_TO_DEVICE, self._stream)
+        self._exchange(self._mode_place)
         if code:
             _check(code)
+
+    def wait(self) -> None:
+        """Wait until everything that was begun is there. For any number of threads."""
+        mode = ctypes.c_int(RELAXED)
+        place, query, left = ctypes.byref(mode), self._query, QUERIES
+        self._exchange(place)
+        while (code := query(self._stream)) == NOT_READY and (left := left - 1):
+            pass
+        if code == NOT_READY:
+            # Other threads go on, as this may take longer.
+            code = self._cuda.cudaStreamSynchronize(self._stream)
+        # "Not ready" stays the thread's last error, which ONNX Runtime would take for its own.
+        self._last_error()
+        self._exchange(place)
+        _check(code)
 
     def clear(self, target: int, size_bytes: int) -> None:
         """Set `size_bytes` to zero and wait."""

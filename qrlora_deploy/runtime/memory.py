@@ -11,6 +11,9 @@ from qrlora_deploy.runtime.cuda import DEVICE_TO_DEVICE, DEVICE_TO_HOST, HOST_TO
 
 FP32 = np.dtype(np.float32)
 
+LEAVING = 16
+"""Rows that may be on their way to a GPU at once."""
+
 
 class Memory(Protocol):
     """Rows of one dtype that ONNX Runtime reads while single rows are written.
@@ -23,7 +26,10 @@ class Memory(Protocol):
     dtype: "np.dtype[Any]"
 
     def write(self, row: int, values: np.ndarray) -> None:
-        """Copy `values [width]` into a row; done when it returns."""
+        """Copy `values [width]` into a row; it is there after the next `settle`."""
+
+    def settle(self) -> None:
+        """Wait until every row is there that was written before. For any number of threads."""
 
     def write_rows(self, start: int, values: np.ndarray) -> None:
         """Copy `values [n, width]` into the rows from `start` on, in one go."""
@@ -58,9 +64,14 @@ class TableMemory:
         return sum(part.rows * part.width * part.dtype.itemsize for part in self.parts.values())
 
     def write(self, row: int, values: dict[str, np.ndarray]) -> None:
-        """Copy `values`, a row `[width]` for every input, and wait until they are there."""
+        """Copy `values`, a row `[width]` for every input; they are there after the next `settle`."""
         for name, part in self.parts.items():
             part.write(row, values[name])
+
+    def settle(self) -> None:
+        """Wait until every row is there that was written before. For any number of threads."""
+        for part in self.parts.values():
+            part.settle()
 
     def write_rows(self, start: int, values: dict[str, np.ndarray]) -> None:
         """Copy `values`, rows `[n, width]` for every input, to the rows from `start` on, and wait."""
@@ -109,6 +120,9 @@ class HostMemory:
         """Copy `values [width]` into a row."""
         self.array[row] = values
 
+    def settle(self) -> None:
+        """Nothing to do: a row is there when `write` returns."""
+
     def write_rows(self, start: int, values: np.ndarray) -> None:
         """Copy `values [n, width]` into the rows from `start` on."""
         _check_block(values, start, self)
@@ -134,7 +148,11 @@ class HostMemory:
 
 
 class CudaMemory:
-    """Rows in one buffer of a GPU, zero at the start. A row is copied there on its own."""
+    """Rows in one buffer of a GPU, zero at the start.
+
+    A single row is copied beside whatever runs; who writes it does not wait, who reads it does: by
+    then it has been there for long.
+    """
 
     def __init__(self, rows: int, width: int, dtype: "np.dtype[Any]" = FP32, device: int = 0) -> None:
         self.rows, self.width, self.dtype, self.device = rows, width, dtype, device
@@ -143,16 +161,30 @@ class CudaMemory:
             self.buffer = CudaBuffer(rows * self._row_bytes, device)
         except MemoryError as error:
             raise QrloraError(_too_large(self, f"GPU {device}")) from error
-        self._row = pinned_bytes(self._row_bytes).view(dtype)
+        leaving = self.staging(LEAVING)
         # Asked for once: numpy takes longer to tell an address than to copy a row.
-        self._row_address = int(self._row.ctypes.data)
-        self._pointer, self._copy_small = self.buffer.pointer, self.buffer.copies.copy_small
+        self._leaving = [(row, int(row.ctypes.data)) for row in leaving]
+        self._pointer, self._begin = self.buffer.pointer, self.buffer.copies.begin_copy
+        self._begun = self._settled = 0
 
     def write(self, row: int, values: np.ndarray) -> None:
-        """Copy `values [width]` into a row and wait until they are there."""
-        self._row[:] = values
-        size_bytes = self._row_bytes
-        self._copy_small(self._pointer + size_bytes * row, self._row_address, size_bytes)
+        """Begin to copy `values [width]` into a row; it is there after the next `settle`."""
+        turn = self._begun % LEAVING
+        if not turn:
+            # Before memory is written again from which an earlier row may still be on its way.
+            self.settle()
+        leaving, address = self._leaving[turn]
+        leaving[:] = values
+        self._begin(self._pointer + self._row_bytes * row, address, self._row_bytes)
+        self._begun += 1
+
+    def settle(self) -> None:
+        """Wait until every row is there that was written before. For any number of threads."""
+        begun = self._begun
+        if self._settled < begun:
+            self.buffer.copies.wait()
+            # Where another thread is further, this only makes somebody ask once more.
+            self._settled = begun
 
     def write_rows(self, start: int, values: np.ndarray) -> None:
         """Copy `values [n, width]` into the rows from `start` on, with one copy, and wait."""
@@ -175,6 +207,8 @@ class CudaMemory:
     def grown(self, rows: int) -> "CudaMemory":
         """A larger copy on the same GPU."""
         larger = CudaMemory(rows, self.width, self.dtype, self.device)
+        # Its copies follow another stream.
+        self.settle()
         larger._copy(0, self.buffer.pointer, self.rows * self._row_bytes, DEVICE_TO_DEVICE)
         return larger
 

@@ -80,7 +80,8 @@ class CoefficientTable:
     def publish(self, customer: str, values: dict[str, np.ndarray], note: Any = None) -> None:
         """Make `values`, a row `[width]` per input, what `customer` is from now on.
 
-        Runs that began before go on with the old version; runs that begin afterwards see the new one.
+        Runs that began before go on with the old version; runs that begin afterwards see the new one,
+        and wait for it where it is still on its way to the device.
         `note` goes with the version: `note_of` a held row gives it back.
 
         Raises:
@@ -160,6 +161,9 @@ class CoefficientTable:
 
         Returns:
             The row of each that is there, and the names of those that are not.
+
+        Raises:
+            QrloraError: the device refused to take a row.
         """
         held: dict[str | None, int] = {}
         missing = []
@@ -174,6 +178,12 @@ class CoefficientTable:
                     self._holders[row] = self._holders.get(row, 0) + 1
                     if self.max_rows is not None:
                         self._retire(self._directory.use(customer))
+        try:
+            # The rows that were found are written, but may still be on their way to the device.
+            self.memory.settle()
+        except BaseException:
+            self.release(held.values())
+            raise
         return held, missing
 
     def release(self, rows: Iterable[int]) -> None:

@@ -20,12 +20,14 @@ class FakeCuda:
     Attributes:
         queries: how often a copy is "not ready" before it is there.
         calls: names of the functions that were called, in order.
+        arrived: copies that are there.
         limit_bytes: of one allocation.
     """
 
     def __init__(self, queries: int = 2, limit_bytes: int = 2**30) -> None:
         self.queries, self.limit_bytes = queries, limit_bytes
         self.calls: list[str] = []
+        self.arrived = 0
         self.mode = GLOBAL_MODE
         self.last_error = 0
         self._pieces: dict[int, Any] = {}
@@ -108,6 +110,7 @@ class FakeCuda:
     def _streamsynchronize(self, stream: int) -> int:
         for target, source, size_bytes in self._pending:
             ctypes.memmove(target, source, size_bytes)
+            self.arrived += 1
         self._pending.clear()
         return 0
 

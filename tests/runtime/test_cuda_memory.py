@@ -9,8 +9,8 @@ import pytest
 from qrlora_deploy.errors import QrloraError
 from qrlora_deploy.runtime import cuda
 from qrlora_deploy.runtime.layout import HEAD_TABLE, TABLE, TABLE_DTYPES
-from qrlora_deploy.runtime.memory import CudaMemory, HostMemory, make_memory
-from qrlora_deploy.runtime.table import CoefficientTable
+from qrlora_deploy.runtime.memory import LEAVING, CudaMemory, HostMemory, make_memory
+from qrlora_deploy.runtime.table import CoefficientTable, rows_of
 from tests.runtime.fake_cuda import INVALID, FakeCuda
 
 WIDTHS = {TABLE: 24, HEAD_TABLE: 10}
@@ -60,16 +60,23 @@ def test_it_holds_what_the_host_would_on_a_gpu() -> None:
 
 
 @pytest.mark.parametrize("queries", [0, 1, cuda.QUERIES - 1, cuda.QUERIES, 10**6])
-def test_a_row_is_there_when_the_write_returns(fake: FakeCuda, queries: int) -> None:
+def test_a_row_is_there_when_a_run_may_begin(fake: FakeCuda, queries: int) -> None:
     memory = CudaMemory(8, 16, TABLE_DTYPES["fp16"])
     fake.queries = queries
     fake.calls.clear()
     memory.write(5, np.arange(16, dtype=np.float32))
+    assert len(fake.calls) == 3 and fake.arrived == 0, "who writes it does not wait"
+    fake.calls.clear()
+    memory.settle()
+    assert fake.arrived == 1
     assert fake.calls.count("cudaStreamQuery") == min(queries + 1, cuda.QUERIES)
     assert fake.calls.count("cudaStreamSynchronize") == (queries >= cuda.QUERIES)
-    # Two for the mode, the copy, the questions, and one that clears their "not ready".
-    assert len(fake.calls) == 4 + min(queries + 1, cuda.QUERIES) + (queries >= cuda.QUERIES)
+    # Two for the mode, the questions, and one that clears their "not ready".
+    assert len(fake.calls) == 3 + min(queries + 1, cuda.QUERIES) + (queries >= cuda.QUERIES)
     assert fake.mode == 0 and fake.last_error == 0
+    fake.calls.clear()
+    memory.settle()
+    assert fake.calls == [], "nobody asks twice"
     found = memory.read_rows(4, 3)
     np.testing.assert_array_equal(found[1], np.arange(16, dtype=np.float16))
     assert not found[[0, 2]].any()
@@ -81,18 +88,35 @@ def test_a_copy_that_is_refused_is_an_error_and_leaves_the_thread_as_it_was(
     table = CoefficientTable(lambda rows: make_memory({TABLE: 8}, rows, "cuda"))
     table.publish("a", {TABLE: np.ones(8, np.float32)})
     free = sorted(table._free)
-    for name in ("_memcpyasync", "_streamquery"):
-        with monkeypatch.context() as patch:
-            patch.setattr(fake, name, lambda *_: INVALID)
-            with pytest.raises(QrloraError, match=r"CUDA refused .* \(error 1\)"):
-                table.publish("a", {TABLE: np.zeros(8, np.float32)})
-        assert fake.mode == 0 and sorted(table._free) == free
+    with monkeypatch.context() as patch:
+        patch.setattr(fake, "_memcpyasync", lambda *_: INVALID)
+        with pytest.raises(QrloraError, match=r"CUDA refused .* \(error 1\)"):
+            table.publish("a", {TABLE: np.zeros(8, np.float32)})
+    assert fake.mode == 0 and sorted(table._free) == free
+    with monkeypatch.context() as patch:
+        patch.setattr(fake, "_streamquery", lambda *_: INVALID)
+        with pytest.raises(QrloraError, match=r"CUDA refused .* \(error 1\)"):
+            table.hold(["a"])
+    assert fake.mode == 0 and table._holders == {}
     held, _ = table.hold(["a"])
     assert table.memory.parts[TABLE].read_rows(held["a"], 1).all()
 
 
+@pytest.mark.parametrize("swaps", [1, LEAVING - 1, LEAVING, LEAVING + 1, 5 * LEAVING + 3])
+def test_rows_on_their_way_are_not_overwritten(fake: FakeCuda, swaps: int) -> None:
+    """Copies that begin in order and arrive late: each must arrive with what it began with."""
+    fake.queries = 10**6
+    table = CoefficientTable(lambda rows: make_memory({TABLE: 8}, rows, "cuda"), rows=2)
+    names = [f"c{number}" for number in range(swaps)]
+    for number, name in enumerate(names, start=1):
+        table.publish(name, {TABLE: np.full(8, number, np.float32)})
+    held, _ = table.hold(names)
+    rows = table.memory.parts[TABLE].read_rows(0, table.memory.rows)
+    assert rows[rows_of(names, held), 0].tolist() == list(range(1, swaps + 1))
+
+
 def test_what_does_not_fit_is_refused(fake: FakeCuda) -> None:
-    fake.limit_bytes = 1000
+    fake.limit_bytes = 2000
     with pytest.raises(QrloraError, match=r"100 rows \(0\.0 GB\) does not fit GPU 0"):
         CudaMemory(100, 16)
     memory = CudaMemory(10, 16)
