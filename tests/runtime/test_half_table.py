@@ -15,13 +15,14 @@ from exporters.onnx.verifying import verify_against
 from qrlora_deploy.basis import Basis
 from qrlora_deploy.checkpoint import open_checkpoint
 from qrlora_deploy.coefficients import Coefficients
-from qrlora_deploy.errors import FileFormatError, InputError
+from qrlora_deploy.errors import FileFormatError, InputError, ProviderError
 from qrlora_deploy.exporting import ExportJob
-from qrlora_deploy.runtime import Bundle, SwitchableSession, open_bundle, verify
+from qrlora_deploy.runtime import Buckets, Bundle, SwitchableSession, load_packed, open_bundle, verify
 from qrlora_deploy.runtime.layout import HEAD_TABLE, TABLE, TableLayout
+from qrlora_deploy.runtime.packed_writer import write_packed
 from qrlora_deploy.training.data import Examples
 from tests.runtime.fire import made_up_customer, made_up_inputs
-from tests.tolerances import FP16_TABLE, ONE_ROUNDING
+from tests.tolerances import FP16_TABLE, FP32_ONNX, ONE_ROUNDING
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +116,31 @@ def test_a_manifest_that_speaks_of_another_dtype_is_refused(
     (copy / "manifest.json").write_text(json.dumps(record))
     with pytest.raises(FileFormatError, match="dtype"):
         SwitchableSession(open_bundle(copy), threads=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("buckets", [None, Buckets((8,), (16,))], ids=["plain", "captured graphs"])
+def test_a_packed_file_and_swaps_on_a_gpu_answer_as_on_the_cpu(
+    half: Bundle, tmp_path: Path, buckets: Buckets | None
+) -> None:
+    try:
+        device = SwitchableSession(half, "cuda", rows=2, buckets=buckets)
+    except ProviderError as error:
+        pytest.skip(f"no CUDA execution provider here: {error}")
+    host = SwitchableSession(half, rows=2)
+    customers = {f"c{number}": made_up_customer(half.manifest, number) for number in range(3000)}
+    write_packed(customers.items(), tmp_path / "packed.safetensors", half.manifest)
+    inputs = made_up_inputs(half.manifest, 8, 12)
+    for turn in range(6):
+        if turn % 3 == 0:
+            for session in (host, device):
+                load_packed(session, tmp_path / "packed.safetensors")
+        names: list[str | None] = [None, *(f"c{number}" for number in range(400 * turn, 400 * turn + 7))]
+        for number, name in enumerate(names[1:4]):
+            for session in (host, device):
+                session.load(str(name), made_up_customer(half.manifest, 5000 + 10 * turn + number))
+        found, expected = (session.predict(inputs, names)[0] for session in (device, host))
+        np.testing.assert_array_equal(np.isneginf(found), np.isneginf(expected))
+        np.testing.assert_allclose(found, expected, **FP32_ONNX)
+    rows = [session.table.memory.parts[TABLE].read_rows(0, 3000) for session in (host, device)]
+    np.testing.assert_array_equal(*rows)
