@@ -29,6 +29,7 @@ from benchmarks.graph_parts.running import Graph, torch_contender
 from benchmarks.graph_parts.shapes import SIZES, Inputs, make_basis, make_inputs, make_model
 from benchmarks.graph_parts.variants import ALL, fuse_projections
 from benchmarks.records import environment, summary
+from exporters.onnx.attention import ATTEND
 from exporters.onnx.graph import write_graph
 from exporters.onnx.precision import cast_inside
 from exporters.onnx.switchable import make_switchable
@@ -98,6 +99,9 @@ def _export(name: str, place: Path, arguments: argparse.Namespace) -> tuple[Path
         table[0] = 0
     if variant.fused:
         fuse_projections(model)
+    if variant.attend is not None:
+        for module in model.modules():
+            setattr(module, ATTEND, variant.attend)
     cast_inside(model, rows, arguments.precision)
     packing = variant.packing() if variant.packing else None
     write_graph(model, tuple(make_inputs(arguments.shape, 1, 8)), place, rows, packing)

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from benchmarks.graph_parts.shapes import Setup
-from exporters.onnx.attention import Heads
+from exporters.onnx.attention import Heads, attend
+from exporters.onnx.biases import fold_attention_biases
 from exporters.onnx.packing import Packing
 from exporters.onnx.switchable import TableBranch
 
@@ -65,6 +66,21 @@ class LengthPacking(Packing):
         return output.flatten(0, 1).index_select(0, self.homes).unsqueeze(0)
 
 
+def attend_float(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    heads: Heads,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As `attention.attend`, with a mask that is turned into numbers once and not by each operator."""
+    if mask is not None and mask.dtype == torch.bool:
+        lowest = torch.full((), torch.finfo(query.dtype).min, dtype=query.dtype)
+        mask = torch.where(mask, torch.zeros((), dtype=query.dtype), lowest)
+    return attend(query, key, value, mask, heads, bias)
+
+
 class VarlenPacking(Packing):
     """Attention on the packed tokens themselves, by ONNX Runtime's own operator, on CUDA alone.
 
@@ -120,8 +136,9 @@ class _Shared:
 
 
 class _Part(nn.Module):
-    def __init__(self, shared: _Shared, index: int) -> None:
+    def __init__(self, shared: _Shared, index: int, bias: nn.Parameter | None) -> None:
         super().__init__()
+        self.bias = bias
         self.linear = shared.linear
         self.shared = shared
         self.index = index
@@ -131,11 +148,16 @@ class _Part(nn.Module):
         shared = self.shared
         if shared.seen is not x:
             shared.seen, shared.parts = x, self.linear(x).split(shared.sizes, -1)
-        return shared.parts[self.index]
+        part = shared.parts[self.index]
+        return part if self.bias is None else part + self.bias
 
 
 def fuse_projections(model: nn.Module) -> None:
-    """Make one product of query, key and value, in place; a side branch keeps its own two."""
+    """Make one product of query, key and value, in place; a side branch keeps its own two.
+
+    Biases of keys and values are folded first. That of the query is added behind the product.
+    """
+    fold_attention_biases(model)
     for parent in list(model.modules()):
         for names in TRIPLES:
             children = [getattr(parent, name, None) for name in names]
@@ -143,13 +165,13 @@ def fuse_projections(model: nn.Module) -> None:
             if len(linears) < len(names):
                 continue
             first = linears[0]
-            linear = nn.Linear(first.in_features, sum(one.out_features for one in linears)).to(first.weight.dtype)
+            rows = sum(one.out_features for one in linears)
+            linear = nn.Linear(first.in_features, rows, bias=False).to(first.weight.dtype)
             with torch.no_grad():
                 linear.weight.copy_(torch.cat([one.weight for one in linears]))
-                linear.bias.copy_(torch.cat([one.bias for one in linears]))
             shared = _Shared(linear.requires_grad_(False), [one.out_features for one in linears])
             for index, (name, child) in enumerate(zip(names, children, strict=True)):
-                part = _Part(shared, index)
+                part = _Part(shared, index, linears[index].bias)
                 if isinstance(child, TableBranch):
                     child.base = part
                 else:
@@ -164,6 +186,7 @@ class Variant:
         setup: side branches; None: merged.
         packing: how tokens are packed; None: padded.
         fused: query, key and value in one product.
+        attend: in the place of the exporter's.
         cuda_only: has an operator that no other provider has.
     """
 
@@ -171,6 +194,7 @@ class Variant:
     setup: Setup | None = None
     packing: Callable[[], Packing] | None = None
     fused: bool = False
+    attend: Callable[..., torch.Tensor] | None = None
     cuda_only: bool = False
 
     def switchable(self, label: str, setup: Setup) -> "Variant":
@@ -185,6 +209,7 @@ VARLEN = Variant("padding-free, varlen", packing=VarlenPacking, cuda_only=True)
 MERGED = (
     PADDED,
     replace(PADDED, name="padded, one qkv", fused=True),
+    replace(PADDED, name="padded, float mask", attend=attend_float),
     PACKED,
     replace(PACKED, name="padding-free, one qkv", fused=True),
     LENGTHS,

@@ -14,6 +14,7 @@ import torch
 from optimum.utils import DummyTextInputGenerator, NormalizedTextConfig
 
 from exporters.onnx.attention import use_onnx_attention
+from exporters.onnx.biases import fold_attention_biases
 from exporters.onnx.packing import Packing, pack_blocks
 from exporters.onnx.quantizing import base_products
 from qrlora_deploy.errors import InputError, QrloraError, first_line
@@ -97,7 +98,7 @@ def write_graph(
 ) -> Graph:
     """Export `model` to `folder/model.onnx`, weights in `model.onnx.data`.
 
-    The model's attention implementation is switched in place.
+    The model's attention implementation is switched in place, and biases that it does not need are folded.
 
     Args:
         model: gives `logits [batch, outputs]`; the graph computes in its dtype.
@@ -112,6 +113,8 @@ def write_graph(
     """
     model.config.use_cache = False
     emitted = use_onnx_attention(model)
+    if emitted:
+        fold_attention_biases(model)
     blocks = 0
     if packing is not None:
         if not emitted:
