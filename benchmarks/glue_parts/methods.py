@@ -132,7 +132,8 @@ def prepare(method: Method, model: Any, start: Checkpoint, train_head: bool, lab
         return _prepared(model, parameters, along, method.rate, write)
     patterns = _patterns(method, model.config.model_type)
     names = choose_targets(model, patterns, method.last_layers)
-    wrapped = get_peft_model(model, PEFT_CONFIGS[method.kind](names))
+    # PEFT makes its shared projections on the CPU, and some methods would copy them over in every step.
+    wrapped = get_peft_model(model, PEFT_CONFIGS[method.kind](names)).to(device)
     parameters = {name: value for name, value in wrapped.named_parameters() if value.requires_grad}
     # PiSSA changes the base: its adapter means something only beside the factors it started from.
     before = copy.deepcopy(parameters) if method.kind == "pissa" else {}

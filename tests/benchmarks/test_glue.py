@@ -246,6 +246,37 @@ def test_every_method_runs_and_is_recorded_once(make_job: Callable[..., Job]) ->
     assert names == {"curve_tiny_RTE.png", "curve_tiny_STS-B.png"}
 
 
+def test_a_table_gives_mean_and_deviation_and_says_where_seeds_are_missing() -> None:
+    def record(task: str, method: str, seed: int, metrics: dict[str, float]) -> dict[str, object]:
+        return {
+            "key": f"m/{task}/warmed/{method}/{seed}",
+            "model": "m",
+            "task": task,
+            "start": WARMED,
+            "method": method,
+            "seed": seed,
+            "metrics": metrics,
+            "trainable_parameters": 600 + seed,
+            "file_bytes": 3000,
+            "train_seconds": 2.0,
+            "peak_bytes": 2**20 * (1 + seed),
+            "settings": Settings().record,
+            "device": "cpu",
+            "workers": 1,
+            "versions": {},
+        }
+
+    records = [record("RTE", "qr-q4", seed, {"accuracy": 0.6 + 0.1 * seed}) for seed in range(3)]
+    records += [record("MRPC", "qr-q4", seed, {"accuracy": 0.5, "f1": 0.25}) for seed in range(2)]
+    failed = record("RTE", "qr-q4", 3, {"accuracy": 0.0}) | {"error": "out of memory"}
+    again = record("RTE", "qr-q4", 2, {"accuracy": 0.9})  # the last record of a run counts
+    lines = render_table([*records, failed, again]).splitlines()
+    assert lines[-1] == (
+        "| QR-LoRA, q of the last 4 | 601 | 3,000 | 73.3 ± 15.3 | 50.0 ± 0.0 / 25.0 ± 0.0 (2) | 2.0 | 3 |"
+    )
+    assert "RTE (accu) | MRPC (accu/f1)" in lines[-3]
+
+
 def test_a_run_that_fails_is_recorded_and_tried_again_by_the_next_command(make_job: Callable[..., Job]) -> None:
     # Two blocks have no last four.
     job = make_job(methods=("qr-q4", "head"))
