@@ -21,7 +21,7 @@ from qrlora_deploy.runtime import Buckets, Bundle, SwitchableSession, load_packe
 from qrlora_deploy.runtime.layout import HEAD_TABLE, TABLE, TableLayout
 from qrlora_deploy.runtime.packed_writer import write_packed
 from qrlora_deploy.training.data import Examples
-from tests.runtime.fire import made_up_customer, made_up_inputs
+from tests.runtime.fire import fire, made_up_customer, made_up_inputs
 from tests.tolerances import FP16_TABLE, FP32_ONNX, ONE_ROUNDING
 
 
@@ -116,6 +116,13 @@ def test_a_manifest_that_speaks_of_another_dtype_is_refused(
     (copy / "manifest.json").write_text(json.dumps(record))
     with pytest.raises(FileFormatError, match="dtype"):
         SwitchableSession(open_bundle(copy), threads=1)
+
+
+@pytest.mark.slow
+def test_swaps_under_fire_give_no_mixture(half: Bundle) -> None:
+    report = fire(half.folder, seconds=10)
+    assert report.wrong_count == 0 and report.errors == [], report
+    assert report.rows > 500 and report.swaps > 500, report
 
 
 @pytest.mark.gpu
