@@ -80,8 +80,9 @@ class CachedModel:
                 batch = {name: tensor.to(self.cache.device) for name, tensor in batch.items()}
                 return self.split.upper(self.cache.padded(numbers, batch["attention_mask"]), batch)
             if self.cache.device.type == "cpu":
-                hidden, lengths = self.cache.packed(numbers)
-                return self.upper(hidden, packed_layout(lengths))
+                order = self.cache.lengths(numbers).argsort(stable=True)
+                hidden, lengths = self.cache.packed(numbers[order])
+                return self.upper(hidden, packed_layout(lengths))[order.argsort()]
             length = self.length_of(numbers)
             return self.logits_padded(*self.cache.rectangle(numbers, length), length)
 
@@ -167,18 +168,19 @@ class CachedTrainer(SmallTrainer):
     def __init__(self, *args: Any, cached: CachedModel, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.cached = cached
+        self.trained = list(self.trainable().values())
         on_gpu = cached.cache.device.type == "cuda" and cached.upper is not None
         self.graphs: dict[int, GraphedStep] | None = {} if on_gpu else None
+        self.pool = torch.cuda.graph_pool_handle() if on_gpu else None
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """The loss of a batch, which leaves its gradient in the parameters."""
         numbers, labels = inputs["number"], inputs["labels"].to(self.cached.cache.device)
-        parameters = list(self.trainable().values())
         if self.graphs is not None and len(numbers) == self.args.per_device_train_batch_size:
-            loss, gradients = self._replay(numbers, labels, parameters)
+            loss, gradients = self._replay(self.graphs, numbers, labels)
         else:
-            loss, gradients = step_gradients(lambda: self._loss(numbers, labels), parameters)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
+            loss, gradients = step_gradients(lambda: self._loss(numbers, labels), self.trained)
+        for parameter, gradient in zip(self.trained, gradients, strict=True):
             parameter.grad = gradient
         return loss
 
@@ -186,22 +188,20 @@ class CachedTrainer(SmallTrainer):
         return self.cached.loss(self.cached.logits(torch.from_numpy(numbers)), labels)
 
     def _replay(
-        self, numbers: np.ndarray, labels: torch.Tensor, parameters: list[nn.Parameter]
+        self, graphs: dict[int, GraphedStep], numbers: np.ndarray, labels: torch.Tensor
     ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
         cached, rows = self.cached, torch.from_numpy(numbers)
         length = cached.length_of(rows)
         inputs = (*cached.cache.rectangle(rows, length), labels)
-        if self.graphs is None:
-            raise RuntimeError("graphs are for a GPU")
-        if length not in self.graphs:
+        if length not in graphs:
 
             def loss(hidden: torch.Tensor, lengths: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
                 with mixed_precision(cached.cache.device):
                     logits = cached.logits_padded(hidden, lengths, length)
                 return cached.loss(logits, labels)
 
-            self.graphs[length] = GraphedStep(loss, inputs, parameters)
-        return self.graphs[length](inputs)
+            graphs[length] = GraphedStep(loss, inputs, self.trained, self.pool)
+        return graphs[length](inputs)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

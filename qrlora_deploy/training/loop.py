@@ -52,7 +52,9 @@ class SmallTrainer(Trainer):
             for name, parameter in self.trainable().items():
                 groups.setdefault(self.rates.get(name, self.args.learning_rate), []).append(parameter)
             parts = [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
-            self.optimizer = torch.optim.AdamW(parts, lr=self.args.learning_rate, weight_decay=0.0)
+            # On a GPU one launch instead of a dozen.
+            fused = True if self.args.device.type == "cuda" else None
+            self.optimizer = torch.optim.AdamW(parts, lr=self.args.learning_rate, weight_decay=0.0, fused=fused)
         return self.optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -38,6 +38,11 @@ class TrunkCache:
         """Bytes of the hidden states."""
         return self.hidden.numel() * self.hidden.element_size()
 
+    def lengths(self, rows: torch.Tensor) -> torch.Tensor:
+        """Tokens of each of some rows `[n]`, beside `hidden`."""
+        rows = rows.to(self.offsets.device)
+        return self.offsets[rows + 1] - self.offsets[rows]
+
     def packed(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens of some rows one after another.
 

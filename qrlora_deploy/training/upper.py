@@ -7,6 +7,7 @@ values. There is no dropout here.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -87,13 +88,13 @@ class _Gather(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How the tokens of a batch lie in a matrix `[tokens, width]`, and where in `rows * length` places.
+class Group:
+    """Texts that attention sees as one rectangle.
 
     Attributes:
         rows: number of texts.
         length: of the longest one, or more.
-        first: `[rows]` int64, the number of each text's first token.
+        tokens: how many rows of the matrix are theirs.
         mask: `[rows, 1, 1, length]` bool, which places hold tokens.
         places: `[tokens]` int64, row * length + position; None where every place is in the matrix,
             padding too.
@@ -101,7 +102,7 @@ class Layout:
 
     rows: int
     length: int
-    first: torch.Tensor
+    tokens: int
     mask: torch.Tensor
     places: torch.Tensor | None
 
@@ -113,25 +114,44 @@ class Layout:
         """`[rows * length, width]` to `[tokens, width]`."""
         return x if self.places is None else _Gather.apply(x, self.places)
 
-    def firsts(self, x: torch.Tensor) -> torch.Tensor:
-        """`[tokens, width]` to the first tokens `[rows, width]`."""
-        return _Gather.apply(x, self.first)
+
+@dataclass(frozen=True)
+class Layout:
+    """How the tokens of a batch lie in a matrix `[tokens, width]`.
+
+    Attributes:
+        groups: one after another.
+        first: `[rows]` int64, the number of each text's first token.
+    """
+
+    groups: tuple[Group, ...]
+    first: torch.Tensor
 
 
 def packed_layout(lengths: torch.Tensor) -> Layout:
-    """The layout of texts one after another, from their lengths `[rows]` int64."""
-    rows, length = len(lengths), int(lengths.max())
-    steps = torch.arange(length, device=lengths.device)
-    mask = steps < lengths[:, None]
-    return Layout(rows, length, lengths.cumsum(0) - lengths, mask[:, None, None], mask.flatten().nonzero().squeeze(1))
+    """The layout of texts one after another, from their lengths `[rows]` int64 on the CPU, which ascend.
+
+    Attention pads, and three rectangles for short, middling and long texts are less padding than one.
+    """
+    longest = int(lengths[-1])
+    bounds = torch.searchsorted(lengths, torch.tensor([longest // 4, longest // 2]), right=True).tolist()
+    edges = [0, *bounds, len(lengths)]
+    parts = [lengths[start:end] for start, end in pairwise(edges) if end > start]
+    return Layout(tuple(_group(part) for part in parts), lengths.cumsum(0) - lengths)
+
+
+def _group(lengths: torch.Tensor) -> Group:
+    length = int(lengths[-1])
+    mask = torch.arange(length) < lengths[:, None]
+    return Group(len(lengths), length, int(lengths.sum()), mask[:, None, None], mask.flatten().nonzero().squeeze(1))
 
 
 def padded_layout(lengths: torch.Tensor, length: int) -> Layout:
     """The layout of texts padded on the right to `length`; depends on `lengths [rows]` by values only."""
     rows = len(lengths)
-    steps = torch.arange(length, device=lengths.device)
-    first = torch.arange(rows, device=lengths.device) * length
-    return Layout(rows, length, first, (steps < lengths[:, None])[:, None, None], None)
+    mask = torch.arange(length, device=lengths.device) < lengths[:, None]
+    group = Group(rows, length, rows * length, mask[:, None, None], None)
+    return Layout((group,), torch.arange(rows, device=lengths.device) * length)
 
 
 @dataclass(frozen=True)
@@ -162,6 +182,7 @@ class Upper:
     def __init__(self, split: SplitModel) -> None:
         self.owner: Any = split.owner
         self.heads = int(split.model.config.num_attention_heads)
+        self.head_width = int(split.model.config.hidden_size) // self.heads
         self.blocks = [_read_block(split.model, block) for block in list(split.blocks)[split.first :]]
         self.head = _read_head(split.model)
         self._biases: dict[tuple[int, torch.device], torch.Tensor] = {}
@@ -169,46 +190,53 @@ class Upper:
 
     def __call__(self, hidden: torch.Tensor, layout: Layout) -> torch.Tensor:
         """Logits `[rows, labels]` of the inputs `[tokens, width]` of the first adapted block."""
-        mask = self._mask(layout)
+        masks = [self._mask(group) for group in layout.groups]
         for block in self.blocks[:-1]:
-            hidden = self._run(block, hidden, layout, mask, layout.gather)
+            attended = self._attend(block.query(hidden), block, hidden, layout, masks)
+            hidden = self._finish(block, hidden, attended)
         # The head reads the first tokens only, so nothing else is asked of the last block.
-        return self.head(self._run(self.blocks[-1], hidden, layout, mask[:, :, :1], None))
+        block, first = self.blocks[-1], _Gather.apply(hidden, layout.first)
+        attended = self._attend(block.query(first), block, hidden, layout, [mask[:, :, :1] for mask in masks])
+        return self.head(self._finish(block, first, attended))
 
-    def _run(
-        self,
-        block: _Block,
-        x: torch.Tensor,
-        layout: Layout,
-        mask: torch.Tensor,
-        gather: Callable[[torch.Tensor], torch.Tensor] | None,
+    def _attend(
+        self, query: torch.Tensor, block: _Block, x: torch.Tensor, layout: Layout, masks: list[torch.Tensor]
     ) -> torch.Tensor:
-        key, value = (self._by_head(layout.spread(part(x)), layout) for part in (block.key, block.value))
-        if gather is None:
-            x = layout.firsts(x)
-            query = block.query(x).view(layout.rows, 1, self.heads, -1).transpose(1, 2)
-        else:
-            query = self._by_head(layout.spread(block.query(x)), layout)
-        mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        mixed = mixed.transpose(1, 2).reshape(-1, query.shape[1] * query.shape[3])
-        x = block.mix_norm(block.mix(mixed if gather is None else gather(mixed)) + x)
+        """What each token of `query` draws from the texts `x`; `query` has all tokens or the first ones."""
+        only_first = len(query) < len(x)
+        sizes = [group.tokens for group in layout.groups]
+        queries = query.split([group.rows for group in layout.groups] if only_first else sizes)
+        keys, values = block.key(x).split(sizes), block.value(x).split(sizes)
+        found = []
+        for group, mask, *parts in zip(layout.groups, masks, queries, keys, values, strict=True):
+            part, key, value = (
+                (part if only_first and index == 0 else group.spread(part))
+                .view(group.rows, -1, self.heads, self.head_width)
+                .transpose(1, 2)
+                for index, part in enumerate(parts)
+            )
+            mixed = functional.scaled_dot_product_attention(part, key, value, attn_mask=mask)
+            mixed = mixed.transpose(1, 2).reshape(-1, query.shape[1])
+            found.append(mixed if only_first else group.gather(mixed))
+        return torch.cat(found) if len(found) > 1 else found[0]
+
+    def _finish(self, block: _Block, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        x = block.mix_norm(block.mix(attended) + x)
         return block.norm(block.contract(block.activation(block.expand(x))) + x)
 
-    def _by_head(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
-        return x.view(layout.rows, layout.length, self.heads, -1).transpose(1, 2)
-
-    def _mask(self, layout: Layout) -> torch.Tensor:
+    def _mask(self, group: Group) -> torch.Tensor:
         if not hasattr(self.owner, "relative_attention_bias"):
-            return layout.mask
-        key = (layout.length, layout.mask.device)
+            return group.mask
+        key = (group.length, group.mask.device)
         if key not in self._biases:
             # MPNet's, the same for every row; from its own function, which looks at the shape alone.
             with torch.no_grad():
-                self._biases[key] = self.owner.compute_position_bias(layout.mask.new_empty(1, layout.length))
+                self._biases[key] = self.owner.compute_position_bias(group.mask.new_empty(1, group.length))
         bias = self._biases[key]
         if torch.is_autocast_enabled(bias.device.type):
             bias = bias.to(torch.get_autocast_dtype(bias.device.type))
-        return torch.where(layout.mask, bias, torch.finfo(bias.dtype).min)
+        # Not torch.where, which brings its number over from the host; a capture forbids that.
+        return bias.masked_fill(~group.mask, torch.finfo(bias.dtype).min)
 
 
 def _read_block(model: Any, block: nn.Module) -> _Block:
@@ -232,14 +260,14 @@ def _read_head(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def _check_upper(upper: Upper, split: SplitModel) -> None:
     batch, _ = probe(split.model, "right")
-    lengths = batch["attention_mask"].sum(1)
+    length = batch["attention_mask"].shape[1]
     training = split.model.training
     split.model.eval()
     try:
         hidden = split.trunk(batch)
         with torch.no_grad():
             whole = split.model(**batch).logits
-            found = upper(hidden[batch["attention_mask"].bool()], packed_layout(lengths))
+            found = upper(hidden.flatten(0, 1), padded_layout(batch["attention_mask"].sum(1), length))
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise InputError(f"{type(split.model).__name__} has a head of another kind than BERT's") from error
     finally:

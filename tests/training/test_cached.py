@@ -154,7 +154,11 @@ def test_the_blocks_without_padding_answer_as_the_model_does(name: str, last: in
     batch = batch_of("right")
     mask = batch["attention_mask"].bool()
     split = split_model(model, choose_targets(model, [query], last))
+    # From the shortest to the longest, as rows without padding are to be.
+    order = mask.sum(1).argsort()
+    batch, mask = {name: tensor[order] for name, tensor in batch.items()}, mask[order]
     upper, hidden, lengths = Upper(split), split.trunk(batch), mask.sum(1)
+    assert len(packed_layout(lengths).groups) == 2
     hidden.requires_grad_(True)
     padded = torch.nn.functional.pad(hidden, (0, 0, 0, 5)).flatten(0, 1)
     answers = [model(**batch).logits, split.upper(hidden, batch)]
