@@ -56,16 +56,26 @@ def open_peer(checkpoint: Checkpoint, targets: list[str], settings: TrainSetting
     return Peer(model, tokenizer, checkpoint.labels, targets, settings, device)
 
 
-def seconds_of(train: Callable[[Peer, Examples], None], peer: Peer, customers: list[Examples]) -> list[float]:
-    """How long each customer takes, tokenizing included."""
-    found = []
-    for examples in customers:
-        start = time.perf_counter()
-        train(peer, examples)
-        if peer.device == "cuda":
-            torch.cuda.synchronize()
-        found.append(time.perf_counter() - start)
-    return found
+@dataclass(frozen=True)
+class Cost:
+    """Of one run.
+
+    Attributes:
+        seconds: wall clock.
+        cpu_seconds: of all threads of this process; what other processes do is not in it.
+    """
+
+    seconds: float
+    cpu_seconds: float
+
+
+def cost_of(work: Callable[[], object]) -> Cost:
+    """What some work takes, to its last kernel."""
+    start, cpu = time.perf_counter(), time.process_time()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return Cost(time.perf_counter() - start, time.process_time() - cpu)
 
 
 def train_in_loop(peer: Peer, examples: Examples) -> None:

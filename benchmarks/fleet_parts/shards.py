@@ -1,5 +1,6 @@
 """Customers for the benchmark: samples of real labelled text, and bases of a shape with random weights."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,16 +47,20 @@ class Shards:
     domains: dict[str, Examples]
     labels: tuple[str, ...]
 
-    def write(self, path: Path, customers: int, rows: int, seed: int) -> None:
+    def write(self, path: Path, numbers: Iterable[int], rows: int) -> None:
         """One TSV file with a column of ids: each customer has `rows` rows of one domain, none twice."""
-        random = np.random.default_rng(seed)
         names = sorted(self.domains)
         lines = ["customer\ttext\tlabel"]
-        for number in range(customers):
+        for number in numbers:
             examples = self.domains[names[number % len(names)]]
-            for row in random.permutation(len(examples))[:rows]:
-                lines.append(f"c{number:05}\t{examples.texts[row]}\t{examples.labels[row]}")
+            for row in np.random.default_rng(number).permutation(len(examples))[:rows]:
+                lines.append(f"{customer_name(number)}\t{examples.texts[row]}\t{examples.labels[row]}")
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def customer_name(number: int) -> str:
+    """The id of a customer."""
+    return f"c{number:05}"
 
 
 def read_shards(folder: Path) -> Shards:

@@ -16,7 +16,6 @@ from qrlora_deploy.training.fleet.scoring import Answers
 from qrlora_deploy.training.loop import Rows, build_rows
 from qrlora_deploy.training.settings import TrainSettings
 from qrlora_deploy.training.tasks import REGRESSION
-from qrlora_deploy.training.trunk_memory import SHARE
 
 CHUNK_TOKENS = {"cpu": 2048, "cuda": 32768}
 """Tokens of a chunk, padding included: few enough for a CPU's cache, enough to fill a GPU."""
@@ -200,9 +199,12 @@ class Engine:
         self.targets[slot, : len(targets)] = targets
 
 
-def free_share(free: int) -> int:
-    """How much of what is free the hidden states may take."""
-    return int(free * SHARE)
+def free_share(free_bytes: int) -> int:
+    """How much of what is free the hidden states may take: a quarter.
+
+    The pool has up to half as much again, and while it grows it is there twice.
+    """
+    return free_bytes // 4
 
 
 def _places(owners: np.ndarray) -> np.ndarray:

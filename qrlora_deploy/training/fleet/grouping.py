@@ -1,6 +1,6 @@
 """Rows of many customers in files, grouped by customer; what is wrong with one of them stops no other."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from qrlora_deploy.training.data import (
     _text_names,
     read_examples,
 )
+from qrlora_deploy.training.fleet.tolerant import Read, read_rows
 
 Keeps = Callable[[str], bool]
 
@@ -51,12 +52,14 @@ def read_groups(
     files = [place] if place.is_file() else _files(place)
     if customer_column is None:
         return _one_file_each(files, text_column, label_column, keeps)
-    columns = _joined([(file, _read(file, customer_column)) for file in files], place)
-    _text_names(str(place), columns, text_column)
-    _label_name(str(place), columns, label_column)
-    groups = Groups()
-    for name, rows in _rows_by_customer(columns[customer_column], keeps).items():
-        part: Columns = {column: [values[row] for row in rows] for column, values in columns.items()}
+    read = _joined([(file, _read(file, customer_column)) for file in files], place)
+    _text_names(str(place), read.columns, text_column)
+    _label_name(str(place), read.columns, label_column)
+    groups = Groups(refused={name: reason for name, reason in read.faults.items() if keeps(name)})
+    for name, rows in _rows_by_customer(read.columns[customer_column], keeps).items():
+        if name in groups.refused:
+            continue
+        part: Columns = {column: [values[row] for row in rows] for column, values in read.columns.items()}
         try:
             groups.examples[name] = _examples(f"{name} in {place}", part, text_column, label_column)
         except InputError as error:
@@ -92,36 +95,32 @@ def _one_file_each(files: list[Path], text_column: str | None, label_column: str
     return groups
 
 
-def _read(file: Path, customer_column: str) -> Columns:
-    reader = READERS.get(file.suffix.lower())
-    if reader is None:
-        raise InputError(f"{file}: unknown kind of data; give a .tsv, .csv, .jsonl or .parquet file")
-    hint = "a folder with one file a customer would lose that customer alone"
+def _read(file: Path, customer_column: str) -> Read:
     try:
-        columns = reader(file)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise InputError(f"{file} cannot be read: {first_line(error)}; {hint}") from error
+        return read_rows(file, customer_column)
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{file} cannot be read: {first_line(error)}") from error
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror or first_line(error)}") from error
-    if customer_column not in columns:
-        raise InputError(f"{file}: no column {customer_column} (--customer-column); it has {', '.join(columns)}")
-    return columns
 
 
-def _joined(parts: list[tuple[Path, Columns]], place: Path) -> Columns:
-    """The columns of several files, one file after another."""
-    names = list(parts[0][1])
-    odd = [file.name for file, columns in parts if set(columns) != set(names)]
+def _joined(parts: list[tuple[Path, Read]], place: Path) -> Read:
+    """The rows of several files, one file after another."""
+    names = list(parts[0][1].columns)
+    odd = [file.name for file, read in parts if set(read.columns) != set(names)]
     if odd:
         raise InputError(f"{place}: {odd[0]} has other columns than {parts[0][0].name}")
-    columns: Columns = {name: [value for _, part in parts for value in part[name]] for name in names}
+    columns: Columns = {name: [value for _, read in parts for value in read.columns[name]] for name in names}
+    faults: dict[str, str] = {}
+    for _, read in parts:
+        faults = read.faults | faults
     if not columns[names[0]]:
         raise InputError(f"{place} holds no rows")
-    return columns
+    return Read(columns, faults)
 
 
-def _rows_by_customer(ids: object, keeps: Keeps) -> dict[str, list[int]]:
+def _rows_by_customer(ids: Sequence[object], keeps: Keeps) -> dict[str, list[int]]:
     rows: dict[str, list[int]] = {}
-    for row, value in enumerate(ids):  # type: ignore[arg-type, var-annotated]
+    for row, value in enumerate(ids):
         rows.setdefault("" if value is None else str(value).strip(), []).append(row)
     return {name: numbers for name, numbers in rows.items() if keeps(name)}

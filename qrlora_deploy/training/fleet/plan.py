@@ -116,7 +116,9 @@ def plan_fleet(source: FleetSource, checkpoint: Checkpoint, settings: TrainSetti
         settings.metric_of(base.task)
     groups = _read(source, source.data, shard)
     held_out = _read(source, source.evaluation, shard) if source.evaluation else Groups()
-    refused = {name: _bad_id(name) or reason for name, reason in groups.refused.items()}
+    refused = {
+        name: f"{_bad_id(name)}; {reason}" if _bad_id(name) else reason for name, reason in groups.refused.items()
+    }
     customers = []
     for name in sorted(groups.examples):
         try:

@@ -1,0 +1,117 @@
+"""Which customers a fleet trains: rows by customer, what is refused and why, and shards."""
+
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from qrlora_deploy.checkpoint import Checkpoint, open_checkpoint
+from qrlora_deploy.errors import InputError
+from qrlora_deploy.training.data import read_examples
+from qrlora_deploy.training.fleet.grouping import read_groups
+from qrlora_deploy.training.fleet.plan import FleetSource, Shard, plan_fleet
+from tests.training.fleet.making import random_rows, settings_of, write_rows
+
+GOOD = b"id\ttext\tlabel\na\tbook a flight\ttravel\nb\trice\tkitchen\na\tplay music\thome\n"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_base: Path) -> Checkpoint:
+    return open_checkpoint(str(tiny_base))
+
+
+def every(_: str) -> bool:
+    return True
+
+
+def test_rows_keep_their_order_and_their_digest(tmp_path: Path) -> None:
+    (tmp_path / "all.tsv").write_bytes(GOOD)
+    write_rows(tmp_path / "a.tsv", [("book a flight", "travel"), ("play music", "home")])
+    groups = read_groups(tmp_path / "all.tsv", "id", None, None, every)
+    assert groups.examples["a"].texts == ["book a flight", "play music"] and groups.refused == {}
+    assert groups.examples["a"].digest == read_examples(tmp_path / "a.tsv").digest
+    assert read_groups(tmp_path / "all.tsv", "id", None, None, lambda name: name == "b").examples.keys() == {"b"}
+
+
+def test_every_kind_of_file_gives_the_same(tmp_path: Path) -> None:
+    (tmp_path / "all.tsv").write_bytes(GOOD)
+    (tmp_path / "all.csv").write_bytes(GOOD.replace(b"\t", b","))
+    rows = [line.split("\t") for line in GOOD.decode().splitlines()[1:]]
+    lines = [f'{{"id": "{name}", "text": "{text}", "label": "{label}"}}' for name, text, label in rows]
+    (tmp_path / "all.jsonl").write_text("\n".join(lines) + "\n")
+    columns = {name: [row[place] for row in rows] for place, name in enumerate(("id", "text", "label"))}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "all.parquet")
+    found = [
+        {name: examples.digest for name, examples in read_groups(path, "id", None, None, every).examples.items()}
+        for path in sorted(tmp_path.iterdir())
+    ]
+    assert len(found) == 4 and len(found[0]) == 2 and found.count(found[0]) == 4
+
+
+def test_a_folder_may_hold_parts_of_one_table(tmp_path: Path) -> None:
+    for number, part in enumerate((GOOD, GOOD + b"c\trice\tkitchen\n")):
+        (tmp_path / f"part-{number}.tsv").write_bytes(part)
+    groups = read_groups(tmp_path, "id", None, None, every)
+    assert {name: len(examples) for name, examples in groups.examples.items()} == {"a": 4, "b": 2, "c": 1}
+    (tmp_path / "part-2.tsv").write_text("who\ttext\tlabel\nx\ty\tz\n")
+    with pytest.raises(InputError, match="no column id"):
+        read_groups(tmp_path, "id", None, None, every)
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "whose", "reason"),
+    [
+        ("all.tsv", b"b\tcaf\xe9\tkitchen\n", "b", "row 4 is not UTF-8"),
+        ("all.tsv", b"b\trice\tkitchen\tand more\n", "b", "has 4 columns instead of 3"),
+        ("all.tsv", b"b\trice\n", "b", "has 2 columns instead of 3"),
+        ("all.tsv", b"\xff\trice\tkitchen\n", "\\xff", "row 4 is not UTF-8"),
+        ("all.tsv", b"b\trice\t\n", "b", "row 2 has no label"),
+        ("all.jsonl", b'{"id": "b", "text": 5, "label": "kitchen"}\n', "b", "row 2 has no text"),
+        ("all.jsonl", b'{"id": "b", "text": "caf\xe9"}\n', "", "line 4 is no JSON object"),
+        ("all.jsonl", b"[1]\n", "", "line 4 is no JSON object"),
+    ],
+)
+def test_a_broken_row_costs_one_customer(tmp_path: Path, name: str, broken: bytes, whose: str, reason: str) -> None:
+    rows = [line.split("\t") for line in GOOD.decode().splitlines()[1:]]
+    lines = [f'{{"id": "{name}", "text": "{text}", "label": "{label}"}}\n' for name, text, label in rows]
+    (tmp_path / name).write_bytes((GOOD if name.endswith("tsv") else "".join(lines).encode()) + broken)
+    groups = read_groups(tmp_path / name, "id", None, None, every)
+    assert groups.refused.keys() == {whose} and reason in groups.refused[whose]
+    assert groups.examples.keys() == {"a", "b"} - {whose}
+
+
+def test_shards_part_the_customers_and_stay_as_they_are(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    names = [f"customer-{number}" for number in range(50)] + ["no id"]
+    write_rows(
+        tmp_path / "all.tsv", [(name, *row) for name in names for row in random_rows(2, 0)], ("id", "text", "label")
+    )
+    source = FleetSource(tmp_path / "all.tsv", customer_column="id")
+    plans = [plan_fleet(source, checkpoint, settings_of(), Shard(index, 4)) for index in range(4)]
+    parts = [[customer.name for customer in plan.customers] for plan in plans]
+    assert sorted(name for part in parts for name in part) == sorted(names[:-1])
+    assert all(3 < len(part) < 25 for part in parts)
+    assert [name for plan in plans for name in plan.refused] == ["no id"]
+    # A hash of the name alone: pinned, so that a run may be resumed by another version and on another machine.
+    assert [Shard(index, 4).holds("acme") for index in range(4)] == [True, False, False, False]
+    for index, count in ((4, 4), (-1, 4), (0, 0)):
+        with pytest.raises(InputError, match="I from 0 to N - 1"):
+            Shard(index, count)
+
+
+@pytest.mark.parametrize("name", ["../out", ".hidden", "a/b", "a b", "a" * 129, "ä"])
+def test_what_is_no_customer_id_is_refused(tmp_path: Path, checkpoint: Checkpoint, name: str) -> None:
+    write_rows(tmp_path / "all.tsv", [(name, "rice", "kitchen"), ("good", "rice", "kitchen")], ("id", "text", "label"))
+    plan = plan_fleet(FleetSource(tmp_path / "all.tsv", customer_column="id"), checkpoint, settings_of(), Shard())
+    assert [customer.name for customer in plan.customers] == ["good"] and plan.refused.keys() == {name}
+    assert "no customer id" in plan.refused[name]
+
+
+def test_held_out_rows_belong_to_their_customer(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    (tmp_path / "all.tsv").write_bytes(GOOD)
+    rows = [("a", "rice", "kitchen"), ("b", "rice", "unheard of"), ("stranger", "rice", "kitchen")]
+    write_rows(tmp_path / "dev.tsv", rows, ("id", "text", "label"))
+    source = FleetSource(tmp_path / "all.tsv", tmp_path / "dev.tsv", "id")
+    plan = plan_fleet(source, checkpoint, settings_of(), Shard())
+    assert [(customer.name, len(customer.evaluation_targets)) for customer in plan.customers] == [("a", 1)]
+    assert "unheard of" in plan.refused["b"] and plan.strangers == 1
