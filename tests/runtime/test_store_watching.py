@@ -31,7 +31,7 @@ def test_a_replaced_file_goes_live(place: Place, poll: bool) -> None:
 
 
 def test_the_same_content_is_not_published_again(watched: Place) -> None:
-    row = watched.session.table._row_of["acme"]
+    row = watched.session.table._directory.find("acme")
     watched.path("acme").touch()
     watched.put("acme", 1)
     write_coefficients(replace(watched.version(1), training={"note": "trained again"}), watched.path("acme"))
@@ -40,7 +40,7 @@ def test_the_same_content_is_not_published_again(watched: Place) -> None:
     watched.put("other", 2)  # What was told before was looked at before.
     watched.wait("loaded", 3)
     assert [event.customer for event in watched.events] == ["acme", "other", "other"]
-    assert watched.session.table._row_of["acme"] == row
+    assert watched.session.table._directory.find("acme") == row
 
 
 def test_other_labels_are_another_version(watched: Place) -> None:
