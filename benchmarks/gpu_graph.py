@@ -1,6 +1,7 @@
 """Graphs of one model against torch.compile and against each other, on batches with uneven lengths.
 
     python -m benchmarks.gpu_graph --device cuda --shape roberta --out benchmarks/results/gpu_graph_roberta.json
+    python -m benchmarks.gpu_graph --device cuda --shape roberta --group switchable --no-compile --out FILE
     python -m benchmarks.gpu_graph --device cpu --shape minilm --batches 1x16 8x64
 
 Every graph is exported from the same random weights, by the exporter's own code, and its logits are
@@ -27,9 +28,10 @@ import torch
 from benchmarks.graph_parts.optimizer import optimizer_graph
 from benchmarks.graph_parts.running import Graph, torch_contender
 from benchmarks.graph_parts.shapes import SIZES, Inputs, make_basis, make_inputs, make_model
-from benchmarks.graph_parts.variants import ALL, fuse_projections
+from benchmarks.graph_parts.variants import ALL, GROUPS, fuse_projections, join_branches
 from benchmarks.records import environment, summary
 from exporters.onnx.attention import ATTEND
+from exporters.onnx.biases import fold_attention_biases
 from exporters.onnx.graph import write_graph
 from exporters.onnx.precision import cast_inside
 from exporters.onnx.switchable import make_switchable
@@ -61,6 +63,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "shape": arguments.shape,
         "precision": arguments.precision,
         "device": arguments.device,
+        "threads": arguments.threads,
         "batches": found,
         "geometric_means": _geometric_means(found),
         "environment": environment("cuda" if arguments.device == "cuda" else "cpu"),
@@ -99,6 +102,9 @@ def _export(name: str, place: Path, arguments: argparse.Namespace) -> tuple[Path
         table[0] = 0
     if variant.fused:
         fuse_projections(model)
+    if variant.joined:
+        fold_attention_biases(model)
+        join_branches(model)
     if variant.attend is not None:
         for module in model.modules():
             setattr(module, ATTEND, variant.attend)
@@ -123,7 +129,7 @@ def _measure_batch(
     answers: dict[str, np.ndarray] = {}
     for name, graph in graphs.items():
         try:
-            contender = graph.bind(inputs, arguments.device).contender(name)
+            contender = graph.bind(inputs, arguments.device, arguments.threads).contender(name)
             for _ in range(GUARD_RUNS):
                 answers[name] = contender.whole()
             contenders.append(contender)
@@ -230,8 +236,10 @@ def main() -> None:
     parser.add_argument("--shape", choices=list(SIZES), default="tiny")
     parser.add_argument("--precision", choices=["fp32", "fp16"], help="default: fp16 on cuda, fp32 on cpu")
     parser.add_argument("--batches", type=_batch, nargs="+", help="BATCHxLENGTH")
+    parser.add_argument("--group", choices=list(GROUPS), default="merged", help="of graphs")
     parser.add_argument("--variants", nargs="+", choices=list(ALL), metavar="NAME", help=f"of {', '.join(ALL)}")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each column of each batch")
+    parser.add_argument("--threads", type=int, help="within an operator, of the graphs and of PyTorch")
     parser.add_argument("--least-runs", type=int, default=15)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) // 3), help="that export")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
@@ -242,8 +250,10 @@ def main() -> None:
     arguments.batches = arguments.batches or (((1, 16), (4, 32)) if arguments.quick else BATCHES)
     if arguments.quick:
         arguments.seconds, arguments.least_runs = 0.2, 5
-    chosen = arguments.variants or list(ALL)
+    chosen = arguments.variants or [variant.name for variant in GROUPS[arguments.group]]
     arguments.variants = [name for name in chosen if arguments.device == "cuda" or not ALL[name].cuda_only]
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     torch.backends.cuda.matmul.allow_tf32 = False
     with tempfile.TemporaryDirectory() as folder:
         record = measure(arguments, Path(folder))

@@ -44,10 +44,10 @@ class Graph:
         self._session: Any = None
         self._bound = 0
 
-    def bind(self, inputs: Inputs, device: str) -> "BoundGraph":
+    def bind(self, inputs: Inputs, device: str, threads: int | None = None) -> "BoundGraph":
         """The graph with one batch, which on CUDA is captured as a graph of its own."""
         if self._session is None:
-            self._session = open_session(self.path, device, cuda_graph=device == "cuda")
+            self._session = open_session(self.path, device, threads, cuda_graph=device == "cuda")
         self._bound += 1
         return BoundGraph(self._session, inputs, device, self.table, str(self._bound))
 

@@ -178,6 +178,31 @@ def fuse_projections(model: nn.Module) -> None:
                     setattr(parent, name, part)
 
 
+class JoinedBranch(nn.Module):
+    """A side branch inside its layer's product: `[x, c * (R x)] @ [W; Q]`, without a sum behind it."""
+
+    def __init__(self, branch: TableBranch) -> None:
+        super().__init__()
+        self.branch = branch
+        self.base = branch.base
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As `TableBranch.forward`."""
+        branch, rows = self.branch, self.branch.rows
+        c = rows.coefficients[branch.index]
+        if rows.packing is not None and rows.packing.inside:
+            c = rows.packing.by_token(c)
+        weight = torch.cat([branch.base.get_parameter("weight"), branch.q.T], 1)
+        return nn.functional.linear(torch.cat([x, (x @ branch.r) * c], -1), weight, getattr(branch.base, "bias", None))
+
+
+def join_branches(model: nn.Module) -> None:
+    """Replace every side branch, in place."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, TableBranch):
+            model.set_submodule(path, JoinedBranch(module))
+
+
 @dataclass(frozen=True)
 class Variant:
     """A graph to build.
@@ -186,6 +211,7 @@ class Variant:
         setup: side branches; None: merged.
         packing: how tokens are packed; None: padded.
         fused: query, key and value in one product.
+        joined: side branches inside the products of their layers.
         attend: in the place of the exporter's.
         cuda_only: has an operator that no other provider has.
     """
@@ -194,6 +220,7 @@ class Variant:
     setup: Setup | None = None
     packing: Callable[[], Packing] | None = None
     fused: bool = False
+    joined: bool = False
     attend: Callable[..., torch.Tensor] | None = None
     cuda_only: bool = False
 
@@ -216,9 +243,11 @@ MERGED = (
     VARLEN,
     replace(VARLEN, name="padding-free, varlen, one qkv", fused=True),
 )
-SWITCHABLE = tuple(
-    base.switchable(label, setup)
-    for base in (PADDED, PACKED, VARLEN)
-    for label, setup in (("paper", PAPER), ("qv of 12", WIDE))
-)
-ALL: dict[str, Variant] = {variant.name: variant for variant in (*MERGED, *SWITCHABLE)}
+SETUPS = (("paper", PAPER), ("qv of 12", WIDE))
+BRANCHES = tuple(base.switchable(label, setup) for base in (PADDED, PACKED, VARLEN) for label, setup in SETUPS)
+JOINED = tuple(replace(variant, name=f"{variant.name}, joined", joined=True) for variant in BRANCHES)
+GROUPS: dict[str, tuple[Variant, ...]] = {
+    "merged": MERGED,
+    "switchable": (PADDED, PACKED, VARLEN, *BRANCHES, *JOINED),
+}
+ALL: dict[str, Variant] = {variant.name: variant for group in GROUPS.values() for variant in group}
