@@ -54,7 +54,8 @@ def save(folder: Path, make: Any, config: Any, padding_side: str = "right") -> C
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"padding_side": padding_side}))
+    changed = {"padding_side": padding_side, "model_input_names": ["input_ids", "attention_mask"]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
     return open_checkpoint(str(folder))
 
 

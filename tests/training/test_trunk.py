@@ -115,7 +115,7 @@ def test_what_cannot_be_split_is_refused_and_left_as_it_was() -> None:
 
     class Counting(nn.Module):
         def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            return last(hidden_states, *args, **kwargs) * len(model.bert.encoder.layer)
+            return last(hidden_states * len(model.bert.encoder.layer), *args, **kwargs)
 
     last, blocks[3] = blocks[3], Counting()
     with pytest.raises(InputError, match="its parts do not answer as the whole does"):
