@@ -155,8 +155,9 @@ class FleetModel:
     def best(self, slot: int, outputs: Outputs) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """The coefficients `[total_rank]` and the output layer, by tensor name, that were kept last."""
         values = (self.scale * self.u.best[slot]).cpu().numpy()
+        # Copies: the next customer of this slot may begin while these are still being written.
         head = {
-            f"{self.head_name}.{name}": table.best[slot, : len(outputs.labels)].cpu().numpy()
+            f"{self.head_name}.{name}": table.best[slot, : len(outputs.labels)].cpu().numpy().copy()
             for name, table in self.head.items()
         }
         return values, head

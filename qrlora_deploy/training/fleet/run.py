@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from qrlora_deploy import __version__
 from qrlora_deploy.basis import Basis
 from qrlora_deploy.checkpoint import Checkpoint, check_basis_fits
-from qrlora_deploy.coefficients import Coefficients, write_coefficients
+from qrlora_deploy.coefficients import Coefficients
 from qrlora_deploy.errors import InputError, QrloraError
 from qrlora_deploy.training.fleet.engine import Engine, free_share
 from qrlora_deploy.training.fleet.model import FleetModel
@@ -28,9 +28,9 @@ from qrlora_deploy.training.fleet.summary import (
     finished_line,
     run_digest,
     summary_file,
-    trained_line,
     write_summary,
 )
+from qrlora_deploy.training.fleet.writing import Writer
 from qrlora_deploy.training.loop import Rows
 from qrlora_deploy.training.settings import TrainSettings, choose_device
 from qrlora_deploy.training.trunk_memory import free_bytes
@@ -138,6 +138,7 @@ class _Fleet:
         self.queue = deque(sorted(waiting, key=lambda customer: -len(customer.train)))
         self.ready: Rows | None = None
         self.active: dict[int, _Active] = {}
+        self.writer = Writer()
         self.slots = options.slots(device.type, settings.batch_size, len(waiting))
         if waiting:
             labels = max(len(customer.outputs.labels) for customer in waiting)
@@ -148,18 +149,31 @@ class _Fleet:
 
     def run(self, progress: Progress | None) -> None:
         """Train until nobody is left."""
-        self._report(progress)
-        while self.queue or self.active:
-            known = len(self.lines)
-            self._admit()
-            if self.active:
-                rows, rates = self.schedule.next_rows(), self.schedule.rates()
-                ended = self.schedule.advance()
-                self.engine.train_step(rows, rates, self.schedule.step)
-                if len(ended):
-                    self._end_epochs(ended)
-            if len(self.lines) != known:
-                self._report(progress)
+        try:
+            self._report(progress)
+            while self.queue or self.active:
+                known = len(self.lines)
+                self._admit()
+                if self.active:
+                    self._step()
+                self._note(self.writer.written())
+                if len(self.lines) != known:
+                    self._report(progress)
+            self._note(self.writer.written(wait=True))
+            self._report(progress)
+        finally:
+            self.writer.close()
+
+    def _step(self) -> None:
+        rows, rates = self.schedule.next_rows(), self.schedule.rates()
+        ended = self.schedule.advance()
+        self.engine.train_step(rows, rates, self.schedule.step)
+        if len(ended):
+            self._end_epochs(ended)
+
+    def _note(self, lines: Iterable[Line]) -> None:
+        for line in lines:
+            self.lines[line.customer] = line
 
     def _report(self, progress: Progress | None) -> None:
         if progress:
@@ -254,7 +268,6 @@ class _Fleet:
         if not all(np.isfinite(array).all() for array in (values, *head.values())):
             self._drop(slot, "training diverged: a coefficient is NaN or Inf; try a smaller --learning-rate")
             return
-        record = self._record(slot)
         coefficients = Coefficients(
             values=values,
             base_name=self.checkpoint.name,
@@ -262,12 +275,10 @@ class _Fleet:
             labels=customer.outputs.labels,
             head=head,
             basis_file=self.options.basis_file,
-            training=record,
+            training=self._record(slot),
             **self.origin,
         )
-        path = self.options.file_of(customer.name)
-        write_coefficients(coefficients, path)
-        self.lines[customer.name] = trained_line(customer.name, path, record)
+        self.writer.write(customer.name, coefficients, self.options.file_of(customer.name))
         self._forget(slot)
 
     def _record(self, slot: int) -> dict[str, Any]:

@@ -10,11 +10,12 @@ import torch
 from qrlora_deploy.basis import Basis
 from qrlora_deploy.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.coefficients import Coefficients, read_coefficients
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, QrloraError
 from qrlora_deploy.files import digest_file
 from qrlora_deploy.training.data import read_examples
 from qrlora_deploy.training.fleet import model as fleet_model
 from qrlora_deploy.training.fleet import run as fleet_run
+from qrlora_deploy.training.fleet import writing
 from qrlora_deploy.training.fleet.engine import CHUNK_TOKENS, Engine
 from qrlora_deploy.training.fleet.model import FleetModel
 from qrlora_deploy.training.fleet.options import FleetOptions, FleetReport
@@ -207,6 +208,26 @@ def test_a_rate_that_is_too_large_for_all_fails_all(still_base: Checkpoint, tiny
     assert {line.status for line in report.lines} == {"failed"}
     assert all("try a smaller --learning-rate" in line.reason for line in report.lines)
     assert list((tmp_path / "out").iterdir()) == [report.summary]
+
+
+def test_a_disk_that_refuses_ends_the_run_and_what_was_written_counts(
+    still_base: Checkpoint, tiny_basis: Basis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folders(tmp_path)
+    write = writing.write_coefficients
+    written: list[str] = []
+
+    def fill_up(customer: Coefficients, path: Path) -> None:
+        if len(written) == 2:
+            raise QrloraError(f"cannot write {path}: No space left on device")
+        written.append(path.name)
+        write(customer, path)
+
+    monkeypatch.setattr(writing, "WRITERS", 1)
+    monkeypatch.setattr(writing, "write_coefficients", fill_up)
+    with pytest.raises(QrloraError, match="No space left on device"):
+        run(still_base, tiny_basis, tmp_path, settings_of(epochs=1))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*written, "summary.jsonl"])
 
 
 def test_files_are_not_overwritten_unasked_and_what_is_done_is_skipped(
