@@ -38,8 +38,12 @@ from exporters.onnx.switchable import make_switchable
 from qrlora_deploy.files import write_json
 
 BATCHES = ((1, 128), (8, 128), (64, 128), (64, 384))
-TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2}
-"""Of logits against PyTorch, by max(1, max |logit|): those of the exporter's parity check."""
+TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2}
+"""Of logits against PyTorch in the same precision, by max(1, max |logit|): those of the exporter's parity
+check, for fp16 twice, as both sides are rounded. A wrong mask is off by about the logits themselves."""
+
+LEAST_EFFECT = 2e-2
+"""Customers whose coefficients do not reach the graph would move no logit at all."""
 
 COMPILED, EAGER, OPTIMIZER = "torch.compile", "torch eager", "transformers.optimizer"
 GUARD_RUNS = 3
@@ -98,7 +102,9 @@ def _export(name: str, place: Path, arguments: argparse.Namespace) -> tuple[Path
     if variant.setup is not None:
         rows = make_switchable(model, make_basis(model, variant.setup))
         most = max(batch for batch, _length in arguments.batches)
-        table = np.random.default_rng(3).normal(0, 1, (most + 1, rows.layout.width)).astype(np.float32)
+        table = (
+            np.random.default_rng(3).normal(0, variant.setup.spread, (most + 1, rows.layout.width)).astype(np.float32)
+        )
         table[0] = 0
     if variant.fused:
         fuse_projections(model)
@@ -144,7 +150,7 @@ def _measure_batch(
             reference = answers[
                 next(other for other in answers if other in ALL and ALL[other].setup == ALL[name].setup)
             ]
-            if float(np.abs(reference - expected).max()) < 2 * bound:
+            if float(np.abs(reference - expected).max()) < LEAST_EFFECT:
                 failed[name] = "the customers have no effect"
                 continue
         errors[name] = float(np.abs(answer - reference).max())

@@ -79,11 +79,16 @@ def make_inputs(shape: str, batch: int, length: int, seed: int = 1) -> Inputs:
 
 @dataclass(frozen=True)
 class Setup:
-    """Which layers have a side branch: the last layers of some projections, all of one rank."""
+    """Which layers have a side branch: the last layers of some projections, all of one rank.
+
+    Attributes:
+        spread: of the coefficients; in a random model it takes large ones to be seen in the logits.
+    """
 
     projections: Sequence[str]
     last_layers: int
     rank: int
+    spread: float
 
 
 def make_basis(model: Any, setup: Setup) -> Basis:
