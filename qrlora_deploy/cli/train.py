@@ -58,7 +58,7 @@ def work_folder(output: Path, resume: bool) -> Iterator[Path]:
 @click.option("--resume", is_flag=True, help="Go on from where an interrupted run of the same command stopped.")
 @click.option("--metric", help="Chooses the best epoch on --eval, by default accuracy or pearson.")
 @click.option("--head-learning-rate", type=click.FloatRange(min=0, min_open=True), help="With --head output.")
-@click.option("--dropout", is_flag=True, help="Drop out in the base as its config says; rarely better, and slower.")
+@click.option("--dropout", is_flag=True, help="Drop out in the base as its config says; each step then runs all of it.")
 @click.option(
     "--trunk-cache",
     type=click.Choice(["auto", "device", "host", "disk", "off"]),
