@@ -19,6 +19,8 @@ from qrlora_deploy.errors import InputError
 from qrlora_deploy.runtime.token_index import TOKEN_INDEX, kept_tokens
 from qrlora_deploy.targets import BLOCK
 
+DECODER = "the model answers at the last token of a row; --padding-free is for encoders"
+
 
 class Packing:
     """The tokens of the current batch; the wrapper fills it before the model runs.
@@ -83,7 +85,7 @@ class Packing:
             InputError: a token looks at earlier ones alone.
         """
         if heads.causal:
-            raise InputError("the model answers at the last token of a row; --padding-free is for encoders")
+            raise InputError(DECODER)
         self.attended += 1
         return self.pack(attend(self.unpack(query), self.unpack(key), self.unpack(value), mask, heads, bias))
 
@@ -132,7 +134,7 @@ def pack_blocks(model: Any, packing: Packing) -> int:
         The number of blocks. Each of them must have attended once when the model has run.
 
     Raises:
-        InputError: the model does not have one list of numbered blocks.
+        InputError: the model does not have one list of numbered blocks, or is a decoder.
     """
     blocks = _blocks(model)
     if blocks is None:
@@ -140,9 +142,12 @@ def pack_blocks(model: Any, packing: Packing) -> int:
             f"{type(model).__name__} cannot be made padding-free: it does not have one list of numbered blocks; "
             f"leave --padding-free out"
         )
-    for block in blocks:
-        for module in block.modules():
-            setattr(module, ATTEND, packing.attend)
+    modules = [module for block in blocks for module in block.modules()]
+    # GPT-2 of transformers 4.57 says so here alone: with a mask its attention is not told.
+    if any(getattr(module, "is_causal", False) for module in modules):
+        raise InputError(DECODER)
+    for module in modules:
+        setattr(module, ATTEND, packing.attend)
     blocks[-1] = _LastBlock(blocks[-1], packing)
     blocks[0] = _FirstBlock(blocks[0], packing)
     return len(blocks)
