@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qrlora_deploy.adapter import resolve_layer
 from qrlora_deploy.basis import Basis
@@ -83,9 +84,17 @@ class FleetModel:
 
     @contextmanager
     def precision(self, training: bool) -> Iterator[None]:
-        """Run the block with or without gradients, in bf16 on CUDA where that is supported."""
+        """Run the block with or without gradients, in bf16 on CUDA where that is supported.
+
+        Attention is not left to cuDNN, which PyTorch prefers on Hopper: it builds a plan for each new
+        number of rows and length, tens of milliseconds each, and nearly every chunk has new ones.
+        """
         bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16), torch.set_grad_enabled(training):
+        with (
+            sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=bf16),
+            torch.set_grad_enabled(training),
+        ):
             yield
 
     def trunk(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -117,6 +117,11 @@ def test_customers_wait_until_there_is_room(
 def test_the_tiny_base_is_computed_without_padding(still_base: Checkpoint, tiny_basis: Basis) -> None:
     model = FleetModel(still_base, tiny_basis, settings_of(), 2, 4, torch.device("cpu"))
     assert model.split is not None and model.upper is not None
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    with model.precision(training=True):
+        # It would build a plan for every new shape.
+        assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
 
 
 def test_the_base_is_left_alone(tiny_base: Path, tiny_basis: Basis, tmp_path: Path) -> None:
