@@ -203,6 +203,11 @@ def build(options: argparse.Namespace, folder: Path) -> Bench:
     return Bench(checkpoint, basis, shards, settings, options.customers, options.rows, options.rows_per_step, folder)
 
 
+def plain(value: object) -> str:
+    """An option for the record, which need not know where this machine keeps its folders."""
+    return value.name if isinstance(value, Path) else str(value)
+
+
 def main() -> int:
     """Parse, measure, print, and write the record where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -222,7 +227,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         bench = build(options, Path(temporary))
         record = environment(options.device) | {
-            "options": {name: str(value) for name, value in vars(options).items() if name != "out"},
+            "options": {name: plain(value) for name, value in vars(options).items() if name != "out"},
             "coefficients": bench.basis.total_rank,
             "threads": torch.get_num_threads(),
             **measure(bench, min(options.sample, options.customers), options.rounds),
