@@ -12,7 +12,7 @@ from exporters.onnx.biases import fold_attention_biases
 from exporters.onnx.packing import Packing
 from exporters.onnx.switchable import TableBranch
 
-PAPER = Setup(("query", "q"), last_layers=4, rank=160, spread=30.0)
+PAPER = Setup(("query", "q"), last_layers=4, rank=160, spread=10.0)
 """The paper's set-up: query, last 4 layers; tau = 0.5 gives 157 to 163 directions, padded to 160."""
 WIDE = Setup(("query", "value", "q", "v"), last_layers=12, rank=160, spread=1.0)
 
