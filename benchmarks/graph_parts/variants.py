@@ -19,26 +19,8 @@ WIDE = Setup(("query", "value", "q", "v"), last_layers=12, rank=160, spread=1.0)
 TRIPLES = (("query", "key", "value"), ("q", "k", "v"))
 
 
-class LengthPacking(Packing):
-    """Attention gets lengths instead of a mask (opset 24), so ONNX Runtime can use flash attention.
-
-    A row's tokens that are attended to are moved to its front, and a first token that is not comes
-    behind them: it is a query, but no key. So this is right for every mask.
-    """
-
-    opset = 24
-
-    def fill(self, tokens: torch.Tensor, mask: torch.Tensor) -> None:
-        """As `Packing.fill`."""
-        super().fill(tokens, mask)
-        counts = mask.cumsum(1)
-        self.lengths = mask.sum(1)
-        slots = torch.where(mask != 0, counts - 1, self.lengths[:, None])
-        starts = torch.arange(self.batch * self.length, device=mask.device).unflatten(0, (self.batch, self.length))
-        self.homes = (starts[:, :1] + slots).flatten().index_select(0, tokens)
-        numbers = torch.arange(tokens.shape[0], device=tokens.device)
-        empty = torch.zeros(self.batch * self.length, dtype=torch.int64, device=tokens.device)
-        self.sources = empty.scatter(0, self.homes, numbers)
+class MaskPacking(Packing):
+    """Attention gets the mask of the batch, and every token its own place."""
 
     def attend(
         self,
@@ -49,21 +31,9 @@ class LengthPacking(Packing):
         heads: Heads,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As `Packing.attend`; with a bias, only for right-padded rows, whose tokens stay where they are."""
+        """As `Packing.attend`."""
         self.attended += 1
-        states = [
-            part.squeeze(0).index_select(0, self.sources).unflatten(0, (self.batch, self.length))
-            for part in (query, key, value)
-        ]
-        output = torch.onnx.ops.symbolic(
-            "Attention",
-            (*states, bias, None, None, self.lengths),
-            {"q_num_heads": heads.queries, "kv_num_heads": heads.keys, "scale": _scale(heads)},
-            dtype=query.dtype,
-            shape=states[0].shape,
-            version=24,
-        )
-        return output.flatten(0, 1).index_select(0, self.homes).unsqueeze(0)
+        return self.pack(attend(self.unpack(query), self.unpack(key), self.unpack(value), mask, heads, bias))
 
 
 def attend_float(
@@ -231,7 +201,7 @@ class Variant:
 
 PADDED = Variant("padded")
 PACKED = Variant("padding-free", packing=Packing)
-LENGTHS = Variant("padding-free, lengths", packing=LengthPacking)
+MASKED = Variant("padding-free, mask", packing=MaskPacking)
 VARLEN = Variant("padding-free, varlen", packing=VarlenPacking, cuda_only=True)
 MERGED = (
     PADDED,
@@ -239,7 +209,7 @@ MERGED = (
     replace(PADDED, name="padded, float mask", attend=attend_float),
     PACKED,
     replace(PACKED, name="padding-free, one qkv", fused=True),
-    LENGTHS,
+    MASKED,
     VARLEN,
     replace(VARLEN, name="padding-free, varlen, one qkv", fused=True),
 )

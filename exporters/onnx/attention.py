@@ -111,6 +111,29 @@ def attend(
     return result
 
 
+def attend_lengths(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor, heads: Heads
+) -> torch.Tensor:
+    """As `attend`, where a row attends to its first tokens, `lengths [batch]` of them; an operator of opset 24.
+
+    Outside of an export it is computed by the operator of opset 23, with a mask.
+    """
+    if not torch.compiler.is_exporting():
+        mask = torch.arange(key.shape[1]) < lengths[:, None]
+        return attend(query, key, value, mask[:, None, None, :].expand(-1, 1, query.shape[1], -1), heads)
+    attributes: dict[str, Any] = {"q_num_heads": heads.queries, "kv_num_heads": heads.keys}
+    if heads.scale is not None:
+        attributes["scale"] = heads.scale
+    return torch.onnx.ops.symbolic(
+        "Attention",
+        (query, key, value, None, None, None, lengths),
+        attributes,
+        dtype=query.dtype,
+        shape=query.shape,
+        version=24,
+    )
+
+
 class PositionBiasedAttention(nn.Module):
     """MPNet's attention, which adds a bias by distance to the scores, by the operator.
 

@@ -3,10 +3,15 @@
 Padding costs a linear layer as much as text does. Here the hidden states `[batch, length, width]` are
 gathered to `[1, tokens, width]` before the first block and put back behind the last one; every layer
 in between works on tokens alone. Only attention needs to know which row a token belongs to: its
-queries, keys and values are put back for the operator, and its output is gathered again.
+queries, keys and values are put back into rows for the operator, and its output is gathered again.
 
-What is put back on the place of a token that was left out is the first token of the batch. Attention
-does not look there, since its mask is zero, and no answer is read there.
+A row's tokens that are attended to go to its front, whatever the mask, and the operator is told how many
+they are. ONNX Runtime keeps flash attention for that, and not for a mask. A first token that is padding
+comes behind them: it asks, but is not asked. With a bias by position, as MPNet's, order matters: tokens go to
+their own places then, and the operator gets a mask.
+
+What is put on a place without a token is the first token of the batch. Attention does not look there,
+and no answer is read there.
 """
 
 from typing import Any
@@ -14,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from exporters.onnx.attention import ATTEND, Heads, attend
+from exporters.onnx.attention import ATTEND, Heads, attend, attend_lengths
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.runtime.token_index import TOKEN_INDEX, kept_tokens
 from qrlora_deploy.targets import BLOCK
@@ -32,9 +37,12 @@ class Packing:
         tokens: `[tokens]` int64, positions in the batch as one row.
         places: `[batch * length]` int64, the other way round; 0 for a token that was left out.
         rows: `[tokens]` int64, the row of the batch that each token is of.
+        lengths: `[batch]` int64, how many tokens of a row are attended to.
+        seats: `[tokens]` int64, as `tokens`, with those that are attended to in front of each row.
+        seated: `[batch * length]` int64, the other way round.
     """
 
-    opset = 23
+    opset = 24
 
     def __init__(self) -> None:
         self.attended = 0
@@ -42,6 +50,7 @@ class Packing:
         self.batch: Any = 0
         self.length: Any = 0
         self.tokens = self.places = self.rows = torch.empty(0, dtype=torch.int64)
+        self.lengths = self.seats = self.seated = self.tokens
 
     def examples(self, mask: torch.Tensor) -> dict[str, tuple[torch.Tensor, tuple[str | int, ...]]]:
         """An example and its axes by the name of the input, for `mask [batch, length]`."""
@@ -52,19 +61,37 @@ class Packing:
         self.tokens, self.inside = tokens, False
         self.batch, self.length = mask.shape
         # The sizes only give shapes: as operands they would have to be copied to a GPU in every run.
-        numbers = torch.arange(tokens.shape[0], device=tokens.device)
-        empty = torch.zeros(self.batch * self.length, dtype=torch.int64, device=tokens.device)
-        self.places = empty.scatter(0, tokens, numbers)
+        grid = torch.arange(self.batch * self.length, device=mask.device).unflatten(0, (self.batch, self.length))
         rows = torch.arange(self.batch, device=tokens.device)
         self.rows = rows[:, None].expand(-1, self.length).reshape(-1).index_select(0, tokens)
+        self.places = self._inverse(tokens)
+        present = (mask != 0).to(torch.int64)
+        attended = present.sum(1)
+        seat = torch.where(mask != 0, present.cumsum(1) - 1, attended[:, None])
+        self.seats = (grid[:, :1] + seat).flatten().index_select(0, tokens)
+        self.seated = self._inverse(self.seats)
+        # Attention to nothing at all would be NaN; the first token of such a row attends to itself.
+        self.lengths = torch.where(attended == 0, torch.ones_like(attended), attended)
+
+    def _inverse(self, index: torch.Tensor) -> torch.Tensor:
+        """`[batch * length]`: where in `index [tokens]` each position comes; 0 where it does not."""
+        numbers = torch.arange(index.shape[0], device=index.device)
+        empty = torch.zeros(self.batch * self.length, dtype=torch.int64, device=index.device)
+        return empty.scatter(0, index, numbers)
 
     def pack(self, states: torch.Tensor) -> torch.Tensor:
         """`[batch, length, width]` to `[1, tokens, width]`."""
-        return states.flatten(0, 1).index_select(0, self.tokens).unsqueeze(0)
+        return self._take(states, self.tokens)
 
     def unpack(self, states: torch.Tensor) -> torch.Tensor:
         """`[1, tokens, width]` to `[batch, length, width]`."""
-        return states.squeeze(0).index_select(0, self.places).unflatten(0, (self.batch, self.length))
+        return self._put(states, self.places)
+
+    def _take(self, states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        return states.flatten(0, 1).index_select(0, index).unsqueeze(0)
+
+    def _put(self, states: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+        return states.squeeze(0).index_select(0, inverse).unflatten(0, (self.batch, self.length))
 
     def by_token(self, values: torch.Tensor) -> torch.Tensor:
         """`[batch, 1, width]`, something of each row, to `[1, tokens, width]`."""
@@ -87,7 +114,11 @@ class Packing:
         if heads.causal:
             raise InputError(DECODER)
         self.attended += 1
-        return self.pack(attend(self.unpack(query), self.unpack(key), self.unpack(value), mask, heads, bias))
+        if bias is not None:
+            return self.pack(attend(self.unpack(query), self.unpack(key), self.unpack(value), mask, heads, bias))
+        query, key, value = (self._put(states, self.seated) for states in (query, key, value))
+        output = attend_lengths(query, key, value, self.lengths, heads)
+        return self._take(output, self.seats)
 
 
 class _FirstBlock(nn.Module):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from exporters.onnx import export_merged, export_switchable
-from exporters.onnx.attention import use_onnx_attention
+from exporters.onnx.attention import Heads, attend, use_onnx_attention
 from exporters.onnx.packing import Packing, pack_blocks
 from qrlora_deploy.checkpoint import open_checkpoint
 from qrlora_deploy.coefficients import Coefficients
@@ -55,9 +55,12 @@ def test_every_encoder_agrees_with_pytorch(name: str, tmp_path: Path, texts: Exa
     assert verify(open_bundle(job.output)).passed
 
 
+@pytest.mark.parametrize("name", ["distilbert", "mpnet"])
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_other_precisions(precision: str, tmp_path: Path, texts: Examples) -> None:
-    job = make_job("mpnet", tmp_path, texts, precision=precision)
+def test_other_precisions(name: str, precision: str, tmp_path: Path, texts: Examples) -> None:
+    job = make_job(name, tmp_path, texts, precision=precision)
+    if not use_onnx_attention(job.checkpoint.load_model()):
+        pytest.skip("this transformers gives DistilBERT an attention of its own")
     values = np.random.default_rng(5).uniform(0.3, 1.0, job.basis.total_rank).astype(np.float32)
     checkpoint = job.checkpoint
     customer = Coefficients(
@@ -80,6 +83,44 @@ def test_every_product_of_the_blocks_is_on_tokens(tmp_path: Path, texts: Example
     products = [shapes[node.output[0]] for node in graph.node if node.op_type == "MatMul"]
     # Six layers of each of the two blocks, and R and Q beside each of them.
     assert len(products) == 36 and all(shape[:2] == [1, "tokens"] for shape in products)
+
+
+def test_a_row_without_any_text_disturbs_no_other(tmp_path: Path, texts: Examples) -> None:
+    job = make_job("distilbert", tmp_path, texts)
+    if not use_onnx_attention(job.checkpoint.load_model()):
+        pytest.skip("this transformers gives DistilBERT an attention of its own")
+    export_switchable(job)
+    session = open_session(job.output / "model.onnx", threads=1)
+    width = next(value.shape[1] for value in session.get_inputs() if value.name == "coefficient_table")
+    mask = np.array([[0] * 6, [1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1]], dtype=np.int64)
+    inputs = {
+        "input_ids": np.random.default_rng(3).integers(5, 100, mask.shape),
+        "attention_mask": mask,
+        "coefficient_table": np.random.default_rng(4).normal(size=(4, width)).astype(np.float32),
+        "slot": np.array([3, 2, 1]),
+    }
+
+    def answer(rows: slice) -> np.ndarray:
+        chosen = {name: value if name == "coefficient_table" else value[rows] for name, value in inputs.items()}
+        logits: np.ndarray = session.run(None, chosen | {TOKEN_INDEX: kept_tokens(mask[rows])})[0]
+        return logits
+
+    found = answer(slice(0, 3))
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found[1:], answer(slice(1, 3)), **FP32_SIDE_BRANCH)
+
+
+@pytest.mark.parametrize("kind", list(MASKS))
+def test_lengths_and_a_mask_attend_alike(kind: str) -> None:
+    mask = torch.tensor(MASKS[kind])
+    packing = Packing()
+    packing.fill(torch.from_numpy(kept_tokens(mask.numpy())), mask)
+    query, key, value = (packing.pack(torch.randn(2, 6, 8)) for _ in range(3))
+    heads = Heads(2, 2, 0.5)
+    allowed = mask.bool()[:, None, None, :].expand(-1, 1, 6, -1)
+    expected = attend(packing.unpack(query), packing.unpack(key), packing.unpack(value), allowed, heads)
+    found = packing.attend(query, key, value, None, heads)
+    torch.testing.assert_close(found, packing.pack(expected), **FP32_SIDE_BRANCH)
 
 
 @pytest.mark.parametrize("kind", list(MASKS))

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exporters.onnx import export_switchable
+from exporters.onnx.attention import use_onnx_attention
 from qrlora_deploy.checkpoint import open_checkpoint
 from qrlora_deploy.errors import ProviderError
 from qrlora_deploy.exporting import ExportJob
@@ -24,12 +25,15 @@ from tests.tolerances import FP32_ONNX
 BUCKETS = Buckets((1, 4, 32), (12, 24))
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory, texts: Examples) -> Path:
-    """Switchable, of a small MPNet, whose attention every supported transformers lets us replace."""
+@pytest.fixture(scope="module", params=["mpnet", "distilbert"])
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, texts: Examples) -> Path:
+    """Switchable: attention with a mask, for the bias of positions, and with lengths."""
     folder = tmp_path_factory.mktemp("padding-free")
-    checkpoint = open_checkpoint(str(save_encoder("mpnet", folder / "base")))
-    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton(), ("q", "v")), RankRule(tau=0.5))
+    checkpoint = open_checkpoint(str(save_encoder(request.param, folder / "base")))
+    if not use_onnx_attention(checkpoint.load_model()):
+        pytest.skip(f"this transformers gives {request.param} an attention of its own")
+    targets = choose_targets(checkpoint.skeleton(), ("q", "v") if request.param == "mpnet" else ("q_lin", "v_lin"))
+    basis = factorize(checkpoint, targets, RankRule(tau=0.5))
     export_switchable(ExportJob(checkpoint, basis, folder / "bundle", texts=texts, head_labels=6, padding_free=True))
     return folder / "bundle"
 
