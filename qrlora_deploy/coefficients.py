@@ -1,5 +1,6 @@
 """A customer: the vector `c` of all targets, and its own output head where it has one."""
 
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,11 @@ FORMAT = "qrlora-coefficients"
 FORMAT_VERSION = 1
 VALUES = "coefficients"
 HEAD = "head."
+
+SUFFIX = ".safetensors"
+MAX_ID_CHARACTERS = 128
+CUSTOMER_ID = re.compile(rf"[A-Za-z0-9_-][A-Za-z0-9._-]{{0,{MAX_ID_CHARACTERS - 1}}}")
+"""What a customer may be called, whose file has the name with `SUFFIX` behind it."""
 
 
 @dataclass(frozen=True)

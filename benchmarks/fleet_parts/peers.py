@@ -14,7 +14,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from qrlora_deploy.checkpoint import Checkpoint
 from qrlora_deploy.training.data import Examples
-from qrlora_deploy.training.loop import Rows, build_rows, load_tokenizer
+from qrlora_deploy.training.loop import WARMUP_SHARE, Rows, build_rows, load_tokenizer, no_dropout
 from qrlora_deploy.training.settings import TrainSettings
 from qrlora_deploy.training.tasks import encode_labels
 
@@ -50,8 +50,7 @@ class Peer:
 
 def open_peer(checkpoint: Checkpoint, targets: list[str], settings: TrainSettings, device: str) -> Peer:
     """Load the base once, without dropout, as the fleet has it."""
-    zero = {name: 0.0 for name, value in checkpoint.config.to_dict().items() if "drop" in name and value is not None}
-    model = checkpoint.load_model(**zero).to(device)
+    model = checkpoint.load_model(**no_dropout(checkpoint.config)).to(device)
     tokenizer = load_tokenizer(checkpoint, model, settings.max_length)
     return Peer(model, tokenizer, checkpoint.labels, targets, settings, device)
 
@@ -89,7 +88,7 @@ def train_in_loop(peer: Peer, examples: Examples) -> None:
     loader: Any = DataLoader(rows, settings.batch_size, shuffle=True, collate_fn=collate, generator=generator)
     optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
     steps = settings.epochs * len(loader)
-    schedule = get_linear_schedule_with_warmup(optimizer, int(0.06 * steps), steps)
+    schedule = get_linear_schedule_with_warmup(optimizer, int(WARMUP_SHARE * steps), steps)
     for _ in range(settings.epochs):
         for batch in loader:
             with torch.autocast(peer.device, torch.bfloat16, enabled=peer.device == "cuda"):

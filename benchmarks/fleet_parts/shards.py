@@ -3,36 +3,17 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    MPNetConfig,
-    MPNetForSequenceClassification,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedTokenizerFast
 
+from benchmarks.shapes import SHAPES, random_classifier
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.training.data import Examples, read_examples
 from qrlora_deploy.training.tasks import label_names
 
 SPECIAL = ("[UNK]", "[PAD]", "[CLS]", "[SEP]")
-SHAPES: dict[str, tuple[Any, Any, dict[str, int]]] = {
-    "minilm": (
-        BertForSequenceClassification,
-        BertConfig,
-        {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
-    ),
-    "mpnet": (
-        MPNetForSequenceClassification,
-        MPNetConfig,
-        {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -93,13 +74,11 @@ def save_shape(folder: Path, shape: str, shards: Shards) -> None:
         cls_token="[CLS]",
         sep_token="[SEP]",
     )
-    make, config, sizes = SHAPES[shape]
-    torch.manual_seed(0)
+    family, sizes = SHAPES[shape]
     names = {
         "id2label": dict(enumerate(shards.labels)),
         "label2id": {label: index for index, label in enumerate(shards.labels)},
     }
-    # Room for the two positions that MPNet leaves to padding.
-    model = make(config(**sizes, **names, vocab_size=len(vocabulary), pad_token_id=1, max_position_embeddings=514))
+    model = random_classifier(family, sizes | names | {"vocab_size": len(vocabulary), "pad_token_id": 1})
     model.save_pretrained(folder)
     fast.save_pretrained(folder)

@@ -11,11 +11,8 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks.glue_parts.tasks import Rows, Task, scores
-from qrlora_deploy.adapter import QRLoRALinear
+from qrlora_deploy.training.loop import WARMUP_SHARE, halve_frozen
 from qrlora_deploy.training.tasks import REGRESSION
-
-WARMUP_SHARE = 0.06
-"""Of the steps, with a rising learning rate, as in `train`."""
 
 EVALUATION_BATCH = 256
 
@@ -166,12 +163,3 @@ def evaluate(model: nn.Module, task: Task, rows: Rows, bf16: bool) -> dict[str, 
     if not np.isfinite(logits).all():
         return dict.fromkeys(task.metrics, 0.0)
     return scores(task, logits, rows.targets.cpu().numpy())
-
-
-def halve_frozen(model: nn.Module) -> None:
-    """Keep frozen matrices in bf16: autocast would round them in every step, to the same values."""
-    for module in model.modules():
-        if isinstance(module, QRLoRALinear):
-            module.q, module.r = module.q.to(torch.bfloat16), module.r.to(torch.bfloat16)
-        elif type(module) is nn.Linear and not any(value.requires_grad for value in module.parameters()):
-            module.to(torch.bfloat16)

@@ -6,40 +6,24 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 
+from benchmarks.shapes import SHAPES, random_classifier
 from qrlora_deploy.basis import Basis, BasisTarget
 from qrlora_deploy.rank_rule import RankRule
 
+VOCABULARIES = {"roberta": 50265, "mpnet": 30527, "minilm": 30522}
+TINY = {
+    "vocab_size": 1000,
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "max_position_embeddings": 514,
+}
 SIZES: dict[str, tuple[str, dict[str, int]]] = {
-    "roberta": ("Roberta", {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}),
-    "mpnet": ("MPNet", {"vocab_size": 30527, "max_position_embeddings": 514}),
-    "minilm": (
-        "Bert",
-        {"vocab_size": 30522, "hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536},
-    ),
-    "tiny": (
-        "Roberta",
-        {
-            "vocab_size": 1000,
-            "hidden_size": 64,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "intermediate_size": 128,
-            "max_position_embeddings": 514,
-        },
-    ),
-    "tiny-mpnet": (
-        "MPNet",
-        {
-            "vocab_size": 1000,
-            "hidden_size": 64,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "intermediate_size": 128,
-            "max_position_embeddings": 514,
-        },
-    ),
+    **{name: (family, sizes | {"vocab_size": VOCABULARIES[name]}) for name, (family, sizes) in SHAPES.items()},
+    "tiny": ("Roberta", TINY),
+    "tiny-mpnet": ("MPNet", TINY),
 }
 PAD = 1
 """Padding token of RoBERTa and MPNet, used for all."""
@@ -54,9 +38,7 @@ Inputs = dict[str, np.ndarray]
 def make_model(shape: str) -> Any:
     """A classifier of the shape with random weights, fp32, whose logits are of the order of 1."""
     family, sizes = SIZES[shape]
-    config = getattr(transformers, f"{family}Config")(num_labels=3, pad_token_id=PAD, **sizes)
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{family}ForSequenceClassification")(config).eval()
+    model = random_classifier(family, sizes | {"num_labels": 3, "pad_token_id": PAD}).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() > 1:

@@ -22,18 +22,7 @@ TRIPLES = (("query", "key", "value"), ("q", "k", "v"))
 class MaskPacking(Packing):
     """Attention gets the mask of the batch, and every token its own place."""
 
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        heads: Heads,
-        bias: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """As `Packing.attend`."""
-        self.attended += 1
-        return self.pack(attend(self.unpack(query), self.unpack(key), self.unpack(value), mask, heads, bias))
+    by_lengths = False
 
 
 def attend_float(
@@ -60,10 +49,8 @@ class VarlenPacking(Packing):
     def fill(self, tokens: torch.Tensor, mask: torch.Tensor) -> None:
         """As `Packing.fill`. What the operator leaves unwritten behind the last row must not be put back."""
         super().fill(tokens, mask)
-        numbers = torch.arange(tokens.shape[0], device=tokens.device)
-        numbers = torch.where(tokens == 0, torch.zeros_like(numbers), numbers)
-        empty = torch.zeros(self.batch * self.length, dtype=torch.int64, device=tokens.device)
-        self.places = empty.scatter(0, tokens, numbers)
+        # Of the tokens at position 0 the first counts: its repeats, which fill up a bucket, lie behind the last row.
+        self.places = torch.cat([torch.zeros_like(self.places[:1]), self.places[1:]])
         ends = mask.to(torch.int32).sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32)
         self.borders = torch.cat([torch.zeros(1, dtype=torch.int32, device=mask.device), ends])
         self.offsets = torch.zeros(self.batch, self.length, dtype=torch.int32, device=mask.device)

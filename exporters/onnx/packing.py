@@ -32,6 +32,7 @@ class Packing:
 
     Attributes:
         opset: that its operators are of.
+        by_lengths: whether attention is told lengths where order does not matter; else it always gets the mask.
         attended: how many attentions ran on tokens.
         inside: whether the run is between the first block and the last.
         tokens: `[tokens]` int64, positions in the batch as one row.
@@ -43,6 +44,7 @@ class Packing:
     """
 
     opset = 24
+    by_lengths = True
 
     def __init__(self) -> None:
         self.attended = 0
@@ -114,7 +116,7 @@ class Packing:
         if heads.causal:
             raise InputError(DECODER)
         self.attended += 1
-        if bias is not None:
+        if bias is not None or not self.by_lengths:
             return self.pack(attend(self.unpack(query), self.unpack(key), self.unpack(value), mask, heads, bias))
         query, key, value = (self._put(states, self.seated) for states in (query, key, value))
         output = attend_lengths(query, key, value, self.lengths, heads)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from qrlora_deploy.bench.record import Accuracy
 from qrlora_deploy.bench.subjects import BundleSubject
+from qrlora_deploy.coefficients import CUSTOMER_ID
 from qrlora_deploy.errors import InputError, QrloraError
-from qrlora_deploy.runtime.customer_files import ID
 
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet")
 
@@ -19,7 +19,7 @@ def labelled_files(folder: Path) -> dict[str, Path]:
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder with a labelled file for each customer")
-    files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and ID.fullmatch(file.stem))
+    files = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES and CUSTOMER_ID.fullmatch(file.stem))
     if not files:
         raise InputError(f"{folder} holds no labelled files, such as acme.tsv")
     found: dict[str, Path] = {}

@@ -119,6 +119,26 @@ def training_options(epochs: int, batch_size: int) -> Callable[[Command], Comman
         seed_option,
     ]
 
+    return _together(options)
+
+
+def customer_options(head: str, resume: str) -> Callable[[Command], Command]:
+    """What training one customer and many have in common beside `training_options`; texts for two of them differ."""
+    options = [
+        click.option("--head", type=click.Choice(["frozen", "output"]), default="frozen", show_default=True, help=head),
+        click.option(
+            "--patience", type=click.IntRange(min=1), default=3, show_default=True, help="Epochs without a gain."
+        ),
+        click.option("--resume", is_flag=True, help=resume),
+        click.option("--metric", help="Chooses the best epoch on --eval, by default accuracy or pearson."),
+        click.option("--head-learning-rate", type=click.FloatRange(min=0, min_open=True), help="With --head output."),
+    ]
+    return _together(options)
+
+
+def _together(options: list[Callable[[Any], Any]]) -> Callable[[Command], Command]:
+    """Several decorators as one, the first one outermost."""
+
     def decorate(function: Command) -> Command:
         for option in reversed(options):
             function = option(function)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from qrlora_deploy.cli.options import basis_option, common, output_option, training_options
+from qrlora_deploy.cli.options import basis_option, common, customer_options, output_option, training_options
 from qrlora_deploy.cli.output import Output, progress_bar, size_text
 from qrlora_deploy.errors import InputError
 
@@ -47,17 +47,10 @@ def work_folder(output: Path, resume: bool) -> Iterator[Path]:
 @click.argument("base")
 @basis_option(required=True)
 @output_option("Coefficients file to write.")
-@click.option(
-    "--head",
-    type=click.Choice(["frozen", "output"]),
-    default="frozen",
-    show_default=True,
-    help="Keep the base's head, or train the last projection too; then it travels in the file.",
+@customer_options(
+    head="Keep the base's head, or train the last projection too; then it travels in the file.",
+    resume="Go on from where an interrupted run of the same command stopped.",
 )
-@click.option("--patience", type=click.IntRange(min=1), default=3, show_default=True, help="Epochs without a gain.")
-@click.option("--resume", is_flag=True, help="Go on from where an interrupted run of the same command stopped.")
-@click.option("--metric", help="Chooses the best epoch on --eval, by default accuracy or pearson.")
-@click.option("--head-learning-rate", type=click.FloatRange(min=0, min_open=True), help="With --head output.")
 @click.option("--dropout", is_flag=True, help="Drop out in the base as its config says; each step then runs all of it.")
 @click.option(
     "--trunk-cache",

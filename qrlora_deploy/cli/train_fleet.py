@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from qrlora_deploy.cli.options import basis_option, common, output_option, training_options
+from qrlora_deploy.cli.options import basis_option, common, customer_options, output_option, training_options
 from qrlora_deploy.cli.output import Output, Table
 from qrlora_deploy.errors import InputError, QrloraError
 
@@ -23,17 +23,10 @@ LAUNCHER = "TORCHELASTIC_RUN_ID"
 @basis_option(required=True)
 @output_option("Folder for one coefficients file a customer, and summary.jsonl.")
 @click.option("--customer-column", help="Column of the customers' ids; without it --data is a folder of one file each.")
-@click.option(
-    "--head",
-    type=click.Choice(["frozen", "output"]),
-    default="frozen",
-    show_default=True,
-    help="Keep the base's head, or train each customer's last projection too.",
+@customer_options(
+    head="Keep the base's head, or train each customer's last projection too.",
+    resume="Pass over customers whose file is there from the same data and settings.",
 )
-@click.option("--patience", type=click.IntRange(min=1), default=3, show_default=True, help="Epochs without a gain.")
-@click.option("--resume", is_flag=True, help="Pass over customers whose file is there from the same data and settings.")
-@click.option("--metric", help="Chooses the best epoch on --eval, by default accuracy or pearson.")
-@click.option("--head-learning-rate", type=click.FloatRange(min=0, min_open=True), help="With --head output.")
 @click.option(
     "--rows-per-step", type=click.IntRange(min=1), help="Rows of all customers in a step. Default: by device."
 )

@@ -23,7 +23,7 @@ from qrlora_deploy.runtime.running import (
     run_bound,
     text_inputs,
 )
-from qrlora_deploy.runtime.token_index import TOKEN_INDEX, kept_tokens, padded_tokens
+from qrlora_deploy.runtime.token_index import TOKEN_INDEX, kept_tokens, padded_tokens, write_tokens
 from qrlora_deploy.runtime.worker import Worker
 
 ALIGNMENT = 256
@@ -82,9 +82,7 @@ class BucketRunner:
         for name in self._names:
             pad_into(bound.inputs[name], inputs[name], self._fill.get(name, 0), int(name == "attention_mask"))
         if kept is not None:
-            # Position 0 is kept in every batch, so it may be computed more than once.
-            bound.inputs[TOKEN_INDEX][: len(kept)] = kept
-            bound.inputs[TOKEN_INDEX][len(kept) :] = 0
+            write_tokens(bound.inputs[TOKEN_INDEX], kept)
         if slot is not None:
             bound.inputs[SLOT][:batch] = slot
             bound.inputs[SLOT][batch:] = 0

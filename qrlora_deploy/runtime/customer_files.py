@@ -1,18 +1,13 @@
 """The files of customers: which names they have, and reading them while others write."""
 
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qrlora_deploy.coefficients import Coefficients, read_coefficients
+from qrlora_deploy.coefficients import CUSTOMER_ID, SUFFIX, Coefficients, read_coefficients
 from qrlora_deploy.errors import InputError
-
-SUFFIX = ".safetensors"
-MAX_ID_CHARACTERS = 128
-ID = re.compile(rf"[A-Za-z0-9_-][A-Za-z0-9._-]{{0,{MAX_ID_CHARACTERS - 1}}}")
 
 OPEN_FILES = Path("/proc/self/fd")
 
@@ -27,7 +22,7 @@ def check_customer_id(name: str) -> None:
         InputError: it has other characters than A-Z, a-z, 0-9, dot, underscore and hyphen, starts
             with a dot, or has not 1 to 128 characters.
     """
-    if not ID.fullmatch(name):
+    if not CUSTOMER_ID.fullmatch(name):
         raise InputError(
             f"{name[:140]!a} is no customer id: 1 to 128 of A-Z a-z 0-9 . _ - are allowed, and no dot at the start"
         )
@@ -102,4 +97,4 @@ def _private_copy(content: bytes) -> Iterator[Path]:
 def customer_of(file_name: str) -> str | None:
     """The customer whose file has this name; None where it is no customer's."""
     name = file_name.removesuffix(SUFFIX)
-    return name if name != file_name and ID.fullmatch(name) else None
+    return name if name != file_name and CUSTOMER_ID.fullmatch(name) else None

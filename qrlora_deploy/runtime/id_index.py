@@ -12,8 +12,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from qrlora_deploy.coefficients import CUSTOMER_ID, MAX_ID_CHARACTERS
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.runtime.customer_files import ID, MAX_ID_CHARACTERS, check_customer_id
+from qrlora_deploy.runtime.customer_files import check_customer_id
 
 CODE_BITS = 32
 PLACE = np.uint64(2**CODE_BITS - 1)
@@ -23,8 +24,8 @@ MOST_IDS = 2**31 - 1
 CHUNK = 2**16
 """Ids that are worked on together: few enough for a processor's cache."""
 
-FIRST = np.array([bool(ID.fullmatch(chr(byte))) for byte in range(256)])
-LATER = np.array([bool(ID.fullmatch(f"a{chr(byte)}")) for byte in range(256)])
+FIRST = np.array([bool(CUSTOMER_ID.fullmatch(chr(byte))) for byte in range(256)])
+LATER = np.array([bool(CUSTOMER_ID.fullmatch(f"a{chr(byte)}")) for byte in range(256)])
 """Which bytes an id may begin with, and which may follow."""
 
 

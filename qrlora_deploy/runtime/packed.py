@@ -8,7 +8,6 @@ metadata covers every byte, and nothing goes live before it was found right.
 
 import io
 import os
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +25,7 @@ from qrlora_deploy.runtime.packed_header import (
     PackedHeader,
     digest_piece,
     metadata_of,
+    read_exactly,
     read_header,
     tail_pieces,
 )
@@ -109,29 +109,12 @@ class _Source:
     start: int
 
     def read(self, offset: int, view: memoryview) -> None:
-        """Fill `view` with the bytes from `offset` on; nothing is mapped, as a file that is cut meanwhile would end
-        the process.
+        """Fill `view` with the bytes from `offset` on.
 
         Raises:
             FileFormatError: the file ends before.
         """
-        done = 0
-        while done < len(view):
-            count = _read_at(self.file, view[done:], offset + done)
-            if not count:
-                raise FileFormatError(f"{self.path} is cut")
-            done += count
-
-
-_seeking = threading.Lock()
-
-
-def _read_at(file: io.FileIO, view: memoryview, offset: int) -> int:
-    if hasattr(os, "preadv"):
-        return os.preadv(file.fileno(), [view], offset)
-    with _seeking:
-        file.seek(offset)
-        return file.readinto(view) or 0
+        read_exactly(self.file, offset, view, self.path)
 
 
 class _Piece:

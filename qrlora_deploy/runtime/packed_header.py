@@ -10,6 +10,7 @@ import io
 import json
 import os
 import struct
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +110,7 @@ def read_header(file: io.FileIO, path: Path) -> tuple[PackedHeader, str, int]:
     if not 0 < length <= min(size_bytes - 8, 2 * MAX_METADATA_BYTES):
         raise FileFormatError(f"{path} is not a complete safetensors file")
     text = bytearray(length)
-    read_exactly(file, memoryview(text), path)
+    read_exactly(file, len(prefix), memoryview(text), path)
     try:
         record = json.loads(text)
         metadata = json.loads(record["__metadata__"][METADATA_KEY])
@@ -152,15 +153,27 @@ def digest_piece(piece: memoryview) -> bytes:
     return hashlib.sha256(piece).digest()
 
 
-def read_exactly(file: io.FileIO, view: memoryview, path: Path) -> None:
-    """Fill `view`, bytes, from where the file stands.
+def read_exactly(file: io.FileIO, offset: int, view: memoryview, path: Path) -> None:
+    """Fill `view` with the bytes from `offset` on, from any thread; nothing is mapped, as a file that is cut
+    meanwhile would end the process.
 
     Raises:
         FileFormatError: the file ends before.
     """
     done = 0
     while done < len(view):
-        count = file.readinto(view[done:])
+        count = _read_at(file, view[done:], offset + done)
         if not count:
             raise FileFormatError(f"{path} is cut")
         done += count
+
+
+_seeking = threading.Lock()
+
+
+def _read_at(file: io.FileIO, view: memoryview, offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(file.fileno(), [view], offset)
+    with _seeking:
+        file.seek(offset)
+        return file.readinto(view) or 0

@@ -20,14 +20,18 @@ def kept_tokens(mask: np.ndarray) -> np.ndarray:
     return np.flatnonzero(kept)
 
 
-def write_kept_tokens(target: np.ndarray, mask: np.ndarray) -> None:
-    """Write the positions of `mask` into `target [at least as many]`, and position 0 behind them.
+def write_tokens(target: np.ndarray, kept: np.ndarray) -> None:
+    """Write the positions `kept` into `target [at least as many]`, and position 0 behind them.
 
     Position 0 is always kept; a token that is computed twice has the same state twice.
     """
-    found = kept_tokens(mask)
-    target[: len(found)] = found
-    target[len(found) :] = 0
+    target[: len(kept)] = kept
+    target[len(kept) :] = 0
+
+
+def write_kept_tokens(target: np.ndarray, mask: np.ndarray) -> None:
+    """`write_tokens` of those that `mask` keeps."""
+    write_tokens(target, kept_tokens(mask))
 
 
 def padded_tokens(tokens: int, batch: int, length: int) -> int:

@@ -7,13 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn import functional
 
-from qrlora_deploy.adapter import QRLoRALinear
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.training.graphed import GraphedStep, step_gradients
-from qrlora_deploy.training.loop import Progress, Rows, SmallTrainer
+from qrlora_deploy.training.loop import Progress, Rows, SmallTrainer, halve_frozen, mixed_precision
 from qrlora_deploy.training.tasks import REGRESSION
 from qrlora_deploy.training.trunk import SplitModel, split_model
 from qrlora_deploy.training.trunk_cache import TrunkCache, fill_cache
@@ -104,11 +102,6 @@ class CachedModel:
         return functional.cross_entropy(logits.float(), labels)
 
 
-def mixed_precision(device: torch.device) -> torch.autocast:
-    """bf16 on a GPU that has it, fp32 elsewhere; as the Trainer does for whole models."""
-    return torch.autocast(device.type, torch.bfloat16, device.type == "cuda" and torch.cuda.is_bf16_supported())
-
-
 def build_cached(model: Any, targets: Sequence[str], texts: Texts, task: str, wish: CacheWish) -> CachedModel:
     """Split a model and run its trunk over all rows.
 
@@ -137,25 +130,13 @@ def build_cached(model: Any, targets: Sequence[str], texts: Texts, task: str, wi
     # Under autocast too, what a block hands on is the fp32 of its last LayerNorm.
     size_bytes = count * model.config.hidden_size * next(model.parameters()).element_size()
     room = find_room(wish.wanted, size_bytes, device, wish.folder)
-    round_frozen(model, device)
+    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+        halve_frozen(model)
     progress = wish.progress
     report = (lambda done: progress("trunk", done, len(rows))) if progress else None
     with mixed_precision(device):
         cache = fill_cache(split, rows, texts.collate, room, report=report)
     return CachedModel(split, upper, cache, replace(texts, rows=rows), task)
-
-
-def round_frozen(model: nn.Module, device: torch.device) -> None:
-    """On a GPU, store frozen matrices in bf16: autocast would round them in each step anew, as it caches
-    only what has a gradient. The side branches' factors are rounded with them, coefficients are not."""
-    if device.type != "cuda" or not torch.cuda.is_bf16_supported():
-        return
-    for module in model.modules():
-        names = [name for name, tensor in module.named_parameters(recurse=False) if tensor.requires_grad]
-        if isinstance(module, nn.Linear) and not names:
-            module.to(torch.bfloat16)
-        elif isinstance(module, QRLoRALinear):
-            module.q, module.r = module.q.bfloat16(), module.r.bfloat16()
 
 
 class CachedTrainer(SmallTrainer):

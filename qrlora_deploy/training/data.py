@@ -72,6 +72,16 @@ class TextRows:
     name: str
 
 
+def check_alike(train: Examples, evaluation: Examples | None) -> None:
+    """Make sure that held-out examples are of the kind of those that are trained on.
+
+    Raises:
+        InputError: one of them holds pairs of texts.
+    """
+    if evaluation is not None and (evaluation.pairs is None) != (train.pairs is None):
+        raise InputError(f"{train.name} and {evaluation.name}: one holds pairs of texts, the other single ones")
+
+
 def read_examples(
     source: str | Path, text_column: str | None = None, label_column: str | None = None, split: str | None = None
 ) -> Examples:
@@ -90,7 +100,7 @@ def read_examples(
         InputError: nothing can be read there, the columns are not those, a row is ragged or has no
             label, the text is not UTF-8, or there are no rows.
     """
-    return _examples(str(source), _read_columns(source, split), text_column, label_column)
+    return examples_of(str(source), _read_columns(source, split), text_column, label_column)
 
 
 def read_texts(source: str | Path, text_column: str | None = None) -> TextRows:
@@ -124,9 +134,20 @@ def _read_columns(source: str | Path, split: str | None) -> Columns:
         raise InputError(f"{source} cannot be read: {error.strerror or first_line(error)}") from error
 
 
-def _examples(source: str, columns: Columns, text_column: str | None, label_column: str | None) -> Examples:
+def examples_of(source: str, columns: Columns, text_column: str | None, label_column: str | None) -> Examples:
+    """Examples from columns that were read, as `read_examples` gives them.
+
+    Args:
+        source: what errors name, and the examples' name.
+        columns: values by column.
+        text_column: as in `read_examples`.
+        label_column: as in `read_examples`.
+
+    Raises:
+        InputError: as `read_examples`, but for the file itself.
+    """
     texts = _text_columns(source, columns, text_column)
-    label_name = _label_name(source, columns, label_column)
+    label_name = label_name_of(source, columns, label_column)
     labels = [_label(value) for value in columns[label_name]]
     empty = [row for row, label in enumerate(labels, start=1) if not label]
     if empty:
@@ -138,10 +159,15 @@ def _text_columns(source: str, columns: Columns, text_column: str | None) -> lis
     """The one or two columns of text."""
     if not columns or not len(next(iter(columns.values()))):
         raise InputError(f"{source} holds no rows")
-    return [_texts(source, name, columns[name]) for name in _text_names(source, columns, text_column)]
+    return [_texts(source, name, columns[name]) for name in text_names(source, columns, text_column)]
 
 
-def _text_names(source: str, columns: Columns, given: str | None) -> tuple[str, ...]:
+def text_names(source: str, columns: Columns, given: str | None) -> tuple[str, ...]:
+    """The one or two columns of text.
+
+    Raises:
+        InputError: it is not clear which they are.
+    """
     if given is not None:
         names = (given,) if given in columns else tuple(part.strip() for part in given.split(","))
         missing = [name for name in names if name not in columns]
@@ -158,7 +184,12 @@ def _text_names(source: str, columns: Columns, given: str | None) -> tuple[str, 
     raise InputError(f"{source}: which column is the text? It has {', '.join(columns)}; name one by --text-column")
 
 
-def _label_name(source: str, columns: Columns, given: str | None) -> str:
+def label_name_of(source: str, columns: Columns, given: str | None) -> str:
+    """The column of labels.
+
+    Raises:
+        InputError: it is not clear which it is.
+    """
     for name in (given,) if given is not None else LABEL_COLUMNS:
         if name in columns:
             return name

@@ -1,5 +1,6 @@
 """Which outputs a run has: the base's own, or a new set of labels with a new output layer."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +98,33 @@ def output_layer(model: Any) -> str:
     return found[-1]
 
 
+def check_not_adapted(name: str, basis: Basis) -> None:
+    """Make sure that an output layer may be trained.
+
+    Raises:
+        InputError: the basis adapts that layer already.
+    """
+    if name in basis.names:
+        raise InputError(f"the basis adapts the output layer {name} already; use --head frozen")
+
+
+def check_stored(names: Iterable[str], checkpoint: Checkpoint) -> None:
+    """Make sure that a base holds the tensors of its output layer.
+
+    Raises:
+        InputError: it does not; they are named.
+    """
+    missing = [name for name in names if name not in checkpoint.tensor_files]
+    if missing:
+        raise InputError(f"{checkpoint.name} holds no tensor {', '.join(missing)}; use --head frozen")
+
+
+def draw_weight(shape: tuple[int, ...], config: Any, seed: int) -> torch.Tensor:
+    """A new output layer's weight `[labels, width]` fp32, as widely spread as the model's own beginnings."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator) * float(getattr(config, "initializer_range", 0.02))
+
+
 def prepare_head(model: Any, outputs: Outputs, basis: Basis, seed: int) -> dict[str, nn.Parameter]:
     """The output layer's parameters by tensor name, newly drawn where the labels are new.
 
@@ -104,15 +132,12 @@ def prepare_head(model: Any, outputs: Outputs, basis: Basis, seed: int) -> dict[
         InputError: the basis adapts that layer already.
     """
     name = output_layer(model)
-    if name in basis.names:
-        raise InputError(f"the basis adapts the output layer {name} already; use --head frozen")
+    check_not_adapted(name, basis)
     layer = model.get_submodule(name)
     if outputs.new:
         # Drawn here and not by transformers: as many labels as before would keep the base's weights.
-        generator = torch.Generator().manual_seed(seed)
-        spread = getattr(model.config, "initializer_range", 0.02)
         with torch.no_grad():
-            layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * spread)
+            layer.weight.copy_(draw_weight(tuple(layer.weight.shape), model.config, seed))
             if layer.bias is not None:
                 layer.bias.zero_()
     return {f"{name}.{part}": parameter for part, parameter in layer.named_parameters()}

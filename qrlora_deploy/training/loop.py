@@ -14,6 +14,7 @@ from torch import nn
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from qrlora_deploy.adapter import QRLoRALinear
 from qrlora_deploy.checkpoint import Checkpoint
 from qrlora_deploy.errors import InputError, QrloraError
 from qrlora_deploy.training.data import Examples
@@ -208,6 +209,22 @@ def no_dropout(config: Any) -> dict[str, float]:
     """Options of `from_pretrained` for a model that drops nothing out, by its config's own names."""
     numbers = {name: value for name, value in config.to_dict().items() if isinstance(value, float)}
     return {name: 0.0 for name in numbers if "drop" in name}
+
+
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """bf16 on a GPU that has it, fp32 elsewhere; as the Trainer does for whole models."""
+    return torch.autocast(device.type, torch.bfloat16, device.type == "cuda" and torch.cuda.is_bf16_supported())
+
+
+def halve_frozen(model: nn.Module) -> None:
+    """Store frozen matrices in bf16: autocast would round them in each step anew, as it caches only what has a
+    gradient. The side branches' factors are rounded with them, coefficients are not."""
+    for module in model.modules():
+        names = [name for name, tensor in module.named_parameters(recurse=False) if tensor.requires_grad]
+        if isinstance(module, nn.Linear) and not names:
+            module.to(torch.bfloat16)
+        elif isinstance(module, QRLoRALinear):
+            module.q, module.r = module.q.bfloat16(), module.r.bfloat16()
 
 
 @contextmanager

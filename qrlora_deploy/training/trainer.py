@@ -3,16 +3,13 @@
 import json
 import re
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 from transformers import DataCollatorWithPadding, EarlyStoppingCallback, TrainerState
 
-from qrlora_deploy import __version__
 from qrlora_deploy.adapter import QRLoRALinear, attach, get_coefficients, precondition
 from qrlora_deploy.basis import Basis
 from qrlora_deploy.checkpoint import Checkpoint, check_basis_fits
@@ -28,8 +25,8 @@ from qrlora_deploy.training.cached import (
     collate_numbers,
     numbered,
 )
-from qrlora_deploy.training.data import Examples
-from qrlora_deploy.training.head import Outputs, base_outputs, own_outputs, prepare_head
+from qrlora_deploy.training.data import Examples, check_alike
+from qrlora_deploy.training.head import Outputs, base_outputs, check_stored, own_outputs, prepare_head
 from qrlora_deploy.training.loop import (
     TRAINABLE,
     Progress,
@@ -45,6 +42,7 @@ from qrlora_deploy.training.loop import (
     trainer_parts,
     training_arguments,
 )
+from qrlora_deploy.training.record import Ran, training_record
 from qrlora_deploy.training.settings import TrainSettings, choose_device, fingerprint
 from qrlora_deploy.training.tasks import METRICS, encode_labels
 
@@ -121,26 +119,16 @@ def train(
     head = {name: parameter.detach().float().cpu().numpy() for name, parameter in job.head.items()}
     if not all(np.isfinite(array).all() for array in (values, *head.values())):
         raise QrloraError("training diverged: a coefficient is NaN or Inf; try a smaller --learning-rate")
-    record = {
-        **{name: value for name, value in data.items() if value},
-        "rows": len(train),
-        "evaluation_rows": len(evaluation) if evaluation else 0,
-        "seed": settings.seed,
-        "steps": trainer.state.global_step,
-        "epochs": round(float(trainer.state.epoch or 0), 2),
-        "batch_size": settings.batch_size,
-        "learning_rate": settings.learning_rate,
-        "max_length": settings.max_length,
-        "head": settings.head,
-        "dropout": settings.dropout,
-        "trunk_cache": cache_place,
-        "metric": metric,
-        "metrics": metrics,
-        "baseline": baseline,
-        "loss": loss,
-        "device": device,
-        "versions": {"qrlora-deploy": __version__, "torch": torch.__version__, "transformers": version("transformers")},
-    }
+    ran = Ran(
+        steps=trainer.state.global_step,
+        epochs=round(float(trainer.state.epoch or 0), 2),
+        metric=metric,
+        metrics=metrics,
+        baseline=baseline,
+        loss=loss,
+        device=device,
+        trunk_cache=cache_place,
+    )
     return Coefficients(
         values=values,
         base_name=checkpoint.name,
@@ -148,7 +136,7 @@ def train(
         labels=outputs.labels,
         head=head,
         basis_file=basis_file,
-        training=record,
+        training=training_record(train, evaluation, settings, ran),
         **origin,
     )
 
@@ -161,17 +149,14 @@ def _prepare(
     outputs: Outputs,
     settings: TrainSettings,
 ) -> _Job:
-    if evaluation is not None and (evaluation.pairs is None) != (train.pairs is None):
-        raise InputError(f"{train.name} and {evaluation.name}: one holds pairs of texts, the other single ones")
+    check_alike(train, evaluation)
     parts = [part for part in (train, evaluation) if part is not None]
     targets = [encode_labels(part, outputs.task, outputs.labels) for part in parts]
     with quiet_transformers():
         model = checkpoint.load_model(**outputs.options, **({} if settings.dropout else no_dropout(checkpoint.config)))
     tokenizer = load_tokenizer(checkpoint, model, settings.max_length)
     head = prepare_head(model, outputs, basis, settings.seed) if settings.head == "output" else {}
-    missing = [name for name in head if name not in checkpoint.tensor_files]
-    if missing:
-        raise InputError(f"{checkpoint.name} holds no tensor {', '.join(missing)}; use --head frozen")
+    check_stored(head, checkpoint)
     adapters = attach(model, basis)
     precondition(adapters)
     for parameter in head.values():

@@ -17,7 +17,6 @@ from torch.nn import functional
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.training.trunk import SplitModel, agree, probe
 
-PARTS = ("query", "key", "value", "mix", "mix_norm", "expand", "activation", "contract", "norm")
 FAMILIES = (
     # BERT, RoBERTa and their kin
     (
@@ -56,7 +55,7 @@ FAMILIES = (
         "output_layer_norm",
     ),
 )
-"""Where a block of each family has its parts, in the order of `PARTS`."""
+"""Where a block of each family has its parts, in the order of `_Block`."""
 
 
 class _Spread(torch.autograd.Function):

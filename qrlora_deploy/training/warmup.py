@@ -10,7 +10,7 @@ from optimum.exporters.tasks import TasksManager
 from qrlora_deploy.checkpoint import Checkpoint
 from qrlora_deploy.errors import InputError, first_line
 from qrlora_deploy.files import atomic_folder, check_free_folder, write_json
-from qrlora_deploy.training.data import Examples
+from qrlora_deploy.training.data import Examples, check_alike
 from qrlora_deploy.training.head import Outputs, own_outputs
 from qrlora_deploy.training.loop import (
     Progress,
@@ -60,8 +60,7 @@ def warmup(
     check_free_folder(output)
     device = choose_device(settings.device)
     outputs = own_outputs(checkpoint, train)
-    if evaluation is not None and (evaluation.pairs is None) != (train.pairs is None):
-        raise InputError(f"{train.name} and {evaluation.name}: one holds pairs of texts, the other single ones")
+    check_alike(train, evaluation)
     parts = [part for part in (train, evaluation) if part is not None]
     targets = [encode_labels(part, outputs.task, outputs.labels) for part in parts]
     torch.manual_seed(settings.seed)  # of the new head

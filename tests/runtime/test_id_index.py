@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qrlora_deploy.coefficients import CUSTOMER_ID, MAX_ID_CHARACTERS
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.runtime import id_index
-from qrlora_deploy.runtime.customer_files import ID, MAX_ID_CHARACTERS
 from qrlora_deploy.runtime.directory import Bulk
 from qrlora_deploy.runtime.free_rows import FreeRows
 from qrlora_deploy.runtime.id_index import IdIndex, encode_ids
@@ -69,7 +69,7 @@ def test_ids_are_checked_as_one_by_one(text: bytes, cuts: list[int]) -> None:
     for cut in cuts:
         parts, rest = [*parts, rest[:cut]], rest[cut:]
     parts = [part for part in [*parts, rest] if part]
-    fine = all(ID.fullmatch(part.decode("latin-1")) for part in parts) and len(set(parts)) == len(parts)
+    fine = all(CUSTOMER_ID.fullmatch(part.decode("latin-1")) for part in parts) and len(set(parts)) == len(parts)
     lengths = np.array([len(part) for part in parts], dtype=np.uint8)
     if fine:
         assert list(IdIndex(lengths, b"".join(parts)).names()) == [part.decode() for part in parts]

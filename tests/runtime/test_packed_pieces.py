@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from qrlora_deploy.coefficients import Coefficients
 from qrlora_deploy.errors import FileFormatError, InputError
-from qrlora_deploy.runtime import packed, packed_header
+from qrlora_deploy.runtime import packed_header
 from qrlora_deploy.runtime.bundle import Manifest, open_bundle
 from qrlora_deploy.runtime.layout import TABLE, TABLE_DTYPES, TableLayout
 from qrlora_deploy.runtime.memory import make_memory
@@ -218,14 +218,14 @@ def test_a_file_that_is_cut_while_it_is_read_is_refused(
     names, values = several(session.manifest, 30)
     path = tmp_path / "packed.safetensors"
     write_packed_blocks([(names, values)], path, session.manifest, "fp16")
-    original, calls = packed._read_at, iter(range(1000))
+    original, calls = packed_header._read_at, iter(range(1000))
 
     def cut(*arguments: Any) -> int:
         return 0 if next(calls) == 6 else original(*arguments)
 
     free = sorted(session.table._free)
     with monkeypatch.context() as patch:
-        patch.setattr(packed, "_read_at", cut)
+        patch.setattr(packed_header, "_read_at", cut)
         with pytest.raises(FileFormatError, match="is cut"):
             load_packed(session, path)
     assert len(session.table) == 0 and sorted(session.table._free)[: len(free)] == free

@@ -21,6 +21,9 @@ CHUNK_TOKENS = {"cpu": 2048, "cuda": 32768}
 """Tokens of a chunk, padding included: few enough for a CPU's cache, enough to fill a GPU."""
 
 
+Chunk = tuple[np.ndarray, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
 class Engine:
     """Runs a `FleetModel` over rows of many customers.
 
@@ -99,7 +102,7 @@ class Engine:
             steps: `[slots]`, how many steps each customer has made with this one.
         """
         with self.model.precision(training=True):
-            for slots, targets, weights, logits in self._chunks(rows):
+            for _, slots, targets, weights, logits in self._chunks(rows):
                 losses = self._row_losses(logits, slots, targets) * weights
                 # A sum over customers: no customer's gradient depends on who else is in the step.
                 losses.sum().backward()
@@ -122,15 +125,16 @@ class Engine:
     def answer_held_out(self, slots: list[int]) -> Answers:
         """What some customers answer to their held-out rows."""
         rows = self._rows(slots, self.train_rows, self.held_out_rows)
-        values, finite = [], []
+        regression = torch.from_numpy(self.regression).to(self.device)
+        parts, values, finite = [], [], []
         with self.model.precision(training=False):
-            for owners, _, _, logits in self._chunks(rows):
-                number = torch.from_numpy(self.regression).to(self.device)[owners]
-                chosen = torch.where(number, logits[:, 0].double(), logits.argmax(1).double())
+            for part, owners, _, _, logits in self._chunks(rows):
+                parts.append(part)
+                chosen = torch.where(regression[owners], logits[:, 0].double(), logits.argmax(1).double())
                 values.append(chosen)
                 absent = self.model.limits[owners] < 0
                 finite.append((logits.isfinite() | absent).all(1))
-        order = np.concatenate(list(self._parts(rows)))
+        order = np.concatenate(parts)
         found, sound = np.zeros(len(order)), np.zeros(len(order), dtype=bool)
         found[order], sound[order] = torch.cat(values).cpu().numpy(), torch.cat(finite).cpu().numpy()
         return Answers(rows.slots, found, self.targets[rows.slots, rows.rows], sound)
@@ -152,15 +156,15 @@ class Engine:
             yield order[start : start + size][::-1]
             start += size
 
-    def _chunks(self, rows: StepRows) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Slots, targets, weights and logits of each chunk, all on the device."""
+    def _chunks(self, rows: StepRows) -> Iterator[Chunk]:
+        """Positions in `rows` of each chunk, and its slots, targets, weights and logits, all on the device."""
         for part in self._parts(rows):
             owners, numbers = rows.slots[part], rows.rows[part]
             places = _places(owners)
             slots, on_device = to_device(np.stack([owners, places]), self.device)
             real = to_device(np.stack([self.targets[owners, numbers], rows.shares[part]]), self.device)
             self.model.give(slots, on_device, int(places.max()) + 1)
-            yield slots, real[0], real[1].float(), self._logits(owners, numbers)
+            yield part, slots, real[0], real[1].float(), self._logits(owners, numbers)
 
     def _logits(self, owners: np.ndarray, numbers: np.ndarray) -> torch.Tensor:
         starts, lengths = self.pool.starts(owners, numbers), self.pool.lengths[owners, numbers]

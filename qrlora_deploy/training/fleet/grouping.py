@@ -11,10 +11,10 @@ from qrlora_deploy.training.data import (
     READERS,
     Columns,
     Examples,
-    _examples,
-    _label_name,
-    _text_names,
+    examples_of,
+    label_name_of,
     read_examples,
+    text_names,
 )
 from qrlora_deploy.training.fleet.tolerant import Read, read_rows
 
@@ -53,15 +53,15 @@ def read_groups(
     if customer_column is None:
         return _one_file_each(files, text_column, label_column, keeps)
     read = _joined([(file, _read(file, customer_column)) for file in files], place)
-    _text_names(str(place), read.columns, text_column)
-    _label_name(str(place), read.columns, label_column)
+    text_names(str(place), read.columns, text_column)
+    label_name_of(str(place), read.columns, label_column)
     groups = Groups(refused={name: reason for name, reason in read.faults.items() if keeps(name)})
     for name, rows in _rows_by_customer(read.columns[customer_column], keeps).items():
         if name in groups.refused:
             continue
         part: Columns = {column: [values[row] for row in rows] for column, values in read.columns.items()}
         try:
-            groups.examples[name] = _examples(f"{name} in {place}", part, text_column, label_column)
+            groups.examples[name] = examples_of(f"{name} in {place}", part, text_column, label_column)
         except InputError as error:
             groups.refused[name] = str(error)
     return groups

@@ -15,8 +15,15 @@ from qrlora_deploy.errors import InputError
 from qrlora_deploy.training.fleet.branch import RowHead, RowValues, attach_rows
 from qrlora_deploy.training.fleet.pool import IDS, PackedRows
 from qrlora_deploy.training.fleet.table import AdamTable
-from qrlora_deploy.training.head import Outputs, base_outputs, output_layer
-from qrlora_deploy.training.loop import load_tokenizer, quiet_transformers
+from qrlora_deploy.training.head import (
+    Outputs,
+    base_outputs,
+    check_not_adapted,
+    check_stored,
+    draw_weight,
+    output_layer,
+)
+from qrlora_deploy.training.loop import load_tokenizer, mixed_precision, quiet_transformers
 from qrlora_deploy.training.settings import TrainSettings
 from qrlora_deploy.training.trunk import SplitModel, split_model
 from qrlora_deploy.training.upper import Upper
@@ -56,8 +63,8 @@ class FleetModel:
         paths = [resolve_layer(self.model, name)[0] for name in basis.names]
         self.split = _split(self.model, paths, self.tokenizer.padding_side)
         head = output_layer(self.model) if settings.head == "output" else None
-        if head in basis.names:
-            raise InputError(f"the basis adapts the output layer {head} already; use --head frozen")
+        if head is not None:
+            check_not_adapted(head, basis)
         self.scale = attach_rows(self.model, basis, self.values)
         self.u = AdamTable((slots, basis.total_rank), device)
         self.head: dict[str, AdamTable] = {}
@@ -89,10 +96,9 @@ class FleetModel:
         Attention is not left to cuDNN, which PyTorch prefers on Hopper: it builds a plan for each new
         number of rows and length, tens of milliseconds each, and nearly every chunk has new ones.
         """
-        bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
         with (
             sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]),
-            torch.autocast(self.device.type, torch.bfloat16, enabled=bf16),
+            mixed_precision(self.device),
             torch.set_grad_enabled(training),
         ):
             yield
@@ -174,9 +180,7 @@ class FleetModel:
     def _build_head(self, checkpoint: Checkpoint, name: str, slots: int, labels: int) -> None:
         layer = self.model.get_submodule(name)
         self.head_name, self.base_head = name, {part: value.detach() for part, value in layer.named_parameters()}
-        missing = [f"{name}.{part}" for part in self.base_head if f"{name}.{part}" not in checkpoint.tensor_files]
-        if missing:
-            raise InputError(f"{checkpoint.name} holds no tensor {', '.join(missing)}; use --head frozen")
+        check_stored([f"{name}.{part}" for part in self.base_head], checkpoint)
         self.values.head_bias = None
         self.head = {
             part: AdamTable((slots, labels, *value.shape[1:]), self.device) for part, value in self.base_head.items()
@@ -203,9 +207,7 @@ class FleetModel:
             if not outputs.new:
                 start[0, :count] = self.base_head[part].cpu()
             elif part == "weight":
-                generator = torch.Generator().manual_seed(self.seed)
-                drawn = torch.randn((count, table.value.shape[2]), generator=generator)
-                start[0, :count] = drawn * getattr(self.model.config, "initializer_range", 0.02)
+                start[0, :count] = draw_weight((count, table.value.shape[2]), self.model.config, self.seed)
             table.enter(where, start.to(self.device))
 
 

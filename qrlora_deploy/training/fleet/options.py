@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qrlora_deploy.coefficients import SUFFIX
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.training.fleet.plan import Customer, Shard
 from qrlora_deploy.training.fleet.summary import TRAINED, Line
 
-SUFFIX = ".safetensors"
 ROWS_PER_STEP = {"cpu": 256, "cuda": 4096}
 
 

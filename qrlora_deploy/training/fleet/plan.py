@@ -1,21 +1,18 @@
 """Which customers a fleet trains: rows grouped by customer, shards, and what is refused before training."""
 
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from qrlora_deploy.checkpoint import Checkpoint
+from qrlora_deploy.coefficients import CUSTOMER_ID
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.training.data import Examples
+from qrlora_deploy.training.data import Examples, check_alike
 from qrlora_deploy.training.fleet.grouping import Groups, read_groups
 from qrlora_deploy.training.head import Outputs, base_outputs, own_outputs
 from qrlora_deploy.training.settings import TrainSettings
 from qrlora_deploy.training.tasks import encode_labels
-
-CUSTOMER_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
-"""What a customer's file may be called; the store of a serving host reads no other names."""
 
 Targets = Sequence[int] | Sequence[float]
 
@@ -148,8 +145,7 @@ def _bad_id(name: str) -> str | None:
 
 
 def _customer(name: str, train: Examples, evaluation: Examples | None, outputs: Outputs) -> Customer:
-    if evaluation is not None and (evaluation.pairs is None) != (train.pairs is None):
-        raise InputError(f"{train.name} and {evaluation.name}: one holds pairs of texts, the other single ones")
+    check_alike(train, evaluation)
     targets = encode_labels(train, outputs.task, outputs.labels)
     held_out = encode_labels(evaluation, outputs.task, outputs.labels) if evaluation else []
     return Customer(name, train, evaluation, outputs, targets, held_out)

@@ -4,13 +4,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
 
-from qrlora_deploy import __version__
 from qrlora_deploy.basis import Basis
 from qrlora_deploy.checkpoint import Checkpoint, check_basis_fits
 from qrlora_deploy.coefficients import Coefficients
@@ -32,6 +30,7 @@ from qrlora_deploy.training.fleet.summary import (
 )
 from qrlora_deploy.training.fleet.writing import Writer
 from qrlora_deploy.training.loop import Rows
+from qrlora_deploy.training.record import Ran, training_record
 from qrlora_deploy.training.settings import TrainSettings, choose_device
 from qrlora_deploy.training.trunk_memory import free_bytes
 
@@ -128,8 +127,6 @@ class _Fleet:
     ) -> None:
         self.checkpoint, self.settings, self.options, self.device = checkpoint, settings, options, device
         self.origin = {"basis_digest": basis.digest, "base_digest": checkpoint.digest}
-        self.versions = {"qrlora-deploy": __version__, "torch": torch.__version__}
-        self.versions["transformers"] = version("transformers")
         self.lines = {name: Line(name, FAILED, reason) for name, reason in plan.refused.items()}
         self.failed = len(self.lines)
         waiting = [customer for customer in plan.customers if not self._is_done(customer)]
@@ -283,29 +280,19 @@ class _Fleet:
 
     def _record(self, slot: int) -> dict[str, Any]:
         """The training record, with the entries of `trainer.train` and one digest for resuming."""
-        active, settings = self.active[slot], self.settings
-        train, held_out = active.customer.train, active.customer.evaluation
-        return {
-            "data_digest": train.digest,
-            **({"evaluation_digest": held_out.digest} if held_out else {}),
-            "rows": len(train),
-            "evaluation_rows": len(held_out) if held_out else 0,
-            "seed": settings.seed,
-            "steps": int(self.schedule.step[slot]),
-            "epochs": float(self.schedule.epoch[slot]),
-            "batch_size": settings.batch_size,
-            "learning_rate": settings.learning_rate,
-            "max_length": settings.max_length,
-            "head": settings.head,
-            "dropout": False,
-            "metric": active.metric,
-            "metrics": _rounded(active.metrics),
-            "baseline": active.baseline,
-            "loss": round(active.loss, 6),
-            "device": self.device.type,
-            "versions": self.versions,
-            RUN: run_digest(active.customer, settings, self.origin),
-        }
+        active = self.active[slot]
+        customer = active.customer
+        ran = Ran(
+            steps=int(self.schedule.step[slot]),
+            epochs=float(self.schedule.epoch[slot]),
+            metric=active.metric,
+            metrics=_rounded(active.metrics),
+            baseline=active.baseline,
+            loss=round(active.loss, 6),
+            device=self.device.type,
+        )
+        record = training_record(customer.train, customer.evaluation, self.settings, ran)
+        return record | {RUN: run_digest(customer, self.settings, self.origin)}
 
     def _drop(self, slot: int, reason: str) -> None:
         self._fail(self.active[slot].customer, reason)

@@ -1,0 +1,67 @@
+"""What a customer's file says of its training, alone or in a fleet."""
+
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from qrlora_deploy import __version__
+from qrlora_deploy.training.data import Examples
+from qrlora_deploy.training.settings import TrainSettings
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What became of one customer's run.
+
+    Attributes:
+        steps: of the optimizer.
+        epochs: that ran.
+        metric: that chose the best epoch.
+        metrics: of that epoch, on the held-out rows.
+        baseline: before training.
+        loss: mean of the last epoch.
+        device: "cpu" or "cuda".
+        trunk_cache: where the trunk's answers were kept; None in a fleet, which keeps them on its device.
+    """
+
+    steps: int
+    epochs: float
+    metric: str
+    metrics: dict[str, float]
+    baseline: dict[str, float]
+    loss: float
+    device: str
+    trunk_cache: str | None = None
+
+
+def training_record(train: Examples, evaluation: Examples | None, settings: TrainSettings, ran: Ran) -> dict[str, Any]:
+    """The training record of a coefficients file."""
+    return {
+        "data_digest": train.digest,
+        **({"evaluation_digest": evaluation.digest} if evaluation else {}),
+        "rows": len(train),
+        "evaluation_rows": len(evaluation) if evaluation else 0,
+        "seed": settings.seed,
+        "steps": ran.steps,
+        "epochs": ran.epochs,
+        "batch_size": settings.batch_size,
+        "learning_rate": settings.learning_rate,
+        "max_length": settings.max_length,
+        "head": settings.head,
+        "dropout": settings.dropout,
+        **({"trunk_cache": ran.trunk_cache} if ran.trunk_cache else {}),
+        "metric": ran.metric,
+        "metrics": ran.metrics,
+        "baseline": ran.baseline,
+        "loss": ran.loss,
+        "device": ran.device,
+        "versions": _versions(),
+    }
+
+
+@cache
+def _versions() -> dict[str, str]:
+    return {"qrlora-deploy": __version__, "torch": torch.__version__, "transformers": version("transformers")}
