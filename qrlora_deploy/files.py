@@ -7,9 +7,10 @@ and renamed, so a reader sees the old file or the new one, never a part.
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ METADATA_KEY = "qrlora"
 with a single one the same content gives the same bytes."""
 
 MAX_METADATA_BYTES = 16 * 2**20
+
+LEFTOVER = re.compile(r"\.(.+)\.[0-9]+\.tmp")
+"""Temporary name of a file that `atomic_file` writes: the file's own, and the process."""
 
 
 @contextmanager
@@ -50,6 +54,23 @@ def atomic_file(path: Path) -> Iterator[Path]:
         raise QrloraError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, names: Container[str]) -> None:
+    """Remove what a killed process left in `folder` of writing files called `names` by `atomic_file`.
+
+    For files that nobody else is writing.
+
+    Raises:
+        InputError: the folder refuses it.
+    """
+    try:
+        for file in folder.iterdir():
+            match = LEFTOVER.fullmatch(file.name)
+            if match is not None and match[1] in names:
+                file.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be removed: {error.strerror or error}") from error
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from qrlora_deploy.coefficients import SUFFIX
 from qrlora_deploy.errors import InputError
+from qrlora_deploy.files import remove_leftovers
 from qrlora_deploy.training.fleet.plan import Customer, Shard
 from qrlora_deploy.training.fleet.summary import TRAINED, Line
 
@@ -52,6 +53,8 @@ class FleetOptions:
     def open_output(self, customers: Sequence[Customer]) -> None:
         """Make the output folder, and make sure that no file would be overwritten unasked.
 
+        With `resume` unfinished files that a killed run left are removed.
+
         Raises:
             InputError: it cannot be made, or holds files of these customers and `resume` is not set.
         """
@@ -59,7 +62,11 @@ class FleetOptions:
             self.output.mkdir(exist_ok=True)
         except OSError as error:
             raise InputError(f"{self.output} cannot be made: {error.strerror or error}") from error
-        there = [] if self.resume else [item.name for item in customers if self.file_of(item.name).exists()]
+        if self.resume:
+            # A killed run may have been writing. A customer has one worker, so nobody is writing these now.
+            remove_leftovers(self.output, {self.file_of(item.name).name for item in customers})
+            return
+        there = [item.name for item in customers if self.file_of(item.name).exists()]
         if there:
             raise InputError(
                 f"{self.output} holds files of {len(there)} of these customers, such as {there[0]}{SUFFIX}; "

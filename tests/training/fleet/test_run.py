@@ -12,16 +12,17 @@ from qrlora_deploy.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.coefficients import Coefficients, read_coefficients
 from qrlora_deploy.errors import InputError, QrloraError
 from qrlora_deploy.files import digest_file
-from qrlora_deploy.training.data import read_examples
+from qrlora_deploy.training.data import Examples, read_examples
 from qrlora_deploy.training.fleet import model as fleet_model
 from qrlora_deploy.training.fleet import run as fleet_run
 from qrlora_deploy.training.fleet import writing
 from qrlora_deploy.training.fleet.engine import CHUNK_TOKENS, Engine
 from qrlora_deploy.training.fleet.model import FleetModel
 from qrlora_deploy.training.fleet.options import FleetOptions, FleetReport
-from qrlora_deploy.training.fleet.plan import FleetSource
+from qrlora_deploy.training.fleet.plan import Customer, FleetSource
 from qrlora_deploy.training.fleet.run import train_fleet
 from qrlora_deploy.training.fleet.schedule import StepRows
+from qrlora_deploy.training.head import Outputs
 from qrlora_deploy.training.settings import TrainSettings
 from qrlora_deploy.training.trainer import train
 from tests.training.fleet.making import (
@@ -306,3 +307,17 @@ def test_a_gpu_learns_in_bf16(
     for path in (tmp_path / "out").glob("*.safetensors"):
         record = read_coefficients(path).training
         assert record["device"] == "cuda" and record["metrics"]["accuracy"] > record["baseline"]["accuracy"] + 0.1
+
+
+def test_resuming_removes_what_a_killed_run_had_not_finished(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    ours, stranger = out / ".a.safetensors.4711.tmp", out / ".b.safetensors.4711.tmp"
+    for file in (ours, stranger):
+        file.write_bytes(b"half")
+    examples = Examples(["book a flight", "rice"], None, ["travel", "food"], "a")
+    customer = Customer("a", examples, None, Outputs("text-classification", ("food", "travel"), new=False), [1, 0], [])
+    FleetOptions(out).open_output([customer])
+    assert ours.exists(), "a run that does not resume leaves the folder alone"
+    FleetOptions(out, resume=True).open_output([customer])
+    assert list(out.iterdir()) == [stranger], "another worker may be writing that one"
