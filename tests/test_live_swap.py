@@ -1,7 +1,6 @@
 """The live example: rows of two customers and the base while files change, and what its summary says."""
 
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
@@ -14,18 +13,17 @@ import numpy as np
 import pytest
 
 from qrlora_deploy.coefficients import Coefficients, write_coefficients
+from tests.cli.running import ROOT, environment
 
-ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "docs" / "live_swap.py"
 
 
 def run(*arguments: object) -> "subprocess.CompletedProcess[str]":
-    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
         [sys.executable, str(SCRIPT), *map(str, arguments)],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": paths},
+        env=environment(),
         timeout=240,
         check=False,
     )

@@ -26,15 +26,23 @@ class Ran:
         return json.loads(self.out)
 
 
+def environment(**variables: str) -> dict[str, str]:
+    """The environment of a process of its own: this one's and `variables`, and it imports this checkout.
+
+    What `PYTHONPATH` names already stays: another version of a library, where the tests run on one.
+    """
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | variables
+
+
 def run(*arguments: object, cwd: Path, prepare: Callable[[], None] | None = None) -> Ran:
     """Run `qrlora-deploy` with `arguments` in `cwd`; `prepare` runs in the new process first."""
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, "-m", "qrlora_deploy.cli", *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=cwd,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        env=environment(),
         preexec_fn=prepare,
         timeout=240,
         check=False,

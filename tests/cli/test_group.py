@@ -1,6 +1,5 @@
 """The group of commands: help, errors as one line, exit codes."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ from qrlora_deploy.cli import cli
 from qrlora_deploy.cli.group import COMMANDS, describe_error
 from qrlora_deploy.cli.output import Output, cell, plain, size_text
 from qrlora_deploy.errors import CheckFailed, InputError
-from tests.cli.running import ROOT
+from tests.cli.running import ROOT, environment
 
 
 def ended(arguments: list[str]) -> object:
@@ -42,7 +41,7 @@ def test_a_terminal_without_utf8_gets_escapes(tmp_path: Path) -> None:
             [sys.executable, "-m", "qrlora_deploy.cli", *arguments],
             capture_output=True,
             cwd=tmp_path,
-            env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)},
+            env=environment(PYTHONIOENCODING="ascii"),
             check=False,
         )
         assert done.returncode == code and b"internal error" not in done.stderr

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import pytest
 from qrlora_deploy.cli import cli
 from qrlora_deploy.coefficients import write_coefficients
 from qrlora_deploy.runtime import Predictor, open_bundle
-from tests.cli.running import ROOT, run, succeed
+from tests.cli.running import environment, run, succeed
 from tests.runtime.fire import made_up_customer
 from tests.tiny import SENTENCES
 
@@ -236,7 +235,6 @@ class Conversation:
 
 @pytest.fixture
 def talk(place: Path) -> Iterator[Conversation]:
-    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     errors = place / "stderr.txt"
     with errors.open("w") as stderr:
         process = subprocess.Popen(
@@ -248,7 +246,7 @@ def talk(place: Path) -> Iterator[Conversation]:
             encoding="utf-8",
             errors="surrogateescape",
             cwd=place,
-            env=os.environ | {"PYTHONPATH": paths},
+            env=environment(),
         )
     try:
         yield Conversation(process, errors)
@@ -334,14 +332,13 @@ def test_a_file_that_is_replaced_goes_live_during_the_conversation(place: Path, 
 
 def test_a_conversation_with_a_merged_bundle(place: Path) -> None:
     lines = f"{SENTENCES[0]}\n/customers\n/customer acme\n/base\n{SENTENCES[0]}\n/exit\nnever answered\n"
-    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     ran = subprocess.run(
         [sys.executable, "-m", "qrlora_deploy.cli", "predict", "merged", "--repl"],
         input=lines,
         capture_output=True,
         text=True,
         cwd=place,
-        env=os.environ | {"PYTHONPATH": paths},
+        env=environment(),
         timeout=DEADLINE_S,
         check=False,
     )

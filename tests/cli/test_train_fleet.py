@@ -1,7 +1,6 @@
 """`train-fleet` as a user runs it: killed and resumed, in shards, by torchrun, with bad customers."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -16,7 +15,7 @@ from qrlora_deploy.cli.train_fleet import parse_shard
 from qrlora_deploy.coefficients import read_coefficients
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.files import digest_file
-from tests.cli.running import ROOT, run, succeed
+from tests.cli.running import environment, run, succeed
 from tests.training.fleet.making import check_same, random_rows, without_dropout, write_rows
 
 CUSTOMERS = 12
@@ -54,7 +53,7 @@ def test_killed_and_resumed_without_losing_who_was_done(place: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "qrlora_deploy.cli", *map(str, command)],
         cwd=place,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -161,7 +160,7 @@ def test_two_workers_of_torchrun(place: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", *launch, *map(str, command)],
         cwd=place,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=240,

@@ -1,7 +1,6 @@
 """Weights that a sealed model looks for elsewhere: refused in one line, and the process lives."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,9 +11,8 @@ import numpy as np
 import onnx
 import pytest
 
+from tests.cli.running import environment
 from tests.forging import reseal
-
-ROOT = Path(__file__).parents[2]
 
 OPEN_ALL = """
 import json, sys
@@ -86,12 +84,11 @@ def outcomes(switchable: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         point_weights(folders / name, entries)
     for dimension in DIMENSIONS:
         point_weights(folders / str(dimension), {}, dimension)
-    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     ran = subprocess.run(
         [sys.executable, "-c", OPEN_ALL, str(folders)],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": paths},
+        env=environment(),
         timeout=120,
         check=False,
     )
