@@ -1,12 +1,15 @@
 """The texts that the scales of an int8 graph's activations are measured on."""
 
-from collections.abc import Callable, Iterator, Mapping
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from exporters.onnx.graph import input_names, longest_input
 from qrlora_deploy.runtime.layout import HEAD_TABLE, SLOT, TABLE
+from qrlora_deploy.runtime.records import CalibrationRecord
 from qrlora_deploy.training.data import TextRows
 
 MAX_ROWS = 128
@@ -17,6 +20,23 @@ DESCRIPTION = "calibration"
 Inputs = dict[str, np.ndarray]
 
 
+def choose_rows(texts: TextRows) -> TextRows:
+    """At most `MAX_ROWS`, spread evenly over the data."""
+    chosen = np.linspace(0, len(texts.texts) - 1, min(len(texts.texts), MAX_ROWS)).round().astype(int)
+    pairs = [texts.pairs[row] for row in chosen] if texts.pairs is not None else None
+    return TextRows([texts.texts[row] for row in chosen], pairs, texts.name)
+
+
+def calibration_record(texts: TextRows) -> CalibrationRecord:
+    """What the manifest says of the rows that `calibration_inputs` takes of `texts`."""
+    rows, digest = choose_rows(texts), hashlib.sha256()
+    pairs: Sequence[str | None] = rows.pairs or [None] * len(rows.texts)
+    for row in zip(rows.texts, pairs, strict=True):
+        digest.update(json.dumps(row).encode())
+    # As `quantizing` makes a scale of what the rows give.
+    return CalibrationRecord(method="minmax", rows=len(rows.texts), texts_digest=digest.hexdigest())
+
+
 def calibration_inputs(
     model: Any,
     tokenizer: Any,
@@ -24,7 +44,7 @@ def calibration_inputs(
     customers: Mapping[str, np.ndarray],
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Iterator[Inputs]:
-    """Inputs of one text at a time: at most `MAX_ROWS`, spread evenly over the data.
+    """Inputs of one text at a time, those of `choose_rows`.
 
     Nothing is padded, because nobody attends to padding, and its activations would widen the ranges.
 
@@ -36,13 +56,13 @@ def calibration_inputs(
     """
     names, length = input_names(model, tokenizer), longest_input(model, tokenizer)
     tables = {name: customers[name] for name in (TABLE, HEAD_TABLE) if name in customers}
-    chosen = np.linspace(0, len(texts.texts) - 1, min(len(texts.texts), MAX_ROWS)).round().astype(int)
-    for index, row in enumerate(chosen):
-        pair = [texts.pairs[row]] if texts.pairs is not None else None
-        encoded = tokenizer([texts.texts[row]], pair, truncation=True, max_length=length, return_tensors="np")
+    rows = choose_rows(texts)
+    for index, text in enumerate(rows.texts):
+        pair = [rows.pairs[index]] if rows.pairs is not None else None
+        encoded = tokenizer([text], pair, truncation=True, max_length=length, return_tensors="np")
         inputs = {name: encoded[name].astype(np.int64) for name in names}
         if tables:
             inputs |= tables | {SLOT: np.array([index % len(tables[TABLE])], dtype=np.int64)}
         yield inputs
         if progress is not None:
-            progress(DESCRIPTION, index + 1, len(chosen))
+            progress(DESCRIPTION, index + 1, len(rows.texts))

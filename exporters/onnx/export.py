@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from exporters.onnx.accuracy import Labelled, answer_in_pytorch, choose_labelled, measure_accuracy
-from exporters.onnx.calibrating import calibration_inputs
+from exporters.onnx.calibrating import calibration_inputs, calibration_record
 from exporters.onnx.customers import base_tables, made_up_customers, mixed_reference, read_base_head
-from exporters.onnx.graph import SMALLEST_EXTERNAL_BYTES, input_names, write_graph
+from exporters.onnx.graph import SMALLEST_EXTERNAL_BYTES, Graph, input_names, write_graph
 from exporters.onnx.packing import Packing
 from exporters.onnx.precision import cast_inside, check_precision
 from exporters.onnx.quantizing import quantize_graph
@@ -151,12 +152,7 @@ def _export(job: ExportJob, make_plan: Callable[[], _Plan]) -> Manifest:
     plan = make_plan()
     step(1)
     with atomic_folder(job.output) as folder:
-        cast_inside(plan.model, plan.rows, job.precision)
-        packing = Packing() if job.padding_free else None
-        graph = write_graph(plan.model, input_names(plan.model, tokenizer), folder, plan.rows, packing)
-        if job.precision == "int8":
-            calibration = _calibration(job, plan, tokenizer)
-            quantize_graph(folder / MODEL_FILE, graph.products, SMALLEST_EXTERNAL_BYTES, calibration)
+        graph = _write_graph(job, plan, tokenizer, folder)
         step(2)
         session = open_for_check(folder / MODEL_FILE, job.precision, job.provider)
         report = check_parity(session, plan.reference, job.precision)
@@ -164,11 +160,23 @@ def _export(job: ExportJob, make_plan: Callable[[], _Plan]) -> Manifest:
         labelled = plan.labelled
         accuracy = measure_accuracy(session, labelled, plan.tables, job.progress) if labelled else None
         step(3)
-        checked = Checked(plan.model, tokenizer, graph, plan.reference, report, job.provider, accuracy)
+        calibration = calibration_record(job.calibration) if job.calibration is not None else None
+        checked = Checked(plan.model, tokenizer, graph, plan.reference, report, job.provider, accuracy, calibration)
         write_side_files(folder, plan.content, checked)
         manifest = seal(folder, job.checkpoint, job.basis, plan.content, checked)
     step(4)
     return manifest
+
+
+def _write_graph(job: ExportJob, plan: _Plan, tokenizer: Any, folder: Path) -> Graph:
+    """The graph in its precision; the model is cast in place."""
+    cast_inside(plan.model, plan.rows, job.precision)
+    packing = Packing() if job.padding_free else None
+    graph = write_graph(plan.model, input_names(plan.model, tokenizer), folder, plan.rows, packing)
+    if job.precision == "int8":
+        calibration = _calibration(job, plan, tokenizer)
+        quantize_graph(folder / MODEL_FILE, graph.products, SMALLEST_EXTERNAL_BYTES, calibration)
+    return graph
 
 
 def _calibration(job: ExportJob, plan: _Plan, tokenizer: Any) -> Iterator[dict[str, np.ndarray]] | None:

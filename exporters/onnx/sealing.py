@@ -27,6 +27,7 @@ from qrlora_deploy.runtime.bundle import (
 )
 from qrlora_deploy.runtime.layout import BASE_HEAD_FILE, HeadLayout, padded_rank
 from qrlora_deploy.runtime.parity import Case, ParityReport, customer_effect, write_reference
+from qrlora_deploy.runtime.records import CalibrationRecord
 
 README = """# {task}, {labels} labels
 
@@ -74,6 +75,7 @@ class Checked:
         model: it was made from; tokenizer: of the base.
         reference: PyTorch's logits; report: the comparison with them, on `provider`.
         accuracy: on labelled rows, where there are any.
+        calibration: what the constant scales of an int8 graph come from; None: it has none.
     """
 
     model: Any
@@ -83,6 +85,7 @@ class Checked:
     report: ParityReport
     provider: str
     accuracy: Accuracy | None = None
+    calibration: CalibrationRecord | None = None
 
 
 def write_side_files(folder: Path, content: Content, checked: Checked) -> None:
@@ -126,6 +129,7 @@ def seal(folder: Path, checkpoint: Checkpoint, basis: Basis, content: Content, c
         task=content.task,  # type: ignore[arg-type]
         labels=content.labels,
         precision=checked.report.precision,  # type: ignore[arg-type]
+        calibration=checked.calibration,
         opset=graph.opset,
         basis_digest=basis.digest,
         coefficients_digest=content.coefficients_digest,

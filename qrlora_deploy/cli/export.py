@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from qrlora_deploy.checkpoint import Checkpoint
     from qrlora_deploy.coefficients import Coefficients
 
-SHOWN = ("kind", "task", "labels", "precision", "opset", "head_labels", "parity", "customer_effect")
+SHOWN = ("kind", "task", "labels", "precision", "calibration", "opset", "head_labels", "parity", "customer_effect")
 """What of an exporter's answer is shown without `--json`."""
 
 
@@ -145,8 +145,10 @@ def command(
 
 
 def _shown(record: "dict[str, Any]") -> "dict[str, Any]":
-    """What is shown of an exporter's answer; of its parity check only what was measured."""
+    """What is shown of an exporter's answer: no calibration where there is none, and of parity what was measured."""
     shown = {name: record[name] for name in record if name in SHOWN}
+    if shown.get("calibration") is None:
+        shown.pop("calibration", None)
     if isinstance(shown.get("parity"), dict):
         shown["parity"] = {name: value for name, value in shown["parity"].items() if value is not None}
     return shown

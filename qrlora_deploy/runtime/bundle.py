@@ -21,7 +21,14 @@ from qrlora_deploy.runtime.layout import (
     TableLayout,
     padded_rank,
 )
-from qrlora_deploy.runtime.records import ParityRecord, Precision, Strict, TargetRecord, TensorRecord
+from qrlora_deploy.runtime.records import (
+    CalibrationRecord,
+    ParityRecord,
+    Precision,
+    Strict,
+    TargetRecord,
+    TensorRecord,
+)
 from qrlora_deploy.runtime.sealed_facts import read_config_facts, read_head_row, read_reference_facts
 
 FORMAT_VERSION = 1
@@ -50,6 +57,7 @@ class Manifest(Strict):
     Attributes:
         kind: "merged": one customer, plain weights; "switchable": any customer in any row.
         precision: of weights and activations; the inputs and outputs are the same in every one.
+        calibration: of int8 with constant scales; None: it has none, or an earlier version did not say.
         coefficients_digest: the customer of a merged bundle.
         total_rank: number of coefficients of a customer.
         head_labels: labels that a customer's own output layer may have; 0: all use the base's.
@@ -65,6 +73,7 @@ class Manifest(Strict):
     task: Literal["text-classification", "text-regression"]
     labels: tuple[str, ...] = Field(min_length=1)
     precision: Precision
+    calibration: CalibrationRecord | None = None
     opset: int
     basis_digest: str = Digest
     coefficients_digest: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
@@ -91,6 +100,8 @@ class Manifest(Strict):
         merged = self.kind == "merged"
         if merged != (self.coefficients_digest is not None):
             raise ValueError(f"a {self.kind} bundle has {'a' if merged else 'no'} coefficients_digest")
+        if self.calibration is not None and self.precision != "int8":
+            raise ValueError(f"calibration belongs to int8; {self.precision} has no scales to find")
         if bool(self.head_labels) != bool(self.head_features) or (merged and self.head_labels):
             raise ValueError("head_labels and head_features belong together, in a switchable bundle")
         if self.head_labels and self.head_labels < len(self.labels):

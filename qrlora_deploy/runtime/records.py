@@ -29,6 +29,20 @@ class TensorRecord(Strict):
     shape: tuple[int | str, ...]
 
 
+class CalibrationRecord(Strict):
+    """What the constant scales of an int8 graph's activations were found on.
+
+    Attributes:
+        method: "minmax": a scale is the range of its activation over all rows.
+        rows: texts that were run for it.
+        texts_digest: SHA-256 over these texts in their order; the same rows in another file format agree.
+    """
+
+    method: Literal["minmax"]
+    rows: int = Field(gt=0)
+    texts_digest: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
 class ParityRecord(Strict):
     """The parity check that the export ended with.
 

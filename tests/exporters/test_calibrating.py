@@ -1,5 +1,8 @@
 """int8 with scales found on texts: they are the ranges of those texts, and a row does not see its batch."""
 
+import hashlib
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,17 +12,18 @@ import torch
 from onnx import numpy_helper
 
 from exporters.onnx import export_merged, export_switchable
-from exporters.onnx.calibrating import MAX_ROWS, calibration_inputs
+from exporters.onnx.calibrating import MAX_ROWS, calibration_inputs, calibration_record, choose_rows
 from qrlora_deploy.basis import Basis
 from qrlora_deploy.checkpoint import open_checkpoint
 from qrlora_deploy.coefficients import Coefficients
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import FileFormatError, InputError
 from qrlora_deploy.exporting import ExportJob
 from qrlora_deploy.runtime import SwitchableSession, open_bundle, verify
 from qrlora_deploy.runtime.layout import SLOT, TABLE
 from qrlora_deploy.runtime.parity import read_reference
 from qrlora_deploy.training.data import Examples, TextRows
 from tests.cli.running import run, succeed
+from tests.forging import reseal
 from tests.tiny import SENTENCES
 from tests.tolerances import CALIBRATED_ROWS
 
@@ -74,6 +78,48 @@ def test_calibrated_bundle_is_true_to_its_customers(kind: str, bundles: dict[str
     assert bundle.manifest.precision == "int8" and verify(bundle).passed
     assert bundle.manifest.parity.effect_correlation is not None
     assert bundle.manifest.parity.effect_correlation >= 0.95
+
+
+@pytest.mark.parametrize("kind", ["merged", "switchable"])
+def test_manifest_says_what_was_calibrated_on(kind: str, bundles: dict[str, Path], exported: Path) -> None:
+    rows = b"".join(json.dumps([sentence, None]).encode() for sentence in SENTENCES)
+    expected = {"method": "minmax", "rows": len(SENTENCES), "texts_digest": hashlib.sha256(rows).hexdigest()}
+    assert json.loads((bundles[kind] / "manifest.json").read_text())["calibration"] == expected
+    found = open_bundle(bundles[kind]).manifest.calibration
+    assert found is not None and found.model_dump() == expected
+    assert open_bundle(exported).manifest.calibration is None
+
+
+def test_record_is_of_the_rows_that_run() -> None:
+    many = TextRows([f"text {row}" for row in range(1000)], [f"pair {row}" for row in range(1000)], "many")
+    record = calibration_record(many)
+    assert record.rows == MAX_ROWS and record == calibration_record(choose_rows(many))
+    assert record == calibration_record(TextRows(many.texts, many.pairs, "another name"))
+    for other in (TextRows(many.texts, None, "many"), TextRows(many.texts, many.pairs[::-1], "many")):  # type: ignore[index]
+        assert calibration_record(other).texts_digest != record.texts_digest
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": 0}, "calibration.rows"),
+        ({"rows": -1}, "calibration.rows"),
+        ({"rows": 1.5}, "calibration.rows"),
+        ({"method": "entropy"}, "calibration.method"),
+        ({"texts_digest": "short"}, "calibration.texts_digest"),
+        ({"texts_digest": None}, "calibration.texts_digest"),
+        ({"surprise": 1}, "calibration.surprise"),
+    ],
+)
+def test_wrong_calibration_in_a_manifest_is_refused(
+    bundles: dict[str, Path], tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    folder = Path(shutil.copytree(bundles["merged"], tmp_path / "bundle"))
+    record = json.loads((folder / "manifest.json").read_text())
+    reseal(folder, calibration=record["calibration"] | changes)
+    with pytest.raises(FileFormatError, match=message) as caught:
+        open_bundle(folder)
+    assert str(caught.value).isprintable()
 
 
 def test_scale_is_the_range_of_the_texts(bundles: dict[str, Path], tiny_base: Path) -> None:
@@ -137,7 +183,11 @@ def test_calibration_on_the_command_line(tiny_base: Path, tiny_basis_file: Path,
     data = tmp_path / "texts.tsv"
     data.write_text("text\n" + "\n".join(SENTENCES) + "\n")
     arguments = ["export", tiny_base, "--basis", tiny_basis_file, "-o", tmp_path / "bundle", "--calibration"]
-    assert succeed([*arguments, data, "--precision", "int8"], tmp_path)["precision"] == "int8"
+    shown = run(*arguments, data, "--precision", "int8", cwd=tmp_path)
+    assert shown.code == 0 and f"calibration      method minmax, rows {len(SENTENCES)}, texts_digest " in shown.out
+    record = succeed(["inspect", tmp_path / "bundle"], tmp_path)
+    assert record["precision"] == "int8"
+    assert record["calibration"] == calibration_record(TEXTS).model_dump()
     operators = {
         node.op_type for node in onnx.load(tmp_path / "bundle" / "model.onnx", load_external_data=False).graph.node
     }

@@ -100,6 +100,9 @@ def test_manifest_that_names_files_elsewhere_is_refused(copied: Copy, name: str)
         ({"basis_digest": "short"}, "basis_digest"),
         ({"files": {}}, "does not list model.onnx"),
         ({"customer_effect": float("nan")}, "customer_effect"),
+        ({"calibration": {"method": "minmax", "rows": 8, "texts_digest": "0" * 64}}, "belongs to int8; fp32 has no"),
+        ({"calibration": {}}, "calibration.method"),
+        ({"calibration": True}, "calibration"),
     ],
 )
 def test_wrong_manifest_is_refused(copied: Copy, changes: dict[str, object], message: str) -> None:
@@ -120,6 +123,15 @@ def test_manifest_that_is_no_record_is_refused(copied: Copy, text: str) -> None:
 def test_folder_without_manifest_is_bad_input(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not a bundle"):
         open_bundle(tmp_path)
+
+
+def test_manifest_of_an_earlier_version_opens(copied: Copy) -> None:
+    """It does not say whether an int8 graph was calibrated."""
+    folder = copied()
+    record = json.loads((folder / "manifest.json").read_text())
+    assert record.pop("calibration") is None
+    (folder / "manifest.json").write_text(json.dumps(record))
+    assert open_bundle(folder).manifest.calibration is None
 
 
 def test_manifest_json_is_stable(exported: Path) -> None:
