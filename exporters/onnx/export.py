@@ -25,6 +25,7 @@ from qrlora_deploy.merging import merge_model
 from qrlora_deploy.runtime.bundle import MODEL_FILE, Manifest
 from qrlora_deploy.runtime.layout import TABLE_DTYPES, head_arrays
 from qrlora_deploy.runtime.parity import Case, check_parity, open_for_check
+from qrlora_deploy.runtime.token_index import check_runtime
 from qrlora_deploy.training.data import Examples
 
 STEPS = ("reference logits in PyTorch", "export", "parity check", "seal the bundle")
@@ -146,6 +147,8 @@ def _export(job: ExportJob, make_plan: Callable[[], _Plan]) -> Manifest:
     check_precision(job.precision, job.provider, job.calibration is not None)
     if job.padding_free and job.calibration is not None:
         raise InputError("--calibration runs padded batches, which a padding-free graph does not take; leave one out")
+    if job.padding_free:
+        check_runtime()
     check_free_folder(job.output)
     tokenizer = _check_exportable(job.checkpoint)
     step(0)

@@ -28,6 +28,7 @@ from qrlora_deploy.runtime.bundle import (
 from qrlora_deploy.runtime.layout import BASE_HEAD_FILE, HeadLayout, padded_rank
 from qrlora_deploy.runtime.parity import Case, ParityReport, customer_effect, write_reference
 from qrlora_deploy.runtime.records import CalibrationRecord
+from qrlora_deploy.runtime.token_index import FIRST_RUNTIME
 
 README = """# {task}, {labels} labels
 
@@ -37,8 +38,11 @@ A {kind} bundle in {precision}, written by qrlora-deploy: {what}
     qrlora-deploy predict . {option}--text "..."
 
 `manifest.json` says what it was made from and seals every file. `model.onnx` takes {inputs}
-and gives `logits [batch, labels]`; it runs in any ONNX Runtime with opset {opset}.
+and gives `logits [batch, labels]`; it runs in ONNX Runtime {runtime} or newer (opset {opset}).
 """
+RUNTIMES = {23: "1.23", 24: ".".join(map(str, FIRST_RUNTIME))}
+"""The first ONNX Runtime that computes the operators of each opset as they are used here."""
+
 WHAT = {
     "merged": "one customer folded into its base, as plain ONNX.",
     "switchable": "any customer of its base in any row of a batch.",
@@ -109,6 +113,7 @@ def write_side_files(folder: Path, content: Content, checked: Checked) -> None:
         labels=len(content.labels),
         kind=content.kind,
         precision=checked.report.precision,
+        runtime=RUNTIMES[checked.graph.opset],
         opset=checked.graph.opset,
         what=WHAT[content.kind],
         option="" if content.kind == "merged" else "--customers FOLDER --customer acme ",

@@ -10,6 +10,7 @@ from typing import Any
 import onnxruntime
 
 from qrlora_deploy.errors import FileFormatError, ProviderError, first_line
+from qrlora_deploy.runtime.token_index import TOKEN_INDEX, check_runtime
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -33,7 +34,8 @@ def open_session(model: Path, provider: str = "cpu", threads: int | None = None,
         An `onnxruntime.InferenceSession`.
 
     Raises:
-        ProviderError: the provider is unknown or did not load; the message says what is missing.
+        ProviderError: the provider is unknown or did not load; the message says what is missing. Or
+            the graph is padding-free and this ONNX Runtime too old for that.
         FileFormatError: ONNX Runtime refuses the model.
     """
     if provider not in PROVIDERS:
@@ -54,6 +56,8 @@ def open_session(model: Path, provider: str = "cpu", threads: int | None = None,
         raise ProviderError(
             f"{name} was asked for but does not load: {_missing(provider) or reason}. Or pass --provider cpu"
         )
+    if any(taken.name == TOKEN_INDEX for taken in session.get_inputs()):
+        check_runtime()
     return session
 
 

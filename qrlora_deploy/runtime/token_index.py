@@ -1,12 +1,32 @@
 """Which tokens of a padded batch a padding-free graph computes on."""
 
 import numpy as np
+import onnxruntime
+
+from qrlora_deploy.errors import ProviderError
 
 TOKEN_INDEX = "token_index"
 """The input of such a graph: `[tokens]` int64, positions in the batch as one row `[batch * length]`."""
 
 STEPS, SMALLEST_STEP = 16, 64
 """Numbers of tokens that one bucket is split into, at most, and the least distance of two of them."""
+
+FIRST_RUNTIME = (1, 25)
+"""1.24 opens a padding-free graph and takes no notice of the lengths of its rows; 1.23 does not open it."""
+
+
+def check_runtime() -> None:
+    """Whether this ONNX Runtime computes padding-free graphs correctly.
+
+    Raises:
+        ProviderError: it is older than that.
+    """
+    found = tuple(map(int, onnxruntime.__version__.split(".")[:2]))
+    if found < FIRST_RUNTIME:
+        raise ProviderError(
+            f"ONNX Runtime {onnxruntime.__version__} gives wrong answers for padding-free graphs; "
+            f"install {'.'.join(map(str, FIRST_RUNTIME))} or newer, or export without --padding-free"
+        )
 
 
 def kept_tokens(mask: np.ndarray) -> np.ndarray:

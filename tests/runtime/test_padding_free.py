@@ -1,5 +1,6 @@
 """Sessions of padding-free bundles: the same answers as without buckets, and few numbers of tokens."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,15 @@ def check_batches(plain: SwitchableSession, bucketed: SwitchableSession) -> None
 
 def test_a_bucket_changes_no_answer(bundle: Path) -> None:
     check_batches(*open_pair(bundle))
+
+
+def test_an_onnx_runtime_that_ignores_lengths_is_refused(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for version, refused in (("1.24.4", True), ("1.25.0", False), ("2.0.1", False)):
+        monkeypatch.setattr("onnxruntime.__version__", version)
+        with (
+            pytest.raises(ProviderError, match=r"ONNX Runtime 1\.24\.4 .* install 1\.25") if refused else nullcontext()
+        ):
+            SwitchableSession(open_bundle(bundle), threads=1)
 
 
 @pytest.mark.gpu
