@@ -18,6 +18,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 PLAIN_NAME = re.compile(r"[\w.]+")
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 ANY_PATH = click.Path(path_type=Path)
+BY_COEFFICIENTS = "2.76 / sqrt(number of coefficients), at most 0.3"
+"""What `training.settings.default_rate` gives, in words."""
 
 
 def common(function: Callable[..., Output]) -> Callable[..., None]:
@@ -99,15 +101,15 @@ def column_options(function: Command) -> Command:
     return text(label(function))
 
 
-def training_options(epochs: int, batch_size: int) -> Callable[[Command], Command]:
-    """What warm-up and training have in common; `--learning-rate` has a default in the library."""
+def training_options(epochs: int, batch_size: int, rate: str) -> Callable[[Command], Command]:
+    """What warm-up and training have in common; `rate` tells the library's default of `--learning-rate`."""
     options = [
         click.option("--data", required=True, help="Training data: TSV, CSV, JSONL, Parquet, or a data set name."),
         click.option("--eval", "evaluation", help="Held-out data; the best checkpoint by its metric is kept."),
         column_options,
         click.option("--epochs", type=click.IntRange(min=1), default=epochs, show_default=True),
         click.option("--batch-size", type=click.IntRange(min=1), default=batch_size, show_default=True),
-        click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), help="Default: by method."),
+        click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), help=f"Peak. Default: {rate}."),
         click.option(
             "--max-length",
             type=click.IntRange(min=2),

@@ -8,7 +8,14 @@ from typing import Any
 
 import click
 
-from qrlora_deploy.cli.options import basis_option, common, customer_options, output_option, training_options
+from qrlora_deploy.cli.options import (
+    BY_COEFFICIENTS,
+    basis_option,
+    common,
+    customer_options,
+    output_option,
+    training_options,
+)
 from qrlora_deploy.cli.output import Output, progress_bar, size_text
 from qrlora_deploy.errors import InputError
 
@@ -59,7 +66,7 @@ def work_folder(output: Path, resume: bool) -> Iterator[Path]:
     show_default=True,
     help="Where the hidden states below the first adapted layer are kept, which are then computed once.",
 )
-@training_options(epochs=5, batch_size=32)
+@training_options(epochs=5, batch_size=32, rate=BY_COEFFICIENTS)
 @common
 def command(
     base: str,

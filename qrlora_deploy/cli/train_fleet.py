@@ -8,7 +8,14 @@ from typing import Any
 
 import click
 
-from qrlora_deploy.cli.options import basis_option, common, customer_options, output_option, training_options
+from qrlora_deploy.cli.options import (
+    BY_COEFFICIENTS,
+    basis_option,
+    common,
+    customer_options,
+    output_option,
+    training_options,
+)
 from qrlora_deploy.cli.output import Output, Table
 from qrlora_deploy.errors import InputError, QrloraError
 
@@ -31,7 +38,7 @@ LAUNCHER = "TORCHELASTIC_RUN_ID"
     "--rows-per-step", type=click.IntRange(min=1), help="Rows of all customers in a step. Default: by device."
 )
 @click.option("--shard", help="I/N: train the I-th of N parts, from 0; torchrun's RANK and WORLD_SIZE by default.")
-@training_options(epochs=5, batch_size=32)
+@training_options(epochs=5, batch_size=32, rate=BY_COEFFICIENTS)
 @common
 def command(
     base: str,

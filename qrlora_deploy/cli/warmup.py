@@ -19,7 +19,7 @@ from qrlora_deploy.cli.output import Output, progress_bar
     show_default=True,
     help="Train all weights, or the head alone.",
 )
-@training_options(epochs=3, batch_size=32)
+@training_options(epochs=3, batch_size=32, rate="5e-5 for full, 1e-3 for head")
 @common
 def command(
     base: str,

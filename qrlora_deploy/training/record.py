@@ -38,7 +38,7 @@ class Ran:
 
 
 def training_record(train: Examples, evaluation: Examples | None, settings: TrainSettings, ran: Ran) -> dict[str, Any]:
-    """The training record of a coefficients file."""
+    """The training record of a coefficients file, of `settings` that are resolved."""
     return {
         "data_digest": train.digest,
         **({"evaluation_digest": evaluation.digest} if evaluation else {}),
@@ -48,7 +48,7 @@ def training_record(train: Examples, evaluation: Examples | None, settings: Trai
         "steps": ran.steps,
         "epochs": ran.epochs,
         "batch_size": settings.batch_size,
-        "learning_rate": settings.learning_rate,
+        "learning_rate": settings.rate,
         "max_length": settings.max_length,
         "head": settings.head,
         "dropout": settings.dropout,

@@ -100,6 +100,7 @@ def train(
     """
     device = choose_device(settings.device)
     check_basis_fits(checkpoint, basis)
+    settings = settings.resolved(basis.total_rank)
     outputs = base_outputs(checkpoint)
     if settings.head == "output":
         outputs = own_outputs(checkpoint, train)
@@ -203,7 +204,7 @@ def _build_trainer(
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=settings.patience))
     parts: dict[str, Any] = {
         "model": job.model,
-        "args": training_arguments(work_dir, settings, settings.learning_rate, len(job.rows), **options),
+        "args": training_arguments(work_dir, settings, settings.rate, len(job.rows), **options),
         "train_dataset": job.rows,
         "eval_dataset": job.evaluation,
         "callbacks": callbacks,

@@ -109,7 +109,7 @@ class Engine:
                 self.losses.index_add_(0, slots, losses.detach().double())
         share = torch.from_numpy(shares).to(self.device, torch.float32)
         rates = {
-            "coefficients": share * self.settings.learning_rate,
+            "coefficients": share * self.settings.rate,
             "head": share * self.settings.head_learning_rate,
         }
         count = torch.from_numpy(np.maximum(steps, 1)).to(self.device, torch.float32)

@@ -89,6 +89,7 @@ def train_fleet(
         raise InputError("a fleet trains without dropout: its masks would depend on who else is in the batch")
     device = _device(settings, options.local_rank)
     check_basis_fits(checkpoint, basis)
+    settings = settings.resolved(basis.total_rank)
     start = time.perf_counter()
     plan = plan_fleet(source, checkpoint, settings, options.shard)
     options.open_output(plan.customers)
