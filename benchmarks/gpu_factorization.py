@@ -157,7 +157,14 @@ def measure_project(count: int, n: int, generator: torch.Generator, runs: int) -
         seconds += [taken] if turn else []
     print(f"  {count} x {n}: {np.median(seconds):.3f} s, largest rank {ranks}", flush=True)
     peak = torch.cuda.max_memory_allocated() if weights.is_cuda else 0
-    return {"median_s": float(np.median(seconds)), "samples_s": seconds, "largest_rank": ranks, "peak_bytes": peak}
+    return {
+        "matrices": count,
+        "columns": n,
+        "median_s": float(np.median(seconds)),
+        "samples_s": seconds,
+        "largest_rank": ranks,
+        "peak_bytes": peak,
+    }
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -20,21 +20,23 @@ from qrlora_deploy.coefficients import write_coefficients
 from qrlora_deploy.rank_rule import RankRule
 
 RANK = 160
+PRECISIONS = {"fp16": "fp16", "fp16_one_customer": "fp16", "fp32": "fp32"}
+"""Of the bundles of each report."""
 
 
 def make_plans(folder: Path, arguments: argparse.Namespace) -> dict[str, Plan]:
-    """Export everything and say what is to be measured, by name of the report."""
+    """Export what the reports need and say what is to be measured, by name of the report."""
     customers = folder / "customers"
     customers.mkdir()
     rule = RankRule(tau=None, rank=arguments.rank)
     made = {}
-    for precision in ("fp16", "fp32"):
+    for precision in sorted({PRECISIONS[name] for name in arguments.reports}):
         place = folder / precision
         place.mkdir()
         made[precision] = prepare(place, arguments.model, max(arguments.batch), rule, arguments.provider, precision)
         for kind in ("merged", "switchable"):
             (place / kind).rename(folder / f"{kind}-{precision}")
-    for name, customer in made["fp16"].customers.items():
+    for name, customer in next(iter(made.values())).customers.items():
         write_coefficients(customer, customers / f"{name}.safetensors")
     graphs = "both" if arguments.provider == "cuda" else "off"
     fp16 = Plan(
@@ -46,16 +48,17 @@ def make_plans(folder: Path, arguments: argparse.Namespace) -> dict[str, Plan]:
         provider=arguments.provider,
         cuda_graph=graphs,  # type: ignore[arg-type]
         peers=tuple(arguments.peer),
-        base=folder / "fp16" / "base",
+        base=folder / next(iter(made)) / "base",
         seconds=arguments.seconds,
     )
     short = replace(fp16, scenarios=("single-stream",), peers=())
     graph = "on" if arguments.provider == "cuda" else "off"
-    return {
+    plans = {
         "fp16": fp16,
         "fp16_one_customer": replace(short, mix="one", cuda_graph=graph),  # type: ignore[arg-type]
         "fp32": replace(short, bundles=(folder / "merged-fp32", folder / "switchable-fp32")),
     }
+    return {name: plan for name, plan in plans.items() if name in arguments.reports}
 
 
 def show(name: str, report: Report) -> None:
@@ -76,12 +79,13 @@ def main() -> None:
     """Parse, measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--provider", choices=["cpu", "cuda"], default="cuda")
-    parser.add_argument("--model", choices=["minilm", "roberta-base"], default="roberta-base")
+    parser.add_argument("--model", choices=["tiny", "minilm", "roberta-base"], default="roberta-base")
     parser.add_argument("--rank", type=int, default=RANK)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--length", type=int, nargs="+", default=[128])
     parser.add_argument("--peer", nargs="*", default=["torch-eager", "torch-compile"])
     parser.add_argument("--seconds", type=float, default=15.0)
+    parser.add_argument("--reports", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS))
     parser.add_argument("-o", "--output", type=Path, required=True, help="beginning of the files' names")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--provider", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--precision", choices=["fp32", "fp16"], default="fp32")
     parser.add_argument("--cuda-graph", action="store_true", help="the graph captured, in one bucket")
-    parser.add_argument("--model", choices=["minilm", "roberta-base"], default="minilm")
+    parser.add_argument("--model", choices=["tiny", "minilm", "roberta-base"], default="minilm")
     parser.add_argument("--rank", type=int, help="fixed rank instead of tau 0.5")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, default=64)
