@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -23,11 +24,14 @@ class Outputs:
         task: "text-classification" or "text-regression".
         labels: names of the outputs, in their order.
         new: whether the output layer starts afresh instead of with the base's weights.
+        bias: where the bias of a new output layer starts: the mean of the training labels of a regression.
+            From 0 every row's first gradient says "more", and the encoder follows until all texts look alike.
     """
 
     task: str
     labels: tuple[str, ...]
     new: bool
+    bias: float = 0.0
 
     @property
     def options(self) -> dict[str, Any]:
@@ -73,7 +77,8 @@ def own_outputs(checkpoint: Checkpoint, examples: Examples) -> Outputs:
         except InputError:
             pass  # other labels than the base's: a new set
     if infer_task(examples.labels) == REGRESSION:
-        return Outputs(REGRESSION, ("score",), new=True)
+        mean = float(np.mean(encode_labels(examples, REGRESSION, ("score",))))
+        return Outputs(REGRESSION, ("score",), new=True, bias=mean)
     labels = label_names(examples.labels)
     if len(labels) < 2:
         raise InputError(f"{examples.name}: every row has the label {labels[0]}; a classifier needs two or more")
@@ -125,6 +130,14 @@ def draw_weight(shape: tuple[int, ...], config: Any, seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=generator) * float(getattr(config, "initializer_range", 0.02))
 
 
+def start_bias(model: Any, bias: float) -> None:
+    """Set the bias of the output layer, where it has one, to `Outputs.bias`."""
+    layer = model.get_submodule(output_layer(model))
+    if layer.bias is not None:
+        with torch.no_grad():
+            layer.bias.fill_(bias)
+
+
 def prepare_head(model: Any, outputs: Outputs, basis: Basis, seed: int) -> dict[str, nn.Parameter]:
     """The output layer's parameters by tensor name, newly drawn where the labels are new.
 
@@ -138,6 +151,5 @@ def prepare_head(model: Any, outputs: Outputs, basis: Basis, seed: int) -> dict[
         # Drawn here and not by transformers: as many labels as before would keep the base's weights.
         with torch.no_grad():
             layer.weight.copy_(draw_weight(tuple(layer.weight.shape), model.config, seed))
-            if layer.bias is not None:
-                layer.bias.zero_()
+        start_bias(model, outputs.bias)
     return {f"{name}.{part}": parameter for part, parameter in layer.named_parameters()}

@@ -11,7 +11,7 @@ from qrlora_deploy.checkpoint import Checkpoint
 from qrlora_deploy.errors import InputError, first_line
 from qrlora_deploy.files import atomic_folder, check_free_folder, write_json
 from qrlora_deploy.training.data import Examples, check_alike
-from qrlora_deploy.training.head import Outputs, own_outputs
+from qrlora_deploy.training.head import Outputs, own_outputs, start_bias
 from qrlora_deploy.training.loop import (
     Progress,
     SmallTrainer,
@@ -26,7 +26,7 @@ from qrlora_deploy.training.loop import (
     training_arguments,
 )
 from qrlora_deploy.training.settings import WarmupSettings, choose_device
-from qrlora_deploy.training.tasks import CLASSIFICATION, METRICS, encode_labels
+from qrlora_deploy.training.tasks import CLASSIFICATION, METRICS, REGRESSION, encode_labels
 
 
 def warmup(
@@ -39,7 +39,8 @@ def warmup(
 ) -> dict[str, Any]:
     """Fine-tune a base on labelled text and write it, with its tokenizer, as a new checkpoint.
 
-    A head whose labels include those of the data is kept; else a new one is made for them.
+    A head whose labels include those of the data is kept; else a new one is made for them. The bias of
+    a new one for numbers starts at their mean.
 
     Args:
         checkpoint: an encoder with or without a task head.
@@ -65,6 +66,8 @@ def warmup(
     targets = [encode_labels(part, outputs.task, outputs.labels) for part in parts]
     torch.manual_seed(settings.seed)  # of the new head
     model = _load(checkpoint, outputs)
+    if outputs.new and outputs.task == REGRESSION:
+        start_bias(model, outputs.bias)
     tokenizer = load_tokenizer(checkpoint, model, settings.max_length)
     trained = _choose_parameters(model, settings.mode)
     rows = [build_rows(tokenizer, *pair, settings.max_length) for pair in zip(parts, targets, strict=True)]

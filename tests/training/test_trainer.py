@@ -225,6 +225,9 @@ def test_numbers_as_labels_train_a_regression(tiny_base: Path, tiny_basis: Basis
     assert (customer.task, customer.labels) == ("text-regression", ("score",))
     assert customer.training["metric"] == "pearson" and customer.training["metrics"]["pearson"] > 0.5
     assert customer.head["classifier.weight"].shape == (1, 32)
+    still = settings_of(head="output", head_learning_rate=1e-9, epochs=1)
+    customer = train(open_checkpoint(str(tiny_base)), tiny_basis, numbers, None, still, tmp_path / "still")
+    assert customer.head["classifier.bias"].tolist() == [pytest.approx(0.5, abs=1e-6)], "the mean of the labels"
 
 
 @pytest.mark.parametrize(

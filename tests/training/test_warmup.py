@@ -96,6 +96,17 @@ def test_numbers_make_a_regression(base: Checkpoint, tmp_path: Path) -> None:
     assert (config.num_labels, config.problem_type) == (1, "regression")
 
 
+def test_the_bias_of_a_new_regression_starts_at_the_mean_of_its_labels(base: Checkpoint, tmp_path: Path) -> None:
+    # One step of a rate of 1e-9 moves nothing that fp32 shows.
+    warmup(base, NUMBERS, None, tmp_path / "out", settings(mode="full", epochs=1, learning_rate=1e-9))
+    assert tensors(tmp_path / "out")["classifier.bias"].tolist() == [pytest.approx(0.25, abs=1e-6)]
+    # A head that serves is kept: other labels do not move its bias.
+    again = Examples(NUMBERS.texts, None, ["8.5", "9.5", "7", "9"] * 4, "again")
+    served = open_checkpoint(str(tmp_path / "out"))
+    warmup(served, again, None, tmp_path / "again", settings(mode="full", epochs=1, learning_rate=1e-9))
+    assert tensors(tmp_path / "again")["classifier.bias"].tolist() == [pytest.approx(0.25, abs=1e-6)]
+
+
 def test_it_repeats_itself(encoder: Checkpoint, tmp_path: Path) -> None:
     for name, seed in (("one", 0), ("two", 0), ("three", 1)):
         warmup(encoder, OTHERS, None, tmp_path / name, settings(epochs=1, seed=seed))
