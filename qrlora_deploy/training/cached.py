@@ -11,12 +11,13 @@ from torch.nn import functional
 
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.training.graphed import GraphedStep, step_gradients
+from qrlora_deploy.training.layout import packed_layout, padded_layout
 from qrlora_deploy.training.loop import Progress, Rows, SmallTrainer, halve_frozen, mixed_precision
 from qrlora_deploy.training.tasks import REGRESSION
 from qrlora_deploy.training.trunk import SplitModel, split_model
 from qrlora_deploy.training.trunk_cache import TrunkCache, fill_cache
 from qrlora_deploy.training.trunk_memory import find_room
-from qrlora_deploy.training.upper import Upper, packed_layout, padded_layout
+from qrlora_deploy.training.upper import Upper
 
 LENGTH_STEP = 16
 """On a GPU batches are padded to a multiple of this, so that few graphs serve all of them."""

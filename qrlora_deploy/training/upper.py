@@ -7,7 +7,6 @@ values. There is no dropout here.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from qrlora_deploy.errors import InputError
+from qrlora_deploy.training.layout import Gather, Group, Layout, padded_layout
 from qrlora_deploy.training.trunk import SplitModel, agree, probe
 
 FAMILIES = (
@@ -57,100 +57,8 @@ FAMILIES = (
 )
 """Where a block of each family has its parts, in the order of `_Block`."""
 
-
-class _Spread(torch.autograd.Function):
-    """Rows of a matrix to their places among `size` zero rows; the gradient is their gathering."""
-
-    @staticmethod
-    def forward(context: Any, packed: torch.Tensor, places: torch.Tensor, size: int) -> torch.Tensor:
-        context.save_for_backward(places)
-        return packed.new_zeros(size, packed.shape[1]).index_copy_(0, places, packed)
-
-    @staticmethod
-    def backward(context: Any, gradient: torch.Tensor) -> Any:
-        return gradient.index_select(0, context.saved_tensors[0]), None, None
-
-
-class _Gather(torch.autograd.Function):
-    """Rows of a matrix, each at most once; so the gradient needs no sums."""
-
-    @staticmethod
-    def forward(context: Any, padded: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        context.save_for_backward(places)
-        context.size = padded.shape[0]
-        return padded.index_select(0, places)
-
-    @staticmethod
-    def backward(context: Any, gradient: torch.Tensor) -> Any:
-        zeros = gradient.new_zeros(context.size, gradient.shape[1])
-        return zeros.index_copy_(0, context.saved_tensors[0], gradient), None
-
-
-@dataclass(frozen=True)
-class Group:
-    """Texts that attention sees as one rectangle.
-
-    Attributes:
-        rows: number of texts.
-        length: of the longest one, or more.
-        tokens: how many rows of the matrix are theirs.
-        mask: `[rows, 1, 1, length]` bool, which places hold tokens.
-        places: `[tokens]` int64, row * length + position; None where every place is in the matrix,
-            padding too.
-    """
-
-    rows: int
-    length: int
-    tokens: int
-    mask: torch.Tensor
-    places: torch.Tensor | None
-
-    def spread(self, x: torch.Tensor) -> torch.Tensor:
-        """`[tokens, width]` to `[rows * length, width]`."""
-        return x if self.places is None else _Spread.apply(x, self.places, self.rows * self.length)
-
-    def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """`[rows * length, width]` to `[tokens, width]`."""
-        return x if self.places is None else _Gather.apply(x, self.places)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the tokens of a batch lie in a matrix `[tokens, width]`.
-
-    Attributes:
-        groups: one after another.
-        first: `[rows]` int64, the number of each text's first token.
-    """
-
-    groups: tuple[Group, ...]
-    first: torch.Tensor
-
-
-def packed_layout(lengths: torch.Tensor) -> Layout:
-    """The layout of texts one after another, from their lengths `[rows]` int64 on the CPU, which ascend.
-
-    Attention pads, and three rectangles for short, middling and long texts are less padding than one.
-    """
-    longest = int(lengths[-1])
-    bounds = torch.searchsorted(lengths, torch.tensor([longest // 4, longest // 2]), right=True).tolist()
-    edges = [0, *bounds, len(lengths)]
-    parts = [lengths[start:end] for start, end in pairwise(edges) if end > start]
-    return Layout(tuple(_group(part) for part in parts), lengths.cumsum(0) - lengths)
-
-
-def _group(lengths: torch.Tensor) -> Group:
-    length = int(lengths[-1])
-    mask = torch.arange(length) < lengths[:, None]
-    return Group(len(lengths), length, int(lengths.sum()), mask[:, None, None], mask.flatten().nonzero().squeeze(1))
-
-
-def padded_layout(lengths: torch.Tensor, length: int) -> Layout:
-    """The layout of texts padded on the right to `length`; depends on `lengths [rows]` by values only."""
-    rows = len(lengths)
-    mask = torch.arange(length, device=lengths.device) < lengths[:, None]
-    group = Group(rows, length, rows * length, mask[:, None, None], None)
-    return Layout((group,), torch.arange(rows, device=lengths.device) * length)
+BIAS_STRIDE = 8
+"""PyTorch's memory-efficient attention reads rows of a bias that begin at a multiple of this, else it copies."""
 
 
 @dataclass(frozen=True)
@@ -184,22 +92,24 @@ class Upper:
         self.head_width = int(split.model.config.hidden_size) // self.heads
         self.blocks = [_read_block(split.model, block) for block in list(split.blocks)[split.first :]]
         self.head = _read_head(split.model)
-        self._biases: dict[tuple[int, torch.device], torch.Tensor] = {}
+        self._biases: dict[tuple[int, torch.device, torch.dtype], torch.Tensor] = {}
         _check_upper(self, split)
 
     def __call__(self, hidden: torch.Tensor, layout: Layout) -> torch.Tensor:
         """Logits `[rows, labels]` of the inputs `[tokens, width]` of the first adapted block."""
-        masks = [self._mask(group) for group in layout.groups]
+        masks = [self._mask(group, hidden) for group in layout.groups]
         for block in self.blocks[:-1]:
             attended = self._attend(block.query(hidden), block, hidden, layout, masks)
             hidden = self._finish(block, hidden, attended)
         # The head reads the first tokens only, so nothing else is asked of the last block.
-        block, first = self.blocks[-1], _Gather.apply(hidden, layout.first)
-        attended = self._attend(block.query(first), block, hidden, layout, [mask[:, :, :1] for mask in masks])
+        block, first = self.blocks[-1], Gather.apply(hidden, layout.first)
+        attended = self._attend(
+            block.query(first), block, hidden, layout, [None if mask is None else mask[:, :, :1] for mask in masks]
+        )
         return self.head(self._finish(block, first, attended))
 
     def _attend(
-        self, query: torch.Tensor, block: _Block, x: torch.Tensor, layout: Layout, masks: list[torch.Tensor]
+        self, query: torch.Tensor, block: _Block, x: torch.Tensor, layout: Layout, masks: list[torch.Tensor | None]
     ) -> torch.Tensor:
         """What each token of `query` draws from the texts `x`; `query` has all tokens or the first ones."""
         only_first = len(query) < len(x)
@@ -223,19 +133,30 @@ class Upper:
         x = block.mix_norm(block.mix(attended) + x)
         return block.norm(block.contract(block.activation(block.expand(x))) + x)
 
-    def _mask(self, group: Group) -> torch.Tensor:
+    def _mask(self, group: Group, like: torch.Tensor) -> torch.Tensor | None:
+        """What attention adds to its scores, or which places it may see; None where that is every place."""
         if not hasattr(self.owner, "relative_attention_bias"):
             return group.mask
-        key = (group.length, group.mask.device)
-        if key not in self._biases:
-            # MPNet's, the same for every row; from its own function, which looks at the shape alone.
-            with torch.no_grad():
-                self._biases[key] = self.owner.compute_position_bias(group.mask.new_empty(1, group.length))
-        bias = self._biases[key]
-        if torch.is_autocast_enabled(bias.device.type):
-            bias = bias.to(torch.get_autocast_dtype(bias.device.type))
+        kind = like.device.type
+        bias = self._bias(
+            group.length,
+            like.device,
+            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype,
+        )
+        if group.mask is None:
+            return bias
         # Not torch.where, which brings its number over from the host; a capture forbids that.
         return bias.masked_fill(~group.mask, torch.finfo(bias.dtype).min)
+
+    def _bias(self, length: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """`[1, heads, length, length]`, MPNet's, the same for every row; from its own function."""
+        key = (length, device, dtype)
+        if key not in self._biases:
+            with torch.no_grad():
+                # It looks at the shape alone.
+                bias = self.owner.compute_position_bias(torch.empty(1, length, device=device)).to(dtype)
+            self._biases[key] = functional.pad(bias, (0, -length % BIAS_STRIDE))[..., :length]
+        return self._biases[key]
 
 
 def _read_block(model: Any, block: nn.Module) -> _Block:

@@ -19,10 +19,11 @@ from qrlora_deploy.rank_rule import RankRule
 from qrlora_deploy.targets import choose_targets
 from qrlora_deploy.training import trunk_memory
 from qrlora_deploy.training.data import Examples
+from qrlora_deploy.training.layout import packed_layout, padded_layout
 from qrlora_deploy.training.settings import TrainSettings
 from qrlora_deploy.training.trainer import train
 from qrlora_deploy.training.trunk import split_model
-from qrlora_deploy.training.upper import Upper, packed_layout, padded_layout
+from qrlora_deploy.training.upper import Upper
 from tests.tiny import LABELS, SENTENCES, build_tokenizer
 from tests.tolerances import FP32_SIDE_BRANCH, Tolerance
 from tests.training.test_trunk import MODELS, batch_of, build

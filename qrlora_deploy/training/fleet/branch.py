@@ -8,13 +8,14 @@ from torch.nn import functional
 
 from qrlora_deploy.adapter import QRLoRALinear, attach, detach, precondition, resolve_layer
 from qrlora_deploy.basis import Basis
+from qrlora_deploy.training.loop import halve_frozen
 
 
 class RowValues:
     """What the layers of a model read while a batch runs.
 
     Attributes:
-        c: `[rows, total_rank]` fp32, the coefficients of each row's customer.
+        parts: `[rows, rank]` fp32 a target, the coefficients of each row's customer.
         token_rows: `[tokens]` int64, the row of each token where a batch has no padding.
         slots: `[rows]` int64, the customer's row in the tables.
         places: `[rows]` int64, which row this is among those of its customer in the batch.
@@ -23,7 +24,7 @@ class RowValues:
         head_bias: `[slots, labels]`, or None.
     """
 
-    c: torch.Tensor
+    parts: tuple[torch.Tensor, ...]
     token_rows: torch.Tensor
     slots: torch.Tensor
     places: torch.Tensor
@@ -38,24 +39,24 @@ class RowLinear(nn.Module):
     Args:
         adapter: the layer and its factors.
         values: where the coefficients of the current batch are.
-        columns: which of them belong to this layer.
+        part: which of them belong to this layer.
     """
 
     q: torch.Tensor
     r: torch.Tensor
 
-    def __init__(self, adapter: QRLoRALinear, values: RowValues, columns: slice) -> None:
+    def __init__(self, adapter: QRLoRALinear, values: RowValues, part: int) -> None:
         super().__init__()
         self.base = adapter.base
         self.register_buffer("q", adapter.q, persistent=False)
         self.register_buffer("r", adapter.r, persistent=False)
         self.values = values
-        self.columns = columns
+        self.part = part
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[rows, ..., in]` to `[rows, ..., out]`, or `[tokens, in]` to `[tokens, out]`."""
         projected = functional.linear(x, self.r)
-        c = self.values.c[:, self.columns]
+        c = self.values.parts[self.part]
         if len(x) != len(c) > 1:
             # Tokens of all rows one after another. Where there are as many as rows, each row has one;
             # and coefficients of one row are everyone's.
@@ -103,9 +104,14 @@ def attach_rows(model: Any, basis: Basis, values: RowValues) -> torch.Tensor:
     precondition(adapters)
     scale = torch.cat([adapter.scale for adapter in adapters.values()])
     detach(model)
-    start = 0
-    for name, adapter in adapters.items():
-        columns = slice(start, start + len(adapter.scale))
-        model.set_submodule(resolve_layer(model, name)[0], RowLinear(adapter, values, columns))
-        start = columns.stop
+    for part, (name, adapter) in enumerate(adapters.items()):
+        model.set_submodule(resolve_layer(model, name)[0], RowLinear(adapter, values, part))
     return scale
+
+
+def halve_rows(model: nn.Module) -> None:
+    """Store frozen matrices in bf16, those of side branches too, as `halve_frozen` does for one customer."""
+    halve_frozen(model)
+    for module in model.modules():
+        if isinstance(module, RowLinear):
+            module.q, module.r = module.q.bfloat16(), module.r.bfloat16()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ from qrlora_deploy.adapter import resolve_layer
 from qrlora_deploy.basis import Basis
 from qrlora_deploy.checkpoint import Checkpoint
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.training.fleet.branch import RowHead, RowValues, attach_rows
-from qrlora_deploy.training.fleet.pool import IDS, PackedRows
+from qrlora_deploy.training.fleet.branch import RowHead, RowValues, attach_rows, halve_rows
+from qrlora_deploy.training.fleet.shipping import ship
 from qrlora_deploy.training.fleet.table import AdamTable
+from qrlora_deploy.training.fleet.tokens import IDS
 from qrlora_deploy.training.head import (
     Outputs,
     base_outputs,
@@ -23,12 +25,31 @@ from qrlora_deploy.training.head import (
     draw_weight,
     output_layer,
 )
+from qrlora_deploy.training.layout import Layout
 from qrlora_deploy.training.loop import load_tokenizer, mixed_precision, quiet_transformers
 from qrlora_deploy.training.settings import TrainSettings
 from qrlora_deploy.training.trunk import SplitModel, split_model
 from qrlora_deploy.training.upper import Upper
 
 MASK = "attention_mask"
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What a customer has learnt.
+
+    Attributes:
+        values: `[total_rank]` fp32, its coefficients.
+        head: its output layer, by tensor name of the checkpoint; empty where the base's is used.
+    """
+
+    values: np.ndarray
+    head: dict[str, np.ndarray]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all of it are numbers."""
+        return all(bool(np.isfinite(array).all()) for array in (self.values, *self.head.values()))
 
 
 class FleetModel:
@@ -41,6 +62,10 @@ class FleetModel:
         slots: how many customers are active at once.
         labels: outputs of the largest head of a customer; read where heads are trained.
         device: where everything lives.
+
+    Attributes:
+        pad: id of padding by name of each input with one value a token.
+        blocks: how many run in each step; 1 where that is not known.
 
     Raises:
         InputError: the base has no usable head, or the basis adapts the output layer that is to be trained.
@@ -65,6 +90,7 @@ class FleetModel:
         head = output_layer(self.model) if settings.head == "output" else None
         if head is not None:
             check_not_adapted(head, basis)
+        self.ranks = [target.rank for target in basis.targets]
         self.scale = attach_rows(self.model, basis, self.values)
         self.u = AdamTable((slots, basis.total_rank), device)
         self.head: dict[str, AdamTable] = {}
@@ -72,22 +98,23 @@ class FleetModel:
             self._build_head(checkpoint, head, slots, labels)
         self.limits = torch.zeros(slots, labels, device=device)
         self.upper = self._build_upper() if self.split is not None else None
-
-    @property
-    def pad(self) -> dict[str, int]:
-        """Id of padding by name of each input with one value a token."""
+        if device.type == "cuda" and torch.cuda.is_bf16_supported():
+            halve_rows(self.model)  # after the parts were held against the whole, in fp32
+        self.blocks = len(self.split.blocks) - self.split.first if self.split else 1
         known = {IDS: self.tokenizer.pad_token_id, "token_type_ids": self.tokenizer.pad_token_type_id}
-        return {name: known.get(name, 0) for name in self.tokenizer("a") if name != MASK}
+        self.pad = {name: known.get(name, 0) for name in self.tokenizer("a") if name != MASK}
 
     def enter(self, slots: list[int], outputs: list[Outputs]) -> None:
         """Customers begin: coefficients of zero, and output layers as `head.prepare_head` draws them."""
-        where = torch.tensor(slots, device=self.device)
+        where = ship(torch.tensor(slots), self.device)
         self.u.enter(where, self.u.value.new_zeros(len(slots), self.u.value.shape[1]))
-        for slot, output in zip(slots, outputs, strict=True):
-            self.limits[slot] = 0.0
-            if self.head:
-                self.limits[slot, len(output.labels) :] = -torch.inf
-                self._enter_head(slot, output)
+        if not self.head:
+            return
+        counts = ship(torch.tensor([len(output.labels) for output in outputs]), self.device)
+        absent = torch.arange(self.limits.shape[1], device=self.device) >= counts[:, None]
+        self.limits.index_copy_(0, where, self.limits.new_zeros(absent.shape).masked_fill(absent, -torch.inf))
+        for part, table in self.head.items():
+            table.enter(where, ship(self._head_starts(part, outputs), self.device))
 
     @contextmanager
     def precision(self, training: bool) -> Iterator[None]:
@@ -123,12 +150,17 @@ class FleetModel:
         """
         values = self.values
         values.slots, values.places, values.places_end = slots, places, places_end
-        values.c = (self.scale * self.u.value).index_select(0, slots)
+        values.parts = (self.scale * self.u.value).index_select(0, slots).split(self.ranks, 1)
         for name, table in self.head.items():
             setattr(values, f"head_{name}", table.value)
 
-    def logits_packed(self, rows: PackedRows) -> torch.Tensor:
+    def logits_packed(self, hidden: torch.Tensor, layout: Layout, token_rows: torch.Tensor) -> torch.Tensor:
         """What each row's customer answers, from hidden states without padding.
+
+        Args:
+            hidden: `[tokens, width]` below the first adapted block.
+            layout: of these tokens.
+            token_rows: `[tokens]` int64, the row of each.
 
         Returns:
             `[rows, labels]` fp32; minus infinity for labels that the customer has not.
@@ -138,8 +170,8 @@ class FleetModel:
         """
         if self.upper is None:
             raise RuntimeError("a base of another kind than BERT's runs on padded rows")
-        self.values.token_rows = rows.token_rows
-        return self._limited(self.upper(rows.hidden, rows.layout))
+        self.values.token_rows = token_rows
+        return self._limited(self.upper(hidden, layout))
 
     def logits_padded(self, batch: dict[str, torch.Tensor], hidden: torch.Tensor | None) -> torch.Tensor:
         """The same from a batch of the model's inputs, and what the trunk gave for it where there is one."""
@@ -163,23 +195,27 @@ class FleetModel:
 
     def keep(self, slots: list[int]) -> None:
         """Remember the best epoch of some customers."""
-        where = torch.tensor(slots, device=self.device)
+        where = ship(torch.tensor(slots), self.device)
         for table in (self.u, *self.head.values()):
             table.keep(where)
 
-    def best(self, slot: int, outputs: Outputs) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """The coefficients `[total_rank]` and the output layer, by tensor name, that were kept last."""
-        values = (self.scale * self.u.best[slot]).cpu().numpy()
-        # Copies: the next customer of this slot may begin while these are still being written.
-        head = {
-            f"{self.head_name}.{name}": table.best[slot, : len(outputs.labels)].cpu().numpy().copy()
+    def best(self, slots: list[int], outputs: list[Outputs]) -> list[Learnt]:
+        """What was kept last of some customers: all of them at once, as the device is waited for."""
+        where = ship(torch.tensor(slots), self.device)
+        values = (self.scale * self.u.best.index_select(0, where)).cpu().numpy()
+        heads = {
+            f"{self.head_name}.{name}": table.best.index_select(0, where).cpu().numpy()
             for name, table in self.head.items()
         }
-        return values, head
+        # Copies, so that one customer's do not keep those of all alive.
+        return [
+            Learnt(own.copy(), {name: table[row, : len(output.labels)].copy() for name, table in heads.items()})
+            for row, (own, output) in enumerate(zip(values, outputs, strict=True))
+        ]
 
     def _build_head(self, checkpoint: Checkpoint, name: str, slots: int, labels: int) -> None:
         layer = self.model.get_submodule(name)
-        self.head_name, self.base_head = name, {part: value.detach() for part, value in layer.named_parameters()}
+        self.head_name, self.base_head = name, {part: value.detach().cpu() for part, value in layer.named_parameters()}
         check_stored([f"{name}.{part}" for part in self.base_head], checkpoint)
         self.values.head_bias = None
         self.head = {
@@ -194,21 +230,24 @@ class FleetModel:
         # It is held against the model on two rows, which are of one customer then.
         rows = torch.arange(2, device=self.device)
         self.give(torch.zeros_like(rows), rows, 2)
-        self.values.c = self.values.c[:1]
+        self.values.parts = tuple(part[:1] for part in self.values.parts)
         try:
             return Upper(self.split)
         except InputError:
             return None
 
-    def _enter_head(self, slot: int, outputs: Outputs) -> None:
-        count, where = len(outputs.labels), torch.tensor([slot], device=self.device)
-        for part, table in self.head.items():
-            start = torch.zeros(1, *table.value.shape[1:])
-            if not outputs.new:
-                start[0, :count] = self.base_head[part].cpu()
+    def _head_starts(self, part: str, outputs: list[Outputs]) -> torch.Tensor:
+        """`[customers, labels, ...]` on the CPU, where a parameter of their output layers starts."""
+        starts = torch.zeros(len(outputs), *self.head[part].value.shape[1:])
+        for start, output in zip(starts, outputs, strict=True):
+            count = len(output.labels)
+            if not output.new:
+                start[:count] = self.base_head[part]
             elif part == "weight":
-                start[0, :count] = draw_weight((count, table.value.shape[2]), self.model.config, self.seed)
-            table.enter(where, start.to(self.device))
+                start[:count] = draw_weight((count, start.shape[1]), self.model.config, self.seed)
+            else:
+                start[:count] = output.bias
+        return starts
 
 
 def _split(model: Any, paths: list[str], padding_side: str) -> SplitModel | None:

@@ -1,16 +1,13 @@
 """The rows of the active customers on the device: token ids and hidden states, without padding."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from qrlora_deploy.errors import InputError
-from qrlora_deploy.training.upper import Layout, packed_layout
-
-IDS = "input_ids"
+from qrlora_deploy.training.fleet.shipping import ship
+from qrlora_deploy.training.fleet.tokens import TokenRows
+from qrlora_deploy.training.layout import Layout, packed_layout
 
 
 @dataclass(frozen=True)
@@ -18,14 +15,14 @@ class PackedRows:
     """Some rows without padding.
 
     Attributes:
-        hidden: `[tokens, width]`, one row after another.
-        layout: where the tokens are.
+        where: `[tokens]` int64, place in the pool of each token, one row after another.
         token_rows: `[tokens]` int64, the row of each.
+        layout: of these tokens.
     """
 
-    hidden: torch.Tensor
-    layout: Layout
+    where: torch.Tensor
     token_rows: torch.Tensor
+    layout: Layout
 
 
 class RowPool:
@@ -61,24 +58,17 @@ class RowPool:
         """Whether so many more tokens stay within the limit."""
         return (int(self.size.sum()) + tokens) * bytes_per_token <= self.limit_bytes
 
-    def add(self, slot: int, rows: Sequence[dict[str, Any]]) -> None:
-        """Write the tokens of a customer's rows; the hidden states follow by `fill`.
-
-        Raises:
-            InputError: a row has no token.
-        """
-        lengths = np.array([len(row[IDS]) for row in rows], dtype=np.int64)
-        if not lengths.all():
-            raise InputError(f"row {int(np.flatnonzero(lengths == 0)[0]) + 1} has no text that the tokenizer knows")
-        self._reserve(int(lengths.sum()))
-        self.offsets, self.lengths = (_widened(table, len(rows)) for table in (self.offsets, self.lengths))
-        self.lengths[slot, : len(rows)] = lengths
-        self.offsets[slot, : len(rows)] = lengths.cumsum() - lengths
-        self.begin[slot], self.size[slot] = self.end, lengths.sum()
-        self.end += int(lengths.sum())
+    def add(self, slot: int, rows: TokenRows) -> None:
+        """Write the tokens of a customer's rows; the hidden states follow by `fill`."""
+        count, lengths = int(rows.lengths.sum()), rows.lengths
+        self.reserve(count)
+        self.offsets, self.lengths = (_widened(table, len(lengths)) for table in (self.offsets, self.lengths))
+        self.lengths[slot, : len(lengths)] = lengths
+        self.offsets[slot, : len(lengths)] = lengths.cumsum() - lengths
+        self.begin[slot], self.size[slot] = self.end, count
+        self.end += count
         for name, stored in self.tokens.items():
-            flat = np.concatenate([np.asarray(row[name], dtype=np.int32) for row in rows])
-            stored[self.begin[slot] : self.end] = torch.from_numpy(flat).to(self.device)
+            stored[self.begin[slot] : self.end] = ship(torch.from_numpy(rows.values[name]), self.device)
 
     def remove(self, slot: int) -> None:
         """Free the room of a customer."""
@@ -94,10 +84,11 @@ class RowPool:
         """
         if self.hidden is None:
             capacity = len(next(iter(self.tokens.values())))
-            # Zeros: what padding reads is multiplied by a weight of zero and must be a number.
-            self.hidden = torch.zeros(capacity, hidden.shape[-1], dtype=hidden.dtype, device=self.device)
+            # Zeros: what padding reads is multiplied by a weight of zero and must be a number. Padding is
+            # written to one place more: to leave it out, its size would be waited for.
+            self.hidden = torch.zeros(capacity + 1, hidden.shape[-1], dtype=hidden.dtype, device=self.device)
         where, mask = self._where(starts, lengths, hidden.shape[1])
-        self.hidden.index_copy_(0, where[mask], hidden[mask])
+        self.hidden.index_copy_(0, where.masked_fill(~mask, len(self.hidden) - 1).flatten(), hidden.flatten(0, 1))
 
     def starts(self, slots: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Where some rows begin in the pool; valid until the next `add`."""
@@ -123,8 +114,8 @@ class RowPool:
             .unflatten(0, (len(starts), length))
         )
 
-    def packed_hidden(self, starts: np.ndarray, lengths: np.ndarray) -> PackedRows:
-        """Some rows one after another.
+    def pack(self, starts: np.ndarray, lengths: np.ndarray) -> PackedRows:
+        """Where some rows are, one after another; made on the host, which knows every size.
 
         Args:
             starts: `[rows]` int64, from `starts`.
@@ -133,10 +124,12 @@ class RowPool:
         token_rows = np.repeat(np.arange(len(lengths)), lengths)
         before = lengths.cumsum() - lengths
         where = (starts - before)[token_rows] + np.arange(len(token_rows))
-        # Built on the host, which knows every size: on a GPU each would be waited for.
-        layout = _on_device(packed_layout(torch.from_numpy(lengths)), self.device)
-        hidden = self._filled().index_select(0, to_device(where, self.device))
-        return PackedRows(hidden, layout, to_device(token_rows, self.device))
+        layout = packed_layout(torch.from_numpy(lengths))
+        return PackedRows(torch.from_numpy(where), torch.from_numpy(token_rows), layout)
+
+    def packed_hidden(self, rows: PackedRows) -> torch.Tensor:
+        """`[tokens, width]`, the hidden states of such rows, whose tensors are on the device."""
+        return self._filled().index_select(0, rows.where)
 
     def _filled(self) -> torch.Tensor:
         if self.hidden is None:
@@ -149,7 +142,8 @@ class RowPool:
         mask = (token >= 0) & (token < lengths.unsqueeze(1))
         return torch.where(mask, starts.unsqueeze(1) + token, 0), mask
 
-    def _reserve(self, count: int) -> None:
+    def reserve(self, count: int) -> None:
+        """Make sure that so many more tokens can be written; rows move, so `starts` change."""
         capacity = len(next(iter(self.tokens.values())))
         if self.end + count <= capacity:
             return
@@ -159,32 +153,12 @@ class RowPool:
         # Half as much again, so that moving is rare.
         capacity = max(capacity, needed + needed // 2)
         ranges = [np.arange(self.begin[slot], self.begin[slot] + self.size[slot]) for slot in living]
-        kept = torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *ranges])).to(self.device)
+        kept = ship(torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *ranges])), self.device)
         self.tokens = {name: _moved(stored, kept, capacity) for name, stored in self.tokens.items()}
         if self.hidden is not None:
-            self.hidden = _moved(self.hidden, kept, capacity)
+            self.hidden = _moved(self.hidden, kept, capacity + 1)
         self.begin[living] = np.cumsum(self.size[living]) - self.size[living]
         self.end = len(kept)
-
-
-def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """An array as a tensor on the device; nothing is waited for."""
-    return _send(torch.from_numpy(array), device)
-
-
-def _send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
-def _on_device(value: Any, device: torch.device) -> Any:
-    """A record with all tensors in it, and in the records that it holds, on the device."""
-    if isinstance(value, torch.Tensor):
-        return _send(value, device)
-    if isinstance(value, tuple):
-        return tuple(_on_device(item, device) for item in value)
-    if not is_dataclass(value) or isinstance(value, type):
-        return value
-    return replace(value, **{item.name: _on_device(getattr(value, item.name), device) for item in fields(value)})
 
 
 def _moved(stored: torch.Tensor, kept: torch.Tensor, capacity: int) -> torch.Tensor:

@@ -4,14 +4,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 
 from qrlora_deploy.basis import Basis
 from qrlora_deploy.checkpoint import Checkpoint, check_basis_fits
-from qrlora_deploy.coefficients import Coefficients
 from qrlora_deploy.errors import InputError, QrloraError
 from qrlora_deploy.training.fleet.engine import Engine, free_share
 from qrlora_deploy.training.fleet.model import FleetModel
@@ -21,16 +19,15 @@ from qrlora_deploy.training.fleet.schedule import Schedule
 from qrlora_deploy.training.fleet.scoring import score_answers
 from qrlora_deploy.training.fleet.summary import (
     FAILED,
-    RUN,
     Line,
     finished_line,
     run_digest,
     summary_file,
     write_summary,
 )
-from qrlora_deploy.training.fleet.writing import Writer
-from qrlora_deploy.training.loop import Rows
-from qrlora_deploy.training.record import Ran, training_record
+from qrlora_deploy.training.fleet.tokens import RowEncoder, TokenRows, TokensAhead
+from qrlora_deploy.training.fleet.writing import Origin, Trained, Writer
+from qrlora_deploy.training.record import Ran
 from qrlora_deploy.training.settings import TrainSettings, choose_device
 from qrlora_deploy.training.trunk_memory import free_bytes
 
@@ -126,24 +123,27 @@ class _Fleet:
         plan: Plan,
         device: torch.device,
     ) -> None:
-        self.checkpoint, self.settings, self.options, self.device = checkpoint, settings, options, device
-        self.origin = {"basis_digest": basis.digest, "base_digest": checkpoint.digest}
+        self.settings, self.options, self.device = settings, options, device
+        self.origin = Origin(checkpoint.name, checkpoint.digest, basis.digest, options.basis_file)
         self.lines = {name: Line(name, FAILED, reason) for name, reason in plan.refused.items()}
         self.failed = len(self.lines)
         waiting = [customer for customer in plan.customers if not self._is_done(customer)]
         self.total = len(plan.customers) + len(plan.refused)
         # The longest first: at the end few would be left to train beside each other.
         self.queue = deque(sorted(waiting, key=lambda customer: -len(customer.train)))
-        self.ready: Rows | None = None
+        self.ready: TokenRows | None = None
         self.active: dict[int, _Active] = {}
-        self.writer = Writer()
         self.slots = options.slots(device.type, settings.batch_size, len(waiting))
+        self.tokens: TokensAhead | None = None
         if waiting:
             labels = max(len(customer.outputs.labels) for customer in waiting)
             model = FleetModel(checkpoint, basis, settings, self.slots, labels, device)
             free = free_bytes("device" if device.type == "cuda" else "host", device, options.output)
             self.engine = Engine(model, self.slots, settings, free_share(free))
             self.schedule = Schedule(self.slots, settings)
+            encoder = RowEncoder(model.tokenizer, list(model.pad), settings.max_length)
+            self.tokens = TokensAhead(encoder, list(self.queue), 2 * self.slots)
+        self.writer = Writer(settings, self.origin)
 
     def run(self, progress: Progress | None) -> None:
         """Train until nobody is left."""
@@ -160,6 +160,8 @@ class _Fleet:
             self._note(self.writer.written(wait=True))
             self._report(progress)
         finally:
+            if self.tokens:
+                self.tokens.close()
             self.writer.close()
 
     def _step(self) -> None:
@@ -178,8 +180,10 @@ class _Fleet:
             progress(len(self.lines), self.failed, self.total)
 
     def _is_done(self, customer: Customer) -> bool:
-        wanted = run_digest(customer, self.settings, self.origin)
-        line = finished_line(customer, self.options.file_of(customer.name), wanted) if self.options.resume else None
+        if not self.options.resume:
+            return False
+        wanted = run_digest(customer, self.settings, self.origin.digests)
+        line = finished_line(customer, self.options.file_of(customer.name), wanted)
         if line is not None:
             self.lines[customer.name] = line
         return line is not None
@@ -189,30 +193,39 @@ class _Fleet:
         free = self.schedule.free
         if not self.queue or len(free) < max(1, self.slots // 8):
             return
-        entering: list[tuple[int, Customer, Rows]] = []
+        entering: list[tuple[int, Customer, TokenRows]] = []
         tokens = 0
-        for slot in free:
-            if not self.queue:
+        for slot in free.tolist():
+            rows = self._next_rows()
+            if rows is None:
                 break
-            rows = self.ready or self.engine.tokenize(self.queue[0])
-            tokens += sum(len(row["input_ids"]) for row in rows)
+            tokens += int(rows.lengths.sum())
             if not self.engine.has_room(tokens) and (self.active or entering):
                 self.ready = rows  # until somebody has left
                 break
-            entering.append((int(slot), self.queue.popleft(), rows))
-            self.ready = None
-        slots, customers = [slot for slot, _, _ in entering], [customer for _, customer, _ in entering]
-        wrong = self.engine.enter(slots, customers, [rows for _, _, rows in entering])
+            entering.append((slot, self.queue.popleft(), rows))
+        if not entering:
+            return
+        slots, customers, parts = (list(column) for column in zip(*entering, strict=True))
+        self.engine.enter(slots, customers, parts)
         for slot, customer in zip(slots, customers, strict=True):
-            if slot in wrong:
-                self._fail(customer, wrong[slot])
-                continue
             self.schedule.enter(slot, len(customer.train))
             self.active[slot] = _Active(customer, self.settings.metric_of(customer.outputs.task))
-        judged = [slot for slot in slots if slot in self.active and self.active[slot].customer.evaluation]
+        judged = [slot for slot in slots if self.active[slot].customer.evaluation]
         known = [slot for slot in judged if not self.active[slot].customer.outputs.new]
         for slot, metrics in self._scores(known).items():
             self.active[slot].baseline = _rounded(metrics)
+
+    def _next_rows(self) -> TokenRows | None:
+        """Tokens of the first in the queue; customers without usable rows have left it. None where nobody is left."""
+        rows, self.ready = self.ready, None
+        while rows is None and self.queue and self.tokens:
+            found = self.tokens.take()
+            if isinstance(found, InputError):
+                self._fail(self.queue.popleft(), str(found))
+            else:
+                rows = found
+        return rows
 
     def _end_epochs(self, ended: np.ndarray) -> None:
         losses = self.engine.take_losses(ended) / self.schedule.per_epoch[ended]
@@ -229,8 +242,7 @@ class _Fleet:
         last = [slot for slot in done if not self.active[slot].customer.evaluation]
         if last:
             self.engine.model.keep(last)
-        for slot in done:
-            self._finish(slot)
+        self._finish(done)
         self.schedule.next_epoch([slot for slot in left if slot in self.active])
 
     def _is_over(self, slot: int) -> bool:
@@ -259,31 +271,22 @@ class _Fleet:
             self._drop(slot, "the model answers NaN or Inf: training diverged; try a smaller --learning-rate")
         return found
 
-    def _finish(self, slot: int) -> None:
-        active = self.active[slot]
-        customer = active.customer
-        values, head = self.engine.model.best(slot, customer.outputs)
-        if not all(np.isfinite(array).all() for array in (values, *head.values())):
-            self._drop(slot, "training diverged: a coefficient is NaN or Inf; try a smaller --learning-rate")
+    def _finish(self, slots: list[int]) -> None:
+        """Customers that are done are written, and leave."""
+        if not slots:
             return
-        coefficients = Coefficients(
-            values=values,
-            base_name=self.checkpoint.name,
-            task=customer.outputs.task,
-            labels=customer.outputs.labels,
-            head=head,
-            basis_file=self.options.basis_file,
-            training=self._record(slot),
-            **self.origin,
-        )
-        self.writer.write(customer.name, coefficients, self.options.file_of(customer.name))
-        self._forget(slot)
+        learnt = self.engine.model.best(slots, [self.active[slot].customer.outputs for slot in slots])
+        for slot, found in zip(slots, learnt, strict=True):
+            customer = self.active[slot].customer
+            if not found.is_finite:
+                self._drop(slot, "training diverged: a coefficient is NaN or Inf; try a smaller --learning-rate")
+                continue
+            self.writer.write(Trained(customer, self._ran(slot), found), self.options.file_of(customer.name))
+            self._forget(slot)
 
-    def _record(self, slot: int) -> dict[str, Any]:
-        """The training record, with the entries of `trainer.train` and one digest for resuming."""
+    def _ran(self, slot: int) -> Ran:
         active = self.active[slot]
-        customer = active.customer
-        ran = Ran(
+        return Ran(
             steps=int(self.schedule.step[slot]),
             epochs=float(self.schedule.epoch[slot]),
             metric=active.metric,
@@ -292,8 +295,6 @@ class _Fleet:
             loss=round(active.loss, 6),
             device=self.device.type,
         )
-        record = training_record(customer.train, customer.evaluation, self.settings, ran)
-        return record | {RUN: run_digest(customer, self.settings, self.origin)}
 
     def _drop(self, slot: int, reason: str) -> None:
         self._fail(self.active[slot].customer, reason)

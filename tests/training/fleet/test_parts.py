@@ -1,5 +1,7 @@
 """The parts of a fleet, each against what it stands for: torch's AdamW, the Trainer's order, scikit-learn's metrics."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -7,13 +9,14 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import get_linear_schedule_with_warmup
 
-from qrlora_deploy.errors import InputError
 from qrlora_deploy.training.fleet.branch import RowHead, RowValues
 from qrlora_deploy.training.fleet.engine import _places
 from qrlora_deploy.training.fleet.pool import RowPool
 from qrlora_deploy.training.fleet.schedule import Schedule
 from qrlora_deploy.training.fleet.scoring import Answers, count_scores, score_answers
+from qrlora_deploy.training.fleet.shipping import in_one_copy, ship
 from qrlora_deploy.training.fleet.table import AdamTable
+from qrlora_deploy.training.fleet.tokens import TokenRows
 from qrlora_deploy.training.tasks import CLASSIFICATION, score
 from tests.tolerances import FP32_SIDE_BRANCH, Tolerance
 from tests.training.fleet.making import settings_of
@@ -139,8 +142,10 @@ def pool_of(left: bool = False, slots: int = 3) -> RowPool:
     return RowPool(slots, {"input_ids": 9, "token_type_ids": 0}, left, CPU, 10**6)
 
 
-def rows_of(*texts: list[int]) -> list[dict[str, list[int]]]:
-    return [{"input_ids": ids, "token_type_ids": [1] * len(ids)} for ids in texts]
+def rows_of(*texts: list[int]) -> TokenRows:
+    ids = np.concatenate([np.array(text, dtype=np.int32) for text in texts])
+    lengths = np.array([len(text) for text in texts])
+    return TokenRows({"input_ids": ids, "token_type_ids": np.ones_like(ids)}, lengths)
 
 
 def shown(pool: RowPool, owners: list[int], rows: list[int]) -> tuple[list[list[int]], torch.Tensor | None]:
@@ -160,8 +165,9 @@ def test_rows_one_after_another_lie_as_the_upper_blocks_expect() -> None:
     starts, lengths = pool.starts(np.array([0, 2, 0]), np.array([1, 0, 0])), np.array([1, 2, 3])
     where, there = torch.from_numpy(starts), torch.from_numpy(lengths)
     pool.fill(where, there, pool.pad_rows(where, there, 3)["input_ids"][:, :, None].float())
-    packed = pool.packed_hidden(starts, lengths)
-    assert packed.hidden.flatten().tolist() == [4, 5, 6, 1, 2, 3] and packed.token_rows.tolist() == [0, 1, 1, 2, 2, 2]
+    packed = pool.pack(starts, lengths)
+    assert pool.packed_hidden(packed).flatten().tolist() == [4, 5, 6, 1, 2, 3]
+    assert packed.token_rows.tolist() == [0, 1, 1, 2, 2, 2]
     assert packed.layout.first.tolist() == [0, 1, 3]
 
 
@@ -185,17 +191,12 @@ def test_a_pool_keeps_rows_when_customers_come_and_go(left: bool) -> None:
         assert hidden is not None and hidden.shape == (2, 4, 2)
         assert hidden[0][-2:].tolist() == [[5, 5], [6, 6]] if left else hidden[0][:2].tolist() == [[5, 5], [6, 6]]
         pool.remove(2 - 2 * (number % 2))
-    assert len(pool.tokens["input_ids"]) <= 12 and pool.size_bytes <= 12 * 2 * 4
-
-
-def test_a_text_without_a_token_is_refused() -> None:
-    with pytest.raises(InputError, match="row 2 has no text that the tokenizer knows"):
-        pool_of().add(0, rows_of([1], []))
+    assert len(pool.tokens["input_ids"]) <= 12 and pool.size_bytes <= 13 * 2 * 4
 
 
 def test_room_is_counted_by_living_customers() -> None:
     pool = RowPool(2, {"input_ids": 0}, False, CPU, limit_bytes=100)
-    pool.add(0, [{"input_ids": [1] * 8}])
+    pool.add(0, TokenRows({"input_ids": np.ones(8, dtype=np.int32)}, np.array([8])))
     assert pool.has_room(2, 10) and not pool.has_room(3, 10)
     pool.remove(0)
     assert pool.has_room(10, 10)
@@ -219,3 +220,29 @@ def test_each_row_has_its_own_output_layer(shape: tuple[int, ...]) -> None:
         ]
     )
     torch.testing.assert_close(RowHead(values)(x), expected, **FP32_SIDE_BRANCH)
+
+
+@dataclass(frozen=True)
+class Parcel:
+    name: str
+    numbers: tuple[torch.Tensor, ...]
+    inner: "Parcel | None"
+
+
+def test_a_record_travels_in_one_copy() -> None:
+    mask = torch.tensor([[True, False, True]])
+    strided = torch.arange(6, dtype=torch.float64).view(2, 3).T
+    record = Parcel("a", (mask, strided), Parcel("b", (torch.tensor([], dtype=torch.int64), torch.tensor(7.5)), None))
+    sizes: list[int] = []
+
+    def allocate(size: int) -> torch.Tensor:
+        sizes.append(size)
+        return torch.zeros(size, dtype=torch.uint8)
+
+    moved = in_one_copy(record, allocate, CPU)
+    assert sizes == [16 + 48 + 0 + 16]
+    assert moved.name == "a" and moved.inner is not None and moved.inner.inner is None
+    for one, two in zip((*record.numbers, *record.inner.numbers), (*moved.numbers, *moved.inner.numbers), strict=True):  # type: ignore[union-attr]
+        assert one.dtype == two.dtype and two.is_contiguous()
+        torch.testing.assert_close(one, two, rtol=0.0, atol=0.0)
+    assert ship(record, CPU) is record

@@ -245,6 +245,7 @@ def test_files_are_not_overwritten_unasked_and_what_is_done_is_skipped(
     with pytest.raises(InputError, match="out holds files of 5 of these customers, such as customer-0.safetensors"):
         run(still_base, tiny_basis, tmp_path, settings)
     assert {path: digest_file(path) for path in out.iterdir()} == before
+    whole = read_coefficients(out / f"{names[0]}.safetensors")
     # One file was cut, one customer has other rows, one other held-out rows.
     (out / f"{names[0]}.safetensors").write_bytes(b"cut")
     write_rows(tmp_path / "data" / f"{names[1]}.tsv", random_rows(5, 77))
@@ -252,7 +253,7 @@ def test_files_are_not_overwritten_unasked_and_what_is_done_is_skipped(
     source, options = FleetSource(tmp_path / "data", tmp_path / "held-out"), FleetOptions(out, resume=True)
     report = train_fleet(still_base, tiny_basis, source, settings, options)
     assert {line.customer for line in report.lines if line.status == "skipped"} == set(names[3:])
-    assert digest_file(out / f"{names[0]}.safetensors") == before[out / f"{names[0]}.safetensors"]
+    check_same(read_coefficients(out / f"{names[0]}.safetensors"), whole)
     again = train_fleet(still_base, tiny_basis, source, settings, options)
     assert again.count("skipped") == 5 and again.customers_per_minute == 0
     other = train_fleet(still_base, tiny_basis, source, settings_of(epochs=1, seed=1), options)

@@ -1,0 +1,166 @@
+"""The tokens of customers, made ahead of their training in a thread of their own."""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from qrlora_deploy.errors import InputError, first_line
+from qrlora_deploy.training.data import Examples
+from qrlora_deploy.training.fleet.plan import Customer
+from qrlora_deploy.training.loop import build_rows
+
+IDS = "input_ids"
+ROWS_AT_ONCE = 4096
+"""Rows that the tokenizer gets together; it shares them out among the cores without holding up Python."""
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """The rows of a customer, the held-out ones last, one after another.
+
+    Attributes:
+        values: `[tokens]` int32 by name of each input of the model that has one value a token.
+        lengths: `[rows]` int64, none of them 0.
+    """
+
+    values: dict[str, np.ndarray]
+    lengths: np.ndarray
+
+
+class RowEncoder:
+    """Makes tokens as `build_rows` does.
+
+    Most of the time of a tokenizer's call goes into lists that a fleet does not need. So the Rust
+    tokenizer inside is asked itself where it gives the same for the first customer.
+
+    Args:
+        tokenizer: of the base; nobody else may use it meanwhile.
+        names: of the model's inputs that have one value a token.
+        max_length: tokens of a row.
+    """
+
+    def __init__(self, tokenizer: Any, names: Sequence[str], max_length: int) -> None:
+        self.tokenizer, self.names, self.max_length = tokenizer, tuple(names), max_length
+        self._same: dict[bool, bool] = {}
+
+    def __call__(self, customers: Sequence[Customer]) -> list[TokenRows | InputError]:
+        """Their rows, or what is wrong with them."""
+        try:
+            return self._encode(customers)
+        except (TypeError, ValueError) as error:
+            if len(customers) > 1:
+                return [part for customer in customers for part in self([customer])]
+            return [InputError(f"{customers[0].train.name}: the tokenizer cannot read the texts: {first_line(error)}")]
+
+    def _encode(self, customers: Sequence[Customer]) -> list[TokenRows | InputError]:
+        found: list[TokenRows | InputError] = []
+        fast = [self._is_same(customer) for customer in customers]
+        quick = self._quick([customer for customer, able in zip(customers, fast, strict=True) if able])
+        for customer, able in zip(customers, fast, strict=True):
+            rows = next(quick) if able else self._slow(customer)
+            empty = np.flatnonzero(rows.lengths == 0)
+            if len(empty):
+                found.append(InputError(f"row {int(empty[0]) + 1} has no text that the tokenizer knows"))
+            else:
+                found.append(rows)
+        return found
+
+    def _quick(self, customers: Sequence[Customer]) -> Iterator[TokenRows]:
+        texts = [text for customer in customers for examples in _parts(customer) for text in _inputs(examples)]
+        encodings = iter(self.tokenizer.backend_tokenizer.encode_batch(texts) if texts else [])
+        for customer in customers:
+            own = [next(encodings) for examples in _parts(customer) for _ in range(len(examples))]
+            values = {IDS: [encoding.ids for encoding in own]}
+            if "token_type_ids" in self.names:
+                values["token_type_ids"] = [encoding.type_ids for encoding in own]
+            yield _flat(values)
+
+    def _slow(self, customer: Customer) -> TokenRows:
+        rows = [
+            row
+            for examples in _parts(customer)
+            for row in build_rows(self.tokenizer, examples, [0] * len(examples), self.max_length)
+        ]
+        return _flat({name: [row[name] for row in rows] for name in self.names})
+
+    def _is_same(self, customer: Customer) -> bool:
+        """Whether the Rust tokenizer gives the same; it is set up by the call that it is compared with."""
+        pairs = customer.train.pairs is not None
+        if pairs not in self._same:
+            expected = self._slow(customer)
+            able = getattr(self.tokenizer, "is_fast", False) and set(self.names) <= {IDS, "token_type_ids"}
+            found = next(self._quick([customer])) if able else None
+            self._same[pairs] = found is not None and _equal(found, expected)
+        return self._same[pairs]
+
+
+class TokensAhead:
+    """The rows of customers in their order; up to `ahead` of them are made before they are asked for.
+
+    Args:
+        encoder: makes them.
+        customers: in the order in which they will be asked for.
+        ahead: how many may wait.
+    """
+
+    def __init__(self, encoder: RowEncoder, customers: Sequence[Customer], ahead: int) -> None:
+        self.encoder, self.customers, self.ahead = encoder, customers, ahead
+        self._thread = ThreadPoolExecutor(1, "tokens")
+        self._pending: deque[Future[list[TokenRows | InputError]]] = deque()
+        self._ready: deque[TokenRows | InputError] = deque()
+        self._begun = self._taken = 0
+        self._begin()
+
+    def take(self) -> TokenRows | InputError:
+        """The rows of the next customer, or what is wrong with them.
+
+        Raises:
+            IndexError: there is none.
+        """
+        if not self._ready:
+            self._ready.extend(self._pending.popleft().result())
+        self._taken += 1
+        self._begin()
+        return self._ready.popleft()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _begin(self) -> None:
+        while self._begun < min(len(self.customers), self._taken + self.ahead):
+            start, rows = self._begun, 0
+            while self._begun < len(self.customers) and rows < ROWS_AT_ONCE:
+                rows += sum(len(examples) for examples in _parts(self.customers[self._begun]))
+                self._begun += 1
+            self._pending.append(self._thread.submit(self.encoder, self.customers[start : self._begun]))
+
+
+def _parts(customer: Customer) -> list[Examples]:
+    return [customer.train, *([customer.evaluation] if customer.evaluation else [])]
+
+
+def _inputs(examples: Examples) -> Sequence[str | tuple[str, str]]:
+    if examples.pairs is None:
+        return examples.texts
+    return list(zip(examples.texts, examples.pairs, strict=True))
+
+
+def _flat(values: dict[str, list[list[int]]]) -> TokenRows:
+    lengths = np.array([len(row) for row in values[IDS]], dtype=np.int64)
+    total = int(lengths.sum())
+    return TokenRows(
+        {name: np.fromiter(chain.from_iterable(rows), np.int32, total) for name, rows in values.items()},
+        lengths,
+    )
+
+
+def _equal(one: TokenRows, two: TokenRows) -> bool:
+    return np.array_equal(one.lengths, two.lengths) and all(
+        np.array_equal(one.values[name], values) for name, values in two.values.items()
+    )
