@@ -8,6 +8,9 @@ others. Each form is exported merged, for one customer, and switchable. Rows of 
 different customers'. All bundles are timed in one process, in a random order each round, and a ratio
 is the median of the ratios to fp32 in the same round, with its interval. Rows that are `lost` have the
 right label in fp32 alone, rows that are `gained` in this form alone.
+
+Exporting takes most of the time. With `--bundles FOLDER` the bundles stay there, and those that are there
+already are measured as they are.
 """
 
 import argparse
@@ -22,6 +25,7 @@ import numpy as np
 
 from benchmarks.records import environment, summary
 from exporters.onnx import export_merged, export_switchable
+from exporters.onnx.calibrating import calibration_record
 from qrlora_deploy.basis import Basis, read_basis
 from qrlora_deploy.bench.environment import CPU_INFO, describe_environment
 from qrlora_deploy.bench.labelled import labelled_files
@@ -104,7 +108,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     material, before = read_material(arguments), describe_environment()
     names = [f"{kind} {form}" for kind in KINDS for form in arguments.forms]
     refused = {name: reason for name in names if (reason := _export(material, name, folder / name))}
-    subjects = {name: _open(material, name, folder / name) for name in names if name not in refused}
+    subjects = {name: open_subject(material, name, folder / name) for name in names if name not in refused}
     bundles = {name: _describe(subject) for name, subject in subjects.items()}
     for name, accuracy in measure_accuracy(subjects, material).items():
         bundles[name]["accuracy"] = accuracy
@@ -128,18 +132,18 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def _export(material: Material, name: str, output: Path) -> str:
-    """Write a bundle; returns why its check of parity refused it, or nothing."""
+    """Write a bundle where there is none; returns why its check of parity refused it, or nothing."""
+    if output.exists():
+        return ""
     print(f"export {name}", file=sys.stderr)
-    kind, _, form = name.partition(" ")
-    precision, calibrated = FORMS[form]
-    merged = kind == "merged"
+    merged, precision, texts = _form(material, name)
     job = ExportJob(
         material.checkpoint,
         material.basis,
         output,
         material.customers[material.merged] if merged else None,
         precision=precision,
-        calibration=material.texts if calibrated else None,
+        calibration=texts,
         head_labels=0 if merged else _head_labels(material),
     )
     try:
@@ -149,17 +153,40 @@ def _export(material: Material, name: str, output: Path) -> str:
     return ""
 
 
+def _form(material: Material, name: str) -> tuple[bool, str, TextRows | None]:
+    """Of a bundle: whether it is a merged one, its precision, and the texts it is calibrated on."""
+    kind, _, form = name.partition(" ")
+    precision, calibrated = FORMS[form]
+    return kind == "merged", precision, material.texts if calibrated else None
+
+
 def _head_labels(material: Material) -> int:
     """Room for customers' own heads, where there are any."""
     own = [len(customer.labels) for customer in material.customers.values() if customer.head]
     return max(*own, len(material.checkpoint.labels)) if own else 0
 
 
-def _open(material: Material, name: str, bundle: Path) -> BundleSubject:
+def open_subject(material: Material, name: str, bundle: Path) -> BundleSubject:
+    """A bundle with all customers.
+
+    Raises:
+        InputError: it was exported from something else, or does not take a customer.
+    """
     spec = Spec(name, "candidate", "bundle", bundle, folder=material.folder, customers=tuple(material.customers))
     subject = BundleSubject(spec, [Workload(*shape) for shape in SHAPES])
     if subject.refused:
         raise InputError("; ".join(subject.refused.values()))
+    merged, precision, texts = _form(material, name)
+    expected = {
+        "base_digest": material.checkpoint.digest,
+        "basis_digest": material.basis.digest,
+        "coefficients_digest": material.customers[material.merged].digest if merged else None,
+        "precision": precision,
+        "calibration": calibration_record(texts) if texts is not None else None,
+    }
+    wrong = [field for field, value in expected.items() if getattr(subject.bundle.manifest, field) != value]
+    if wrong:
+        raise InputError(f"--bundles {bundle}: another {', '.join(wrong)} than is asked for; name another folder")
     return subject
 
 
@@ -252,6 +279,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, help="folder with a labelled file for each customer, such as acme.tsv")
     parser.add_argument("--merged", help="customer of the merged bundles, by default the first by name")
     parser.add_argument("--calibration", type=Path, help="texts that int8 is calibrated on")
+    parser.add_argument("--bundles", type=Path, help="folder to keep the bundles in, or that holds them already")
     parser.add_argument("--form", dest="forms", action="append", choices=list(FORMS), help="repeatable; all by default")
     parser.add_argument("--runs", type=int, default=60, help="rounds of each shape; 30 at least give a ratio")
     parser.add_argument("-o", "--output", type=Path)
@@ -263,7 +291,7 @@ def main(given: Sequence[str] | None = None) -> None:
     arguments = make_parser().parse_args(given)
     arguments.forms = arguments.forms or list(FORMS)
     with tempfile.TemporaryDirectory() as folder:
-        record = measure(arguments, Path(folder))
+        record = measure(arguments, arguments.bundles or Path(folder))
     for name, bundle in record["bundles"].items():
         if "refused" in bundle:
             print(f"{name:26} refused: {bundle['refused']}")

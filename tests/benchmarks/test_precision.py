@@ -10,7 +10,8 @@ import pytest
 
 from benchmarks import precision
 from qrlora_deploy.coefficients import Coefficients, write_coefficients
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import CheckFailed, InputError
+from qrlora_deploy.exporting import ExportJob
 from qrlora_deploy.runtime import Predictor, open_bundle
 from tests.tiny import LABELS, SENTENCES
 
@@ -40,33 +41,35 @@ def options(folder: Path, *others: str) -> list[str]:
 def test_record_of_bundles(
     folder: Path, exported: Path, switchable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every form is a copy of fp32, so nothing is lost; int8 is refused."""
+    """Both forms are fp32, so nothing is lost; the merged bundle of the other one is not there, and refused."""
+    kept = tmp_path / "bundles"
+    shutil.copytree(exported, kept / "merged fp32")
+    for form in ("fp32", "other"):
+        shutil.copytree(switchable, kept / f"switchable {form}")
 
-    def copy(_material: precision.Material, name: str, output: Path) -> str:
-        if name == "merged int8":
-            return "labels are not PyTorch's"
-        shutil.copytree(exported if name.startswith("merged") else switchable, output)
-        return ""
+    def refuse(_job: ExportJob) -> None:
+        raise CheckFailed("labels are not PyTorch's")
 
-    monkeypatch.setattr(precision, "_export", copy)
+    monkeypatch.setattr(precision, "export_merged", refuse)
+    monkeypatch.setattr(precision, "FORMS", {"fp32": ("fp32", False), "other": ("fp32", False)})
     monkeypatch.setattr(precision, "SHAPES", ((2, 8),))
     monkeypatch.setattr(precision, "rest", lambda: None)
-    forms = ("--form", "fp32", "--form", "int8")
-    precision.main(options(folder, *forms, "--runs", "30", "-o", str(tmp_path / "record.json")))
-    record = json.loads((tmp_path / "record.json").read_text())
+    output = tmp_path / "record.json"
+    precision.main(options(folder, "--bundles", str(kept), "--runs", "30", "-o", str(output)))
+    record = json.loads(output.read_text())
     assert record["customers"] == ["acme", "bolt"] and record["merged_customer"] == "acme"
     bundles, times = record["bundles"], record["latency"]["2x8"]
-    assert bundles["merged int8"] == {"refused": "labels are not PyTorch's"}
-    assert set(times) == {"merged fp32", "switchable fp32", "switchable int8"}
+    assert bundles["merged other"] == {"refused": "labels are not PyTorch's"}
+    assert set(times) == {"merged fp32", "switchable fp32", "switchable other"}
     assert [set(bundles[name]["accuracy"]) for name in times] == [{"acme"}, {"acme", "bolt"}, {"acme", "bolt"}]
     answers = [answer.label for answer in Predictor(open_bundle(exported)).predict(SENTENCES)]
     expected = np.mean([answer == label for answer, (_text, label) in zip(answers, ROWS, strict=True)])
     same = {"rows": len(ROWS), "accuracy": expected, "same_label": 1.0, "lost": 0, "gained": 0}
-    assert bundles["merged fp32"]["accuracy"]["acme"] == bundles["switchable int8"]["accuracy"]["acme"] == same
+    assert bundles["merged fp32"]["accuracy"]["acme"] == bundles["switchable other"]["accuracy"]["acme"] == same
     assert bundles["merged fp32"]["graph_bytes"] == sum(path.stat().st_size for path in exported.glob("model.onnx*"))
     assert bundles["merged fp32"]["calibration"] is None and bundles["merged fp32"]["parity"]["label_agreement"] == 1.0
-    assert all(found["samples"] == 30 for found in times.values())
-    ratio = times["switchable int8"]["ratio_to_fp32"]
+    assert all(each["samples"] == 30 for each in times.values())
+    ratio = times["switchable other"]["ratio_to_fp32"]
     assert 0 < ratio["low"] <= ratio["value"] <= ratio["high"] and "ratio_to_fp32" not in times["switchable fp32"]
     assert str(folder) not in json.dumps(record)
 
@@ -86,6 +89,15 @@ def test_customers_without_rows_are_an_error(folder: Path) -> None:
         (folder / "data" / f"{name}.tsv").unlink()
     with pytest.raises(InputError, match="holds no customer with labelled rows; there are rows of stranger"):
         precision.read_material(parse(options(folder)))
+
+
+def test_bundles_of_something_else_are_not_measured(folder: Path, exported: Path, tmp_path: Path) -> None:
+    shutil.copytree(exported, tmp_path / "bundles" / "merged fp16")
+    given = options(folder, "--form", "fp16", "--merged", "bolt", "--bundles", str(tmp_path / "bundles"))
+    arguments = precision.make_parser().parse_args(given)
+    material = precision.read_material(arguments)
+    with pytest.raises(InputError, match="another coefficients_digest, precision than is asked for"):
+        precision.open_subject(material, "merged fp16", tmp_path / "bundles" / "merged fp16")
 
 
 @pytest.mark.slow
