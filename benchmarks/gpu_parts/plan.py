@@ -208,7 +208,7 @@ PROVIDED = ("benchmarks.swap", "benchmarks.mixed_batch", "benchmarks.gpu_report"
 QUICK: dict[str, tuple[float, str]] = {
     "factorization": (5, "--case 2x96 1x160 --project 2x128 --rounds 2"),
     "graph": (25, "--shape tiny --quick"),
-    "switchable": (40, "--shape tiny-mpnet --quick --no-compile"),
+    "switchable": (30, "--shape tiny-mpnet --quick --no-compile"),
     "table": (
         20,
         "--model tiny --precision fp32 --customers 20000 --rank 64 --batch 8 --length 16 --runs 20 --warmup 2 "
@@ -224,7 +224,7 @@ QUICK: dict[str, tuple[float, str]] = {
 
 QUICK_GRAPHS = {
     "graph": MERGED_GRAPHS,
-    "switchable": (*MERGED_GRAPHS, f"paper, {PADDED}", f"qv of 12, {PADDING_FREE}"),
+    "switchable": (PADDING_FREE, *(f"{setup}, {PADDING_FREE}" for setup in SETUPS)),
 }
 
 

@@ -119,6 +119,9 @@ def run_part(part: Part, folder: Path, stop_after_s: float | None) -> Outcome:
         for name in part.files:
             (place / name).replace(folder / name)
         shutil.rmtree(place)
+        with contextlib.suppress(OSError):
+            # Where nothing else is unfinished.
+            place.parent.rmdir()
         reason = "; ".join(check for name in part.records for check in failed_checks(part, _read(folder / name)))
         reason = f"a check failed: {reason}" if reason else ""
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
