@@ -6,8 +6,9 @@
 Every method starts from the same warmed-up checkpoint (a quarter of the training rows, 3 epochs of
 full fine-tuning, per task and seed), and again from the pretrained encoder with a fresh head. One
 JSON line per finished run goes to OUTPUT/runs.jsonl; the same command, started again, does what is
-missing. `--report-only` writes the table and the curves from the lines. `--data hub` reads GLUE
-from the Hugging Face hub.
+missing. `--report-only` writes the table and the curves from the lines. `--set-aside runs_old.jsonl`
+moves the lines of runs that would be made in another way now out of the record, so that they are done
+again. `--data hub` reads GLUE from the Hugging Face hub.
 """
 
 import argparse
@@ -21,12 +22,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.glue_parts.methods import METHODS
-from benchmarks.glue_parts.plan import Choice, Place, make_plan
-from benchmarks.glue_parts.records import check_settings, read_records
+from benchmarks.glue_parts.plan import RECORDS, Choice, Place, make_plan
+from benchmarks.glue_parts.records import check_settings, read_records, set_aside
 from benchmarks.glue_parts.report import plot_curves, render_table
 from benchmarks.glue_parts.starts import STARTS
 from benchmarks.glue_parts.tasks import TASKS, write_tokens
-from benchmarks.glue_parts.work import Job, Settings, model_names, work
+from benchmarks.glue_parts.work import Job, Settings, is_current, model_names, work
 from qrlora_deploy.checkpoint import open_checkpoint
 from qrlora_deploy.errors import InputError, QrloraError
 from qrlora_deploy.training.settings import choose_device
@@ -44,7 +45,7 @@ def run(job: Job, data: str) -> None:
         InputError: the data or a model cannot be read; the workers are stopped.
     """
     job.place.make()
-    check_settings(job.place.records, job.settings.record)
+    check_settings(job.place.records, job.settings.record_again)
     workers = _start_workers(job)
     try:
         _make_tokens(job, data)
@@ -88,9 +89,9 @@ def report(output: Path) -> None:
     Raises:
         InputError: there are no records.
     """
-    records = read_records(output / "runs.jsonl")
+    records = read_records(output / RECORDS)
     if not records:
-        raise InputError(f"{output}/runs.jsonl holds no runs")
+        raise InputError(f"{output / RECORDS} holds no runs")
     table = render_table(records)
     (output / "table.md").write_text(table, encoding="utf-8")
     plot_curves(records, output)
@@ -143,6 +144,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"])
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="default: on a GPU")
     parser.add_argument("--report-only", action="store_true", help="write table and curves from the records there are")
+    parser.add_argument("--set-aside", help="file in OUTPUT for lines that were made in another way than now")
     parser.add_argument("--no-report", action="store_true", help="leave table and curves to a later --report-only")
     arguments = parser.parse_args()
     if not arguments.report_only and not (arguments.models and arguments.data and arguments.work):
@@ -155,6 +157,9 @@ def main() -> int:
     began = time.time()
     arguments = _parse()
     try:
+        if arguments.set_aside:
+            moved = set_aside(arguments.output / RECORDS, arguments.output / arguments.set_aside, is_current)
+            print(f"{moved} runs that would be made in another way now are in {arguments.set_aside}", file=sys.stderr)
         if not arguments.report_only:
             job = _job(arguments, began)
             run(job, arguments.data)

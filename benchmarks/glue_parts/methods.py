@@ -16,9 +16,11 @@ from qrlora_deploy.adapter import QRLoRALinear, attach, get_coefficients, precon
 from qrlora_deploy.basis import Basis
 from qrlora_deploy.checkpoint import Checkpoint
 from qrlora_deploy.coefficients import Coefficients, write_coefficients
+from qrlora_deploy.errors import InputError
 from qrlora_deploy.factorizing import factorize
 from qrlora_deploy.rank_rule import RankRule
 from qrlora_deploy.targets import choose_targets
+from qrlora_deploy.training.settings import default_rate
 from qrlora_deploy.training.tasks import CLASSIFICATION, REGRESSION
 
 HEAD_RATE = 1e-3
@@ -39,7 +41,8 @@ class Method:
     Attributes:
         name: on the command line and in the records.
         title: in the table.
-        rate: peak learning rate, the same for every task and model.
+        rate: peak learning rate, the same for every task and model; None is the default of `train`, which
+            depends on the number of coefficients.
         kind: "full", "head", "qr", or a key of `PEFT_CONFIGS`.
         projections: which layers get an adapter.
         last_layers: only of the last N blocks; None is all of them.
@@ -47,7 +50,7 @@ class Method:
 
     name: str
     title: str
-    rate: float
+    rate: float | None
     kind: str
     projections: Projections = ("query", "value")
     last_layers: int | None = None
@@ -62,9 +65,9 @@ METHODS = {
         Method("pissa", "PiSSA, r = 8, q and v (PEFT)", 5e-4, "pissa"),
         Method("vera", "VeRA, r = 256, q and v (PEFT)", 1e-2, "vera"),
         Method("tinylora", "TinyLoRA, r = 2, u = 64, q and v (PEFT)", 2e-3, "tinylora"),
-        Method("qr-q4", "QR-LoRA, q of the last 4", 0.05, "qr", ("query",), 4),
-        Method("qr-qv4", "QR-LoRA, q and v of the last 4", 0.05, "qr", ("query", "value"), 4),
-        Method("qr-all", "QR-LoRA, all linear layers", 0.05, "qr", ()),
+        Method("qr-q4", "QR-LoRA, q of the last 4", None, "qr", ("query",), 4),
+        Method("qr-qv4", "QR-LoRA, q and v of the last 4", None, "qr", ("query", "value"), 4),
+        Method("qr-all", "QR-LoRA, all linear layers", None, "qr", ()),
     )
 }
 
@@ -84,12 +87,14 @@ class Prepared:
     Attributes:
         model: what is called.
         groups: `params` and `lr` for the optimiser.
+        rate: the peak learning rate of what the method adds, or of what it trains.
         trainable: number of trained parameters.
         file_bytes: writes what a customer ships, after training, and says how large it is.
     """
 
     model: nn.Module
     groups: list[dict[str, Any]]
+    rate: float
     trainable: int
     file_bytes: Callable[[], int]
 
@@ -121,7 +126,7 @@ def prepare(method: Method, model: Any, start: Checkpoint, train_head: bool, lab
         for parameter in head.values():
             parameter.requires_grad_(True)
         trained = dict(model.named_parameters()) if method.kind == "full" else head
-        return _prepared(model, {}, trained, method.rate, lambda: _tensor_bytes(trained))
+        return _prepared(model, {}, trained, _given(method), lambda: _tensor_bytes(trained))
     if method.kind == "qr":
         basis = make_basis(method, start, device)
         adapters = attach(model, basis)
@@ -129,7 +134,7 @@ def prepare(method: Method, model: Any, start: Checkpoint, train_head: bool, lab
         parameters = {name: adapter.u for name, adapter in adapters.items()}
         along = _along(head, train_head)
         write = _writer(adapters, basis, along, labels, start)
-        return _prepared(model, parameters, along, method.rate, write)
+        return _prepared(model, parameters, along, method.rate or default_rate(basis.total_rank), write)
     patterns = _patterns(method, model.config.model_type)
     names = choose_targets(model, patterns, method.last_layers)
     # PEFT makes its shared projections on the CPU, and some methods would copy them over in every step.
@@ -139,7 +144,7 @@ def prepare(method: Method, model: Any, start: Checkpoint, train_head: bool, lab
     before = copy.deepcopy(parameters) if method.kind == "pissa" else {}
     along = _along(head, train_head)
     whole = parameters | {f"{name}.start": value for name, value in before.items()} | along
-    return _prepared(wrapped.get_base_model(), parameters, along, method.rate, lambda: _tensor_bytes(whole))
+    return _prepared(wrapped.get_base_model(), parameters, along, _given(method), lambda: _tensor_bytes(whole))
 
 
 def make_basis(method: Method, start: Checkpoint, device: str) -> Basis:
@@ -152,6 +157,12 @@ def make_basis(method: Method, start: Checkpoint, device: str) -> Basis:
 def _patterns(method: Method, model_type: str) -> list[str]:
     table = {"query": QUERY, "value": VALUE}
     return [table[projection].get(model_type, projection) for projection in method.projections]
+
+
+def _given(method: Method) -> float:
+    if method.rate is None:
+        raise InputError(f"{method.name} has no learning rate; only QR-LoRA's follows from its coefficients")
+    return method.rate
 
 
 def _along(head: dict[str, nn.Parameter], train_head: bool) -> dict[str, nn.Parameter]:
@@ -174,7 +185,7 @@ def _prepared(
     if head:
         groups.append({"params": list(head.values()), "lr": HEAD_RATE if adapter else rate})
     trainable = sum(parameter.numel() for parameter in [*adapter.values(), *head.values()])
-    return Prepared(model, groups, trainable, file_bytes)
+    return Prepared(model, groups, rate, trainable, file_bytes)
 
 
 def _tensor_bytes(tensors: dict[str, nn.Parameter]) -> int:

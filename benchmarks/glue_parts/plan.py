@@ -10,6 +10,9 @@ WARM_UP = "warm-up"
 """Name of the method of the runs that make the warmed-up starts."""
 
 
+RECORDS = "runs.jsonl"
+
+
 @dataclass(frozen=True)
 class Run:
     """One training: a model, a task, a start, a method and a seed."""
@@ -73,7 +76,7 @@ class Place:
     @property
     def records(self) -> Path:
         """The JSON lines."""
-        return self.output / "runs.jsonl"
+        return self.output / RECORDS
 
     def tokens(self, run: Run) -> Path:
         """The tokenised task."""

@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 from benchmarks.glue_parts.tasks import Task
 from qrlora_deploy.checkpoint import Checkpoint
+from qrlora_deploy.training.head import start_bias
 from qrlora_deploy.training.tasks import REGRESSION
 
 PRETRAINED = "pretrained"
@@ -33,8 +34,8 @@ class Models:
         self.device = device
         self._pristine: dict[int, Any] = {}
 
-    def fresh(self, task: Task, labels: int, seed: int) -> Any:
-        """A copy of the pretrained model whose head is drawn by `seed`."""
+    def fresh(self, task: Task, labels: int, seed: int, bias: float = 0.0) -> Any:
+        """A copy of the pretrained model whose head is drawn by `seed`; its last bias starts at `bias`."""
         if labels not in self._pristine:
             problem = "regression" if task.kind == REGRESSION else "single_label_classification"
             loaded = AutoModelForSequenceClassification.from_pretrained(
@@ -47,6 +48,7 @@ class Models:
             self._pristine[labels] = loaded.to(self.device)
         model = copy.deepcopy(self._pristine[labels])
         _draw_head(model, seed)
+        start_bias(model, bias)
         return model
 
     def warmed(self, task: Task, labels: int, folder: Path) -> Any:

@@ -19,7 +19,7 @@ import transformers
 from benchmarks.glue_parts.loop import OutOfTime, Schedule, Trace, train_model
 from benchmarks.glue_parts.methods import METHODS, Method, Prepared, free, prepare
 from benchmarks.glue_parts.plan import WARM_UP, Place, Run, undone
-from benchmarks.glue_parts.records import Record, append_record, claimed, read_records
+from benchmarks.glue_parts.records import Record, append_record, claimed, known_seconds, read_records
 from benchmarks.glue_parts.starts import (
     PRETRAINED,
     WARMED,
@@ -31,6 +31,8 @@ from benchmarks.glue_parts.starts import (
 )
 from benchmarks.glue_parts.tasks import TASKS, Rows, read_tokens
 from qrlora_deploy.checkpoint import Checkpoint, open_checkpoint
+from qrlora_deploy.training.settings import STEP_LENGTH
+from qrlora_deploy.training.tasks import REGRESSION
 
 PAUSE_S = 0.5
 """Between two looks for work, while others make what is needed."""
@@ -58,11 +60,33 @@ class Settings:
     bf16: bool = False
     rows: int | None = None
 
-    @property
-    def record(self) -> Record:
-        """With the warm-up's, as kept with each run."""
+    def record(self, task: str, method: str) -> Record:
+        """As kept with each run of a task and method: with the warm-up's, and with the run's own."""
         warm = {"warmup_rate": WARMUP_RATE, "warmup_epochs": WARMUP_EPOCHS, "warmup_share": WARMUP_SHARE}
-        return asdict(self) | warm
+        return asdict(self) | warm | own_settings(task, method)
+
+    def record_again(self, record: Record) -> Record:
+        """The settings that a recorded run would have now."""
+        return self.record(record["task"], record["method"])
+
+
+OWN_SETTINGS = ("start_bias", "step_length")
+
+
+def own_settings(task: str, method: str) -> Record:
+    """What only some runs depend on: where a regression's bias starts, and which rule gave QR-LoRA its rate."""
+    own: Record = {}
+    if TASKS[task].kind == REGRESSION:
+        own["start_bias"] = "mean"  # of the training labels
+    if method != WARM_UP and METHODS[method].kind == "qr":
+        own["step_length"] = STEP_LENGTH
+    return own
+
+
+def is_current(record: Record) -> bool:
+    """Whether a run's own settings are those that it would have now."""
+    own, before = own_settings(record["task"], record["method"]), record["settings"]
+    return all(before.get(name) == own.get(name) for name in OWN_SETTINGS)
 
 
 @dataclass(frozen=True)
@@ -106,6 +130,7 @@ class Worker:
         self._models: dict[str, Models] = {}
         self._rows: dict[str, tuple[dict[str, Rows], tuple[str, ...]]] = {}
         self._pace = 0.0
+        self._known = known_seconds(job.place.output)
 
     def take(self) -> bool | None:
         """Do the first run that can be done.
@@ -115,21 +140,29 @@ class Worker:
             where nothing is left.
 
         Raises:
-            OutOfTime: the time is up, or would be before the next run's end.
+            OutOfTime: the time is up, or would be before the end of any run that is left.
         """
         left = undone(self.job.plan, self.job.place, self.job.done())
+        late, held = False, False
         for run in left:
             if not self.job.place.is_ready(run):
+                continue
+            if not self._fits(run):
+                late = True
                 continue
             with claimed(self.job.place.claim(run)) as mine:
                 # Another worker may have finished it since the records were read.
                 if mine and undone([run], self.job.place, self.job.done()):
                     self._record(run)
                     return True
+                held = True
+        if late and not held:
+            raise OutOfTime
         return False if left else None
 
     def _record(self, run: Run) -> None:
-        common = {"key": run.key, **asdict(run), "launch": self.job.launch, "settings": self.job.settings.record}
+        common = {"key": run.key, **asdict(run), "launch": self.job.launch}
+        common["settings"] = self.job.settings.record(run.task, run.method)
         try:
             record = self._do(run)
         except OutOfTime:
@@ -153,8 +186,7 @@ class Worker:
         epochs = WARMUP_EPOCHS if run.method == WARM_UP else self.job.settings.epochs
         if run.method == WARM_UP:
             parts = parts | {"train": parts["train"].first(WARMUP_SHARE, run.seed)}
-        self._check_time(epochs * len(parts["train"]))
-        checkpoint, model = self._start(run, len(labels))
+        checkpoint, model = self._start(run, labels, parts["train"])
         others = _allocated(self.job.device) - sum(part.nbytes for part in (*model.parameters(), *model.buffers()))
         torch.manual_seed(run.seed)  # of PEFT's factors
         prepared = prepare(method, model, checkpoint, run.start == PRETRAINED, labels)
@@ -167,7 +199,7 @@ class Worker:
         peak = torch.cuda.max_memory_allocated() - others if self.job.device == "cuda" else None
         if run.method == WARM_UP:
             write_warmed(model, checkpoint, self.job.place.warmed(run))
-        return _result(method, trace, prepared, len(parts["train"])) | {
+        return _result(trace, prepared, len(parts["train"])) | {
             "peak_bytes": peak,
             "seconds": round(time.perf_counter() - began, 2),
         }
@@ -182,19 +214,29 @@ class Worker:
             self._rows[path.name] = read_tokens(path, self.job.device)
         return self._rows[path.name]
 
-    def _start(self, run: Run, labels: int) -> tuple[Checkpoint, Any]:
-        """The checkpoint that the run starts from, and a model with its weights on the device."""
+    def _start(self, run: Run, labels: tuple[str, ...], train: Rows) -> tuple[Checkpoint, Any]:
+        """The checkpoint that the run starts from, and a model with its weights on the device.
+
+        As in `warmup`, a fresh regression starts at the mean of the labels it trains on.
+        """
         if run.model not in self._models:
             self._models[run.model] = Models(open_checkpoint(self.job.models[run.model]), self.job.device)
         models, task = self._models[run.model], TASKS[run.task]
         if run.start == WARMED and run.method != WARM_UP:
             folder = self.job.place.warmed(run)
-            return open_checkpoint(str(folder)), models.warmed(task, labels, folder)
-        return models.checkpoint, models.fresh(task, labels, run.seed)
+            return open_checkpoint(str(folder)), models.warmed(task, len(labels), folder)
+        bias = float(train.targets.mean()) if task.kind == REGRESSION else 0.0
+        return models.checkpoint, models.fresh(task, len(labels), run.seed, bias)
 
-    def _check_time(self, rows: int) -> None:
-        if self.job.deadline is not None and time.time() + self._pace * rows > self.job.deadline:
-            raise OutOfTime
+    def _fits(self, run: Run) -> bool:
+        """Whether a run would end in time: as long as one of its kind took, else by this worker's slowest."""
+        if self.job.deadline is None:
+            return True
+        seconds = self._known.get((run.model, run.task, run.start, run.method))
+        if seconds is None:
+            share, epochs = (WARMUP_SHARE, WARMUP_EPOCHS) if run.method == WARM_UP else (1.0, self.job.settings.epochs)
+            seconds = self._pace * share * epochs * len(self._read_rows(run)[0]["train"])
+        return time.time() + seconds < self.job.deadline
 
     @cached_property
     def _environment(self) -> Record:
@@ -211,9 +253,9 @@ def _allocated(device: str) -> int:
     return torch.cuda.memory_allocated() if device == "cuda" else 0
 
 
-def _result(method: Method, trace: Trace, prepared: Prepared, rows: int) -> Record:
+def _result(trace: Trace, prepared: Prepared, rows: int) -> Record:
     return {
-        "learning_rate": method.rate,
+        "learning_rate": prepared.rate,
         "metrics": trace.curve[-1]["metrics"],
         "curve": trace.curve,
         "rows": rows,

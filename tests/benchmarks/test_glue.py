@@ -17,17 +17,24 @@ import torch
 from benchmarks.glue_parts.loop import OutOfTime, Schedule, factor, predict, train_model
 from benchmarks.glue_parts.methods import METHODS, head_names, prepare
 from benchmarks.glue_parts.plan import WARM_UP, Choice, Place, make_plan
-from benchmarks.glue_parts.records import append_record, check_settings, claimed, read_records
+from benchmarks.glue_parts.records import (
+    append_record,
+    check_settings,
+    claimed,
+    known_seconds,
+    read_records,
+    set_aside,
+)
 from benchmarks.glue_parts.report import plot_curves, render_table
 from benchmarks.glue_parts.starts import PRETRAINED, WARMED, Models
 from benchmarks.glue_parts.tasks import TASKS, Task, read_part, read_tokens, scores, write_tokens
-from benchmarks.glue_parts.work import Job, Settings, Worker
+from benchmarks.glue_parts.work import Job, Settings, Worker, is_current
 from qrlora_deploy.adapter import attach, get_coefficients, precondition
 from qrlora_deploy.basis import Basis
 from qrlora_deploy.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.training.data import Examples
-from qrlora_deploy.training.settings import TrainSettings
+from qrlora_deploy.training.settings import STEP_LENGTH, TrainSettings, default_rate
 from qrlora_deploy.training.trainer import train
 from tests.tiny import LABELS, SENTENCES
 
@@ -102,9 +109,9 @@ def test_a_line_cut_by_a_crash_spoils_no_other(tmp_path: Path) -> None:
         file.write(b'{"key": "b", "sett')
     append_record(path, {"key": "c", "settings": {"epochs": 3}})
     assert [record["key"] for record in read_records(path)] == ["a", "c"]
-    check_settings(path, {"epochs": 3})
+    check_settings(path, lambda record: {"epochs": 3})
     with pytest.raises(InputError, match=r"other settings \(epochs\)"):
-        check_settings(path, {"epochs": 2})
+        check_settings(path, lambda record: {"epochs": 2})
     (tmp_path / "other.jsonl").write_text('{"name": 1}\n')
     with pytest.raises(InputError, match="line 1 is no record of a run"):
         read_records(tmp_path / "other.jsonl")
@@ -115,6 +122,52 @@ def test_a_claim_excludes_others_and_ends_with_its_block(tmp_path: Path) -> None
         assert (first, second) == (True, False)
     with claimed(tmp_path / "run") as again:
         assert again
+
+
+def test_runs_made_in_another_way_are_set_aside_and_done_again(make_job: Callable[..., Job]) -> None:
+    job = make_job(tasks=("RTE", "STS-B"), methods=("head", "qr-all"))
+    path, other = job.place.records, job.place.output / "runs_old.jsonl"
+    for run in job.plan:
+        settings = job.settings.record(run.task, run.method)
+        # As they were before the rate followed from the coefficients and a regression started at the mean.
+        settings.pop("step_length", None), settings.pop("start_bias", None)
+        kind = {"model": run.model, "task": run.task, "start": run.start, "method": run.method, "seconds": 9.0}
+        append_record(path, kind | {"key": run.key, "settings": settings})
+    with pytest.raises(InputError, match=r"other settings \((start_bias|step_length)\).* --set-aside FILE"):
+        check_settings(path, job.settings.record_again)
+    kept = ["tiny/RTE/warmed/warm-up/0", "tiny/RTE/warmed/head/0", "tiny/RTE/pretrained/head/0"]
+    assert set_aside(path, other, is_current) == len(job.plan) - len(kept) == 7
+    assert [record["key"] for record in read_records(path)] == kept
+    assert len(read_records(other)) == 7
+    check_settings(path, job.settings.record_again)
+    assert set_aside(path, other, is_current) == 0 and job.done() == set(kept)
+    # What was set aside still says how long a run takes.
+    assert known_seconds(job.place.output)["tiny", "STS-B", WARMED, "qr-all"] == 9.0
+
+
+def test_a_fresh_regression_starts_at_the_mean_and_qr_lora_at_its_own_rate(make_job: Callable[..., Job]) -> None:
+    job = make_job(tasks=("STS-B",), methods=("qr-all", "lora"))
+    work_all(job)
+    records = {(record["start"], record["method"]): record for record in read_records(job.place.records)}
+    assert all(record["settings"]["start_bias"] == "mean" for record in records.values())
+    # The labels are 0.5 and 4.75: from a bias of 0 the first loss would be above 11.
+    assert records[WARMED, WARM_UP]["curve"][1]["loss"] == pytest.approx(2.125**2, abs=1.0)
+    warm = records[WARMED, "qr-all"]
+    assert warm["learning_rate"] == default_rate(warm["trainable_parameters"])
+    assert warm["settings"]["step_length"] == STEP_LENGTH
+    assert records[WARMED, "lora"]["learning_rate"] == 5e-4 and "step_length" not in records[WARMED, "lora"]["settings"]
+
+
+def test_a_run_that_would_end_too_late_makes_way_for_a_shorter_one(make_job: Callable[..., Job]) -> None:
+    job = make_job(methods=("qr-all", "head"), deadline=time.time() + 100)
+    work_all(replace(job, plan=job.plan[:1], deadline=None))
+    slow = {"model": "tiny", "task": "RTE", "start": WARMED, "method": "qr-all", "seconds": 1e6}
+    append_record(job.place.output / "runs_old.jsonl", slow | {"key": "tiny/RTE/warmed/qr-all/0"})
+    worker = Worker(replace(job, plan=job.plan[:3]), 0)
+    assert worker.take() is True
+    with pytest.raises(OutOfTime):
+        worker.take()
+    assert [record["method"] for record in read_records(job.place.records)] == [WARM_UP, "head"]
 
 
 def test_tokens_are_those_of_the_tokenizer(tiny_base: Path, data: Path, tmp_path: Path) -> None:
@@ -169,7 +222,7 @@ def test_the_loop_gives_the_coefficients_of_train(tiny_base: Path, tiny_basis: B
     checkpoint = open_checkpoint(str(folder))
     labels = [LABELS[index % 4] for index in range(6)]
     examples = Examples(list(SENTENCES), None, labels, "sentences")
-    settings = TrainSettings(epochs=20, batch_size=6, max_length=32, device="cpu")
+    settings = TrainSettings(epochs=20, batch_size=6, max_length=32, device="cpu", learning_rate=0.05)
     expected = train(checkpoint, tiny_basis, examples, None, settings, tmp_path / "run").values
 
     task = Task("tiny", "tiny", ("accuracy",))
@@ -260,7 +313,7 @@ def test_a_table_gives_mean_and_deviation_and_says_where_seeds_are_missing() -> 
             "file_bytes": 3000,
             "train_seconds": 2.0,
             "peak_bytes": 2**20 * (1 + seed),
-            "settings": Settings().record,
+            "settings": Settings().record(task, method),
             "device": "cpu",
             "workers": 1,
             "versions": {},
