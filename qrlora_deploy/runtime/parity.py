@@ -57,6 +57,13 @@ was never trained is below: 0.86 to 0.92. A lost customer has about 0. Labels ag
 the rows; of 35 rows five may be near ties."""
 
 LOGITS, BASE_LOGITS = "logits", "base_logits"
+WHERE_IT_RUNS = {
+    "fp16": "export and verify it with --provider cuda",
+    "bf16": "export and verify it with --provider cuda",
+    "int8": "install ONNX Runtime 1.24 or newer, or export without --calibration",
+}
+"""What to do where a kernel is missing; 1.23 has none for the scales of a calibrated graph."""
+
 INDEX = "cases"
 
 
@@ -269,7 +276,7 @@ def open_for_check(model: Path, precision: str, provider: str = "cpu", threads: 
             raise
         kernel = reason.rpartition("NOT_IMPLEMENTED : ")[2]
         raise ProviderError(
-            f"{provider} cannot run a graph in {precision}: {kernel}; export and verify it with --provider cuda"
+            f"{provider} cannot run a graph in {precision}: {kernel}; {WHERE_IT_RUNS[precision]}"
         ) from error
 
 
