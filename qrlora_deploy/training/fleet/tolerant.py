@@ -77,8 +77,12 @@ def _read_delimited(path: Path, customer_column: str) -> Read:
     # Bytes, which are decoded row by row: as text, one wrong byte would cost the file.
     types = dict.fromkeys(names, pyarrow.binary())
     convert = pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=False)
-    columns = pyarrow.csv.read_csv(path, read, parse, convert).to_pydict()
-    return _decoded(path, Read(columns, faults), customer_column)
+    table = pyarrow.csv.read_csv(path, read, parse, convert)
+    try:
+        # Usually all of it is text, and Arrow decodes a column at once.
+        return Read({name: table[name].cast(pyarrow.string()).to_pylist() for name in names}, faults)
+    except pyarrow.ArrowInvalid:
+        return _decoded(path, Read(table.to_pydict(), faults), customer_column)
 
 
 def _decoded(path: Path, read: Read, customer_column: str) -> Read:
