@@ -1,7 +1,7 @@
 """Customers per hour: a fleet, against PEFT's LoRA and `train` on one customer after another.
 
     python -m benchmarks.fleet [--customers N] [--device cpu|cuda] [--model FOLDER | --shape minilm|mpnet]
-                               [--data FOLDER] [--out FILE.json]
+                               [--data FOLDER] [--profile | --profile-only] [--out FILE.json]
 
 Same targets (the query projections of the last four blocks, the paper's set-up), rows, epochs, batch
 size and precision for all; no dropout and no evaluation. First a few customers of a small fleet are
@@ -11,6 +11,10 @@ with PEFT is measured once, and so is `train`, which loads the base for each cus
 would take for all customers is extrapolated from the medians of their samples. In the fleet's time are
 reading the data, loading the base, tokenizing, the trunk and writing the files.
 
+With `--profile` one more fleet is trained after the others, with each stage timed, and a small one of
+which a single step is looked into: where the seconds go, kernel by kernel. `--profile-only` leaves the
+others out.
+
 Beside wall clock stands the CPU time of the process, which other work on the machine hardly moves.
 """
 
@@ -19,6 +23,7 @@ import functools
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +34,7 @@ import numpy as np
 import torch
 
 from benchmarks.fleet_parts.peers import Cost, cost_of, open_peer, train_by_trainer, train_in_loop
+from benchmarks.fleet_parts.profile import Split, StepView, lines
 from benchmarks.fleet_parts.shards import Shards, customer_name, read_shards, save_shape
 from benchmarks.records import environment
 from qrlora_deploy.adapter import resolve_layer
@@ -41,7 +47,7 @@ from qrlora_deploy.rank_rule import RankRule
 from qrlora_deploy.targets import choose_targets
 from qrlora_deploy.training.data import Examples
 from qrlora_deploy.training.fleet.grouping import read_groups
-from qrlora_deploy.training.fleet.options import FleetOptions
+from qrlora_deploy.training.fleet.options import ROWS_PER_STEP, FleetOptions
 from qrlora_deploy.training.fleet.plan import FleetSource
 from qrlora_deploy.training.fleet.run import train_fleet
 from qrlora_deploy.training.settings import TrainSettings
@@ -126,6 +132,22 @@ def measure(bench: Bench, sample: int, rounds: int) -> dict[str, Any]:
         "largest_relative_difference_to_train": errors,
         "peak_gpu_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
     }
+
+
+def look_into(bench: Bench) -> dict[str, Any]:
+    """Where the seconds of a fleet go, and one of its steps."""
+    device = bench.settings.device
+    view, split = StepView(device), Split(device)
+    few = (bench.rows_per_step or ROWS_PER_STEP[device]) // bench.settings.batch_size
+    with view.watch():
+        # It is also the run that warms up what the other one is timed with.
+        bench.run_fleet("step", range(min(few, bench.customers)))
+    with split.watch():
+        start = time.perf_counter()
+        bench.run_fleet("split", range(bench.customers))
+        record = {"split": split.record(time.perf_counter() - start), "step": view.found}
+    print("\n".join(lines(record)), flush=True)
+    return record
 
 
 def check(bench: Bench, numbers: Sequence[int], customers: list[Examples]) -> tuple[list[Cost], dict[str, float]]:
@@ -222,6 +244,9 @@ def main() -> int:
     parser.add_argument("--model", type=Path, help="a base whose head knows the labels of the data")
     parser.add_argument("--shape", choices=["minilm", "mpnet"], default="minilm", help="random, without --model")
     parser.add_argument("--data", type=Path, default=BUNDLED)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--profile", action="store_true", help="also say where the seconds of a fleet go")
+    which.add_argument("--profile-only", action="store_true", help="say that and measure nothing else")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -230,17 +255,26 @@ def main() -> int:
             "options": {name: plain(value) for name, value in vars(options).items() if name != "out"},
             "coefficients": bench.basis.total_rank,
             "threads": torch.get_num_threads(),
-            **measure(bench, min(options.sample, options.customers), options.rounds),
         }
+        if not options.profile_only:
+            record |= measure(bench, min(options.sample, options.customers), options.rounds)
+        if options.profile or options.profile_only:
+            record["profile"] = look_into(bench)
+    if not options.profile_only:
+        report(record)
+    if options.out:
+        write_json(options.out, record)
+    return 0
+
+
+def report(record: dict[str, Any]) -> None:
+    """Print customers an hour."""
     print(f"fleet: {record['fleet']['customers_an_hour']:.0f} customers an hour")
     for name, found in record["others_extrapolated_from_samples"].items():
         print(
             f"{name}: {found['customers_an_hour']:.0f} an hour; the fleet trains {found['fleet_times']:.1f} times that "
             f"({found['fleet_times_by_cpu_seconds']:.1f} by CPU time)"
         )
-    if options.out:
-        write_json(options.out, record)
-    return 0
 
 
 if __name__ == "__main__":
