@@ -99,12 +99,17 @@ class Upper:
         """Logits `[rows, labels]` of the inputs `[tokens, width]` of the first adapted block."""
         masks = [self._mask(group, hidden) for group in layout.groups]
         for block in self.blocks[:-1]:
-            attended = self._attend(block.query(hidden), block, hidden, layout, masks)
+            inputs = _as_multiplied(hidden)
+            attended = self._attend(block.query(inputs), block, inputs, layout, masks)
             hidden = self._finish(block, hidden, attended)
         # The head reads the first tokens only, so nothing else is asked of the last block.
         block, first = self.blocks[-1], Gather.apply(hidden, layout.first)
         attended = self._attend(
-            block.query(first), block, hidden, layout, [None if mask is None else mask[:, :, :1] for mask in masks]
+            block.query(first),
+            block,
+            _as_multiplied(hidden),
+            layout,
+            [None if mask is None else mask[:, :, :1] for mask in masks],
         )
         return self.head(self._finish(block, first, attended))
 
@@ -137,12 +142,7 @@ class Upper:
         """What attention adds to its scores, or which places it may see; None where that is every place."""
         if not hasattr(self.owner, "relative_attention_bias"):
             return group.mask
-        kind = like.device.type
-        bias = self._bias(
-            group.length,
-            like.device,
-            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype,
-        )
+        bias = self._bias(group.length, like.device, _as_multiplied(like[:0]).dtype)
         if group.mask is None:
             return bias
         # Not torch.where, which brings its number over from the host; a capture forbids that.
@@ -157,6 +157,12 @@ class Upper:
                 bias = self.owner.compute_position_bias(torch.empty(1, length, device=device)).to(dtype)
             self._biases[key] = functional.pad(bias, (0, -length % BIAS_STRIDE))[..., :length]
         return self._biases[key]
+
+
+def _as_multiplied(x: torch.Tensor) -> torch.Tensor:
+    """What matrices are multiplied with: under autocast, rounded once and not for each of them."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def _read_block(model: Any, block: nn.Module) -> _Block:

@@ -10,12 +10,15 @@ from qrlora_deploy.adapter import QRLoRALinear, attach, detach, precondition, re
 from qrlora_deploy.basis import Basis
 from qrlora_deploy.training.loop import halve_frozen
 
+RANK_STEP = 8
+"""Ranks are padded to a multiple of this by zeros: a GPU multiplies bf16 matrices of other sizes many times slower."""
+
 
 class RowValues:
     """What the layers of a model read while a batch runs.
 
     Attributes:
-        parts: `[rows, rank]` fp32 a target, the coefficients of each row's customer.
+        parts: `[rows, padded rank]` fp32 a target, the coefficients of each row's customer.
         token_rows: `[tokens]` int64, the row of each token where a batch has no padding.
         slots: `[rows]` int64, the customer's row in the tables.
         places: `[rows]` int64, which row this is among those of its customer in the batch.
@@ -48,8 +51,9 @@ class RowLinear(nn.Module):
     def __init__(self, adapter: QRLoRALinear, values: RowValues, part: int) -> None:
         super().__init__()
         self.base = adapter.base
-        self.register_buffer("q", adapter.q, persistent=False)
-        self.register_buffer("r", adapter.r, persistent=False)
+        more = padded_rank(len(adapter.scale)) - len(adapter.scale)
+        self.register_buffer("q", functional.pad(adapter.q, (0, more)), persistent=False)
+        self.register_buffer("r", functional.pad(adapter.r, (0, 0, 0, more)), persistent=False)
         self.values = values
         self.part = part
 
@@ -91,18 +95,24 @@ class RowHead(nn.Module):
         return answers.reshape(len(sorted_rows), *x.shape[1:-1], weight.shape[1]).index_select(0, where)
 
 
+def padded_rank(rank: int) -> int:
+    """The rank with which a layer is computed; coefficients of the padding have no gradient and stay 0."""
+    return -(-rank // RANK_STEP) * RANK_STEP
+
+
 def attach_rows(model: Any, basis: Basis, values: RowValues) -> torch.Tensor:
     """Put a side branch of rows beside every target of `basis`, and freeze the model.
 
     Returns:
-        `[total_rank]` fp32, the scale of `adapter.precondition`: `c = scale * u`, and `u` is trained.
+        `[sum of padded ranks]` fp32, the scale of `adapter.precondition`: `c = scale * u`, and `u` is trained.
 
     Raises:
         InputError: a layer is missing. BasisMismatchError: a shape differs.
     """
     adapters = attach(model, basis)
     precondition(adapters)
-    scale = torch.cat([adapter.scale for adapter in adapters.values()])
+    scales = [adapter.scale for adapter in adapters.values()]
+    scale = torch.cat([functional.pad(own, (0, padded_rank(len(own)) - len(own)), value=1.0) for own in scales])
     detach(model)
     for part, (name, adapter) in enumerate(adapters.items()):
         model.set_submodule(resolve_layer(model, name)[0], RowLinear(adapter, values, part))

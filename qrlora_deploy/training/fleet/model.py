@@ -13,7 +13,7 @@ from qrlora_deploy.adapter import resolve_layer
 from qrlora_deploy.basis import Basis
 from qrlora_deploy.checkpoint import Checkpoint
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.training.fleet.branch import RowHead, RowValues, attach_rows, halve_rows
+from qrlora_deploy.training.fleet.branch import RowHead, RowValues, attach_rows, halve_rows, padded_rank
 from qrlora_deploy.training.fleet.shipping import ship
 from qrlora_deploy.training.fleet.table import AdamTable
 from qrlora_deploy.training.fleet.tokens import IDS
@@ -90,9 +90,11 @@ class FleetModel:
         head = output_layer(self.model) if settings.head == "output" else None
         if head is not None:
             check_not_adapted(head, basis)
-        self.ranks = [target.rank for target in basis.targets]
+        self.ranks = [padded_rank(target.rank) for target in basis.targets]
+        real = [torch.arange(padded) < target.rank for padded, target in zip(self.ranks, basis.targets, strict=True)]
+        self.columns = torch.cat(real).nonzero().squeeze(1).to(device)
         self.scale = attach_rows(self.model, basis, self.values)
-        self.u = AdamTable((slots, basis.total_rank), device)
+        self.u = AdamTable((slots, sum(self.ranks)), device)
         self.head: dict[str, AdamTable] = {}
         if head is not None:
             self._build_head(checkpoint, head, slots, labels)
@@ -202,7 +204,7 @@ class FleetModel:
     def best(self, slots: list[int], outputs: list[Outputs]) -> list[Learnt]:
         """What was kept last of some customers: all of them at once, as the device is waited for."""
         where = ship(torch.tensor(slots), self.device)
-        values = (self.scale * self.u.best.index_select(0, where)).cpu().numpy()
+        values = (self.scale * self.u.best.index_select(0, where)).index_select(1, self.columns).cpu().numpy()
         heads = {
             f"{self.head_name}.{name}": table.best.index_select(0, where).cpu().numpy()
             for name, table in self.head.items()
