@@ -87,18 +87,18 @@ def packed_layout(lengths: torch.Tensor) -> Layout:
     them. Lengths that few texts have share a padded one.
     """
     groups: list[Group] = []
-    start = end = 0
+    start = end = tokens = 0
     for length, count in zip(*_runs(lengths), strict=True):
         alone = count >= OWN_RECTANGLE
         # With these texts the pending ones would be padded too much.
-        full = (end + count - start) * length > MOST_PADDING * int(lengths[start : end + count].sum())
+        full = (end + count - start) * length > MOST_PADDING * (tokens + count * length)
         if end > start and (alone or full):
             groups.append(_group(lengths[start:end]))
-            start = end
-        end += count
+            start, tokens = end, 0
+        end, tokens = end + count, tokens + count * length
         if alone:
             groups.append(Group(count, length, count * length, None, None))
-            start = end
+            start, tokens = end, 0
     if end > start:
         groups.append(_group(lengths[start:end]))
     return Layout(tuple(groups), lengths.cumsum(0) - lengths)
