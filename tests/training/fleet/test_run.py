@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,15 +14,19 @@ from qrlora_deploy.coefficients import Coefficients, read_coefficients
 from qrlora_deploy.errors import InputError, QrloraError
 from qrlora_deploy.files import digest_file
 from qrlora_deploy.training.data import Examples, read_examples
+from qrlora_deploy.training.fleet import engine as fleet_engine
 from qrlora_deploy.training.fleet import model as fleet_model
+from qrlora_deploy.training.fleet import pool as fleet_pool
 from qrlora_deploy.training.fleet import run as fleet_run
 from qrlora_deploy.training.fleet import writing
+from qrlora_deploy.training.fleet.branch import halve_rows
 from qrlora_deploy.training.fleet.engine import CHUNK_TOKENS, Engine
 from qrlora_deploy.training.fleet.model import FleetModel
 from qrlora_deploy.training.fleet.options import FleetOptions, FleetReport
 from qrlora_deploy.training.fleet.plan import Customer, FleetSource
 from qrlora_deploy.training.fleet.run import train_fleet
 from qrlora_deploy.training.fleet.schedule import StepRows
+from qrlora_deploy.training.fleet.shipping import in_one_copy
 from qrlora_deploy.training.head import Outputs
 from qrlora_deploy.training.settings import TrainSettings
 from qrlora_deploy.training.trainer import train
@@ -78,7 +83,17 @@ def test_every_customer_becomes_what_it_is_alone(
         check_same(customer, alone(still_base, tiny_basis, tmp_path, name, settings, held_out))
 
 
-@pytest.mark.parametrize("way", ["packed", "padded", "whole"])
+def ship_by_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a CPU get its records as a GPU does: as views of one copy."""
+
+    def copied(record: Any, device: torch.device) -> Any:
+        return in_one_copy(record, lambda size: torch.empty(size, dtype=torch.uint8), device)
+
+    for module in (fleet_model, fleet_engine, fleet_pool):
+        monkeypatch.setattr(module, "ship", copied)
+
+
+@pytest.mark.parametrize("way", ["packed", "copied", "padded", "whole"])
 def test_neighbours_and_the_way_of_computing_change_nothing(
     still_base: Checkpoint, tiny_basis: Basis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
@@ -89,6 +104,8 @@ def test_neighbours_and_the_way_of_computing_change_nothing(
         monkeypatch.setattr(FleetModel, "_build_upper", lambda _: None)
     if way == "whole":
         monkeypatch.setattr(fleet_model, "_split", lambda *_: None)
+    if way in ("copied", "whole"):
+        ship_by_copies(monkeypatch)
     # One customer after another, in chunks of a row or two.
     monkeypatch.setitem(CHUNK_TOKENS, "cpu", 20)
     run(still_base, tiny_basis, tmp_path, settings, rows=1)
@@ -275,6 +292,29 @@ def test_rows_of_one_file_are_those_of_many(still_base: Checkpoint, tiny_basis: 
     for name in names:
         one, two = (read_coefficients(tmp_path / place / f"{name}.safetensors") for place in ("out", "other"))
         check_same(one, two)
+
+
+def test_half_precision_learns(
+    still_base: Checkpoint, tiny_basis: Basis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As on a GPU, but for the kernels: frozen matrices in bf16, everything else under autocast.
+    half, build = torch.autocast("cpu", torch.bfloat16), FleetModel.__init__
+
+    def build_half(model: FleetModel, *args: Any) -> None:
+        build(model, *args)
+        halve_rows(model.model)
+
+    write_folders(tmp_path, [(24, 1)] * 2)
+    settings = settings_of(epochs=12, head="output", head_learning_rate=0.05)
+    source = FleetSource(tmp_path / "data", tmp_path / "data")
+    train_fleet(still_base, tiny_basis, source, settings, FleetOptions(tmp_path / "exact"))
+    monkeypatch.setattr(FleetModel, "__init__", build_half)
+    monkeypatch.setattr(fleet_model, "mixed_precision", lambda _: half)
+    train_fleet(still_base, tiny_basis, source, settings, FleetOptions(tmp_path / "half"))
+    for path in (tmp_path / "half").glob("*.safetensors"):
+        half_run, exact = read_coefficients(path), read_coefficients(tmp_path / "exact" / path.name)
+        assert half_run.training["metrics"]["accuracy"] > half_run.training["baseline"].get("accuracy", 0) + 0.1
+        assert np.corrcoef(half_run.values, exact.values)[0, 1] > 0.9
 
 
 @pytest.mark.gpu
