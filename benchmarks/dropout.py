@@ -1,13 +1,14 @@
-"""Does dropout in the frozen base help coefficients? The same customers with and without, three seeds each.
+"""Does dropout in the frozen base help coefficients? The same customers with and without it.
 
     python -m benchmarks.dropout --device cuda --out benchmarks/results/dropout.json
 
 MiniLM, warmed up as the quickstart does it on the sample of all CLINC150 intents; customers are three of its
 domains. Two bases of coefficients: every linear layer, and the query projections of the last 4 layers; and the first of
-them with an output layer of the customer's own.
+them with an output layer of the customer's own. What the file to write holds already is not run again.
 """
 
 import argparse
+import json
 import sys
 import tempfile
 import time
@@ -36,6 +37,8 @@ SETUPS: dict[str, tuple[list[str], int | None, str]] = {
 }
 """Targets, last layers and head; the learning rate is the default of `train`."""
 
+KEY = ("setup", "customer", "seed", "dropout")
+
 
 def warm_up(folder: Path, device: str) -> Path:
     """Make the base of the quickstart."""
@@ -47,11 +50,16 @@ def warm_up(folder: Path, device: str) -> Path:
 def measure(checkpoint: Checkpoint, arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Accuracy on held-out text in the best of the epochs, of every run."""
     found: list[dict[str, Any]] = []
+    if arguments.out and arguments.out.is_file():
+        found = json.loads(arguments.out.read_text())["runs"]
+    done = {tuple(run[name] for name in KEY) for run in found}
     for setup in arguments.setups:
         patterns, last_layers, head = SETUPS[setup]
         names = choose_targets(checkpoint.skeleton(), patterns, last_layers)
         basis = factorize(checkpoint, names, RankRule(tau=0.5))
-        for customer, seed, dropout in product(arguments.customers, range(arguments.seeds), (False, True)):
+        for customer, seed, dropout in product(arguments.customers, arguments.seeds, (False, True)):
+            if (setup, customer, seed, dropout) in done:
+                continue
             settings = TrainSettings(
                 epochs=arguments.epochs,
                 max_length=LENGTH,
@@ -76,7 +84,7 @@ def measure(checkpoint: Checkpoint, arguments: argparse.Namespace, folder: Path)
 def write(runs: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     """Write what there is so far, so that a run that is stopped has not been for nothing."""
     if arguments.out:
-        made = {"environment": environment(arguments.device), "seeds": arguments.seeds, "epochs": arguments.epochs}
+        made = {"environment": environment(arguments.device), "epochs": arguments.epochs}
         write_json(arguments.out, made | {"table": summary(runs), "runs": runs})
 
 
@@ -106,7 +114,7 @@ def main() -> None:
     parser.add_argument("--customers", nargs="+", default=list(CUSTOMERS))
     parser.add_argument("--base", type=Path, help="the quickstart's base, where it is there already")
     parser.add_argument("--setups", nargs="+", choices=list(SETUPS), default=list(SETUPS))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
