@@ -1,7 +1,7 @@
 """Customers per hour: a fleet, against PEFT's LoRA and `train` on one customer after another.
 
     python -m benchmarks.fleet [--customers N] [--device cpu|cuda] [--model FOLDER | --shape minilm|mpnet]
-                               [--data FOLDER] [--profile | --profile-only] [--out FILE.json]
+                               [--data FOLDER] [--profile | --profile-only | --host-only] [--out FILE.json]
 
 Same targets (the query projections of the last four blocks, the paper's set-up), rows, epochs, batch
 size and precision for all; no dropout and no evaluation. First a few customers of a small fleet are
@@ -13,7 +13,8 @@ reading the data, loading the base, tokenizing, the trunk and writing the files.
 
 With `--profile` one more fleet is trained after the others, with each stage timed, and a small one of
 which a single step is looked into: where the seconds go, kernel by kernel. `--profile-only` leaves the
-others out.
+others out. `--host-only` does so too, and computes no block of the base: what is left is what the host
+does for each customer.
 
 Beside wall clock stands the CPU time of the process, which other work on the machine hardly moves.
 """
@@ -23,9 +24,8 @@ import functools
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -34,7 +34,7 @@ import numpy as np
 import torch
 
 from benchmarks.fleet_parts.peers import Cost, cost_of, open_peer, train_by_trainer, train_in_loop
-from benchmarks.fleet_parts.profile import Split, StepView, lines
+from benchmarks.fleet_parts.profile import Split, StepView, lines, without_blocks
 from benchmarks.fleet_parts.shards import Shards, customer_name, read_shards, save_shape
 from benchmarks.records import environment
 from qrlora_deploy.adapter import resolve_layer
@@ -87,26 +87,29 @@ class Bench:
     rows_per_step: int | None
     folder: Path
 
-    def run_fleet(self, name: str, numbers: Sequence[int]) -> Path:
-        """Train these customers into a folder of that name.
+    def write_data(self, numbers: Sequence[int]) -> Path:
+        """A file with the rows of these customers."""
+        file = self.folder / f"{len(numbers)}-from-{numbers[0]}.tsv"
+        self.shards.write(file, numbers, self.rows)
+        return file
+
+    def run_fleet(self, name: str, file: Path) -> Path:
+        """Train the customers of a file into a folder of that name.
 
         Raises:
             SystemExit: one of them failed.
         """
-        file, output = self.folder / f"{name}.tsv", self.folder / name
-        self.shards.write(file, numbers, self.rows)
+        output = self.folder / name
         options = FleetOptions(output, rows_per_step=self.rows_per_step)
         source = FleetSource(file, customer_column="customer")
         report = train_fleet(self.checkpoint, self.basis, source, self.settings, options)
-        if report.count("trained") != len(numbers):
+        if report.count("failed"):
             raise SystemExit(f"{report.count('failed')} customers failed: {report.summary}")
         return output
 
     def examples(self, numbers: Sequence[int]) -> list[Examples]:
         """The rows of some customers, as the fleet reads them."""
-        file = self.folder / "sample.tsv"
-        self.shards.write(file, numbers, self.rows)
-        groups = read_groups(file, "customer", None, None, lambda _: True)
+        groups = read_groups(self.write_data(numbers), "customer", None, None, lambda _: True)
         return [groups.examples[customer_name(number)] for number in numbers]
 
 
@@ -122,9 +125,10 @@ def measure(bench: Bench, sample: int, rounds: int) -> dict[str, Any]:
     train_in_loop(peer, customers[0])  # warms caches and libraries; not counted
     loop: list[Cost] = []
     fleet: list[Cost] = []
+    file = bench.write_data(range(bench.customers))
     for turn in range(rounds):
         loop += [cost_of(functools.partial(train_in_loop, peer, examples)) for examples in customers]
-        fleet.append(cost_of(functools.partial(bench.run_fleet, f"round-{turn}", range(bench.customers))))
+        fleet.append(cost_of(functools.partial(bench.run_fleet, f"round-{turn}", file)))
         print(f"round {turn}: the fleet took {fleet[-1].seconds:.1f} s", file=sys.stderr)
     by_trainer = train_by_trainer(bench.folder / "trainer")
     trainer = [cost_of(functools.partial(by_trainer, peer, examples)) for examples in customers[:few]]
@@ -137,17 +141,34 @@ def measure(bench: Bench, sample: int, rounds: int) -> dict[str, Any]:
 def look_into(bench: Bench) -> dict[str, Any]:
     """Where the seconds of a fleet go, and one of its steps."""
     device = bench.settings.device
-    view, split = StepView(device), Split(device)
+    view = StepView(device)
     few = (bench.rows_per_step or ROWS_PER_STEP[device]) // bench.settings.batch_size
     with view.watch():
         # It is also the run that warms up what the other one is timed with.
-        bench.run_fleet("step", range(min(few, bench.customers)))
+        bench.run_fleet("step", bench.write_data(range(min(few, bench.customers))))
+    return split_up(bench) | {"step": view.found}
+
+
+def split_up(bench: Bench) -> dict[str, Any]:
+    """The seconds of each stage of a fleet."""
+    split, file = Split(bench.settings.device), bench.write_data(range(bench.customers))
     with split.watch():
-        start = time.perf_counter()
-        bench.run_fleet("split", range(bench.customers))
-        record = {"split": split.record(time.perf_counter() - start), "step": view.found}
-    print("\n".join(lines(record)), flush=True)
-    return record
+        cost = cost_of(functools.partial(bench.run_fleet, "split", file))
+    return {"split": split.record(cost.seconds) | {"cpu_seconds": cost.cpu_seconds}, "step": {}}
+
+
+def look_at_host(bench: Bench, rounds: int) -> dict[str, Any]:
+    """The same without the blocks of the base, of the round that took least of the processor."""
+    with without_blocks():
+        found = [split_up(replace(bench, folder=_made(bench.folder / f"host-{turn}"))) for turn in range(rounds)]
+    least = min(found, key=lambda record: record["split"]["cpu_seconds"])
+    milliseconds = [1000 * record["split"]["cpu_seconds"] / bench.customers for record in found]
+    return least | {"cpu_ms_a_customer": milliseconds}
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
 
 
 def check(bench: Bench, numbers: Sequence[int], customers: list[Examples]) -> tuple[list[Cost], dict[str, float]]:
@@ -174,7 +195,7 @@ def differences(
     bench: Bench, name: str, numbers: Sequence[int], customers: list[Examples]
 ) -> tuple[list[Cost], dict[str, float]]:
     """What some customers take alone, and by how much they differ from a fleet of them."""
-    output = bench.run_fleet(f"fleet-{name}", numbers)
+    output = bench.run_fleet(f"fleet-{name}", bench.write_data(numbers))
     costs, errors = [], {}
     for number, examples in zip(numbers, customers, strict=True):
         found: list[Coefficients] = []
@@ -247,6 +268,7 @@ def main() -> int:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--profile", action="store_true", help="also say where the seconds of a fleet go")
     which.add_argument("--profile-only", action="store_true", help="say that and measure nothing else")
+    which.add_argument("--host-only", action="store_true", help="the same without the arithmetic of the base")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -256,12 +278,16 @@ def main() -> int:
             "coefficients": bench.basis.total_rank,
             "threads": torch.get_num_threads(),
         }
-        if not options.profile_only:
+        if options.host_only:
+            record["profile"] = look_at_host(bench, options.rounds)
+        elif not options.profile_only:
             record |= measure(bench, min(options.sample, options.customers), options.rounds)
         if options.profile or options.profile_only:
             record["profile"] = look_into(bench)
-    if not options.profile_only:
+    if "fleet" in record:
         report(record)
+    if "profile" in record:
+        print("\n".join(lines(record["profile"])))
     if options.out:
         write_json(options.out, record)
     return 0

@@ -186,6 +186,21 @@ class StepView:
         }
 
 
+@contextmanager
+def without_blocks() -> Iterator[None]:
+    """Run the block, which trains a fleet, with the blocks of the base left out: what is left is the host's work."""
+
+    def logits(model: FleetModel, *_: Any) -> torch.Tensor:
+        coefficients = model.values.parts[0]
+        return coefficients.new_zeros(len(coefficients), model.limits.shape[1]) + coefficients.sum(1, keepdim=True)
+
+    def trunk(_: FleetModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.zeros(*batch["input_ids"].shape, 1, device=batch["input_ids"].device)
+
+    with patch.object(FleetModel, "logits_packed", logits), patch.object(FleetModel, "trunk", trunk):
+        yield
+
+
 def lines(record: dict[str, Any]) -> Iterator[str]:
     """A record of both for the terminal."""
     split, step = record["split"], record["step"]
@@ -195,6 +210,8 @@ def lines(record: dict[str, Any]) -> Iterator[str]:
             yield f"  {part.removesuffix('_seconds'):8}{seconds:9.3f} s  {name}"
     if "device_idle_seconds" in split:
         yield f"  device  {split['device_idle_seconds']:9.3f} s  idle between them"
+    if not step:
+        return
     yield (
         f"one step: {step['rows']} rows, {step['tokens']} tokens of {step['lengths']} lengths, "
         f"in {step['chunks']} chunks; {step['kernels']} kernels, {step['kernel_ms']:.2f} ms; "
