@@ -37,7 +37,7 @@ BOUNDS = {
     "fp32": Bounds(1e-4),
     "fp16": Bounds(1e-2, 0.99),
     "bf16": Bounds(8e-2, 0.95),
-    "int8": Bounds(0.25, 0.95, 0.85),
+    "int8": Bounds(0.25, 0.95, 0.75),
 }
 """fp32: sums of a few hundred products in another order differ by some 1e-6, six layers of them
 by some 1e-5; a wrong mask or a lost customer by 1e-2 and more.
@@ -53,8 +53,9 @@ outliers make large. Six layers come out 0.04 to 0.12 off, and 0.18 in a row who
 bound is above that and catches a wrong scale. What matters more is judged by itself. On a trained base
 customers that are trained, or made up to be as strong, keep a correlation of 0.97 to 0.99, and of 0.96
 at least with calibrated scales. At 0.95 a third of an effect is noise, and a base whose output layer
-was never trained is below: 0.86 to 0.92. A lost customer has about 0. Labels agree in 89 to 100 % of
-the rows; of 35 rows five may be near ties."""
+was never trained is below: 0.86 to 0.92. A lost customer has about 0. Labels agree in 86 to 100 % of
+the rows while accuracy changes by a percent: of 35 rows and 150 labels five are near ties. A quarter of
+other labels is more than that by two standard errors."""
 
 LOGITS, BASE_LOGITS = "logits", "base_logits"
 WHERE_IT_RUNS = {

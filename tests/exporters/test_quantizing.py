@@ -164,7 +164,7 @@ def test_labels_are_judged_by_themselves() -> None:
 
     report = check_parity(Turned(), [case], "int8")
     assert report.max_abs_error < report.bound and not report.passed
-    with pytest.raises(CheckFailed, match=r"labels are not PyTorch's: agreement 0\.0000 < 0\.85 \(int8, 4 inputs"):
+    with pytest.raises(CheckFailed, match=r"labels are not PyTorch's: agreement 0\.0000 < 0\.75 \(int8, 4 inputs"):
         report.raise_if_failed()
 
 
