@@ -94,7 +94,13 @@ def main() -> None:
     for name, steps in runs.items():
         print(f"bias {name}: {steps[-1]}")
     if arguments.out:
-        what = {"model": Path(arguments.model).name, "rate": WARMUP_RATE, "batch": BATCH, "seed": arguments.seed, "mean": mean}
+        what = {
+            "model": Path(arguments.model).name,
+            "rate": WARMUP_RATE,
+            "batch": BATCH,
+            "seed": arguments.seed,
+            "mean": mean,
+        }
         write_json(arguments.out, {"environment": environment("cpu"), **what, "runs": runs})
 
 
