@@ -1,5 +1,6 @@
-"""Running the command line as a user does: a process of its own."""
+"""Running the command line: as a user does, in a process of its own, or in this one, which spares its imports."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -8,6 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from click.testing import CliRunner
+
+from qrlora_deploy.cli import cli
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,9 +55,21 @@ def run(*arguments: object, cwd: Path, prepare: Callable[[], None] | None = None
     return Ran(done.returncode, done.stdout, done.stderr)
 
 
-def succeed(arguments: Sequence[object], cwd: Path) -> Any:
+def run_here(*arguments: object, cwd: Path) -> Ran:
+    """The same in this process."""
+    with contextlib.chdir(cwd):
+        done = CliRunner().invoke(cli, list(map(str, arguments)), prog_name="qrlora-deploy", catch_exceptions=False)
+    return Ran(done.exit_code, done.stdout, done.stderr)
+
+
+def succeed(arguments: Sequence[object], cwd: Path, how: Callable[..., Ran] = run) -> Any:
     """Run with `--json`, which must end well; returns what it printed."""
-    ran = run(*arguments, "--json", cwd=cwd)
+    ran = how(*arguments, "--json", cwd=cwd)
     assert ran.code == 0, ran.err
     assert "Traceback" not in ran.err
     return ran.json
+
+
+def succeed_here(arguments: Sequence[object], cwd: Path) -> Any:
+    """`succeed` in this process."""
+    return succeed(arguments, cwd, run_here)

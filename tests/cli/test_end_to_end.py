@@ -1,4 +1,4 @@
-"""The whole way through the command line, each command in a process of its own."""
+"""The whole way through the command line, and the way back without the base."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import safetensors.numpy
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from tests.cli.running import run, succeed
+from tests.cli.running import run, succeed, succeed_here
 from tests.tiny import LABELS, SENTENCES, save_base
 from tests.tolerances import FP32_ONNX, FP32_SIDE_BRANCH, ONE_ROUNDING
 
@@ -93,14 +93,14 @@ def test_the_whole_way(place: Path) -> None:
 
 def test_without_the_base_unmerge_subtracts(place: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base")
-    succeed(["factorize", "base", "--target", "query", "--rank", 8, "-o", "basis.safetensors"], tmp_path)
+    succeed_here(["factorize", "base", "--target", "query", "--rank", 8, "-o", "basis.safetensors"], tmp_path)
     (tmp_path / "train.tsv").write_text((place / "train.tsv").read_text("utf-8"), "utf-8")
     options = ["--basis", "basis.safetensors", "--data", "train.tsv", "--max-length", 32, "--epochs", 1]
-    succeed(["train", "base", *options, "-o", "acme.safetensors"], tmp_path)
-    succeed(["merge", "--coefficients", "acme.safetensors", "-o", "acme"], tmp_path)
+    succeed_here(["train", "base", *options, "-o", "acme.safetensors"], tmp_path)
+    succeed_here(["merge", "--coefficients", "acme.safetensors", "-o", "acme"], tmp_path)
     before = safetensors.numpy.load_file(tmp_path / "base" / "model.safetensors")
     (tmp_path / "base").rename(tmp_path / "gone")
-    report = succeed(["merge", "--unmerge", "acme", "--coefficients", "acme.safetensors", "-o", "again"], tmp_path)
+    report = succeed_here(["merge", "--unmerge", "acme", "--coefficients", "acme.safetensors", "-o", "again"], tmp_path)
     assert report["exact"] is False
     after = safetensors.numpy.load_file(tmp_path / "again" / "model.safetensors")
     merged = safetensors.numpy.load_file(tmp_path / "acme" / "model.safetensors")

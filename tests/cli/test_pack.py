@@ -12,7 +12,7 @@ from qrlora_deploy.coefficients import Coefficients, write_coefficients
 from qrlora_deploy.runtime.bundle import open_bundle
 from qrlora_deploy.runtime.packed import load_packed
 from qrlora_deploy.runtime.switchable import SwitchableSession
-from tests.cli.running import run, succeed
+from tests.cli.running import run, succeed, succeed_here
 
 PACK = "pack customers --bundle bundle -o packed.safetensors"
 
@@ -32,12 +32,12 @@ def test_the_file_is_in_the_dtype_of_the_bundles_table_unless_it_is_said(
     place: Path, tiny_base: Path, tiny_basis_file: Path, tiny_customer: Coefficients
 ) -> None:
     command = f"export {tiny_base} --basis {tiny_basis_file} --table-dtype fp16 -o half"
-    exported = succeed(command.split(), place)
+    exported = succeed_here(command.split(), place)
     assert {record["name"]: record["dtype"] for record in exported["inputs"]}["coefficient_table"] == "float16"
     session = SwitchableSession(open_bundle(place / "half"), threads=1)
     sizes = {}
     for option, dtype in (("", "fp16"), (" --dtype fp16", "fp16"), (" --dtype fp32", "fp32")):
-        made = succeed(f"pack customers --bundle half -o packed.safetensors{option}".split(), place)
+        made = succeed_here(f"pack customers --bundle half -o packed.safetensors{option}".split(), place)
         assert made["dtype"] == dtype
         sizes[dtype] = made["size_bytes"]
         assert load_packed(session, place / "packed.safetensors") == 2

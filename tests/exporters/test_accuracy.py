@@ -17,7 +17,7 @@ from qrlora_deploy.errors import CheckFailed, InputError
 from qrlora_deploy.exporting import ExportJob
 from qrlora_deploy.merging import merge_model
 from qrlora_deploy.training.data import Examples
-from tests.cli.running import run, succeed
+from tests.cli.running import run_here, succeed_here
 from tests.tiny import LABELS, SENTENCES
 
 TASK = "text-classification"
@@ -126,13 +126,13 @@ def test_accuracy_on_the_command_line(
     data = tmp_path / "data.tsv"
     data.write_text("text\tlabel\n" + "".join(f"{text}\ttravel\n" for text in SENTENCES))
     merged = ["export", "--merge", "--coefficients", tiny_customer_file, "--basis", tiny_basis_file, tiny_base]
-    record = succeed([*merged, "--data", data, "-o", tmp_path / "a"], tmp_path)
+    record = succeed_here([*merged, "--data", data, "-o", tmp_path / "a"], tmp_path)
     assert record["parity"]["accuracy_rows"] == len(SENTENCES)
     assert record["parity"]["accuracy"] == record["parity"]["accuracy_reference"]
-    shown = run(*merged, "--data", data, "-o", tmp_path / "b", cwd=tmp_path)
+    shown = run_here(*merged, "--data", data, "-o", tmp_path / "b", cwd=tmp_path)
     assert f"accuracy_rows {len(SENTENCES)}" in shown.out
-    assert "accuracy_r" not in run(*merged, "-o", tmp_path / "c", cwd=tmp_path).out
+    assert "accuracy_r" not in run_here(*merged, "-o", tmp_path / "c", cwd=tmp_path).out
     data.write_text("text\tlabel\nbook a flight\ttravel\npay a bill\tmoney\n")
-    refused = run(*merged, "--data", data, "-o", tmp_path / "d", cwd=tmp_path)
+    refused = run_here(*merged, "--data", data, "-o", tmp_path / "d", cwd=tmp_path)
     assert refused.code != 0 and "not the customer's: money" in refused.err
     assert not (tmp_path / "d").exists()

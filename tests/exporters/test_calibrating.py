@@ -22,7 +22,7 @@ from qrlora_deploy.runtime import SwitchableSession, open_bundle, verify
 from qrlora_deploy.runtime.layout import SLOT, TABLE
 from qrlora_deploy.runtime.parity import read_reference
 from qrlora_deploy.training.data import Examples, TextRows
-from tests.cli.running import run, succeed
+from tests.cli.running import run_here, succeed_here
 from tests.forging import reseal
 from tests.tiny import SENTENCES
 from tests.tolerances import CALIBRATED_ROWS
@@ -183,17 +183,17 @@ def test_calibration_on_the_command_line(tiny_base: Path, tiny_basis_file: Path,
     data = tmp_path / "texts.tsv"
     data.write_text("text\n" + "\n".join(SENTENCES) + "\n")
     arguments = ["export", tiny_base, "--basis", tiny_basis_file, "-o", tmp_path / "bundle", "--calibration"]
-    shown = run(*arguments, data, "--precision", "int8", cwd=tmp_path)
+    shown = run_here(*arguments, data, "--precision", "int8", cwd=tmp_path)
     assert shown.code == 0 and f"calibration      method minmax, rows {len(SENTENCES)}, texts_digest " in shown.out
-    record = succeed(["inspect", tmp_path / "bundle"], tmp_path)
+    record = succeed_here(["inspect", tmp_path / "bundle"], tmp_path)
     assert record["precision"] == "int8"
     assert record["calibration"] == calibration_record(TEXTS).model_dump()
     operators = {
         node.op_type for node in onnx.load(tmp_path / "bundle" / "model.onnx", load_external_data=False).graph.node
     }
     assert "DequantizeLinear" in operators and "MatMulInteger" not in operators
-    refused = run(*arguments, data, cwd=tmp_path)
+    refused = run_here(*arguments, data, cwd=tmp_path)
     assert refused.code == 2 and "--calibration belongs to --precision int8" in refused.err
     arguments[5] = tmp_path / "another"
-    missing = run(*arguments, tmp_path / "none.tsv", "--precision", "int8", cwd=tmp_path)
+    missing = run_here(*arguments, tmp_path / "none.tsv", "--precision", "int8", cwd=tmp_path)
     assert missing.code == 2 and "none.tsv: no such file" in missing.err

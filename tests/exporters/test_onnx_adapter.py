@@ -20,7 +20,7 @@ from qrlora_deploy.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.coefficients import Coefficients, write_coefficients
 from qrlora_deploy.errors import BasisMismatchError, CheckFailed, InputError, QrloraError
 from qrlora_deploy.exporting import ExportJob, find_exporter
-from tests.cli.running import run, succeed
+from tests.cli.running import run_here, succeed_here
 from tests.tiny import SENTENCES
 from tests.tolerances import EXACT, FP32_ONNX
 
@@ -229,8 +229,8 @@ def test_command_line_writes_a_file(switchable: Path, job: ExportJob, tmp_path: 
     customer = with_head(job.coefficients, 5)
     write_coefficients(customer, tmp_path / "acme.safetensors")
     options = ["export", "--format", "onnx-adapter", "--coefficients", "acme.safetensors", "-o", job.output.name]
-    ran = run(*options, cwd=tmp_path)
+    ran = run_here(*options, cwd=tmp_path)
     assert ran.code == 2 and ran.err.startswith("Error: the customer has a head") and ran.err.count("\n") == 1
-    assert succeed([*options, "--head-labels", 6], tmp_path)["head_labels"] == 6
+    assert succeed_here([*options, "--head-labels", 6], tmp_path)["head_labels"] == 6
     found = adapter_logits(switchable, job.output, job.checkpoint)
     np.testing.assert_allclose(found[:, :5], side_branch_logits(job.checkpoint, job.basis, customer), **FP32_ONNX)

@@ -37,7 +37,7 @@ from qrlora_deploy.factorizing import factorize
 from qrlora_deploy.rank_rule import RankRule
 from qrlora_deploy.targets import choose_targets
 from qrlora_deploy.training.head import output_layer
-from tests.cli.running import run, succeed
+from tests.cli.running import run_here, succeed_here
 from tests.tiny import SENTENCES, build_tokenizer
 from tests.tolerances import EXACT, FP32_SIDE_BRANCH
 
@@ -282,9 +282,9 @@ def test_folder_that_is_in_use_is_left_alone(tiny_job: ExportJob) -> None:
 def test_command_line_writes_a_folder(tiny_customer_file: Path, tiny_job: ExportJob, tmp_path: Path) -> None:
     assert find_exporter("peft") is export_peft
     options = ["export", "--format", "peft", "--coefficients", tiny_customer_file, "-o", "lora"]
-    assert succeed(options, tmp_path)["kind"] == "peft"
+    assert succeed_here(options, tmp_path)["kind"] == "peft"
     expected = side_branch_logits(tiny_job.checkpoint, tiny_job.basis, tiny_job.coefficients)  # type: ignore[arg-type]
     np.testing.assert_allclose(peft_logits(tiny_job.checkpoint, tmp_path / "lora"), expected, **FP32_SIDE_BRANCH)
-    ran = run(*options[:-1], "other", "--head-labels", 6, cwd=tmp_path)
+    ran = run_here(*options[:-1], "other", "--head-labels", 6, cwd=tmp_path)
     assert ran.code == 2 and ran.err.startswith("Error: --head-labels") and ran.err.count("\n") == 1
     assert not (tmp_path / "other").exists()

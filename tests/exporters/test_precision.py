@@ -25,7 +25,7 @@ from qrlora_deploy.runtime import SwitchableSession, open_bundle, open_session, 
 from qrlora_deploy.runtime.parity import BOUNDS, Case, check_parity, read_reference
 from qrlora_deploy.targets import choose_targets
 from qrlora_deploy.training.data import Examples
-from tests.cli.running import run, succeed
+from tests.cli.running import run_here, succeed_here
 from tests.exporters.conftest import InPrecision
 from tests.exporters.test_switchable import save_encoder
 from tests.tolerances import FP16_ROWS
@@ -311,14 +311,14 @@ def test_precision_on_the_command_line(
     tiny_base: Path, tiny_basis_file: Path, tiny_customer_file: Path, tmp_path: Path
 ) -> None:
     arguments = ["export", tiny_base, "--basis", tiny_basis_file, "-o", tmp_path / "bundle"]
-    record = succeed([*arguments, "--precision", "fp16"], tmp_path)
+    record = succeed_here([*arguments, "--precision", "fp16"], tmp_path)
     assert record["precision"] == "fp16" and record["parity"]["effect_correlation"] > 0.999
-    assert succeed(["inspect", tmp_path / "bundle"], tmp_path)["precision"] == "fp16"
-    assert succeed(["verify", tmp_path / "bundle"], tmp_path)["precision"] == "fp16"
-    wrong = run(
+    assert succeed_here(["inspect", tmp_path / "bundle"], tmp_path)["precision"] == "fp16"
+    assert succeed_here(["verify", tmp_path / "bundle"], tmp_path)["precision"] == "fp16"
+    wrong = run_here(
         "export", tiny_base, "--basis", tiny_basis_file, "-o", tmp_path / "b", "--precision", "fp8", cwd=tmp_path
     )
     assert wrong.code == 2 and "--precision" in wrong.err and "fp16" in wrong.err
     adapter = ["export", "--coefficients", tiny_customer_file, "--format", "peft", "-o", tmp_path / "p"]
-    refused = run(*adapter, "--precision", "fp16", cwd=tmp_path)
+    refused = run_here(*adapter, "--precision", "fp16", cwd=tmp_path)
     assert refused.code == 2 and "--precision belongs to --format onnx" in refused.err

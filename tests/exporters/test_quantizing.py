@@ -21,7 +21,7 @@ from qrlora_deploy.exporting import ExportJob
 from qrlora_deploy.runtime import SwitchableSession, open_bundle, verify
 from qrlora_deploy.runtime.parity import BOUNDS, Case, check_parity, read_reference
 from qrlora_deploy.training.data import Examples
-from tests.cli.running import succeed
+from tests.cli.running import succeed_here
 from tests.exporters.conftest import InPrecision
 from tests.tolerances import INT8_ROWS
 
@@ -184,6 +184,6 @@ def test_nothing_to_quantise_and_a_gpu_are_errors(
 
 def test_int8_on_the_command_line(tiny_base: Path, tiny_basis_file: Path, tmp_path: Path) -> None:
     arguments = ["export", tiny_base, "--basis", tiny_basis_file, "-o", tmp_path / "bundle", "--precision", "int8"]
-    assert succeed(arguments, tmp_path)["precision"] == "int8"
-    assert succeed(["inspect", tmp_path / "bundle"], tmp_path)["precision"] == "int8"
-    assert succeed(["verify", tmp_path / "bundle"], tmp_path)["precision"] == "int8"
+    assert succeed_here(arguments, tmp_path)["precision"] == "int8"
+    assert succeed_here(["inspect", tmp_path / "bundle"], tmp_path)["precision"] == "int8"
+    assert succeed_here(["verify", tmp_path / "bundle"], tmp_path)["precision"] == "int8"
