@@ -279,6 +279,7 @@ def test_a_method_trains_what_it_says_and_starts_as_the_model(tiny_base: Path, n
     assert prepared.file_bytes() > 4 * prepared.trainable
 
 
+@pytest.mark.slow
 def test_every_method_runs_and_is_recorded_once(make_job: Callable[..., Job]) -> None:
     job = make_job(tasks=("RTE", "STS-B"))
     work_all(job)

@@ -62,7 +62,7 @@ def test_the_whole_way(place: Path) -> None:
     assert values.shape == (basis["total_rank"],) and np.count_nonzero(values) == len(values)
 
     for path, kind in (("basis.safetensors", "basis"), ("acme.safetensors", "coefficients"), ("base", "checkpoint")):
-        assert succeed(["inspect", path], place)["kind"] == kind
+        assert succeed_here(["inspect", path], place)["kind"] == kind
     assert run("inspect", "acme.safetensors", "--plot", "acme.png", cwd=place).code == 0
     assert (place / "acme.png").read_bytes().startswith(b"\x89PNG")
 
@@ -80,7 +80,7 @@ def test_the_whole_way(place: Path) -> None:
     assert succeed(["verify", "bundle"], place)["passed"]
     anew = ["verify", "bundle", "--coefficients", "acme.safetensors", "--data", "dev.tsv"]
     assert succeed(anew, place)["passed"]
-    assert succeed(["inspect", "bundle"], place)["kind"] == "bundle"
+    assert succeed_here(["inspect", "bundle"], place)["kind"] == "bundle"
 
     texts = [part for sentence in SENTENCES for part in ("--text", sentence)]
     answers = succeed(["predict", "bundle", *texts], place)

@@ -55,8 +55,15 @@ def test_every_encoder_agrees_with_pytorch(name: str, tmp_path: Path, texts: Exa
     assert verify(open_bundle(job.output)).passed
 
 
-@pytest.mark.parametrize("name", ["distilbert", "mpnet"])
-@pytest.mark.parametrize("precision", ["fp16", "int8"])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        ("distilbert", "fp16"),
+        ("mpnet", "int8"),
+        pytest.param("mpnet", "fp16", marks=pytest.mark.slow),
+        pytest.param("distilbert", "int8", marks=pytest.mark.slow),
+    ],
+)
 def test_other_precisions(name: str, precision: str, tmp_path: Path, texts: Examples) -> None:
     job = make_job(name, tmp_path, texts, precision=precision)
     if not use_onnx_attention(job.checkpoint.load_model()):
@@ -123,11 +130,16 @@ def test_lengths_and_a_mask_attend_alike(kind: str) -> None:
     torch.testing.assert_close(found, packing.pack(expected), **FP32_SIDE_BRANCH)
 
 
-@pytest.mark.parametrize("kind", list(MASKS))
-def test_a_token_that_is_computed_twice_changes_nothing(kind: str, tmp_path: Path, texts: Examples) -> None:
-    job = make_job("mpnet", tmp_path, texts)
+@pytest.fixture(scope="module")
+def mpnet_graph(tmp_path_factory: pytest.TempPathFactory, texts: Examples) -> Path:
+    job = make_job("mpnet", tmp_path_factory.mktemp("mpnet"), texts)
     export_switchable(job)
-    session = open_session(job.output / "model.onnx", threads=1)
+    return job.output / "model.onnx"
+
+
+@pytest.mark.parametrize("kind", list(MASKS))
+def test_a_token_that_is_computed_twice_changes_nothing(kind: str, mpnet_graph: Path) -> None:
+    session = open_session(mpnet_graph, threads=1)
     mask = np.array(MASKS[kind], dtype=np.int64)
     table = next(value.shape for value in session.get_inputs() if value.name == "coefficient_table")
     random = np.random.default_rng(3)

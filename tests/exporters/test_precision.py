@@ -83,7 +83,9 @@ def test_fp16_keeps_the_logits_and_the_effect(kind: str, merged_fp16: Path, swit
     assert json.loads((folder / "config.json").read_text())["dtype"] == "float16"
 
 
-@pytest.mark.parametrize("name", ["roberta", "mpnet", "distilbert", "deberta-v2"])
+@pytest.mark.parametrize(
+    "name", ["mpnet", "deberta-v2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("roberta", "distilbert"))]
+)
 def test_encoders_in_fp16(name: str, tmp_path: Path, texts: Examples) -> None:
     checkpoint = open_checkpoint(str(save_encoder(name, tmp_path / "base")))
     # Projections of DeBERTa's positions have no customers.
