@@ -39,7 +39,9 @@ def make_job(name: str, folder: Path, texts: Examples, **options: object) -> Exp
     return ExportJob(checkpoint, basis, folder / "bundle", texts=texts, padding_free=True, **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "mpnet", "distilbert"])
+@pytest.mark.parametrize(
+    "name", ["bert", "mpnet", *(pytest.param(name, marks=pytest.mark.slow) for name in ("roberta", "distilbert"))]
+)
 def test_every_encoder_agrees_with_pytorch(name: str, tmp_path: Path, texts: Examples) -> None:
     job = make_job(name, tmp_path, texts, head_labels=6)
     probe = job.checkpoint.load_model()
