@@ -40,7 +40,7 @@ A {kind} bundle in {precision}, written by qrlora-deploy: {what}
 `manifest.json` says what it was made from and seals every file. `model.onnx` takes {inputs}
 and gives `logits [batch, labels]`; it runs in ONNX Runtime {runtime} or newer (opset {opset}).
 """
-RUNTIMES = {23: "1.23", 24: ".".join(map(str, FIRST_RUNTIME))}
+RUNTIMES = {23: "1.23", 24: FIRST_RUNTIME}
 """The first ONNX Runtime that computes the operators of each opset as they are used here."""
 
 WHAT = {

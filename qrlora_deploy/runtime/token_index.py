@@ -11,7 +11,7 @@ TOKEN_INDEX = "token_index"
 STEPS, SMALLEST_STEP = 16, 64
 """Numbers of tokens that one bucket is split into, at most, and the least distance of two of them."""
 
-FIRST_RUNTIME = (1, 25)
+FIRST_RUNTIME = "1.25"
 """1.24 opens a padding-free graph and takes no notice of the lengths of its rows; 1.23 does not open it."""
 
 
@@ -21,12 +21,15 @@ def check_runtime() -> None:
     Raises:
         ProviderError: it is older than that.
     """
-    found = tuple(map(int, onnxruntime.__version__.split(".")[:2]))
-    if found < FIRST_RUNTIME:
+    if _release(onnxruntime.__version__) < _release(FIRST_RUNTIME):
         raise ProviderError(
             f"ONNX Runtime {onnxruntime.__version__} gives wrong answers for padding-free graphs; "
-            f"install {'.'.join(map(str, FIRST_RUNTIME))} or newer, or export without --padding-free"
+            f"install {FIRST_RUNTIME} or newer, or export without --padding-free"
         )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")[:2]))
 
 
 def kept_tokens(mask: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from torch.nn import functional
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.training.graphed import GraphedStep, step_gradients
 from qrlora_deploy.training.layout import packed_layout, padded_layout
-from qrlora_deploy.training.loop import Progress, Rows, SmallTrainer, halve_frozen, mixed_precision
+from qrlora_deploy.training.loop import Progress, Rows, SmallTrainer, halve_frozen, has_bf16, mixed_precision
 from qrlora_deploy.training.tasks import REGRESSION
 from qrlora_deploy.training.trunk import SplitModel, split_model
 from qrlora_deploy.training.trunk_cache import TrunkCache, fill_cache
@@ -131,7 +131,7 @@ def build_cached(model: Any, targets: Sequence[str], texts: Texts, task: str, wi
     # Under autocast too, what a block hands on is the fp32 of its last LayerNorm.
     size_bytes = count * model.config.hidden_size * next(model.parameters()).element_size()
     room = find_room(wish.wanted, size_bytes, device, wish.folder)
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+    if has_bf16(device.type):
         halve_frozen(model)
     progress = wish.progress
     report = (lambda done: progress("trunk", done, len(rows))) if progress else None

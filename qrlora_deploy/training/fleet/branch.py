@@ -8,7 +8,6 @@ from torch.nn import functional
 
 from qrlora_deploy.adapter import QRLoRALinear, attach, detach, precondition, resolve_layer
 from qrlora_deploy.basis import Basis
-from qrlora_deploy.training.loop import halve_frozen
 
 RANK_STEP = 8
 """Ranks are padded to a multiple of this by zeros: a GPU multiplies bf16 matrices of other sizes many times slower."""
@@ -117,11 +116,3 @@ def attach_rows(model: Any, basis: Basis, values: RowValues) -> torch.Tensor:
     for part, (name, adapter) in enumerate(adapters.items()):
         model.set_submodule(resolve_layer(model, name)[0], RowLinear(adapter, values, part))
     return scale
-
-
-def halve_rows(model: nn.Module) -> None:
-    """Store frozen matrices in bf16, those of side branches too, as `halve_frozen` does for one customer."""
-    halve_frozen(model)
-    for module in model.modules():
-        if isinstance(module, RowLinear):
-            module.q, module.r = module.q.bfloat16(), module.r.bfloat16()

@@ -13,7 +13,7 @@ from qrlora_deploy.adapter import resolve_layer
 from qrlora_deploy.basis import Basis
 from qrlora_deploy.checkpoint import Checkpoint
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.training.fleet.branch import RowHead, RowValues, attach_rows, halve_rows, padded_rank
+from qrlora_deploy.training.fleet.branch import RowHead, RowLinear, RowValues, attach_rows, padded_rank
 from qrlora_deploy.training.fleet.shipping import ship
 from qrlora_deploy.training.fleet.table import AdamTable
 from qrlora_deploy.training.fleet.tokens import IDS
@@ -26,7 +26,7 @@ from qrlora_deploy.training.head import (
     output_layer,
 )
 from qrlora_deploy.training.layout import Layout
-from qrlora_deploy.training.loop import load_tokenizer, mixed_precision, quiet_transformers
+from qrlora_deploy.training.loop import halve_frozen, has_bf16, load_tokenizer, mixed_precision, quiet_transformers
 from qrlora_deploy.training.settings import TrainSettings
 from qrlora_deploy.training.trunk import SplitModel, split_model
 from qrlora_deploy.training.upper import Upper
@@ -100,8 +100,8 @@ class FleetModel:
             self._build_head(checkpoint, head, slots, labels)
         self.limits = torch.zeros(slots, labels, device=device)
         self.upper = self._build_upper() if self.split is not None else None
-        if device.type == "cuda" and torch.cuda.is_bf16_supported():
-            halve_rows(self.model)  # after the parts were held against the whole, in fp32
+        if has_bf16(device.type):
+            halve_frozen(self.model, RowLinear)  # after the parts were held against the whole, in fp32
         self.blocks = len(self.split.blocks) - self.split.first if self.split else 1
         known = {IDS: self.tokenizer.pad_token_id, "token_type_ids": self.tokenizer.pad_token_type_id}
         self.pad = {name: known.get(name, 0) for name in self.tokenizer("a") if name != MASK}

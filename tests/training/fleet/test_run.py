@@ -19,7 +19,7 @@ from qrlora_deploy.training.fleet import model as fleet_model
 from qrlora_deploy.training.fleet import pool as fleet_pool
 from qrlora_deploy.training.fleet import run as fleet_run
 from qrlora_deploy.training.fleet import writing
-from qrlora_deploy.training.fleet.branch import halve_rows
+from qrlora_deploy.training.fleet.branch import RowLinear
 from qrlora_deploy.training.fleet.engine import CHUNK_TOKENS, Engine
 from qrlora_deploy.training.fleet.model import FleetModel
 from qrlora_deploy.training.fleet.options import FleetOptions, FleetReport
@@ -28,6 +28,7 @@ from qrlora_deploy.training.fleet.run import train_fleet
 from qrlora_deploy.training.fleet.schedule import StepRows
 from qrlora_deploy.training.fleet.shipping import in_one_copy
 from qrlora_deploy.training.head import Outputs
+from qrlora_deploy.training.loop import halve_frozen
 from qrlora_deploy.training.settings import TrainSettings
 from qrlora_deploy.training.trainer import train
 from tests.training.fleet.making import (
@@ -302,7 +303,7 @@ def test_half_precision_learns(
 
     def build_half(model: FleetModel, *args: Any) -> None:
         build(model, *args)
-        halve_rows(model.model)
+        halve_frozen(model.model, RowLinear)
 
     write_folders(tmp_path, [(24, 1)] * 2)
     settings = settings_of(epochs=12, head="output", head_learning_rate=0.05)
