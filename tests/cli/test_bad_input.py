@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from qrlora_deploy.basis import Basis, write_basis
-from qrlora_deploy.cli import cli
 from qrlora_deploy.coefficients import Coefficients
 from qrlora_deploy.files import write_tensors
-from tests.cli.running import run
+from tests.cli.running import run, run_here
 from tests.forging import forge
 from tests.tiny import LABELS, SENTENCES
 
@@ -44,13 +43,11 @@ def place(
     return tmp_path
 
 
-def refuse(place: Path, capsys: pytest.CaptureFixture[str], command: str, *words: str) -> str:
+def refuse(place: Path, command: str, *words: str) -> str:
     """Run a command that must fail in one line that holds `words`, and change no file; returns the line."""
     before = contents(place)
-    with pytest.raises(SystemExit) as ended:
-        cli.main(command.split(), prog_name="qrlora-deploy")
-    shown = capsys.readouterr()
-    assert ended.value.code in (1, 2), shown.err
+    shown = run_here(*command.split(), cwd=place)
+    assert shown.code in (1, 2), shown.err
     lines = shown.err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("Error: "), shown.err
     assert shown.out == "" and "internal error" not in lines[0]
@@ -116,9 +113,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_refused_in_one_line(place: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
+def test_refused_in_one_line(place: Path, case: str) -> None:
     command, *words = CASES[case]
-    refuse(place, capsys, command, *words)
+    refuse(place, command, *words)
 
 
 @no_gpu
@@ -134,8 +131,8 @@ def test_refused_in_one_line(place: Path, capsys: pytest.CaptureFixture[str], ca
         "quickstart --device cuda --out new",
     ],
 )
-def test_cuda_where_there_is_none(place: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
-    refuse(place, capsys, command, "cuda" if "--device" in command else "CUDAExecutionProvider")
+def test_cuda_where_there_is_none(place: Path, command: str) -> None:
+    refuse(place, command, "cuda" if "--device" in command else "CUDAExecutionProvider")
 
 
 def with_nan(path: Path, customer: Coefficients) -> None:
@@ -174,45 +171,44 @@ def empty(path: Path, customer: Coefficients) -> None:
 )
 def test_damaged_customer(
     place: Path,
-    capsys: pytest.CaptureFixture[str],
     tiny_customer: Coefficients,
     damage: Callable[[Path, Coefficients], None],
     command: str,
 ) -> None:
     damage(place / "acme.safetensors", tiny_customer)
-    refuse(place, capsys, command, "acme.safetensors")
+    refuse(place, command, "acme.safetensors")
 
 
-def test_damaged_basis(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_basis(place: Path) -> None:
     whole = (place / "basis.safetensors").read_bytes()
     (place / "basis.safetensors").write_bytes(whole[: len(whole) // 2])
-    refuse(place, capsys, f"{TRAIN} good.tsv", "basis.safetensors")
+    refuse(place, f"{TRAIN} good.tsv", "basis.safetensors")
 
 
-def test_wrong_basis(place: Path, capsys: pytest.CaptureFixture[str], tiny_basis: Basis) -> None:
+def test_wrong_basis(place: Path, tiny_basis: Basis) -> None:
     first, *rest = tiny_basis.targets
     other = type(first)(first.name, -first.q, -first.r, first.diagonal, first.weight_digest)
     wrong = type(tiny_basis)((other, *rest), tiny_basis.base_name, tiny_basis.rule, tiny_basis.versions)
     write_basis(wrong, place / "other.safetensors")
     command = "merge base --basis other.safetensors --coefficients acme.safetensors -o new"
-    refuse(place, capsys, command, tiny_basis.digest[:12], wrong.digest[:12])
+    refuse(place, command, tiny_basis.digest[:12], wrong.digest[:12])
 
 
-def test_another_base(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_base(place: Path) -> None:
     file = place / "base" / "model.safetensors"
     whole = bytearray(file.read_bytes())
     whole[-5] ^= 1
     file.write_bytes(whole)
-    refuse(place, capsys, "export base --merge --coefficients acme.safetensors -o new", "digest")
+    refuse(place, "export base --merge --coefficients acme.safetensors -o new", "digest")
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "tokenizer.json", "reference.safetensors"])
-def test_tampered_bundle(place: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_tampered_bundle(place: Path, name: str) -> None:
     file = place / "bundle" / name
     whole = bytearray(file.read_bytes())
     whole[len(whole) // 2] ^= 1
     file.write_bytes(whole)
-    refuse(place, capsys, "predict bundle --text hello", name, "changed")
+    refuse(place, "predict bundle --text hello", name, "changed")
 
 
 FULL_DISK = {

@@ -1,14 +1,13 @@
 """`bench` on the command line: what it writes, what it prints, and when it ends with which code."""
 
-import json
 import tomllib
 from pathlib import Path
 
 import pytest
 
 from qrlora_deploy.bench.record import read_report
-from qrlora_deploy.cli import cli
 from qrlora_deploy.coefficients import Coefficients, write_coefficients
+from tests.cli.running import run_here
 from tests.tiny import LABELS, SENTENCES
 
 SHORT = "bench bundle --customers customers --batch 1 --length 8 --threads 1 --seconds 0.4 --samples 6 -o report"
@@ -33,19 +32,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, switchable: Path, tin
     return tmp_path
 
 
-def ended(command: str, capsys: pytest.CaptureFixture[str]) -> tuple[int | str | None, str, str]:
-    """Exit code, stdout and stderr of a command in this process."""
-    with pytest.raises(SystemExit) as exit_:
-        cli.main(command.split(), prog_name="qrlora-deploy")
-    shown = capsys.readouterr()
-    return exit_.value.code, shown.out, shown.err
-
-
-def test_a_good_bundle_passes(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_good_bundle_passes(place: Path) -> None:
     (place / "gate.toml").write_text(LOOSE + '[accuracy]\nmin = 0.0\n[accuracy.data]\nacme = "acme.tsv"\n')
-    code, out, _ = ended(f"{SHORT} --gate gate.toml --json", capsys)
-    assert code == 0
-    printed, report = json.loads(out), read_report(place / "report" / "report.json")
+    ran = run_here(*SHORT.split(), "--gate", "gate.toml", "--json", cwd=place)
+    assert ran.code == 0
+    printed, report = ran.json, read_report(place / "report" / "report.json")
     assert printed["gate"]["passed"] and printed["gate"]["customers"] == {"acme": True}
     assert "samples" not in printed["measurements"][0] and report.measurements[0].samples
     assert report.accuracy[0].rows == len(SENTENCES)
@@ -54,23 +45,23 @@ def test_a_good_bundle_passes(place: Path, capsys: pytest.CaptureFixture[str]) -
     assert "<svg" in (place / "report" / "report.html").read_text()
 
 
-def test_a_broken_rule_ends_with_1_and_names_it(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_rule_ends_with_1_and_names_it(place: Path) -> None:
     (place / "gate.toml").write_text("[size]\nmax_bundle_bytes = 1000\n")
-    code, out, err = ended(f"{SHORT} --scenario single-stream --gate gate.toml", capsys)
-    assert code == 1 and out.startswith("FAILED: 1 of 1 check of gate.toml")
+    ran = run_here(*SHORT.split(), "--scenario", "single-stream", "--gate", "gate.toml", cwd=place)
+    assert ran.code == 1 and ran.out.startswith("FAILED: 1 of 1 check of gate.toml")
     assert (
-        err.startswith("Error: the gate gate.toml failed: switchable: bundle bytes ")
-        and "> 1000" in err
-        and len(err.splitlines()) == 1
+        ran.err.startswith("Error: the gate gate.toml failed: switchable: bundle bytes ")
+        and "> 1000" in ran.err
+        and len(ran.err.splitlines()) == 1
     )
 
 
-def test_the_example_is_a_gate(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = ended("bench --gate-example", capsys)
-    assert code == 0 and "max_ratio" in tomllib.loads(out)["latency"][1]
+def test_the_example_is_a_gate(place: Path) -> None:
+    ran = run_here("bench", "--gate-example", cwd=place)
+    assert ran.code == 0 and "max_ratio" in tomllib.loads(ran.out)["latency"][1]
 
 
-def test_refused_in_one_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refused_in_one_line(place: Path) -> None:
     (place / "gate.toml").write_text("[capacity]\nmin_requests_per_s = 1\n")
     (place / "ratio.toml").write_text("[[latency]]\nmax_ratio = 1.1\n")
     (place / "right.toml").write_text("[accuracy]\nmin = 0.5\n")
@@ -90,21 +81,21 @@ def test_refused_in_one_line(place: Path, capsys: pytest.CaptureFixture[str]) ->
         ("bench bundle --gate gone.toml", "gone.tsv"),
         ("bench bundle -o nowhere/report", "nowhere does not exist"),
     ):
-        code, _, err = ended(command, capsys)
-        assert code == 2 and len(err.splitlines()) == 1 and part in err, err
+        ran = run_here(*command.split(), cwd=place)
+        assert ran.code == 2 and len(ran.err.splitlines()) == 1 and part in ran.err, ran.err
     assert not (place / "bench-report").exists()
 
 
-def test_texts_of_ones_own_against_an_earlier_report(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_texts_of_ones_own_against_an_earlier_report(place: Path) -> None:
     own = SHORT.replace(
         "--length 8", "--data acme.tsv --scenario single-stream --scenario idle-gap --idle-seconds 0.01"
     )
     own = own.replace("--seconds 0.4 --samples 6", "--seconds 5 --samples 40")
-    assert ended(own, capsys)[0] == 0
+    assert run_here(*own.split(), cwd=place).code == 0
     before = place / "report" / "report.json"
     before.rename(place / "before.json")
-    code, out, _ = ended(f"{own} --reference before.json --json", capsys)
-    found = json.loads(out)
-    assert code == 0 and {item["length"] for item in found["measurements"]} == {None}
+    ran = run_here(*own.split(), "--reference", "before.json", "--json", cwd=place)
+    found = ran.json
+    assert ran.code == 0 and {item["length"] for item in found["measurements"]} == {None}
     assert {item["scenario"] for item in found["measurements"]} == {"single-stream", "idle-gap"}
     assert {item["baseline"] for item in found["comparisons"]} == {"earlier report"}

@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qrlora_deploy.cli import cli
 from qrlora_deploy.cli.combine import parse_part
 from qrlora_deploy.coefficients import Coefficients, read_coefficients, write_coefficients
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.locating import locate_basis
-from tests.cli.running import run, succeed
+from tests.cli.running import run, run_here, succeed
 from tests.tolerances import EXACT
 
 
@@ -79,21 +78,19 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_in_one_line(place: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
+def test_refused_in_one_line(place: Path, case: str) -> None:
     part, line = REFUSED[case]
     old = shutil.copy(place / "parts" / "a.safetensors", place / "made" / "c.safetensors").read_bytes()
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["combine", part, "parts/b.safetensors:2", "-o", "made/c.safetensors"], prog_name="qrlora-deploy")
-    shown = capsys.readouterr()
-    assert ended.value.code == 2
+    shown = run_here("combine", part, "parts/b.safetensors:2", "-o", "made/c.safetensors", cwd=place)
+    assert shown.code == 2
     assert shown.err.startswith("Error: ") and len(shown.err.splitlines()) == 1 and line in shown.err, shown.err
     assert (place / "made" / "c.safetensors").read_bytes() == old
 
 
-def test_both_files_are_named(place: Path, capsys: pytest.CaptureFixture[str], tiny_customer: Coefficients) -> None:
+def test_both_files_are_named(place: Path, tiny_customer: Coefficients) -> None:
     write_coefficients(replace(tiny_customer, basis_digest="e" * 64), place / "foreign.safetensors")
-    with pytest.raises(SystemExit):
-        cli.main(["combine", "parts/a.safetensors", "foreign.safetensors", "-o", "c.safetensors"])
-    shown = capsys.readouterr().err
+    ran = run_here("combine", "parts/a.safetensors", "foreign.safetensors", "-o", "c.safetensors", cwd=place)
+    shown = ran.err
+    assert ran.code == 2
     assert "parts/a.safetensors was trained on basis" in shown and "foreign.safetensors on eeeeeeeeeeee" in shown
     assert not (place / "c.safetensors").exists()

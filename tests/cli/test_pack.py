@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qrlora_deploy.cli import cli
 from qrlora_deploy.coefficients import Coefficients, write_coefficients
 from qrlora_deploy.runtime.bundle import open_bundle
 from qrlora_deploy.runtime.packed import load_packed
 from qrlora_deploy.runtime.switchable import SwitchableSession
-from tests.cli.running import run, succeed, succeed_here
+from tests.cli.running import run, run_here, succeed, succeed_here
 
 PACK = "pack customers --bundle bundle -o packed.safetensors"
 
@@ -72,32 +71,29 @@ def test_pack_says_what_it_did(place: Path) -> None:
     assert "wrote packed.safetensors" in ran.out and "customers" in ran.out
 
 
-def refuse(capsys: pytest.CaptureFixture[str], command: str, *parts: str) -> None:
-    with pytest.raises(SystemExit) as ended:
-        cli.main(command.split(), prog_name="qrlora-deploy")
-    shown = capsys.readouterr().err
-    assert ended.value.code == 2
+def refuse(place: Path, command: str, *parts: str) -> None:
+    ran = run_here(*command.split(), cwd=place)
+    shown = ran.err
+    assert ran.code == 2
     assert shown.startswith("Error: ") and len(shown.splitlines()) == 1, shown
     assert all(part in shown for part in parts), shown
 
 
-def test_refused_in_one_line(
-    place: Path, capsys: pytest.CaptureFixture[str], tiny_customer: Coefficients, exported: Path
-) -> None:
-    refuse(capsys, "pack customers --bundle bundle -o customers/all.safetensors", "among the customers")
-    refuse(capsys, "pack customers --bundle bundle -o nowhere/all.safetensors", "nowhere")
-    refuse(capsys, "pack nowhere --bundle bundle -o packed.safetensors", "nowhere")
-    refuse(capsys, "pack customers --bundle customers -o packed.safetensors", "customers is not a bundle")
-    refuse(capsys, f"pack customers --bundle {exported} -o packed.safetensors", "is a merged bundle")
+def test_refused_in_one_line(place: Path, tiny_customer: Coefficients, exported: Path) -> None:
+    refuse(place, "pack customers --bundle bundle -o customers/all.safetensors", "among the customers")
+    refuse(place, "pack customers --bundle bundle -o nowhere/all.safetensors", "nowhere")
+    refuse(place, "pack nowhere --bundle bundle -o packed.safetensors", "nowhere")
+    refuse(place, "pack customers --bundle customers -o packed.safetensors", "customers is not a bundle")
+    refuse(place, f"pack customers --bundle {exported} -o packed.safetensors", "is a merged bundle")
     bolt = place / "customers" / "bolt.safetensors"
     whole = bolt.read_bytes()
     bolt.write_bytes(whole[:-1])
-    refuse(capsys, PACK, "bolt.safetensors is not a complete")
+    refuse(place, PACK, "bolt.safetensors is not a complete")
     write_coefficients(replace(tiny_customer, basis_digest="e" * 64), bolt)
-    refuse(capsys, PACK, "bolt was trained on basis eeeeeeeeeeee")
+    refuse(place, PACK, "bolt was trained on basis eeeeeeeeeeee")
     write_coefficients(replace(tiny_customer, head={"w": np.ones((4, 32), np.float32)}), bolt)
-    refuse(capsys, PACK, "bolt has a head of its own")
+    refuse(place, PACK, "bolt has a head of its own")
     shutil.rmtree(place / "customers")
     (place / "customers").mkdir()
-    refuse(capsys, PACK, "no customer to pack in customers")
+    refuse(place, PACK, "no customer to pack in customers")
     assert not (place / "packed.safetensors").exists()

@@ -12,10 +12,9 @@ from typing import IO
 
 import pytest
 
-from qrlora_deploy.cli import cli
 from qrlora_deploy.coefficients import write_coefficients
 from qrlora_deploy.runtime import Predictor, open_bundle
-from tests.cli.running import environment, run, succeed
+from tests.cli.running import environment, run, run_here, succeed
 from tests.runtime.fire import made_up_customer
 from tests.tiny import SENTENCES
 
@@ -174,12 +173,10 @@ def bad(place: Path) -> Path:
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_in_one_line(bad: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
+def test_refused_in_one_line(bad: Path, case: str) -> None:
     arguments, words = REFUSED[case]
-    with pytest.raises(SystemExit) as ended:
-        cli.main(arguments, prog_name="qrlora-deploy")
-    shown = capsys.readouterr()
-    assert ended.value.code == 2, shown.err
+    shown = run_here(*arguments, cwd=bad)
+    assert shown.code == 2, shown.err
     lines = [line for line in shown.err.splitlines() if line]
     assert len(lines) == 1 and lines[0].startswith("Error: ") and len(lines[0]) < 500, shown.err
     assert [word for word in words if word not in lines[0]] == [], lines[0]

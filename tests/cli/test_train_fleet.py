@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from qrlora_deploy.cli import cli
 from qrlora_deploy.cli.train_fleet import parse_shard
 from qrlora_deploy.coefficients import read_coefficients
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.files import digest_file
-from tests.cli.running import environment, run, succeed
+from tests.cli.running import environment, run, run_here, succeed
 from tests.training.fleet.making import check_same, random_rows, without_dropout, write_rows
 
 CUSTOMERS = 12
@@ -36,13 +35,6 @@ def place(tmp_path: Path, tiny_base: Path, tiny_basis_file: Path) -> Path:
 def files(folder: Path) -> dict[str, str]:
     """Digest of each customer's file."""
     return {path.stem: digest_file(path) for path in folder.glob("*.safetensors")}
-
-
-def here(arguments: list[object], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    """Run a command in this process; its exit code and what it wrote on stderr."""
-    with pytest.raises(SystemExit) as ended:
-        cli.main([str(argument) for argument in arguments], prog_name="qrlora-deploy")
-    return int(str(ended.value.code or 0)), capsys.readouterr().err
 
 
 def test_killed_and_resumed_without_losing_who_was_done(place: Path) -> None:
@@ -105,29 +97,19 @@ def test_bad_customers_are_named_and_the_others_done(place: Path) -> None:
         (["--data", "all.tsv", "--customer-column", "id", "--label-column", "tag"], ["tag"]),
     ],
 )
-def test_what_is_wrong_for_all_is_one_line(
-    place: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    words: list[str],
-) -> None:
-    monkeypatch.chdir(place)
+def test_what_is_wrong_for_all_is_one_line(place: Path, arguments: list[str], words: list[str]) -> None:
     (place / "void").mkdir()
-    code, shown = here(["train-fleet", *OPTIONS, *arguments, "-o", "out"], capsys)
-    assert code == 2 and len(shown.splitlines()) == 1, shown
-    assert [word for word in words if word not in shown] == []
+    ran = run_here("train-fleet", *OPTIONS, *arguments, "-o", "out", cwd=place)
+    assert ran.code == 2 and len(ran.err.splitlines()) == 1, ran.err
+    assert [word for word in words if word not in ran.err] == []
     assert not (place / "out").exists()
 
 
-def test_shards_cover_every_customer_once(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(place)
+def test_shards_cover_every_customer_once(place: Path) -> None:
     for index in range(3):
         before = len(files(place / "out"))
-        code, shown = here([*ALL, "--epochs", 1, "--shard", f"{index}/3", "-o", "out"], capsys)
-        assert code == 0, shown
+        ran = run_here(*ALL, "--epochs", 1, "--shard", f"{index}/3", "-o", "out", cwd=place)
+        assert ran.code == 0, ran.err
         assert len(files(place / "out")) > before
     assert len(files(place / "out")) == CUSTOMERS
     lines = [
