@@ -12,6 +12,7 @@ graph pays for finding its tokens. A graph that does not run is reported and lef
 """
 
 import argparse
+import functools
 import gc
 import multiprocessing
 import os
@@ -28,11 +29,11 @@ import torch
 from benchmarks.graph_parts.optimizer import optimizer_graph
 from benchmarks.graph_parts.running import Graph, torch_contender
 from benchmarks.graph_parts.shapes import SIZES, Inputs, make_basis, make_inputs, make_model
-from benchmarks.graph_parts.variants import ALL, GROUPS, fuse_projections, join_branches
+from benchmarks.graph_parts.variants import ALL, GROUPS, fuse_projections
 from benchmarks.records import environment, summary
 from exporters.onnx.attention import ATTEND
-from exporters.onnx.biases import fold_attention_biases
 from exporters.onnx.graph import write_graph
+from exporters.onnx.joining import join_branches
 from exporters.onnx.precision import cast_inside
 from exporters.onnx.switchable import make_switchable
 from qrlora_deploy.files import write_json
@@ -105,15 +106,13 @@ def _export(name: str, place: Path, arguments: argparse.Namespace) -> tuple[Path
         table[0] = 0
     if variant.fused:
         fuse_projections(model)
-    if variant.joined:
-        fold_attention_biases(model)
-        join_branches(model)
     if variant.attend is not None:
         for module in model.modules():
             setattr(module, ATTEND, variant.attend)
     cast_inside(model, rows, arguments.precision)
     packing = variant.packing() if variant.packing else None
-    write_graph(model, tuple(make_inputs(arguments.shape, 1, 8)), place, rows, packing)
+    finish = None if rows is None or variant.apart else functools.partial(join_branches, model, rows)
+    write_graph(model, tuple(make_inputs(arguments.shape, 1, 8)), place, rows, packing, finish)
     return place / "model.onnx", table
 
 

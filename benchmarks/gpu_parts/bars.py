@@ -152,14 +152,14 @@ def switchable(record: Record) -> Iterator[Bar]:
         for packing in MERGED_GRAPHS:
             ratios = {
                 name: at(record, "geometric_means", "device_ms", packing, f"{setup}, {packing}{name}")
-                for name in ("", ", joined")
+                for name in ("", ", apart")
             }
-            beside = ratios[", joined"]
+            beside = ratios[", apart"]
             yield make_bar(
                 f"{layers} switchable, every row another customer, by merged, {shape_name(record)}, {packing}",
                 ratios[""],
                 Aim("most", LIMITS[setup], why=WHY_SETUP[setup]),
-                f"{number(beside)} inside the layers' products, in the benchmark only" if beside else "",
+                f"{number(beside)} with branches apart from their layers' products" if beside else "",
             )
 
 

@@ -10,7 +10,6 @@ from benchmarks.graph_parts.shapes import Setup
 from exporters.onnx.attention import Heads, attend
 from exporters.onnx.biases import fold_attention_biases
 from exporters.onnx.packing import Packing
-from exporters.onnx.switchable import TableBranch
 
 PAPER = Setup(("query", "q"), last_layers=4, rank=160, spread=10.0)
 """The paper's set-up: query, last 4 layers; tau = 0.5 gives 157 to 163 directions, padded to 160."""
@@ -110,15 +109,14 @@ class _Part(nn.Module):
 
 
 def fuse_projections(model: nn.Module) -> None:
-    """Make one product of query, key and value, in place; a side branch keeps its own two.
+    """Make one product of query, key and value of a merged model, in place.
 
     Biases of keys and values are folded first. That of the query is added behind the product.
     """
     fold_attention_biases(model)
     for parent in list(model.modules()):
         for names in TRIPLES:
-            children = [getattr(parent, name, None) for name in names]
-            linears = [part for child in children if isinstance(part := getattr(child, "base", child), nn.Linear)]
+            linears = [layer for name in names if isinstance(layer := getattr(parent, name, None), nn.Linear)]
             if len(linears) < len(names):
                 continue
             first = linears[0]
@@ -127,37 +125,8 @@ def fuse_projections(model: nn.Module) -> None:
             with torch.no_grad():
                 linear.weight.copy_(torch.cat([one.weight for one in linears]))
             shared = _Shared(linear.requires_grad_(False), [one.out_features for one in linears])
-            for index, (name, child) in enumerate(zip(names, children, strict=True)):
-                part = _Part(shared, index, linears[index].bias)
-                if isinstance(child, TableBranch):
-                    child.base = part
-                else:
-                    setattr(parent, name, part)
-
-
-class JoinedBranch(nn.Module):
-    """A side branch inside its layer's product: `[x, c * (R x)] @ [W; Q]`, without a sum behind it."""
-
-    def __init__(self, branch: TableBranch) -> None:
-        super().__init__()
-        self.branch = branch
-        self.base = branch.base
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """As `TableBranch.forward`."""
-        branch, rows = self.branch, self.branch.rows
-        c = rows.coefficients[branch.index]
-        if rows.packing is not None and rows.packing.inside:
-            c = rows.packing.by_token(c)
-        weight = torch.cat([branch.base.get_parameter("weight"), branch.q.T], 1)
-        return nn.functional.linear(torch.cat([x, (x @ branch.r) * c], -1), weight, getattr(branch.base, "bias", None))
-
-
-def join_branches(model: nn.Module) -> None:
-    """Replace every side branch, in place."""
-    for path, module in list(model.named_modules()):
-        if isinstance(module, TableBranch):
-            model.set_submodule(path, JoinedBranch(module))
+            for index, name in enumerate(names):
+                setattr(parent, name, _Part(shared, index, linears[index].bias))
 
 
 @dataclass(frozen=True)
@@ -168,7 +137,7 @@ class Variant:
         setup: side branches; None: merged.
         packing: how tokens are packed; None: padded.
         fused: query, key and value in one product.
-        joined: side branches inside the products of their layers.
+        apart: side branches beside the products of their layers, as in int8.
         attend: in the place of the exporter's.
         cuda_only: has an operator that no other provider has.
     """
@@ -177,7 +146,7 @@ class Variant:
     setup: Setup | None = None
     packing: Callable[[], Packing] | None = None
     fused: bool = False
-    joined: bool = False
+    apart: bool = False
     attend: Callable[..., torch.Tensor] | None = None
     cuda_only: bool = False
 
@@ -202,9 +171,9 @@ MERGED = (
 )
 SETUPS = (("paper", PAPER), ("qv of 12", WIDE))
 BRANCHES = tuple(base.switchable(label, setup) for base in (PADDED, PACKED, VARLEN) for label, setup in SETUPS)
-JOINED = tuple(replace(variant, name=f"{variant.name}, joined", joined=True) for variant in BRANCHES)
+APART = tuple(replace(variant, name=f"{variant.name}, apart", apart=True) for variant in BRANCHES)
 GROUPS: dict[str, tuple[Variant, ...]] = {
     "merged": MERGED,
-    "switchable": (PADDED, PACKED, VARLEN, *BRANCHES, *JOINED),
+    "switchable": (PADDED, PACKED, VARLEN, *BRANCHES, *APART),
 }
 ALL: dict[str, Variant] = {variant.name: variant for group in GROUPS.values() for variant in group}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from exporters.onnx.accuracy import Labelled, answer_in_pytorch, choose_labelled
 from exporters.onnx.calibrating import calibration_inputs, calibration_record
 from exporters.onnx.customers import base_tables, made_up_customers, mixed_reference, read_base_head
 from exporters.onnx.graph import SMALLEST_EXTERNAL_BYTES, Graph, input_names, write_graph
+from exporters.onnx.joining import join_branches, joins
 from exporters.onnx.packing import Packing
 from exporters.onnx.precision import cast_inside, check_precision
 from exporters.onnx.quantizing import quantize_graph
@@ -175,7 +177,10 @@ def _write_graph(job: ExportJob, plan: _Plan, tokenizer: Any, folder: Path) -> G
     """The graph in its precision; the model is cast in place."""
     cast_inside(plan.model, plan.rows, job.precision)
     packing = Packing() if job.padding_free else None
-    graph = write_graph(plan.model, input_names(plan.model, tokenizer), folder, plan.rows, packing)
+    rows, finish = plan.rows, None
+    if rows is not None and joins(job.precision, job.provider):
+        finish = partial(join_branches, plan.model, rows)
+    graph = write_graph(plan.model, input_names(plan.model, tokenizer), folder, rows, packing, finish)
     if job.precision == "int8":
         calibration = _calibration(job, plan, tokenizer)
         quantize_graph(folder / MODEL_FILE, graph.products, SMALLEST_EXTERNAL_BYTES, calibration)

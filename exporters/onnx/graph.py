@@ -3,7 +3,7 @@
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +94,12 @@ def longest_input(model: Any, tokenizer: Any) -> int:
 
 
 def write_graph(
-    model: Any, names: tuple[str, ...], folder: Path, rows: RowInputs | None = None, packing: Packing | None = None
+    model: Any,
+    names: tuple[str, ...],
+    folder: Path,
+    rows: RowInputs | None = None,
+    packing: Packing | None = None,
+    finish: Callable[[], None] | None = None,
 ) -> Graph:
     """Export `model` to `folder/model.onnx`, weights in `model.onnx.data`.
 
@@ -106,6 +111,7 @@ def write_graph(
         folder: where the files go.
         rows: further inputs, and who takes them.
         packing: for a padding-free graph; the blocks of the model are made to use it, in place.
+        finish: changes the model's layers once more, after a run that shows what they read and before the trace.
 
     Raises:
         QrloraError: the model cannot be traced, or the attention operator did not reach the graph.
@@ -136,6 +142,8 @@ def write_graph(
             f"{type(model).__name__} cannot be made padding-free: {packing.attended} of its {blocks} blocks attend "
             f"through the registered function; leave --padding-free out"
         )
+    if finish is not None:
+        finish()
     opset = OPSET if packing is None else packing.opset
     program = _trace(wrapper, examples, opset)
     attention_nodes = sum(node.op_type in ATTENTION for node in program.model.graph.all_nodes())

@@ -96,8 +96,8 @@ class Packing:
         return states.squeeze(0).index_select(0, inverse).unflatten(0, (self.batch, self.length))
 
     def by_token(self, values: torch.Tensor) -> torch.Tensor:
-        """`[batch, 1, width]`, something of each row, to `[1, tokens, width]`."""
-        return values.squeeze(1).index_select(0, self.rows).unsqueeze(0)
+        """`[batch, width]`, something of each row, to `[1, tokens, width]`."""
+        return values.index_select(0, self.rows).unsqueeze(0)
 
     def attend(
         self,

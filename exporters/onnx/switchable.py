@@ -1,5 +1,6 @@
 """A model that serves any customer in any row: coefficients come from a table that is an input."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,10 @@ from qrlora_deploy.runtime.layout import HEAD_TABLE, SLOT, TABLE, TABLE_DTYPES, 
 from qrlora_deploy.targets import is_conv1d
 from qrlora_deploy.training.head import output_layer
 
+MOST_COLUMNS = 4096
+"""Columns of the table that are spread over the tokens of a padding-free batch at once. One operator for many
+targets is faster than one for each; as wide as a feed-forward layer they take no more memory than that does."""
+
 
 class CustomerRows:
     """What the customers of the current batch brought; the wrapper fills it before the model runs.
@@ -23,8 +28,10 @@ class CustomerRows:
 
     Attributes:
         packing: of a padding-free model, whose blocks see `[1, tokens, in]`.
-        dtype: of the model's activations, and so of `coefficients`; a table may have another one.
-        coefficients: `[batch, 1, padded rank]` for each target, in the basis's order.
+        dtype: of the model's activations, and so of the coefficients; a table may have another one.
+        parts: how many columns of the table, from left to right, are used together: those of a target, or of
+            neighbours that read the same input.
+        inputs: what each part was last asked for with, which shows who reads the same.
         weight: `[batch, labels, features]`; bias: `[batch, labels]`; both fp32.
     """
 
@@ -33,8 +40,13 @@ class CustomerRows:
         self.head = head
         self.packing: Packing | None = None
         self.dtype = torch.float32
-        self.coefficients: tuple[torch.Tensor, ...] = ()
+        self.parts = layout.padded_ranks
+        self.inputs: dict[int, torch.Tensor] = {}
         self.weight = self.bias = torch.empty(0)
+        self._gathered = torch.empty(0)
+        self._by_row: tuple[torch.Tensor, ...] = ()
+        self._by_token: dict[int, torch.Tensor] = {}
+        self._made: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def examples(self, batch: int) -> dict[str, tuple[torch.Tensor, tuple[str | int, ...]]]:
         """Example tensors and axes by the name of the input, in the order of the graph's inputs."""
@@ -48,13 +60,68 @@ class CustomerRows:
 
     def fill(self, inputs: dict[str, torch.Tensor]) -> None:
         """Gather the rows: `coefficient_table [slots, width]`, `head_table`, `slot [batch]`."""
-        gathered = inputs[TABLE].index_select(0, inputs[SLOT]).unsqueeze(1).to(self.dtype)
-        self.coefficients = torch.split(gathered, list(self.layout.padded_ranks), dim=2)
+        self._gathered = inputs[TABLE].index_select(0, inputs[SLOT]).to(self.dtype)
+        self._by_row = torch.split(self._gathered.unsqueeze(1), list(self.parts), dim=2)
+        self._by_token.clear()
+        self._made.clear()
         if self.head is not None:
             rows = inputs[HEAD_TABLE].index_select(0, inputs[SLOT])
             weights = self.head.labels * self.head.features
             self.weight = rows[:, :weights].unflatten(1, (self.head.labels, self.head.features))
             self.bias = rows[:, weights:]
+
+    def coefficients(self, part: int, x: torch.Tensor, name: str) -> torch.Tensor:
+        """The coefficients for an input `x`, as they are multiplied with `x @ R`.
+
+        Args:
+            part: index into `parts`.
+            x: `[batch, length, in]` or `[batch, in]`, or `[1, tokens, in]` within a padding-free model's blocks.
+            name: of the layer, for the message.
+
+        Raises:
+            InputError: the input has other axes, so that its rows are not those of the batch.
+        """
+        self.inputs[part] = x
+        inside = self.packing is not None and self.packing.inside
+        c = self._tokens_part(part) if inside else self._by_row[part]
+        # Checked on a plain run before the export: under it, a comparison of sizes would fix them.
+        if not torch.compiler.is_exporting() and (x.dim() not in (2, 3) or x.shape[0] != c.shape[0]):
+            raise InputError(
+                f"{name} takes an input of shape {list(x.shape)} for a batch of {c.shape[0]} rows, not "
+                f"[batch, length, in], so its rows cannot have customers of their own; make a basis without it "
+                f"(factorize --target), or export with --merge"
+            )
+        return c.squeeze(1) if x.dim() == 2 else c
+
+    def once(self, maker: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """`maker(x)`, computed once in a run for all layers that read this very `x`."""
+        found = self._made.get(maker)
+        if found is None or found[0] is not x:
+            found = self._made[maker] = x, maker(x)
+        return found[1]
+
+    def _tokens_part(self, part: int) -> torch.Tensor:
+        """`[1, tokens, columns]`, a part by the customer of each token."""
+        if part not in self._by_token:
+            first, last = next(run for run in _runs(self.parts) if part in range(*run))
+            start, columns = sum(self.parts[:first]), list(self.parts[first:last])
+            assert self.packing is not None
+            gathered = self.packing.by_token(self._gathered[:, start : start + sum(columns)])
+            self._by_token |= dict(zip(range(first, last), torch.split(gathered, columns, dim=2), strict=True))
+        return self._by_token[part]
+
+
+def _runs(parts: Sequence[int]) -> list[tuple[int, int]]:
+    """First and last + 1 of neighbours that have up to `MOST_COLUMNS` columns together; a wider part is alone."""
+    runs: list[tuple[int, int]] = []
+    columns = 0
+    for index, part in enumerate(parts):
+        columns += part
+        if not runs or columns > MOST_COLUMNS:
+            runs.append((index, index))
+            columns = part
+        runs[-1] = (runs[-1][0], index + 1)
+    return runs
 
 
 class TableBranch(nn.Module):
@@ -66,7 +133,7 @@ class TableBranch(nn.Module):
     Args:
         base: the layer, an `nn.Linear` or GPT-2's `Conv1D`.
         target: its factors.
-        index: which of the batch's coefficients are its own.
+        index: which of the batch's coefficients are its own, of as many parts as there are targets.
         rows: where they are found.
 
     Raises:
@@ -97,20 +164,9 @@ class TableBranch(nn.Module):
         """`[batch, length, in]` or `[batch, in]` to the same with `out`; exactly `base(x)` in rows where c is zero.
 
         Raises:
-            InputError: the input has other axes, so that its rows are not those of the batch.
+            InputError: as `CustomerRows.coefficients`.
         """
-        c = self.rows.coefficients[self.index]
-        if self.rows.packing is not None and self.rows.packing.inside:
-            c = self.rows.packing.by_token(c)
-        # Checked on a plain run before the export: under it, a comparison of sizes would fix them.
-        if not torch.compiler.is_exporting() and (x.dim() not in (2, 3) or x.shape[0] != c.shape[0]):
-            raise InputError(
-                f"{self.name} takes an input of shape {list(x.shape)} for a batch of {c.shape[0]} rows, not "
-                f"[batch, length, in], so its rows cannot have customers of their own; make a basis without it "
-                f"(factorize --target), or export with --merge"
-            )
-        if x.dim() == 2:
-            c = c.squeeze(1)
+        c = self.rows.coefficients(self.index, x, self.name)
         return self.base(x) + ((x @ self.r) * c) @ self.q
 
 

@@ -173,7 +173,7 @@ def test_packing_and_unpacking(kind: str) -> None:
     back = packing.unpack(packed)
     np.testing.assert_array_equal(back[kept], states[kept])
     assert (back[~kept] == states[0, 0]).all()
-    np.testing.assert_array_equal(packing.by_token(torch.tensor([[[7]], [[8]]]))[0, :, 0] - 7, tokens // 6)
+    np.testing.assert_array_equal(packing.by_token(torch.tensor([[7], [8]]))[0, :, 0] - 7, tokens // 6)
 
 
 def test_what_cannot_be_padding_free_is_refused(tmp_path: Path, texts: Examples) -> None:
