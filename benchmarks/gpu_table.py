@@ -33,6 +33,8 @@ from qrlora_deploy.runtime.layout import TABLE
 from qrlora_deploy.runtime.memory import CudaMemory
 
 SWAPS = 5000
+TOGETHER = 10
+"""Swaps that come one after the other where they come in groups."""
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -131,6 +133,10 @@ def _time_swaps(stage: Stage) -> dict[str, Any]:
     part = stage.all.table.memory.parts[TABLE]
     record = {"another every time": summary(others.samples, 1e6), "always the same": summary(one.samples, 1e6)}
     record["until it is on the device"] = summary(waited_s, 1e6)
+    # A thread that slept finds its caches cold, whatever the device does.
+    rested = stage.swapper(stage.names)
+    rested.run(stage.arguments.window * stage.arguments.windows / 4)
+    record["at the rate of those beside runs"] = summary(rested.samples, 1e6)
     row = part.read_rows(1, 1)[0]
     spare = stage.all.table.memory.rows - 1
     record["the copy alone"] = summary(repeated(lambda: part.write(spare, row), SWAPS), 1e6)
@@ -182,6 +188,8 @@ def _time_beside(stage: Stage) -> dict[str, Any]:
     with Busy(stage.all, stage.inputs, lambda: batches[next(turn) % len(batches)]) as busy:
         time.sleep(stage.arguments.window)
         without, beside = rates_beside_swaps(busy, swapper, stage.arguments.windows, stage.arguments.window)
+        together = stage.swapper(stage.anyone() + stage.names)
+        together.run(stage.arguments.window * stage.arguments.windows / 4, TOGETHER)
     return {
         "batches_per_second_without": float(np.median(without)),
         "batches_per_second_with": float(np.median(beside)),
@@ -190,6 +198,7 @@ def _time_beside(stage: Stage) -> dict[str, Any]:
         "window_seconds": stage.arguments.window,
         "swaps_per_second": stage.arguments.swaps_per_second,
         "swap_us": summary(swapper.samples, 1e6),
+        "swap_in_tens_us": summary(together.samples, 1e6),
     }
 
 
@@ -277,6 +286,11 @@ def main() -> None:
         print(f"run, {name:16} p50 {figures['p50']:8.3f} ms, of which look-up {look:6.1f} us")
     for name, figures in record["swaps"]["idle_us"].items():
         print(f"swap, {name:32} p50 {figures['p50']:7.1f} us  p99 {figures['p99']:7.1f} us")
+    for name, figures in (
+        ("one by one", record["beside"]["swap_us"]),
+        ("in tens", record["beside"]["swap_in_tens_us"]),
+    ):
+        print(f"swap beside runs, {name:20} p50 {figures['p50']:7.1f} us  p99 {figures['p99']:7.1f} us")
     for bar in record["bars"]:
         print(f"{'met   ' if bar['met'] else 'MISSED'} {bar['name']:42} {bar['found']} ({bar['side']} {bar['limit']})")
     if arguments.out:
