@@ -1,6 +1,6 @@
 """Pivoted QR on a GPU: against LAPACK's pivots first, then timed beside svd, unpivoted QR and LAPACK.
 
-    python -m benchmarks.gpu_factorization -o benchmarks/results/factorization_h200.json
+    python -m benchmarks.gpu_factorization -o FILE
 
 Weights are random, with three spectra: Gaussian; one that falls over three decades, as trained weights do; and a
 condition of 1e10. "project" is what `factorize` does with the query and value projections of a model of 32 layers

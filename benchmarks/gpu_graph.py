@@ -1,6 +1,6 @@
 """Graphs of one model against torch.compile and against each other, on batches with uneven lengths.
 
-    python -m benchmarks.gpu_graph --device cuda --shape roberta --out benchmarks/results/gpu_graph_roberta.json
+    python -m benchmarks.gpu_graph --device cuda --shape roberta --out FILE
     python -m benchmarks.gpu_graph --device cuda --shape roberta --group switchable --no-compile --out FILE
     python -m benchmarks.gpu_graph --device cpu --shape minilm --batches 1x16 8x64
 

@@ -1,6 +1,6 @@
 """Ten million customers in one session: loading them, what they cost a run, and swaps beside runs.
 
-    python -m benchmarks.gpu_table --device cuda --out benchmarks/results/table_h200.json
+    python -m benchmarks.gpu_table --device cuda --out FILE
     python -m benchmarks.gpu_table --device cpu --customers 200000
 
 Exports a switchable bundle with an fp16 table (RoBERTa-base's shape on a GPU, a tiny one on the CPU,

@@ -81,7 +81,7 @@ def found(rows: list[Bar], *words: str) -> Bar:
 
 
 def test_bars_of_the_factorization() -> None:
-    record, rows = stored("factorization", "factorization_h200_peers")
+    record, rows = stored("factorization", "gpu_h100/factorization")
     for case, size in (("24x768 gaussian", "24 × 768²"), ("8x4096 gaussian", "8 × 4096²")):
         ms = {name: median(samples) for name, samples in record["cases"][case]["samples_ms"].items()}
         for peer in ("torch.linalg.svd", "geqp3"):
@@ -91,13 +91,14 @@ def test_bars_of_the_factorization() -> None:
         assert row.value == pytest.approx(ms["pivoted_qr"] / ms["torch.linalg.qr"], rel=1e-12) and row.met is True
     row = found(rows, "64 projections of 4096²")
     assert row.value == median(record["project"]["samples_s"])
-    assert row.met is False and row.found == "2.42 s (5 runs)" and row.aim == "at most 2 s" and row.why
-    assert found(stored("factorization", "factorization_h200")[1], "64 projections").met is True
+    assert row.met is True and row.found == "1.351 s (5 runs)" and row.aim == "at most 2 s" and not row.why
+    missed = found(stored("factorization", "factorization_h200_peers")[1], "64 projections")
+    assert missed.met is False and missed.found == "2.42 s (5 runs)" and missed.why
     assert len(rows) == 7
 
 
 def test_bars_of_the_graphs() -> None:
-    record, rows = stored("graph", "gpu_graph_roberta")
+    record, rows = stored("graph", "gpu_h100/graph-roberta")
     for packing in ("padded", "padding-free"):
         ratios = [
             batch["device_ms"][packing]["p50"] / batch["device_ms"]["torch.compile"]["p50"]
@@ -105,24 +106,33 @@ def test_bars_of_the_graphs() -> None:
         ]
         row = found(rows, f", {packing},", "1 × 128, 8 × 128, 64 × 128, 64 × 384")
         assert row.value == pytest.approx(math.prod(ratios) ** (1 / len(ratios)), rel=1e-12)
-        assert row.met is False and row.aim == "at most 0.9" and row.why
-    # The stored record was made when one run held both: side branches on q and v of all layers were among its graphs.
-    rows = list(bars.READERS["switchable"](record))
-    ratios = [b["device_ms"]["qv of 12, padded"]["p50"] / b["device_ms"]["padded"]["p50"] for b in record["batches"]]
-    row = found(rows, "q and v of all 12 layers", "padded")
-    assert row.value == pytest.approx(math.prod(ratios) ** (1 / len(ratios)), rel=1e-12)
-    assert row.met is False and row.aim == "at most 1.08" and "1.07" in row.why
-    row = found(rows, "query of the last 4 layers", "padding-free")
+        assert row.met is True and row.aim == "at most 0.9"
+    record, rows = stored("switchable", "gpu_h100/switchable-mpnet")
+    for setup, layers, limit in (
+        ("qv of 12", "q and v of all 12 layers", 1.08),
+        ("paper", "query of the last 4", 1.01),
+    ):
+        for packing in ("padded", "padding-free"):
+            name = f"{setup}, {packing}"
+            ratios = [b["device_ms"][name]["p50"] / b["device_ms"][packing]["p50"] for b in record["batches"]]
+            row = found(rows, layers, f", {packing}")
+            assert row.value == pytest.approx(math.prod(ratios) ** (1 / len(ratios)), rel=1e-12)
+            assert row.met is False and row.aim == f"at most {limit}" and "operators" in row.why
+            assert "apart from their layers' products" in row.found
+    # Without the graph that it is about, a line says so.
+    for means in record["geometric_means"]["device_ms"].values():
+        means.pop("paper, padded", None)
+    row = found(list(bars.READERS["switchable"](record)), "query of the last 4", ", padded")
     assert (row.value, row.met, row.aim) == (None, None, "at most 1.01")
 
 
 def test_bars_of_the_table() -> None:
-    record, rows = stored("table", "table_h200")
+    record, rows = stored("table", "gpu_h100/table")
     expected: dict[str, tuple[float | None, bool | None]] = {
         "cold-start load": (record["loading"]["file_bytes"] / record["loading"]["seconds"] / 1e9, True),
         "run with all / with 100, same": (record["runs"]["ratio_all_to_few"]["the same"]["value"], True),
         "run with all / with 100, random": (record["runs"]["ratio_all_to_few"]["random"]["value"], False),
-        "throughput with all": (None, None),
+        "throughput with all": (record["throughput"]["ratio_all_to_few"]["value"], False),
         "swap while busy, p50": (record["beside"]["swap_us"]["p50"], False),
         "swap while busy, p99": (record["beside"]["swap_us"]["p99"], False),
         "throughput with swaps": (record["beside"]["ratio"]["value"], True),
@@ -132,22 +142,25 @@ def test_bars_of_the_table() -> None:
         # The record holds gigabytes per second in three decimals.
         assert row.value == (None if value is None else pytest.approx(value, abs=2e-3)) and row.met is met
     row = found(rows, "swap while busy, p50")
-    assert row.found == "63 µs" and "p50 is 17.5 µs" in row.why
+    assert row.found == "47.6 µs" and "at this rate p50 is 41.4 µs" in row.why and "ten at a time" in row.why
     assert len(rows) == len(expected)
 
 
 def test_bars_of_training() -> None:
-    record, rows = stored("training", "training_speed_h200")
+    record, rows = stored("training", "gpu_h100/training")
     subjects = next(iter(record["data"].values()))["subjects"]
     ours, loop = (subjects[name]["rounds_ms"] for name in ("ours, cached trunk", "PEFT LoRA, bare loop"))
     assert rows[0].value == pytest.approx(median(b / a for a, b in zip(ours, loop, strict=True)), rel=1e-12)
     assert rows[0].met is True and rows[0].aim == "at least 3 times"
-    record, rows = stored("fleet", "fleet_h200")
+    record, rows = stored("fleet", "gpu_h100/fleet")
     (fleet,) = record["fleet"]["runs"]
     loop = record["others_extrapolated_from_samples"]["PEFT LoRA, plain loop"]["runs"]
     expected = median(one["seconds"] for one in loop) / (fleet["seconds"] / int(record["options"]["customers"]))
     assert rows[0].value == pytest.approx(expected, rel=1e-12)
-    assert rows[0].met is False and rows[0].aim == "at least 20 times" and "docs/fleets.md" in rows[0].why
+    assert rows[0].met is True and rows[0].aim == "at least 20 times"
+    record["others_extrapolated_from_samples"]["PEFT LoRA, plain loop"]["fleet_times"] = 19.9
+    (missed,) = bars.READERS["fleet"](record)
+    assert missed.met is False and "docs/fleets.md" in missed.why
 
 
 @pytest.mark.parametrize(
@@ -163,17 +176,17 @@ def test_an_aim_is_met_at_its_limit(side: str, value: float | None, met: bool | 
 def test_figures_that_have_no_aim() -> None:
     rows: dict[str, str] = {}
     for kind, name in (
-        ("swap", "swap_h200_fp16"),
+        ("swap", "gpu_h100/swap"),
         ("mixed", "mixed_batch_h200_fp16"),
         ("report", "bench_h200_fp16"),
-        ("factorization", "factorization_h200"),
+        ("factorization", "gpu_h100/factorization"),
     ):
         rows |= dict(figures.READERS[kind](json.loads((RESULTS / f"{name}.json").read_text())))
     # As the README quotes them.
-    assert rows["swap from memory, 8 × 128, roberta-base"] == "28.6 µs, p99 54.2 µs"
+    assert rows["swap from memory, 8 × 128, roberta-base"] == "24 µs, p99 58.5 µs"
     assert rows["mixed batch, 64 × 128, roberta-base, fp16, peft mixed"].startswith("58.6 ms")
     assert rows["`bench`, 64 × 128, different customers, switchable-fp16 (CUDA graph)"] == "4.6 ms"
-    assert rows["pivoted QR, 8 × 4096², three decades"] == "330 ms"
+    assert rows["pivoted QR, 8 × 4096², three decades"] == "344 ms"
 
 
 def test_a_failing_part_stops_no_other(
