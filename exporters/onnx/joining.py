@@ -82,7 +82,8 @@ def join_branches(model: Any, rows: CustomerRows) -> None:
     found = ((path, module) for path, module in model.named_modules() if isinstance(module, TableBranch))
     branches = sorted(found, key=lambda item: item[1].index)
     parts = []
-    for part, (_, group) in enumerate(groupby(branches, key=lambda item: id(rows.inputs[item[1].index]))):
+    # A layer that the model does not run has read nothing, and no neighbour.
+    for part, (_, group) in enumerate(groupby(branches, lambda item: id(rows.inputs.get(item[1].index, item[1])))):
         neighbours = list(group)
         wide = _WideInput([branch for _, branch in neighbours], part, rows)
         before = 0

@@ -17,8 +17,8 @@ These stay in fp32:
 
 In a merged graph the customer lies in the weights and is rounded with them.
 
-Sums of 8-bit products may saturate on x86 processors without VNNI; `verify` tells where a bundle is
-served.
+x86 processors without VNNI lose large sums of 8-bit products. On such a machine weights get 7 bits, which is right
+everywhere; a bundle from another machine may be wrong there, and `verify` tells.
 """
 
 import ast
@@ -31,6 +31,7 @@ import numpy as np
 import onnx_ir
 from torch import nn
 
+from exporters.onnx.saturation import products_saturate
 from qrlora_deploy.errors import CheckFailed, QrloraError, first_line
 from qrlora_deploy.targets import BLOCK, is_conv1d
 
@@ -138,6 +139,7 @@ def _quantize(path: Path, products: Sequence[str], output: Path, calibration: It
         "op_types_to_quantize": ["MatMul"],
         "nodes_to_quantize": nodes,
         "per_channel": True,
+        "reduce_range": products_saturate(),
         "weight_type": QuantType.QInt8,
         "use_external_data_format": True,
     }

@@ -76,6 +76,15 @@ def test_a_layer_that_reads_something_else_is_no_neighbour(tmp_path: Path) -> No
     np.testing.assert_allclose(answer(model, rows, table), expected, **FP32_SIDE_BRANCH)
 
 
+def test_a_layer_that_did_not_run_is_no_neighbour(tmp_path: Path) -> None:
+    model, rows, table = switchable("bert", ("query", "value"), tmp_path)
+    expected = answer(model, rows, table)
+    del rows.inputs[0], rows.inputs[1]
+    join_branches(model, rows)
+    assert rows.parts == (8, 8, 16)
+    np.testing.assert_allclose(answer(model, rows, table), expected, **FP32_SIDE_BRANCH)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", ["bert", "mpnet"])
 def test_the_graph_agrees_with_pytorch_and_has_three_operators_more_for_a_block(

@@ -7,12 +7,15 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import numpy_helper
 
 from exporters.onnx import export as export_module
-from exporters.onnx import export_switchable, verify_against
+from exporters.onnx import export_switchable, quantizing, verify_against
+from exporters.onnx.graph import write_graph
 from exporters.onnx.quantizing import quantize_graph
+from exporters.onnx.saturation import products_saturate
 from qrlora_deploy.basis import Basis
 from qrlora_deploy.checkpoint import open_checkpoint
 from qrlora_deploy.coefficients import Coefficients
@@ -38,6 +41,43 @@ def merged(in_precision: InPrecision) -> Path:
 @pytest.fixture(scope="module")
 def switchable_int8(in_precision: InPrecision) -> Path:
     return in_precision("switchable", "int8")
+
+
+def test_saturation_is_seen_where_it_is() -> None:
+    """Against sums of products by numpy, on other large numbers than the ones that are tried."""
+    random = np.random.default_rng(0)
+    left, right = random.integers(200, 256, (4, 96), np.uint8), random.integers(100, 128, (96, 32), np.int8)
+    product = onnx.helper.make_node("MatMulInteger", ["left", "right"], ["sums"])
+    graph = onnx.helper.make_graph(
+        [product],
+        "product",
+        [onnx.helper.make_tensor_value_info("left", onnx.TensorProto.UINT8, (4, 96))],
+        [onnx.helper.make_tensor_value_info("sums", onnx.TensorProto.INT32, (4, 32))],
+        [numpy_helper.from_array(right, "right")],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"left": left})
+    right_sums = np.array_equal(found, left.astype(np.int32) @ right.astype(np.int32))
+    assert products_saturate() is not right_sums
+
+
+@pytest.mark.parametrize("saturates", [True, False])
+def test_weights_have_seven_bits_where_sums_saturate(
+    saturates: bool, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantizing, "products_saturate", lambda: saturates)
+    model = open_checkpoint(str(tiny_base)).load_model()
+    graph = write_graph(model, ("input_ids", "attention_mask"), tmp_path)
+    quantize_graph(tmp_path / "model.onnx", graph.products, 2**14)
+    weights = [
+        numpy_helper.to_array(tensor)
+        for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer
+        if tensor.data_type == INT8 and len(tensor.dims) == 2
+    ]
+    assert len(weights) == LAYERS
+    largest = max(int(np.abs(weight.astype(int)).max()) for weight in weights)
+    assert largest == (64 if saturates else 127)
 
 
 @pytest.mark.parametrize("kind", ["merged", "switchable"])

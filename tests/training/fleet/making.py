@@ -68,12 +68,16 @@ def settings_of(**changes: object) -> TrainSettings:
     return TrainSettings(**short | changes)  # type: ignore[arg-type]
 
 
-def check_same(found: Coefficients, alone: Coefficients) -> None:
+AS_ALONE_AFTER_LONG: Tolerance = {"rtol": 1e-3, "atol": 2e-4}
+"""The same after 40 epochs: a processor whose sums depend on the number of rows was seen to be 7e-5 off by then."""
+
+
+def check_same(found: Coefficients, alone: Coefficients, tolerance: Tolerance = AS_ALONE) -> None:
     """Two runs of a customer agree in all that they learnt and recorded."""
-    np.testing.assert_allclose(found.values, alone.values, **AS_ALONE)
+    np.testing.assert_allclose(found.values, alone.values, **tolerance)
     assert found.head.keys() == alone.head.keys()
     for name, array in alone.head.items():
-        np.testing.assert_allclose(found.head[name], array, **AS_ALONE)
+        np.testing.assert_allclose(found.head[name], array, **tolerance)
     assert (found.labels, found.task) == (alone.labels, alone.task)
     names = (found.training.keys() | alone.training.keys()) - set(OWN_WAYS)
     pairs = {name: (found.training.get(name), alone.training.get(name)) for name in sorted(names)}
@@ -82,5 +86,5 @@ def check_same(found: Coefficients, alone: Coefficients) -> None:
     for name in ("metrics", "baseline"):
         one, two = found.training[name], alone.training[name]
         assert one.keys() == two.keys()
-        np.testing.assert_allclose(list(one.values()), list(two.values()), **AS_ALONE)
-    np.testing.assert_allclose(found.training["loss"], alone.training["loss"], **AS_ALONE)
+        np.testing.assert_allclose(list(one.values()), list(two.values()), **tolerance)
+    np.testing.assert_allclose(found.training["loss"], alone.training["loss"], **tolerance)
