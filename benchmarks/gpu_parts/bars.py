@@ -191,8 +191,10 @@ def _rested(record: Record) -> str:
     """What swaps take that come as rarely or in groups, where the record says so."""
     rested = at(record, "swaps", "idle_us", "at the rate of those beside runs")
     tens = at(record, "beside", "swap_in_tens_us")
-    parts = [("a thread that slept a millisecond finds its caches cold: on an idle device at this rate", rested)]
-    parts += [("ten at a time, while busy,", tens)]
+    parts = (
+        ("a thread that slept a millisecond finds its caches cold: on an idle device at this rate", rested),
+        ("ten at a time, while busy,", tens),
+    )
     return "".join(f"{what} p50 is {number(f['p50'])} µs and p99 {number(f['p99'])} µs; " for what, f in parts if f)
 
 

@@ -26,9 +26,9 @@ class _WideInput(nn.Module):
 
     r: torch.Tensor
 
-    def __init__(self, branches: list[TableBranch], part: int, rows: CustomerRows) -> None:
+    def __init__(self, branches: list[TableBranch], part: int) -> None:
         super().__init__()
-        self.name, self.part, self.rows = branches[0].name, part, rows
+        self.name, self.rows, self.part = branches[0].name, branches[0].rows, part
         self.register_buffer("r", torch.cat([branch.r for branch in branches], 1), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -43,14 +43,13 @@ class JoinedBranch(nn.Module):
         branch: what it takes the place of.
         wide: makes the input.
         before: ranks of the neighbours that come before it.
-        rows: of the batch.
     """
 
     weight: torch.Tensor
 
-    def __init__(self, branch: TableBranch, wide: _WideInput, before: int, rows: CustomerRows) -> None:
+    def __init__(self, branch: TableBranch, wide: _WideInput, before: int) -> None:
         super().__init__()
-        self.wide, self.rows = wide, rows
+        self.wide = wide
         weight = branch.base.get_parameter("weight").detach()
         rank, ranks = len(branch.q), wide.r.shape[1]
         factor = nn.functional.pad(branch.q, (0, 0, before, ranks - before - rank))
@@ -65,7 +64,7 @@ class JoinedBranch(nn.Module):
         Raises:
             InputError: as `CustomerRows.coefficients`.
         """
-        y = self.rows.once(self.wide, x) @ self.weight
+        y = self.wide.rows.once(self.wide, x) @ self.weight
         return y if self.bias is None else y + self.bias
 
 
@@ -85,10 +84,10 @@ def join_branches(model: Any, rows: CustomerRows) -> None:
     # A layer that the model does not run has read nothing, and no neighbour.
     for part, (_, group) in enumerate(groupby(branches, lambda item: id(rows.inputs.get(item[1].index, item[1])))):
         neighbours = list(group)
-        wide = _WideInput([branch for _, branch in neighbours], part, rows)
+        wide = _WideInput([branch for _, branch in neighbours], part)
         before = 0
         for path, branch in neighbours:
-            model.set_submodule(path, JoinedBranch(branch, wide, before, rows))
+            model.set_submodule(path, JoinedBranch(branch, wide, before))
             before += len(branch.q)
         parts.append(before)
     rows.parts = tuple(parts)

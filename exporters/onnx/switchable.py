@@ -82,8 +82,8 @@ class CustomerRows:
             InputError: the input has other axes, so that its rows are not those of the batch.
         """
         self.inputs[part] = x
-        inside = self.packing is not None and self.packing.inside
-        c = self._tokens_part(part) if inside else self._by_row[part]
+        packing = self.packing
+        c = self._by_row[part] if packing is None or not packing.inside else self._tokens_part(part, packing)
         # Checked on a plain run before the export: under it, a comparison of sizes would fix them.
         if not torch.compiler.is_exporting() and (x.dim() not in (2, 3) or x.shape[0] != c.shape[0]):
             raise InputError(
@@ -100,13 +100,12 @@ class CustomerRows:
             found = self._made[maker] = x, maker(x)
         return found[1]
 
-    def _tokens_part(self, part: int) -> torch.Tensor:
+    def _tokens_part(self, part: int, packing: Packing) -> torch.Tensor:
         """`[1, tokens, columns]`, a part by the customer of each token."""
         if part not in self._by_token:
             first, last = next(run for run in _runs(self.parts) if part in range(*run))
             start, columns = sum(self.parts[:first]), list(self.parts[first:last])
-            assert self.packing is not None
-            gathered = self.packing.by_token(self._gathered[:, start : start + sum(columns)])
+            gathered = packing.by_token(self._gathered[:, start : start + sum(columns)])
             self._by_token |= dict(zip(range(first, last), torch.split(gathered, columns, dim=2), strict=True))
         return self._by_token[part]
 
