@@ -1,10 +1,13 @@
 """Customers per hour: a fleet, against PEFT's LoRA and `train` on one customer after another.
 
     python -m benchmarks.fleet [--customers N] [--device cpu|cuda] [--model FOLDER | --shape minilm|mpnet]
-                               [--data FOLDER] [--profile | --profile-only | --host-only] [--out FILE.json]
+                               [--targets paper|linear] [--data FOLDER]
+                               [--profile | --profile-only | --host-only] [--out FILE.json]
 
-Same targets (the query projections of the last four blocks, the paper's set-up), rows, epochs, batch
-size and precision for all; no dropout and no evaluation. First a few customers of a small fleet are
+The fleet adapts the query projections of the last four blocks, which is the paper's set-up, or every linear
+layer of every block. PEFT's LoRA adapts the same layers, and in a second loop what LoRA customarily
+adapts, query and value of every block. Rows, epochs, batch size and precision are the same for all; no
+dropout and no evaluation. First a few customers of a small fleet are
 held against `train` alone. Then, in each round, PEFT trains a sample of the customers in a plain
 PyTorch loop on a base that is loaded once, and the fleet trains all of them. transformers' Trainer
 with PEFT is measured once, and so is `train`, which loads the base for each customer. What these
@@ -33,9 +36,10 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
+from benchmarks.fleet_parts.layers import TARGETS, customary_targets
 from benchmarks.fleet_parts.peers import Cost, cost_of, open_peer, train_by_trainer, train_in_loop
 from benchmarks.fleet_parts.profile import Split, StepView, lines, without_blocks
-from benchmarks.fleet_parts.shards import Shards, customer_name, read_shards, save_shape
+from benchmarks.fleet_parts.shards import BUNDLED, TAU, Shards, customer_name, read_shards, save_shape
 from benchmarks.records import environment
 from qrlora_deploy.adapter import resolve_layer
 from qrlora_deploy.basis import Basis
@@ -44,7 +48,6 @@ from qrlora_deploy.coefficients import Coefficients, read_coefficients
 from qrlora_deploy.factorizing import factorize
 from qrlora_deploy.files import write_json
 from qrlora_deploy.rank_rule import RankRule
-from qrlora_deploy.targets import choose_targets
 from qrlora_deploy.training.data import Examples
 from qrlora_deploy.training.fleet.grouping import read_groups
 from qrlora_deploy.training.fleet.options import ROWS_PER_STEP, FleetOptions
@@ -53,14 +56,11 @@ from qrlora_deploy.training.fleet.run import train_fleet
 from qrlora_deploy.training.settings import TrainSettings
 from qrlora_deploy.training.trainer import train
 
-LAST_LAYERS = 4
-TAU = 0.5
-QUERIES = ("query", "q", "q_lin", "q_proj")
-BUNDLED = Path(__file__).parents[1] / "qrlora_deploy" / "quickstart" / "clinc150"
 BOUND = 1e-3
 """Of a customer in the fleet against itself alone in fp32, largest difference by largest value."""
 
 LOOP, TRAINER, ALONE = "PEFT LoRA, plain loop", "PEFT LoRA, transformers' Trainer", "train"
+CUSTOMARY = "PEFT LoRA on q and v of all layers, plain loop"
 
 
 @dataclass(frozen=True)
@@ -122,17 +122,20 @@ def measure(bench: Bench, sample: int, rounds: int) -> dict[str, Any]:
     alone, errors = check(bench, numbers[:few], customers[:few])
     targets = [resolve_layer(bench.checkpoint.skeleton(), name)[0] for name in bench.basis.names]
     peer = open_peer(bench.checkpoint, targets, bench.settings, device)
-    train_in_loop(peer, customers[0])  # warms caches and libraries; not counted
-    loop: list[Cost] = []
+    loops = {LOOP: peer, CUSTOMARY: replace(peer, targets=customary_targets(bench.checkpoint))}
+    for one in loops.values():
+        train_in_loop(one, customers[0])  # warms caches and libraries; not counted
+    looped: dict[str, list[Cost]] = {name: [] for name in loops}
     fleet: list[Cost] = []
     file = bench.write_data(range(bench.customers))
     for turn in range(rounds):
-        loop += [cost_of(functools.partial(train_in_loop, peer, examples)) for examples in customers]
+        for name, one in loops.items():
+            looped[name] += [cost_of(functools.partial(train_in_loop, one, examples)) for examples in customers]
         fleet.append(cost_of(functools.partial(bench.run_fleet, f"round-{turn}", file)))
         print(f"round {turn}: the fleet took {fleet[-1].seconds:.1f} s", file=sys.stderr)
     by_trainer = train_by_trainer(bench.folder / "trainer")
     trainer = [cost_of(functools.partial(by_trainer, peer, examples)) for examples in customers[:few]]
-    return compare(bench.customers, fleet, {LOOP: loop, TRAINER: trainer, ALONE: alone}) | {
+    return compare(bench.customers, fleet, {**looped, TRAINER: trainer, ALONE: alone}) | {
         "largest_relative_difference_to_train": errors,
         "peak_gpu_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
     }
@@ -238,10 +241,7 @@ def build(options: argparse.Namespace, folder: Path) -> Bench:
     if options.model is None:
         save_shape(folder / "base", options.shape, shards)
     checkpoint = open_checkpoint(str(options.model or folder / "base"))
-    layers = [name.rsplit(".", 1)[-1] for name, _ in checkpoint.skeleton().named_modules()]
-    query = next(name for name in QUERIES if name in layers)
-    targets = choose_targets(checkpoint.skeleton(), [query], LAST_LAYERS)
-    basis = factorize(checkpoint, targets, RankRule(tau=TAU))
+    basis = factorize(checkpoint, TARGETS[options.targets](checkpoint), RankRule(tau=TAU))
     settings = TrainSettings(epochs=options.epochs, batch_size=options.batch_size, max_length=64, device=options.device)
     return Bench(checkpoint, basis, shards, settings, options.customers, options.rows, options.rows_per_step, folder)
 
@@ -264,6 +264,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--model", type=Path, help="a base whose head knows the labels of the data")
     parser.add_argument("--shape", choices=["minilm", "mpnet"], default="minilm", help="random, without --model")
+    parser.add_argument("--targets", choices=list(TARGETS), default="paper", help="what the fleet adapts")
     parser.add_argument("--data", type=Path, default=BUNDLED)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--profile", action="store_true", help="also say where the seconds of a fleet go")

@@ -8,7 +8,8 @@ full fine-tuning, per task and seed), and again from the pretrained encoder with
 JSON line per finished run goes to OUTPUT/runs.jsonl; the same command, started again, does what is
 missing. `--report-only` writes the table and the curves from the lines. `--set-aside runs_old.jsonl`
 moves the lines of runs that would be made in another way now out of the record, so that they are done
-again. `--data hub` reads GLUE from the Hugging Face hub.
+again. `--data hub` reads GLUE from the Hugging Face hub. `--methods qr-all-half qr-all-quarter` adds rows of
+QR-LoRA at other rates than its default.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.glue_parts.methods import METHODS
+from benchmarks.glue_parts.methods import COMPARED, METHODS
 from benchmarks.glue_parts.plan import RECORDS, Choice, Place, make_plan
 from benchmarks.glue_parts.records import check_settings, read_records, set_aside
 from benchmarks.glue_parts.report import plot_curves, render_table
@@ -135,7 +136,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=1, help="processes, spread over the GPUs")
     parser.add_argument("--budget-seconds", type=float, help="stop before this time is up")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=COMPARED)
     parser.add_argument("--starts", nargs="+", choices=list(STARTS), default=list(STARTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=3)

@@ -1,6 +1,6 @@
 """A whole report of `bench` from a GPU: merged and switchable, fp16 and fp32, captured graphs or not, and peers.
 
-    python -m benchmarks.gpu_report -o benchmarks/results/bench_h200
+    python -m benchmarks.gpu_report -o results/bench
 
 Writes report.json and report.html for fp16 beside PyTorch and PEFT, for fp32, and for a switchable
 bundle whose rows are all one customer's. The model has RoBERTa-base's shape and random weights.

@@ -46,6 +46,7 @@ class Method:
         kind: "full", "head", "qr", or a key of `PEFT_CONFIGS`.
         projections: which layers get an adapter.
         last_layers: only of the last N blocks; None is all of them.
+        rate_factor: of the default rate, to see how much depends on it.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Method:
     kind: str
     projections: Projections = ("query", "value")
     last_layers: int | None = None
+    rate_factor: float = 1.0
 
 
 METHODS = {
@@ -68,8 +70,13 @@ METHODS = {
         Method("qr-q4", "QR-LoRA, q of the last 4", None, "qr", ("query",), 4),
         Method("qr-qv4", "QR-LoRA, q and v of the last 4", None, "qr", ("query", "value"), 4),
         Method("qr-all", "QR-LoRA, all linear layers", None, "qr", ()),
+        Method("qr-all-half", "the same at half the default rate", None, "qr", (), rate_factor=1 / 2),
+        Method("qr-all-quarter", "the same at a quarter of it", None, "qr", (), rate_factor=1 / 4),
     )
 }
+
+COMPARED = [name for name, method in METHODS.items() if method.rate_factor == 1.0]
+"""The methods, each at its own rate; the others show what another rate would have given."""
 
 PEFT_CONFIGS: dict[str, Callable[[list[str]], Any]] = {
     "lora": lambda names: LoraConfig(r=8, lora_alpha=16, target_modules=names),
@@ -134,7 +141,8 @@ def prepare(method: Method, model: Any, start: Checkpoint, train_head: bool, lab
         parameters = {name: adapter.u for name, adapter in adapters.items()}
         along = _along(head, train_head)
         write = _writer(adapters, basis, along, labels, start)
-        return _prepared(model, parameters, along, method.rate or default_rate(basis.total_rank), write)
+        rate = method.rate or method.rate_factor * default_rate(basis.total_rank)
+        return _prepared(model, parameters, along, rate, write)
     patterns = _patterns(method, model.config.model_type)
     names = choose_targets(model, patterns, method.last_layers)
     # PEFT makes its shared projections on the CPU, and some methods would copy them over in every step.

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.glue_parts.methods import METHODS
+from benchmarks.glue_parts.methods import COMPARED, METHODS
 from benchmarks.glue_parts.plan import WARM_UP
 from benchmarks.glue_parts.records import Record
 from benchmarks.glue_parts.starts import STARTS, WARMED
@@ -112,7 +112,7 @@ def _peak(rows: Sequence[Record]) -> str:
 
 def plot_curves(records: Iterable[Record], folder: Path) -> list[Path]:
     """A picture for each model and task: the dev score by epoch, mean and band over the seeds."""
-    rows = [row for row in finished(records) if row["method"] != WARM_UP]
+    rows = [row for row in finished(records) if row["method"] in COMPARED]
     paths = []
     for model in _unique(rows, "model"):
         for task in [name for name in TASKS if name in _unique(rows, "task")]:
@@ -129,10 +129,10 @@ def _plot(rows: Sequence[Record], title: str, path: Path) -> None:
     panels = figure.subplots(1, len(starts), sharey=True, squeeze=False)[0]
     metric = TASKS[rows[0]["task"]].metrics[0]
     for panel, start in zip(panels, starts, strict=True):
-        for index, (name, method) in enumerate(METHODS.items()):
+        for index, name in enumerate(COMPARED):
             mine = [row for row in rows if row["start"] == start and row["method"] == name]
             if mine:
-                _draw(panel, mine, metric, method.title, index)
+                _draw(panel, mine, metric, METHODS[name].title, index)
         panel.set(xlabel="epoch", title="warmed-up start" if start == WARMED else "pretrained start")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel(f"{metric} on the dev rows")

@@ -8,7 +8,14 @@ from benchmarks.gpu_parts.plan import MERGED_GRAPHS, PADDED, SETUPS, SHAPES
 
 COMPILED = "torch.compile"
 LOOP, TRAINER = "PEFT LoRA, bare loop", "PEFT LoRA, Trainer"
-FLEET_LOOP, FLEET_TRAINER = "PEFT LoRA, plain loop", "PEFT LoRA, transformers' Trainer"
+FLEET_TRAINER = "PEFT LoRA, transformers' Trainer"
+FLEET_LOOPS = {
+    "PEFT LoRA, plain loop": "the same layers",
+    "PEFT LoRA on q and v of all layers, plain loop": "query and value of all layers",
+}
+"""Names in the record, and what LoRA adapts there."""
+
+FLEET_TARGETS = {"paper": "query of the last 4 layers", "linear": "all linear layers"}
 UNKNOWN = "the reason is not known"
 
 Record = dict[str, Any]
@@ -212,19 +219,20 @@ def training(record: Record) -> Iterator[Bar]:
 
 def fleet(record: Record) -> Iterator[Bar]:
     """Customers an hour by PEFT's LoRA, one customer after another."""
-    others = "others_extrapolated_from_samples"
+    others, options = "others_extrapolated_from_samples", record["options"]
     trainer = at(record, others, FLEET_TRAINER, "fleet_times")
     beside = [
         f"{number(at(record, 'fleet', 'customers_an_hour') or 0)} an hour",
         *([f"{number(trainer)} times its Trainer"] if trainer else []),
     ]
-    yield make_bar(
-        f"a fleet of {record['options']['customers']} customers, {record['options']['shape']}, by PEFT's LoRA on one "
-        "after another in a bare loop",
-        at(record, others, FLEET_LOOP, "fleet_times"),
-        Aim("least", 20, " times", "docs/fleets.md says what bounds it"),
-        ", ".join(beside),
-    )
+    for name, layers in FLEET_LOOPS.items():
+        yield make_bar(
+            f"a fleet of {options['customers']} customers, {options['shape']}, {FLEET_TARGETS[options['targets']]}, by "
+            f"PEFT's LoRA on {layers}, one customer after another in a bare loop",
+            at(record, others, name, "fleet_times"),
+            Aim("least", 20, " times", "docs/fleets.md says what bounds it"),
+            ", ".join(beside),
+        )
 
 
 READERS: dict[str, Callable[[Record], Iterator[Bar]]] = {

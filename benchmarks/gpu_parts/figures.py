@@ -71,10 +71,12 @@ def training(record: Record) -> Iterator[Figure]:
 
 def fleet(record: Record) -> Iterator[Figure]:
     """Customers an hour of everyone."""
+    options = record["options"]
+    where = f"{options['shape']}, {options['targets']} targets"
     for name, found in record["others_extrapolated_from_samples"].items():
-        yield f"customers an hour, {record['options']['shape']}, {name}", number(found["customers_an_hour"])
+        yield f"customers an hour, {where}, {name}", number(found["customers_an_hour"])
     if record.get("peak_gpu_bytes"):
-        yield "peak memory of the device while a fleet trains", f"{record['peak_gpu_bytes'] / 1e9:.3g} GB"
+        yield f"peak memory of the device, {where}, a fleet", f"{record['peak_gpu_bytes'] / 1e9:.3g} GB"
 
 
 def mixed(record: Record) -> Iterator[Figure]:

@@ -121,6 +121,7 @@ def _table_and_swaps() -> list[Part]:
 
 
 def _training() -> list[Part]:
+    thousand = ("--device", "cuda", "--shape", "mpnet", "--customers", "1000")
     return [
         Part(
             "training",
@@ -133,20 +134,16 @@ def _training() -> list[Part]:
             "fleet",
             "a fleet of 1,000 customers beside PEFT's LoRA",
             "benchmarks.fleet",
-            (
-                "--device",
-                "cuda",
-                "--shape",
-                "mpnet",
-                "--customers",
-                "1000",
-                "--rounds",
-                "1",
-                "--sample",
-                "4",
-                "--profile",
-            ),
-            150,
+            (*thousand, "--rounds", "3", "--sample", "4"),
+            110,
+        ),
+        Part(
+            "fleet-linear",
+            "the same on all linear layers",
+            "benchmarks.fleet",
+            (*thousand, "--rounds", "2", "--sample", "4", "--targets", "linear"),
+            170,
+            alike=True,
         ),
     ]
 

@@ -1,7 +1,7 @@
 """`qrlora-deploy train`."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,21 @@ def command(
     with work_folder(output, resume) as folder, progress_bar() as progress:
         customer = train(checkpoint, frozen, examples, held_out, chosen, folder, resume, place, progress)
         write_coefficients(customer, output)
+    _warn_of_one_answer(customer.training)
     size_bytes = output.stat().st_size
     record = {"output": output, "size_bytes": size_bytes, "digest": customer.digest, "training": customer.training}
     facts = {"digest": customer.digest, "coefficients": len(customer.values), "size": size_text(size_bytes)}
     return Output(record, f"wrote {output}", facts | customer.training)
+
+
+def _warn_of_one_answer(record: Mapping[str, Any]) -> None:
+    """Say so where training may have ended in one answer for every text, as a learning rate that is too high does."""
+    from qrlora_deploy.training.tasks import uncorrelated
+
+    if name := uncorrelated(record["metrics"]):
+        half = f"{record['learning_rate'] / 2:.3g}"
+        click.echo(
+            f"Warning: {name} is 0 on the held-out rows: the answers say nothing of the labels, as when every text "
+            f"gets the same one. A lower rate may help, such as --learning-rate {half}",
+            err=True,
+        )

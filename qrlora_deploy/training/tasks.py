@@ -1,7 +1,7 @@
 """What is learned from the labels: classes or a number, and how the result is scored."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -87,6 +87,15 @@ def score(task: str, logits: np.ndarray, targets: np.ndarray) -> dict[str, float
         "f1": float(metrics.f1_score(targets, chosen, average="macro", zero_division=0)),
         "matthews": float(metrics.matthews_corrcoef(targets, chosen)),
     }
+
+
+def uncorrelated(metrics: Mapping[str, float]) -> str | None:
+    """The name of the correlation of answers and labels where it is exactly 0, as when all answers are alike.
+
+    Args:
+        metrics: from `score`; empty where nothing was held out.
+    """
+    return next((name for name in ("matthews", "pearson") if metrics.get(name) == 0.0), None)
 
 
 def _number(label: str) -> float | None:

@@ -17,6 +17,7 @@ from qrlora_deploy.training.tasks import (
     infer_task,
     label_names,
     score,
+    uncorrelated,
 )
 
 LIBRARY = {"rtol": 0.0, "atol": 1e-12}
@@ -116,3 +117,11 @@ def test_scores_that_are_not_defined_are_finite(task: str, logits: list[list[flo
     found = score(task, np.array(logits), np.array(targets))
     assert tuple(found) == METRICS[task]
     assert all(math.isfinite(value) for value in found.values())
+    # Answers that are all alike, and labels that are.
+    assert uncorrelated(found) == ("pearson" if task == REGRESSION else "matthews")
+
+
+def test_answers_that_follow_the_labels_are_correlated() -> None:
+    assert uncorrelated(score(CLASSIFICATION, np.eye(2)[[0, 1, 1]], np.array([0, 1, 0]))) is None
+    assert uncorrelated(score(REGRESSION, np.array([[1.0], [2.0]]), np.array([2.0, 1.0]))) is None
+    assert uncorrelated({}) is None
