@@ -142,7 +142,7 @@ def main() -> int:
     options = parser.parse_args()
     workers = options.workers or (torch.cuda.device_count() if options.device == "cuda" else 2)
     if workers < 2:
-        parser.error("there is one GPU; --workers 2 or more lets workers share it")
+        parser.error("it takes two workers or more; on one GPU --workers 2 has them share it")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         prepare(folder, options.shape, options.customers, options.rows)

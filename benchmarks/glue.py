@@ -113,7 +113,9 @@ def _job(arguments: argparse.Namespace, began: float) -> Job:
         tuple(models), tuple(arguments.tasks), tuple(arguments.starts), tuple(arguments.methods), tuple(arguments.seeds)
     )
     bf16 = device == "cuda" if arguments.bf16 is None else arguments.bf16
-    settings = Settings(epochs=arguments.epochs, points=arguments.points, bf16=bf16, rows=arguments.rows)
+    settings = Settings(
+        epochs=arguments.epochs, points=arguments.points, bf16=bf16, rows=arguments.rows, dropout=arguments.dropout
+    )
     return Job(
         plan=tuple(make_plan(choice)),
         place=Place(arguments.output, arguments.work),
@@ -142,6 +144,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--points", type=int, default=10, help="scores along a run")
     parser.add_argument("--rows", type=int, help="bound on the rows of each part, for a trial")
+    parser.add_argument("--dropout", action=argparse.BooleanOptionalAction, default=True, help="as the model has it")
     parser.add_argument("--device", choices=["cpu", "cuda"])
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="default: on a GPU")
     parser.add_argument("--report-only", action="store_true", help="write table and curves from the records there are")

@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification
 from benchmarks.glue_parts.tasks import Task
 from qrlora_deploy.checkpoint import Checkpoint
 from qrlora_deploy.training.head import start_bias
+from qrlora_deploy.training.loop import no_dropout
 from qrlora_deploy.training.tasks import REGRESSION
 
 PRETRAINED = "pretrained"
@@ -29,9 +30,10 @@ WARMUP_SHARE = 0.25
 class Models:
     """Models of one checkpoint on one device, loaded once and copied for each run."""
 
-    def __init__(self, checkpoint: Checkpoint, device: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, device: str, dropout: bool = True) -> None:
         self.checkpoint = checkpoint
         self.device = device
+        self._options = {} if dropout else no_dropout(checkpoint.config)
         self._pristine: dict[int, Any] = {}
 
     def fresh(self, task: Task, labels: int, seed: int, bias: float = 0.0) -> Any:
@@ -44,6 +46,7 @@ class Models:
                 num_labels=labels,
                 problem_type=problem,
                 ignore_mismatched_sizes=True,
+                **self._options,
             )
             self._pristine[labels] = loaded.to(self.device)
         model = copy.deepcopy(self._pristine[labels])

@@ -51,6 +51,7 @@ class Settings:
         points: scores along a run.
         bf16: autocast.
         rows: bound on the rows of each part, for a trial; None is all.
+        dropout: as the model has it, or none, in the warm-up too.
     """
 
     epochs: int = 3
@@ -59,11 +60,15 @@ class Settings:
     points: int = 10
     bf16: bool = False
     rows: int | None = None
+    dropout: bool = True
 
     def record(self, task: str, method: str) -> Record:
         """As kept with each run of a task and method: with the warm-up's, and with the run's own."""
         warm = {"warmup_rate": WARMUP_RATE, "warmup_epochs": WARMUP_EPOCHS, "warmup_share": WARMUP_SHARE}
-        return asdict(self) | warm | own_settings(task, method)
+        found = asdict(self) | warm | own_settings(task, method)
+        if found.pop("dropout"):
+            return found  # as the records from before there was a choice
+        return found | {"dropout": False}
 
     def record_again(self, record: Record) -> Record:
         """The settings that a recorded run would have now."""
@@ -220,7 +225,9 @@ class Worker:
         As in `warmup`, a fresh regression starts at the mean of the labels it trains on.
         """
         if run.model not in self._models:
-            self._models[run.model] = Models(open_checkpoint(self.job.models[run.model]), self.job.device)
+            self._models[run.model] = Models(
+                open_checkpoint(self.job.models[run.model]), self.job.device, self.job.settings.dropout
+            )
         models, task = self._models[run.model], TASKS[run.task]
         if run.start == WARMED and run.method != WARM_UP:
             folder = self.job.place.warmed(run)

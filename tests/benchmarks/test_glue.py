@@ -158,6 +158,20 @@ def test_a_fresh_regression_starts_at_the_mean_and_qr_lora_at_its_own_rate(make_
     assert records[WARMED, "lora"]["learning_rate"] == 5e-4 and "step_length" not in records[WARMED, "lora"]["settings"]
 
 
+def test_without_dropout_nothing_is_dropped_and_the_record_says_so(tiny_base: Path) -> None:
+    checkpoint = open_checkpoint(str(tiny_base))
+    ids = torch.tensor([[2, 8, 9, 10, 3]])
+    same = {}
+    for dropout in (True, False):
+        model = Models(checkpoint, "cpu", dropout).fresh(RTE, 2, 3).train()
+        with torch.no_grad():
+            first, second = (model(input_ids=ids).logits for _ in range(2))
+        same[dropout] = torch.equal(first, second)
+    assert same == {True: False, False: True}
+    with_it, without = (Settings(dropout=dropout).record("RTE", "qr-all") for dropout in (True, False))
+    assert without == with_it | {"dropout": False} and "dropout" not in with_it
+
+
 def test_a_run_that_would_end_too_late_makes_way_for_a_shorter_one(make_job: Callable[..., Job]) -> None:
     job = make_job(methods=("qr-all", "head"), deadline=time.time() + 100)
     work_all(replace(job, plan=job.plan[:1], deadline=None))
