@@ -33,13 +33,13 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import torch
 
-from benchmarks.fleet_parts.layers import TARGETS, customary_targets
+from benchmarks.fleet_parts.agreement import BOUND, relative_difference
 from benchmarks.fleet_parts.peers import Cost, cost_of, open_peer, train_by_trainer, train_in_loop
 from benchmarks.fleet_parts.profile import Split, StepView, lines, without_blocks
-from benchmarks.fleet_parts.shards import BUNDLED, TAU, Shards, customer_name, read_shards, save_shape
+from benchmarks.fleet_parts.shards import Shards, customer_name, read_shards, save_shape
+from benchmarks.layers import LAST_LAYERS, TAU, targets_of
 from benchmarks.records import environment
 from qrlora_deploy.adapter import resolve_layer
 from qrlora_deploy.basis import Basis
@@ -47,6 +47,7 @@ from qrlora_deploy.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.coefficients import Coefficients, read_coefficients
 from qrlora_deploy.factorizing import factorize
 from qrlora_deploy.files import write_json
+from qrlora_deploy.quickstart.data import FOLDER
 from qrlora_deploy.rank_rule import RankRule
 from qrlora_deploy.training.data import Examples
 from qrlora_deploy.training.fleet.grouping import read_groups
@@ -56,8 +57,8 @@ from qrlora_deploy.training.fleet.run import train_fleet
 from qrlora_deploy.training.settings import TrainSettings
 from qrlora_deploy.training.trainer import train
 
-BOUND = 1e-3
-"""Of a customer in the fleet against itself alone in fp32, largest difference by largest value."""
+TARGETS: dict[str, tuple[tuple[str, ...], int | None]] = {"paper": (("query",), LAST_LAYERS), "linear": ((), None)}
+"""What the fleet adapts: projections, and how many of the last blocks."""
 
 LOOP, TRAINER, ALONE = "PEFT LoRA, plain loop", "PEFT LoRA, transformers' Trainer", "train"
 CUSTOMARY = "PEFT LoRA on q and v of all layers, plain loop"
@@ -122,7 +123,7 @@ def measure(bench: Bench, sample: int, rounds: int) -> dict[str, Any]:
     alone, errors = check(bench, numbers[:few], customers[:few])
     targets = [resolve_layer(bench.checkpoint.skeleton(), name)[0] for name in bench.basis.names]
     peer = open_peer(bench.checkpoint, targets, bench.settings, device)
-    loops = {LOOP: peer, CUSTOMARY: replace(peer, targets=customary_targets(bench.checkpoint))}
+    loops = {LOOP: peer, CUSTOMARY: replace(peer, targets=targets_of(bench.checkpoint.skeleton(), ("query", "value")))}
     for one in loops.values():
         train_in_loop(one, customers[0])  # warms caches and libraries; not counted
     looped: dict[str, list[Cost]] = {name: [] for name in loops}
@@ -210,7 +211,7 @@ def differences(
         costs.append(cost_of(run))
         expected = found[0].values
         values = read_coefficients(output / f"{customer_name(number)}.safetensors").values
-        errors[customer_name(number)] = float(np.abs(values - expected).max() / np.abs(expected).max())
+        errors[customer_name(number)] = relative_difference(values, expected)
     return costs, errors
 
 
@@ -241,7 +242,8 @@ def build(options: argparse.Namespace, folder: Path) -> Bench:
     if options.model is None:
         save_shape(folder / "base", options.shape, shards)
     checkpoint = open_checkpoint(str(options.model or folder / "base"))
-    basis = factorize(checkpoint, TARGETS[options.targets](checkpoint), RankRule(tau=TAU))
+    targets = targets_of(checkpoint.skeleton(), *TARGETS[options.targets])
+    basis = factorize(checkpoint, targets, RankRule(tau=TAU))
     settings = TrainSettings(epochs=options.epochs, batch_size=options.batch_size, max_length=64, device=options.device)
     return Bench(checkpoint, basis, shards, settings, options.customers, options.rows, options.rows_per_step, folder)
 
@@ -265,7 +267,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path, help="a base whose head knows the labels of the data")
     parser.add_argument("--shape", choices=["minilm", "mpnet"], default="minilm", help="random, without --model")
     parser.add_argument("--targets", choices=list(TARGETS), default="paper", help="what the fleet adapts")
-    parser.add_argument("--data", type=Path, default=BUNDLED)
+    parser.add_argument("--data", type=Path, default=FOLDER)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--profile", action="store_true", help="also say where the seconds of a fleet go")
     which.add_argument("--profile-only", action="store_true", help="say that and measure nothing else")

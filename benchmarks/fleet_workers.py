@@ -24,19 +24,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.fleet_parts.layers import paper_targets
-from benchmarks.fleet_parts.shards import BUNDLED, TAU, read_shards, save_shape
+from benchmarks.fleet_parts.agreement import BOUND, relative_difference
+from benchmarks.fleet_parts.shards import read_shards, save_shape
+from benchmarks.layers import LAST_LAYERS, TAU, targets_of
 from benchmarks.records import environment
 from qrlora_deploy.basis import write_basis
 from qrlora_deploy.checkpoint import open_checkpoint
 from qrlora_deploy.coefficients import read_coefficients
 from qrlora_deploy.factorizing import factorize
 from qrlora_deploy.files import write_json
+from qrlora_deploy.quickstart.data import FOLDER
 from qrlora_deploy.rank_rule import RankRule
 
-BOUND = {"cpu": 1e-3, "cuda": 0.1}
-"""Of a customer in its shard against itself among all, largest difference by largest value: fp32 on a CPU; on
-a GPU bf16, whose roundings depend on the neighbours in a matrix product."""
+BOUNDS = {"cpu": BOUND, "cuda": 0.1}
+"""Of a customer in its shard against itself among all: fp32 on a CPU; on a GPU bf16, whose roundings depend on the
+neighbours in a matrix product."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,11 @@ class Launch:
 
 def prepare(folder: Path, shape: str, customers: int, rows: int) -> None:
     """Write base, basis and data."""
-    shards = read_shards(BUNDLED)
+    shards = read_shards(FOLDER)
     save_shape(folder / "base", shape, shards)
     checkpoint = open_checkpoint(str(folder / "base"))
-    write_basis(factorize(checkpoint, paper_targets(checkpoint), RankRule(tau=TAU)), folder / "basis.safetensors")
+    targets = targets_of(checkpoint.skeleton(), ["query"], LAST_LAYERS)
+    write_basis(factorize(checkpoint, targets, RankRule(tau=TAU)), folder / "basis.safetensors")
     shards.write(folder / "all.tsv", range(customers), rows)
 
 
@@ -103,7 +106,7 @@ def check(one: Path, several: Path, bound: float) -> dict[str, float]:
     found = []
     for name in names:
         expected, values = (read_coefficients(folder / name).values for folder in (one, several))
-        found.append(float(np.abs(values - expected).max() / np.abs(expected).max()))
+        found.append(relative_difference(values, expected))
     if max(found) > bound:
         raise SystemExit(f"{names[int(np.argmax(found))]} differs by {max(found):.3g} of its largest coefficient")
     return {"customers": len(names), "median": statistics.median(found), "largest": max(found)}
@@ -118,11 +121,11 @@ def measure(launch: Launch, workers: int, rounds: int, customers: int) -> dict[s
             seconds[count].append(launch.run(count, f"{count}-{turn}"))
             print(f"round {turn}, {count} workers: {seconds[count][-1]:.1f} s", file=sys.stderr, flush=True)
         if not turn:
-            differences = check(launch.folder / "1-0", launch.folder / f"{workers}-0", BOUND[launch.device])
+            differences = check(launch.folder / "1-0", launch.folder / f"{workers}-0", BOUNDS[launch.device])
     hourly = {count: 3600 * customers / statistics.median(found) for count, found in seconds.items()}
     return {
-        "seconds": {str(count): found for count, found in seconds.items()},
-        "customers_an_hour": {str(count): found for count, found in hourly.items()},
+        "seconds": seconds,
+        "customers_an_hour": hourly,
         "times": hourly[workers] / hourly[1],
         "relative_difference": differences,
     }

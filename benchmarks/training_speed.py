@@ -26,6 +26,7 @@ from torch.nn import functional
 from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
+from benchmarks.layers import LAST_LAYERS, TAU, targets_of
 from benchmarks.records import environment
 from benchmarks.shapes import SHAPES, random_classifier
 from qrlora_deploy.adapter import QRLoRALinear, attach, get_coefficients, precondition
@@ -35,7 +36,6 @@ from qrlora_deploy.factorizing import factorize
 from qrlora_deploy.files import write_json
 from qrlora_deploy.quickstart.data import general_file
 from qrlora_deploy.rank_rule import RankRule
-from qrlora_deploy.targets import choose_targets
 from qrlora_deploy.training.cached import (
     CachedTrainer,
     CacheWish,
@@ -48,8 +48,6 @@ from qrlora_deploy.training.data import read_examples
 from qrlora_deploy.training.loop import Rows, SmallTrainer, mixed_precision, no_dropout, training_arguments
 from qrlora_deploy.training.settings import TrainSettings
 
-LAST_LAYERS = 4
-QUERY = {"mpnet": "q", "bert": "query"}
 RANK = 160
 """Of random weights; the paper's rule gives 157 to 163 on MPNet-base."""
 
@@ -315,9 +313,8 @@ def save_base(folder: Path, shape: str) -> Path:
 def prepare(arguments: argparse.Namespace, data: str, folder: Path) -> Setup:
     """Everything the subjects share, with as many rows as the steps of a round need."""
     checkpoint = open_checkpoint(str(arguments.model or save_base(folder / "base", arguments.shape)))
-    rule = RankRule(tau=0.5) if arguments.model else RankRule(tau=None, rank=RANK)
-    query = QUERY.get(checkpoint.config.model_type, "query")
-    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton(), [query], LAST_LAYERS), rule)
+    rule = RankRule(tau=TAU) if arguments.model else RankRule(tau=None, rank=RANK)
+    basis = factorize(checkpoint, targets_of(checkpoint.skeleton(), ["query"], LAST_LAYERS), rule)
     settings = TrainSettings(
         epochs=1,
         batch_size=arguments.batch_size,

@@ -13,12 +13,6 @@ from qrlora_deploy.errors import InputError
 from qrlora_deploy.training.data import Examples, read_examples
 from qrlora_deploy.training.tasks import label_names
 
-BUNDLED = Path(__file__).parents[2] / "qrlora_deploy" / "quickstart" / "clinc150"
-"""The rows that come with the package."""
-
-TAU = 0.5
-"""Of the rank rule, the paper's."""
-
 SPECIAL = ("[UNK]", "[PAD]", "[CLS]", "[SEP]")
 
 

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, TinyLoraConfig, VeraConfig, get_peft_model
 from torch import nn
 
+from benchmarks.layers import TAU, targets_of
 from qrlora_deploy.adapter import QRLoRALinear, attach, get_coefficients, precondition
 from qrlora_deploy.basis import Basis
 from qrlora_deploy.checkpoint import Checkpoint
@@ -19,16 +20,11 @@ from qrlora_deploy.coefficients import Coefficients, write_coefficients
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.factorizing import factorize
 from qrlora_deploy.rank_rule import RankRule
-from qrlora_deploy.targets import choose_targets
 from qrlora_deploy.training.settings import default_rate
 from qrlora_deploy.training.tasks import CLASSIFICATION, REGRESSION
 
 HEAD_RATE = 1e-3
 """Of a head that trains beside an adapter, as `train --head output` has it."""
-
-TAU = 0.5
-QUERY = {"mpnet": "q", "bert": "query", "roberta": "query"}
-VALUE = {"mpnet": "v", "bert": "value", "roberta": "value"}
 
 Projections = tuple[str, ...]
 """Of "query" and "value"; none means every linear layer of every block."""
@@ -143,8 +139,7 @@ def prepare(method: Method, model: Any, start: Checkpoint, train_head: bool, lab
         write = _writer(adapters, basis, along, labels, start)
         rate = method.rate or method.rate_factor * default_rate(basis.total_rank)
         return _prepared(model, parameters, along, rate, write)
-    patterns = _patterns(method, model.config.model_type)
-    names = choose_targets(model, patterns, method.last_layers)
+    names = targets_of(model, method.projections, method.last_layers)
     # PEFT makes its shared projections on the CPU, and some methods would copy them over in every step.
     wrapped = get_peft_model(model, PEFT_CONFIGS[method.kind](names)).to(device)
     parameters = {name: value for name, value in wrapped.named_parameters() if value.requires_grad}
@@ -157,14 +152,8 @@ def prepare(method: Method, model: Any, start: Checkpoint, train_head: bool, lab
 
 def make_basis(method: Method, start: Checkpoint, device: str) -> Basis:
     """The basis of a QR method, from the weights it starts with."""
-    patterns = _patterns(method, start.config.model_type)
-    names = choose_targets(start.skeleton(), patterns, method.last_layers)
+    names = targets_of(start.skeleton(), method.projections, method.last_layers)
     return factorize(start, names, RankRule(tau=TAU), device)
-
-
-def _patterns(method: Method, model_type: str) -> list[str]:
-    table = {"query": QUERY, "value": VALUE}
-    return [table[projection].get(model_type, projection) for projection in method.projections]
 
 
 def _given(method: Method) -> float:

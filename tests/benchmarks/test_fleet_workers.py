@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.fleet_parts.layers import TARGETS, customary_targets
-from benchmarks.fleet_workers import BOUND, check
+from benchmarks.fleet import TARGETS
+from benchmarks.fleet_workers import BOUNDS, check
+from benchmarks.layers import targets_of
 from benchmarks.shapes import random_classifier
 from qrlora_deploy.checkpoint import open_checkpoint
 from qrlora_deploy.coefficients import Coefficients, write_coefficients
@@ -45,12 +46,12 @@ def test_shards_that_agree(write: Write) -> None:
 )
 def test_shards_that_do_not(write: Write, customers: dict[str, float], words: str) -> None:
     with pytest.raises(SystemExit, match=words):
-        check(write("one", {"a": 1.0, "b": 1.0}), write("two", customers), BOUND["cpu"])
+        check(write("one", {"a": 1.0, "b": 1.0}), write("two", customers), BOUNDS["cpu"])
 
 
 def test_a_folder_without_customers_is_no_agreement(write: Write) -> None:
     with pytest.raises(SystemExit, match="do not make up the whole fleet"):
-        check(write("one", {}), write("two", {}), BOUND["cpu"])
+        check(write("one", {}), write("two", {}), BOUNDS["cpu"])
 
 
 @pytest.mark.parametrize(
@@ -65,9 +66,8 @@ def test_layers_of_every_family(family: str, sizes: dict[str, int], query: str, 
     heads = {"n_heads": 2} if family == "DistilBert" else {"num_attention_heads": 2}
     random_classifier(family, sizes | heads | {"vocab_size": 40}).save_pretrained(tmp_path)
     checkpoint, blocks = open_checkpoint(str(tmp_path)), 5
-    linear, customary, paper = (
-        choose(checkpoint) for choose in (TARGETS["linear"], customary_targets, TARGETS["paper"])
-    )
+    choices = (TARGETS["linear"], (("query", "value"), None), TARGETS["paper"])
+    linear, customary, paper = (targets_of(checkpoint.skeleton(), *choice) for choice in choices)
     assert len(linear) == 6 * blocks and len(customary) == 2 * blocks and len(paper) == 4
     assert set(paper) < set(customary) < set(linear)
     assert [name.endswith(f".{query}") and f".{number + 1}." in name for number, name in enumerate(paper)] == [True] * 4

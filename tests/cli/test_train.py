@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.running import run_here
-from tests.tiny import SENTENCES
+from tests.training.fleet.making import random_rows, write_rows
 
 COMMAND = ["train", "base", "--basis", "basis.safetensors", "--data", "train.tsv", "--eval", "dev.tsv", "-o", "out"]
 SETTINGS = ["--epochs", 1, "--max-length", 16, "--device", "cpu", "--learning-rate", 0.03]
@@ -17,17 +17,12 @@ def place(tmp_path: Path, tiny_base: Path, tiny_basis_file: Path) -> Path:
     """A folder with a base, its basis and training rows."""
     shutil.copytree(tiny_base, tmp_path / "base")
     shutil.copy(tiny_basis_file, tmp_path / "basis.safetensors")
-    _write(tmp_path / "train.tsv", ["travel", "banking"])
+    write_rows(tmp_path / "train.tsv", random_rows(6, 0))
     return tmp_path
 
 
-def _write(path: Path, labels: list[str]) -> None:
-    rows = [f"{text}\t{labels[number % len(labels)]}" for number, text in enumerate(SENTENCES)]
-    path.write_text("\n".join(["text\tlabel", *rows]) + "\n", encoding="utf-8")
-
-
 def test_answers_without_relation_to_the_labels_are_a_warning(place: Path) -> None:
-    _write(place / "dev.tsv", ["travel"])
+    write_rows(place / "dev.tsv", random_rows(6, 1, ["travel"]))
     ran = run_here(*COMMAND, *SETTINGS, cwd=place)
     assert ran.code == 0, ran.err
     assert "Warning: matthews is 0 on the held-out rows" in ran.err and "--learning-rate 0.015\n" in ran.err
