@@ -1,10 +1,21 @@
 """The error hierarchy. The command line prints one line and exits with `exit_code`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from qrlora_deploy.text import shortened
+
 
 class QrloraError(Exception):
-    """An operation could not be completed."""
+    """An operation could not be completed.
+
+    Its message is one line of bounded length, whatever the names in it: callers log it as it is.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shortened(message))
 
 
 class InputError(QrloraError):
@@ -32,3 +43,23 @@ class CheckFailed(QrloraError):
 def first_line(error: BaseException) -> str:
     """What another library's exception says, on one line; its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def library_errors(what: str, kind: type[QrloraError] = FileFormatError) -> Iterator[None]:
+    """Turn whatever another library raises while it reads something from outside into one line.
+
+    Put it around the call of the library and nothing else. Libraries have no closed list of what they
+    raise at a damaged file, and an exception of this project's own code is no damaged file.
+
+    Args:
+        what: file and field, and what is wrong with them, such as "config.json cannot be used".
+        kind: the error to raise.
+    """
+    try:
+        yield
+    except (QrloraError, MemoryError):
+        raise
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise kind(f"{what}: {reason}") from error
