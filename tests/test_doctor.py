@@ -88,7 +88,7 @@ def test_a_cpu_provider_that_fails_makes_the_machine_unusable(
     health = examine()
     found = by_name(list(health.findings))
     assert health.usable is False
-    assert found["cpu"] == Finding("provider", "cpu", False, "cpu is broken", "install onnxruntime again")
+    assert found["cpu"] == Finding("provider", "cpu", False, "cpu is broken more", "install onnxruntime again")
     assert found["cuda"].advice == ""
 
 
