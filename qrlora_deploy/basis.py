@@ -8,13 +8,40 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel
 
 from qrlora_deploy.errors import FileFormatError, InputError
 from qrlora_deploy.files import digest_arrays, read_tensors, write_tensors
 from qrlora_deploy.rank_rule import RankRule
+from qrlora_deploy.strict import Record, from_value
 
 FORMAT = "qrlora-basis"
 FORMAT_VERSION = 1
+
+
+class _StoredTarget(BaseModel):
+    """What a file says of one target beside its tensors."""
+
+    name: str
+    rank: int
+    weight_digest: str
+
+
+class _StoredRule(Record):
+    """`RankRule` as it is stored."""
+
+    tau: float | None
+    rank: int | None
+
+
+class _Stored(BaseModel):
+    """What a file says beside its tensors; other fields are passed over."""
+
+    base_name: str
+    basis_digest: str
+    rule: _StoredRule
+    targets: list[_StoredTarget]
+    versions: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -133,16 +160,14 @@ def read_basis(path: Path) -> Basis:
         InputError: it cannot be read.
     """
     tensors, metadata = read_tensors(path, FORMAT, FORMAT_VERSION, _allows)
+    stored = from_value(_Stored, metadata, f"{path}: the basis is incomplete or damaged")
     try:
-        targets = tuple(_target(tensors, record) for record in metadata["targets"])
-        versions = {str(name): str(value) for name, value in metadata["versions"].items()}
-        basis = Basis(targets, str(metadata["base_name"]), RankRule(**metadata["rule"]), versions)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise FileFormatError(f"{path}: the basis is incomplete, {error} is missing or wrong") from error
+        targets = tuple(_target(tensors, record) for record in stored.targets)
+        basis = Basis(targets, stored.base_name, RankRule(stored.rule.tau, stored.rule.rank), stored.versions)
     except InputError as error:
         raise FileFormatError(f"{path}: {error}") from error
     # A target named twice would have three tensors for two sets of coefficients.
-    if not targets or len(tensors) != 3 * len(targets) or metadata.get("basis_digest") != basis.digest:
+    if not targets or len(tensors) != 3 * len(targets) or stored.basis_digest != basis.digest:
         raise FileFormatError(f"{path}: the tensors are not those that the basis names")
     for target in targets:
         if not all(np.isfinite(array).all() for array in (target.q, target.r, target.diagonal)):
@@ -154,11 +179,14 @@ def _allows(metadata: dict[str, Any], name: str, shape: tuple[int, ...]) -> bool
     return re.fullmatch(r"[\w.\-]+\.(?:Q|R|diagonal)", name) is not None and 0 not in shape
 
 
-def _target(tensors: dict[str, np.ndarray], record: dict[str, Any]) -> BasisTarget:
-    name, rank = record["name"], record["rank"]
+def _target(tensors: dict[str, np.ndarray], record: _StoredTarget) -> BasisTarget:
+    name, rank = record.name, record.rank
+    missing = [part for part in ("Q", "R", "diagonal") if f"{name}.{part}" not in tensors]
+    if missing:
+        raise FileFormatError(f"the basis is incomplete, {name} has no {' and no '.join(missing)}")
     q, r, diagonal = (tensors[f"{name}.{part}"] for part in ("Q", "R", "diagonal"))
     if q.ndim != 2 or r.ndim != 2 or q.shape[1] != rank or r.shape[0] != rank:
         raise FileFormatError(f"the factors of {name} have shapes {q.shape} and {r.shape}, not of rank {rank}")
     if diagonal.shape != (min(q.shape[0], r.shape[1]),):
         raise FileFormatError(f"the diagonal of {name} has shape {diagonal.shape}")
-    return BasisTarget(name, q, r, diagonal, str(record["weight_digest"]))
+    return BasisTarget(name, q, r, diagonal, record.weight_digest)

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel
 
 from qrlora_deploy.basis import Basis
 from qrlora_deploy.errors import BasisMismatchError, FileFormatError, InputError
 from qrlora_deploy.files import digest_arrays, read_tensors, write_tensors
+from qrlora_deploy.strict import from_value
 
 FORMAT = "qrlora-coefficients"
 FORMAT_VERSION = 1
@@ -21,6 +23,18 @@ SUFFIX = ".safetensors"
 MAX_ID_CHARACTERS = 128
 CUSTOMER_ID = re.compile(rf"[A-Za-z0-9_-][A-Za-z0-9._-]{{0,{MAX_ID_CHARACTERS - 1}}}")
 """What a customer may be called, whose file has the name with `SUFFIX` behind it."""
+
+
+class _Stored(BaseModel):
+    """What a file says beside its tensors; other fields are passed over."""
+
+    basis_digest: str
+    basis_file: str
+    base_name: str
+    base_digest: str
+    task: str
+    labels: list[str]
+    training: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -102,20 +116,20 @@ def read_coefficients(path: Path) -> Coefficients:
             unknown tensor. InputError: it cannot be read.
     """
     tensors, metadata = read_tensors(path, FORMAT, FORMAT_VERSION, _allows)
-    try:
-        coefficients = Coefficients(
-            values=tensors.pop(VALUES),
-            basis_digest=str(metadata["basis_digest"]),
-            base_name=str(metadata["base_name"]),
-            base_digest=str(metadata["base_digest"]),
-            task=str(metadata["task"]),
-            labels=tuple(str(label) for label in metadata["labels"]),
-            head={name.removeprefix(HEAD): array for name, array in tensors.items()},
-            basis_file=str(metadata["basis_file"]),
-            training=dict(metadata["training"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise FileFormatError(f"{path}: {error} is missing or wrong in the coefficients file") from error
+    stored = from_value(_Stored, metadata, f"{path} is damaged")
+    if VALUES not in tensors:
+        raise FileFormatError(f"{path} is damaged: the tensor {VALUES!r} is missing")
+    coefficients = Coefficients(
+        values=tensors.pop(VALUES),
+        basis_digest=stored.basis_digest,
+        base_name=stored.base_name,
+        base_digest=stored.base_digest,
+        task=stored.task,
+        labels=tuple(stored.labels),
+        head={name.removeprefix(HEAD): array for name, array in tensors.items()},
+        basis_file=stored.basis_file,
+        training=stored.training,
+    )
     _check_finite(path, coefficients)
     return coefficients
 

@@ -60,6 +60,9 @@ def library_errors(what: str, kind: type[QrloraError] = FileFormatError) -> Iter
         yield
     except (QrloraError, MemoryError):
         raise
-    except Exception as error:
+    except BaseException as error:
+        # What a library written in Rust raises where it gives up is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         reason = getattr(error, "strerror", None) or first_line(error)
         raise kind(f"{what}: {reason}") from error

@@ -19,13 +19,21 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from qrlora_deploy.errors import FileFormatError, InputError, QrloraError
+from qrlora_deploy.errors import FileFormatError, InputError, QrloraError, library_errors
 
 METADATA_KEY = "qrlora"
 """All metadata is one JSON text under one key: safetensors keeps no order between keys, and
 with a single one the same content gives the same bytes."""
 
 MAX_METADATA_BYTES = 16 * 2**20
+
+MAX_NESTING = 64
+"""Depth of a JSON value from a file; no file of this project comes near it."""
+
+READ_BYTES = 2**16
+
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+"""Half of a character beyond the first 65,536, as JSON writes it; two make one."""
 
 LEFTOVER = re.compile(r"\.(.+)\.[0-9]+\.tmp")
 """Temporary name of a file that `atomic_file` writes: the file's own, and the process."""
@@ -127,6 +135,84 @@ def _flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def is_file(path: Path) -> bool:
+    """Whether `path` is a file; a name that the system does not take, such as one of 5,000 characters, is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn what the system has against reading `path` into an InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def read_text(path: Path, limit: int = MAX_METADATA_BYTES) -> str:
+    """The text of a file in UTF-8.
+
+    Raises:
+        InputError: it cannot be read. FileFormatError: it has more than `limit` bytes, or is no text.
+    """
+    content = bytearray()
+    with readable(path), path.open("rb") as file:
+        # In pieces: a pipe has no size, and a file may be without end.
+        while piece := file.read(READ_BYTES):
+            content += piece
+            if len(content) > limit:
+                raise FileFormatError(f"{path} is larger than {limit} bytes")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FileFormatError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+
+
+def parse_json(text: str, what: str) -> Any:
+    """A JSON value that whoever walks, prints or stores it can: not too deep, and of whole characters.
+
+    Args:
+        text: JSON.
+        what: file, and what is wrong where it is none, such as "config.json is not JSON".
+
+    Raises:
+        FileFormatError: it is none, is nested deeper than `MAX_NESTING`, or a text in it holds half
+            of a surrogate pair.
+    """
+    with library_errors(what):
+        value = json.loads(text)
+    if SURROGATE.search(text):
+        with library_errors(f"{what}: a text in it holds half of a character"):
+            json.dumps(value, ensure_ascii=False).encode()
+    if text.count("[") + text.count("{") <= MAX_NESTING:
+        return value
+    level = [value]
+    for _ in range(MAX_NESTING):
+        level = [item for value in level for item in _items(value)]
+        if not level:
+            return value
+    raise FileFormatError(f"{what}: it is nested deeper than {MAX_NESTING} levels")
+
+
+def _items(value: Any) -> list[Any]:
+    """What is in an object or a list and may hold something itself."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [item for item in inner if isinstance(item, dict | list)]
+
+
+def check_version(path: Path, found: Any, known: int) -> None:
+    """Make sure that a file has the format version that is known; true and 1.0 are none.
+
+    Raises:
+        FileFormatError: it has another one.
+    """
+    if type(found) is not int or found != known:
+        raise FileFormatError(f"{path} has format version {found!r:.40}; this version reads {known}")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON with sorted keys, atomically."""
     with atomic_file(path) as temporary:
@@ -183,47 +269,37 @@ def read_tensors(
         FileFormatError: the file is cut, changed, of another kind or version, or holds anything
             that does not belong there. InputError: it cannot be read at all.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise InputError(f"{path}: no such file")
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            metadata = _read_record(path, file.metadata(), kind, version)
-            tensors = {}
-            for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
-                part = file.get_slice(name)
-                shape = tuple(part.get_shape())
-                if part.get_dtype() != "F32" or not allows(metadata, name, shape):
-                    raise FileFormatError(
-                        f"{path}: unexpected tensor {name!r} {part.get_dtype()}{list(shape)} in a {kind} file"
-                    )
-                tensors[name] = file.get_tensor(name)
-    except safetensors.SafetensorError as error:
-        raise FileFormatError(f"{path} is not a complete safetensors file: {error}") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    damaged = f"{path} is not a complete safetensors file"
+    with library_errors(damaged), readable(path):
+        file = safetensors.safe_open(path, framework="np")
+    with file:
+        with library_errors(damaged):
+            raw = file.metadata()
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            parts = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+        metadata = _read_record(path, raw, kind, version)
+        for name, (dtype, shape) in parts.items():
+            if dtype != "F32" or not allows(metadata, name, shape):
+                raise FileFormatError(f"{path}: unexpected tensor {name!r} {dtype}{list(shape)} in a {kind} file")
+        with library_errors(damaged):
+            tensors = {name: file.get_tensor(name) for name in parts}
     expected = metadata.pop("content_digest", None)
-    try:
-        found = _content_digest(tensors, metadata)
-    except RecursionError as error:
-        # Writing JSON recurses a little deeper than reading it.
-        raise FileFormatError(f"{path}: its metadata is nested too deeply") from error
-    if expected != found:
+    if expected != _content_digest(tensors, metadata):
         raise FileFormatError(f"{path} was changed after it was written: its content digest does not fit")
     return tensors, metadata
 
 
 def _read_record(path: Path, raw: dict[str, str] | None, kind: str, version: int) -> dict[str, Any]:
+    wrong = f"{path} is not a {kind} file"
     text = (raw or {}).get(METADATA_KEY, "")
-    try:
-        metadata = json.loads(text) if len(text) <= MAX_METADATA_BYTES else None
-    except (ValueError, RecursionError):  # an integer of 5000 digits is a ValueError too
-        metadata = None
-    if not isinstance(metadata, dict) or metadata.get("format") != kind or len(raw or {}) != 1:
-        raise FileFormatError(f"{path} is not a {kind} file")
-    if metadata.get("format_version") != version:
-        raise FileFormatError(
-            f"{path} has format version {metadata.get('format_version')!r}; this version reads {version}"
-        )
+    if len(raw or {}) != 1 or len(text) > MAX_METADATA_BYTES:
+        raise FileFormatError(wrong)
+    metadata = parse_json(text, wrong)
+    if not isinstance(metadata, dict) or metadata.get("format") != kind:
+        raise FileFormatError(wrong)
+    check_version(path, metadata.get("format_version"), version)
     return metadata
 
 

@@ -4,10 +4,11 @@ import tomllib
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from qrlora_deploy.bench.record import problems
-from qrlora_deploy.errors import FileFormatError, InputError
+from qrlora_deploy.errors import library_errors
+from qrlora_deploy.files import read_text
+from qrlora_deploy.strict import Record, from_value
 
 Statistic = Literal["p50", "p90", "p95", "p99", "p99.9"]
 Shape = Field(default=None, pattern=r"^\d+x(\d+|texts)$")
@@ -66,9 +67,7 @@ max_host_bytes = 8000000000
 """
 
 
-class _Rule(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
+class _Rule(Record):
     @model_validator(mode="after")
     def _has_a_limit(self) -> "_Rule":
         limits = [name for name in type(self).model_fields if name.startswith(("max", "min"))]
@@ -145,10 +144,8 @@ class MemoryRule(_Rule):
     max_device_bytes: int | None = Field(default=None, gt=0)
 
 
-class GateRules(BaseModel):
-    """All of a file. `folder`: where it lies; paths of data are from there."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class GateRules(Record):
+    """All of a file."""
 
     allow_unstable: bool = False
     latency: list[LatencyRule] = []
@@ -177,16 +174,10 @@ def read_gate(path: Path) -> GateRules:
         InputError: it cannot be read. FileFormatError: it is no TOML, or has wrong or unknown keys,
             all of which are named.
     """
-    try:
-        record = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise FileFormatError(f"{path} is not TOML: {error}") from error
-    try:
-        return GateRules.model_validate(record)
-    except ValidationError as error:
-        raise FileFormatError(f"{path}: {'; '.join(problems(error))}") from error
+    text = read_text(path)
+    with library_errors(f"{path} is not TOML"):
+        record = tomllib.loads(text)
+    return from_value(GateRules, record, str(path))
 
 
 def labelled_data(rules: GateRules, path: Path) -> dict[str, Path]:

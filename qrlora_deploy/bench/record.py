@@ -3,15 +3,15 @@
 `docs/bench.md` describes the fields. All times are milliseconds, all sizes bytes, all rates per second.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from qrlora_deploy.errors import FileFormatError, InputError
-from qrlora_deploy.files import atomic_file
+from qrlora_deploy.errors import FileFormatError
+from qrlora_deploy.files import atomic_file, check_version, parse_json, read_text
+from qrlora_deploy.strict import Record, from_json
 
 FORMAT: Literal["qrlora-bench"] = "qrlora-bench"
 FORMAT_VERSION: Literal[1] = 1
@@ -23,18 +23,12 @@ SCENARIOS: tuple[Scenario, ...] = ("single-stream", "offline", "server", "idle-g
 Kind = Literal["merged", "switchable", "torch-eager", "torch-compile", "peft"]
 
 
-class Strict(BaseModel):
-    """A part of the report: nothing unknown in it, nothing changed later, no NaN."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
 def shape_name(batch: int, length: int | None) -> str:
     """Such as `8x64`, or `8xtexts` for texts of the user in their own lengths."""
     return f"{batch}x{length or 'texts'}"
 
 
-class Interval(Strict):
+class Interval(Record):
     """A number with its 95 % interval."""
 
     value: float
@@ -42,7 +36,7 @@ class Interval(Strict):
     high: float
 
 
-class Memory(Strict):
+class Memory(Record):
     """Of a process that only opens the subject and runs its largest shape.
 
     Attributes:
@@ -56,7 +50,7 @@ class Memory(Strict):
     device_bytes: int | None = None
 
 
-class Parity(Strict):
+class Parity(Record):
     """`runtime.verify` on the benchmark's provider; see `ParityReport`."""
 
     max_abs_error: float | None
@@ -66,7 +60,7 @@ class Parity(Strict):
     passed: bool
 
 
-class Subject(Strict):
+class Subject(Record):
     """What was measured.
 
     Attributes:
@@ -90,7 +84,7 @@ class Subject(Strict):
     parity: Parity | None = None
 
 
-class Customer(Strict):
+class Customer(Record):
     """A file of the folder of customers; `refused` says why it cannot be served, where it cannot."""
 
     name: str
@@ -99,7 +93,7 @@ class Customer(Strict):
     refused: str = ""
 
 
-class Measurement(Strict):
+class Measurement(Record):
     """One subject in one scenario and shape.
 
     Attributes:
@@ -144,7 +138,7 @@ class Measurement(Strict):
         return self.scenario, self.batch, self.length, self.variant
 
 
-class Capacity(Strict):
+class Capacity(Record):
     """The scenario server's answer: the largest rate that was tried with its p99 within the budget.
 
     Attributes:
@@ -162,7 +156,7 @@ class Capacity(Strict):
     refused: int = 0
 
 
-class Comparison(Strict):
+class Comparison(Record):
     """`statistic` of a subject by that of the baseline in the same measurement: below 1 is less.
 
     A paired p50 is the median of the ratios within the rounds, which may differ a little from the
@@ -188,7 +182,7 @@ class Comparison(Strict):
     caveat: str = ""
 
 
-class Accuracy(Strict):
+class Accuracy(Record):
     """Labels of a customer's own file: right answers of the subject and of its base (slot 0).
 
     Attributes:
@@ -207,7 +201,7 @@ class Accuracy(Strict):
     error: str = ""
 
 
-class Verdict(Strict):
+class Verdict(Record):
     """What became of one rule for one subject.
 
     Attributes:
@@ -226,7 +220,7 @@ class Verdict(Strict):
     line: str
 
 
-class Gate(Strict):
+class Gate(Record):
     """All verdicts. `customers`: whether each customer's file passed; `passed`: the rollout as a whole."""
 
     file: str
@@ -235,7 +229,7 @@ class Gate(Strict):
     passed: bool
 
 
-class Environment(Strict):
+class Environment(Record):
     """Where and when; what is not known is None or absent."""
 
     date: str
@@ -246,7 +240,7 @@ class Environment(Strict):
     load_average: float | None = None
 
 
-class Settings(Strict):
+class Settings(Record):
     """How it was measured, enough to repeat it; see `Plan`."""
 
     scenarios: list[Scenario]
@@ -267,7 +261,7 @@ class Settings(Strict):
     swaps_per_s: float = 20.0
 
 
-class Report(Strict):
+class Report(Record):
     """Everything."""
 
     format: Literal["qrlora-bench"] = FORMAT
@@ -309,27 +303,9 @@ def read_report(path: Path) -> Report:
     Raises:
         InputError: it cannot be read. FileFormatError: it is no report of this version.
     """
-    try:
-        if path.stat().st_size > MAX_REPORT_BYTES:
-            raise FileFormatError(f"{path} is too large for a report")
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{path} is not JSON: {error}") from error
+    text = read_text(path, MAX_REPORT_BYTES)
+    record = parse_json(text, f"{path} is not JSON")
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise FileFormatError(f"{path} is not a report of bench")
-    if record.get("format_version") != FORMAT_VERSION:
-        raise FileFormatError(
-            f"{path} has format version {str(record.get('format_version'))[:20]}; this version reads {FORMAT_VERSION}"
-        )
-    try:
-        return Report.model_validate(record)
-    except ValidationError as error:
-        raise FileFormatError(f"{path} is not a report of bench: {'; '.join(problems(error)[:5])}") from error
-
-
-def problems(error: ValidationError) -> list[str]:
-    """Everything that is wrong with a record, each with its place where it has one."""
-    found = [(".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, ")) for item in error.errors()]
-    return [": ".join(filter(None, item)) for item in found]
+    check_version(path, record.get("format_version"), FORMAT_VERSION)
+    return from_json(Report, text, f"{path} is not a report of bench")
