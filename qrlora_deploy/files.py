@@ -203,14 +203,15 @@ def _items(value: Any) -> list[Any]:
     return [item for item in inner if isinstance(item, dict | list)]
 
 
-def check_version(path: Path, found: Any, known: int) -> None:
+def check_version(path: Path, found: Any, known: int, remedy: str = "") -> None:
     """Make sure that a file has the format version that is known; true and 1.0 are none.
 
     Raises:
         FileFormatError: it has another one.
     """
     if type(found) is not int or found != known:
-        raise FileFormatError(f"{path} has format version {found!r:.40}; this version reads {known}")
+        line = f"{path} has format version {found!r:.40}; this version reads {known}"
+        raise FileFormatError(f"{line}; {remedy}" if remedy else line)
 
 
 def write_json(path: Path, value: Any) -> None:

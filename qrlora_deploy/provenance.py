@@ -6,11 +6,14 @@ import re
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict
 
 from qrlora_deploy import __version__
 from qrlora_deploy.errors import FileFormatError, InputError
-from qrlora_deploy.files import write_json
+from qrlora_deploy.files import check_version, is_file, parse_json, read_text, write_json
+from qrlora_deploy.strict import from_json
 
 FILE_NAME = "qrlora.json"
 FORMAT = "qrlora-merge"
@@ -36,6 +39,8 @@ class MergedTarget:
         merged_digest: SHA-256 of the stored bytes after merging.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
     name: str
     tensor: str
     rank: int
@@ -58,6 +63,8 @@ class Provenance:
         training: the customer's training record.
         versions: of the tools that merged.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     base_name: str
     base_digest: str
@@ -85,20 +92,17 @@ def read_provenance(folder: Path) -> Provenance:
         InputError: there is none. FileFormatError: it is damaged or of another version.
     """
     path = folder / FILE_NAME
-    if not path.is_file():
+    if not is_file(path):
         raise InputError(f"{folder} holds no {FILE_NAME}: it was not written by `qrlora-deploy merge`")
     record = _read_object(path)
     if record.pop("format", None) != FORMAT:
         raise FileFormatError(f"{path} is not a {FORMAT} file")
-    found = record.pop("format_version", None)
-    if found != FORMAT_VERSION:
-        raise FileFormatError(f"{path} has format version {found!r}; this version reads {FORMAT_VERSION}")
-    try:
-        record["targets"] = tuple(MergedTarget(**target) for target in record["targets"])
-        record["labels"], record["head"] = tuple(record["labels"]), tuple(record["head"])
-        return Provenance(**record)
-    except (KeyError, TypeError) as error:
-        raise FileFormatError(f"{path} is damaged: {error}") from error
+    check_version(path, record.pop("format_version", None), FORMAT_VERSION)
+    provenance = from_json(Provenance, json.dumps(record), f"{path} is damaged")
+    unknown = sorted(provenance.base_labels.keys() - set(LABEL_KEYS))
+    if unknown:
+        raise FileFormatError(f"{path} is damaged: base_labels has {', '.join(unknown)}, which no merge changes")
+    return provenance
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -108,18 +112,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         InputError: it is missing. FileFormatError: it is not a JSON object.
     """
     path = folder / "config.json"
-    if not path.is_file():
+    if not is_file(path):
         raise InputError(f"{folder} holds no config.json: give a Hugging Face checkpoint")
     return _read_object(path)
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > MAX_BYTES:
-        raise FileFormatError(f"{path} is larger than {MAX_BYTES} bytes")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{path} is not valid JSON: {error}") from error
+    value = parse_json(read_text(path, MAX_BYTES), f"{path} is not valid JSON")
     if not isinstance(value, dict):
         raise FileFormatError(f"{path} must hold a JSON object")
     return value

@@ -7,10 +7,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from qrlora_deploy.errors import FileFormatError, InputError
-from qrlora_deploy.files import digest_file
+from qrlora_deploy.files import check_version, digest_file, is_file, parse_json, read_text
 from qrlora_deploy.runtime.external_data import external_locations
 from qrlora_deploy.runtime.layout import (
     BASE_HEAD_FILE,
@@ -25,11 +25,11 @@ from qrlora_deploy.runtime.records import (
     CalibrationRecord,
     ParityRecord,
     Precision,
-    Strict,
     TargetRecord,
     TensorRecord,
 )
 from qrlora_deploy.runtime.sealed_facts import read_config_facts, read_head_row, read_reference_facts
+from qrlora_deploy.strict import Record, from_json
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -51,7 +51,7 @@ GRAPH_TYPES = {"fp32": "tensor(float)", "fp16": "tensor(float16)"}
 Digest = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-class Manifest(Strict):
+class Manifest(Record):
     """What a bundle is and what every one of its files must hash to.
 
     Attributes:
@@ -214,24 +214,14 @@ def check_graph(session: Any, bundle: Bundle) -> None:
 
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_FILE
-    if not path.is_file():
+    if not is_file(path):
         raise InputError(f"{folder} is not a bundle: it holds no {MANIFEST_FILE}")
-    if path.is_symlink() or path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise FileFormatError(f"{path} is a link or too large for a manifest")
-    try:
-        record: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{path} is not JSON: {error}") from error
-    version = record.get("format_version") if isinstance(record, dict) else None
-    if version != FORMAT_VERSION:
-        shown = _shown(str(version)) if isinstance(version, int | str) else "none"
-        raise FileFormatError(f"{path} has format version {shown}; this version reads {FORMAT_VERSION}")
-    try:
-        return Manifest.model_validate(record)
-    except ValidationError as error:
-        items = [(".".join(map(str, item["loc"])), item["msg"]) for item in error.errors()[:5]]
-        wrong = [": ".join(_shown(part) for part in item if part) for item in items]
-        raise FileFormatError(f"{path} is not a manifest: {'; '.join(wrong)}") from error
+    if path.is_symlink():
+        raise FileFormatError(f"{path} is a link; a bundle holds files alone")
+    text = read_text(path, MAX_MANIFEST_BYTES)
+    record = parse_json(text, f"{path} is not JSON")
+    check_version(path, record.get("format_version") if isinstance(record, dict) else None, FORMAT_VERSION)
+    return from_json(Manifest, text, f"{path} is not a manifest")
 
 
 def _check(folder: Path, name: str, digest: str) -> str:

@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel, Field
 
 from qrlora_deploy.errors import FileFormatError
-from qrlora_deploy.files import MAX_METADATA_BYTES, METADATA_KEY
+from qrlora_deploy.files import MAX_METADATA_BYTES, METADATA_KEY, check_version, parse_json
 from qrlora_deploy.runtime.bundle import Manifest
+from qrlora_deploy.strict import Record, from_value
 
 FORMAT = "qrlora-packed"
 FORMAT_VERSION = 2
@@ -34,6 +36,33 @@ HEADER_STEP = 4096
 NO_DIGEST = "0" * 64
 WIDEST = 10**15
 """A number of customers and bytes that never occurs: room is left in the header for its digits."""
+
+
+class _Tensor(Record):
+    """How safetensors describes a tensor."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: list[int]
+
+
+class _Stored(Record):
+    """A header as it is stored; its two texts are JSON and have models of their own."""
+
+    metadata: dict[str, str] = Field(alias="__metadata__")
+    coefficients: _Tensor
+    id_lengths: _Tensor
+    id_bytes: _Tensor
+
+
+class _Metadata(BaseModel):
+    """What the metadata say; the header that is written anew has no room for anything else."""
+
+    basis_digest: str
+    base_digest: str
+    task: str
+    labels: list[str]
+    content_digest: str
 
 
 @dataclass(frozen=True)
@@ -111,36 +140,43 @@ def read_header(file: io.FileIO, path: Path) -> tuple[PackedHeader, str, int]:
         raise FileFormatError(f"{path} is not a complete safetensors file")
     text = bytearray(length)
     read_exactly(file, len(prefix), memoryview(text), path)
-    try:
-        record = json.loads(text)
-        metadata = json.loads(record["__metadata__"][METADATA_KEY])
-        kind, version = metadata["format"], metadata["format_version"]
-        digest = str(metadata.pop("content_digest"))
-        customers, total_rank = record["coefficients"]["shape"]
-        (id_bytes,) = record["id_bytes"]["shape"]
-        stored = record["coefficients"]["dtype"]
-        header = PackedHeader(metadata, customers, total_rank, id_bytes, stored)
-        # Bounded first: a number of a million digits takes long to write.
-        if not all(type(number) is int and 0 < number < WIDEST for number in (customers, total_rank, id_bytes)):
-            raise ValueError("sizes that make no sense")
-        if kind == FORMAT and version == FORMAT_VERSION and stored not in STORED_DTYPES:
-            raise FileFormatError(f"{path} holds coefficients in {stored!r:.20}, not {' or '.join(STORED_DTYPES)}")
-        # The one way to write this header: so no byte of it can change unnoticed.
-        canonical = stored in STORED_DTYPES and header.to_bytes(digest) == prefix + text
-    except (ValueError, KeyError, TypeError, RecursionError, AttributeError) as error:
-        raise FileFormatError(f"{path} is not a {FORMAT} file") from error
-    if kind != FORMAT:
-        raise FileFormatError(f"{path} is not a {FORMAT} file")
-    if version != FORMAT_VERSION:
-        raise FileFormatError(
-            f"{path} has format version {version!r}; this version reads {FORMAT_VERSION}; pack it again"
-        )
+    wrong = f"{path} is not a {FORMAT} file"
+    stored = from_value(_Stored, parse_json(_text(text, wrong), wrong), wrong)
+    metadata = parse_json(stored.metadata.get(METADATA_KEY, ""), wrong)
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        raise FileFormatError(wrong)
+    check_version(path, metadata.get("format_version"), FORMAT_VERSION, "pack it again")
+    digest = from_value(_Metadata, metadata, wrong).content_digest
+    del metadata["content_digest"]
+    header = PackedHeader(metadata, *_sizes(stored, wrong), stored.coefficients.dtype)
+    if header.stored not in STORED_DTYPES:
+        raise FileFormatError(f"{path} holds coefficients in {header.stored!r:.20}, not {' or '.join(STORED_DTYPES)}")
+    # The one way to write this header: so no byte of it can change unnoticed.
+    canonical = header.to_bytes(digest) == prefix + text
     start = 8 + length
     if not canonical:
         raise FileFormatError(f"{path} was changed after it was written: its header is not as it was")
-    if size_bytes != start + customers * header.row_bytes + customers + id_bytes:
+    if size_bytes != start + header.customers * header.row_bytes + header.customers + header.id_bytes:
         raise FileFormatError(f"{path} is cut or has bytes too many")
     return header, digest, start
+
+
+def _text(content: bytearray, wrong: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FileFormatError(wrong) from error
+
+
+def _sizes(stored: _Stored, wrong: str) -> tuple[int, int, int]:
+    """Customers, coefficients of each, and bytes of ids."""
+    sizes = [*stored.coefficients.shape, *stored.id_bytes.shape]
+    if len(sizes) != 3 or len(stored.id_bytes.shape) != 1:
+        raise FileFormatError(f"{wrong}: its tensors have other shapes")
+    # Bounded: a number of a million digits takes long to write.
+    if not all(0 < size < WIDEST for size in sizes):
+        raise FileFormatError(f"{wrong}: its sizes make no sense")
+    return sizes[0], sizes[1], sizes[2]
 
 
 def tail_pieces(tail: memoryview) -> list[memoryview]:

@@ -2,18 +2,14 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from qrlora_deploy.strict import Record
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
 
-class Strict(BaseModel):
-    """A record with these fields and no others."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TargetRecord(Strict):
+class TargetRecord(Record):
     """One adapted layer; `padded_rank` is the rank in the table of a switchable bundle."""
 
     name: str
@@ -21,7 +17,7 @@ class TargetRecord(Strict):
     padded_rank: int = Field(gt=0)
 
 
-class TensorRecord(Strict):
+class TensorRecord(Record):
     """One input or output of the graph; a dynamic axis has a name instead of a size."""
 
     name: str
@@ -29,7 +25,7 @@ class TensorRecord(Strict):
     shape: tuple[int | str, ...]
 
 
-class CalibrationRecord(Strict):
+class CalibrationRecord(Record):
     """What the constant scales of an int8 graph's activations were found on.
 
     Attributes:
@@ -43,7 +39,7 @@ class CalibrationRecord(Strict):
     texts_digest: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-class ParityRecord(Strict):
+class ParityRecord(Record):
     """The parity check that the export ended with.
 
     Attributes:
