@@ -6,7 +6,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, library_errors
 
 if TYPE_CHECKING:
     from qrlora_deploy.basis import Basis
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qrlora_deploy.training.data import Examples, TextRows
 
 GROUP = "qrlora_deploy.exporters"
+OWN_PACKAGE = "qrlora-deploy"
 
 BUILT_IN = (
     EntryPoint("onnx", "exporters.onnx:export_bundle", GROUP),
@@ -22,6 +23,9 @@ BUILT_IN = (
     EntryPoint("peft", "exporters.peft:export_peft", GROUP),
 )
 """Also registered by pyproject.toml; named here so that a checkout works without being installed."""
+
+MAX_HEAD_LABELS = 2**20
+"""A customer with more labels has another task; each label takes a row of the output layer in every row of a table."""
 
 FP32_ONLY = frozenset({"onnx-adapter", "peft"})
 """Exporters of coefficients, which are fp32 beside a graph of any precision."""
@@ -59,6 +63,15 @@ class ExportJob:
     calibration: "TextRows | None" = None
     padding_free: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse a table that no memory holds.
+
+        Raises:
+            InputError: naming the option.
+        """
+        if not 0 <= self.head_labels <= MAX_HEAD_LABELS:
+            raise InputError(f"--head-labels must be between 0 and {MAX_HEAD_LABELS}, not {self.head_labels}")
+
 
 Exporter = Callable[[ExportJob], Mapping[str, Any]]
 """Writes `output` whole or not at all, and returns plain JSON values that say what was written."""
@@ -68,10 +81,29 @@ def find_exporter(name: str) -> Exporter:
     """The exporter registered under `name`.
 
     Raises:
-        InputError: there is none; the message lists those there are.
+        InputError: there is none, and the message lists those there are; two packages register the
+            name, which are both named; or another package's exporter cannot be loaded.
     """
-    found = {point.name: point for point in (*BUILT_IN, *entry_points(group=GROUP))}
-    if name not in found:
-        raise InputError(f"--format {name}: no such exporter; there are {', '.join(sorted(found))}")
-    exporter: Exporter = found[name].load()
+    registered = (*BUILT_IN, *entry_points(group=GROUP))
+    # What this package registers itself is BUILT_IN once more.
+    found = {point.value: point for point in reversed(registered) if point.name == name}
+    if not found:
+        names = sorted({point.name for point in registered})
+        raise InputError(f"--format {name}: no such exporter; there are {', '.join(names)}")
+    if len(found) > 1:
+        owners = sorted({f"{_package(point)} ({point.value})" for point in found.values()})
+        raise InputError(f"--format {name} is registered more than once, by {' and '.join(owners)}; remove one of them")
+    (point,) = found.values()
+    if point in BUILT_IN:
+        exporter: Exporter = point.load()
+        return exporter
+    with library_errors(f"--format {name}: the exporter of {_package(point)} cannot be loaded", InputError):
+        exporter = point.load()
+    if not callable(exporter):
+        raise InputError(f"--format {name}: what {_package(point)} registers ({point.value}) is no exporter")
     return exporter
+
+
+def _package(point: EntryPoint) -> str:
+    """The package that registers an entry point."""
+    return point.dist.name if point.dist is not None else OWN_PACKAGE

@@ -1,6 +1,5 @@
 """What a file or folder of this project is, and what is in it."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,15 +11,20 @@ import safetensors
 from qrlora_deploy import basis as basis_format
 from qrlora_deploy import coefficients as coefficients_format
 from qrlora_deploy.basis import Basis, read_basis
-from qrlora_deploy.checkpoint import open_checkpoint
 from qrlora_deploy.coefficients import Coefficients, read_coefficients
-from qrlora_deploy.errors import FileFormatError, InputError
-from qrlora_deploy.files import METADATA_KEY
+from qrlora_deploy.errors import InputError, library_errors
+from qrlora_deploy.files import METADATA_KEY, is_file, parse_json, readable
 from qrlora_deploy.locating import locate_basis
+from qrlora_deploy.model_config import label_names, read_model_config
 from qrlora_deploy.provenance import FILE_NAME as PROVENANCE
 from qrlora_deploy.provenance import read_provenance
 
 MANIFEST = "manifest.json"
+PACKED = "qrlora-packed"
+"""Named here as well: files of the other kinds are read without the runtime's dependencies."""
+
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
+"""Of a model: what tells two at a look."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Description:
     """What `describe` found.
 
     Attributes:
-        kind: "basis", "coefficients", "bundle", "merged checkpoint" or "checkpoint".
+        kind: "basis", "coefficients", "packed customers", "bundle", "merged checkpoint" or "checkpoint".
         path: as given.
         size_bytes: of the file, or of all files of the folder.
         facts: name and value.
@@ -50,36 +54,35 @@ def describe(path: Path, basis_file: Path | None = None) -> Description:
     """Read and validate `path` whole, and say what it is.
 
     Args:
-        path: a basis or coefficients file, a bundle, a merged checkpoint or a checkpoint.
+        path: a basis, coefficients or packed file, a bundle, a merged checkpoint or a checkpoint.
         basis_file: for a coefficients file, where its own basis is not found.
 
     Raises:
         InputError: there is nothing, or nothing that is known; FileFormatError: it is damaged.
         BasisMismatchError: `basis_file` is another basis.
     """
-    if path.is_dir():
+    with readable(path):
+        is_folder = path.is_dir()
+    if is_folder:
         return _describe_folder(path)
-    if not path.is_file():
+    if not is_file(path):
         raise InputError(f"{path}: no such file or folder")
     kind = _kind(path)
     if kind == basis_format.FORMAT:
         return _describe_basis(path)
     if kind == coefficients_format.FORMAT:
         return _describe_coefficients(path, basis_file)
+    if kind == PACKED:
+        return _describe_packed(path)
     raise InputError(f"{path} is neither a basis nor a coefficients file; give one of these, a bundle or a checkpoint")
 
 
 def _kind(path: Path) -> str:
     """What a safetensors file says it is; its reader then makes sure."""
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            record = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-    except safetensors.SafetensorError as error:
-        raise FileFormatError(f"{path} is not a complete safetensors file: {error}") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{path}: its metadata is not JSON") from error
+    damaged = f"{path} is not a complete safetensors file"
+    with library_errors(damaged), readable(path), safetensors.safe_open(path, framework="np") as file:
+        metadata = file.metadata()
+    record = parse_json((metadata or {}).get(METADATA_KEY, "{}"), f"{path}: its metadata is not JSON")
     return str(record.get("format", "")) if isinstance(record, dict) else ""
 
 
@@ -179,6 +182,20 @@ def _customer_rows(customer: Coefficients, basis: Basis) -> tuple[dict[str, Any]
     )
 
 
+def _describe_packed(path: Path) -> Description:
+    from qrlora_deploy.runtime.packed_check import check_packed
+    from qrlora_deploy.runtime.packed_header import STORED_DTYPES
+
+    header = check_packed(path)
+    facts = {
+        "customers": header.customers,
+        "coefficients": header.total_rank,
+        "dtype": str(STORED_DTYPES[header.stored]),
+        **{name: header.metadata[name] for name in ("task", "labels", "base_digest", "basis_digest")},
+    }
+    return Description("packed customers", path, path.stat().st_size, facts)
+
+
 def _describe_folder(path: Path) -> Description:
     size_bytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     if (path / MANIFEST).is_file():
@@ -190,13 +207,22 @@ def _describe_folder(path: Path) -> Description:
         facts |= {"rounding": provenance.rounding, "training": provenance.training, "versions": provenance.versions}
         rows = tuple({"name": target.name, "rank": target.rank} for target in provenance.targets)
         return Description("merged checkpoint", path, size_bytes, facts, rows)
+    return _describe_checkpoint(path, size_bytes)
+
+
+def _describe_checkpoint(path: Path, size_bytes: int) -> Description:
+    # Imported here: it takes PyTorch, which the files of a serving host are read without.
+    from qrlora_deploy.checkpoint import open_checkpoint
+
     checkpoint = open_checkpoint(str(path))
+    config = read_model_config(path)
     facts = {
-        "architecture": checkpoint.architecture,
+        "architecture": config.architecture,
         "tensors": len(checkpoint.tensor_files),
         "shards": [shard.name for shard in checkpoint.shards],
-        "has_task_head": checkpoint.has_task_head,
-        "labels": list(checkpoint.labels) if checkpoint.has_task_head else [],
+        "has_task_head": config.has_task_head,
+        "labels": label_names(config, path) if config.has_task_head else [],
+        "sizes": {name: size for name in SIZES if (size := getattr(config, name)) is not None},
         "digest": checkpoint.digest,
     }
     return Description("checkpoint", path, size_bytes, facts)

@@ -7,11 +7,15 @@ then by its last part in both. A candidate with another digest is not used.
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qrlora_deploy.basis import Basis, read_basis
-from qrlora_deploy.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.coefficients import Coefficients
-from qrlora_deploy.errors import BasisMismatchError, FileFormatError, InputError
+from qrlora_deploy.errors import BasisMismatchError, InputError
+from qrlora_deploy.files import is_file
+
+if TYPE_CHECKING:
+    from qrlora_deploy.checkpoint import Checkpoint
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -43,11 +47,11 @@ def locate_basis(coefficients: Coefficients, file: Path, given: Path | None = No
         return basis
     refused = []
     for candidate in _places(coefficients.basis_file, file.parent):
-        if not candidate.is_file():
+        if not is_file(candidate):
             continue
         try:
             basis = read_basis(candidate)
-        except FileFormatError as error:
+        except InputError as error:
             refused.append(str(error))
             continue
         if basis.digest == coefficients.basis_digest:
@@ -72,7 +76,7 @@ def _check_fits(coefficients: Coefficients, basis: Basis, file: Path, given: Pat
         raise type(error)(f"{file}: {error}") from error
 
 
-def locate_base(coefficients: Coefficients, file: Path, given: str | None = None) -> Checkpoint:
+def locate_base(coefficients: Coefficients, file: Path, given: str | None = None) -> "Checkpoint":
     """The base that `coefficients`, read from `file`, were trained on.
 
     Args:
@@ -84,6 +88,9 @@ def locate_base(coefficients: Coefficients, file: Path, given: str | None = None
         BasisMismatchError: the given base, or each that was found, holds other weights.
         InputError: none was found.
     """
+    # Imported here: a customer's file and its basis are read where there is no PyTorch.
+    from qrlora_deploy.checkpoint import open_checkpoint
+
     if given is not None:
         checkpoint = open_checkpoint(given)
         if checkpoint.digest != coefficients.base_digest:
@@ -108,7 +115,7 @@ def locate_base(coefficients: Coefficients, file: Path, given: str | None = None
 
 
 def _base_names(name: str, folder: Path) -> list[str]:
-    local = [str(place) for place in _places(name, folder) if (place / "config.json").is_file()]
+    local = [str(place) for place in _places(name, folder) if is_file(place / "config.json")]
     # The hub is asked only when nothing local has the name: reading a file should not call home.
     return local or ([name] if HUB_NAME.fullmatch(name) else [])
 

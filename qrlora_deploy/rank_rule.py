@@ -6,6 +6,9 @@ import numpy as np
 
 from qrlora_deploy.errors import InputError
 
+MAX_RANK = 2**31 - 1
+"""Beyond any matrix; more is a slip of the hand."""
+
 
 @dataclass(frozen=True)
 class RankRule:
@@ -22,8 +25,8 @@ class RankRule:
             raise InputError("give either tau or a rank")
         if self.tau is not None and not 0 < self.tau <= 1:
             raise InputError(f"tau must be in (0, 1], not {self.tau}")
-        if self.rank is not None and self.rank < 1:
-            raise InputError(f"rank must be at least 1, not {self.rank}")
+        if self.rank is not None and not 1 <= self.rank <= MAX_RANK:
+            raise InputError(f"rank must be at least 1 and at most {MAX_RANK}, not {self.rank}")
 
     def ranks_of(self, diagonal: np.ndarray) -> int:
         """The rank kept for a weight with this `diagonal [k]` of R, at least 1."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, library_errors
 
 BLOCK = re.compile(r"\.(\d+)\.")
 """A numbered block in a module path, such as `encoder.layer.3.attention`."""
@@ -52,10 +52,9 @@ def choose_targets(model: nn.Module, patterns: Sequence[str] = (), last_layers: 
 def _fits(pattern: str, name: str) -> bool:
     if name == pattern or name.endswith(f".{pattern}"):
         return True
-    try:
+    # Not re.error alone: deep nesting and large counts end in others.
+    with library_errors(f"--target {pattern!r} is not a regular expression", InputError):
         return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise InputError(f"--target {pattern!r} is not a regular expression: {error}") from error
 
 
 def _keep_last(chosen: list[str], in_blocks: list[str], count: int) -> list[str]:

@@ -14,8 +14,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("qrlora_deploy", "exporters")
 
 ALLOWED = {
-    "qrlora_deploy.text": set(),
     "qrlora_deploy.errors": {"text"},
+    "qrlora_deploy.text": set(),
+    "qrlora_deploy.strict": {"errors", "text"},
     "qrlora_deploy.files": {"errors"},
     "qrlora_deploy.rank_rule": {"errors"},
     "qrlora_deploy.pivoted_qr.orthonormal": set(),
@@ -23,8 +24,9 @@ ALLOWED = {
     "qrlora_deploy.pivoted_qr.panel": {"pivoted_qr.kernel"},
     "qrlora_deploy.pivoted_qr.order": {"pivoted_qr.orthonormal", "pivoted_qr.panel"},
     "qrlora_deploy.factorization": {"errors", "rank_rule", "pivoted_qr.order", "pivoted_qr.orthonormal"},
-    "qrlora_deploy.basis": {"errors", "files", "rank_rule"},
-    "qrlora_deploy.coefficients": {"errors", "files", "basis"},
+    "qrlora_deploy.basis": {"errors", "files", "rank_rule", "strict"},
+    "qrlora_deploy.coefficients": {"errors", "files", "basis", "strict"},
+    "qrlora_deploy.model_config": {"errors", "files", "strict"},
     "qrlora_deploy.targets": {"errors"},
     "qrlora_deploy.adapter": {"errors", "basis", "targets"},
 }
@@ -93,7 +95,7 @@ def test_the_runtime_stands_alone(name: str) -> None:
     found = imports(MODULES[name])
     heavy = {found_name for found_name in found if found_name.split(".")[0] in ("torch", "transformers", "onnx")}
     assert heavy == set()
-    own = {"qrlora_deploy.errors", "qrlora_deploy.files", "qrlora_deploy.coefficients"}
+    own = {f"qrlora_deploy.{name}" for name in ("errors", "files", "coefficients", "strict")}
     assert {other for other in project(found) if not inside(other, "qrlora_deploy.runtime")} <= own
 
 
@@ -170,6 +172,11 @@ def test_the_runtime_loads_neither_torch_nor_transformers() -> None:
     assert "onnxruntime" in found
     heavy = {"torch", "transformers", "onnx", "datasets", "sklearn", "scipy", "matplotlib", "exporters"}
     assert found & heavy == set()
+
+
+def test_what_an_operator_looks_at_files_with_loads_neither_torch_nor_transformers() -> None:
+    found = loaded_by("import qrlora_deploy.inspecting, qrlora_deploy.combining, qrlora_deploy.locating")
+    assert found & {"torch", "transformers", "onnx", "onnxruntime", "datasets", "exporters"} == set()
 
 
 def test_bench_loads_neither_torch_nor_transformers() -> None:

@@ -15,6 +15,28 @@ Peer = Literal["torch-eager", "torch-compile", "peft"]
 Progress = Callable[[str, int, int], None]
 
 
+DAY = 86_400.0
+
+BOUNDS: dict[str, float] = {
+    "seconds": 7 * DAY,
+    "samples": 10**7,
+    "p99_budget_ms": 1000 * DAY,
+    "server_runs": 1000,
+    "workers": 1024,
+    "idle_seconds": DAY,
+    "repeats": 100_000,
+    "swaps_per_s": 10**6,
+    "threads": 1024,
+}
+"""The most that each setting can be; all are above 0. Beyond lies no measurement that ends."""
+
+MAX_TOKENS = 2**24
+"""Of a batch: 128 MB for each input. Refused before any memory is taken."""
+
+USUAL_LENGTH = 128
+"""Tokens of a row where no length is given."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """Settings of one benchmark.
@@ -75,11 +97,7 @@ class Plan:
             raise InputError("give at least one bundle to measure")
         if self.data is not None and self.lengths:
             raise InputError("--length and --data exclude each other: texts have their own lengths")
-        for option, sizes in (("--batch", self.batches), ("--length", self.lengths)):
-            if any(size < 1 for size in sizes):
-                raise InputError(f"{option} must be at least 1, not {min(sizes)}")
-        if not self.seconds > 0 or self.samples < 1 or self.repeats < 1 or self.workers < 1 or self.server_runs < 1:
-            raise InputError("--seconds, --samples, --repeats, --workers and --server-runs must be positive")
+        self._check_sizes()
         if not self.batches or not self.scenarios:
             raise InputError("give at least one --batch and one --scenario")
         unknown = [name for name in self.scenarios if name not in SCENARIOS]
@@ -89,6 +107,20 @@ class Plan:
             raise InputError(f"--peer {', '.join(self.peers)} needs --base, the folder of the Hugging Face checkpoint")
         if self.cuda_graph != "off" and self.provider != "cuda":
             raise InputError(f"--cuda-graph {self.cuda_graph} needs --provider cuda, not {self.provider}")
+
+    def _check_sizes(self) -> None:
+        for option, sizes in (("--batch", self.batches), ("--length", self.lengths)):
+            if any(size < 1 for size in sizes):
+                raise InputError(f"{option} must be at least 1, not {min(sizes)}")
+        for name, most in BOUNDS.items():
+            value = getattr(self, name)
+            # Written so that nan is refused too.
+            if value is not None and not 0 < value <= most:
+                raise InputError(f"--{name.replace('_', '-')} must be above 0 and at most {most:g}, not {value}")
+        batch, length = max(self.batches, default=1), max(self.lengths, default=USUAL_LENGTH)
+        if batch * length > MAX_TOKENS:
+            options = f"--batch {batch} and --length {length}" if self.lengths else f"--batch {batch}"
+            raise InputError(f"{options}: a batch of more than {MAX_TOKENS} tokens is none that is served")
 
     @property
     def earlier(self) -> Path | None:

@@ -1,12 +1,12 @@
 """The command line: `qrlora-deploy COMMAND`, one module per command."""
 
-import io
 import logging
 import os
 import sys
 import warnings
 
 from qrlora_deploy.cli.group import cli
+from qrlora_deploy.cli.streams import prepare_streams
 
 QUIET = {
     "DATASETS_VERBOSITY": "error",
@@ -25,8 +25,5 @@ def main() -> None:
             os.environ.setdefault(name, value)
         warnings.simplefilter("ignore")
         logging.basicConfig(level=logging.ERROR)
-    for stream in (sys.stdout, sys.stderr):
-        # Names of files need not be text; what the stream cannot show is written as an escape.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    prepare_streams()
     cli()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from qrlora_deploy.cli.options import EXISTING_FILE, common, provider_option, seed_option
+from qrlora_deploy.cli.options import COUNT, EXISTING_FILE, FiniteRange, common, provider_option, seed_option
 from qrlora_deploy.cli.output import Output, Table, progress_bar
 from qrlora_deploy.errors import CheckFailed, InputError
 
@@ -38,11 +38,13 @@ def _what(function: Command) -> Command:
                 show_default=True,
                 help="Repeatable.",
             ),
+            click.option("--batch", "batches", type=COUNT, multiple=True, default=(1, 8), show_default=True),
             click.option(
-                "--batch", "batches", type=click.IntRange(1), multiple=True, default=(1, 8), show_default=True
-            ),
-            click.option(
-                "--length", "lengths", type=click.IntRange(2), multiple=True, help="Tokens; default 32 and 128."
+                "--length",
+                "lengths",
+                type=click.IntRange(2, 2**31 - 1),
+                multiple=True,
+                help="Tokens; default 32 and 128.",
             ),
             click.option(
                 "--data", type=EXISTING_FILE, help="Labelled file whose texts are the inputs, as long as they are."
@@ -71,13 +73,11 @@ def _what(function: Command) -> Command:
 
 def _how(function: Command) -> Command:
     """Options that say how it is measured."""
-    positive = click.FloatRange(min=0, min_open=True)
+    positive = FiniteRange(min=0, min_open=True)
     for option in reversed(
         [
             provider_option,
-            click.option(
-                "--threads", type=click.IntRange(1), help="Within an operator; default: ONNX Runtime's choice."
-            ),
+            click.option("--threads", type=COUNT, help="Within an operator; default: ONNX Runtime's choice."),
             click.option(
                 "--cuda-graph",
                 type=click.Choice(["off", "on", "both"]),
@@ -90,18 +90,16 @@ def _how(function: Command) -> Command:
             ),
             click.option(
                 "--samples",
-                type=click.IntRange(6),
+                type=click.IntRange(6, 2**31 - 1),
                 default=368,
                 show_default=True,
                 help="Of each subject before a stable measurement ends; 368 give a p99, 3688 a p99.9.",
             ),
             click.option("--p99-budget-ms", type=positive, help="Server: default 5 times the slowest median."),
-            click.option("--server-runs", type=click.IntRange(1), default=6, show_default=True, help="Rates tried."),
-            click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Server: threads."),
+            click.option("--server-runs", type=COUNT, default=6, show_default=True, help="Rates tried."),
+            click.option("--workers", type=COUNT, default=1, show_default=True, help="Server: threads."),
             click.option("--idle-seconds", type=positive, default=1.0, show_default=True, help="Rest of idle-gap."),
-            click.option(
-                "--repeats", type=click.IntRange(1), default=6, show_default=True, help="Rests, and cold starts."
-            ),
+            click.option("--repeats", type=COUNT, default=6, show_default=True, help="Rests, and cold starts."),
             click.option("--swaps-per-s", type=positive, default=20.0, show_default=True, help="In the scenario swap."),
             seed_option,
         ]
@@ -182,7 +180,9 @@ def _check_measured(rules: "GateRules", plan: "Plan", data: dict[str, Path]) -> 
     if missing:
         options = " ".join(f"--scenario {name}" for name in missing)
         raise InputError(f"--gate has rules for what is not measured: add {options}")
-    absent = [str(path) for path in data.values() if not path.is_file()]
+    from qrlora_deploy.files import is_file
+
+    absent = [str(path) for path in data.values() if not is_file(path)]
     if absent:
         raise InputError(f"--gate names labelled files that do not exist: {', '.join(absent)}")
     if rules.accuracy is not None and not data and plan.labelled is None:

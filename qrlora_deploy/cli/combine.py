@@ -57,23 +57,26 @@ def parse_part(text: str) -> tuple[Path, float]:
     Raises:
         InputError: there is no such file, or the weight is not a finite number.
     """
-    if Path(text).is_file():
+    from qrlora_deploy.files import is_file
+
+    if is_file(Path(text)):
         return Path(text), 1.0
     name, colon, number = text.rpartition(":")
-    if not colon or not Path(name).is_file():
+    if not colon or not is_file(Path(name)):
         raise InputError(f"{name if colon else text}: no such file")
     try:
         weight = float(number)
     except ValueError:
         weight = math.nan
     if not math.isfinite(weight):
-        raise InputError(f"{text}: the weight {number!r} is not a finite number; write {name}:0.5")
+        raise InputError(f"{name}: the weight {number!r:.40} is not a finite number; write {name}:0.5")
     return Path(name), weight
 
 
 def _basis_place(combined: "Coefficients", file: Path, output: Path) -> str:
     """Where the basis is, seen from the new file: a recorded place is relative to its own file's folder."""
+    from qrlora_deploy.files import is_file
     from qrlora_deploy.locating import recorded_place
 
     place = file.parent / combined.basis_file
-    return recorded_place(place, output) if combined.basis_file and place.is_file() else combined.basis_file
+    return recorded_place(place, output) if combined.basis_file and is_file(place) else combined.basis_file

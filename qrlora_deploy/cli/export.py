@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qrlora_deploy.cli.options import (
+    COUNT,
     basis_option,
     coefficients_option,
     column_options,
@@ -33,7 +34,7 @@ SHOWN = ("kind", "task", "labels", "precision", "calibration", "opset", "head_la
 @click.option("--format", "format_name", default="onnx", show_default=True, help="Name of an exporter.")
 @click.option(
     "--head-labels",
-    type=click.IntRange(min=1),
+    type=COUNT,
     help="Switchable: customers may have a head of their own, with at most this many labels.",
 )
 @click.option(

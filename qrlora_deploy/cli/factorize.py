@@ -4,7 +4,14 @@ from pathlib import Path
 
 import click
 
-from qrlora_deploy.cli.options import common, device_option, output_option, split_targets
+from qrlora_deploy.cli.options import (
+    COUNT,
+    FiniteRange,
+    common,
+    device_option,
+    output_option,
+    split_targets,
+)
 from qrlora_deploy.cli.output import Output, Table, progress_bar, size_text
 
 COLUMNS = ("name", "rank", "energy", "condition")
@@ -14,9 +21,9 @@ COLUMNS = ("name", "rank", "energy", "condition")
 @click.argument("base")
 @output_option("Basis file to write.")
 @click.option("--target", "targets", multiple=True, help="Layers: query,value or a regular expression; repeatable.")
-@click.option("--last-layers", type=click.IntRange(min=1), help="Only the last N blocks.")
-@click.option("--tau", type=float, help="Share of the energy to keep, by default 0.5.")
-@click.option("--rank", type=int, help="A fixed rank instead of --tau.")
+@click.option("--last-layers", type=COUNT, help="Only the last N blocks.")
+@click.option("--tau", type=FiniteRange(0, 1, min_open=True), help="Share of the energy to keep, by default 0.5.")
+@click.option("--rank", type=COUNT, help="A fixed rank instead of --tau.")
 @device_option()
 @common
 def command(

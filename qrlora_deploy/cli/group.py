@@ -3,6 +3,7 @@
 Exit codes: 0 done; 1 the operation or a check failed; 2 bad input or usage; 130 interrupted.
 """
 
+import errno
 import importlib
 import os
 import sys
@@ -14,8 +15,8 @@ from typing import Any, NoReturn
 import click
 
 from qrlora_deploy import __version__
-from qrlora_deploy.errors import QrloraError
-from qrlora_deploy.text import one_line
+from qrlora_deploy.errors import QrloraError, first_line
+from qrlora_deploy.text import shortened
 
 COMMANDS = (
     "quickstart",
@@ -37,6 +38,11 @@ COMMANDS = (
 `-` as `_`."""
 
 INTERRUPTED = 130
+
+BAD_NAMES = frozenset(
+    {errno.EACCES, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EPERM}
+)
+"""What the system says of a file that the user named, and not of the disk."""
 
 
 @dataclass
@@ -99,7 +105,7 @@ def _fail(error: Exception, debug: bool) -> NoReturn:
     if debug:
         traceback.print_exception(error)
     line, code = describe_error(error)
-    click.echo(f"Error: {one_line(line)}", err=True)
+    click.echo(f"Error: {shortened(line)}", err=True)
     sys.exit(code)
 
 
@@ -111,11 +117,12 @@ def describe_error(error: Exception) -> tuple[str, int]:
         return error.format_message(), 2
     kind = type(error).__name__
     if isinstance(error, MemoryError) or kind == "OutOfMemoryError":
-        return f"not enough memory: {error or kind}; try a smaller --batch-size or another --device", 1
+        return f"not enough memory: {first_line(error)}; try a smaller --batch-size or another --device", 1
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
-        return f"{place}{error.strerror or error}", 1
-    return f"internal error ({kind}: {error}); run with --debug to see where, and report it", 1
+        return f"{place}{error.strerror or error}", 2 if error.errno in BAD_NAMES else 1
+    # Without lines of its own: what the user can do about it must stay in sight.
+    return f"internal error ({kind}: {shortened(str(error), 300)}); run with --debug to see where, and report it", 1
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

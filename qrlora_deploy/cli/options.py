@@ -1,6 +1,7 @@
 """Options that several commands share, and what every command does around its body."""
 
 import functools
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -18,8 +19,26 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 PLAIN_NAME = re.compile(r"[\w.]+")
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 ANY_PATH = click.Path(path_type=Path)
+COUNT = click.IntRange(1, 2**31 - 1)
+"""How many of something: more are a slip of the hand, and too large for the libraries beneath."""
+
 BY_COEFFICIENTS = "2.76 / sqrt(number of coefficients), at most 0.3"
 """What `training.settings.default_rate` gives, in words."""
+
+
+class FiniteRange(click.FloatRange):
+    """A number in a range that is none of inf and nan, which a bare range lets through."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number, or a usage error that names the option."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number.", param, ctx)
+        return number
+
+
+RATE = FiniteRange(min=0, min_open=True, max=1e6)
+"""A learning rate."""
 
 
 def common(function: Callable[..., Output]) -> Callable[..., None]:
@@ -107,12 +126,12 @@ def training_options(epochs: int, batch_size: int, rate: str) -> Callable[[Comma
         click.option("--data", required=True, help="Training data: TSV, CSV, JSONL, Parquet, or a data set name."),
         click.option("--eval", "evaluation", help="Held-out data; the best checkpoint by its metric is kept."),
         column_options,
-        click.option("--epochs", type=click.IntRange(min=1), default=epochs, show_default=True),
-        click.option("--batch-size", type=click.IntRange(min=1), default=batch_size, show_default=True),
-        click.option("--learning-rate", type=click.FloatRange(min=0, min_open=True), help=f"Peak. Default: {rate}."),
+        click.option("--epochs", type=COUNT, default=epochs, show_default=True),
+        click.option("--batch-size", type=COUNT, default=batch_size, show_default=True),
+        click.option("--learning-rate", type=RATE, help=f"Peak. Default: {rate}."),
         click.option(
             "--max-length",
-            type=click.IntRange(min=2),
+            type=click.IntRange(2, 2**31 - 1),
             default=128,
             show_default=True,
             help="Tokens of a text that are read; the rest is cut.",
@@ -128,12 +147,10 @@ def customer_options(head: str, resume: str) -> Callable[[Command], Command]:
     """What training one customer and many have in common beside `training_options`; texts for two of them differ."""
     options = [
         click.option("--head", type=click.Choice(["frozen", "output"]), default="frozen", show_default=True, help=head),
-        click.option(
-            "--patience", type=click.IntRange(min=1), default=3, show_default=True, help="Epochs without a gain."
-        ),
+        click.option("--patience", type=COUNT, default=3, show_default=True, help="Epochs without a gain."),
         click.option("--resume", is_flag=True, help=resume),
         click.option("--metric", help="Chooses the best epoch on --eval, by default accuracy or pearson."),
-        click.option("--head-learning-rate", type=click.FloatRange(min=0, min_open=True), help="With --head output."),
+        click.option("--head-learning-rate", type=RATE, help="With --head output."),
     ]
     return _together(options)
 

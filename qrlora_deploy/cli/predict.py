@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qrlora_deploy.cli.options import EXISTING_FILE, common, provider_option
+from qrlora_deploy.cli.options import COUNT, EXISTING_FILE, common, provider_option
 from qrlora_deploy.cli.output import Output, Table
 from qrlora_deploy.errors import InputError
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 )
 @click.option("--customer", "names", multiple=True, help="Whose the texts are: once, or once per text.")
 @click.option("--repl", is_flag=True, help="Type texts and switch customers; new files go live at once.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--batch-size", type=COUNT, default=32, show_default=True)
 @provider_option
 @common
 def command(

@@ -10,6 +10,7 @@ import click
 
 from qrlora_deploy.cli.options import (
     BY_COEFFICIENTS,
+    COUNT,
     basis_option,
     common,
     customer_options,
@@ -34,9 +35,7 @@ LAUNCHER = "TORCHELASTIC_RUN_ID"
     head="Keep the base's head, or train each customer's last projection too.",
     resume="Pass over customers whose file is there from the same data and settings.",
 )
-@click.option(
-    "--rows-per-step", type=click.IntRange(min=1), help="Rows of all customers in a step. Default: by device."
-)
+@click.option("--rows-per-step", type=COUNT, help="Rows of all customers in a step. Default: by device.")
 @click.option("--shard", help="I/N: train the I-th of N parts, from 0; torchrun's RANK and WORLD_SIZE by default.")
 @training_options(epochs=5, batch_size=32, rate=BY_COEFFICIENTS)
 @common

@@ -9,7 +9,7 @@ from typing import Any
 
 import onnxruntime
 
-from qrlora_deploy.errors import FileFormatError, ProviderError, first_line
+from qrlora_deploy.errors import FileFormatError, InputError, ProviderError, first_line
 from qrlora_deploy.runtime.token_index import TOKEN_INDEX, check_runtime
 
 PROVIDERS = {
@@ -18,6 +18,8 @@ PROVIDERS = {
     "tensorrt": "TensorrtExecutionProvider",
 }
 QUIET, DEFAULT_SEVERITY = 4, 2
+MAX_THREADS = 1024
+"""ONNX Runtime starts them all at once and takes no error of the system for an answer."""
 
 
 def open_session(model: Path, provider: str = "cpu", threads: int | None = None, cuda_graph: bool = False) -> Any:
@@ -37,6 +39,7 @@ def open_session(model: Path, provider: str = "cpu", threads: int | None = None,
         ProviderError: the provider is unknown or did not load; the message says what is missing. Or
             the graph is padding-free and this ONNX Runtime too old for that.
         FileFormatError: ONNX Runtime refuses the model.
+        InputError: so many threads cannot be started.
     """
     if provider not in PROVIDERS:
         raise ProviderError(f"unknown provider {provider!r}; choose from {', '.join(PROVIDERS)}")
@@ -47,6 +50,8 @@ def open_session(model: Path, provider: str = "cpu", threads: int | None = None,
             f"Install onnxruntime-gpu, or pass --provider cpu"
         )
     options = onnxruntime.SessionOptions()
+    if threads is not None and not 0 <= threads <= MAX_THREADS:
+        raise InputError(f"threads must be between 0 and {MAX_THREADS}, not {threads}")
     if threads is not None:
         options.intra_op_num_threads = threads
     if provider != "cpu":

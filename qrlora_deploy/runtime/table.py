@@ -23,6 +23,9 @@ from qrlora_deploy.runtime.memory import TableMemory
 BASE_ROW = 0
 """Zeros: the base model."""
 
+MOST_ROWS = 2**31 - 1
+"""As many as a bulk has customers; more have no size that the libraries beneath can count."""
+
 FLIP_CUSTOMERS = 2048
 """Customers whose row numbers change under one hold of the lock: a bulk does not keep runs waiting."""
 
@@ -48,6 +51,8 @@ class CoefficientTable:
     def __init__(self, make: Callable[[int], TableMemory], rows: int = 64, max_rows: int | None = None) -> None:
         if rows < 2 or (max_rows is not None and max_rows < rows):
             raise InputError(f"a table needs at least 2 rows and no more than its bound, not {rows} of {max_rows}")
+        if rows > MOST_ROWS:
+            raise InputError(f"a table has {MOST_ROWS} rows at most, not {rows}")
         self.memory = make(rows)
         self.max_rows = max_rows
         # Short: look-ups and counts only. Never held while memory is copied.

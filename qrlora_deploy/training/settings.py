@@ -8,6 +8,7 @@ from qrlora_deploy.errors import InputError, ProviderError
 from qrlora_deploy.training.tasks import METRICS
 
 MAX_RATE = 1e30
+MAX_COUNT = 2**31 - 1
 WHERE = ("device", "trunk_cache")
 TRUNK_CACHES = ("auto", "device", "host", "disk", "off")
 WARMUP_RATES = {"full": 5e-5, "head": 1e-3}
@@ -44,8 +45,9 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "max_length"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+            if not 1 <= getattr(self, name) <= MAX_COUNT:
+                option = f"--{name.replace('_', '-')}"
+                raise InputError(f"{option} must be at least 1 and at most {MAX_COUNT}, not {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"--seed must be between 0 and {2**32 - 1}, not {self.seed}")
         if self.device not in ("auto", "cpu", "cuda"):
@@ -83,8 +85,8 @@ class TrainSettings(RunSettings):
         if self.learning_rate is not None:
             _check_rate("--learning-rate", self.learning_rate)
         _check_rate("--head-learning-rate", self.head_learning_rate)
-        if self.patience < 1:
-            raise InputError(f"--patience must be at least 1, not {self.patience}")
+        if not 1 <= self.patience <= MAX_COUNT:
+            raise InputError(f"--patience must be at least 1 and at most {MAX_COUNT}, not {self.patience}")
         if self.head not in ("frozen", "output"):
             raise InputError(f"--head must be frozen or output, not {self.head}")
         if self.trunk_cache not in TRUNK_CACHES:

@@ -72,6 +72,10 @@ def failing(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
         (CheckFailed("logits differ"), 1, "Error: logits differ"),
         (click.UsageError("give --data"), 2, "Error: give --data"),
         (OSError(28, "No space left on device", "out"), 1, "Error: out: No space left on device"),
+        (PermissionError(13, "Permission denied", "in"), 2, "Error: in: Permission denied"),
+        (OSError(36, "File name too long", "x" * 5000), 2, "Error: xxx"),
+        (click.UsageError("y" * 50_000), 2, "Error: yyy"),
+        (KeyError("y\n" * 50_000), 1, "Error: internal error (KeyError: 'y"),
         (InputError("two\nlines and \x1b[31mred"), 2, "Error: two lines and \\x1b[31mred"),
         (MemoryError(), 1, "Error: not enough memory"),
         (KeyError("x"), 1, "Error: internal error (KeyError: 'x'); run with --debug"),
@@ -81,7 +85,8 @@ def test_an_error_is_one_line(failing, capsys, error: Exception, code: int, line
     failing(error)
     assert ended(["doctor"]) == code
     shown = capsys.readouterr()
-    assert shown.err.startswith(line) and len(shown.err.splitlines()) == 1
+    assert shown.err.startswith(line) and len(shown.err.splitlines()) == 1 and len(shown.err) < 500
+    assert ("run with --debug" in shown.err) == ("internal error" in line)
     assert shown.out == ""
 
 
