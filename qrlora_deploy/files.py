@@ -149,7 +149,16 @@ def readable(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise InputError(f"{path} cannot be read: {error.strerror or _refusal(path) or error}") from error
+
+
+def _refusal(path: Path) -> str:
+    """What the system says when `path` is opened: safetensors says of every reason that there is no such file."""
+    try:
+        with path.open("rb"):
+            return ""
+    except OSError as error:
+        return error.strerror or ""
 
 
 def read_text(path: Path, limit: int = MAX_METADATA_BYTES) -> str:

@@ -15,7 +15,7 @@ from qrlora_deploy.coefficients import Coefficients, read_coefficients
 from qrlora_deploy.errors import InputError, library_errors
 from qrlora_deploy.files import METADATA_KEY, is_file, parse_json, readable
 from qrlora_deploy.locating import locate_basis
-from qrlora_deploy.model_config import label_names, read_model_config
+from qrlora_deploy.config_file import label_names, read_model_config
 from qrlora_deploy.provenance import FILE_NAME as PROVENANCE
 from qrlora_deploy.provenance import read_provenance
 
@@ -215,13 +215,14 @@ def _describe_checkpoint(path: Path, size_bytes: int) -> Description:
     from qrlora_deploy.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(str(path))
-    config = read_model_config(path)
+    file = path / "config.json"
+    config = read_model_config(file)
     facts = {
         "architecture": config.architecture,
         "tensors": len(checkpoint.tensor_files),
         "shards": [shard.name for shard in checkpoint.shards],
         "has_task_head": config.has_task_head,
-        "labels": label_names(config, path) if config.has_task_head else [],
+        "labels": label_names(config, file) if config.has_task_head else [],
         "sizes": {name: size for name in SIZES if (size := getattr(config, name)) is not None},
         "digest": checkpoint.digest,
     }

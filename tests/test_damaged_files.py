@@ -23,7 +23,7 @@ from qrlora_deploy.coefficients import Coefficients, read_coefficients, write_co
 from qrlora_deploy.errors import QrloraError
 from qrlora_deploy.files import METADATA_KEY
 from qrlora_deploy.inspecting import describe
-from qrlora_deploy.model_config import label_names, read_model_config
+from qrlora_deploy.config_file import label_names, read_model_config
 from qrlora_deploy.provenance import FILE_NAME, MergedTarget, Provenance, read_provenance, write_provenance
 from qrlora_deploy.runtime.bundle import open_bundle
 from qrlora_deploy.runtime.external_data import external_locations
@@ -331,8 +331,8 @@ def config(sources: Sources) -> Reader:
     path, text = sources.folder / "config.json", (sources.bundle / "config.json").read_text()
 
     def read() -> Any:
-        found = read_model_config(sources.folder)
-        return found, label_names(found, sources.folder)
+        found = read_model_config(path)
+        return found, label_names(found, path)
 
     def right(found: Any) -> bool:
         written = json.loads(path.read_text())

@@ -26,7 +26,7 @@ ALLOWED = {
     "qrlora_deploy.factorization": {"errors", "rank_rule", "pivoted_qr.order", "pivoted_qr.orthonormal"},
     "qrlora_deploy.basis": {"errors", "files", "rank_rule", "strict"},
     "qrlora_deploy.coefficients": {"errors", "files", "basis", "strict"},
-    "qrlora_deploy.model_config": {"errors", "files", "strict"},
+    "qrlora_deploy.config_file": {"errors", "files", "strict"},
     "qrlora_deploy.targets": {"errors"},
     "qrlora_deploy.adapter": {"errors", "basis", "targets"},
 }
@@ -95,7 +95,7 @@ def test_the_runtime_stands_alone(name: str) -> None:
     found = imports(MODULES[name])
     heavy = {found_name for found_name in found if found_name.split(".")[0] in ("torch", "transformers", "onnx")}
     assert heavy == set()
-    own = {f"qrlora_deploy.{name}" for name in ("errors", "files", "coefficients", "strict")}
+    own = {f"qrlora_deploy.{name}" for name in ("errors", "files", "coefficients", "strict", "config_file")}
     assert {other for other in project(found) if not inside(other, "qrlora_deploy.runtime")} <= own
 
 

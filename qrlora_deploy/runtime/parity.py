@@ -10,7 +10,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from qrlora_deploy.errors import CheckFailed, FileFormatError, ProviderError, first_line
+from qrlora_deploy.errors import CheckFailed, FileFormatError, ProviderError, first_line, library_errors
+from qrlora_deploy.files import parse_json, readable
 from qrlora_deploy.runtime.bundle import REFERENCE_FILE, Bundle
 from qrlora_deploy.runtime.layout import TABLE
 from qrlora_deploy.runtime.running import is_padding_free
@@ -297,16 +298,20 @@ def read_reference(path: Path) -> list[Case]:
     Raises:
         FileFormatError: the file is damaged.
     """
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            names = json.loads((file.metadata() or {})[INDEX])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        return [_case(tensors, index, name) for index, name in enumerate(names)]
-    except (safetensors.SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-        raise FileFormatError(f"{path} holds no reference logits: {error}") from error
+    damaged = f"{path} holds no reference logits"
+    with library_errors(damaged), readable(path), safetensors.safe_open(path, framework="np") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    names = parse_json((metadata or {}).get(INDEX, ""), damaged)
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise FileFormatError(f"{damaged}: its cases have no names")
+    return [_case(tensors, index, name, damaged) for index, name in enumerate(names)]
 
 
-def _case(tensors: dict[str, np.ndarray], index: int, name: str) -> Case:
+def _case(tensors: dict[str, np.ndarray], index: int, name: str, damaged: str) -> Case:
     prefix = f"{index}."
     arrays = {key.removeprefix(prefix): array for key, array in tensors.items() if key.startswith(prefix)}
-    return Case(str(name), logits=arrays.pop(LOGITS), base_logits=arrays.pop(BASE_LOGITS), inputs=arrays)
+    missing = [key for key in (LOGITS, BASE_LOGITS) if key not in arrays]
+    if missing:
+        raise FileFormatError(f"{damaged}: the case {name} has no {' and no '.join(missing)}")
+    return Case(name, logits=arrays.pop(LOGITS), base_logits=arrays.pop(BASE_LOGITS), inputs=arrays)

@@ -1,6 +1,5 @@
 """What the sealed files of a bundle say of it. The manifest is not sealed itself and is held against them."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,16 +8,15 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from qrlora_deploy.errors import FileFormatError, InputError
+from qrlora_deploy.config_file import label_names, read_model_config
+from qrlora_deploy.errors import FileFormatError, InputError, library_errors
+from qrlora_deploy.files import parse_json, readable
 from qrlora_deploy.runtime.layout import HEAD_TABLE, TABLE, HeadLayout, head_arrays
-
-UNNAMED_LABELS = ("LABEL_0", "LABEL_1")
-"""The labels of a config that names none: transformers leaves its own defaults out of the file."""
 
 PADDED_CASES = ("right padding", "left padding", "padding on both sides")
 """The reference batches in which everything under a zero of the mask is padding."""
 
-MAX_CONFIG_BYTES = 16 * 2**20
+TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 @dataclass(frozen=True)
@@ -58,16 +56,9 @@ def read_config_facts(path: Path) -> ConfigFacts:
     Raises:
         FileFormatError: it is no model's config.
     """
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise FileFormatError(f"{path} is too large for a config")
-        config: Any = json.loads(path.read_text(encoding="utf-8"))
-        names = config.get("id2label")
-        labels = UNNAMED_LABELS if names is None else tuple(str(names[str(index)]) for index in range(len(names)))
-        regression = config.get("problem_type") == "regression" or len(labels) == 1
-    except (OSError, ValueError, RecursionError, AttributeError, TypeError, KeyError) as error:
-        raise FileFormatError(f"{path} is no model's config: {type(error).__name__}") from error
-    return ConfigFacts(labels, regression)
+    config = read_model_config(path)
+    labels = tuple(label_names(config, path))
+    return ConfigFacts(labels, config.problem_type == "regression" or len(labels) == 1)
 
 
 def read_reference_facts(path: Path) -> ReferenceFacts:
@@ -76,27 +67,42 @@ def read_reference_facts(path: Path) -> ReferenceFacts:
     Raises:
         FileFormatError: the file is damaged.
     """
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            cases = json.loads((file.metadata() or {})["cases"])
-            stored = set(file.keys())
-            lengths = [int(file.get_slice(f"{index}.input_ids").get_shape()[1]) for index in range(len(cases))]
-            padding: dict[str, set[int]] = {}
-            for index in (index for index, case in enumerate(cases) if case in PADDED_CASES):
-                free = file.get_tensor(f"{index}.attention_mask") == 0
-                for name in ("input_ids", "token_type_ids"):
-                    if f"{index}.{name}" in stored:
-                        values = file.get_tensor(f"{index}.{name}")[free]
-                        padding.setdefault(name, set()).update(np.unique(values).tolist())
-            table, heads = (_table(file, f"0.{name}", stored) for name in (TABLE, HEAD_TABLE))
-        return ReferenceFacts(
-            max_length=max(lengths),
-            padding={name: frozenset(values) for name, values in padding.items()},
-            columns=np.flatnonzero((table != 0).any(axis=0)),
-            base_head=heads[0] if len(heads) else np.empty(0, dtype=np.float32),
-        )
-    except (safetensors.SafetensorError, OSError, LookupError, ValueError, TypeError, RecursionError) as error:
-        raise FileFormatError(f"{path} holds no reference inputs: {type(error).__name__}") from error
+    cases, tensors = _read_reference(path)
+    padding: dict[str, set[int]] = {}
+    for index in (index for index, case in enumerate(cases) if case in PADDED_CASES):
+        free = tensors[f"{index}.attention_mask"] == 0
+        for name in ("input_ids", "token_type_ids"):
+            if f"{index}.{name}" in tensors:
+                padding.setdefault(name, set()).update(np.unique(tensors[f"{index}.{name}"][free]).tolist())
+    table, heads = (tensors.get(f"0.{name}", np.empty((0, 0), dtype=np.float32)) for name in (TABLE, HEAD_TABLE))
+    return ReferenceFacts(
+        max_length=max(tensors[f"{index}.input_ids"].shape[1] for index in range(len(cases))),
+        padding={name: frozenset(values) for name, values in padding.items()},
+        columns=np.flatnonzero((table != 0).any(axis=0)),
+        base_head=heads[0] if len(heads) else np.empty(0, dtype=np.float32),
+    )
+
+
+def _read_reference(path: Path) -> tuple[list[str], dict[str, np.ndarray]]:
+    """The names of the cases, and what was put in: text inputs of one shape `[batch, length]` a case, and tables."""
+    damaged = f"{path} holds no reference inputs"
+    with library_errors(damaged), readable(path), safetensors.safe_open(path, framework="np") as file:
+        metadata = file.metadata()
+        # By their ends: the tables of the other cases are large.
+        names = [name for name in file.keys() if name.endswith(TEXT_INPUTS) or name.startswith("0.")]  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in names}
+    cases = parse_json((metadata or {}).get("cases", ""), damaged)
+    if not isinstance(cases, list) or not cases or not all(isinstance(case, str) for case in cases):
+        raise FileFormatError(f"{damaged}: its cases have no names")
+    for index in range(len(cases)):
+        inputs = [tensors.get(f"{index}.{name}") for name in TEXT_INPUTS]
+        shapes = {None if array is None else array.shape for array in inputs[:2]}
+        shapes |= {array.shape for array in inputs[2:] if array is not None}
+        if len(shapes) != 1 or any(shape is None or len(shape) != 2 for shape in shapes):
+            raise FileFormatError(f"{damaged}: its case {index} has inputs of other shapes")
+    if any(tensors[name].ndim != 2 for name in (f"0.{TABLE}", f"0.{HEAD_TABLE}") if name in tensors):
+        raise FileFormatError(f"{damaged}: a table has another shape")
+    return cases, tensors
 
 
 def read_head_row(path: Path, layout: HeadLayout) -> np.ndarray:
@@ -105,12 +111,9 @@ def read_head_row(path: Path, layout: HeadLayout) -> np.ndarray:
     Raises:
         FileFormatError: it holds no such layer.
     """
+    with library_errors(f"{path} holds no head"), readable(path):
+        tensors = safetensors.numpy.load_file(path)
     try:
-        return layout.row(*head_arrays(safetensors.numpy.load_file(path)))
-    except (safetensors.SafetensorError, OSError, InputError) as error:
+        return layout.row(*head_arrays(tensors))
+    except InputError as error:
         raise FileFormatError(f"{path} holds no head: {error}") from error
-
-
-def _table(file: Any, name: str, stored: set[str]) -> np.ndarray:
-    """A table of the first case `[slots, width]`; empty where the reference has none."""
-    return file.get_tensor(name) if name in stored else np.empty((0, 0), dtype=np.float32)

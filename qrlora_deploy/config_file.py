@@ -8,7 +8,6 @@ from qrlora_deploy.errors import FileFormatError
 from qrlora_deploy.files import parse_json, read_text
 from qrlora_deploy.strict import from_value
 
-FILE_NAME = "config.json"
 MAX_BYTES = 16 * 2**20
 
 DEFAULT_OUTPUTS = 2
@@ -27,6 +26,7 @@ class ModelConfig(BaseModel):
     """
 
     model_type: str | None = None
+    problem_type: str | None = None
     architectures: list[str] | None = None
     id2label: dict[str, str | int | float] | None = None
     num_labels: int | None = Field(default=None, ge=0, le=2**31)
@@ -45,19 +45,18 @@ class ModelConfig(BaseModel):
         return self.architecture.endswith(TASK_HEAD)
 
 
-def read_model_config(folder: Path) -> ModelConfig:
-    """Read `config.json` in `folder`.
+def read_model_config(path: Path) -> ModelConfig:
+    """Read a `config.json`.
 
     Raises:
         InputError: it cannot be read. FileFormatError: it is no JSON object, or a field has another type.
     """
-    path = folder / FILE_NAME
     value = parse_json(read_text(path, MAX_BYTES), f"{path} is not JSON")
     return from_value(ModelConfig, value, f"{path} cannot be used")
 
 
-def label_names(config: ModelConfig, folder: Path) -> list[str]:
-    """Names of the outputs, in order.
+def label_names(config: ModelConfig, path: Path) -> list[str]:
+    """Names of the outputs that the `config.json` at `path` gives, in order.
 
     Raises:
         FileFormatError: they are not numbered from 0.
@@ -67,5 +66,5 @@ def label_names(config: ModelConfig, folder: Path) -> list[str]:
         return [f"LABEL_{index}" for index in range(min(count, 2**16))]
     missing = [index for index in range(len(config.id2label)) if str(index) not in config.id2label]
     if missing:
-        raise FileFormatError(f"{folder / FILE_NAME}: id2label must count from 0 on, and has no {missing[0]}")
+        raise FileFormatError(f"{path}: id2label must count from 0 on, and has no {missing[0]}")
     return [str(config.id2label[str(index)]) for index in range(len(config.id2label))]

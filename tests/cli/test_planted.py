@@ -1,0 +1,101 @@
+"""A mistake in this project's own code is never called a damaged file: it stays an internal error, whatever was read."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from qrlora_deploy.bench.record import write_report
+from qrlora_deploy.coefficients import Coefficients, write_coefficients
+from qrlora_deploy.runtime.bundle import open_bundle
+from qrlora_deploy.runtime.packed_writer import write_packed
+from tests.bench.fixed import good_report
+from tests.cli.running import run_here
+from tests.tiny import LABELS, SENTENCES
+
+READERS = {
+    "inspect acme.safetensors": (
+        "files._read_record",
+        "files._content_digest",
+        "files.digest_arrays",
+        "coefficients._allows",
+        "coefficients._check_finite",
+        "coefficients.from_value",
+        "inspecting._kind",
+        "locating._places",
+    ),
+    "inspect basis.safetensors": ("basis._target", "basis.RankRule", "basis.digest_arrays"),
+    "inspect packed.safetensors": (
+        "runtime.packed_header._sizes",
+        "runtime.packed_header.PackedHeader._json",
+        "runtime.packed_check._check_ids",
+        "runtime.packed_check.digest_piece",
+    ),
+    "inspect bundle": (
+        "runtime.bundle.TableLayout",
+        "runtime.bundle._check",
+        "runtime.bundle.read_config_facts",
+        "runtime.external_data._walk",
+        "runtime.sealed_facts.label_names",
+        "runtime.sealed_facts._read_reference",
+    ),
+    "verify bundle": ("runtime.parity._case", "runtime.bundle._config_problems"),
+    "inspect base": ("inspecting.label_names", "config_file.parse_json"),
+    "predict bundle --requests requests.jsonl": ("runtime.requests._parse",),
+    "bench bundle --gate gate.toml": ("bench.gate_file.from_value", "bench.gate_file.read_text"),
+    "bench bundle --reference report.json": ("bench.record.check_version", "bench.record.from_json"),
+    "combine acme.safetensors -o new.safetensors": ("combining._check_alike", "combining._weighted_sum"),
+    "pack customers --bundle bundle -o new.safetensors": (
+        "runtime.packed_writer.check_customer_fits",
+        "runtime.customer_files.read_coefficients",
+    ),
+    "export base --basis basis.safetensors -o new": ("exporting.find_exporter", "exporting.ExportJob.__post_init__"),
+    "factorize base -o new.safetensors --target query": ("targets._fits", "factorizing.factorize"),
+    "merge --coefficients acme.safetensors -o new": ("locating._base_names", "provenance.parse_json"),
+    "train base --basis basis.safetensors --data good.tsv -o new.safetensors": ("training.data._texts", "training.data._label"),
+    "doctor": ("doctor.examine",),
+}
+"""What is run, and which functions of the project then fail, each by itself."""
+
+
+@pytest.fixture(scope="module")
+def place(
+    tiny_base: Path,
+    tiny_basis_file: Path,
+    tiny_customer: Coefficients,
+    switchable: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A folder with one of everything that is read, all of it right."""
+    folder = tmp_path_factory.mktemp("planted")
+    (folder / "base").symlink_to(tiny_base)
+    (folder / "bundle").symlink_to(switchable)
+    shutil.copy(tiny_basis_file, folder / "basis.safetensors")
+    (folder / "customers").mkdir()
+    for path in (folder / "acme.safetensors", folder / "customers" / "acme.safetensors"):
+        write_coefficients(tiny_customer, path)
+    write_packed([("acme", tiny_customer)], folder / "packed.safetensors", open_bundle(switchable).manifest)
+    write_report(good_report(), folder / "report.json")
+    (folder / "gate.toml").write_text("[parity]\nmax_abs_error = 0.001\n")
+    (folder / "requests.jsonl").write_text(json.dumps({"text": "play music"}))
+    rows = [f"{sentence}\t{LABELS[index % 4]}" for index, sentence in enumerate(SENTENCES)]
+    (folder / "good.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n", "utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(("command", "function"), [(line, name) for line, names in READERS.items() for name in names])
+def test_a_mistake_of_ours_stays_an_internal_error(
+    place: Path, monkeypatch: pytest.MonkeyPatch, command: str, function: str
+) -> None:
+    for kind in (KeyError, TypeError, AttributeError):
+
+        def fail(*_arguments: object, kind: type[Exception] = kind, **_named: object) -> NoReturn:
+            raise kind("planted")
+
+        monkeypatch.setattr(f"qrlora_deploy.{function}", fail)
+        shown = run_here(*command.split(), cwd=place)
+        line = shown.err.splitlines()[-1]
+        assert line.startswith(f"Error: internal error ({kind.__name__}: ") and "planted" in line, shown.err
+        assert shown.code == 1 and not list(place.glob("*new*"))
