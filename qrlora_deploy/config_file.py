@@ -5,7 +5,7 @@ from pathlib import Path
 from pydantic import BaseModel, Field
 
 from qrlora_deploy.errors import FileFormatError
-from qrlora_deploy.files import parse_json, read_text
+from qrlora_deploy.reading import parse_json, read_text
 from qrlora_deploy.strict import from_value
 
 MAX_BYTES = 16 * 2**20
@@ -28,7 +28,7 @@ class ModelConfig(BaseModel):
     model_type: str | None = None
     problem_type: str | None = None
     architectures: list[str] | None = None
-    id2label: dict[str, str | int | float] | None = None
+    id2label: dict[str, str | int] | None = None
     num_labels: int | None = Field(default=None, ge=0, le=2**31)
     vocab_size: int | None = None
     hidden_size: int | None = None

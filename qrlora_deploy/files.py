@@ -20,20 +20,13 @@ import safetensors
 import safetensors.numpy
 
 from qrlora_deploy.errors import FileFormatError, InputError, QrloraError, library_errors
+from qrlora_deploy.reading import check_version, is_file, parse_json, readable
 
 METADATA_KEY = "qrlora"
 """All metadata is one JSON text under one key: safetensors keeps no order between keys, and
 with a single one the same content gives the same bytes."""
 
 MAX_METADATA_BYTES = 16 * 2**20
-
-MAX_NESTING = 64
-"""Depth of a JSON value from a file; no file of this project comes near it."""
-
-READ_BYTES = 2**16
-
-SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-"""Half of a character beyond the first 65,536, as JSON writes it; two make one."""
 
 LEFTOVER = re.compile(r"\.(.+)\.[0-9]+\.tmp")
 """Temporary name of a file that `atomic_file` writes: the file's own, and the process."""
@@ -133,94 +126,6 @@ def check_free_file(path: Path) -> None:
 def _flush(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def is_file(path: Path) -> bool:
-    """Whether `path` is a file; a name that the system does not take, such as one of 5,000 characters, is none."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
-
-
-@contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Turn what the system has against reading `path` into an InputError."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or _refusal(path) or error}") from error
-
-
-def _refusal(path: Path) -> str:
-    """What the system says when `path` is opened: safetensors says of every reason that there is no such file."""
-    try:
-        with path.open("rb"):
-            return ""
-    except OSError as error:
-        return error.strerror or ""
-
-
-def read_text(path: Path, limit: int = MAX_METADATA_BYTES) -> str:
-    """The text of a file in UTF-8.
-
-    Raises:
-        InputError: it cannot be read. FileFormatError: it has more than `limit` bytes, or is no text.
-    """
-    content = bytearray()
-    with readable(path), path.open("rb") as file:
-        # In pieces: a pipe has no size, and a file may be without end.
-        while piece := file.read(READ_BYTES):
-            content += piece
-            if len(content) > limit:
-                raise FileFormatError(f"{path} is larger than {limit} bytes")
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise FileFormatError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-
-
-def parse_json(text: str, what: str) -> Any:
-    """A JSON value that whoever walks, prints or stores it can: not too deep, and of whole characters.
-
-    Args:
-        text: JSON.
-        what: file, and what is wrong where it is none, such as "config.json is not JSON".
-
-    Raises:
-        FileFormatError: it is none, is nested deeper than `MAX_NESTING`, or a text in it holds half
-            of a surrogate pair.
-    """
-    with library_errors(what):
-        value = json.loads(text)
-    if SURROGATE.search(text):
-        with library_errors(f"{what}: a text in it holds half of a character"):
-            json.dumps(value, ensure_ascii=False).encode()
-    if text.count("[") + text.count("{") <= MAX_NESTING:
-        return value
-    level = [value]
-    for _ in range(MAX_NESTING):
-        level = [item for value in level for item in _items(value)]
-        if not level:
-            return value
-    raise FileFormatError(f"{what}: it is nested deeper than {MAX_NESTING} levels")
-
-
-def _items(value: Any) -> list[Any]:
-    """What is in an object or a list and may hold something itself."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [item for item in inner if isinstance(item, dict | list)]
-
-
-def check_version(path: Path, found: Any, known: int, remedy: str = "") -> None:
-    """Make sure that a file has the format version that is known; true and 1.0 are none.
-
-    Raises:
-        FileFormatError: it has another one.
-    """
-    if type(found) is not int or found != known:
-        line = f"{path} has format version {found!r:.40}; this version reads {known}"
-        raise FileFormatError(f"{line}; {remedy}" if remedy else line)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -12,12 +12,13 @@ from qrlora_deploy import basis as basis_format
 from qrlora_deploy import coefficients as coefficients_format
 from qrlora_deploy.basis import Basis, read_basis
 from qrlora_deploy.coefficients import Coefficients, read_coefficients
-from qrlora_deploy.errors import InputError, library_errors
-from qrlora_deploy.files import METADATA_KEY, is_file, parse_json, readable
-from qrlora_deploy.locating import locate_basis
 from qrlora_deploy.config_file import label_names, read_model_config
+from qrlora_deploy.errors import InputError, library_errors
+from qrlora_deploy.files import METADATA_KEY
+from qrlora_deploy.locating import locate_basis
 from qrlora_deploy.provenance import FILE_NAME as PROVENANCE
 from qrlora_deploy.provenance import read_provenance
+from qrlora_deploy.reading import is_file, parse_json, readable
 
 MANIFEST = "manifest.json"
 PACKED = "qrlora-packed"

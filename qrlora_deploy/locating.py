@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from qrlora_deploy.basis import Basis, read_basis
 from qrlora_deploy.coefficients import Coefficients
 from qrlora_deploy.errors import BasisMismatchError, InputError
-from qrlora_deploy.files import is_file
+from qrlora_deploy.reading import is_file
 
 if TYPE_CHECKING:
     from qrlora_deploy.checkpoint import Checkpoint

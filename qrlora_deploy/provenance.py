@@ -12,7 +12,8 @@ from pydantic import ConfigDict
 
 from qrlora_deploy import __version__
 from qrlora_deploy.errors import FileFormatError, InputError
-from qrlora_deploy.files import check_version, is_file, parse_json, read_text, write_json
+from qrlora_deploy.files import write_json
+from qrlora_deploy.reading import check_version, is_file, parse_json, read_text
 from qrlora_deploy.strict import from_json
 
 FILE_NAME = "qrlora.json"

@@ -2,9 +2,9 @@
 
 import copy
 import json
+import math
 import random
 import struct
-from collections.abc import Callable
 from typing import Any
 
 DEEP, DEEPER, LONG_NUMBER = "@deep", "@deeper", "@long"
@@ -108,15 +108,16 @@ def same(found: Any, written: Any) -> bool:
     if isinstance(written, bool) or written is None or isinstance(written, str):
         return type(found) is type(written) and bool(found == written)
     if isinstance(written, dict):
-        return isinstance(found, dict) and found.keys() == written.keys() and all(
-            same(found[key], written[key]) for key in written
+        return (
+            isinstance(found, dict)
+            and found.keys() == written.keys()
+            and all(same(found[key], written[key]) for key in written)
         )
     if isinstance(written, list):
         return isinstance(found, list | tuple) and len(found) == len(written) and all(map(same, found, written))
-    return not isinstance(found, bool) and bool(found == written)
-
-
-Damage = Callable[[random.Random], bytes]
+    if isinstance(found, float):
+        return found == float(written) or (math.isnan(found) and math.isnan(written))
+    return type(found) is type(written) and bool(found == written)
 
 
 def _places(record: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

@@ -17,7 +17,8 @@ ALLOWED = {
     "qrlora_deploy.errors": {"text"},
     "qrlora_deploy.text": set(),
     "qrlora_deploy.strict": {"errors", "text"},
-    "qrlora_deploy.files": {"errors"},
+    "qrlora_deploy.reading": {"errors"},
+    "qrlora_deploy.files": {"errors", "reading"},
     "qrlora_deploy.rank_rule": {"errors"},
     "qrlora_deploy.pivoted_qr.orthonormal": set(),
     "qrlora_deploy.pivoted_qr.kernel": set(),
@@ -26,7 +27,7 @@ ALLOWED = {
     "qrlora_deploy.factorization": {"errors", "rank_rule", "pivoted_qr.order", "pivoted_qr.orthonormal"},
     "qrlora_deploy.basis": {"errors", "files", "rank_rule", "strict"},
     "qrlora_deploy.coefficients": {"errors", "files", "basis", "strict"},
-    "qrlora_deploy.config_file": {"errors", "files", "strict"},
+    "qrlora_deploy.config_file": {"errors", "reading", "strict"},
     "qrlora_deploy.targets": {"errors"},
     "qrlora_deploy.adapter": {"errors", "basis", "targets"},
 }
@@ -95,7 +96,7 @@ def test_the_runtime_stands_alone(name: str) -> None:
     found = imports(MODULES[name])
     heavy = {found_name for found_name in found if found_name.split(".")[0] in ("torch", "transformers", "onnx")}
     assert heavy == set()
-    own = {f"qrlora_deploy.{name}" for name in ("errors", "files", "coefficients", "strict", "config_file")}
+    own = {f"qrlora_deploy.{name}" for name in ("errors", "files", "reading", "strict", "coefficients", "config_file")}
     assert {other for other in project(found) if not inside(other, "qrlora_deploy.runtime")} <= own
 
 

@@ -10,7 +10,8 @@ from typing import Literal
 from pydantic import Field
 
 from qrlora_deploy.errors import FileFormatError
-from qrlora_deploy.files import atomic_file, check_version, parse_json, read_text
+from qrlora_deploy.files import atomic_file
+from qrlora_deploy.reading import check_version, parse_json, read_text
 from qrlora_deploy.strict import Record, from_json
 
 FORMAT: Literal["qrlora-bench"] = "qrlora-bench"

@@ -180,7 +180,7 @@ def _check_measured(rules: "GateRules", plan: "Plan", data: dict[str, Path]) -> 
     if missing:
         options = " ".join(f"--scenario {name}" for name in missing)
         raise InputError(f"--gate has rules for what is not measured: add {options}")
-    from qrlora_deploy.files import is_file
+    from qrlora_deploy.reading import is_file
 
     absent = [str(path) for path in data.values() if not is_file(path)]
     if absent:

@@ -57,7 +57,7 @@ def parse_part(text: str) -> tuple[Path, float]:
     Raises:
         InputError: there is no such file, or the weight is not a finite number.
     """
-    from qrlora_deploy.files import is_file
+    from qrlora_deploy.reading import is_file
 
     if is_file(Path(text)):
         return Path(text), 1.0
@@ -75,8 +75,8 @@ def parse_part(text: str) -> tuple[Path, float]:
 
 def _basis_place(combined: "Coefficients", file: Path, output: Path) -> str:
     """Where the basis is, seen from the new file: a recorded place is relative to its own file's folder."""
-    from qrlora_deploy.files import is_file
     from qrlora_deploy.locating import recorded_place
+    from qrlora_deploy.reading import is_file
 
     place = file.parent / combined.basis_file
     return recorded_place(place, output) if combined.basis_file and is_file(place) else combined.basis_file

@@ -10,7 +10,8 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from qrlora_deploy.errors import FileFormatError, InputError
-from qrlora_deploy.files import check_version, digest_file, is_file, parse_json, read_text
+from qrlora_deploy.files import digest_file
+from qrlora_deploy.reading import check_version, is_file, parse_json, read_text
 from qrlora_deploy.runtime.external_data import external_locations
 from qrlora_deploy.runtime.layout import (
     BASE_HEAD_FILE,

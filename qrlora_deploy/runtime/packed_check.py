@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from qrlora_deploy.errors import FileFormatError, InputError
-from qrlora_deploy.files import readable
+from qrlora_deploy.reading import readable
 from qrlora_deploy.runtime.id_index import IdIndex
 from qrlora_deploy.runtime.packed_header import (
     STORED_DTYPES,

@@ -20,7 +20,8 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from qrlora_deploy.errors import FileFormatError
-from qrlora_deploy.files import MAX_METADATA_BYTES, METADATA_KEY, check_version, parse_json
+from qrlora_deploy.files import MAX_METADATA_BYTES, METADATA_KEY
+from qrlora_deploy.reading import check_version, parse_json
 from qrlora_deploy.runtime.bundle import Manifest
 from qrlora_deploy.strict import Record, from_value
 

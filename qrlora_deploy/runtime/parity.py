@@ -11,7 +11,7 @@ import safetensors
 import safetensors.numpy
 
 from qrlora_deploy.errors import CheckFailed, FileFormatError, ProviderError, first_line, library_errors
-from qrlora_deploy.files import parse_json, readable
+from qrlora_deploy.reading import parse_json, readable
 from qrlora_deploy.runtime.bundle import REFERENCE_FILE, Bundle
 from qrlora_deploy.runtime.layout import TABLE
 from qrlora_deploy.runtime.running import is_padding_free

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors
@@ -10,7 +9,7 @@ import safetensors.numpy
 
 from qrlora_deploy.config_file import label_names, read_model_config
 from qrlora_deploy.errors import FileFormatError, InputError, library_errors
-from qrlora_deploy.files import parse_json, readable
+from qrlora_deploy.reading import parse_json, readable
 from qrlora_deploy.runtime.layout import HEAD_TABLE, TABLE, HeadLayout, head_arrays
 
 PADDED_CASES = ("right padding", "left padding", "padding on both sides")

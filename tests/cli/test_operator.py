@@ -1,4 +1,4 @@
-"""What an operator does on a serving host, where there is neither PyTorch nor transformers; and files that say odd things."""
+"""What an operator does on a serving host, without PyTorch and transformers; and files that say odd things."""
 
 import json
 import os
@@ -86,9 +86,7 @@ def test_a_packed_file_is_described_and_its_damage_named(place: Path, tiny_custo
 
 
 @pytest.mark.parametrize("name", ["x" * 5_000, "a/" * 3_000 + "b", "\0", "/" + "y" * 300, "../" * 2_000])
-def test_a_basis_whose_name_no_system_takes_is_not_found(
-    place: Path, tiny_customer: Coefficients, name: str
-) -> None:
+def test_a_basis_whose_name_no_system_takes_is_not_found(place: Path, tiny_customer: Coefficients, name: str) -> None:
     write_coefficients(replace(tiny_customer, basis_file=name, base_name=name), place / "odd.safetensors")
     found = succeed_here(["inspect", "odd.safetensors"], place)
     assert found["basis_found"] is False and found["basis_file"] == name

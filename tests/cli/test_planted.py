@@ -1,4 +1,4 @@
-"""A mistake in this project's own code is never called a damaged file: it stays an internal error, whatever was read."""
+"""A mistake in this project's own code is never called a damaged file: it stays an internal error."""
 
 import json
 import shutil
@@ -54,7 +54,10 @@ READERS = {
     "export base --basis basis.safetensors -o new": ("exporting.find_exporter", "exporting.ExportJob.__post_init__"),
     "factorize base -o new.safetensors --target query": ("targets._fits", "factorizing.factorize"),
     "merge --coefficients acme.safetensors -o new": ("locating._base_names", "provenance.parse_json"),
-    "train base --basis basis.safetensors --data good.tsv -o new.safetensors": ("training.data._texts", "training.data._label"),
+    "train base --basis basis.safetensors --data good.tsv -o new.safetensors": (
+        "training.data._texts",
+        "training.data._label",
+    ),
     "doctor": ("doctor.examine",),
 }
 """What is run, and which functions of the project then fail, each by itself."""
