@@ -50,7 +50,13 @@ def from_json(kind: type[Value], text: str | bytes, what: str) -> Value:
 def problems(error: ValidationError) -> list[str]:
     """Everything that is wrong with a record, each with its place where it has one."""
     found = [
-        (".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, "))
+        (".".join(map(_name, item["loc"])), item["msg"].removeprefix("Value error, "))
         for item in error.errors(include_url=False, include_input=False)
     ]
     return [": ".join(shortened(part, MAX_SHOWN) for part in item if part) for item in found]
+
+
+def _name(key: str | int) -> str:
+    """A step of the way to a field: what was put in by the file must be seen for what it is."""
+    name = str(key)
+    return name if name.isprintable() else ascii(name)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from qrlora_deploy.errors import QrloraError
-from qrlora_deploy.text import one_line
+from qrlora_deploy.text import one_line, shortened
 
 Progress = Callable[[str, int, int], None]
 
@@ -20,6 +20,10 @@ PIPE_WIDTH = 200
 
 LIST_ITEMS = 8
 """Of a long list, such as 150 labels; `--json` has them all."""
+
+
+CELL = 2000
+"""Characters of a value that are shown: a name in a file may have any number; `--json` has them all."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +97,11 @@ def cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, Mapping):
-        return one_line(", ".join(f"{key} {cell(item)}" for key, item in value.items())) or "-"
+        return shortened(", ".join(f"{key} {cell(item)}" for key, item in value.items()), CELL) or "-"
     if isinstance(value, list | tuple):
         shown = value if len(value) <= LIST_ITEMS else [*value[:LIST_ITEMS], f"and {len(value) - LIST_ITEMS} more"]
-        return one_line(", ".join(cell(item) for item in shown)) or "-"
-    return one_line(str(value))
+        return shortened(", ".join(cell(item) for item in shown), CELL) or "-"
+    return shortened(str(value), CELL)
 
 
 def plain(value: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import IO, TYPE_CHECKING
 import click
 
 from qrlora_deploy.errors import InputError, QrloraError
-from qrlora_deploy.text import one_line
+from qrlora_deploy.text import one_line, shortened
 
 if TYPE_CHECKING:
     from qrlora_deploy.runtime.predictor import Predictor
@@ -52,7 +52,7 @@ def report(event: "StoreEvent") -> None:
     What a line of the conversation brought about is answered there.
     """
     if threading.current_thread() is not threading.main_thread():
-        click.echo(f"{event.kind}: {one_line(event.message)}", err=True)
+        click.echo(f"{event.kind}: {shortened(event.message)}", err=True)
 
 
 def _obey(

@@ -218,7 +218,10 @@ def _read_manifest(folder: Path) -> Manifest:
     if not is_file(path):
         raise InputError(f"{folder} is not a bundle: it holds no {MANIFEST_FILE}")
     if path.is_symlink():
-        raise FileFormatError(f"{path} is a link; a bundle holds files alone")
+        raise FileFormatError(
+            f"{path} is a link, as in the hub's cache; a bundle holds files alone. Copy what the links lead to, "
+            f"or fetch it by snapshot_download(local_dir=...)"
+        )
     text = read_text(path, MAX_MANIFEST_BYTES)
     record = parse_json(text, f"{path} is not JSON")
     check_version(path, record.get("format_version") if isinstance(record, dict) else None, FORMAT_VERSION)

@@ -120,6 +120,11 @@ def test_values_are_shown_on_one_line() -> None:
     assert [size_text(size) for size in (7, 2500, 91_800_000, 3 * 10**9)] == ["7 B", "2.5 kB", "91.8 MB", "3.0 GB"]
 
 
+def test_a_value_of_any_length_is_shown_shortened() -> None:
+    assert all(len(cell(value)) < 2100 for value in ("y" * 50_000, ["y" * 50_000] * 9, {"y" * 50_000: "y" * 50_000}))
+    assert cell("y" * 2000) == "y" * 2000
+
+
 def test_json_holds_no_nan() -> None:
     assert plain({"a": float("nan"), "b": (1, Path("x"))}) == {"a": None, "b": [1, "x"]}
     assert plain(Output(record=1.5))["record"] == 1.5

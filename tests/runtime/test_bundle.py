@@ -47,6 +47,14 @@ def test_all_problems_are_named_at_once(copied: Copy) -> None:
     assert "model.onnx.data is missing" in str(caught.value) and "config.json was changed" in str(caught.value)
 
 
+def test_a_manifest_that_is_a_link_says_how_to_get_files(copied: Copy, tmp_path: Path) -> None:
+    folder = copied()
+    (folder / "manifest.json").rename(tmp_path / "blob")
+    (folder / "manifest.json").symlink_to(tmp_path / "blob")
+    with pytest.raises(FileFormatError, match=r"manifest\.json is a link, .*snapshot_download\(local_dir=\.\.\.\)"):
+        open_bundle(folder)
+
+
 def test_link_is_refused_even_with_the_right_content(copied: Copy, tmp_path: Path) -> None:
     folder = copied()
     weights = folder / "model.onnx.data"

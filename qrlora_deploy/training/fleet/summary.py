@@ -10,6 +10,7 @@ from typing import Any
 from qrlora_deploy.coefficients import read_coefficients
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.files import atomic_file
+from qrlora_deploy.text import shortened
 from qrlora_deploy.training.fleet.plan import Customer, Shard
 from qrlora_deploy.training.settings import TrainSettings, fingerprint
 
@@ -41,6 +42,10 @@ class Line:
     steps: int = 0
     epochs: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Keep the reason to one line of bounded length: names in it come from the data."""
+        object.__setattr__(self, "reason", shortened(self.reason))
 
 
 def summary_file(folder: Path, shard: Shard) -> Path:
