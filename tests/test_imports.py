@@ -16,7 +16,9 @@ PACKAGES = ("qrlora_deploy", "exporters")
 ALLOWED = {
     "qrlora_deploy.text": set(),
     "qrlora_deploy.errors": {"text"},
-    "qrlora_deploy.files": {"errors"},
+    "qrlora_deploy.temporary": set(),
+    "qrlora_deploy.outputs": {"errors", "temporary"},
+    "qrlora_deploy.files": {"errors", "outputs", "temporary"},
     "qrlora_deploy.rank_rule": {"errors"},
     "qrlora_deploy.pivoted_qr.orthonormal": set(),
     "qrlora_deploy.pivoted_qr.kernel": set(),
@@ -93,7 +95,7 @@ def test_the_runtime_stands_alone(name: str) -> None:
     found = imports(MODULES[name])
     heavy = {found_name for found_name in found if found_name.split(".")[0] in ("torch", "transformers", "onnx")}
     assert heavy == set()
-    own = {"qrlora_deploy.errors", "qrlora_deploy.files", "qrlora_deploy.coefficients"}
+    own = {f"qrlora_deploy.{name}" for name in ("errors", "files", "coefficients", "temporary")}
     assert {other for other in project(found) if not inside(other, "qrlora_deploy.runtime")} <= own
 
 
