@@ -18,6 +18,7 @@ from qrlora_deploy.factorizing import factorize
 from qrlora_deploy.files import atomic_folder
 from qrlora_deploy.locating import recorded_place
 from qrlora_deploy.merging import merge
+from qrlora_deploy.outputs import check_free_folder
 from qrlora_deploy.quickstart.data import CUSTOMERS, general_examples, held_out_examples, train_examples
 from qrlora_deploy.quickstart.measuring import Scorer, median_ms, torch_logits
 from qrlora_deploy.quickstart.report import Answer, CustomerResult, Latency, Parity, QuickstartReport
@@ -65,6 +66,8 @@ def run(
         CheckFailed: the exported bundle does not agree with PyTorch.
         QrloraError: a step failed.
     """
+    if out is not None:
+        check_free_folder(out)
     choose_device(device)
     encoder = find_encoder()
     clock = _Clock()
