@@ -23,8 +23,10 @@ from pathlib import Path
 
 try:
     import fcntl
+
+    HAS_LOCKS = True
 except ImportError:  # Windows: nothing is locked there, and nothing of others is removed
-    fcntl = None  # type: ignore[assignment]
+    HAS_LOCKS = False
 
 LOCK = "lock"
 LEFTOVER = re.compile(r"\.(.+)\.[0-9a-f]{8}\.part", re.DOTALL)
@@ -123,7 +125,7 @@ def lock_folder(folder: Path) -> int | None:
 
 def _take(descriptor: int) -> bool | None:
     """Lock an open file: whether that worked, or None where locks are unknown."""
-    if fcntl is None:
+    if not HAS_LOCKS:
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -18,7 +18,7 @@ from qrlora_deploy.temporary import (
     temporary_folder,
 )
 
-pytestmark = pytest.mark.skipif(temporary.fcntl is None, reason="nothing is locked here")
+pytestmark = pytest.mark.skipif(not temporary.HAS_LOCKS, reason="nothing is locked here")
 
 
 def left(parent: Path, name: str = "out", number: str = "0123abcd") -> Path:

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from qrlora_deploy.temporary import remove_live
-
 NAMES = ("SIGTERM", "SIGHUP")
 """What ends a process politely; Windows knows only the first."""
 
@@ -90,6 +88,8 @@ def _watched(numbers: list[int]) -> Iterator[None]:
 
 
 def _watch(listening: int, numbers: list[int], over: threading.Event) -> None:
+    from qrlora_deploy.temporary import remove_live
+
     while said := os.read(listening, 1):
         if said[0] in numbers and not over.wait(PATIENCE_S):
             remove_live()

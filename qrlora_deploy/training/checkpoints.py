@@ -99,7 +99,7 @@ def _damage(folder: Path) -> str:
 
 def last_whole(work_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is whole, None where none is, and a line for each newer one, which is not."""
-    passed = []
+    passed: list[str] = []
     for folder in checkpoints(work_dir):
         damage = damage_of(folder)
         if not damage:
