@@ -14,10 +14,6 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("qrlora_deploy", "exporters")
 
 ALLOWED = {
-    "qrlora_deploy.errors": {"text"},
-    "qrlora_deploy.temporary": set(),
-    "qrlora_deploy.outputs": {"errors", "temporary"},
-    "qrlora_deploy.files": {"errors", "outputs", "temporary"},
     "qrlora_deploy.text": set(),
     "qrlora_deploy.errors": {"text"},
     "qrlora_deploy.temporary": set(),
