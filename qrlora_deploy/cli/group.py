@@ -131,7 +131,7 @@ def describe_error(error: Exception) -> tuple[str, int]:
         return error.format_message(), 2
     kind = type(error).__name__
     if isinstance(error, MemoryError) or kind == "OutOfMemoryError":
-        return f"not enough memory: {error or kind}; try a smaller --batch-size or another --device", 1
+        return f"not enough memory: {str(error) or kind}; try a smaller --batch-size or another --device", 1
     if any(sign in str(error) for sign in NO_MEMORY):
         return f"not enough memory ({kind}: {error})", 1
     if isinstance(error, OSError):

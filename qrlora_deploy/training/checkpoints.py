@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -170,8 +170,8 @@ def _check_same(settings_file: Path, marks: dict[str, Any]) -> None:
 def run_folder(output: Path, resume: bool) -> Iterator[Path]:
     """Yield the folder of a run's own checkpoints, hidden beside `output` and locked meanwhile.
 
-    It is removed when the run is done or its input was refused, and kept, where it holds a
-    checkpoint, when the run was interrupted or failed: `--resume` goes on from there. What a dead
+    It is removed when the run is done, and kept, where it holds a checkpoint, when the run was
+    interrupted, failed or could not be written: `--resume` goes on from there. What a dead
     process left without a checkpoint is removed; no checkpoint is, but for those of the run that is done.
 
     Raises:
@@ -183,15 +183,13 @@ def run_folder(output: Path, resume: bool) -> Iterator[Path]:
         raise InputError(f"--resume: no interrupted run of {output} is found ({folder} does not exist)")
     if not resume:
         _make_new(folder, output)
-    descriptor = lock_folder(folder)
+    descriptor = _lock(folder)
     if descriptor is None:
         raise InputError(f"another process is training {output}: it holds {folder}")
     keep = resume
     try:
         yield folder
         keep = False
-    except InputError:
-        raise
     except BaseException:
         keep = resume or bool(checkpoints(folder))
         raise
@@ -201,10 +199,18 @@ def run_folder(output: Path, resume: bool) -> Iterator[Path]:
         os.close(descriptor)
 
 
+def _lock(folder: Path) -> int | None:
+    try:
+        return lock_folder(folder)
+    except FileNotFoundError:  # another process had it for an empty one
+        return None
+
+
 def _make_new(folder: Path, output: Path) -> None:
     try:
-        if folder.is_dir() and not checkpoints(folder):
-            remove_if_dead(folder)
+        if folder.is_dir() and not checkpoints(folder) and not remove_if_dead(folder):
+            with suppress(OSError):
+                folder.rmdir()  # of a process that died between two steps
         folder.mkdir()
     except FileExistsError:
         raise InputError(

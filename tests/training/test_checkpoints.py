@@ -159,6 +159,14 @@ def test_an_interrupted_run_is_removed_by_nobody_but_its_user(tmp_path: Path, cu
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("error", [InputError("the output is a folder now"), KeyboardInterrupt()])
+def test_a_checkpoint_is_kept_whatever_ended_the_run(tmp_path: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)), run_folder(tmp_path / "acme", False) as folder:
+        (folder / "checkpoint-4").mkdir()
+        raise error
+    assert (folder / "checkpoint-4").is_dir()
+
+
 def test_a_run_under_way_is_left_alone(tmp_path: Path) -> None:
     output = tmp_path / "acme"
     with run_folder(output, False) as folder:
@@ -176,6 +184,9 @@ def test_what_died_before_its_first_checkpoint_is_no_run(tmp_path: Path) -> None
         write_json(folder / SETTINGS, {})
         shutil.copytree(folder, tmp_path / "kept")
     (tmp_path / "kept").rename(folder)
+    start(tmp_path / "acme")
+    assert list(tmp_path.iterdir()) == []
+    folder.mkdir()
     start(tmp_path / "acme")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(InputError, match="no interrupted run of .*acme is found"):
