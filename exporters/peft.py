@@ -20,8 +20,9 @@ from qrlora_deploy.checkpoint import Checkpoint
 from qrlora_deploy.coefficients import Coefficients
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.exporting import ExportJob
-from qrlora_deploy.files import atomic_folder, check_free_folder, write_json
+from qrlora_deploy.files import atomic_folder, write_json
 from qrlora_deploy.folding import check_head, plan_folds
+from qrlora_deploy.outputs import check_free_folder
 from qrlora_deploy.targets import is_conv1d
 
 CONFIG_FILE, WEIGHTS_FILE, README_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"

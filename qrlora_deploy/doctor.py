@@ -15,6 +15,7 @@ from pathlib import Path
 
 from qrlora_deploy import __version__
 from qrlora_deploy.errors import FileFormatError, ProviderError, first_line
+from qrlora_deploy.temporary import scratch_folder
 
 PACKAGES = (
     "torch",
@@ -172,8 +173,8 @@ def providers() -> list[Finding]:
         advice = "pip install onnxruntime-gpu (Linux, Windows on x86-64) or onnxruntime"
         return [Finding("provider", name, False, first_line(error), advice) for name in PROVIDERS]
     found = []
-    with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder) / "probe.onnx"
+    with scratch_folder() as folder:
+        model = folder / "probe.onnx"
         model.write_bytes(base64.b64decode(PROBE))
         for name in PROVIDERS:
             try:

@@ -1,16 +1,15 @@
 """Reading and writing files: atomic replacement, digests, and safetensors with one metadata record.
 
-Every file of the project is written to a temporary name in its own folder, flushed to the disk
+Every file of the project is written in a temporary folder beside its place, flushed to the disk
 and renamed, so a reader sees the old file or the new one, never a part.
 """
 
+import errno
 import hashlib
 import json
 import os
-import re
-import shutil
-import tempfile
-from collections.abc import Callable, Container, Iterator, Mapping
+import stat
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,9 @@ import safetensors
 import safetensors.numpy
 
 from qrlora_deploy.errors import FileFormatError, InputError, QrloraError, library_errors
+from qrlora_deploy.outputs import check_file, check_free_folder, check_report_folder
 from qrlora_deploy.reading import check_version, is_file, parse_json, readable
+from qrlora_deploy.temporary import LOCK, temporary_folder
 
 METADATA_KEY = "qrlora"
 """All metadata is one JSON text under one key: safetensors keeps no order between keys, and
@@ -28,104 +29,121 @@ with a single one the same content gives the same bytes."""
 
 MAX_METADATA_BYTES = 16 * 2**20
 
-LEFTOVER = re.compile(r"\.(.+)\.[0-9]+\.tmp")
-"""Temporary name of a file that `atomic_file` writes: the file's own, and the process."""
+TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
+"""What a rename of a folder says where something is there already."""
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it over `path` when the block succeeds.
+    """Yield a temporary path of the same name; rename it over `path` when the block succeeds.
 
-    On any error the temporary file is removed and an existing `path` is left as it was.
+    On any error the temporary file is removed and an existing `path` is left as it was. A link is
+    replaced, not what it leads to. The file gets the mode that the umask gives, whatever wrote it.
 
     Raises:
-        InputError: the folder of `path` does not exist or `path` is a folder.
+        InputError: the folder of `path` does not exist, or `path` is a folder, device, pipe or socket.
         QrloraError: the disk is full or refuses the write.
     """
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; give the name of a file")
-    if not path.parent.is_dir():
-        raise InputError(f"{path}: the folder {path.parent} does not exist")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    check_file(path)
+    with _one_line(path), temporary_folder(path.parent, path.name) as place:
+        temporary = place / path.name
         yield temporary
-        _flush(temporary)
+        _settle(place)
         temporary.replace(path)
-    except OSError as error:
-        raise QrloraError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path, names: Container[str]) -> None:
-    """Remove what a killed process left in `folder` of writing files called `names` by `atomic_file`.
-
-    For files that nobody else is writing.
+@contextmanager
+def atomic_files(folder: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder; when the block succeeds, its files replace those of `folder`, which is
+    made if it is missing. On any error all of them are as they were.
 
     Raises:
-        InputError: the folder refuses it.
+        InputError: `folder` or a file is something else, or the parent is missing.
+        QrloraError: the disk is full or refuses the write.
     """
-    try:
-        for file in folder.iterdir():
-            match = LEFTOVER.fullmatch(file.name)
-            if match is not None and match[1] in names:
-                file.unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"{error.filename} cannot be removed: {error.strerror or error}") from error
+    check_report_folder(folder)
+    with _one_line(folder), temporary_folder(folder.parent, folder.name) as place:
+        content = place / folder.name
+        content.mkdir()
+        yield content
+        _settle(place)
+        files = list(content.iterdir())
+        for file in files:
+            check_file(folder / file.name, with_parent=False)
+        folder.mkdir(exist_ok=True)
+        for file in files:
+            file.replace(folder / file.name)
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `path`; rename it to `path` when the block succeeds.
+    """Yield an empty temporary folder of the same name; rename it to `path` when the block succeeds.
+
+    All files in it get the mode that the umask gives, whatever wrote them. What a dead process left
+    of writing the same folder is removed first.
 
     Raises:
-        InputError: `path` exists and is not an empty folder (nothing is ever overwritten), or its
-            parent is missing.
+        InputError: `path` exists and is not an empty folder (nothing is ever overwritten), also where
+            another process made it meanwhile, or its parent is missing.
         QrloraError: the disk is full or refuses the write.
     """
     check_free_folder(path)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    try:
+    with _one_line(path), temporary_folder(path.parent, path.name) as place:
+        temporary = place / path.name
+        temporary.mkdir()
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _flush(file)
-        temporary.chmod(0o755)
-        if path.is_dir():
-            path.rmdir()
-        temporary.replace(path)
+        _settle(place)
+        try:
+            if path.is_dir():
+                path.rmdir()
+            temporary.replace(path)
+        except OSError as error:
+            if error.errno not in TAKEN:
+                raise
+            raise InputError(f"{path} already exists: another process made it meanwhile") from error
+
+
+@contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, safetensors.SafetensorError) as error:
         # safetensors has no class of its own for a failed write; a damaged file is not read in here.
         raise QrloraError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def check_free_folder(path: Path) -> None:
-    """Refuse an output folder that already holds something or cannot be made.
+def _settle(place: Path) -> None:
+    """Give everything in a temporary folder the mode that the umask gives, and flush it to the disk.
 
-    Raises:
-        InputError: saying which.
+    Libraries make files for their owner alone. What was made here without them shows what others may get.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{path} already exists; remove it or give another --output")
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"{path}: the folder {path.parent} does not exist")
+    modes = {kind: stat.S_IMODE(path.stat().st_mode) for kind, path in ((True, place), (False, place / LOCK))}
+    for path in place.rglob("*"):
+        status = path.lstat()
+        is_folder = stat.S_ISDIR(status.st_mode)
+        if not is_folder and not stat.S_ISREG(status.st_mode):
+            continue
+        if stat.S_IMODE(status.st_mode) != modes[is_folder]:
+            path.chmod(modes[is_folder])
+        if not is_folder and path.name != LOCK:
+            flush_file(path)
 
 
-def check_free_file(path: Path) -> None:
-    """Refuse an output file whose folder is missing before long work starts.
-
-    Raises:
-        InputError: saying which.
-    """
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise InputError(f"{path} cannot be written: give a file in a folder that exists")
-
-
-def _flush(path: Path) -> None:
+def flush_file(path: Path) -> None:
+    """Flush a file to the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def flush_folder(path: Path) -> None:
+    """Flush the names in a folder to the disk, where the system can."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -15,7 +15,7 @@ from qrlora_deploy.basis import Basis
 from qrlora_deploy.checkpoint import Checkpoint
 from qrlora_deploy.coefficients import Coefficients
 from qrlora_deploy.errors import BasisMismatchError, InputError
-from qrlora_deploy.files import atomic_folder, check_free_folder, write_json
+from qrlora_deploy.files import atomic_folder, write_json
 from qrlora_deploy.folding import (
     Fold,
     check_head,
@@ -27,6 +27,7 @@ from qrlora_deploy.folding import (
     resolve_layer,
     round_once,
 )
+from qrlora_deploy.outputs import check_free_folder
 from qrlora_deploy.provenance import (
     MergedTarget,
     Provenance,

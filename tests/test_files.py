@@ -23,7 +23,6 @@ from qrlora_deploy.files import (
     digest_arrays,
     digest_file,
     read_tensors,
-    remove_leftovers,
     write_json,
     write_tensors,
 )
@@ -190,21 +189,6 @@ def test_error_while_writing_keeps_the_old_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_what_a_killed_process_left_is_removed_for_the_files_that_are_named(tmp_path: Path) -> None:
-    with atomic_file(tmp_path / "a.b") as temporary:
-        # As it is called in any other process.
-        left = temporary.with_name(temporary.name.replace(f".{os.getpid()}.", ".999999."))
-        temporary.write_text("whole", encoding="utf-8")
-    left.write_text("half", encoding="utf-8")
-    others = [".a.b.tmp", "a.b.1.tmp", ".other.1.tmp", ".a.b.1x.tmp", ".b.1.tmp"]
-    for name in others:
-        (tmp_path / name).write_text("", encoding="utf-8")
-    remove_leftovers(tmp_path, {"a.b"})
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, "a.b"])
-    with pytest.raises(InputError, match=r"gone cannot be removed"):
-        remove_leftovers(tmp_path / "gone", {"a.b"})
-
-
 def test_full_disk_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(QrloraError, match="No space left"), atomic_file(tmp_path / "file") as temporary:
         temporary.symlink_to("/dev/full")

@@ -18,7 +18,9 @@ ALLOWED = {
     "qrlora_deploy.text": set(),
     "qrlora_deploy.strict": {"errors", "text"},
     "qrlora_deploy.reading": {"errors"},
-    "qrlora_deploy.files": {"errors", "reading"},
+    "qrlora_deploy.temporary": set(),
+    "qrlora_deploy.outputs": {"errors", "temporary"},
+    "qrlora_deploy.files": {"errors", "outputs", "reading", "temporary"},
     "qrlora_deploy.rank_rule": {"errors"},
     "qrlora_deploy.pivoted_qr.orthonormal": set(),
     "qrlora_deploy.pivoted_qr.kernel": set(),
@@ -96,7 +98,8 @@ def test_the_runtime_stands_alone(name: str) -> None:
     found = imports(MODULES[name])
     heavy = {found_name for found_name in found if found_name.split(".")[0] in ("torch", "transformers", "onnx")}
     assert heavy == set()
-    own = {f"qrlora_deploy.{name}" for name in ("errors", "files", "reading", "strict", "coefficients", "config_file")}
+    modules = ("errors", "files", "reading", "strict", "coefficients", "config_file", "temporary")
+    own = {f"qrlora_deploy.{name}" for name in modules}
     assert {other for other in project(found) if not inside(other, "qrlora_deploy.runtime")} <= own
 
 

@@ -22,8 +22,9 @@ from exporters.onnx.switchable import CustomerRows, make_switchable
 from qrlora_deploy.checkpoint import Checkpoint, check_basis_fits
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.exporting import ExportJob
-from qrlora_deploy.files import atomic_folder, check_free_folder
+from qrlora_deploy.files import atomic_folder
 from qrlora_deploy.merging import merge_model
+from qrlora_deploy.outputs import check_free_folder
 from qrlora_deploy.runtime.bundle import MODEL_FILE, Manifest
 from qrlora_deploy.runtime.layout import TABLE_DTYPES, head_arrays
 from qrlora_deploy.runtime.parity import Case, check_parity, open_for_check

@@ -155,6 +155,7 @@ def command(bundles: tuple[Path, ...], gate: Path | None, output: Path, **settin
     from qrlora_deploy.bench.gate_file import labelled_data, read_gate
     from qrlora_deploy.bench.plan import Plan
     from qrlora_deploy.bench.run import run_benchmark
+    from qrlora_deploy.outputs import check_report_folder
 
     plan = Plan(bundles=bundles, **settings)
     rules, data = None, dict[str, Path]()
@@ -162,8 +163,7 @@ def command(bundles: tuple[Path, ...], gate: Path | None, output: Path, **settin
         rules = read_gate(gate)
         data = labelled_data(rules, gate)
         _check_measured(rules, plan, data)
-    if not output.parent.is_dir():
-        raise InputError(f"-o {output}: the folder {output.parent} does not exist")
+    check_report_folder(output)
     with progress_bar() as progress:
         report = run_benchmark(plan, progress, data)
     if rules is not None and gate is not None:
@@ -193,17 +193,16 @@ def _check_measured(rules: "GateRules", plan: "Plan", data: dict[str, Path]) -> 
 
 
 def _write(report: "Report", folder: Path) -> dict[str, str]:
-    """The three files, by suffix."""
+    """The three files, by suffix; all of them are written, or none."""
     from qrlora_deploy.bench.markdown import render_markdown
     from qrlora_deploy.bench.page import render_page
     from qrlora_deploy.bench.record import write_report
-    from qrlora_deploy.files import atomic_file
+    from qrlora_deploy.files import atomic_files
 
-    folder.mkdir(exist_ok=True)
-    write_report(report, folder / "report.json")
-    for suffix, text in (("md", render_markdown(report)), ("html", render_page(report))):
-        with atomic_file(folder / f"report.{suffix}") as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    with atomic_files(folder) as temporary:
+        write_report(report, temporary / "report.json")
+        (temporary / "report.md").write_text(render_markdown(report), encoding="utf-8")
+        (temporary / "report.html").write_text(render_page(report), encoding="utf-8")
     return {suffix: str(folder / f"report.{suffix}") for suffix in ("json", "md", "html")}
 
 

@@ -31,7 +31,7 @@ def command(parts: tuple[str, ...], output: Path) -> Output:
     """
     from qrlora_deploy.coefficients import read_coefficients, write_coefficients
     from qrlora_deploy.combining import combine
-    from qrlora_deploy.files import check_free_file
+    from qrlora_deploy.outputs import check_free_file
 
     check_free_file(output)
     chosen = [parse_part(part) for part in parts]

@@ -110,7 +110,7 @@ def command(
             "give --merge and --coefficients for a merged bundle, or neither of them for a switchable one"
         )
     from qrlora_deploy.exporting import FP32_ONLY, ExportJob, find_exporter
-    from qrlora_deploy.files import check_free_folder
+    from qrlora_deploy.outputs import check_free_folder
     from qrlora_deploy.training.data import read_examples, read_texts
 
     if precision != "fp32" and format_name in FP32_ONLY:

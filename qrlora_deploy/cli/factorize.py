@@ -49,8 +49,8 @@ def command(
     from qrlora_deploy.basis import write_basis
     from qrlora_deploy.checkpoint import open_checkpoint
     from qrlora_deploy.factorizing import factorize
-    from qrlora_deploy.files import check_free_file
     from qrlora_deploy.inspecting import basis_rows
+    from qrlora_deploy.outputs import check_free_file
     from qrlora_deploy.rank_rule import RankRule
     from qrlora_deploy.targets import choose_targets
 

@@ -1,6 +1,7 @@
 """The group of commands: loads a command when it is used, turns errors into one line and a code.
 
-Exit codes: 0 done; 1 the operation or a check failed; 2 bad input or usage; 130 interrupted.
+Exit codes: 0 done; 1 the operation or a check failed; 2 bad input or usage; 130 interrupted, 143 and 129
+ended by SIGTERM and SIGHUP.
 """
 
 import errno
@@ -15,6 +16,7 @@ from typing import Any, NoReturn
 import click
 
 from qrlora_deploy import __version__
+from qrlora_deploy.cli.signals import Terminated, raised_signals
 from qrlora_deploy.errors import QrloraError, first_line
 from qrlora_deploy.text import shortened
 
@@ -44,6 +46,9 @@ BAD_NAMES = frozenset(
 )
 """What the system says of a file that the user named, and not of the disk."""
 
+NO_MEMORY = ("failed to map segment", "annot allocate memory", "can't allocate memory", "std::bad_alloc")
+"""What libraries say, each with an exception of its own, where memory ends while they load or compute."""
+
 
 @dataclass
 class State:
@@ -71,6 +76,13 @@ class LazyGroup(click.Group):
         command: click.Command = module.command
         return command
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command. An EOFError of a library is no Ctrl-D, for which click takes it."""
+        try:
+            return super().invoke(ctx)
+        except EOFError as error:
+            raise _EndOfFile from error
+
     def main(
         self,
         args: Sequence[str] | None = None,
@@ -84,10 +96,12 @@ class LazyGroup(click.Group):
             return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         state = State()
         try:
-            code = super().main(args, prog_name, complete_var, standalone_mode=False, obj=state, **extra)
-            sys.stdout.flush()
-        except (KeyboardInterrupt, click.Abort):
-            sys.exit(INTERRUPTED)
+            with raised_signals():
+                code = super().main(args, prog_name, complete_var, standalone_mode=False, obj=state, **extra)
+                sys.stdout.flush()
+        except (KeyboardInterrupt, click.Abort) as error:
+            cause = error if isinstance(error, Terminated) else error.__cause__
+            sys.exit(cause.code if isinstance(cause, Terminated) else INTERRUPTED)
         except BrokenPipeError:
             # The reader of a pipe has gone; the interpreter's last flush must not complain either.
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - lives to the end
@@ -101,6 +115,10 @@ class LazyGroup(click.Group):
         sys.exit(code if isinstance(code, int) else 0)
 
 
+class _EndOfFile(Exception):
+    """An EOFError on its way past click."""
+
+
 def _fail(error: Exception, debug: bool) -> NoReturn:
     if debug:
         traceback.print_exception(error)
@@ -111,6 +129,8 @@ def _fail(error: Exception, debug: bool) -> NoReturn:
 
 def describe_error(error: Exception) -> tuple[str, int]:
     """The message for the user and the exit code of an exception."""
+    if isinstance(error, _EndOfFile) and isinstance(error.__cause__, EOFError):
+        error = error.__cause__
     if isinstance(error, QrloraError):
         return str(error), error.exit_code
     if isinstance(error, click.ClickException):
@@ -118,6 +138,8 @@ def describe_error(error: Exception) -> tuple[str, int]:
     kind = type(error).__name__
     if isinstance(error, MemoryError) or kind == "OutOfMemoryError":
         return f"not enough memory: {first_line(error)}; try a smaller --batch-size or another --device", 1
+    if any(sign in str(error) for sign in NO_MEMORY):
+        return f"not enough memory ({kind}: {error})", 1
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror or error}", 2 if error.errno in BAD_NAMES else 1

@@ -22,7 +22,10 @@ def command(path: Path, basis: Path | None, plot: Path | None) -> Output:
       qrlora-deploy inspect basis.safetensors --plot energies.png
     """
     from qrlora_deploy.inspecting import describe
+    from qrlora_deploy.outputs import check_free_file
 
+    if plot is not None:
+        check_free_file(plot)
     found = describe(path, basis)
     if plot is not None:
         from qrlora_deploy.plotting import plot_basis, plot_coefficients

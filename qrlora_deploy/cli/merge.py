@@ -33,9 +33,9 @@ def command(base: str | None, basis: Path | None, coefficients: Path, output: Pa
     """
     from qrlora_deploy.checkpoint import open_checkpoint
     from qrlora_deploy.coefficients import read_coefficients
-    from qrlora_deploy.files import check_free_folder
     from qrlora_deploy.locating import locate_base, locate_basis
     from qrlora_deploy.merging import merge, unmerge
+    from qrlora_deploy.outputs import check_free_folder
 
     check_free_folder(output)
     customer = read_coefficients(coefficients)

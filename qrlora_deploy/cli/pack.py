@@ -31,7 +31,7 @@ def command(customers: Path, bundle: Path, output: Path, dtype: str | None) -> O
     Example:
       qrlora-deploy pack customers/ --bundle bundle -o customers.packed.safetensors
     """
-    from qrlora_deploy.files import check_free_file
+    from qrlora_deploy.outputs import check_free_file
     from qrlora_deploy.runtime import open_bundle
     from qrlora_deploy.runtime.packed_writer import write_packed
 

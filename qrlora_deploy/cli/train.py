@@ -1,8 +1,6 @@
 """`qrlora-deploy train`."""
 
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,37 +15,6 @@ from qrlora_deploy.cli.options import (
     training_options,
 )
 from qrlora_deploy.cli.output import Output, progress_bar, size_text
-from qrlora_deploy.errors import InputError
-
-
-@contextmanager
-def work_folder(output: Path, resume: bool) -> Iterator[Path]:
-    """Yield the folder of a run's own checkpoints, hidden beside `output`.
-
-    It is removed when the run is done or its input was refused, and kept, where it holds a
-    checkpoint, when the run was interrupted or failed: `--resume` goes on from there.
-
-    Raises:
-        InputError: `resume` is asked for and no run was left.
-    """
-    folder = output.with_name(f".{output.name}.work")
-    if resume and not folder.is_dir():
-        raise InputError(f"--resume: no interrupted run of {output} is found ({folder} does not exist)")
-    if not resume:
-        shutil.rmtree(folder, ignore_errors=True)
-    keep = resume
-    try:
-        folder.mkdir(exist_ok=True)
-        yield folder
-        keep = False
-    except InputError:
-        raise
-    except BaseException:
-        keep = any(folder.rglob("checkpoint-*"))
-        raise
-    finally:
-        if not keep:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 @click.command("train")
@@ -88,8 +55,9 @@ def command(
     from qrlora_deploy.basis import read_basis
     from qrlora_deploy.checkpoint import open_checkpoint
     from qrlora_deploy.coefficients import write_coefficients
-    from qrlora_deploy.files import check_free_file
     from qrlora_deploy.locating import recorded_place
+    from qrlora_deploy.outputs import check_free_file
+    from qrlora_deploy.training.checkpoints import run_folder
     from qrlora_deploy.training.data import read_examples
     from qrlora_deploy.training.settings import TrainSettings, choose_device
     from qrlora_deploy.training.trainer import train
@@ -103,7 +71,8 @@ def command(
     frozen = read_basis(basis)
     checkpoint = open_checkpoint(base)
     place = recorded_place(basis, output)
-    with work_folder(output, resume) as folder, progress_bar() as progress:
+    with run_folder(output, resume) as folder, progress_bar() as progress:
+        _warn_of_damage(folder)
         customer = train(checkpoint, frozen, examples, held_out, chosen, folder, resume, place, progress)
         write_coefficients(customer, output)
     _warn_of_one_answer(customer.training)
@@ -111,6 +80,16 @@ def command(
     record = {"output": output, "size_bytes": size_bytes, "digest": customer.digest, "training": customer.training}
     facts = {"digest": customer.digest, "coefficients": len(customer.values), "size": size_text(size_bytes)}
     return Output(record, f"wrote {output}", facts | customer.training)
+
+
+def _warn_of_damage(folder: Path) -> None:
+    """Say what of an interrupted run is not believed."""
+    from qrlora_deploy.training.checkpoints import last_whole
+
+    last, passed = last_whole(folder)
+    start = f"it goes on from {last.name}" if last else "it starts from the beginning"
+    for line in passed:
+        click.echo(f"Warning: {line}; {start}", err=True)
 
 
 def _warn_of_one_answer(record: Mapping[str, Any]) -> None:

@@ -37,7 +37,7 @@ def command(
       qrlora-deploy warmup roberta-base --data all.tsv --eval dev.tsv -o base
     """
     from qrlora_deploy.checkpoint import open_checkpoint
-    from qrlora_deploy.files import check_free_folder
+    from qrlora_deploy.outputs import check_free_folder
     from qrlora_deploy.training.data import read_examples
     from qrlora_deploy.training.settings import WarmupSettings, choose_device
     from qrlora_deploy.training.warmup import warmup

@@ -1,7 +1,6 @@
 """The whole way: warm up, factorize, train three customers, merge, export, verify, predict."""
 
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from qrlora_deploy.factorizing import factorize
 from qrlora_deploy.files import atomic_folder
 from qrlora_deploy.locating import recorded_place
 from qrlora_deploy.merging import merge
+from qrlora_deploy.outputs import check_free_folder
 from qrlora_deploy.quickstart.data import CUSTOMERS, general_examples, held_out_examples, train_examples
 from qrlora_deploy.quickstart.measuring import Scorer, median_ms, torch_logits
 from qrlora_deploy.quickstart.report import Answer, CustomerResult, Latency, Parity, QuickstartReport
@@ -27,6 +27,7 @@ from qrlora_deploy.runtime.bundle import Bundle, open_bundle
 from qrlora_deploy.runtime.parity import verify
 from qrlora_deploy.runtime.predictor import Predictor
 from qrlora_deploy.targets import choose_targets
+from qrlora_deploy.temporary import scratch_folder
 from qrlora_deploy.training.settings import TrainSettings, WarmupSettings, choose_device
 from qrlora_deploy.training.trainer import train
 from qrlora_deploy.training.warmup import warmup
@@ -65,6 +66,8 @@ def run(
         CheckFailed: the exported bundle does not agree with PyTorch.
         QrloraError: a step failed.
     """
+    if out is not None:
+        check_free_folder(out)
     choose_device(device)
     encoder = find_encoder()
     clock = _Clock()
@@ -134,8 +137,8 @@ class _Clock:
 @contextmanager
 def _folder(out: Path | None) -> Iterator[Path]:
     if out is None:
-        with tempfile.TemporaryDirectory(prefix="qrlora-quickstart-") as temporary:
-            yield Path(temporary)
+        with scratch_folder() as temporary:
+            yield temporary
         return
     with atomic_folder(out) as folder:
         yield folder
@@ -163,8 +166,8 @@ def _train(
     settings = TrainSettings(epochs=TRAIN_EPOCHS, max_length=MAX_LENGTH, seed=seed, device=device)
     place = recorded_place(folder / BASIS, folder / f"{name}.safetensors")
     watch = _renamed(f"train {name}", progress)
-    with tempfile.TemporaryDirectory() as work:
-        customer = train(base, basis, train_examples(name), None, settings, Path(work), False, place, watch)
+    with scratch_folder() as work:
+        customer = train(base, basis, train_examples(name), None, settings, work, False, place, watch)
     write_coefficients(customer, folder / f"{name}.safetensors")
     return customer
 

@@ -1,13 +1,13 @@
 """The files of customers: which names they have, and reading them while others write."""
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from qrlora_deploy.coefficients import CUSTOMER_ID, SUFFIX, Coefficients, read_coefficients
 from qrlora_deploy.errors import InputError
+from qrlora_deploy.temporary import scratch_folder
 
 OPEN_FILES = Path("/proc/self/fd")
 
@@ -88,8 +88,8 @@ def _private_copy(content: bytes) -> Iterator[Path]:
             file.flush()
             yield OPEN_FILES / str(file.fileno())
         return
-    with tempfile.TemporaryDirectory(prefix="qrlora-") as folder:
-        copy = Path(folder) / "customer"
+    with scratch_folder() as folder:
+        copy = folder / "customer"
         copy.write_bytes(content)
         yield copy
 

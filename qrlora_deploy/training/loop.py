@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from qrlora_deploy.adapter import QRLoRALinear
 from qrlora_deploy.checkpoint import Checkpoint
-from qrlora_deploy.errors import InputError, QrloraError
+from qrlora_deploy.errors import InputError, QrloraError, library_errors
 from qrlora_deploy.training.data import Examples
 from qrlora_deploy.training.settings import RunSettings, choose_device
 from qrlora_deploy.training.tasks import score
@@ -25,6 +25,7 @@ Progress = Callable[[str, int, int], None]
 Rows = list[dict[str, Any]]
 
 TRAINABLE = "trainable.safetensors"
+UNREADABLE = "cannot be resumed from, by these versions of the libraries; remove its folder and start again"
 WARMUP_SHARE = 0.06
 
 
@@ -64,6 +65,14 @@ class SmallTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.trainable().items()}
         safetensors.torch.save_file(tensors, folder / TRAINABLE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with library_errors(f"{checkpoint} {UNREADABLE}", InputError):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with library_errors(f"{checkpoint} {UNREADABLE}", InputError):
+            super()._load_rng_state(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.load_trainable(Path(resume_from_checkpoint))

@@ -1,7 +1,5 @@
 """Training a customer: the coefficients `c`, and the output layer where that is asked for."""
 
-import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ from qrlora_deploy.basis import Basis
 from qrlora_deploy.checkpoint import Checkpoint, check_basis_fits
 from qrlora_deploy.coefficients import Coefficients
 from qrlora_deploy.errors import InputError, QrloraError
-from qrlora_deploy.files import write_json
 from qrlora_deploy.training.cached import (
     CachedModel,
     CachedTrainer,
@@ -25,10 +22,10 @@ from qrlora_deploy.training.cached import (
     collate_numbers,
     numbered,
 )
+from qrlora_deploy.training.checkpoints import STATE, Sealing, open_work_dir
 from qrlora_deploy.training.data import Examples, check_alike
 from qrlora_deploy.training.head import Outputs, base_outputs, check_stored, own_outputs, prepare_head
 from qrlora_deploy.training.loop import (
-    TRAINABLE,
     Progress,
     Rows,
     SmallTrainer,
@@ -45,8 +42,6 @@ from qrlora_deploy.training.loop import (
 from qrlora_deploy.training.record import Ran, training_record
 from qrlora_deploy.training.settings import TrainSettings, choose_device, fingerprint
 from qrlora_deploy.training.tasks import METRICS, encode_labels
-
-SETTINGS = "settings.json"
 
 
 @dataclass(frozen=True)
@@ -109,7 +104,7 @@ def train(
     job.model.to(device)
     data = {"data_digest": train.digest, "evaluation_digest": evaluation.digest if evaluation else None}
     origin = {"basis_digest": basis.digest, "base_digest": checkpoint.digest}
-    last = _open_work_dir(work_dir, fingerprint(settings, **data, **origin), resume)
+    last = open_work_dir(work_dir, fingerprint(settings, **data, **origin), resume)
     with explained_failures(work_dir):
         cached, cache_place = _cache_trunk(job, CacheWish(settings.trunk_cache, work_dir, progress))
         trainer = _build_trainer(job, cached, metric, work_dir, progress)
@@ -190,8 +185,8 @@ def _build_trainer(
     job: _Job, cached: CachedModel | None, metric: str, work_dir: Path, progress: Progress | None
 ) -> SmallTrainer:
     settings = job.settings
-    options: dict[str, Any] = {"save_strategy": "epoch", "save_total_limit": 1}
-    callbacks: list[Any] = [Watch("train", progress)]
+    options: dict[str, Any] = {"save_strategy": "epoch"}
+    callbacks: list[Any] = [Watch("train", progress), Sealing()]
     if job.evaluation:
         options |= {
             "eval_strategy": "epoch",
@@ -221,7 +216,7 @@ def _build_trainer(
 def _run(trainer: SmallTrainer, last: Path | None, settings: TrainSettings) -> float:
     """Train from the checkpoint `last` or from the start; returns the mean loss of the last epoch."""
     if last is not None:
-        state = TrainerState.load_from_json(str(last / "trainer_state.json"))
+        state = TrainerState.load_from_json(str(last / STATE))
         stopping = state.stateful_callbacks.get("EarlyStoppingCallback", {})
         if stopping.get("attributes", {}).get("early_stopping_patience_counter", 0) >= settings.patience:
             # It had stopped early: the Trainer would forget that and train one more epoch.
@@ -234,50 +229,3 @@ def _run(trainer: SmallTrainer, last: Path | None, settings: TrainSettings) -> f
 
 def _last_loss(state: TrainerState) -> float:
     return next((round(float(entry["loss"]), 6) for entry in reversed(state.log_history) if "loss" in entry), 0.0)
-
-
-def _open_work_dir(work_dir: Path, marks: dict[str, Any], resume: bool) -> Path | None:
-    """Make the folder of a run, or find the last whole checkpoint of the run to resume."""
-    settings_file = work_dir / SETTINGS
-    if work_dir.exists() and not work_dir.is_dir():
-        raise InputError(f"{work_dir} is a file; the run needs a folder")
-    if settings_file.is_file() and not resume:
-        raise InputError(f"{work_dir} holds an earlier run; continue it by --resume or remove it")
-    if settings_file.is_file():
-        _check_same(settings_file, marks)
-        return _last_checkpoint(work_dir)
-    try:
-        work_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{work_dir} cannot be made: {error.strerror or error}") from error
-    if any(work_dir.glob("checkpoint-*")):
-        raise InputError(f"{work_dir} holds checkpoints of another program; give another folder")
-    write_json(settings_file, marks)
-    return None
-
-
-def _check_same(settings_file: Path, marks: dict[str, Any]) -> None:
-    try:
-        before = json.loads(settings_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{settings_file} is damaged; start again without --resume in another folder") from error
-    names = sorted(marks.keys() | before.keys()) if isinstance(before, dict) else ["everything"]
-    changed = [name for name in names if not isinstance(before, dict) or before.get(name) != marks.get(name)]
-    if changed:
-        raise InputError(
-            f"{settings_file.parent} holds a run with other settings ({', '.join(changed)}); "
-            "resume with the same ones, or remove the folder"
-        )
-
-
-def _last_checkpoint(work_dir: Path) -> Path | None:
-    """The newest checkpoint that is whole: the Trainer writes its state after everything else."""
-    found = [path for path in work_dir.iterdir() if re.fullmatch(r"checkpoint-\d+", path.name)]
-    for path in sorted(found, key=lambda path: -int(path.name.split("-")[1])):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if (path / TRAINABLE).is_file():
-            return path
-    return None

@@ -16,6 +16,7 @@ SHARE = 0.5
 """Of what is free, at most: the rest is for training itself and for others."""
 
 CGROUP = Path("/sys/fs/cgroup")
+OPEN_FILES = Path("/proc/self/fd")
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,8 @@ def allocate(shape: tuple[int, int], dtype: torch.dtype, room: Room, device: tor
     if room.place == "host":
         return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
     count = shape[0] * shape[1]
-    descriptor, name = tempfile.mkstemp(prefix=".trunk-", dir=room.folder)
-    try:
+    with tempfile.TemporaryFile(dir=room.folder) as file:
+        # It has no name from its first moment on: reserving takes long on some disks, and may be killed.
         # Reserved now: a write to a mapped page of a full disk would end the process without a word.
-        os.posix_fallocate(descriptor, 0, max(1, count * dtype.itemsize))
-        return torch.from_file(name, shared=True, size=count, dtype=dtype).view(shape)
-    finally:
-        os.close(descriptor)
-        Path(name).unlink()
+        os.posix_fallocate(file.fileno(), 0, max(1, count * dtype.itemsize))
+        return torch.from_file(f"{OPEN_FILES}/{file.fileno()}", shared=True, size=count, dtype=dtype).view(shape)

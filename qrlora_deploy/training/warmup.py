@@ -1,6 +1,5 @@
 """Warm-up: ordinary fine-tuning before factorizing, which gives a pretrained encoder its task head."""
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,9 @@ from optimum.exporters.tasks import TasksManager
 
 from qrlora_deploy.checkpoint import Checkpoint
 from qrlora_deploy.errors import InputError, first_line
-from qrlora_deploy.files import atomic_folder, check_free_folder, write_json
+from qrlora_deploy.files import atomic_folder, write_json
+from qrlora_deploy.outputs import check_free_folder
+from qrlora_deploy.temporary import scratch_folder
 from qrlora_deploy.training.data import Examples, check_alike
 from qrlora_deploy.training.head import Outputs, own_outputs, start_bias
 from qrlora_deploy.training.loop import (
@@ -71,10 +72,10 @@ def warmup(
     tokenizer = load_tokenizer(checkpoint, model, settings.max_length)
     trained = _choose_parameters(model, settings.mode)
     rows = [build_rows(tokenizer, *pair, settings.max_length) for pair in zip(parts, targets, strict=True)]
-    with explained_failures(output), tempfile.TemporaryDirectory() as scratch:
+    with explained_failures(output), scratch_folder() as scratch:
         trainer = SmallTrainer(
             model=model,
-            args=training_arguments(Path(scratch), settings, settings.rate, len(train), save_strategy="no"),
+            args=training_arguments(scratch, settings, settings.rate, len(train), save_strategy="no"),
             train_dataset=rows[0],
             eval_dataset=rows[1] if evaluation else None,
             callbacks=[Watch("warm up", progress)],

@@ -78,6 +78,9 @@ def failing(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
         (KeyError("y\n" * 50_000), 1, "Error: internal error (KeyError: 'y"),
         (InputError("two\nlines and \x1b[31mred"), 2, "Error: two lines and \\x1b[31mred"),
         (MemoryError(), 1, "Error: not enough memory"),
+        (EOFError("Ran out of input"), 1, "Error: internal error (EOFError: Ran out of input); run with --debug"),
+        (ImportError("libx.so: failed to map segment from shared object"), 1, "Error: not enough memory (Import"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "Error: not enough memory (RuntimeError: "),
         (KeyError("x"), 1, "Error: internal error (KeyError: 'x'); run with --debug"),
     ],
 )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.running import run_here
+from tests.cli.running import run_here, succeed_here
 from tests.training.fleet.making import random_rows, write_rows
 
 COMMAND = ["train", "base", "--basis", "basis.safetensors", "--data", "train.tsv", "--eval", "dev.tsv", "-o", "out"]
@@ -33,3 +33,38 @@ def test_no_held_out_rows_are_no_warning(place: Path) -> None:
     command = [argument for argument in COMMAND if argument not in ("--eval", "dev.tsv")]
     ran = run_here(*command, *SETTINGS, cwd=place)
     assert ran.code == 0 and "Warning" not in ran.err
+
+
+def stop_before_writing(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Interrupt a run when everything is trained and nothing written; its folder."""
+
+    def interrupt(customer: object, path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("qrlora_deploy.coefficients.write_coefficients", interrupt)
+        assert run_here(*RESUMED, *SETTINGS, cwd=place).code == 130
+    return place / ".out.work"
+
+
+RESUMED = [argument for argument in COMMAND if argument not in ("--eval", "dev.tsv")]
+
+
+def test_an_interrupted_run_is_not_deleted_and_a_damaged_one_starts_again(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = stop_before_writing(place, monkeypatch)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    again = run_here(*RESUMED, *SETTINGS, cwd=place)
+    assert again.code == 2 and "continue it by --resume, or remove .out.work to start again" in again.err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    whole = succeed_here([*RESUMED[:-1], "whole", *SETTINGS], place)
+    newest = next(folder.glob("checkpoint-*"))
+    (newest / "optimizer.pt").write_bytes(b"")
+    ran = run_here(*RESUMED, *SETTINGS, "--resume", "--json", cwd=place)
+    assert ran.code == 0 and ran.json["digest"] == whole["digest"]
+    assert ran.err == (
+        f"Warning: .out.work/{newest.name} is passed over: optimizer.pt was changed after it was written; "
+        "it starts from the beginning\n"
+    )
+    assert not folder.exists()

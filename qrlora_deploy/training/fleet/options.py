@@ -6,9 +6,10 @@ from pathlib import Path
 
 from qrlora_deploy.coefficients import SUFFIX
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.files import remove_leftovers
+from qrlora_deploy.outputs import check_file, check_report_folder
+from qrlora_deploy.temporary import remove_dead
 from qrlora_deploy.training.fleet.plan import Customer, Shard
-from qrlora_deploy.training.fleet.summary import TRAINED, Line
+from qrlora_deploy.training.fleet.summary import TRAINED, Line, summary_file
 
 ROWS_PER_STEP = {"cpu": 256, "cuda": 4096}
 
@@ -53,18 +54,22 @@ class FleetOptions:
     def open_output(self, customers: Sequence[Customer]) -> None:
         """Make the output folder, and make sure that no file would be overwritten unasked.
 
-        With `resume` unfinished files that a killed run left are removed.
+        Unfinished files that a killed run left are removed; those of other shards, which run, stay.
 
         Raises:
-            InputError: it cannot be made, or holds files of these customers and `resume` is not set.
+            InputError: it cannot be made, or holds files of these customers and `resume` is not set, or
+                something that is no plain file has the name of one.
         """
+        check_report_folder(self.output)
         try:
             self.output.mkdir(exist_ok=True)
         except OSError as error:
             raise InputError(f"{self.output} cannot be made: {error.strerror or error}") from error
+        files = [self.file_of(item.name) for item in customers] + [summary_file(self.output, self.shard)]
+        remove_dead(self.output, [file.name for file in files])
+        for file in files:
+            check_file(file, with_parent=False)
         if self.resume:
-            # A killed run may have been writing. A customer has one worker, so nobody is writing these now.
-            remove_leftovers(self.output, {self.file_of(item.name).name for item in customers})
             return
         there = [item.name for item in customers if self.file_of(item.name).exists()]
         if there:

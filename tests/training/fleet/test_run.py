@@ -1,6 +1,7 @@
 """A fleet gives every customer what it would have become alone; what is wrong with one stops no other."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from qrlora_deploy.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.coefficients import Coefficients, read_coefficients
 from qrlora_deploy.errors import InputError, QrloraError
 from qrlora_deploy.files import digest_file
+from qrlora_deploy.temporary import lock_folder, temporary_folder
 from qrlora_deploy.training.data import Examples, read_examples
 from qrlora_deploy.training.fleet import engine as fleet_engine
 from qrlora_deploy.training.fleet import model as fleet_model
@@ -351,15 +353,31 @@ def test_a_gpu_learns_in_bf16(
         assert record["device"] == "cuda" and record["metrics"]["accuracy"] > record["baseline"]["accuracy"] + 0.1
 
 
-def test_resuming_removes_what_a_killed_run_had_not_finished(tmp_path: Path) -> None:
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_a_killed_run_had_not_finished_is_removed(tmp_path: Path, resume: bool) -> None:
     out = tmp_path / "out"
-    out.mkdir()
-    ours, stranger = out / ".a.safetensors.4711.tmp", out / ".b.safetensors.4711.tmp"
-    for file in (ours, stranger):
-        file.write_bytes(b"half")
+    for name in ("a.safetensors", "summary.jsonl", "b.safetensors"):
+        folder = out / f".{name}.0123abcd.part"
+        folder.mkdir(parents=True)
+        (folder / name).write_bytes(b"half")
+        descriptor = lock_folder(folder)
+        assert descriptor is not None
+        os.close(descriptor)
     examples = Examples(["book a flight", "rice"], None, ["travel", "food"], "a")
     customer = Customer("a", examples, None, Outputs("text-classification", ("food", "travel"), new=False), [1, 0], [])
-    FleetOptions(out).open_output([customer])
-    assert ours.exists(), "a run that does not resume leaves the folder alone"
-    FleetOptions(out, resume=True).open_output([customer])
-    assert list(out.iterdir()) == [stranger], "another worker may be writing that one"
+    with temporary_folder(out, "a.safetensors") as alive:
+        FleetOptions(out, resume).open_output([customer])
+        left = {path.name for path in out.iterdir()}
+    assert left == {alive.name, ".b.safetensors.0123abcd.part"}, "others may be writing those"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+@pytest.mark.parametrize("name", ["out", "out/a.safetensors", "out/summary.jsonl"])
+def test_a_pipe_is_refused_before_training(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    os.mkfifo(path)
+    examples = Examples(["book a flight", "rice"], None, ["travel", "food"], "a")
+    customer = Customer("a", examples, None, Outputs("text-classification", ("food", "travel"), new=False), [1, 0], [])
+    with pytest.raises(InputError, match="is no plain file but a pipe"):
+        FleetOptions(tmp_path / "out", resume=True).open_output([customer])
