@@ -68,6 +68,14 @@ class TableMemory:
         for name, part in self.parts.items():
             part.write(row, values[name])
 
+    def holds(self, row: int, values: dict[str, np.ndarray]) -> bool:
+        """Whether a row, which nobody writes meanwhile, has exactly the bytes of `values`."""
+        self.settle()
+        return all(
+            part.read_rows(row, 1).tobytes() == values[name].astype(part.dtype, copy=False).tobytes()
+            for name, part in self.parts.items()
+        )
+
     def settle(self) -> None:
         """Wait until every row is there that was written before. For any number of threads."""
         for part in self.parts.values():

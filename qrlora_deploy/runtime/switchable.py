@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from qrlora_deploy.coefficients import Coefficients, read_coefficients
+from qrlora_deploy.coefficients import Coefficients
 from qrlora_deploy.errors import FileFormatError, InputError
 from qrlora_deploy.runtime.bucket_runner import make_runner
 from qrlora_deploy.runtime.buckets import Buckets
 from qrlora_deploy.runtime.bundle import Bundle, check_graph
+from qrlora_deploy.runtime.customer_files import read_customer_file
 from qrlora_deploy.runtime.fitting import check_customer_fits
 from qrlora_deploy.runtime.layout import BASE_HEAD_FILE, HEAD_TABLE, TABLE, HeadLayout, TableLayout, head_arrays
 from qrlora_deploy.runtime.memory import make_memory
@@ -20,6 +21,9 @@ from qrlora_deploy.runtime.table import BASE_ROW, CoefficientTable, rows_of
 
 FETCH_ATTEMPTS = 8
 """Rounds of fetching customers for one batch, while others push them out of a full table again."""
+
+SHARED_LABELS = 4096
+"""Different labels of customers that are remembered, so that those who have the same ones share them."""
 
 
 class SwitchableSession:
@@ -63,6 +67,7 @@ class SwitchableSession:
         self.manifest = manifest
         self.layout = TableLayout([target.rank for target in manifest.targets], manifest.table_dtype)
         self.fetch: Callable[[str], Coefficients | None] | None = None
+        self._labels: dict[tuple[str, ...], tuple[str, ...]] = {}
         self.session = open_session(bundle.model, provider, threads, cuda_graph=buckets is not None)
         check_graph(self.session, bundle)
         self._text_inputs = text_inputs(manifest)
@@ -78,16 +83,28 @@ class SwitchableSession:
     def load(self, customer: str, source: Path | Coefficients) -> None:
         """Make a coefficients file, or what was read from one, what `customer` is from now on.
 
-        Runs that are under way keep the version they began with.
+        Runs that are under way keep the version they began with. A file may be written to or cut at
+        the same time: it is copied before it is read.
 
         Raises:
-            InputError: the file is damaged or of another basis, base or task, or holds a number that
+            InputError: the file cannot be read, is damaged or of another basis, base or task, or holds a number that
                 the table cannot; the old version stays.
         """
-        coefficients = source if isinstance(source, Coefficients) else read_coefficients(source)
+        coefficients = source if isinstance(source, Coefficients) else read_customer_file(Path(source))
         place = f"{customer}" if isinstance(source, Coefficients) else f"{source}"
         check_customer_fits(coefficients, self.manifest, place)
-        self.table.publish(customer, self._row(coefficients, place), coefficients.labels)
+        self.table.publish(customer, self._row(coefficients, place), self._own_labels(coefficients))
+
+    def holds(self, customer: str, coefficients: Coefficients) -> bool:
+        """Whether `customer` is in the table with exactly these coefficients, head and labels.
+
+        Raises:
+            InputError: they fit another bundle, as for `load`.
+        """
+        if customer not in self.table:
+            return False
+        check_customer_fits(coefficients, self.manifest, customer)
+        return self.table.holds(customer, self._row(coefficients, customer), self._own_labels(coefficients))
 
     def unload(self, customer: str) -> bool:
         """Forget a customer; runs that hold it end undisturbed. False where there is none."""
@@ -151,6 +168,14 @@ class SwitchableSession:
             raise InputError(f"{rows} customers need inputs of one shape [{rows}, length], not {sorted(shapes)}")
         if 0 in next(iter(shapes)):
             raise InputError("there is nothing to answer: the inputs are empty")
+
+    def _own_labels(self, coefficients: Coefficients) -> tuple[str, ...] | None:
+        """Labels that are not the base's; customers with the same ones share them."""
+        if coefficients.labels == self.manifest.labels:
+            return None
+        if len(self._labels) >= SHARED_LABELS:
+            self._labels = {}
+        return self._labels.setdefault(coefficients.labels, coefficients.labels)
 
     def _row(self, coefficients: Coefficients, place: str) -> dict[str, np.ndarray]:
         """The row of a customer that fits, by input; refuses a head or labels that do not."""
