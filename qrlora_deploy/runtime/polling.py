@@ -9,7 +9,8 @@ Signature = int
 def status_of(path: "Path | str") -> os.stat_result | None:
     """The status of what a path leads to; None where it leads nowhere, in a circle, or may not be seen."""
     try:
-        return os.stat(path)
+        # A Path takes much longer, and a folder may have very many entries.
+        return os.stat(path)  # noqa: PTH116
     except OSError:
         return None
 

@@ -144,7 +144,7 @@ class CustomerStore:
 
     def _take_over(self) -> None:
         if self.session.fetch not in (None, self.fetch):
-            raise InputError(f"the session has a store already, so {self.folder} cannot be another; close that one first")
+            raise InputError(f"{self.folder}: the session has a store or a `fetch` already; close that one first")
         self.session.fetch = self.fetch
 
     def fetch(self, customer: str) -> None:

@@ -11,6 +11,7 @@ from qrlora_deploy.runtime.bucket_runner import make_runner
 from qrlora_deploy.runtime.buckets import Buckets
 from qrlora_deploy.runtime.bundle import Bundle, check_graph
 from qrlora_deploy.runtime.customer_files import read_customer_file
+from qrlora_deploy.runtime.devices import Device
 from qrlora_deploy.runtime.fitting import check_customer_fits
 from qrlora_deploy.runtime.layout import BASE_HEAD_FILE, HEAD_TABLE, TABLE, HeadLayout, TableLayout, head_arrays
 from qrlora_deploy.runtime.memory import make_memory
@@ -31,7 +32,8 @@ class SwitchableSession:
 
     Args:
         bundle: an open bundle of the kind "switchable".
-        provider: "cpu", "cuda" or "tensorrt"; the table lies on that device.
+        provider: "cpu", "cuda", "cuda:1" or "tensorrt", or a `Device` with options of its own; the table
+            lies on that device.
         rows: rows of the table at the start; it doubles when it is full.
         max_rows: rows at most, with the base's; then the customer that was not used for longest
             gives way. None: no bound.
@@ -54,7 +56,7 @@ class SwitchableSession:
     def __init__(
         self,
         bundle: Bundle,
-        provider: str = "cpu",
+        provider: str | Device = "cpu",
         rows: int = 64,
         max_rows: int | None = None,
         threads: int | None = None,

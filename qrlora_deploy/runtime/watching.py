@@ -166,10 +166,10 @@ class FolderWatcher:
 
 
 def _must_poll() -> bool:
-    """As watchfiles decides: the environment says so, or this is Windows' Linux, where folders of Windows tell nothing."""
+    """As watchfiles decides: the environment says so, or this is Linux in Windows, whose folders tell nothing."""
     asked = os.environ.get(POLL_VARIABLE)
-    if asked is not None:
-        return asked.lower() not in ("", "false", "disable", "disabled")
+    if asked:
+        return asked.lower() not in ("false", "disable", "disabled")
     return "microsoft-standard" in platform.uname().release
 
 
