@@ -122,20 +122,8 @@ class FolderWatcher:
 
     def _told(self, stop: threading.Event, identity: tuple[int, int]) -> Iterator[tuple[set[str], bool]]:
         """What the system tells: names that changed, and whether the folder is not the one of `identity` any more."""
-        rounds = watchfiles.watch(
-            self.folder,
-            watch_filter=None,
-            debounce=GROUP_MS,
-            step=STEP_MS,
-            stop_event=stop,
-            rust_timeout=WAKE_MS,
-            yield_on_timeout=True,
-            raise_interrupt=False,
-            force_polling=False,
-            recursive=False,
-        )
         try:
-            for changes in rounds:
+            for changes in self._native(stop):
                 paths = {Path(path) for _, path in changes}
                 # The numbers of a folder that was deleted may be given to the next one at once.
                 deleted = (watchfiles.Change.deleted, str(self.folder)) in changes
@@ -150,6 +138,20 @@ class FolderWatcher:
             # As where the system has no more watches to give.
             self.polls = self.folder.is_dir()
             raise
+
+    def _native(self, stop: threading.Event) -> Iterator[set[tuple[watchfiles.Change, str]]]:
+        return watchfiles.watch(
+            self.folder,
+            watch_filter=None,
+            debounce=GROUP_MS,
+            step=STEP_MS,
+            stop_event=stop,
+            rust_timeout=WAKE_MS,
+            yield_on_timeout=True,
+            raise_interrupt=False,
+            force_polling=False,
+            recursive=False,
+        )
 
     def _polled(self, stop: threading.Event, identity: tuple[int, int]) -> Iterator[tuple[set[str], bool]]:
         """What a comparison finds, as `_told`."""
