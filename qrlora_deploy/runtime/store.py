@@ -32,6 +32,9 @@ SETTLE_S = 3.0
 """Where files are compared, one that was read when it was younger is read once more. Some file systems keep
 whole seconds only, so a second change within one would not be seen."""
 
+BUSY_S = 1.0
+"""What is only compared with the table waits so long at most for a comparison of the folder's files."""
+
 
 @dataclass(frozen=True)
 class _Again:
@@ -273,6 +276,7 @@ class CustomerStore:
         yield from list(self._read)
 
     def _catch_up(self, customer: str) -> None:
+        self._watcher.rests.wait(BUSY_S)
         if self._differs(customer) if customer in self._read else customer in self.session.table:
             self._refresh(customer)
 

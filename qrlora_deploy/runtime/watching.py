@@ -37,6 +37,11 @@ class FolderWatcher:
         complain: called with one line when watching fails; the same line is not repeated.
         poll: compare again and again instead of asking the system for changes. So it is done, too,
             from the time on when the system refuses to tell them.
+
+    Attributes:
+        polls: files are compared.
+        rests: not set while they are. Work that can wait then waits: thousands of short calls of the
+            system would each wait for the interpreter's lock.
     """
 
     def __init__(
@@ -60,6 +65,8 @@ class FolderWatcher:
         self._thread = None
         self._lock = threading.Lock()
         self._stop = threading.Event()
+        self.rests = threading.Event()
+        self.rests.set()
 
     @property
     def running(self) -> bool:
@@ -159,7 +166,11 @@ class FolderWatcher:
         yield set(), False
         while not stop.wait(pause):
             begin = time.monotonic()
-            names = poller.changed()
+            self.rests.clear()
+            try:
+                names = poller.changed()
+            finally:
+                self.rests.set()
             if _identity(self.folder) != identity:
                 yield set(), True
                 return

@@ -19,7 +19,8 @@ from qrlora_deploy.coefficients import read_coefficients, write_coefficients
 from qrlora_deploy.runtime import Buckets, CustomerStore, SwitchableSession, open_bundle, store as store_module
 from tests.runtime.place import INPUTS
 
-bundle, folder, poll, deadline_s = open_bundle(Path(sys.argv[1])), Path(sys.argv[2]), sys.argv[3] == "True", float(sys.argv[4])
+bundle, folder = open_bundle(Path(sys.argv[1])), Path(sys.argv[2])
+poll, deadline_s = sys.argv[3] == "True", float(sys.argv[4])
 one = read_coefficients(folder / "acme.safetensors")
 versions = {number: replace(one, values=one.values * np.float32(number)) for number in (1, 2, 3)}
 buckets = Buckets(batches=(1,), lengths=(8,))
@@ -64,7 +65,8 @@ def wait_for(name, number):
 (from_child, to_parent), (from_parent, to_child) = os.pipe(), os.pipe()
 child = os.fork()
 if child == 0:
-    found = {"slow": wait_for("slow", 3), "threads": sorted(t.name for t in threading.enumerate() if "folder" in t.name)}
+    threads = sorted(thread.name for thread in threading.enumerate() if "folder" in thread.name)
+    found = {"slow": wait_for("slow", 3), "threads": threads}
     os.write(to_parent, b"r")
     found["changed"] = wait_for("acme", 2)
     os.unlink(folder / "slow.safetensors")

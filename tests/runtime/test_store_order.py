@@ -69,7 +69,6 @@ def test_what_is_there_already_is_not_published_again(packed: Place) -> None:
     packed.put("by-hand", 7)
     store = packed.store()
     with store:
-        until(lambda: store._backlog._thread is not None and packed.session.fetch is not None)
         packed.path("c00").touch()
         packed.put("c01", 1)
         packed.put("c02", 50)
