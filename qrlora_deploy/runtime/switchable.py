@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 
 from qrlora_deploy.coefficients import Coefficients
-from qrlora_deploy.errors import FileFormatError, InputError
+from qrlora_deploy.errors import FileFormatError, InputError, QrloraError
 from qrlora_deploy.runtime.bucket_runner import make_runner
 from qrlora_deploy.runtime.buckets import Buckets
 from qrlora_deploy.runtime.bundle import Bundle, check_graph
 from qrlora_deploy.runtime.customer_files import read_customer_file
 from qrlora_deploy.runtime.devices import Device
 from qrlora_deploy.runtime.fitting import check_customer_fits
+from qrlora_deploy.runtime.forking import survive_forks
 from qrlora_deploy.runtime.layout import BASE_HEAD_FILE, HEAD_TABLE, TABLE, HeadLayout, TableLayout, head_arrays
 from qrlora_deploy.runtime.memory import make_memory
 from qrlora_deploy.runtime.running import text_inputs
@@ -53,6 +54,8 @@ class SwitchableSession:
         QrloraError: the table does not fit the device.
     """
 
+    _lost = False
+
     def __init__(
         self,
         bundle: Bundle,
@@ -70,6 +73,7 @@ class SwitchableSession:
         self.layout = TableLayout([target.rank for target in manifest.targets], manifest.table_dtype)
         self.fetch: Callable[[str], Coefficients | None] | None = None
         self._labels: dict[tuple[str, ...], tuple[str, ...]] = {}
+        self._on_gpu = Device.of(provider).on_gpu
         self.session = open_session(bundle.model, provider, threads, cuda_graph=buckets is not None)
         check_graph(self.session, bundle)
         self._text_inputs = text_inputs(manifest)
@@ -81,6 +85,14 @@ class SwitchableSession:
         nobody = {TABLE: np.zeros(self.layout.width, dtype=self.layout.dtype)}
         self.table.memory.write(BASE_ROW, nobody | ({} if self.base_head is None else {HEAD_TABLE: self.base_head}))
         self._runner = make_runner(self.session, manifest, provider, buckets, lambda: self.table.memory)
+        survive_forks(self)
+
+    def before_fork(self) -> None:
+        """Nothing to do: the table looks after itself."""
+
+    def after_fork(self, in_child: bool) -> None:
+        """CUDA does not live in a forked child; what touched it there might crash or wait for ever."""
+        self._lost = self._lost or (in_child and self._on_gpu)
 
     def load(self, customer: str, source: Path | Coefficients) -> None:
         """Make a coefficients file, or what was read from one, what `customer` is from now on.
@@ -92,6 +104,7 @@ class SwitchableSession:
             InputError: the file cannot be read, is damaged or of another basis, base or task, or holds a number that
                 the table cannot; the old version stays.
         """
+        self._check_usable()
         coefficients = source if isinstance(source, Coefficients) else read_customer_file(Path(source))
         place = f"{customer}" if isinstance(source, Coefficients) else f"{source}"
         check_customer_fits(coefficients, self.manifest, place)
@@ -105,6 +118,7 @@ class SwitchableSession:
         """
         if customer not in self.table:
             return False
+        self._check_usable()
         check_customer_fits(coefficients, self.manifest, customer)
         return self.table.holds(customer, self._row(coefficients, customer), self._own_labels(coefficients))
 
@@ -131,7 +145,9 @@ class SwitchableSession:
 
         Raises:
             InputError: shapes do not fit, or a customer is not there.
+            QrloraError: the model fails, or this is a forked child of the session's process, on a GPU.
         """
+        self._check_usable()
         self._check_inputs(inputs, len(customers))
         held: dict[str | None, int] = {}
         try:
@@ -160,6 +176,10 @@ class SwitchableSession:
             if not missing:
                 return
         raise InputError(f"the table of {self.table.max_rows} rows is too small for what runs at the same time")
+
+    def _check_usable(self) -> None:
+        if self._lost:
+            raise QrloraError("a session on a GPU cannot be used in a forked process; open it after the fork")
 
     def _check_inputs(self, inputs: dict[str, np.ndarray], rows: int) -> None:
         missing = [name for name in self._text_inputs if name not in inputs]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from qrlora_deploy.errors import InputError
+from qrlora_deploy.runtime.blocks import Block, write_blocks
 from qrlora_deploy.runtime.directory import Bulk, Directory
 from qrlora_deploy.runtime.forking import survive_forks
 from qrlora_deploy.runtime.free_rows import FreeRows
@@ -170,7 +171,7 @@ class CoefficientTable:
         """
         rows = self._take_rows(count)
         try:
-            self._write_blocks(rows, blocks)
+            write_blocks(rows, blocks, self._write_parts)
             found = index()
             if len(found) != count:
                 raise InputError(f"there are {len(found)} names for {count} customers")
@@ -304,27 +305,12 @@ class CoefficientTable:
             self.memory = larger
             self._free.add_range(rows)
 
-    def _write_blocks(self, rows: np.ndarray, blocks: Iterable[dict[str, np.ndarray]]) -> None:
-        done = 0
-        for block in blocks:
-            count = len(next(iter(block.values())))
-            if any(len(values) != count for values in block.values()):
-                raise InputError("a block has another number of rows for every input")
-            if count == 0:
-                continue
-            numbers = rows[done : done + count]
-            if len(numbers) < count:
-                raise InputError(f"there are more rows than the {len(rows)} customers")
-            breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
-            # Per block, so that other writers wait for a few megabytes only. The memory may have
-            # grown since the last one: what was written is in the new one too.
-            with self._writing:
-                for first, last in zip((0, *breaks), (*breaks, count), strict=True):
-                    part = {name: values[first:last] for name, values in block.items()}
-                    self.memory.write_rows(int(numbers[first]), part)
-            done += count
-        if done < len(rows):
-            raise InputError(f"there are {done} rows for {len(rows)} customers")
+    def _write_parts(self, parts: list[tuple[int, Block]]) -> None:
+        # Per block, so that other writers wait for a few megabytes only. The memory may have grown
+        # since the last one: what was written is in the new one too.
+        with self._writing:
+            for first, part in parts:
+                self.memory.write_rows(first, part)
 
     def _evict(self) -> int:
         row = self._directory.give_way(self._holders)

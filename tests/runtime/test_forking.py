@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qrlora_deploy.errors import QrloraError
 from qrlora_deploy.runtime.forking import survive_forks
 from tests.runtime.place import DEADLINE_S, Place
 
@@ -118,6 +119,23 @@ def test_a_store_goes_on_in_a_forked_child(place: Place, poll: bool) -> None:
         "again": True,
         "parent": True,
     }
+
+
+def test_a_session_on_a_gpu_refuses_in_a_forked_child(place: Place) -> None:
+    place.session.load("acme", place.version(1))
+    place.session.after_fork(in_child=True)
+    assert place.logits("acme") == place.expected(1), "on a processor it goes on"
+    place.session._on_gpu = True
+    place.session.after_fork(in_child=False)
+    assert place.logits("acme") == place.expected(1), "so it does in the parent"
+    place.session.after_fork(in_child=True)
+    for call in (
+        lambda: place.logits("acme"),
+        lambda: place.session.load("acme", place.version(2)),
+        lambda: place.session.holds("acme", place.version(1)),
+    ):
+        with pytest.raises(QrloraError, match="open it after the fork"):
+            call()
 
 
 def test_who_is_gone_is_not_asked() -> None:
