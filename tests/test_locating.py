@@ -179,3 +179,11 @@ def test_the_hub_is_asked_only_where_nothing_local_has_the_name(
     assert locate_base(customer, file).digest == customer.base_digest and asked == ["owner/base"]
     shutil.copytree(tiny_base, elsewhere / "base")
     assert locate_base(customer, file).folder == Path("base") and asked == ["owner/base"]
+
+
+def test_a_recorded_name_that_no_file_can_have_is_not_found(tiny_customer: Coefficients, file: Path) -> None:
+    customer = replace(tiny_customer, basis_file="x" * 5000, base_name="y" * 5000)
+    with pytest.raises(InputError, match="neither beside it"):
+        locate_basis(customer, file)
+    with pytest.raises(InputError, match="is not found"):
+        locate_base(customer, file)

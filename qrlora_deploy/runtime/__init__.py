@@ -2,6 +2,7 @@
 
 from qrlora_deploy.runtime.buckets import Buckets
 from qrlora_deploy.runtime.bundle import Bundle, Manifest, open_bundle
+from qrlora_deploy.runtime.devices import Device
 from qrlora_deploy.runtime.packed import load_packed
 from qrlora_deploy.runtime.parity import ParityReport, verify
 from qrlora_deploy.runtime.predictor import Prediction, Predictor
@@ -13,6 +14,7 @@ __all__ = [
     "Buckets",
     "Bundle",
     "CustomerStore",
+    "Device",
     "Manifest",
     "ParityReport",
     "Prediction",

@@ -11,6 +11,7 @@ from qrlora_deploy.errors import InputError
 from qrlora_deploy.runtime.buckets import Buckets, filling, pad_into
 from qrlora_deploy.runtime.bundle import Manifest
 from qrlora_deploy.runtime.cuda import DEVICE_TO_HOST, HOST_TO_DEVICE, CudaBuffer, pinned_bytes
+from qrlora_deploy.runtime.devices import Device
 from qrlora_deploy.runtime.layout import SLOT
 from qrlora_deploy.runtime.memory import TableMemory
 from qrlora_deploy.runtime.running import (
@@ -45,16 +46,16 @@ class BucketRunner:
     Args:
         session: opened by `open_session`, on CUDA with `cuda_graph`.
         manifest: of its bundle.
-        cuda: whether it runs on CUDA.
+        gpu: number of the GPU, where it runs on CUDA; else None.
         buckets: the shapes; all of them are run once here, which captures them.
         tables: as for `PlainRunner`.
     """
 
     def __init__(
-        self, session: Any, manifest: Manifest, cuda: bool, buckets: Buckets, tables: Tables | None = None
+        self, session: Any, manifest: Manifest, gpu: int | None, buckets: Buckets, tables: Tables | None = None
     ) -> None:
         self.buckets = buckets
-        self._session, self._cuda, self._tables = session, cuda, tables
+        self._session, self._gpu, self._tables = session, gpu, tables
         self._names = text_inputs(manifest)
         self._outputs = int(manifest.outputs[0].shape[1])
         self._fill, self._plain = filling(manifest), PlainRunner(session, self._names, tables)
@@ -114,14 +115,16 @@ class BucketRunner:
         if memory is not None:
             shapes[SLOT] = (batch,)
         places, size_bytes = _places(shapes, (batch, self._outputs))
-        make = _CudaBuffers if self._cuda else _HostBuffers
-        buffers = make(size_bytes, places[LOGITS].start)
+        start = places[LOGITS].start
+        buffers = _HostBuffers(size_bytes) if self._gpu is None else _CudaBuffers(size_bytes, start, self._gpu)
         binding = self._session.io_binding()
         arrays = {name: buffers.host[place].view(_dtype(name)) for name, place in places.items()}
         for name, its_shape in {**shapes, LOGITS: (batch, self._outputs)}.items():
             arrays[name] = arrays[name].reshape(its_shape)
             bind = binding.bind_output if name == LOGITS else binding.bind_input
-            bind(name, buffers.device_type, 0, _dtype(name), its_shape, buffers.pointer + places[name].start)
+            bind(
+                name, buffers.device_type, self._gpu or 0, _dtype(name), its_shape, buffers.pointer + places[name].start
+            )
         if memory is not None:
             memory.bind(binding)
         self._graphs += 1
@@ -130,13 +133,13 @@ class BucketRunner:
 
     def _options(self, graph: str) -> Any:
         options = onnxruntime.RunOptions()
-        if self._cuda:
+        if self._gpu is not None:
             options.add_run_config_entry("gpu_graph_id", graph)
         return options
 
 
 def make_runner(
-    session: Any, manifest: Manifest, provider: str, buckets: Buckets | None, tables: Tables | None = None
+    session: Any, manifest: Manifest, provider: str | Device, buckets: Buckets | None, tables: Tables | None = None
 ) -> Runner:
     """A `BucketRunner` where there are buckets, else a `PlainRunner`.
 
@@ -147,7 +150,8 @@ def make_runner(
         return PlainRunner(session, text_inputs(manifest), tables)
     if buckets.lengths[-1] > manifest.max_length:
         raise InputError(f"a bucket of {buckets.lengths[-1]} tokens is longer than the model's {manifest.max_length}")
-    return BucketRunner(session, manifest, provider == "cuda", buckets, tables)
+    device = Device.of(provider)
+    return BucketRunner(session, manifest, device.index if device.provider == "cuda" else None, buckets, tables)
 
 
 @dataclass(frozen=True)
@@ -167,7 +171,7 @@ class _HostBuffers:
 
     device_type = "cpu"
 
-    def __init__(self, size_bytes: int, inputs_bytes: int) -> None:
+    def __init__(self, size_bytes: int) -> None:
         self._whole = np.zeros(size_bytes + ALIGNMENT, dtype=np.uint8)
         start = -self._whole.ctypes.data % ALIGNMENT
         self.host = self._whole[start : start + size_bytes]
@@ -185,9 +189,9 @@ class _CudaBuffers:
 
     device_type = "cuda"
 
-    def __init__(self, size_bytes: int, inputs_bytes: int) -> None:
-        self._buffer = CudaBuffer(size_bytes)
-        self.host, self.pointer = pinned_bytes(size_bytes), self._buffer.pointer
+    def __init__(self, size_bytes: int, inputs_bytes: int, device: int) -> None:
+        self._buffer = CudaBuffer(size_bytes, device)
+        self.host, self.pointer = pinned_bytes(size_bytes, device), self._buffer.pointer
         self._inputs_bytes, self._logits_bytes = inputs_bytes, size_bytes - inputs_bytes
 
     def upload(self) -> None:

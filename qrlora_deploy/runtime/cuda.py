@@ -171,7 +171,20 @@ class CudaBuffer:
         self.copies.clear(self.pointer, size_bytes)
 
 
-def pinned_bytes(size_bytes: int) -> np.ndarray:
+def device_count() -> int:
+    """How many GPUs there are; 0 also where there is no driver.
+
+    Raises:
+        ProviderError: CUDA is not there.
+    """
+    cuda, count = cuda_runtime(), ctypes.c_int()
+    if cuda.cudaGetDeviceCount(ctypes.byref(count)):
+        cuda.cudaGetLastError()  # or the next call reports it again
+        return 0
+    return count.value
+
+
+def pinned_bytes(size_bytes: int, device: int = 0) -> np.ndarray:
     """Host memory `[size_bytes]` uint8, zero, that a GPU copies from and to directly.
 
     Raises:
@@ -179,6 +192,7 @@ def pinned_bytes(size_bytes: int) -> np.ndarray:
     """
     cuda, place = cuda_runtime(), ctypes.c_void_p()
     with _BesideCaptures():
+        _check(cuda.cudaSetDevice(device))
         _check(cuda.cudaHostAlloc(ctypes.byref(place), ctypes.c_size_t(size_bytes), 0))
     block = (ctypes.c_uint8 * size_bytes).from_address(int(place.value or 0))
     # numpy holds on to the block, and with it the memory.

@@ -2,11 +2,11 @@
 
 from collections import OrderedDict
 from collections.abc import Container, Iterator
-from itertools import chain, compress
+from itertools import chain
 
 import numpy as np
 
-from qrlora_deploy.runtime.id_index import IdIndex
+from qrlora_deploy.runtime.id_index import CHUNK, IdIndex
 
 RECENT = 2**16
 """Customers of bulks whose rows are kept at hand: a dictionary answers ten times as fast as an index."""
@@ -66,9 +66,9 @@ class Bulk:
             self._looked_at += 1
         return None
 
-    def customers(self) -> Iterator[str]:
-        """Names of those that have their row."""
-        return compress(self.index.names(), (self._rows != GONE).tolist())
+    def names(self) -> Iterator[str]:
+        """Names of those that have their row now; they are listed later, and whatever happens meanwhile."""
+        return _names_at(self.index, self._rows != GONE)
 
     def _take_out_at(self, place: int) -> int | None:
         row = self._view[place]
@@ -94,13 +94,17 @@ class Directory:
     def __len__(self) -> int:
         return len(self._row_of) + sum(bulk.live for bulk in self.bulks)
 
-    def customers(self) -> list[str]:
-        """All names, a new text for each that is in a bulk."""
-        return list(dict.fromkeys(chain(self._row_of, *(bulk.customers() for bulk in self.bulks))))
+    def names(self) -> Iterator[str]:
+        """All names as they are now; they are listed later, and whatever happens meanwhile.
+
+        Some come twice while a bulk takes the place of older entries.
+        """
+        return chain(self.entries(), *[bulk.names() for bulk in self.bulks])
 
     def entries(self) -> list[str]:
         """Names of those with an entry of their own."""
-        return list(self._row_of)
+        # A fifth of the time that the ordered dictionary's own iterator takes.
+        return list(dict.keys(self._row_of))
 
     def find(self, customer: str) -> int | None:
         """The row of a customer, or None."""
@@ -183,3 +187,9 @@ class Directory:
         self._recent.pop(customer, None)
         rows = [bulk.take_out(customer) for bulk in self.bulks]
         return [row for row in rows if row is not None]
+
+
+def _names_at(index: IdIndex, there: np.ndarray) -> Iterator[str]:
+    for start in range(0, len(there), CHUNK):
+        for place in np.flatnonzero(there[start : start + CHUNK]).tolist():
+            yield index.name(start + place)

@@ -8,6 +8,7 @@ import onnxruntime
 
 from qrlora_deploy.errors import QrloraError
 from qrlora_deploy.runtime.cuda import DEVICE_TO_DEVICE, DEVICE_TO_HOST, HOST_TO_DEVICE, CudaBuffer, pinned_bytes
+from qrlora_deploy.runtime.devices import Device
 
 FP32 = np.dtype(np.float32)
 
@@ -68,6 +69,14 @@ class TableMemory:
         for name, part in self.parts.items():
             part.write(row, values[name])
 
+    def holds(self, row: int, values: dict[str, np.ndarray]) -> bool:
+        """Whether a row, which nobody writes meanwhile, has exactly the bytes of `values`."""
+        self.settle()
+        return all(
+            part.read_rows(row, 1).tobytes() == values[name].astype(part.dtype, copy=False).tobytes()
+            for name, part in self.parts.items()
+        )
+
     def settle(self) -> None:
         """Wait until every row is there that was written before. For any number of threads."""
         for part in self.parts.values():
@@ -89,9 +98,9 @@ class TableMemory:
 
 
 def make_memory(
-    widths: dict[str, int], rows: int, provider: str, dtypes: Mapping[str, "np.dtype[Any]"] | None = None
+    widths: dict[str, int], rows: int, provider: str | Device, dtypes: Mapping[str, "np.dtype[Any]"] | None = None
 ) -> TableMemory:
-    """Zeroed memory for inputs of these `widths`, on the device of an execution provider.
+    """Zeroed memory for inputs of these `widths`, where a session of this provider or device runs.
 
     Args:
         dtypes: of the inputs; those that are not there are fp32.
@@ -99,9 +108,12 @@ def make_memory(
     Raises:
         QrloraError: it does not fit. ProviderError: CUDA is not there.
     """
-    kind = HostMemory if provider == "cpu" else CudaMemory
-    of = dtypes or {}
-    return TableMemory({name: kind(rows, width, of.get(name, FP32)) for name, width in widths.items()})
+    device, of = Device.of(provider), dtypes or {}
+
+    def make(width: int, dtype: "np.dtype[Any]") -> Memory:
+        return CudaMemory(rows, width, dtype, device.index) if device.on_gpu else HostMemory(rows, width, dtype)
+
+    return TableMemory({name: make(width, of.get(name, FP32)) for name, width in widths.items()})
 
 
 class HostMemory:
@@ -202,7 +214,7 @@ class CudaMemory:
 
     def staging(self, rows: int) -> np.ndarray:
         """Pinned memory."""
-        return pinned_bytes(rows * self._row_bytes).view(self.dtype).reshape(rows, self.width)
+        return pinned_bytes(rows * self._row_bytes, self.device).view(self.dtype).reshape(rows, self.width)
 
     def grown(self, rows: int) -> "CudaMemory":
         """A larger copy on the same GPU."""

@@ -64,6 +64,9 @@ def load_packed(session: SwitchableSession, path: Path, progress: Progress | Non
             or has more customers than the table may hold. QrloraError: the table cannot grow.
     """
     try:
+        # Before it is opened: a pipe would keep the reader waiting for ever.
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path} is no plain file")
         with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1, thread_name_prefix="packed-ids") as ids:
             header, expected, start = read_header(file, path)
             _check_bundle(header, path, session.manifest)

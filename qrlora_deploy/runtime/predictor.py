@@ -9,6 +9,7 @@ from qrlora_deploy.errors import InputError
 from qrlora_deploy.runtime.bucket_runner import make_runner
 from qrlora_deploy.runtime.buckets import Buckets
 from qrlora_deploy.runtime.bundle import Bundle, check_graph
+from qrlora_deploy.runtime.devices import Device
 from qrlora_deploy.runtime.session import open_session
 from qrlora_deploy.runtime.switchable import SwitchableSession
 from qrlora_deploy.runtime.tokenizing import TextEncoder, batches
@@ -34,7 +35,7 @@ class Predictor:
 
     Args:
         bundle: an open bundle, merged or switchable.
-        provider: "cpu", "cuda" or "tensorrt".
+        provider: "cpu", "cuda", "cuda:1" or "tensorrt", or a `Device` with options of its own.
         threads: threads within an operator.
         buckets: run in these shapes only; on CUDA as captured graphs.
         session: the customers of a switchable bundle; opened with defaults, and without any
@@ -50,7 +51,7 @@ class Predictor:
     def __init__(
         self,
         bundle: Bundle,
-        provider: str = "cpu",
+        provider: str | Device = "cpu",
         threads: int | None = None,
         buckets: Buckets | None = None,
         session: SwitchableSession | None = None,

@@ -1,27 +1,26 @@
 """Customers in a folder: read when they are asked for, and live soon after their file changes."""
 
-import hashlib
-import json
-import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from qrlora_deploy.coefficients import Coefficients
 from qrlora_deploy.errors import InputError, QrloraError
+from qrlora_deploy.runtime.backlog import Backlog
 from qrlora_deploy.runtime.customer_files import (
     SUFFIX,
     check_customer_id,
     customer_ids,
     customer_of,
     read_customer,
+    version_of,
 )
+from qrlora_deploy.runtime.forking import survive_forks
+from qrlora_deploy.runtime.polling import Signature, signature_of, status_of
+from qrlora_deploy.runtime.store_events import Report, StoreEvent, event_of, is_refusal, tell
 from qrlora_deploy.runtime.switchable import SwitchableSession
-from qrlora_deploy.runtime.table import TableFullError
 from qrlora_deploy.runtime.watching import FolderWatcher
 
 __all__ = ["CustomerStore", "StoreEvent", "check_customer_id"]
@@ -30,47 +29,26 @@ LOCKS = 64
 """Customers share this many locks: enough that two that are read at once rarely wait for each other."""
 
 SETTLE_S = 3.0
-"""A file that was read when it was younger is looked at again. Polling compares whole seconds, so a
-second change within one would not be seen."""
+"""Where files are compared, one that was read when it was younger is read once more. Some file systems keep
+whole seconds only, so a second change within one would not be seen."""
 
-Signature = tuple[int, ...]
-
-_log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class StoreEvent:
-    """What happened to a customer.
-
-    Attributes:
-        kind: "loaded": a version went live; "refused": its file is no customer of this bundle, and
-            what was loaded before goes on; "removed": its file was deleted; "failed": something
-            else went wrong and is tried again.
-        customer: the id; empty where it is about the folder.
-        message: one line.
-        digest: `Coefficients.digest` of what was loaded; else empty.
-    """
-
-    kind: Literal["loaded", "refused", "removed", "failed"]
-    customer: str
-    message: str
-    digest: str = ""
+BUSY_S = 1.0
+"""What is only compared with the table waits so long at most for a comparison of the folder's files."""
 
 
 @dataclass(frozen=True)
 class _Again:
-    """A file to look at again: when its signature changes, or at any rate where that is None."""
+    """A file to look at again: when its signature changes, or at any rate where that is None.
+
+    Attributes:
+        signature: the file's when it was read.
+        message: what was wrong with it; empty where nothing was.
+        after_s: look at it when `time.monotonic` says this, whatever its signature.
+    """
 
     signature: Signature | None
-    until: float = float("inf")
     message: str = ""
-
-
-def _version_of(coefficients: Coefficients) -> bytes:
-    """What a customer does and for which bundle: two files with the same are not told apart."""
-    it = coefficients
-    record = [it.digest, it.labels, it.basis_digest, it.base_digest, it.task]
-    return hashlib.sha256(json.dumps(record).encode()).digest()
+    after_s: float | None = None
 
 
 class CustomerStore:
@@ -82,7 +60,11 @@ class CustomerStore:
     that cannot be served is reported and what was loaded before goes on being served.
 
     A file may be a link within the folder; that its target was replaced is seen when something
-    changes in the folder itself.
+    changes in the folder itself, or when files are compared.
+
+    A changed file is read before anything else, however many there are to read. What is in the table
+    already is not published again, whoever published it. A store that was started goes on in a child
+    that is forked.
 
     Args:
         session: where the customers go.
@@ -92,14 +74,14 @@ class CustomerStore:
             network folders do not tell.
 
     Raises:
-        InputError: there is no such folder.
+        InputError: there is no such folder, or the session has a store or a `fetch` already.
     """
 
     def __init__(
         self,
         session: SwitchableSession,
         folder: Path,
-        report: Callable[[StoreEvent], None] | None = None,
+        report: Report | None = None,
         poll: bool = False,
     ) -> None:
         if not folder.is_dir():
@@ -109,12 +91,14 @@ class CustomerStore:
         self._report = report
         # A customer is read and published under its lock: what was read before a change can then
         # never be published after it.
-        self._locks = tuple(threading.Lock() for _ in range(LOCKS))
+        self._locks = _new_locks()
         self._read: dict[str, tuple[bytes, Signature | None]] = {}
         self._again: dict[str, _Again] = {}
         self._links: set[str] = set()
+        self._backlog = Backlog(self._refresh, self._catch_up, self._due, self._complain)
         self._watcher = FolderWatcher(self.folder, self._compare, self._follow, self._complain, poll)
-        session.fetch = self.fetch
+        self._take_over()
+        survive_forks(self)
 
     def __enter__(self) -> "CustomerStore":
         self.start()
@@ -122,6 +106,19 @@ class CustomerStore:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def before_fork(self) -> None:
+        """Nothing to do: who reads a file may take long, and the child reads it itself."""
+
+    def after_fork(self, in_child: bool) -> None:
+        """Begin anew in a forked child, to which no thread came along."""
+        if in_child:
+            was_running = self._watcher.running
+            self._locks = _new_locks()
+            self._backlog.reset()
+            self._watcher.reset()
+            if was_running:
+                self.start()
 
     def customers(self) -> list[str]:
         """Ids of all files in the folder, sorted; they are not read.
@@ -132,12 +129,26 @@ class CustomerStore:
         return sorted(customer_ids(self.folder))
 
     def start(self) -> None:
-        """Begin to watch. What changed since the customers in the table were read goes live too."""
+        """Begin to watch. What changed since the customers in the table were read goes live too.
+
+        Raises:
+            InputError: the session has another store by now.
+        """
+        self._take_over()
+        self._backlog.start()
         self._watcher.start()
 
     def close(self) -> None:
-        """Stop to watch; customers are still fetched when they are asked for."""
+        """Stop to watch and let go of the session; what is in its table stays there."""
         self._watcher.close()
+        self._backlog.close()
+        if self.session.fetch == self.fetch:
+            self.session.fetch = None
+
+    def _take_over(self) -> None:
+        if self.session.fetch not in (None, self.fetch):
+            raise InputError(f"{self.folder}: the session has a store or a `fetch` already; close that one first")
+        self.session.fetch = self.fetch
 
     def fetch(self, customer: str) -> None:
         """Bring a customer into the table, unless another request has just done so.
@@ -152,33 +163,36 @@ class CustomerStore:
                 event = None if customer in self.session.table else self._bring(customer)
         except QrloraError as error:
             if os.path.lexists(self._path(customer)):
-                self._tell(_event_of(customer, error))
+                self._tell(event_of(customer, error))
             raise
         self._tell(event)
 
     def _bring(self, customer: str) -> StoreEvent | None:
         """Read a customer and publish it where it does something new. Called under its lock."""
         path = self._path(customer)
-        signature = _signature(path)
+        status = status_of(path)
+        signature = signature_of(status)
         try:
             coefficients = read_customer(self.folder, customer)
-            version = _version_of(coefficients)
+            version = version_of(coefficients)
             known = self._read.get(customer)
-            event = None
-            if known is None or known[0] != version or customer not in self.session.table:
+            # What somebody else published, such as a packed file, is known by its content alone.
+            there = (known is None or known[0] == version) and self.session.holds(customer, coefficients)
+            if not there:
                 self.session.load(customer, coefficients)
-                event = StoreEvent("loaded", customer, f"{path} is live", coefficients.digest)
         except Exception as error:
-            refused = isinstance(error, InputError) and not isinstance(error, TableFullError)
             self._look_again(
-                customer, _Again(signature if refused else None, message=_event_of(customer, error).message)
+                customer, _Again(signature if is_refusal(error) else None, event_of(customer, error).message)
             )
             raise
-        self._read[customer] = (version, signature)
-        (self._links.add if path.is_symlink() else self._links.discard)(customer)
-        fresh = signature is not None and signature[0] > time.time_ns() - int(SETTLE_S * 1e9)
-        self._look_again(customer, _Again(signature, time.monotonic() + SETTLE_S) if fresh else None)
-        return event
+        linked = path.is_symlink()
+        (self._links.add if linked else self._links.discard)(customer)
+        if linked or known is not None or not there:
+            # Of millions that came from a packed file nothing is kept here.
+            self._read[customer] = (version, signature)
+        fresh = self._watcher.polls and status is not None and _changed_s(status) > time.time() - SETTLE_S
+        self._look_again(customer, _Again(signature, after_s=time.monotonic() + SETTLE_S) if fresh else None)
+        return None if there else StoreEvent("loaded", customer, f"{path} is live", coefficients.digest)
 
     def _look_again(self, customer: str, again: _Again | None) -> None:
         # Without a watcher nobody would look; `start` looks at everything.
@@ -213,65 +227,69 @@ class CustomerStore:
             with self._lock_of(customer):
                 event = self._update(customer)
         except Exception as error:
-            event = _event_of(customer, error)
+            event = event_of(customer, error)
             if before is not None and before.message == event.message:
                 return
         self._tell(event)
 
     def _follow(self, names: set[str]) -> None:
         customers = {name: customer_of(name) for name in names}
-        for customer in filter(None, customers.values()):
-            self._refresh(customer)
+        self._backlog.add(filter(None, customers.values()))
         if None in customers.values():
             # A folder of versions may have been swapped, to which customers' files are links.
-            for customer in list(self._links):
-                if (known := self._read.get(customer)) and known[1] != _signature(self._path(customer)):
-                    self._refresh(customer)
-
-        self._look_at_some_again()
+            self._backlog.add([customer for customer in list(self._links) if self._differs(customer)])
 
     def _complain(self, message: str) -> None:
         self._tell(StoreEvent("failed", "", f"{message}; what is loaded goes on being served"))
 
-    def _look_at_some_again(self) -> None:
+    def _due(self) -> list[str]:
+        """Customers to look at again by now."""
+        due = []
         for customer, again in list(self._again.items()):
-            now = _signature(self._path(customer))
-            # A deletion is told; a file that is missing here may be missing with its whole folder.
-            if now is not None and (again.signature is None or again.signature != now):
-                self._refresh(customer)
-            elif time.monotonic() > again.until:
-                with self._lock_of(customer):
-                    if self._again.get(customer) is again:
-                        del self._again[customer]
+            if again.after_s is not None:
+                now = time.monotonic() >= again.after_s
+            else:
+                signature = self._signature(customer)
+                # A deletion is told; a file that is missing here may be missing with its whole folder.
+                now = signature is not None and (again.signature is None or again.signature != signature)
+            if now:
+                due.append(customer)
+        return due
 
     def _compare(self, again: bool) -> None:
-        """Catch up with what changed while nobody watched."""
-        found = set(customer_ids(self.folder))
-        if again and self._read and not found:
+        """Catch up with what changed while nobody watched, when there is nothing else to do."""
+        if again and self._read and not any(True for _ in customer_ids(self.folder)):
             # More likely a folder that is not mounted than one whose customers have all gone.
             self._complain(f"{self.folder} is empty")
             return
-        for customer in found | self._read.keys():
-            if self._watcher.stopping:
-                return
-            known = self._read.get(customer)
-            if known is None and customer not in self.session.table:
-                continue
-            if known is None or known[1] is None or known[1] != _signature(self._path(customer)):
-                self._refresh(customer)
+        self._backlog.compare_later(self._all_customers())
+
+    def _all_customers(self) -> Iterator[str]:
+        """Those with a file, and then those that had one."""
+        try:
+            yield from customer_ids(self.folder)
+        except InputError:
+            # A folder that went away is the watcher's affair; it compares again when there is one.
+            if self.folder.is_dir():
+                raise
+            return
+        yield from list(self._read)
+
+    def _catch_up(self, customer: str) -> None:
+        self._watcher.rests.wait(BUSY_S)
+        if self._differs(customer) if customer in self._read else customer in self.session.table:
+            self._refresh(customer)
+
+    def _differs(self, customer: str) -> bool:
+        """Whether a customer's file is another one than was read."""
+        known = self._read.get(customer)
+        return known is not None and (known[1] is None or known[1] != self._signature(customer))
 
     def _tell(self, event: StoreEvent | None) -> None:
-        if event is None:
-            return
-        try:
-            if self._report is not None:
-                self._report(event)
-            else:
-                level = logging.INFO if event.kind in ("loaded", "removed") else logging.WARNING
-                _log.log(level, "%s %s: %s", event.kind, event.customer, event.message)
-        except Exception:
-            # Neither a request nor the watcher may end because somebody cannot be told.
-            _log.exception("the report of %r failed", event)
+        tell(self._report, event)
+
+    def _signature(self, customer: str) -> Signature | None:
+        return signature_of(status_of(self._path(customer)))
 
     def _path(self, customer: str) -> Path:
         return self.folder / f"{customer}{SUFFIX}"
@@ -280,19 +298,10 @@ class CustomerStore:
         return self._locks[hash(customer) % LOCKS]
 
 
-def _event_of(customer: str, error: Exception) -> StoreEvent:
-    message = " ".join(f"{error}".split()) or type(error).__name__
-    if isinstance(error, InputError) and not isinstance(error, TableFullError):
-        return StoreEvent("refused", customer, message)
-    return StoreEvent(
-        "failed", customer, message if isinstance(error, QrloraError) else f"{type(error).__name__}: {message}"
-    )
+def _new_locks() -> tuple[threading.Lock, ...]:
+    return tuple(threading.Lock() for _ in range(LOCKS))
 
 
-def _signature(path: Path) -> Signature | None:
-    """Time, size and identity of what a path leads to; None where there is nothing."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino, status.st_dev
+def _changed_s(status: os.stat_result) -> float:
+    """When a file was last changed or came to its place, in seconds since 1970."""
+    return max(status.st_mtime, status.st_ctime)

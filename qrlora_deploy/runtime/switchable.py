@@ -5,12 +5,15 @@ from pathlib import Path
 
 import numpy as np
 
-from qrlora_deploy.coefficients import Coefficients, read_coefficients
-from qrlora_deploy.errors import FileFormatError, InputError
+from qrlora_deploy.coefficients import Coefficients
+from qrlora_deploy.errors import FileFormatError, InputError, QrloraError
 from qrlora_deploy.runtime.bucket_runner import make_runner
 from qrlora_deploy.runtime.buckets import Buckets
 from qrlora_deploy.runtime.bundle import Bundle, check_graph
+from qrlora_deploy.runtime.customer_files import read_customer_file
+from qrlora_deploy.runtime.devices import Device
 from qrlora_deploy.runtime.fitting import check_customer_fits
+from qrlora_deploy.runtime.forking import survive_forks
 from qrlora_deploy.runtime.layout import BASE_HEAD_FILE, HEAD_TABLE, TABLE, HeadLayout, TableLayout, head_arrays
 from qrlora_deploy.runtime.memory import make_memory
 from qrlora_deploy.runtime.running import text_inputs
@@ -21,13 +24,17 @@ from qrlora_deploy.runtime.table import BASE_ROW, CoefficientTable, rows_of
 FETCH_ATTEMPTS = 8
 """Rounds of fetching customers for one batch, while others push them out of a full table again."""
 
+SHARED_LABELS = 4096
+"""Different labels of customers that are remembered, so that those who have the same ones share them."""
+
 
 class SwitchableSession:
     """A switchable bundle, open, and the customers that it serves. Safe for many threads.
 
     Args:
         bundle: an open bundle of the kind "switchable".
-        provider: "cpu", "cuda" or "tensorrt"; the table lies on that device.
+        provider: "cpu", "cuda", "cuda:1" or "tensorrt", or a `Device` with options of its own; the table
+            lies on that device.
         rows: rows of the table at the start; it doubles when it is full.
         max_rows: rows at most, with the base's; then the customer that was not used for longest
             gives way. None: no bound.
@@ -47,10 +54,12 @@ class SwitchableSession:
         QrloraError: the table does not fit the device.
     """
 
+    _lost = False
+
     def __init__(
         self,
         bundle: Bundle,
-        provider: str = "cpu",
+        provider: str | Device = "cpu",
         rows: int = 64,
         max_rows: int | None = None,
         threads: int | None = None,
@@ -63,6 +72,8 @@ class SwitchableSession:
         self.manifest = manifest
         self.layout = TableLayout([target.rank for target in manifest.targets], manifest.table_dtype)
         self.fetch: Callable[[str], Coefficients | None] | None = None
+        self._labels: dict[tuple[str, ...], tuple[str, ...]] = {}
+        self._on_gpu = Device.of(provider).on_gpu
         self.session = open_session(bundle.model, provider, threads, cuda_graph=buckets is not None)
         check_graph(self.session, bundle)
         self._text_inputs = text_inputs(manifest)
@@ -74,20 +85,42 @@ class SwitchableSession:
         nobody = {TABLE: np.zeros(self.layout.width, dtype=self.layout.dtype)}
         self.table.memory.write(BASE_ROW, nobody | ({} if self.base_head is None else {HEAD_TABLE: self.base_head}))
         self._runner = make_runner(self.session, manifest, provider, buckets, lambda: self.table.memory)
+        survive_forks(self)
+
+    def before_fork(self) -> None:
+        """Nothing to do: the table looks after itself."""
+
+    def after_fork(self, in_child: bool) -> None:
+        """CUDA does not live in a forked child; what touched it there might crash or wait for ever."""
+        self._lost = self._lost or (in_child and self._on_gpu)
 
     def load(self, customer: str, source: Path | Coefficients) -> None:
         """Make a coefficients file, or what was read from one, what `customer` is from now on.
 
-        Runs that are under way keep the version they began with.
+        Runs that are under way keep the version they began with. A file may be written to or cut at
+        the same time: it is copied before it is read.
 
         Raises:
-            InputError: the file is damaged or of another basis, base or task, or holds a number that
+            InputError: the file cannot be read, is damaged or of another basis, base or task, or holds a number that
                 the table cannot; the old version stays.
         """
-        coefficients = source if isinstance(source, Coefficients) else read_coefficients(source)
+        self._check_usable()
+        coefficients = source if isinstance(source, Coefficients) else read_customer_file(Path(source))
         place = f"{customer}" if isinstance(source, Coefficients) else f"{source}"
         check_customer_fits(coefficients, self.manifest, place)
-        self.table.publish(customer, self._row(coefficients, place), coefficients.labels)
+        self.table.publish(customer, self._row(coefficients, place), self._own_labels(coefficients))
+
+    def holds(self, customer: str, coefficients: Coefficients) -> bool:
+        """Whether `customer` is in the table with exactly these coefficients, head and labels.
+
+        Raises:
+            InputError: they fit another bundle, as for `load`.
+        """
+        if customer not in self.table:
+            return False
+        self._check_usable()
+        check_customer_fits(coefficients, self.manifest, customer)
+        return self.table.holds(customer, self._row(coefficients, customer), self._own_labels(coefficients))
 
     def unload(self, customer: str) -> bool:
         """Forget a customer; runs that hold it end undisturbed. False where there is none."""
@@ -112,7 +145,9 @@ class SwitchableSession:
 
         Raises:
             InputError: shapes do not fit, or a customer is not there.
+            QrloraError: the model fails, or this is a forked child of the session's process, on a GPU.
         """
+        self._check_usable()
         self._check_inputs(inputs, len(customers))
         held: dict[str | None, int] = {}
         try:
@@ -142,6 +177,10 @@ class SwitchableSession:
                 return
         raise InputError(f"the table of {self.table.max_rows} rows is too small for what runs at the same time")
 
+    def _check_usable(self) -> None:
+        if self._lost:
+            raise QrloraError("a session on a GPU cannot be used in a forked process; open it after the fork")
+
     def _check_inputs(self, inputs: dict[str, np.ndarray], rows: int) -> None:
         missing = [name for name in self._text_inputs if name not in inputs]
         if missing:
@@ -151,6 +190,14 @@ class SwitchableSession:
             raise InputError(f"{rows} customers need inputs of one shape [{rows}, length], not {sorted(shapes)}")
         if 0 in next(iter(shapes)):
             raise InputError("there is nothing to answer: the inputs are empty")
+
+    def _own_labels(self, coefficients: Coefficients) -> tuple[str, ...] | None:
+        """Labels that are not the base's; customers with the same ones share them."""
+        if coefficients.labels == self.manifest.labels:
+            return None
+        if len(self._labels) >= SHARED_LABELS:
+            self._labels = {}
+        return self._labels.setdefault(coefficients.labels, coefficients.labels)
 
     def _row(self, coefficients: Coefficients, place: str) -> dict[str, np.ndarray]:
         """The row of a customer that fits, by input; refuses a head or labels that do not."""

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from qrlora_deploy.errors import InputError
+from qrlora_deploy.runtime.blocks import Block, write_blocks
 from qrlora_deploy.runtime.directory import Bulk, Directory
+from qrlora_deploy.runtime.forking import survive_forks
 from qrlora_deploy.runtime.free_rows import FreeRows
 from qrlora_deploy.runtime.id_index import IdIndex
 from qrlora_deploy.runtime.memory import TableMemory
@@ -59,11 +61,26 @@ class CoefficientTable:
         self._lock = threading.Lock()
         # One writer at a time, so that a row is not lost while the memory grows.
         self._writing = threading.Lock()
+        # While a bulk takes the place of what is older.
+        self._flipping = threading.Lock()
         self._directory = Directory()
         self._holders: dict[int, int] = {}
         self._retired: set[int] = set()
         self._notes: dict[int, Any] = {}
         self._free = FreeRows(BASE_ROW + 1, rows)
+        survive_forks(self)
+
+    def before_fork(self) -> None:
+        """A forked child finds no half of a swap."""
+        self._writing.acquire()
+        self._lock.acquire()
+
+    def after_fork(self, in_child: bool) -> None:
+        """The locks are free again, in the child too."""
+        self._lock.release()
+        self._writing.release()
+        if in_child:
+            self._flipping = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._directory)
@@ -73,14 +90,29 @@ class CoefficientTable:
             return self._directory.find(customer) is not None
 
     def customers(self) -> list[str]:
-        """Names of the customers that have a row: a new text for each."""
-        with self._lock:
-            return self._directory.customers()
+        """Names of the customers that have a row: a new text for each. Runs go on meanwhile."""
+        with self._flipping, self._lock:
+            # Runs wait for a look in here, not for millions of names.
+            names = self._directory.names()
+        return list(names)
 
     @property
     def index_bytes(self) -> int:
         """Memory of the host by which the customers of bulks are found."""
         return sum(bulk.size_bytes for bulk in self._directory.bulks)
+
+    def holds(self, customer: str, values: dict[str, np.ndarray], note: Any = None) -> bool:
+        """Whether `customer` has a row with exactly the bytes of `values`, and this note. It does not count as use."""
+        with self._lock:
+            row = self._directory.find(customer)
+            if row is None or self._notes.get(row) != note:
+                return False
+            self._holders[row] = self._holders.get(row, 0) + 1
+            memory = self.memory
+        try:
+            return memory.holds(row, values)
+        finally:
+            self.release([row])
 
     def publish(self, customer: str, values: dict[str, np.ndarray], note: Any = None) -> None:
         """Make `values`, a row `[width]` per input, what `customer` is from now on.
@@ -139,7 +171,7 @@ class CoefficientTable:
         """
         rows = self._take_rows(count)
         try:
-            self._write_blocks(rows, blocks)
+            write_blocks(rows, blocks, self._write_parts)
             found = index()
             if len(found) != count:
                 raise InputError(f"there are {len(found)} names for {count} customers")
@@ -148,11 +180,12 @@ class CoefficientTable:
             with self._lock:
                 self._free.give_back_many(rows)
             raise
-        with self._lock:
-            if note is not None:
-                self._notes.update(dict.fromkeys(rows.tolist(), note))
-            older, names = self._directory.add(bulk), self._directory.entries()
-        self._supersede(bulk, older, names)
+        with self._flipping:
+            with self._lock:
+                if note is not None:
+                    self._notes.update(dict.fromkeys(rows.tolist(), note))
+                older, names = self._directory.add(bulk), self._directory.entries()
+            self._supersede(bulk, older, names)
 
     def remove(self, customer: str) -> bool:
         """Take a customer out; runs that hold it are not disturbed. False where there is none."""
@@ -272,27 +305,12 @@ class CoefficientTable:
             self.memory = larger
             self._free.add_range(rows)
 
-    def _write_blocks(self, rows: np.ndarray, blocks: Iterable[dict[str, np.ndarray]]) -> None:
-        done = 0
-        for block in blocks:
-            count = len(next(iter(block.values())))
-            if any(len(values) != count for values in block.values()):
-                raise InputError("a block has another number of rows for every input")
-            if count == 0:
-                continue
-            numbers = rows[done : done + count]
-            if len(numbers) < count:
-                raise InputError(f"there are more rows than the {len(rows)} customers")
-            breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
-            # Per block, so that other writers wait for a few megabytes only. The memory may have
-            # grown since the last one: what was written is in the new one too.
-            with self._writing:
-                for first, last in zip((0, *breaks), (*breaks, count), strict=True):
-                    part = {name: values[first:last] for name, values in block.items()}
-                    self.memory.write_rows(int(numbers[first]), part)
-            done += count
-        if done < len(rows):
-            raise InputError(f"there are {done} rows for {len(rows)} customers")
+    def _write_parts(self, parts: list[tuple[int, Block]]) -> None:
+        # Per block, so that other writers wait for a few megabytes only. The memory may have grown
+        # since the last one: what was written is in the new one too.
+        with self._writing:
+            for first, part in parts:
+                self.memory.write_rows(first, part)
 
     def _evict(self) -> int:
         row = self._directory.give_way(self._holders)

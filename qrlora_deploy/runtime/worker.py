@@ -6,6 +6,8 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from qrlora_deploy.runtime.forking import survive_forks
+
 
 class Worker:
     """A thread that calls what it is given, in order; it ends when nobody refers to this any more.
@@ -14,9 +16,21 @@ class Worker:
     """
 
     def __init__(self) -> None:
+        self._start()
+        survive_forks(self)
+
+    def _start(self) -> None:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         threading.Thread(target=_serve, args=(self._jobs,), name="bucket-runner", daemon=True).start()
         weakref.finalize(self, self._jobs.put, None).atexit = False
+
+    def before_fork(self) -> None:
+        """Nothing to do: calls that are under way go on in the parent."""
+
+    def after_fork(self, in_child: bool) -> None:
+        """A forked child has no other thread than the one that forked; it gets a new one."""
+        if in_child:
+            self._start()
 
     def call(self, work: Callable[[], Any]) -> Any:
         """Call `work` in the thread and wait; gives back, or raises, what it does."""

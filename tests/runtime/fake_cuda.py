@@ -7,7 +7,7 @@ import pytest
 
 from qrlora_deploy.runtime import cuda
 
-INVALID, OUT_OF_MEMORY, CAPTURE_UNSAFE = 1, 2, 900
+INVALID, OUT_OF_MEMORY, NO_DEVICE, CAPTURE_UNSAFE = 1, 2, 100, 900
 GLOBAL_MODE = 0
 
 
@@ -22,10 +22,13 @@ class FakeCuda:
         calls: names of the functions that were called, in order.
         arrived: copies that are there.
         limit_bytes: of one allocation.
+        devices: how many GPUs there are.
+        used: numbers of those that were used.
     """
 
     def __init__(self, queries: int = 2, limit_bytes: int = 2**30) -> None:
         self.queries, self.limit_bytes = queries, limit_bytes
+        self.devices, self.used = 1, set[int]()
         self.calls: list[str] = []
         self.arrived = 0
         self.mode = GLOBAL_MODE
@@ -60,7 +63,12 @@ class FakeCuda:
         return 0
 
     def _setdevice(self, device: int) -> int:
-        return 0
+        self.used.add(device)
+        return 0 if device < self.devices else INVALID
+
+    def _getdevicecount(self, count: Any) -> int:
+        count._obj.value = self.devices
+        return 0 if self.devices else NO_DEVICE
 
     def _streamcreatewithflags(self, stream: Any, flags: int) -> int:
         return self._allocate(stream, 8)

@@ -151,5 +151,5 @@ def test_a_bulk_gives_each_row_once() -> None:
     assert bulk.row_of("c") == 9 and bulk.row_of("x") is None
     assert bulk.take_out("b") == 8 and bulk.take_out("b") is None and bulk.take_out("x") is None
     assert bulk.take_out_first() == 7 and bulk.take_out_many(np.array([1, 3])) == [12]
-    assert bulk.live == 1 and list(bulk.customers()) == ["c"]
+    assert bulk.live == 1 and list(bulk.names()) == ["c"]
     assert bulk.take_out_first() == 9 and bulk.take_out_first() is None and bulk.live == 0

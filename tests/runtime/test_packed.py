@@ -1,6 +1,7 @@
 """Packed customers: round trip, every change refused, and the bulk into a table that is in use."""
 
 import json
+import os
 import struct
 import threading
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from qrlora_deploy.errors import BasisMismatchError, FileFormatError, InputError
 from qrlora_deploy.runtime import packed as packed_module
 from qrlora_deploy.runtime import packed_header
 from qrlora_deploy.runtime.bundle import Manifest, open_bundle
+from qrlora_deploy.runtime.id_index import IdIndex
 from qrlora_deploy.runtime.layout import TABLE, TableLayout
 from qrlora_deploy.runtime.memory import HostMemory, make_memory
 from qrlora_deploy.runtime.packed import load_packed
@@ -417,3 +419,29 @@ def test_the_format_is_pinned(session: SwitchableSession, sample: Path) -> None:
         and record["format"] == "qrlora-packed"
         and record["format_version"] == 2
     )
+
+
+def test_names_are_listed_while_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list of millions takes seconds; the table's lock is free meanwhile, and changes do not reach it."""
+    table = new_table(rows=16)
+    table.publish("z", {TABLE: np.zeros(WIDTH, np.float32)})
+    table.publish_many(["a", "b", "c"], [block(1, 2, 3)])
+    name, listed = IdIndex.name, []
+
+    def looks(index: IdIndex, place: int) -> str:
+        assert not table._lock.locked() and not table._writing.locked() and not table._flipping.locked()
+        if not listed:
+            table.remove("c")
+            table.publish("b", {TABLE: np.zeros(WIDTH, np.float32)})
+        listed.append(place)
+        return name(index, place)
+
+    monkeypatch.setattr(IdIndex, "name", looks)
+    assert table.customers() == ["z", "a", "b", "c"]
+    assert table.customers() == ["z", "b", "a"]
+
+
+def test_a_pipe_is_no_packed_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="pipe is no plain file"):
+        load_packed(None, tmp_path / "pipe")  # type: ignore[arg-type]
