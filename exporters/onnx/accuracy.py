@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from exporters.onnx.graph import input_names, longest_input
+from exporters.onnx.graph import input_names
+from qrlora_deploy.capacity import max_tokens
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.runtime.layout import SLOT
 from qrlora_deploy.runtime.parity import run_logits
@@ -101,7 +102,7 @@ def answer_in_pytorch(
         labels: of the model, in the order of its logits; all of the examples' are among them.
     """
     index = {label: position for position, label in enumerate(labels)}
-    names, length = input_names(model, tokenizer), longest_input(model, tokenizer)
+    names, length = input_names(model, tokenizer), max_tokens(model, tokenizer)
     batches, targets, right = [], [], 0
     for start in range(0, len(examples), BATCH):
         rows = slice(start, start + BATCH)

@@ -15,6 +15,7 @@ from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, Trai
 from transformers.trainer_callback import PrinterCallback
 
 from qrlora_deploy.adapter import QRLoRALinear
+from qrlora_deploy.capacity import max_tokens
 from qrlora_deploy.checkpoint import Checkpoint
 from qrlora_deploy.errors import InputError, QrloraError
 from qrlora_deploy.training.data import Examples
@@ -158,8 +159,7 @@ def load_tokenizer(checkpoint: Checkpoint, model: Any, max_length: int) -> Any:
         InputError: there is none, it cannot pad, or `max_length` is more than the base can take.
     """
     tokenizer = checkpoint.tokenizer()
-    limits = (tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None))
-    limit = min(value for value in limits if value)
+    limit = max_tokens(model, tokenizer)
     if max_length > limit:
         raise InputError(f"--max-length {max_length} is more than the {limit} tokens that {checkpoint.name} takes")
     if tokenizer.pad_token is None:
