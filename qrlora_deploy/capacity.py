@@ -28,13 +28,13 @@ def max_tokens(model: Any, tokenizer: Any) -> int:
     return int(min(known, default=UNKNOWN_MAX_TOKENS))
 
 
-def _positions(model: Any) -> Any:
-    positions = getattr(model.config, "max_position_embeddings", None)
+def _positions(model: Any) -> float | None:
+    positions: Any = getattr(model.config, "max_position_embeddings", None)
     if not _is_limit(positions):
         return None
     tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
     used = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
-    return max(1, positions - max(used, default=0))
+    return max(1.0, positions - max(used, default=0))
 
 
 def _is_limit(value: Any) -> bool:

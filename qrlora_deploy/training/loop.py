@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-import transformers
 from torch import nn
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -231,17 +230,6 @@ def halve_frozen(model: nn.Module, branch: type[nn.Module] = QRLoRALinear) -> No
             module.to(torch.bfloat16)
         elif isinstance(module, branch):
             module.q, module.r = module.q.bfloat16(), module.r.bfloat16()
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence remarks on newly initialised heads, which are meant here."""
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(before)
 
 
 @contextmanager
