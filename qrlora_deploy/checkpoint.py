@@ -13,7 +13,7 @@ from torch import nn
 
 from qrlora_deploy.basis import Basis
 from qrlora_deploy.completeness import is_head
-from qrlora_deploy.errors import BasisMismatchError, InputError, first_line
+from qrlora_deploy.errors import BasisMismatchError, InputError, first_line, library_errors
 from qrlora_deploy.loading import check_whole, load_weights, make_skeleton
 from qrlora_deploy.model_config import (
     CLASSIFIER,
@@ -137,11 +137,7 @@ class Checkpoint:
         self._check_complete  # noqa: B018 - once
 
     def check_plain(self) -> None:
-        """Make sure that the weights are numbers and not codes.
-
-        Raises:
-            InputError: config.json says that they are quantised.
-        """
+        """Refuse a base whose config.json says that it is quantised, by an InputError."""
         if getattr(self.config, "quantization_config", None):
             raise InputError(
                 f"{self.name} is quantised: {self.folder}/config.json has a quantization_config; take the "
@@ -263,7 +259,9 @@ def open_checkpoint(name: str) -> Checkpoint:
     except OSError as error:
         raise InputError(f"{name[:80]} is no name of a checkpoint: {error.strerror}") from error
     if is_folder:
-        if not (folder / "config.json").is_file():
+        with library_errors(f"{folder} cannot be read", InputError):
+            has_config = (folder / CONFIG).is_file()
+        if not has_config:
             raise InputError(f"{name} is not a checkpoint: it holds no config.json")
         return Checkpoint(folder, name)
     if name.count("/") > 1 or name.startswith((".", "/")) or folder.is_file():

@@ -13,7 +13,7 @@ from qrlora_deploy.checkpoint import Checkpoint
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.files import write_json
 from qrlora_deploy.provenance import FILE_NAME
-from qrlora_deploy.weight_files import used_index
+from qrlora_deploy.weight_files import check_readable, used_index
 
 SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".bpe", ".spm")
 """What a tokenizer and a configuration are made of. Weights in other formats would hold the base,
@@ -29,6 +29,7 @@ def copy_side_files(checkpoint: Checkpoint, folder: Path) -> None:
         legal = path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
         wanted = (path.suffix in SIDE_SUFFIXES and not weights_index and path.name != FILE_NAME) or legal
         if path.is_file() and wanted and not path.name.startswith("."):
+            check_readable(path)
             shutil.copyfile(path, folder / path.name)
 
 

@@ -284,3 +284,20 @@ def test_a_file_that_cannot_be_read_says_why(tiny_base: Path, tmp_path: Path, mo
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(InputError, match=r"model\.safetensors cannot be read: Permission denied"):
         base.digest  # noqa: B018
+
+
+def test_a_side_file_that_cannot_be_read_is_no_failed_write(
+    tiny_base: Path, tiny_basis: Basis, tiny_customer: Coefficients, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = rewritten(tiny_base, tmp_path / "base", same)
+    whole = Path.open
+
+    def refuse(self: Path, *args: object, **kwargs: object) -> object:
+        if self == base.folder / "tokenizer_config.json":
+            raise PermissionError(13, "Permission denied")
+        return whole(self, *args, **kwargs)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(InputError, match=r"tokenizer_config\.json cannot be read: Permission denied"):
+        merge(base, tiny_basis, tiny_customer, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
