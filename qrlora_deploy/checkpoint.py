@@ -1,7 +1,7 @@
 """A base model on disk: its config, its tensors one at a time, and their digests."""
 
 import hashlib
-import json
+from collections.abc import Container
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,14 +9,24 @@ from typing import Any
 
 import safetensors
 import torch
-import transformers
 from torch import nn
 
 from qrlora_deploy.basis import Basis
-from qrlora_deploy.errors import BasisMismatchError, FileFormatError, InputError, first_line
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+from qrlora_deploy.completeness import is_head
+from qrlora_deploy.errors import BasisMismatchError, InputError, first_line, library_errors
+from qrlora_deploy.loading import check_whole, load_weights, make_skeleton
+from qrlora_deploy.model_config import (
+    CLASSIFIER,
+    CONFIG,
+    MULTI_LABEL,
+    classifier_class,
+    is_encoder,
+    load_config,
+    model_class,
+)
+from qrlora_deploy.output_names import output_names
+from qrlora_deploy.tokenizer_files import read_tokenizer
+from qrlora_deploy.weight_files import StoredTensor, read_headers, weight_files
 
 
 @dataclass(frozen=True)
@@ -34,96 +44,167 @@ class Checkpoint:
     @cached_property
     def config(self) -> Any:
         """The transformers config."""
-        try:
-            return transformers.AutoConfig.from_pretrained(self.folder)
-        except (OSError, ValueError, KeyError) as error:
-            raise FileFormatError(f"{self.folder}/config.json cannot be used: {first_line(error)}") from error
+        return load_config(self.folder)
+
+    @cached_property
+    def model_class(self) -> Any:
+        """The class of the model, as its config names it."""
+        return model_class(self.folder, self.config)
+
+    def classifier(self) -> Any:
+        """The class of transformers' text classifier for this config.
+
+        Raises:
+            InputError: there is none, as for audio and images.
+        """
+        found = classifier_class(self.config)
+        if found is None:
+            raise InputError(
+                f"{self.name} cannot become a text classifier: transformers has none of model type "
+                f"{self.config.model_type!r}, so it cannot be a base"
+            )
+        return found
 
     @property
     def architecture(self) -> str:
         """Class name of the model, such as `BertForSequenceClassification`."""
-        names = getattr(self.config, "architectures", None) or [""]
-        if not hasattr(transformers, names[0]) or not names[0]:
-            raise InputError(f"{self.folder}/config.json: transformers has no architecture {names[0]!r}")
-        return str(names[0])
+        return str(self.model_class.__name__)
 
     @property
     def has_task_head(self) -> bool:
         """Whether the checkpoint can classify or regress as it is."""
-        return self.architecture.endswith("ForSequenceClassification")
+        return self.architecture.endswith(CLASSIFIER)
 
-    def require_task_head(self) -> None:
-        """Make sure that there is a task head.
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the outputs."""
+        return output_names(self.folder / CONFIG, self.config.id2label)
+
+    @property
+    def task(self) -> str:
+        """The task of the head.
 
         Raises:
-            InputError: there is none; the message says how to give it one.
+            InputError: there is none, or another one than is supported.
         """
+        self.require_task_head()
+        return "text-regression" if self._regresses else "text-classification"
+
+    @property
+    def _regresses(self) -> bool:
+        return self.config.problem_type == "regression" or len(self.labels) == 1
+
+    def require_task_head(self) -> None:
+        """Make sure that there is a task head, and one that is supported.
+
+        Raises:
+            InputError: there is none, with the way to one, or it has several labels a text or several numbers.
+        """
+        self._check_kind()
         if not self.has_task_head:
             raise InputError(
                 f"{self.name} is a {self.architecture} without a task head; give it one with `warmup` first"
             )
 
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Names of the outputs."""
-        names = self.config.id2label
-        return tuple(str(names[index]) for index in range(self.config.num_labels))
+    def check_base(self) -> None:
+        """Make sure that a basis of these weights can be used: a text classifier, or an encoder that can become one.
 
-    @property
-    def task(self) -> str:
-        """The task of the head."""
-        regression = self.config.problem_type == "regression" or self.config.num_labels == 1
-        return "text-regression" if regression else "text-classification"
+        Raises:
+            InputError: it is neither, it is quantised, or tensors are missing or have other shapes.
+        """
+        self._check_kind()
+        if not self.has_task_head and not is_encoder(self.architecture):
+            raise InputError(
+                f"{self.name} is a {self.architecture}, whose head is for another task; give it a task head with "
+                f"`warmup` first and factorize the result"
+            )
+        self.check_usable()
+
+    def _check_kind(self) -> None:
+        self.classifier()
+        if self.has_task_head and self.config.problem_type == MULTI_LABEL:
+            raise InputError(f"{self.name} has a multi-label head, which is not supported")
+        if self.has_task_head and self._regresses and len(self.labels) != 1:
+            raise InputError(f"{self.name} predicts {len(self.labels)} numbers; one is supported")
+
+    def check_usable(self) -> None:
+        """Make sure that the files hold the model that the config describes: nothing is made up when it is loaded.
+
+        Raises:
+            InputError: the base is quantised, or tensors are missing or have other shapes; they are named.
+        """
+        self.check_plain()
+        self._check_complete  # noqa: B018 - once
+
+    def check_plain(self) -> None:
+        """Refuse a base whose config.json says that it is quantised, by an InputError."""
+        if getattr(self.config, "quantization_config", None):
+            raise InputError(
+                f"{self.name} is quantised: {self.folder}/config.json has a quantization_config; take the "
+                f"unquantised base, and quantise the merged result"
+            )
 
     @cached_property
+    def _check_complete(self) -> None:
+        model = self.skeleton()
+        # Nobody uses another head than a classifier's, and encoders are often saved without their pooler.
+        unused = [] if self.has_task_head else [name for name in model.state_dict() if is_head(model, name)]
+        self.check_holds(model, unused)
+
+    def check_holds(self, model: Any, meant: Container[str] = ()) -> None:
+        """Make sure that the files hold every tensor of a model, by their headers.
+
+        Args:
+            model: on the meta device, of this config.
+            meant: tensors that may be missing or have other shapes.
+
+        Raises:
+            InputError: others are missing or have other shapes; they are named.
+        """
+        check_whole(self.name, self.folder, model, self.stored, meant)
+
+    @cached_property
+    def stored(self) -> dict[str, StoredTensor]:
+        """What the headers say of every tensor, by its name."""
+        return read_headers(self.shards)
+
+    @property
     def tensor_files(self) -> dict[str, Path]:
         """The file of every tensor, by tensor name."""
-        files = {}
-        for shard in self.shards:
-            try:
-                with safetensors.safe_open(shard, framework="pt") as file:
-                    files.update(dict.fromkeys(file.keys(), shard))
-            except (safetensors.SafetensorError, OSError) as error:
-                raise FileFormatError(f"{shard} is not a complete safetensors file: {error}") from error
-        return files
+        return {name: tensor.file for name, tensor in self.stored.items()}
 
     @cached_property
     def shards(self) -> list[Path]:
-        """The safetensors files, in order of their names.
-
-        Raises:
-            InputError: there are none, or a shard of the index is missing or outside the folder.
-        """
-        index = self.folder / INDEX
-        if not index.is_file():
-            if not (self.folder / SINGLE).is_file():
-                raise InputError(f"{self.folder} holds no {SINGLE}; only safetensors checkpoints are read")
-            return [self.folder / SINGLE]
-        try:
-            names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise FileFormatError(f"{index} is damaged: {error}") from error
-        wrong = [name for name in names if Path(name).name != name or not (self.folder / name).is_file()]
-        if wrong:
-            raise InputError(f"{index} names files that are not there: {', '.join(wrong)}")
-        return [self.folder / name for name in names]
+        """The safetensors files, in order of their names, as `weight_files` chooses them."""
+        return weight_files(self.folder)
 
     def read(self, tensor: str) -> torch.Tensor:
         """One tensor as it is stored."""
-        with safetensors.safe_open(self.tensor_files[tensor], framework="pt") as file:
+        with safetensors.safe_open(self.stored[tensor].file, framework="pt") as file:
             return file.get_tensor(tensor)
 
-    def tensor_of(self, module_path: str) -> str:
+    def tensor_of(self, module_path: str, model: Any = None) -> str:
         """Name of the weight tensor of a layer, whether or not the files use the model's prefix.
+
+        Args:
+            module_path: of the layer.
+            model: that has it; None: the checkpoint's own.
 
         Raises:
             InputError: the checkpoint has no such tensor.
         """
-        prefix = self.skeleton().base_model_prefix
+        model = self.skeleton() if model is None else model
+        prefix = model.base_model_prefix
         bare = module_path.removeprefix(f"{prefix}.")
         for name in (f"{module_path}.weight", f"{bare}.weight", f"{prefix}.{bare}.weight"):
-            if name in self.tensor_files:
+            if name in self.stored:
                 return name
+        if any(name in (module_path, bare, f"{prefix}.{bare}") for name, _module in model.named_modules()):
+            self.check_holds(model)  # names what is missing, if anything is
+            raise InputError(
+                f"{self.folder}: the weight of {module_path} is stored under other names, which transformers converts "
+                f"when it loads them; such a base is not supported"
+            )
         raise InputError(f"{self.folder} holds no weight for the layer {module_path}")
 
     def tensor_digest(self, tensor: str) -> str:
@@ -145,30 +226,24 @@ class Checkpoint:
 
     @cached_property
     def _skeleton(self) -> nn.Module:
-        with torch.device("meta"):
-            return getattr(transformers, self.architecture)(self.config)
+        made: nn.Module = make_skeleton(self.folder, self.config, self.model_class)
+        return made
 
     def load_model(self, **options: Any) -> Any:
-        """The model in evaluation mode, fp32 on the CPU unless `options` of `from_pretrained` differ."""
-        model_class = getattr(transformers, self.architecture)
-        model = model_class.from_pretrained(self.folder, **{"dtype": torch.float32} | options)
-        return model.eval()
+        """The model in evaluation mode, fp32 on the CPU unless `options` differ.
 
-    def tokenizer(self) -> Any:
-        """The tokenizer saved with the model.
+        Args:
+            options: of `from_pretrained`, or fields of the config.
 
         Raises:
-            InputError: there is none.
+            InputError: the base is quantised, or tensors are missing or have other shapes.
         """
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self.folder} holds no usable tokenizer: {first_line(error)}") from error
-        # transformers 5 makes a tokenizer without any word where the files are missing.
-        files = sorted({"tokenizer.json", *tokenizer.vocab_files_names.values()})
-        if tokenizer.vocab_files_names and not any((self.folder / name).is_file() for name in files):
-            raise InputError(f"{self.folder} holds no usable tokenizer: none of {', '.join(files)} is there")
-        return tokenizer
+        self.check_usable()
+        return load_weights(self.folder, self.config, self.model_class, **options)
+
+    def tokenizer(self) -> Any:
+        """The tokenizer saved with the model, as `read_tokenizer` reads it."""
+        return read_tokenizer(self.folder)
 
 
 def open_checkpoint(name: str) -> Checkpoint:
@@ -184,7 +259,9 @@ def open_checkpoint(name: str) -> Checkpoint:
     except OSError as error:
         raise InputError(f"{name[:80]} is no name of a checkpoint: {error.strerror}") from error
     if is_folder:
-        if not (folder / "config.json").is_file():
+        with library_errors(f"{folder} cannot be read", InputError):
+            has_config = (folder / CONFIG).is_file()
+        if not has_config:
             raise InputError(f"{name} is not a checkpoint: it holds no config.json")
         return Checkpoint(folder, name)
     if name.count("/") > 1 or name.startswith((".", "/")) or folder.is_file():
@@ -205,8 +282,9 @@ def check_basis_fits(checkpoint: Checkpoint, basis: Basis) -> None:
 
     Raises:
         BasisMismatchError: some weights differ; all of them are counted, the first ones named.
-        InputError: the checkpoint has no such layer.
+        InputError: the checkpoint has no such layer, or is not usable as it is.
     """
+    checkpoint.check_usable()
     wrong = [
         target.name
         for target in basis.targets

@@ -42,7 +42,9 @@ class CheckFailed(QrloraError):
 
 def first_line(error: BaseException) -> str:
     """What another library's exception says, on one line; its kind where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    first, *more = (str(error).strip() or type(error).__name__).splitlines()
+    # Some name the field on the first line, and what is wrong with it on the second.
+    return f"{first} {more[0].strip()}" if more and first.endswith(":") else first
 
 
 @contextmanager

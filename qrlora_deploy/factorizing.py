@@ -38,13 +38,15 @@ def factorize(
         progress: called with (description, done, total) after each weight.
 
     Raises:
-        InputError: a layer is missing, or its weight is not a finite floating-point matrix.
+        InputError: the base is none of the supported kind or is not whole, a layer is missing, or its weight is
+            not a finite floating-point matrix.
         ProviderError: CUDA was asked for where there is none.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ProviderError("--device cuda was asked for, but PyTorch finds no CUDA device; use --device cpu")
     if device not in ("cpu", "cuda"):
         raise InputError(f"--device must be cpu or cuda, not {device}")
+    checkpoint.check_base()
     done: dict[str, BasisTarget] = {}
     for name, q, r, diagonal in _results(checkpoint, names, rule, device):
         digest = checkpoint.tensor_digest(checkpoint.tensor_of(name))

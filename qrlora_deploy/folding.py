@@ -16,7 +16,7 @@ from qrlora_deploy.checkpoint import Checkpoint, check_basis_fits
 from qrlora_deploy.coefficients import Coefficients
 from qrlora_deploy.errors import BasisMismatchError, InputError, QrloraError
 from qrlora_deploy.factorization import update
-from qrlora_deploy.provenance import FILE_NAME, read_config
+from qrlora_deploy.provenance import FILE_NAME
 from qrlora_deploy.targets import is_conv1d
 
 STORED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -100,14 +100,13 @@ def plan_folds(checkpoint: Checkpoint, basis: Basis, coefficients: Coefficients,
         model: loaded from `checkpoint`, or its skeleton.
 
     Raises:
-        InputError: the base is quantised or merged already, or a target is missing or shares its
-            weight with another layer.
+        InputError: the base is quantised, incomplete or merged already, or no classifier, or a target is
+            missing or shares its weight with another layer.
         BasisMismatchError: base, basis and coefficients do not belong together.
     """
     if (checkpoint.folder / FILE_NAME).is_file():
         raise InputError(f"{checkpoint.name} is merged already; merge into its base, or unmerge it first")
-    if read_config(checkpoint.folder).get("quantization_config"):
-        raise InputError(f"{checkpoint.name} is quantised; merge into the unquantised base and quantise the result")
+    checkpoint.require_task_head()
     coefficients.check_fits(basis)
     _check_not_shared(checkpoint, basis, model)
     check_basis_fits(checkpoint, basis)

@@ -227,7 +227,9 @@ def unmerge(
     check_free_folder(output)
     provenance = read_provenance(merged.folder)
     _check_merged_from(merged, basis, coefficients, provenance)
+    merged.check_usable()
     if base is not None:
+        base.check_usable()
         if base.digest != provenance.base_digest:
             raise BasisMismatchError(
                 f"{base.name} ({base.digest[:12]}…) is not the base of {merged.name} ({provenance.base_digest[:12]}…)"

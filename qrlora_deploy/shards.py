@@ -13,8 +13,7 @@ from qrlora_deploy.checkpoint import Checkpoint
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.files import write_json
 from qrlora_deploy.provenance import FILE_NAME
-
-INDEX_NAME = "model.safetensors.index.json"
+from qrlora_deploy.weight_files import check_readable, used_index
 
 SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".bpe", ".spm")
 """What a tokenizer and a configuration are made of. Weights in other formats would hold the base,
@@ -30,6 +29,7 @@ def copy_side_files(checkpoint: Checkpoint, folder: Path) -> None:
         legal = path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
         wanted = (path.suffix in SIDE_SUFFIXES and not weights_index and path.name != FILE_NAME) or legal
         if path.is_file() and wanted and not path.name.startswith("."):
+            check_readable(path)
             shutil.copyfile(path, folder / path.name)
 
 
@@ -39,9 +39,9 @@ def copy_weights(checkpoint: Checkpoint, folder: Path, progress: Progress | None
         if progress:
             progress("copying weights", done, len(checkpoint.shards))
         shutil.copyfile(shard, folder / shard.name)
-    index = checkpoint.folder / INDEX_NAME
-    if index.is_file():
-        shutil.copyfile(index, folder / INDEX_NAME)
+    index = used_index(checkpoint.folder)
+    if index is not None:
+        shutil.copyfile(index, folder / index.name)
     if progress:
         progress("copying weights", len(checkpoint.shards), len(checkpoint.shards))
 
@@ -78,11 +78,12 @@ def rewrite_shards(
 
 
 def _write_index(checkpoint: Checkpoint, folder: Path, size_bytes: int, parameters: int) -> None:
-    source = checkpoint.folder / INDEX_NAME
-    if not source.is_file():
+    source = used_index(checkpoint.folder)
+    if source is None:
         return
     index = json.loads(source.read_text(encoding="utf-8"))
     sizes = {"total_size": size_bytes, "total_parameters": parameters}
-    known = index.get("metadata") or {}
+    known = index.get("metadata")
+    known = known if isinstance(known, dict) else {}
     index["metadata"] = known | {key: value for key, value in sizes.items() if key in known}
-    write_json(folder / INDEX_NAME, index)
+    write_json(folder / source.name, index)

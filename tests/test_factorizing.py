@@ -13,12 +13,13 @@ from transformers import GPT2Config, GPT2Model
 
 from qrlora_deploy.adapter import attach
 from qrlora_deploy.basis import Basis, read_basis, write_basis
-from qrlora_deploy.checkpoint import SINGLE, Checkpoint, check_basis_fits, open_checkpoint
+from qrlora_deploy.checkpoint import Checkpoint, check_basis_fits, open_checkpoint
 from qrlora_deploy.errors import BasisMismatchError, InputError, ProviderError
 from qrlora_deploy.factorization import factorize_weight, update
 from qrlora_deploy.factorizing import factorize, read_weight
 from qrlora_deploy.rank_rule import RankRule
 from qrlora_deploy.targets import choose_targets
+from qrlora_deploy.weight_files import SINGLE
 from tests.tolerances import BASIS_FP32
 
 FULL: dict[str, float] = {"rtol": 0.0, "atol": 2e-6}
@@ -114,7 +115,7 @@ def test_the_basis_of_other_weights_is_refused(bert: Checkpoint, tiny_basis: Bas
         (lambda weight: weight.fill_(float("nan")), "layer.1.attention.self.value: the weight holds NaN or Inf"),
         (lambda weight: weight.to(torch.int8), "is stored as torch.int8"),
         (lambda weight: weight.to(torch.float8_e4m3fn), "is stored as torch.float8_e4m3fn"),
-        (lambda weight: weight.flatten(), r"torch.float32 \[1024\]; an unquantised matrix is needed"),
+        (lambda weight: weight.flatten(), r"self.value.weight is \[1024\], but \[32, 32\] by config.json"),
     ],
 )
 def test_weights_that_cannot_be_factorized_are_named(

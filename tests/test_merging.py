@@ -295,19 +295,29 @@ def test_quantised_base_is_refused(tmp_path: Path) -> None:
     basis = factorize(base, choose_targets(base.skeleton(), ["query"]), RankRule())
     config = json.loads((base.folder / "config.json").read_text())
     (base.folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
-    with pytest.raises(InputError, match="quantised"):
-        merge(base, basis, make_customer(base, basis), tmp_path / "out")
+    with pytest.raises(InputError, match="is quantised: .*config.json has a quantization_config"):
+        merge(open_checkpoint(base.name), basis, make_customer(base, basis), tmp_path / "out")
 
 
 def test_tied_weights_are_refused(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", "bert")
+    basis = factorize(base, choose_targets(base.skeleton(), ["query"]), RankRule())
+    attention = base.skeleton().bert.encoder.layer[0].attention.self
+    attention.key.weight = attention.query.weight
+    with pytest.raises(InputError, match=r"tied weights.*layer.0.attention.self.query \(with .*layer.0.*self.key\)"):
+        merge(base, basis, make_customer(base, basis), tmp_path / "out")
+
+
+def test_a_model_that_writes_text_is_not_merged(tmp_path: Path) -> None:
     GPT2LMHeadModel(GPT2Config(**GPT2)).save_pretrained(tmp_path / "base")
     base = open_checkpoint(str(tmp_path / "base"))
-    target = BasisTarget(
-        "lm_head", np.ones((40, 1), np.float32), np.ones((1, 16), np.float32), np.ones(16, np.float32), "0"
-    )
-    basis = Basis((target,), "base", RankRule(), {})
-    with pytest.raises(InputError, match=r"tied weights.*lm_head \(with transformer.wte\)"):
-        merge(base, basis, make_customer(base, basis), tmp_path / "out")
+    layer = "transformer.h.0.attn.c_proj"
+    ones = np.ones((16, 1), np.float32)
+    target = BasisTarget(layer, ones, ones.T, np.ones(16, np.float32), base.tensor_digest(f"{layer}.weight"))
+    customer = Coefficients(np.ones(1, np.float32), "0", "base", base.digest, "text-classification", ("a", "b"))
+    with pytest.raises(InputError, match="is a GPT2LMHeadModel without a task head; give it one with `warmup`"):
+        merge(base, Basis((target,), "base", RankRule(), {}), customer, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_unmerge_refuses_what_it_did_not_merge(bert: Case, tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ class Models:
                 dtype=torch.float32,
                 num_labels=labels,
                 problem_type=problem,
+                trust_remote_code=False,
                 ignore_mismatched_sizes=True,
                 **self._options,
             )

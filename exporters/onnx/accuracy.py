@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from exporters.onnx.graph import input_names, longest_input
+from exporters.onnx.graph import input_names
+from qrlora_deploy.capacity import max_tokens
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.runtime.layout import SLOT
 from qrlora_deploy.runtime.parity import run_logits
 from qrlora_deploy.training.data import Examples
-from qrlora_deploy.training.tasks import CLASSIFICATION
+from qrlora_deploy.training.tasks import CLASSIFICATION, label_index
 
 MAX_ROWS = 512
 """Rows that are measured: one in 512 is 0.2 points, and PyTorch takes well under a minute on two cores."""
@@ -76,7 +77,7 @@ def choose_labelled(examples: Examples | None, task: str, labels: Sequence[str],
     """
     if examples is None or task != CLASSIFICATION:
         return None
-    unknown = sorted(set(examples.labels) - set(labels))
+    unknown = sorted(set(examples.labels) - label_index(labels).keys())
     if unknown:
         if strict and len(unknown) < len(set(examples.labels)):
             raise InputError(
@@ -100,8 +101,8 @@ def answer_in_pytorch(
         model: in fp32, with the customer folded in, or the base.
         labels: of the model, in the order of its logits; all of the examples' are among them.
     """
-    index = {label: position for position, label in enumerate(labels)}
-    names, length = input_names(model, tokenizer), longest_input(model, tokenizer)
+    index = label_index(labels)
+    names, length = input_names(model, tokenizer), max_tokens(model, tokenizer)
     batches, targets, right = [], [], 0
     for start in range(0, len(examples), BATCH):
         rows = slice(start, start + BATCH)

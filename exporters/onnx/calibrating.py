@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from exporters.onnx.graph import input_names, longest_input
+from exporters.onnx.graph import input_names
+from qrlora_deploy.capacity import max_tokens
 from qrlora_deploy.runtime.layout import HEAD_TABLE, SLOT, TABLE
 from qrlora_deploy.runtime.records import CalibrationRecord
 from qrlora_deploy.training.data import TextRows
@@ -54,7 +55,7 @@ def calibration_inputs(
             are taken, and each text belongs to the next customer in them; a merged one has none.
         progress: called with a description, the rows done and all rows.
     """
-    names, length = input_names(model, tokenizer), longest_input(model, tokenizer)
+    names, length = input_names(model, tokenizer), max_tokens(model, tokenizer)
     tables = {name: customers[name] for name in (TABLE, HEAD_TABLE) if name in customers}
     rows = choose_rows(texts)
     for index, text in enumerate(rows.texts):

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from exporters.onnx.graph import input_names, longest_input
+from exporters.onnx.graph import input_names
 from exporters.onnx.reference import Texts, build_batches, build_reference, model_logits
 from qrlora_deploy.adapter import attach, set_coefficients
 from qrlora_deploy.basis import Basis
+from qrlora_deploy.capacity import max_tokens
 from qrlora_deploy.checkpoint import Checkpoint
 from qrlora_deploy.coefficients import Coefficients
 from qrlora_deploy.errors import CheckFailed
@@ -68,7 +69,7 @@ def _strengthen(checkpoint: Checkpoint, basis: Basis, values: np.ndarray, texts:
     """Each row of `values` by the first of `SCALES` with which it has `STRENGTH`, else by the last."""
     model = checkpoint.load_model()
     tokenizer = checkpoint.tokenizer()
-    names, length = input_names(model, tokenizer), longest_input(model, tokenizer)
+    names, length = input_names(model, tokenizer), max_tokens(model, tokenizer)
     inputs = build_batches(tokenizer, texts, names, length)[ALL_TEXTS]
     adapters = attach(model, basis)
 

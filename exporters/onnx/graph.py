@@ -78,21 +78,6 @@ def input_names(model: Any, tokenizer: Any) -> tuple[str, ...]:
     return tuple(name for name in TEXT_INPUTS if name in taken and name in given)
 
 
-def longest_input(model: Any, tokenizer: Any) -> int:
-    """How many tokens the model can take.
-
-    RoBERTa and its kin begin counting positions behind the padding index, so their tables hold
-    fewer positions than their size says.
-    """
-    limits = [limit for limit in (tokenizer.model_max_length,) if limit and limit < 2**20]
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions:
-        tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
-        used = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
-        limits.append(positions - max(used, default=0))
-    return int(min(limits, default=512))
-
-
 def write_graph(
     model: Any,
     names: tuple[str, ...],

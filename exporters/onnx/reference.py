@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from exporters.onnx.graph import input_names, longest_input
+from exporters.onnx.graph import input_names
 from qrlora_deploy.adapter import attach, set_coefficients
 from qrlora_deploy.basis import Basis
+from qrlora_deploy.capacity import max_tokens
 from qrlora_deploy.checkpoint import Checkpoint
 from qrlora_deploy.coefficients import Coefficients
 from qrlora_deploy.errors import InputError
@@ -64,7 +65,7 @@ def build_reference(checkpoint: Checkpoint, basis: Basis, coefficients: Coeffici
     silent = replace(coefficients, values=np.zeros_like(coefficients.values))
     merge_model(model, checkpoint, basis, silent)
     tokenizer = checkpoint.tokenizer()
-    batches = build_batches(tokenizer, texts, input_names(model, tokenizer), longest_input(model, tokenizer))
+    batches = build_batches(tokenizer, texts, input_names(model, tokenizer), max_tokens(model, tokenizer))
     adapters = attach(model, basis)
     set_coefficients(adapters, basis, silent.values)
     base = {name: model_logits(model, inputs) for name, inputs in batches.items()}

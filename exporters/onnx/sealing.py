@@ -11,8 +11,9 @@ import safetensors.numpy
 import tokenizers
 
 from exporters.onnx.accuracy import Accuracy
-from exporters.onnx.graph import Graph, longest_input
+from exporters.onnx.graph import Graph
 from qrlora_deploy.basis import Basis
+from qrlora_deploy.capacity import max_tokens
 from qrlora_deploy.checkpoint import Checkpoint
 from qrlora_deploy.provenance import tool_versions
 from qrlora_deploy.runtime.bundle import (
@@ -152,7 +153,7 @@ def seal(folder: Path, checkpoint: Checkpoint, basis: Basis, content: Content, c
         parity=_parity_record(checked.report, checked.provider, checked.accuracy),
         customer_effect=customer_effect(checked.reference),
         attention_nodes=graph.attention_nodes,
-        max_length=longest_input(model, tokenizer),
+        max_length=max_tokens(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         padding_side=tokenizer.padding_side,
         pad_token_type_id=tokenizer.pad_token_type_id,

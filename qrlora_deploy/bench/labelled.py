@@ -65,16 +65,24 @@ def _measure(subject: BundleSubject, customer: str, file: Path) -> Accuracy:
             raise InputError(subject.refused.get(customer, f"no file of {customer} is among the customers"))
         # Imported here: it takes a quarter of a second; no PyTorch in it.
         from qrlora_deploy.training.data import read_examples
+        from qrlora_deploy.training.tasks import label_index
 
         examples = read_examples(file)
-        own = _share(subject.answer(examples.texts, examples.pairs, customer), examples.labels)
+        index = label_index(subject.bundle.manifest.labels)
+        own = _share(subject.answer(examples.texts, examples.pairs, customer), examples.labels, index)
         base = None
-        if subject.switchable is not None and set(examples.labels) <= set(subject.bundle.manifest.labels):
-            base = _share(subject.answer(examples.texts, examples.pairs, None), examples.labels)
+        if subject.switchable is not None and set(examples.labels) <= index.keys():
+            base = _share(subject.answer(examples.texts, examples.pairs, None), examples.labels, index)
         return nothing.model_copy(update={"rows": len(examples), "accuracy": own, "base_accuracy": base})
     except QrloraError as error:
         return nothing.model_copy(update={"error": str(error)})
 
 
-def _share(found: list[str], expected: list[str]) -> float:
-    return sum(one == other for one, other in zip(found, expected, strict=True)) / len(expected)
+def _share(found: list[str], expected: list[str], index: Mapping[str, int]) -> float:
+    """Of answers that are the expected ones; `index` tells which labels mean the same output of the base."""
+    pairs = zip(found, expected, strict=True)
+    return sum(one == other or _same(index.get(one), index.get(other)) for one, other in pairs) / len(expected)
+
+
+def _same(one: int | None, other: int | None) -> bool:
+    return one is not None and one == other

@@ -11,7 +11,7 @@ from qrlora_deploy.bench.record import Kind
 from qrlora_deploy.bench.record import Subject as SubjectRecord
 from qrlora_deploy.bench.subjects import Call, Spec, folder_bytes
 from qrlora_deploy.bench.workload import Workload, token_inputs
-from qrlora_deploy.errors import InputError, ProviderError, library_errors
+from qrlora_deploy.errors import InputError, ProviderError
 from qrlora_deploy.files import digest_file
 
 KINDS: dict[str, Kind] = {"torch-eager": "torch-eager", "torch-compile": "torch-compile", "peft": "peft"}
@@ -37,7 +37,8 @@ class TorchSubject:
     def __init__(self, spec: Spec) -> None:
         try:
             import torch
-            import transformers
+
+            from qrlora_deploy.checkpoint import open_checkpoint
         except ImportError as error:
             raise InputError(f"--peer {spec.kind} needs torch and transformers: {error}") from error
         if spec.provider == "tensorrt":
@@ -48,13 +49,12 @@ class TorchSubject:
         if spec.threads is not None:
             torch.set_num_threads(spec.threads)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        with library_errors(f"--base {spec.path} cannot be opened", InputError):
-            # No code that a checkpoint brings along is run.
-            own = {"trust_remote_code": False}
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(spec.path, **own)
-            model = transformers.AutoModelForSequenceClassification.from_pretrained(
-                spec.path, dtype=torch.float32, **own
-            )
+        try:
+            checkpoint = open_checkpoint(str(spec.path))
+            checkpoint.require_task_head()
+            self._tokenizer, model = checkpoint.tokenizer(), checkpoint.load_model()
+        except InputError as error:
+            raise InputError(f"--base {spec.path} cannot be opened: {error}") from error
         self._vocabulary = int(model.config.vocab_size)
         self._adapters: list[str] = []
         if spec.kind == "peft":

@@ -57,6 +57,7 @@ def command(
     check_free_file(output)
     rule = RankRule(0.5 if tau is None and rank is None else tau, rank)
     checkpoint = open_checkpoint(base)
+    checkpoint.check_base()
     names = choose_targets(checkpoint.skeleton(), patterns, last_layers)
     with progress_bar() as progress:
         basis = factorize(checkpoint, names, rule, device, progress)

@@ -54,12 +54,7 @@ def base_outputs(checkpoint: Checkpoint) -> Outputs:
     Raises:
         InputError: it has no head, or one that this project does not train.
     """
-    if not checkpoint.has_task_head:
-        raise InputError(f"{checkpoint.name} ({checkpoint.architecture}) has no task head; give it one by warmup")
-    if checkpoint.config.problem_type == "multi_label_classification":
-        raise InputError(f"{checkpoint.name} has a multi-label head, which is not supported")
-    if checkpoint.task == REGRESSION and len(checkpoint.labels) != 1:
-        raise InputError(f"{checkpoint.name} predicts {len(checkpoint.labels)} numbers; one is supported")
+    checkpoint.require_task_head()
     return Outputs(checkpoint.task, checkpoint.labels, new=False)
 
 

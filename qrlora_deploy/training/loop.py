@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-import transformers
 from torch import nn
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from qrlora_deploy.adapter import QRLoRALinear
+from qrlora_deploy.capacity import max_tokens
 from qrlora_deploy.checkpoint import Checkpoint
 from qrlora_deploy.errors import InputError, QrloraError, library_errors
 from qrlora_deploy.training.data import Examples
@@ -167,8 +167,7 @@ def load_tokenizer(checkpoint: Checkpoint, model: Any, max_length: int) -> Any:
         InputError: there is none, it cannot pad, or `max_length` is more than the base can take.
     """
     tokenizer = checkpoint.tokenizer()
-    limits = (tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None))
-    limit = min(value for value in limits if value)
+    limit = max_tokens(model, tokenizer)
     if max_length > limit:
         raise InputError(f"--max-length {max_length} is more than the {limit} tokens that {checkpoint.name} takes")
     if tokenizer.pad_token is None:
@@ -240,17 +239,6 @@ def halve_frozen(model: nn.Module, branch: type[nn.Module] = QRLoRALinear) -> No
             module.to(torch.bfloat16)
         elif isinstance(module, branch):
             module.q, module.r = module.q.bfloat16(), module.r.bfloat16()
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence remarks on newly initialised heads, which are meant here."""
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(before)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What is learned from the labels: classes or a number, and how the result is scored."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -33,6 +33,18 @@ def label_names(labels: Sequence[str]) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
+def label_index(names: Sequence[str]) -> dict[str, int]:
+    """The output that each label of data means.
+
+    `LABEL_0`, `LABEL_1` and so on, which transformers gives to outputs without names, are also meant by their
+    numbers alone, where all names are of that kind.
+    """
+    index = {name: position for position, name in enumerate(names)}
+    if all(name == f"LABEL_{position}" for name, position in index.items()):
+        index |= {str(position): position for position in range(len(names))}
+    return index
+
+
 def encode_labels(examples: Examples, task: str, names: Sequence[str]) -> list[int] | list[float]:
     """Targets of the model: the index of the label in `names`, or its value for a regression.
 
@@ -46,12 +58,12 @@ def encode_labels(examples: Examples, task: str, names: Sequence[str]) -> list[i
         if wrong:
             raise InputError(f"{examples.name}: a regression needs numbers as labels, not {_listed(wrong)}")
         return [value for value in values if value is not None]
-    index = {name: position for position, name in enumerate(names)}
+    index = label_index(names)
     unknown = sorted(set(examples.labels) - index.keys())
     if unknown:
         raise InputError(
-            f"{examples.name}: unknown label{'s' if len(unknown) > 1 else ''} {_listed(unknown)}; "
-            f"the head knows {_listed(list(names))}"
+            f"{examples.name}: unknown label{'s' if len(unknown) > 1 else ''} {_listed(map(repr, unknown))}; "
+            f"the head knows {_listed(map(repr, names))}"
         )
     return [index[label] for label in examples.labels]
 
@@ -106,5 +118,6 @@ def _number(label: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _listed(names: list[str]) -> str:
+def _listed(several: Iterable[str]) -> str:
+    names = list(several)
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

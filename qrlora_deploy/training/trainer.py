@@ -35,7 +35,6 @@ from qrlora_deploy.training.loop import (
     explained_failures,
     load_tokenizer,
     no_dropout,
-    quiet_transformers,
     trainer_parts,
     training_arguments,
 )
@@ -148,8 +147,7 @@ def _prepare(
     check_alike(train, evaluation)
     parts = [part for part in (train, evaluation) if part is not None]
     targets = [encode_labels(part, outputs.task, outputs.labels) for part in parts]
-    with quiet_transformers():
-        model = checkpoint.load_model(**outputs.options, **({} if settings.dropout else no_dropout(checkpoint.config)))
+    model = checkpoint.load_model(**outputs.options, **({} if settings.dropout else no_dropout(checkpoint.config)))
     tokenizer = load_tokenizer(checkpoint, model, settings.max_length)
     head = prepare_head(model, outputs, basis, settings.seed) if settings.head == "output" else {}
     check_stored(head, checkpoint)

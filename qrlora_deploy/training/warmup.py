@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from optimum.exporters.tasks import TasksManager
 
 from qrlora_deploy.checkpoint import Checkpoint
-from qrlora_deploy.errors import InputError, first_line
+from qrlora_deploy.completeness import compare, is_head
 from qrlora_deploy.files import atomic_folder, write_json
+from qrlora_deploy.loading import LOADING, load_weights, make_skeleton
 from qrlora_deploy.outputs import check_free_folder
+from qrlora_deploy.targets import choose_targets
 from qrlora_deploy.temporary import scratch_folder
 from qrlora_deploy.training.data import Examples, check_alike
 from qrlora_deploy.training.head import Outputs, own_outputs, start_bias
@@ -22,12 +23,11 @@ from qrlora_deploy.training.loop import (
     evaluate,
     explained_failures,
     load_tokenizer,
-    quiet_transformers,
     trainer_parts,
     training_arguments,
 )
 from qrlora_deploy.training.settings import WarmupSettings, choose_device
-from qrlora_deploy.training.tasks import CLASSIFICATION, METRICS, REGRESSION, encode_labels
+from qrlora_deploy.training.tasks import METRICS, REGRESSION, encode_labels
 
 
 def warmup(
@@ -107,19 +107,36 @@ def warmup(
 
 
 def _load(checkpoint: Checkpoint, outputs: Outputs) -> Any:
-    model_class = TasksManager.get_model_class_for_task(CLASSIFICATION, framework="pt")
-    try:
-        with quiet_transformers():
-            return model_class.from_pretrained(checkpoint.folder, dtype=torch.float32, **outputs.options)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{checkpoint.name} cannot become a text classifier: {first_line(error)}") from error
+    kind = checkpoint.classifier()
+    meant = _new_tensors(checkpoint, outputs)
+    return load_weights(checkpoint.folder, checkpoint.config, kind, meant, **outputs.options)
+
+
+def _new_tensors(checkpoint: Checkpoint, outputs: Outputs) -> set[str]:
+    """The tensors that are drawn anew: a head, and a pooler, that the base lacks as a whole.
+
+    Raises:
+        InputError: anything else is missing, or `factorize` could not take the result.
+    """
+    checkpoint.check_plain()
+    fields = {name: value for name, value in outputs.options.items() if name not in LOADING}
+    model = make_skeleton(checkpoint.folder, checkpoint.config, checkpoint.classifier(), **fields)
+    missing = set(compare(model, checkpoint.stored).missing)
+    head = {name for name in model.state_dict() if is_head(model, name)}
+    pooler = {name for name in head if "pooler" in name.split(".")}
+    meant: set[str] = set()
+    if outputs.new or head - pooler <= missing:
+        meant |= head - pooler
+    if pooler <= missing:
+        meant |= pooler
+    checkpoint.check_holds(model, meant)
+    for name in choose_targets(model):
+        checkpoint.tensor_of(name, model)
+    return meant
 
 
 def _choose_parameters(model: Any, mode: str) -> int:
     """Freeze what the mode does not train; returns the number of parameters left."""
-    inside = f"{model.base_model_prefix}."
     for name, parameter in model.named_parameters():
-        # The pooler stands between encoder and head and is often newly initialised, as the head is.
-        is_head = not name.startswith(inside) or "pooler" in name.split(".")
-        parameter.requires_grad_(mode == "full" or is_head)
+        parameter.requires_grad_(mode == "full" or is_head(model, name))
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

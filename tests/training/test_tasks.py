@@ -58,11 +58,11 @@ def test_encoding_gives_the_position_among_the_names() -> None:
 def test_every_unknown_label_is_named_in_one_line() -> None:
     with pytest.raises(InputError) as caught:
         encode_labels(examples("a", "y", "x", "y"), CLASSIFICATION, ("a", "b"))
-    assert str(caught.value) == "some.tsv: unknown labels x, y; the head knows a, b"
+    assert str(caught.value) == "some.tsv: unknown labels 'x', 'y'; the head knows 'a', 'b'"
 
 
 def test_a_long_list_of_unknown_labels_is_cut() -> None:
-    with pytest.raises(InputError, match="a0, a1, a10, a2, a3, a4, a5, a6 and 3 more"):
+    with pytest.raises(InputError, match="'a0', 'a1', 'a10', 'a2', 'a3', 'a4', 'a5', 'a6' and 3 more"):
         encode_labels(examples(*(f"a{index}" for index in range(11))), CLASSIFICATION, ("b",))
 
 

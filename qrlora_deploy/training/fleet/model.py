@@ -26,7 +26,7 @@ from qrlora_deploy.training.head import (
     output_layer,
 )
 from qrlora_deploy.training.layout import Layout
-from qrlora_deploy.training.loop import halve_frozen, has_bf16, load_tokenizer, mixed_precision, quiet_transformers
+from qrlora_deploy.training.loop import halve_frozen, has_bf16, load_tokenizer, mixed_precision
 from qrlora_deploy.training.settings import TrainSettings
 from qrlora_deploy.training.trunk import SplitModel, split_model
 from qrlora_deploy.training.upper import Upper
@@ -80,8 +80,7 @@ class FleetModel:
         labels: int,
         device: torch.device,
     ) -> None:
-        with quiet_transformers():
-            self.model = checkpoint.load_model(**base_outputs(checkpoint).options).to(device)
+        self.model = checkpoint.load_model(**base_outputs(checkpoint).options).to(device)
         self.tokenizer = load_tokenizer(checkpoint, self.model, settings.max_length)
         self.device, self.seed = device, settings.seed
         self.values = RowValues()
