@@ -26,7 +26,7 @@ from qrlora_deploy.training.cached import (
     numbered,
 )
 from qrlora_deploy.training.data import Examples, check_alike
-from qrlora_deploy.training.head import Outputs, base_outputs, check_stored, own_outputs, prepare_head
+from qrlora_deploy.training.head import Outputs, check_stored, frozen_outputs, own_outputs, prepare_head
 from qrlora_deploy.training.loop import (
     TRAINABLE,
     Progress,
@@ -101,9 +101,10 @@ def train(
     device = choose_device(settings.device)
     check_basis_fits(checkpoint, basis)
     settings = settings.resolved(basis.total_rank)
-    outputs = base_outputs(checkpoint)
     if settings.head == "output":
-        outputs = own_outputs(checkpoint, train)
+        outputs = own_outputs(checkpoint, train, settings.task)
+    else:
+        outputs = frozen_outputs(checkpoint, settings.task)
     metric = settings.metric_of(outputs.task)
     job = _prepare(checkpoint, basis, train, evaluation, outputs, settings)
     job.model.to(device)
@@ -129,6 +130,7 @@ def train(
         loss=loss,
         device=device,
         trunk_cache=cache_place,
+        remark=outputs.remark,
     )
     return Coefficients(
         values=values,

@@ -81,7 +81,7 @@ def test_bad_customers_are_named_and_the_others_done(place: Path) -> None:
     reasons = {name: line["reason"] for name, line in lines.items() if line["status"] == "failed"}
     assert reasons.keys() == {"../out", "stranger", "", "hollow"}
     assert "no customer id" in reasons["../out"] and reasons[""] == "these rows have no customer id"
-    assert "unknown label unheard of" in reasons["stranger"] and "row 2 has no label" in reasons["hollow"]
+    assert "unknown label 'unheard of'" in reasons["stranger"] and "row 2 has no label" in reasons["hollow"]
     assert lines["single"]["rows"] == 1 and not (place / "out.safetensors").exists()
 
 

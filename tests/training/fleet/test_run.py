@@ -181,7 +181,7 @@ def test_one_bad_customer_stops_no_other(still_base: Checkpoint, tiny_basis: Bas
     trained = {name for name, reason in reasons.items() if not reason}
     assert trained == {good, "customer-3", "one-example"}
     for name, word in {
-        second: "unknown label unheard of",
+        second: "unknown label 'unheard of'",
         "one-label": "every row has the label new",
         "no-label": "row 2 has no label",
         "twice": "twice.csv and twice.tsv are the same customer",
