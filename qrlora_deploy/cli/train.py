@@ -16,7 +16,7 @@ from qrlora_deploy.cli.options import (
     output_option,
     training_options,
 )
-from qrlora_deploy.cli.output import Output, progress_bar, size_text
+from qrlora_deploy.cli.output import Output, progress_bar, show_remark, size_text
 from qrlora_deploy.errors import InputError
 
 
@@ -106,6 +106,7 @@ def command(
     with work_folder(output, resume) as folder, progress_bar() as progress:
         customer = train(checkpoint, frozen, examples, held_out, chosen, folder, resume, place, progress)
         write_coefficients(customer, output)
+    show_remark(customer.training)
     _warn_of_one_answer(customer.training)
     size_bytes = output.stat().st_size
     record = {"output": output, "size_bytes": size_bytes, "digest": customer.digest, "training": customer.training}

@@ -1,6 +1,7 @@
 """JSON lines: one object a line, with a bound on the length of a line."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,16 @@ def _parse(line: bytes) -> dict[str, Any]:
     with library_errors("is not UTF-8", InputError):
         text = line.decode()
     with library_errors("is not JSON", InputError):
-        row = json.loads(text)
+        row = json.loads(text, object_pairs_hook=_object)
     if not isinstance(row, dict):
         raise InputError("is not a JSON object; one object a line is read")
     return row
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        # Python would keep the last one, other programs the first.
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise InputError(f"has the name {twice!r} twice")
+    return found

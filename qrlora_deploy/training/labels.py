@@ -37,7 +37,7 @@ def column_labels(source: str, name: str, values: Sequence[Any]) -> list[str]:
     labels, missing = [], []
     for row, value in enumerate(settled(values), start=1):
         try:
-            label = _text(value)
+            label = text_of(value)
         except InputError as error:
             raise InputError(f"{source}: row {row}: the label is {error}") from error
         labels.append(label)
@@ -111,7 +111,7 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
     """A value as a label; empty where there is none.
 
     Raises:

@@ -139,11 +139,30 @@ def test_rows_and_lines_have_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("qrlora_deploy.training.reading.MAX_ROW_BYTES", 2**20)
     monkeypatch.setattr("qrlora_deploy.training.json_lines.MAX_LINE_BYTES", 2**20)
     (tmp_path / "a.tsv").write_text("text\tlabel\na\tb\n" + "word " * 600_000 + "\tc\n")
-    with pytest.raises(InputError, match=r"a.tsv: a row is longer than 1 MB; shorten it"):
+    with pytest.raises(InputError, match=r"a.tsv: line 3: a row is longer than 1 MB; shorten it"):
         read_examples(tmp_path / "a.tsv")
     (tmp_path / "a.jsonl").write_text('{"text": "a", "label": "b"}\n' + '{"text": "' + "word " * 300_000)
     with pytest.raises(InputError, match=r"a.jsonl: line 2 is longer than 1 MB"):
         read_examples(tmp_path / "a.jsonl")
+
+
+def test_a_file_without_an_end_is_refused_before_it_is_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyarrow.csv.open_csv", lambda *_: pytest.fail("the whole file is parsed"))
+    for name in ("a.tsv", "a.csv", "a.jsonl"):
+        with (tmp_path / name).open("wb") as file:
+            file.write(b"text\tlabel\n" if name == "a.tsv" else b"text,label\n" if name == "a.csv" else b"")
+            file.truncate(10**11)  # sparse: it takes no room on the disk
+        with pytest.raises(InputError, match=r"line \d.* is longer than 64 MB"):
+            read_examples(tmp_path / name)
+        (tmp_path / name).unlink()
+
+
+def test_a_row_of_parquet_that_is_no_text_is_named(tmp_path: Path) -> None:
+    stored = pyarrow.array([b"fine", b"caf\xe9"], pyarrow.binary())
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 2, stored.buffers())
+    pyarrow.parquet.write_table(pyarrow.table({"text": text, "label": ["a", "b"]}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="a.parquet: row 2 is not UTF-8"):
+        read_examples(tmp_path / "a.parquet")
 
 
 def test_more_columns_than_a_table_has_are_refused(tmp_path: Path) -> None:
@@ -160,6 +179,7 @@ def test_more_columns_than_a_table_has_are_refused(tmp_path: Path) -> None:
         ('{"text": "half \\ud800", "label": "b"}', "row 2: the text is not valid Unicode"),
         ('{"text": 5, "label": "b"}', "row 2 has no text in the column text"),
         ("[1]", "line 2 is not a JSON object"),
+        ('{"text": "a", "label": "b", "label": "c"}', "line 2 has the name 'label' twice"),
     ],
 )
 def test_foreign_lines_are_named(tmp_path: Path, line: str, message: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.training.data import Examples, examples_of, label_name_of, read_examples, text_names
-from qrlora_deploy.training.labels import settled
+from qrlora_deploy.training.labels import settled, text_of
 from qrlora_deploy.training.reading import READERS, Columns, Table, read_table
 
 Keeps = Callable[[str], bool]
@@ -94,6 +94,9 @@ def _one_file_each(files: list[Path], text_column: str | None, label_column: str
 
 def _read(file: Path, customer_column: str) -> Table:
     table = read_table(file, customer_column)
+    if not table.columns:
+        for fault in table.faults.values():
+            raise InputError(fault)  # of the one row or of all of them
     if customer_column not in table.columns:
         raise InputError(f"{file}: no column {customer_column} (--customer-column); it has {', '.join(table.columns)}")
     return table
@@ -116,9 +119,18 @@ def _joined(parts: list[tuple[Path, Table]], place: Path) -> Table:
 
 def _rows_by_customer(ids: Sequence[object]) -> dict[str, list[int]]:
     rows: dict[str, list[int]] = {}
-    for row, value in enumerate(ids):
-        rows.setdefault("" if value is None else str(value).strip(), []).append(row)
+    for row, value in enumerate(settled(ids)):
+        rows.setdefault(_id(value), []).append(row)
     return rows
+
+
+def _id(value: object) -> str:
+    """A customer's id as text; empty where it is missing, as a NaN is. What is no single value is no id either,
+    and refused as what it looks like."""
+    try:
+        return text_of(value)
+    except InputError:
+        return str(value).strip()
 
 
 def _clashes(names: Iterable[str]) -> dict[str, str]:

@@ -67,6 +67,7 @@ def test_a_folder_may_hold_parts_of_one_table(tmp_path: Path) -> None:
         ("all.tsv", b"b\trice\tkitchen\tand more\n", "b", "has 4 columns instead of 3"),
         ("all.tsv", b"b\trice\n", "b", "has 2 columns instead of 3"),
         ("all.tsv", b"\xff\trice\tkitchen\n", "\\xff", "row 4 is not UTF-8"),
+        ("all.tsv", b"b\tcaf\xe9\tkitchen\tand more\n", "b", "row 4 has 4 columns instead of 3"),
         ("all.tsv", b"b\trice\t\n", "b", "row 2 has no label"),
         ("all.jsonl", b'{"id": "b", "text": 5, "label": "kitchen"}\n', "b", "row 2 has no text"),
         ("all.jsonl", b'{"id": "b", "text": "caf\xe9"}\n', "", "line 4 is not UTF-8"),
@@ -163,3 +164,17 @@ def test_a_column_that_was_written_in_two_ways_is_one_for_all_customers(tmp_path
     source = FleetSource(tmp_path / "all.jsonl", customer_column="id")
     plan = plan_fleet(source, checkpoint, settings_of(head="output"), Shard())
     assert {item.name: item.outputs.labels for item in plan.customers} == {"a": ("1", "2"), "b": ("1", "2")}
+
+
+def test_ids_are_text_as_labels_are(tmp_path: Path) -> None:
+    ids = [1.0, 1, float("nan"), True, ["x"]]
+    rows = [{"id": name, "text": "rice", "label": "kitchen"} for name in ids]
+    (tmp_path / "all.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    groups = read_groups(tmp_path / "all.jsonl", "id", None, None, every)
+    assert {name: len(part) for name, part in groups.examples.items()} == {"1": 2, "": 1, "true": 1, "['x']": 1}
+
+
+def test_a_file_of_faults_alone_says_which(tmp_path: Path) -> None:
+    (tmp_path / "all.jsonl").write_text('{"id": "a"\n')
+    with pytest.raises(InputError, match="line 1 is not JSON"):
+        read_groups(tmp_path / "all.jsonl", "id", None, None, every)
