@@ -165,8 +165,8 @@ def _text_columns(source: str, table: Table, text_column: str | None) -> list[li
 def _check_as_stored(source: str, table: Table, name: str) -> None:
     if name in table.converted:
         raise InputError(
-            f"{source}: the column {name} holds values of several kinds, which `datasets` changes on reading "
-            f'("007" becomes 7); give the file itself instead of its name on the hub'
+            f"{source}: the column {name} holds values of several kinds or dates, which `datasets` changes "
+            f'on reading ("007" becomes 7); give the file itself instead of its name on the hub'
         )
 
 
@@ -233,8 +233,13 @@ def _read_hub(source: str, split: str) -> Table:
         data = datasets.load_dataset(match["name"], match["config"], split=split)
         columns = {name: data[name] for name in data.column_names}
     named = {name: _named(data.features[name], values) for name, values in columns.items()}
-    converted = frozenset(name for name, feature in data.features.items() if type(feature).__name__ == "Json")
+    converted = frozenset(name.strip() for name, feature in data.features.items() if _is_converted(feature))
     return Table(dict(zip(unique_names(Path(source), list(named)), named.values(), strict=True)), {}, converted)
+
+
+def _is_converted(feature: Any) -> bool:
+    """Whether the values of a column may be others than in the file: mixed ones of JSON, and texts like dates."""
+    return type(feature).__name__ == "Json" or str(getattr(feature, "dtype", "")).startswith(("timestamp", "date"))
 
 
 def _named(feature: Any, values: Sequence[Any]) -> list[Any]:

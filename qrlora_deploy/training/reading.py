@@ -162,7 +162,7 @@ def _without(
     for row in (row for row, wrong in enumerate(broken) if wrong):
         whose = NOBODY if ids is None else shown(ids[row]).strip()
         faults.setdefault(whose, f"{path}: row {row + 1} is not UTF-8")
-    columns = {
+    columns: Columns = {
         name: [value for value, wrong in zip(values, broken, strict=True) if not wrong]
         for name, values in table.columns.items()
     }

@@ -203,3 +203,31 @@ def test_columns_that_a_library_changes_are_refused_where_they_are_used() -> Non
     with pytest.raises(InputError, match="the column label holds values of several kinds"):
         examples_of("owner/set", table, None, None)
     assert examples_of("owner/set", table, None, "more").labels == ["x"]
+
+
+class Hub:
+    """Stands for a data set as `datasets` gives it."""
+
+    def __init__(self, features: dict[str, object], **columns: list[object]) -> None:
+        self.features, self.columns, self.column_names = features, columns, list(columns)
+
+    def __getitem__(self, name: str) -> list[object]:
+        return self.columns[name]
+
+
+def test_a_data_set_of_the_hub_is_read_as_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    class Json:
+        pass
+
+    text, truth, when = (datasets.Value(kind) for kind in ("string", "bool", "timestamp[s]"))
+    names = datasets.ClassLabel(names=["no", "yes"])
+    features = {"text": text, "label": truth, "named": names, "mixed": Json(), "day": when}
+    hub = Hub(features, text=["a"], label=[True], named=[1], mixed=["7"], day=["2024-01-01"])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: hub)
+    assert read_examples("owner/set").labels == ["true"]
+    assert read_examples("owner/set", None, "named").labels == ["yes"]
+    for column in ("mixed", "day"):
+        with pytest.raises(InputError, match=f"owner/set: the column {column} holds values of several kinds or dates"):
+            read_examples("owner/set", None, column)
