@@ -136,6 +136,13 @@ def training_options(epochs: int, batch_size: int, rate: str) -> Callable[[Comma
             show_default=True,
             help="Tokens of a text that are read; the rest is cut.",
         ),
+        click.option(
+            "--task",
+            type=click.Choice(["auto", "classification", "regression"]),
+            default="auto",
+            show_default=True,
+            help="What the labels are; auto: a regression where all are numbers and one has a decimal point.",
+        ),
         device_option(("auto", "cpu", "cuda")),
         seed_option,
     ]

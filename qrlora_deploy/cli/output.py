@@ -121,6 +121,12 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def show_remark(record: Mapping[str, Any]) -> None:
+    """Say on stderr what a user may not expect of a run, where its record has such a `remark`."""
+    if remark := record.get("remark"):
+        print(f"Note: {one_line(str(remark))}", file=sys.stderr)
+
+
 @contextmanager
 def progress_bar() -> Iterator[Progress | None]:
     """A bar on stderr for the library's (description, done, total); nothing where no one watches."""

@@ -14,7 +14,7 @@ from qrlora_deploy.cli.options import (
     output_option,
     training_options,
 )
-from qrlora_deploy.cli.output import Output, progress_bar, size_text
+from qrlora_deploy.cli.output import Output, progress_bar, show_remark, size_text
 
 
 @click.command("train")
@@ -75,6 +75,7 @@ def command(
         _warn_of_damage(folder)
         customer = train(checkpoint, frozen, examples, held_out, chosen, folder, resume, place, progress)
         write_coefficients(customer, output)
+    show_remark(customer.training)
     _warn_of_one_answer(customer.training)
     size_bytes = output.stat().st_size
     record = {"output": output, "size_bytes": size_bytes, "digest": customer.digest, "training": customer.training}

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from qrlora_deploy.cli.options import common, output_option, training_options
-from qrlora_deploy.cli.output import Output, progress_bar
+from qrlora_deploy.cli.output import Output, progress_bar, show_remark
 
 
 @click.command("warmup")
@@ -50,4 +50,5 @@ def command(
     checkpoint = open_checkpoint(base)
     with progress_bar() as progress:
         report = warmup(checkpoint, train, held_out, output, chosen, progress)
+    show_remark(report)
     return Output(report, f"wrote {output}", report)

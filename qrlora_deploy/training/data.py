@@ -3,17 +3,15 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.csv
-import pyarrow.parquet
-
-from qrlora_deploy.errors import InputError, first_line
+from qrlora_deploy.errors import InputError, library_errors
+from qrlora_deploy.training.labels import column_labels, is_unicode, rows_text
+from qrlora_deploy.training.reading import READERS, Columns, Table, read_table, unique_names
 
 PAIR_COLUMNS = (
     ("sentence1", "sentence2"),
@@ -23,11 +21,10 @@ PAIR_COLUMNS = (
 )
 TEXT_COLUMNS = ("text", "sentence")
 LABEL_COLUMNS = ("label", "labels")
+SHOWN_COLUMNS = 12
 
 HUB_NAME = re.compile(r"(?P<name>[\w\-][\w.\-]*(?:/[\w.\-]+)?)(?::(?P<config>[\w.\-]+))?")
 """`owner/name` or `owner/name:configuration`, such as `nyu-mll/glue:sst2`."""
-
-Columns = dict[str, Sequence[Any]]
 
 
 @dataclass(frozen=True)
@@ -100,7 +97,7 @@ def read_examples(
         InputError: nothing can be read there, the columns are not those, a row is ragged or has no
             label, the text is not UTF-8, or there are no rows.
     """
-    return examples_of(str(source), _read_columns(source, split), text_column, label_column)
+    return examples_of(str(source), _whole(_read(source, split)), text_column, label_column)
 
 
 def read_texts(source: str | Path, text_column: str | None = None) -> TextRows:
@@ -109,57 +106,68 @@ def read_texts(source: str | Path, text_column: str | None = None) -> TextRows:
     Raises:
         As `read_examples`, but for what it says of labels.
     """
-    texts = _text_columns(str(source), _read_columns(source, None), text_column)
+    texts = _text_columns(str(source), _whole(_read(source, None)), text_column)
     return TextRows(texts[0], texts[1] if len(texts) == 2 else None, str(source))
 
 
-def _read_columns(source: str | Path, split: str | None) -> Columns:
+def _read(source: str | Path, split: str | None) -> Table:
     path = Path(source)
     if path.is_dir():
         raise InputError(f"{source} is a folder; give a .tsv, .csv, .jsonl or .parquet file")
-    reader = READERS.get(path.suffix.lower())
-    if path.is_file() and reader is None:
-        raise InputError(f"{source}: unknown kind of data; give a .tsv, .csv, .jsonl or .parquet file")
     if path.is_file() and split is not None:
         raise InputError(f"{source} is a file and has no split {split!r}; splits are for hub data sets")
-    try:
-        if reader is not None:
-            if not path.is_file():
-                raise InputError(f"{source}: no such file")
-            return reader(path)
-        return _read_hub(str(source), split or "train")
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise InputError(f"{source} cannot be read as {path.suffix[1:].upper()}: {first_line(error)}") from error
-    except OSError as error:
-        raise InputError(f"{source} cannot be read: {error.strerror or first_line(error)}") from error
+    if path.is_file() or path.suffix.lower() in READERS:
+        return read_table(path)
+    return _read_hub(str(source), split or "train")
 
 
-def examples_of(source: str, columns: Columns, text_column: str | None, label_column: str | None) -> Examples:
-    """Examples from columns that were read, as `read_examples` gives them.
+def _whole(table: Table) -> Table:
+    """A table of which every row could be read.
+
+    Raises:
+        InputError: one could not.
+    """
+    for fault in table.faults.values():
+        raise InputError(fault)
+    return table
+
+
+def examples_of(source: str, table: Table, text_column: str | None, label_column: str | None) -> Examples:
+    """Examples from a table that was read, as `read_examples` gives them.
 
     Args:
         source: what errors name, and the examples' name.
-        columns: values by column.
+        table: the rows; its faults are not looked at.
         text_column: as in `read_examples`.
         label_column: as in `read_examples`.
 
     Raises:
         InputError: as `read_examples`, but for the file itself.
     """
-    texts = _text_columns(source, columns, text_column)
-    label_name = label_name_of(source, columns, label_column)
-    labels = [_label(value) for value in columns[label_name]]
-    empty = [row for row, label in enumerate(labels, start=1) if not label]
-    if empty:
-        raise InputError(f"{source}: {_rows(empty)} no {label_name}; every example needs one")
+    texts = _text_columns(source, table, text_column)
+    name = label_name_of(source, table.columns, label_column)
+    _check_as_stored(source, table, name)
+    labels = column_labels(source, name, table.columns[name])
     return Examples(texts[0], texts[1] if len(texts) == 2 else None, labels, source)
 
 
-def _text_columns(source: str, columns: Columns, text_column: str | None) -> list[list[str]]:
+def _text_columns(source: str, table: Table, text_column: str | None) -> list[list[str]]:
     """The one or two columns of text."""
+    columns = table.columns
     if not columns or not len(next(iter(columns.values()))):
         raise InputError(f"{source} holds no rows")
-    return [_texts(source, name, columns[name]) for name in text_names(source, columns, text_column)]
+    names = text_names(source, columns, text_column)
+    for name in names:
+        _check_as_stored(source, table, name)
+    return [_texts(source, name, columns[name]) for name in names]
+
+
+def _check_as_stored(source: str, table: Table, name: str) -> None:
+    if name in table.converted:
+        raise InputError(
+            f"{source}: the column {name} holds values of several kinds or dates, which `datasets` changes "
+            f'on reading ("007" becomes 7); give the file itself instead of its name on the hub'
+        )
 
 
 def text_names(source: str, columns: Columns, given: str | None) -> tuple[str, ...]:
@@ -169,11 +177,12 @@ def text_names(source: str, columns: Columns, given: str | None) -> tuple[str, .
         InputError: it is not clear which they are.
     """
     if given is not None:
-        names = (given,) if given in columns else tuple(part.strip() for part in given.split(","))
+        whole = given.strip()
+        names = (whole,) if whole in columns else tuple(part.strip() for part in given.split(","))
         missing = [name for name in names if name not in columns]
         if missing or len(names) > 2:
             problem = f"no column {', '.join(missing)}" if missing else "more than two text columns"
-            raise InputError(f"{source}: {problem} (--text-column {given}); it has {', '.join(columns)}")
+            raise InputError(f"{source}: {problem} (--text-column {given}); it has {_listed(columns)}")
         return names
     for pair in PAIR_COLUMNS:
         if all(name in columns for name in pair):
@@ -181,7 +190,7 @@ def text_names(source: str, columns: Columns, given: str | None) -> tuple[str, .
     for name in TEXT_COLUMNS:
         if name in columns:
             return (name,)
-    raise InputError(f"{source}: which column is the text? It has {', '.join(columns)}; name one by --text-column")
+    raise InputError(f"{source}: which column is the text? It has {_listed(columns)}; name one by --text-column")
 
 
 def label_name_of(source: str, columns: Columns, given: str | None) -> str:
@@ -190,95 +199,47 @@ def label_name_of(source: str, columns: Columns, given: str | None) -> str:
     Raises:
         InputError: it is not clear which it is.
     """
-    for name in (given,) if given is not None else LABEL_COLUMNS:
+    for name in (given.strip(),) if given is not None else LABEL_COLUMNS:
         if name in columns:
             return name
     problem = f"no column {given} (--label-column)" if given else "which column is the label?"
-    raise InputError(f"{source}: {problem} It has {', '.join(columns)}; name one by --label-column")
+    raise InputError(f"{source}: {problem} It has {_listed(columns)}; name one by --label-column")
+
+
+def _listed(columns: Columns) -> str:
+    return ", ".join(list(columns)[:SHOWN_COLUMNS]) + (", ..." if len(columns) > SHOWN_COLUMNS else "")
 
 
 def _texts(source: str, name: str, values: Sequence[Any]) -> list[str]:
     wrong = [row for row, value in enumerate(values, start=1) if not isinstance(value, str)]
     if wrong:
-        raise InputError(f"{source}: {_rows(wrong)} no text in the column {name}")
+        verb = "has" if len(wrong) == 1 else "have"
+        raise InputError(f"{source}: {rows_text(wrong)} {verb} no text in the column {name}")
+    broken = [row for row, value in enumerate(values, start=1) if not is_unicode(value)]
+    if broken:
+        raise InputError(f"{source}: {rows_text(broken)}: the text is not valid Unicode (half a surrogate pair)")
     return list(values)
 
 
-def _label(value: Any) -> str:
-    return "" if value is None else str(value).strip()
-
-
-def _rows(rows: list[int]) -> str:
-    shown = ", ".join(str(row) for row in rows[:5]) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
-    return f"row {shown} has" if len(rows) == 1 else f"rows {shown} have"
-
-
-def _read_delimited(path: Path, parse: pyarrow.csv.ParseOptions) -> Columns:
-    if path.stat().st_size == 0:
-        raise InputError(f"{path} is empty")
-    # One thread, so that an error names its row.
-    read = pyarrow.csv.ReadOptions(use_threads=False)
-    with pyarrow.csv.open_csv(path, read, parse) as reader:
-        names = _unique(path, reader.schema.names)
-    # Everything is text: a label "007", a text "NA" or "true" stay what they are.
-    convert = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pyarrow.string()), strings_can_be_null=False)
-    return pyarrow.csv.read_csv(path, read, parse, convert).to_pydict()
-
-
-def _read_tsv(path: Path) -> Columns:
-    return _read_delimited(path, pyarrow.csv.ParseOptions(delimiter="\t", quote_char=False, double_quote=False))
-
-
-def _read_csv(path: Path) -> Columns:
-    return _read_delimited(path, pyarrow.csv.ParseOptions(newlines_in_values=True))
-
-
-def _read_json_lines(path: Path) -> Columns:
-    # Not pyarrow.json: it turns a text that looks like a date into a timestamp.
-    rows = []
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise InputError(f"{path}: line {number} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise InputError(f"{path}: line {number} is not a JSON object; one object a line is read")
-            rows.append(row)
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    return {name: [row.get(name) for row in rows] for name in names}
-
-
-def _read_parquet(path: Path) -> Columns:
-    table = pyarrow.parquet.read_table(path)
-    _unique(path, table.column_names)
-    return table.to_pydict()
-
-
-def _unique(path: Path, names: list[str]) -> list[str]:
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise InputError(f"{path}: the column {', '.join(twice)} occurs twice")
-    return names
-
-
-def _read_hub(source: str, split: str) -> Columns:
+def _read_hub(source: str, split: str) -> Table:
     match = HUB_NAME.fullmatch(source)
     if match is None:
         raise InputError(f"{source}: no such file")
     # Imported here: most data are files, and it takes a second.
     import datasets
 
-    try:
+    what = f"{source} is neither a file nor a hub data set with a split {split!r} that can be read"
+    with library_errors(what, InputError):
         data = datasets.load_dataset(match["name"], match["config"], split=split)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"{source} is neither a file nor a hub data set with a split {split!r} that can be read: "
-            f"{first_line(error)}"
-        ) from error
-    return {name: _named(data.features[name], data[name]) for name in data.column_names}
+        columns = {name: data[name] for name in data.column_names}
+    named = {name: _named(data.features[name], values) for name, values in columns.items()}
+    converted = frozenset(name.strip() for name, feature in data.features.items() if _is_converted(feature))
+    return Table(dict(zip(unique_names(Path(source), list(named)), named.values(), strict=True)), {}, converted)
+
+
+def _is_converted(feature: Any) -> bool:
+    """Whether the values of a column may be others than in the file: mixed ones of JSON, and texts like dates."""
+    return type(feature).__name__ == "Json" or str(getattr(feature, "dtype", "")).startswith(("timestamp", "date"))
 
 
 def _named(feature: Any, values: Sequence[Any]) -> list[Any]:
@@ -287,12 +248,3 @@ def _named(feature: Any, values: Sequence[Any]) -> list[Any]:
         return list(values)
     # GLUE marks a missing label by -1.
     return [None if value is None or value < 0 else names[value] for value in values]
-
-
-READERS: dict[str, Callable[[Path], Columns]] = {
-    ".tsv": _read_tsv,
-    ".csv": _read_csv,
-    ".jsonl": _read_json_lines,
-    ".json": _read_json_lines,
-    ".parquet": _read_parquet,
-}

@@ -13,7 +13,8 @@ from qrlora_deploy.checkpoint import Checkpoint
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.targets import BLOCK
 from qrlora_deploy.training.data import Examples
-from qrlora_deploy.training.tasks import CLASSIFICATION, REGRESSION, encode_labels, infer_task, label_names
+from qrlora_deploy.training.labels import quoted
+from qrlora_deploy.training.tasks import CHOICES, CLASSIFICATION, REGRESSION, choose_task, encode_labels, label_names
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,14 @@ class Outputs:
         new: whether the output layer starts afresh instead of with the base's weights.
         bias: where the bias of a new output layer starts: the mean of the training labels of a regression.
             From 0 every row's first gradient says "more", and the encoder follows until all texts look alike.
+        remark: what a user may not expect: why it is a regression, or that a trained head is replaced; else empty.
     """
 
     task: str
     labels: tuple[str, ...]
     new: bool
     bias: float = 0.0
+    remark: str = ""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -58,26 +61,55 @@ def base_outputs(checkpoint: Checkpoint) -> Outputs:
     return Outputs(checkpoint.task, checkpoint.labels, new=False)
 
 
-def own_outputs(checkpoint: Checkpoint, examples: Examples) -> Outputs:
-    """The base's outputs where they serve for the labels of `examples`, else a new set.
+def frozen_outputs(checkpoint: Checkpoint, wanted: str) -> Outputs:
+    """The outputs of the base as it is, where its head stays.
+
+    Args:
+        checkpoint: the base.
+        wanted: "auto", or the task that the head must have.
 
     Raises:
-        InputError: the labels are all the same.
+        InputError: as `base_outputs`, or the head has another task.
     """
+    base = base_outputs(checkpoint)
+    if CHOICES.get(wanted, base.task) != base.task:
+        raise InputError(
+            f"--task {wanted}: the head of {checkpoint.name} is for {base.task}; give the base another one by "
+            f"`warmup`, or train one by --head output"
+        )
+    return base
+
+
+def own_outputs(checkpoint: Checkpoint, examples: Examples, wanted: str = "auto") -> Outputs:
+    """The base's outputs where they serve for the labels of `examples`, else a new set.
+
+    Args:
+        checkpoint: the base.
+        examples: the training data.
+        wanted: "auto", "classification" or "regression".
+
+    Raises:
+        InputError: the labels are all the same, or it is not clear what they are.
+    """
+    replaced = ""
     if checkpoint.has_task_head:
         base = base_outputs(checkpoint)
-        try:
-            encode_labels(examples, base.task, base.labels)
-            return base
-        except InputError:
-            pass  # other labels than the base's: a new set
-    if infer_task(examples.labels) == REGRESSION:
+        if CHOICES.get(wanted, base.task) == base.task:
+            try:
+                encode_labels(examples, base.task, base.labels)
+                return base
+            except InputError:
+                pass  # other labels than the base's: a new set
+        replaced = f"a new head replaces the base's for {quoted(base.labels, 4)}"
+    guess = choose_task(examples, wanted)
+    remark = "; ".join(filter(None, (replaced, f"a regression: {guess.reason}" if guess.reason else "")))
+    if guess.task == REGRESSION:
         mean = float(np.mean(encode_labels(examples, REGRESSION, ("score",))))
-        return Outputs(REGRESSION, ("score",), new=True, bias=mean)
+        return Outputs(REGRESSION, ("score",), new=True, bias=mean, remark=remark)
     labels = label_names(examples.labels)
     if len(labels) < 2:
         raise InputError(f"{examples.name}: every row has the label {labels[0]}; a classifier needs two or more")
-    return Outputs(CLASSIFICATION, labels, new=True)
+    return Outputs(CLASSIFICATION, labels, new=True, remark=remark)
 
 
 def output_layer(model: Any) -> str:

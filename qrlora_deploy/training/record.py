@@ -25,6 +25,7 @@ class Ran:
         loss: mean of the last epoch.
         device: "cpu" or "cuda".
         trunk_cache: where the trunk's answers were kept; None in a fleet, which keeps them on its device.
+        remark: of `Outputs`.
     """
 
     steps: int
@@ -35,6 +36,7 @@ class Ran:
     loss: float
     device: str
     trunk_cache: str | None = None
+    remark: str = ""
 
 
 def training_record(train: Examples, evaluation: Examples | None, settings: TrainSettings, ran: Ran) -> dict[str, Any]:
@@ -51,6 +53,7 @@ def training_record(train: Examples, evaluation: Examples | None, settings: Trai
         "learning_rate": settings.rate,
         "max_length": settings.max_length,
         "head": settings.head,
+        **({"remark": ran.remark} if ran.remark else {}),
         "dropout": settings.dropout,
         **({"trunk_cache": ran.trunk_cache} if ran.trunk_cache else {}),
         "metric": ran.metric,

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 from qrlora_deploy.errors import InputError, ProviderError
-from qrlora_deploy.training.tasks import METRICS
+from qrlora_deploy.training.tasks import CHOICES, METRICS
 
 MAX_RATE = 1e30
 MAX_COUNT = 2**31 - 1
@@ -32,6 +32,7 @@ class RunSettings:
         max_length: tokens a row; longer rows are cut.
         seed: of the order of the rows, dropout and a new head.
         device: "auto" (CUDA where there is one), "cpu" or "cuda". CUDA runs in bf16 where it can.
+        task: what the labels are: "classification", "regression", or "auto": what they look like.
 
     Raises:
         InputError: a value is out of range.
@@ -42,8 +43,11 @@ class RunSettings:
     max_length: int = 128
     seed: int = 0
     device: str = "auto"
+    task: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.task not in ("auto", *CHOICES):
+            raise InputError(f"--task must be auto, {' or '.join(CHOICES)}, not {self.task}")
         for name in ("epochs", "batch_size", "max_length"):
             if not 1 <= getattr(self, name) <= MAX_COUNT:
                 option = f"--{name.replace('_', '-')}"
@@ -157,8 +161,12 @@ def default_rate(coefficients: int) -> float:
 
 
 def fingerprint(settings: RunSettings, **parts: Any) -> dict[str, Any]:
-    """What a run must have in common with the one it resumes; where it runs may differ."""
-    return {name: value for name, value in asdict(settings).items() if name not in WHERE} | parts
+    """What a run must have in common with the one it resumes; where it runs may differ.
+
+    A task that was not named is left out: runs of earlier versions, which could not name one, are the same.
+    """
+    left_out = (*WHERE, "task") if settings.task == "auto" else WHERE
+    return {name: value for name, value in asdict(settings).items() if name not in left_out} | parts
 
 
 def choose_device(device: str) -> str:

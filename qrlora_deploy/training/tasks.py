@@ -1,12 +1,20 @@
 """What is learned from the labels: classes or a number, and how the result is scored."""
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.training.data import Examples
+from qrlora_deploy.training.labels import (
+    DECIMAL_COMMA,
+    canonical,
+    is_fraction,
+    number_of,
+    quoted,
+    stands_for_no_number,
+)
 
 CLASSIFICATION = "text-classification"
 REGRESSION = "text-regression"
@@ -15,21 +23,65 @@ METRICS = {CLASSIFICATION: ("accuracy", "f1", "matthews"), REGRESSION: ("pearson
 """The metrics of each task; the first one chooses the best checkpoint."""
 
 
-def infer_task(labels: Sequence[str]) -> str:
-    """Regression where every label is a number and one is written with a decimal point.
+CHOICES = {"classification": CLASSIFICATION, "regression": REGRESSION}
+"""What `--task` says, beside "auto", and the task it stands for."""
 
-    Whole numbers such as GLUE's 0 and 1 are names of classes.
+OR_A_NAME = "or say --task classification if it is a name"
+
+
+@dataclass(frozen=True)
+class Guess:
+    """What labels are taken for.
+
+    Attributes:
+        task: "text-classification" or "text-regression".
+        reason: why it is a regression, where nobody said so; else empty.
     """
-    numbers = [_number(label) for label in labels]
-    fractions = any(not label.lstrip("+-").isdigit() for label in labels)
-    return REGRESSION if fractions and all(number is not None for number in numbers) else CLASSIFICATION
+
+    task: str
+    reason: str = ""
+
+
+def choose_task(examples: Examples, wanted: str = "auto") -> Guess:
+    """The task of labels: what was asked for, or else what they look like.
+
+    It is a regression where every label is a number and one is written with a decimal point. Whole numbers such as
+    GLUE's 0 and 1 are names of classes.
+
+    Args:
+        examples: the training data.
+        wanted: "auto", "classification" or "regression".
+
+    Raises:
+        InputError: it is not clear: all labels are numbers but for some that say that a number is missing, or
+            numbers have a comma for a point. The row and the label are named.
+    """
+    if wanted != "auto":
+        return Guess(CHOICES[wanted])
+    labels = examples.labels
+    others = {label for label in labels if number_of(label) is None}
+    if others and all(DECIMAL_COMMA.fullmatch(label) for label in others):
+        raise InputError(f"{_first(examples, others)}, a number with a comma; write a point, {OR_A_NAME}")
+    if others and others != set(labels) and all(map(stands_for_no_number, others)):
+        raise InputError(f"{_first(examples, others)} where the others are numbers; leave such rows out, {OR_A_NAME}")
+    fractions = {label for label in labels if is_fraction(label)}
+    if others or not fractions:
+        return Guess(CLASSIFICATION)
+    return Guess(REGRESSION, f"{_first(examples, fractions)}; --task classification takes numbers as names")
+
+
+def _first(examples: Examples, wanted: Container[str]) -> str:
+    """The first row with one of the labels `wanted`, as a message begins."""
+    row, label = next((row, label) for row, label in enumerate(examples.labels, start=1) if label in wanted)
+    return f"{examples.name}: row {row} has the label {label!r}"
 
 
 def label_names(labels: Sequence[str]) -> tuple[str, ...]:
     """The classes in the order of a new head: whole numbers by value, names by the alphabet."""
     names = set(labels)
     if all(name.isdecimal() for name in names):
-        return tuple(sorted(names, key=lambda name: (int(name), name)))
+        # By value, and without making a number of thousands of digits.
+        return tuple(sorted(names, key=lambda name: (len(name.lstrip("0")), name.lstrip("0"), name)))
     return tuple(sorted(names))
 
 
@@ -37,12 +89,12 @@ def label_index(names: Sequence[str]) -> dict[str, int]:
     """The output that each label of data means.
 
     `LABEL_0`, `LABEL_1` and so on, which transformers gives to outputs without names, are also meant by their
-    numbers alone, where all names are of that kind.
+    numbers alone, where all names are of that kind. So is a name by another spelling of the same: 1.0 for 1.
     """
     index = {name: position for position, name in enumerate(names)}
     if all(name == f"LABEL_{position}" for name, position in index.items()):
         index |= {str(position): position for position in range(len(names))}
-    return index
+    return {canonical(name): position for name, position in reversed(index.items())} | index
 
 
 def encode_labels(examples: Examples, task: str, names: Sequence[str]) -> list[int] | list[float]:
@@ -52,20 +104,22 @@ def encode_labels(examples: Examples, task: str, names: Sequence[str]) -> list[i
         InputError: labels that are not among the names, or that are no finite numbers; all of them
             are counted, the first ones named.
     """
+    labels = examples.labels
     if task == REGRESSION:
-        values = [_number(label) for label in examples.labels]
-        wrong = sorted({label for label, value in zip(examples.labels, values, strict=True) if value is None})
+        values = [number_of(label) for label in labels]
+        wrong = sorted({label for label, value in zip(labels, values, strict=True) if value is None})
         if wrong:
-            raise InputError(f"{examples.name}: a regression needs numbers as labels, not {_listed(wrong)}")
+            raise InputError(f"{_first(examples, wrong)}; a regression needs numbers as labels, not {quoted(wrong)}")
         return [value for value in values if value is not None]
     index = label_index(names)
-    unknown = sorted(set(examples.labels) - index.keys())
+    found = {label: index.get(label, index.get(canonical(label))) for label in set(labels)}
+    unknown = sorted(label for label, position in found.items() if position is None)
     if unknown:
         raise InputError(
-            f"{examples.name}: unknown label{'s' if len(unknown) > 1 else ''} {_listed(map(repr, unknown))}; "
-            f"the head knows {_listed(map(repr, names))}"
+            f"{examples.name}: unknown label{'s' if len(unknown) > 1 else ''} {quoted(unknown)}; "
+            f"the head knows {quoted(names)}"
         )
-    return [index[label] for label in examples.labels]
+    return [position for label in labels if (position := found[label]) is not None]
 
 
 def score(task: str, logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
@@ -108,16 +162,3 @@ def uncorrelated(metrics: Mapping[str, float]) -> str | None:
         metrics: from `score`; empty where nothing was held out.
     """
     return next((name for name in ("matthews", "pearson") if metrics.get(name) == 0.0), None)
-
-
-def _number(label: str) -> float | None:
-    try:
-        value = float(label)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
-
-
-def _listed(several: Iterable[str]) -> str:
-    names = list(several)
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -24,7 +24,7 @@ from qrlora_deploy.training.cached import (
 )
 from qrlora_deploy.training.checkpoints import STATE, Sealing, open_work_dir
 from qrlora_deploy.training.data import Examples, check_alike
-from qrlora_deploy.training.head import Outputs, base_outputs, check_stored, own_outputs, prepare_head
+from qrlora_deploy.training.head import Outputs, check_stored, frozen_outputs, own_outputs, prepare_head
 from qrlora_deploy.training.loop import (
     Progress,
     Rows,
@@ -95,9 +95,10 @@ def train(
     device = choose_device(settings.device)
     check_basis_fits(checkpoint, basis)
     settings = settings.resolved(basis.total_rank)
-    outputs = base_outputs(checkpoint)
     if settings.head == "output":
-        outputs = own_outputs(checkpoint, train)
+        outputs = own_outputs(checkpoint, train, settings.task)
+    else:
+        outputs = frozen_outputs(checkpoint, settings.task)
     metric = settings.metric_of(outputs.task)
     job = _prepare(checkpoint, basis, train, evaluation, outputs, settings)
     job.model.to(device)
@@ -123,6 +124,7 @@ def train(
         loss=loss,
         device=device,
         trunk_cache=cache_place,
+        remark=outputs.remark,
     )
     return Coefficients(
         values=values,

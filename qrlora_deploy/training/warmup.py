@@ -61,7 +61,7 @@ def warmup(
     """
     check_free_folder(output)
     device = choose_device(settings.device)
-    outputs = own_outputs(checkpoint, train)
+    outputs = own_outputs(checkpoint, train, settings.task)
     check_alike(train, evaluation)
     parts = [part for part in (train, evaluation) if part is not None]
     targets = [encode_labels(part, outputs.task, outputs.labels) for part in parts]
@@ -88,6 +88,7 @@ def warmup(
         "base_name": checkpoint.name,
         "task": outputs.task,
         "labels": list(outputs.labels),
+        **({"remark": outputs.remark} if outputs.remark else {}),
         "mode": settings.mode,
         "learning_rate": settings.rate,
         "epochs": settings.epochs,

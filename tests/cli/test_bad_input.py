@@ -75,7 +75,7 @@ CASES = {
     "no data": (f"{TRAIN} nothing.tsv", "nothing.tsv"),
     "empty data": (f"{TRAIN} empty.tsv", "empty.tsv"),
     "missing column": (f"{TRAIN} good.tsv --text-column body", "body", "text"),
-    "not UTF-8": (f"{TRAIN} latin.tsv", "latin.tsv", "UTF8"),
+    "not UTF-8": (f"{TRAIN} latin.tsv", "latin.tsv", "row 1 is not UTF-8"),
     "unknown label": (f"{TRAIN} stranger.tsv", "no such label", "travel"),
     "nothing to resume": (f"{TRAIN} good.tsv --resume", "--resume"),
     "learning rate": (f"{TRAIN} good.tsv --learning-rate 1e38", "--learning-rate"),

@@ -13,8 +13,9 @@ from qrlora_deploy.training.tasks import (
     CLASSIFICATION,
     METRICS,
     REGRESSION,
+    Guess,
+    choose_task,
     encode_labels,
-    infer_task,
     label_names,
     score,
     uncorrelated,
@@ -35,19 +36,72 @@ def examples(*labels: str) -> Examples:
         (["-1", "+1"], CLASSIFICATION),
         (["0.0", "1"], REGRESSION),
         (["1e3", "-2.5"], REGRESSION),
+        (["1e-5", "2e-5"], REGRESSION),
+        (["1e1", "2e1"], CLASSIFICATION),
+        (["1_1", "1_2", "2_1"], CLASSIFICATION),
+        (["1.5_0", "2.5"], CLASSIFICATION),
+        (["\u0661.\u0665", "\u0662.\u0665"], CLASSIFICATION),
+        (["\uff11.\uff15", "2.5"], CLASSIFICATION),
         (["1.5", "good"], CLASSIFICATION),
-        (["1.5", "nan"], CLASSIFICATION),
-        (["1.5", "inf"], CLASSIFICATION),
+        (["nan", "inf"], CLASSIFICATION),
+        (["NA", "EU", "US"], CLASSIFICATION),
         (["travel", "home"], CLASSIFICATION),
+        (["1.2.3", "1.2.4"], CLASSIFICATION),
     ],
 )
 def test_a_decimal_point_makes_a_regression(labels: list[str], task: str) -> None:
-    assert infer_task(labels) == task
+    assert choose_task(examples(*labels)).task == task
+
+
+@pytest.mark.parametrize("label", ["nan", "NaN", "NA", "N/A", "<NA>", "-", "None", "null", "inf", "-Infinity", "1e999"])
+@pytest.mark.parametrize("numbers", [("1.5", "2.5"), ("0", "1")])
+def test_one_label_that_is_missing_among_numbers_is_refused_with_its_row(label: str, numbers: tuple[str, str]) -> None:
+    labels = examples(*numbers, label, *numbers)
+    with pytest.raises(InputError, match=r"some.tsv: row 3 has the label .* where the others are numbers"):
+        choose_task(labels)
+    assert choose_task(labels, "classification").task == CLASSIFICATION
+    with pytest.raises(InputError, match=r"some.tsv: row 3 has the label"):
+        encode_labels(labels, REGRESSION, ("score",))
+
+
+def test_a_decimal_comma_is_refused_with_its_row() -> None:
+    for labels in (("1.5", "3,5"), ("2,5", "3,5")):
+        with pytest.raises(InputError, match="row . has the label '.,5', a number with a comma; write a point, or say"):
+            choose_task(examples(*labels))
+
+
+def test_a_task_that_was_named_is_no_guess() -> None:
+    versions = examples("3.11", "3.12")
+    assert choose_task(versions) == Guess(
+        REGRESSION, "some.tsv: row 1 has the label '3.11'; --task classification takes numbers as names"
+    )
+    assert choose_task(versions, "classification") == Guess(CLASSIFICATION)
+    assert choose_task(examples("0", "1"), "regression") == Guess(REGRESSION)
+
+
+def test_one_class_in_several_spellings() -> None:
+    assert encode_labels(examples("1.0", "2", "2."), CLASSIFICATION, ("1", "2")) == [0, 1, 1]
+    assert encode_labels(examples("1", "2.0"), CLASSIFICATION, ("1.0", "2.0")) == [0, 1]
+    assert encode_labels(examples("true", "False"), CLASSIFICATION, ("False", "True")) == [1, 0]
+    # A spelling that is a class of its own stays one.
+    assert encode_labels(examples("1.0", "1"), CLASSIFICATION, ("1", "1.0")) == [1, 0]
+    with pytest.raises(InputError, match="unknown label '1.5'"):
+        encode_labels(examples("1.5"), CLASSIFICATION, ("1", "2"))
+
+
+def test_names_that_transformers_gave_are_meant_by_their_numbers() -> None:
+    assert encode_labels(examples("1", "0", "LABEL_1"), CLASSIFICATION, ("LABEL_0", "LABEL_1")) == [1, 0, 1]
+    with pytest.raises(InputError, match="unknown label '2'; the head knows 'LABEL_0', 'LABEL_1'"):
+        encode_labels(examples("2"), CLASSIFICATION, ("LABEL_0", "LABEL_1"))
+    with pytest.raises(InputError, match="unknown label '0'"):
+        encode_labels(examples("0"), CLASSIFICATION, ("LABEL_0", "other"))
 
 
 def test_names_are_ordered_by_value_or_by_the_alphabet() -> None:
     assert label_names(["10", "9", "2", "9"]) == ("2", "9", "10")
     assert label_names(["b", "10", "a", "9"]) == ("10", "9", "a", "b")
+    long = "9" * 5000
+    assert label_names([long, "10", "010"]) == ("010", "10", long)
 
 
 def test_encoding_gives_the_position_among_the_names() -> None:
@@ -69,7 +123,8 @@ def test_a_long_list_of_unknown_labels_is_cut() -> None:
 def test_a_regression_refuses_what_is_no_finite_number() -> None:
     with pytest.raises(InputError) as caught:
         encode_labels(examples("1", "nan", "high", "inf"), REGRESSION, ("score",))
-    assert str(caught.value) == "some.tsv: a regression needs numbers as labels, not high, inf, nan"
+    message = "some.tsv: row 2 has the label 'nan'; a regression needs numbers as labels, not 'high', 'inf', 'nan'"
+    assert str(caught.value) == message
 
 
 def test_classification_by_hand() -> None:

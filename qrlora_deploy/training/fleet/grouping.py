@@ -1,22 +1,13 @@
 """Rows of many customers in files, grouped by customer; what is wrong with one of them stops no other."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pyarrow
-
-from qrlora_deploy.errors import InputError, first_line
-from qrlora_deploy.training.data import (
-    READERS,
-    Columns,
-    Examples,
-    examples_of,
-    label_name_of,
-    read_examples,
-    text_names,
-)
-from qrlora_deploy.training.fleet.tolerant import Read, read_rows
+from qrlora_deploy.errors import InputError
+from qrlora_deploy.training.data import Examples, examples_of, label_name_of, read_examples, text_names
+from qrlora_deploy.training.labels import settled, text_of
+from qrlora_deploy.training.reading import READERS, Columns, Table, read_table
 
 Keeps = Callable[[str], bool]
 
@@ -52,16 +43,21 @@ def read_groups(
     files = [place] if place.is_file() else _files(place)
     if customer_column is None:
         return _one_file_each(files, text_column, label_column, keeps)
-    read = _joined([(file, _read(file, customer_column)) for file in files], place)
-    text_names(str(place), read.columns, text_column)
-    label_name_of(str(place), read.columns, label_column)
-    groups = Groups(refused={name: reason for name, reason in read.faults.items() if keeps(name)})
-    for name, rows in _rows_by_customer(read.columns[customer_column], keeps).items():
-        if name in groups.refused:
+    column = customer_column.strip()
+    table = _joined([(file, _read(file, column)) for file in files], place)
+    text_names(str(place), table.columns, text_column)
+    label = label_name_of(str(place), table.columns, label_column)
+    # Before the rows are parted: what a number is written like may differ between customers.
+    columns = table.columns | {label: settled(table.columns[label])}
+    parts = _rows_by_customer(columns[column])
+    clashes = _clashes(parts.keys() | table.faults.keys())
+    groups = Groups(refused={name: text for name, text in (clashes | table.faults).items() if keeps(name)})
+    for name, rows in parts.items():
+        if not keeps(name) or name in groups.refused:
             continue
-        part: Columns = {column: [values[row] for row in rows] for column, values in read.columns.items()}
+        part: Columns = {column: [values[row] for row in rows] for column, values in columns.items()}
         try:
-            groups.examples[name] = examples_of(f"{name} in {place}", part, text_column, label_column)
+            groups.examples[name] = examples_of(f"{name} in {place}", Table(part), text_column, label_column)
         except InputError as error:
             groups.refused[name] = str(error)
     return groups
@@ -83,8 +79,9 @@ def _one_file_each(files: list[Path], text_column: str | None, label_column: str
     by_name: dict[str, list[Path]] = {}
     for file in files:
         by_name.setdefault(file.stem, []).append(file)
+    groups.refused.update({name: text for name, text in _clashes(by_name).items() if keeps(name)})
     for name, places in by_name.items():
-        if not keeps(name):
+        if not keeps(name) or name in groups.refused:
             continue
         try:
             if len(places) > 1:
@@ -95,32 +92,56 @@ def _one_file_each(files: list[Path], text_column: str | None, label_column: str
     return groups
 
 
-def _read(file: Path, customer_column: str) -> Read:
-    try:
-        return read_rows(file, customer_column)
-    except pyarrow.ArrowException as error:
-        raise InputError(f"{file} cannot be read: {first_line(error)}") from error
-    except OSError as error:
-        raise InputError(f"{file} cannot be read: {error.strerror or first_line(error)}") from error
+def _read(file: Path, customer_column: str) -> Table:
+    table = read_table(file, customer_column)
+    if not table.columns:
+        for fault in table.faults.values():
+            raise InputError(fault)  # of the one row or of all of them
+    if customer_column not in table.columns:
+        raise InputError(f"{file}: no column {customer_column} (--customer-column); it has {', '.join(table.columns)}")
+    return table
 
 
-def _joined(parts: list[tuple[Path, Read]], place: Path) -> Read:
+def _joined(parts: list[tuple[Path, Table]], place: Path) -> Table:
     """The rows of several files, one file after another."""
     names = list(parts[0][1].columns)
-    odd = [file.name for file, read in parts if set(read.columns) != set(names)]
+    odd = [file.name for file, table in parts if set(table.columns) != set(names)]
     if odd:
         raise InputError(f"{place}: {odd[0]} has other columns than {parts[0][0].name}")
-    columns: Columns = {name: [value for _, read in parts for value in read.columns[name]] for name in names}
+    columns: Columns = {name: [value for _, table in parts for value in table.columns[name]] for name in names}
     faults: dict[str, str] = {}
-    for _, read in parts:
-        faults = read.faults | faults
+    for _, table in parts:
+        faults = table.faults | faults
     if not columns[names[0]]:
         raise InputError(f"{place} holds no rows")
-    return Read(columns, faults)
+    return Table(columns, faults)
 
 
-def _rows_by_customer(ids: Sequence[object], keeps: Keeps) -> dict[str, list[int]]:
+def _rows_by_customer(ids: Sequence[object]) -> dict[str, list[int]]:
     rows: dict[str, list[int]] = {}
-    for row, value in enumerate(ids):
-        rows.setdefault("" if value is None else str(value).strip(), []).append(row)
-    return {name: numbers for name, numbers in rows.items() if keeps(name)}
+    for row, value in enumerate(settled(ids)):
+        rows.setdefault(_id(value), []).append(row)
+    return rows
+
+
+def _id(value: object) -> str:
+    """A customer's id as text; empty where it is missing, as a NaN is. What is no single value is no id either,
+    and refused as what it looks like."""
+    try:
+        return text_of(value)
+    except InputError:
+        return str(value).strip()
+
+
+def _clashes(names: Iterable[str]) -> dict[str, str]:
+    """By name, what is wrong with names that differ in case alone: on macOS and Windows they are one file."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(name.casefold(), []).append(name)
+    return {
+        name: f"{' and '.join(map(repr, sorted(several)))} differ in case alone, which are one file on macOS and "
+        f"Windows; rename one"
+        for several in alike.values()
+        if len(several) > 1
+        for name in several
+    }

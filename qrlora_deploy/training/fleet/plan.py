@@ -10,9 +10,10 @@ from qrlora_deploy.coefficients import CUSTOMER_ID
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.training.data import Examples, check_alike
 from qrlora_deploy.training.fleet.grouping import Groups, read_groups
-from qrlora_deploy.training.head import Outputs, base_outputs, own_outputs
+from qrlora_deploy.training.head import Outputs, base_outputs, frozen_outputs, own_outputs
+from qrlora_deploy.training.labels import WHOLE
 from qrlora_deploy.training.settings import TrainSettings
-from qrlora_deploy.training.tasks import encode_labels
+from qrlora_deploy.training.tasks import REGRESSION, encode_labels
 
 Targets = Sequence[int] | Sequence[float]
 
@@ -108,8 +109,9 @@ def plan_fleet(source: FleetSource, checkpoint: Checkpoint, settings: TrainSetti
         InputError: a file or folder as a whole cannot be read, or the base has no usable head; what
             is wrong with one customer alone is in the plan instead.
     """
-    base = base_outputs(checkpoint)
-    if settings.head == "frozen":
+    frozen = settings.head == "frozen"
+    base = frozen_outputs(checkpoint, settings.task) if frozen else base_outputs(checkpoint)
+    if frozen:
         settings.metric_of(base.task)
     groups = _read(source, source.data, shard)
     held_out = _read(source, source.evaluation, shard) if source.evaluation else Groups()
@@ -123,17 +125,38 @@ def plan_fleet(source: FleetSource, checkpoint: Checkpoint, settings: TrainSetti
             reason = _bad_id(name) or held_out.refused.get(name)
             if reason:
                 raise InputError(reason)
-            outputs = own_outputs(checkpoint, groups.examples[name]) if settings.head == "output" else base
+            outputs = base if frozen else own_outputs(checkpoint, groups.examples[name], settings.task)
             settings.metric_of(outputs.task)
             customers.append(_customer(name, groups.examples[name], evaluation, outputs))
         except InputError as error:
             refused[name] = str(error)
+    if not frozen and settings.task == "auto":
+        unclear = _unclear(customers)
+        customers = [customer for customer in customers if customer.name not in unclear]
+        refused |= unclear
     strangers = (held_out.examples.keys() | held_out.refused.keys()) - groups.examples.keys() - groups.refused.keys()
     return Plan(customers, refused, len(strangers))
 
 
 def _read(source: FleetSource, place: Path, shard: Shard) -> Groups:
     return read_groups(place, source.customer_column, source.text_column, source.label_column, shard.holds)
+
+
+def _unclear(customers: list[Customer]) -> dict[str, str]:
+    """By name, why customers of whole numbers may be meant otherwise: others in the same data have fractions."""
+    fractions = [
+        customer.name for customer in customers if customer.outputs.new and customer.outputs.task == REGRESSION
+    ]
+    if not fractions:
+        return {}
+    reason = f"its labels are whole numbers, those of {fractions[0]} fractions; say what they are by --task"
+    return {
+        customer.name: reason
+        for customer in customers
+        if customer.outputs.new
+        and customer.outputs.task != REGRESSION
+        and all(WHOLE.fullmatch(label) for label in customer.outputs.labels)
+    }
 
 
 def _bad_id(name: str) -> str | None:

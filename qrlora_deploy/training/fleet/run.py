@@ -294,6 +294,7 @@ class _Fleet:
             baseline=active.baseline,
             loss=round(active.loss, 6),
             device=self.device.type,
+            remark=active.customer.outputs.remark,
         )
 
     def _drop(self, slot: int, reason: str) -> None:

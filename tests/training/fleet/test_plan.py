@@ -1,5 +1,6 @@
 """Which customers a fleet trains: rows by customer, what is refused and why, and shards."""
 
+import json
 from pathlib import Path
 
 import pyarrow
@@ -66,10 +67,16 @@ def test_a_folder_may_hold_parts_of_one_table(tmp_path: Path) -> None:
         ("all.tsv", b"b\trice\tkitchen\tand more\n", "b", "has 4 columns instead of 3"),
         ("all.tsv", b"b\trice\n", "b", "has 2 columns instead of 3"),
         ("all.tsv", b"\xff\trice\tkitchen\n", "\\xff", "row 4 is not UTF-8"),
+        ("all.tsv", b"b\tcaf\xe9\tkitchen\tand more\n", "b", "row 4 has 4 columns instead of 3"),
         ("all.tsv", b"b\trice\t\n", "b", "row 2 has no label"),
         ("all.jsonl", b'{"id": "b", "text": 5, "label": "kitchen"}\n', "b", "row 2 has no text"),
-        ("all.jsonl", b'{"id": "b", "text": "caf\xe9"}\n', "", "line 4 is no JSON object"),
-        ("all.jsonl", b"[1]\n", "", "line 4 is no JSON object"),
+        ("all.jsonl", b'{"id": "b", "text": "caf\xe9"}\n', "", "line 4 is not UTF-8"),
+        ("all.jsonl", b"[1]\n", "", "line 4 is not a JSON object"),
+        ("all.jsonl", b'{"id": "b", "n": ' + b"9" * 5000 + b"}\n", "", "line 4 is not JSON"),
+        ("all.jsonl", b'{"id": "b", "text": "\\ud800", "label": "kitchen"}\n', "b", "row 2: the text is not valid"),
+        ("all.jsonl", b'{"id": "b", "text": "rice", "label": NaN}\n', "b", "row 2 has no label"),
+        ("all.jsonl", b'{"id": "b", "text": "rice", "label": ["kitchen"]}\n', "b", "row 2: the label is a list"),
+        ("all.tsv", b"B\trice\tkitchen\n", "B", "'B' and 'b' differ in case alone"),
     ],
 )
 def test_a_broken_row_costs_one_customer(tmp_path: Path, name: str, broken: bytes, whose: str, reason: str) -> None:
@@ -77,8 +84,9 @@ def test_a_broken_row_costs_one_customer(tmp_path: Path, name: str, broken: byte
     lines = [f'{{"id": "{name}", "text": "{text}", "label": "{label}"}}\n' for name, text, label in rows]
     (tmp_path / name).write_bytes((GOOD if name.endswith("tsv") else "".join(lines).encode()) + broken)
     groups = read_groups(tmp_path / name, "id", None, None, every)
-    assert groups.refused.keys() == {whose} and reason in groups.refused[whose]
-    assert groups.examples.keys() == {"a", "b"} - {whose}
+    concerned = {"b", "B"} if whose == "B" else {whose}
+    assert groups.refused.keys() == concerned and reason in groups.refused[whose]
+    assert groups.examples.keys() == {"a", "b"} - concerned
 
 
 def test_shards_part_the_customers_and_stay_as_they_are(tmp_path: Path, checkpoint: Checkpoint) -> None:
@@ -115,3 +123,58 @@ def test_held_out_rows_belong_to_their_customer(tmp_path: Path, checkpoint: Chec
     plan = plan_fleet(source, checkpoint, settings_of(), Shard())
     assert [(customer.name, len(customer.evaluation_targets)) for customer in plan.customers] == [("a", 1)]
     assert "unheard of" in plan.refused["b"] and plan.strangers == 1
+
+
+def test_files_whose_names_differ_in_case_alone_are_refused(tmp_path: Path) -> None:
+    for name in ("Good", "good", "other"):
+        write_rows(tmp_path / f"{name}.tsv", [("rice", "kitchen")])
+    groups = read_groups(tmp_path, None, None, None, every)
+    assert groups.examples.keys() == {"other"} and groups.refused.keys() == {"Good", "good"}
+
+
+def test_a_column_name_that_is_no_text_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "all.tsv").write_bytes(GOOD.replace(b"label", b"label\tcaf\xe9", 1))
+    with pytest.raises(InputError, match="a column name is not UTF-8"):
+        read_groups(tmp_path / "all.tsv", "id", None, None, every)
+
+
+def numbers_of(*customers: tuple[str, list[object]]) -> str:
+    rows = [{"id": name, "text": "a", "label": label} for name, labels in customers for label in labels]
+    return "".join(f"{json.dumps(row)}\n" for row in rows)
+
+
+def test_a_fleet_of_numbers_is_no_mixture(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    content = numbers_of(("a", [1.5, 2.5, 3]), ("b", [1.5, float("nan"), 2.5]), ("c", [1, 2, 3]), ("d", ["x", "y"]))
+    (tmp_path / "all.jsonl").write_text(content)
+    source = FleetSource(tmp_path / "all.jsonl", customer_column="id")
+    plan = plan_fleet(source, checkpoint, settings_of(head="output"), Shard())
+    assert {item.name: item.outputs.task for item in plan.customers} == {
+        "a": "text-regression",
+        "d": "text-classification",
+    }
+    assert "row 2 has no label" in plan.refused["b"]
+    assert plan.refused["c"] == "its labels are whole numbers, those of a fractions; say what they are by --task"
+    said = plan_fleet(source, checkpoint, settings_of(head="output", task="regression"), Shard())
+    assert {item.name: item.outputs.task for item in said.customers} == dict.fromkeys("ac", "text-regression")
+    assert "a regression needs numbers as labels, not 'x', 'y'" in said.refused["d"]
+
+
+def test_a_column_that_was_written_in_two_ways_is_one_for_all_customers(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    (tmp_path / "all.jsonl").write_text(numbers_of(("a", [1.0, 2.0]), ("b", [1, 2])))
+    source = FleetSource(tmp_path / "all.jsonl", customer_column="id")
+    plan = plan_fleet(source, checkpoint, settings_of(head="output"), Shard())
+    assert {item.name: item.outputs.labels for item in plan.customers} == {"a": ("1", "2"), "b": ("1", "2")}
+
+
+def test_ids_are_text_as_labels_are(tmp_path: Path) -> None:
+    ids = [1.0, 1, float("nan"), True, ["x"]]
+    rows = [{"id": name, "text": "rice", "label": "kitchen"} for name in ids]
+    (tmp_path / "all.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    groups = read_groups(tmp_path / "all.jsonl", "id", None, None, every)
+    assert {name: len(part) for name, part in groups.examples.items()} == {"1": 2, "": 1, "true": 1, "['x']": 1}
+
+
+def test_a_file_of_faults_alone_says_which(tmp_path: Path) -> None:
+    (tmp_path / "all.jsonl").write_text('{"id": "a"\n')
+    with pytest.raises(InputError, match="line 1 is not JSON"):
+        read_groups(tmp_path / "all.jsonl", "id", None, None, every)
