@@ -16,6 +16,7 @@ from qrlora_deploy.config_file import label_names, read_model_config
 from qrlora_deploy.errors import InputError, library_errors
 from qrlora_deploy.files import METADATA_KEY
 from qrlora_deploy.locating import locate_basis
+from qrlora_deploy.output_names import output_names
 from qrlora_deploy.provenance import FILE_NAME as PROVENANCE
 from qrlora_deploy.provenance import read_provenance
 from qrlora_deploy.reading import is_file, parse_json, readable
@@ -223,7 +224,7 @@ def _describe_checkpoint(path: Path, size_bytes: int) -> Description:
         "tensors": len(checkpoint.tensor_files),
         "shards": [shard.name for shard in checkpoint.shards],
         "has_task_head": config.has_task_head,
-        "labels": label_names(config, file) if config.has_task_head else [],
+        "labels": list(output_names(file, dict(enumerate(label_names(config, file))))) if config.has_task_head else [],
         "sizes": {name: size for name in SIZES if (size := getattr(config, name)) is not None},
         "digest": checkpoint.digest,
     }
