@@ -190,7 +190,7 @@ def test_one_bad_customer_stops_no_other(still_base: Checkpoint, tiny_basis: Bas
         "no id": "no customer id",
         "empty": "holds no rows",
         "nothing": "is empty",
-        "broken": "cannot be read",
+        "broken": "row 1 is not UTF-8",
         "numbers": "row 1 has no text",
     }.items():
         assert word in reasons[name], reasons[name]
