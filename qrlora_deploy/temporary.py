@@ -63,11 +63,10 @@ def temporary_folder(parent: Path, name: str, mode: int = 0o777) -> Iterator[Pat
         descriptor = _make(parent, _label(name), mode, tried)
         yield tried[-1]
     finally:
-        for folder in tried:
-            remove_tree(folder)
-            _live.discard(folder)
-        if descriptor >= 0:
-            os.close(descriptor)
+        with unlocked(descriptor):
+            for folder in tried:
+                remove_tree(folder)
+                _live.discard(folder)
 
 
 @contextmanager
@@ -121,6 +120,18 @@ def lock_folder(folder: Path) -> int | None:
         return descriptor
     os.close(descriptor)
     return None
+
+
+@contextmanager
+def unlocked(descriptor: int) -> Iterator[None]:
+    """Give up a lock after the block, which removes its folder; before it where open files cannot be removed."""
+    if descriptor >= 0 and not HAS_LOCKS:
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        if descriptor >= 0 and HAS_LOCKS:
+            os.close(descriptor)
 
 
 def _take(descriptor: int) -> bool | None:

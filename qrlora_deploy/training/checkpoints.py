@@ -5,7 +5,6 @@ A power loss leaves files that are empty or full of zeros, and a checkpoint that
 """
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from transformers import TrainerCallback
 
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.files import digest_file, flush_file, flush_folder, write_json
-from qrlora_deploy.temporary import lock_folder, remove_dead, remove_if_dead, remove_tree
+from qrlora_deploy.temporary import lock_folder, remove_dead, remove_if_dead, remove_tree, unlocked
 
 SETTINGS = "settings.json"
 DIGESTS = "digests.json"
@@ -194,9 +193,9 @@ def run_folder(output: Path, resume: bool) -> Iterator[Path]:
         keep = resume or bool(checkpoints(folder))
         raise
     finally:
-        if not keep:
-            remove_tree(folder)
-        os.close(descriptor)
+        with unlocked(descriptor):
+            if not keep:
+                remove_tree(folder)
 
 
 def _lock(folder: Path) -> int | None:
