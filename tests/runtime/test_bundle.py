@@ -134,10 +134,10 @@ def test_folder_without_manifest_is_bad_input(tmp_path: Path) -> None:
 
 
 def test_manifest_that_may_not_be_read_is_bad_input(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuses(path: Path, **_: object) -> str:
+    def refuses(path: Path, *_: object, **__: object) -> str:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_text", refuses)
+    monkeypatch.setattr(Path, "open", refuses)
     with pytest.raises(InputError, match=r"manifest\.json cannot be read: Permission denied"):
         open_bundle(exported)
 
