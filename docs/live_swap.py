@@ -161,7 +161,7 @@ def answer_alone(bundle: Bundle, versions: Sequence[tuple[str, str, Coefficients
         InputError: two versions answer a text alike, so that nothing could be told from answers.
     """
     session = SwitchableSession(bundle, threads=1)
-    predictor = Predictor(bundle, session=session)
+    predictor = Predictor(session)
     answered = []
     for owner, name, coefficients in versions:
         if coefficients is not None:
@@ -184,7 +184,7 @@ def run(bundle: Bundle, folder: Path, names: tuple[str, str], new: Coefficients,
         bundle, [(customer, "v1", first), (customer, "v2", new), (other, "v1", second), (BASE, "", None)]
     )
     session = SwitchableSession(bundle, threads=1)
-    traffic = Traffic(Predictor(bundle, session=session), versions, arguments.rows)
+    traffic = Traffic(Predictor(session), versions, arguments.rows)
     threads = [threading.Thread(target=traffic.ask, args=(seed,)) for seed in range(arguments.threads)]
     with CustomerStore(session, folder, traffic.report):
         for thread in threads:

@@ -31,6 +31,7 @@ class ModelConfig(BaseModel):
     id2label: dict[str, str | int] | None = None
     num_labels: int | None = Field(default=None, ge=0, le=2**31)
     vocab_size: int | None = None
+    type_vocab_size: int | None = None
     hidden_size: int | None = None
     num_hidden_layers: int | None = None
 

@@ -100,7 +100,15 @@ def test_the_runtime_stands_alone(name: str) -> None:
     assert heavy == set()
     modules = ("errors", "files", "reading", "strict", "coefficients", "config_file", "temporary")
     own = {f"qrlora_deploy.{name}" for name in modules}
-    assert {other for other in project(found) if not inside(other, "qrlora_deploy.runtime")} <= own
+    shared = ("qrlora_deploy.runtime", "qrlora_deploy.tokens")
+    assert {other for other in project(found) if not any(inside(other, package) for package in shared)} <= own
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if inside(name, "qrlora_deploy.tokens")])
+def test_what_cuts_texts_needs_a_tokenizer_alone(name: str) -> None:
+    found = imports(MODULES[name])
+    assert not {other.split(".")[0] for other in found} & {"torch", "transformers", "onnxruntime"}
+    assert all(inside(other, "qrlora_deploy.tokens") or other == "qrlora_deploy.errors" for other in project(found))
 
 
 def test_only_verify_reaches_into_the_exporters() -> None:

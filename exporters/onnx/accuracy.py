@@ -16,6 +16,7 @@ from qrlora_deploy.capacity import max_tokens
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.runtime.layout import SLOT
 from qrlora_deploy.runtime.parity import run_logits
+from qrlora_deploy.training.cutting import cut_texts
 from qrlora_deploy.training.data import Examples
 from qrlora_deploy.training.tasks import CLASSIFICATION, label_index
 
@@ -107,9 +108,8 @@ def answer_in_pytorch(
     for start in range(0, len(examples), BATCH):
         rows = slice(start, start + BATCH)
         pairs = examples.pairs[rows] if examples.pairs is not None else None
-        encoded = tokenizer(
-            examples.texts[rows], pairs, truncation=True, max_length=length, padding=True, return_tensors="pt"
-        )
+        texts, pairs = cut_texts(tokenizer, examples.texts[rows], pairs, length, examples.name)
+        encoded = tokenizer(texts, pairs, truncation=True, max_length=length, padding=True, return_tensors="pt")
         inputs = {name: encoded[name] for name in names}
         with torch.no_grad():
             found = model(**inputs).logits.argmax(dim=-1).numpy()

@@ -11,6 +11,7 @@ from exporters.onnx.graph import input_names
 from qrlora_deploy.capacity import max_tokens
 from qrlora_deploy.runtime.layout import HEAD_TABLE, SLOT, TABLE
 from qrlora_deploy.runtime.records import CalibrationRecord
+from qrlora_deploy.training.cutting import cut_texts
 from qrlora_deploy.training.data import TextRows
 
 MAX_ROWS = 128
@@ -60,7 +61,8 @@ def calibration_inputs(
     rows = choose_rows(texts)
     for index, text in enumerate(rows.texts):
         pair = [rows.pairs[index]] if rows.pairs is not None else None
-        encoded = tokenizer([text], pair, truncation=True, max_length=length, return_tensors="np")
+        first, pair = cut_texts(tokenizer, [text], pair, length)
+        encoded = tokenizer(first, pair, truncation=True, max_length=length, return_tensors="np")
         inputs = {name: encoded[name].astype(np.int64) for name in names}
         if tables:
             inputs |= tables | {SLOT: np.array([index % len(tables[TABLE])], dtype=np.int64)}

@@ -20,6 +20,7 @@ from qrlora_deploy.coefficients import Coefficients
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.merging import merge_model
 from qrlora_deploy.runtime.parity import Case
+from qrlora_deploy.training.cutting import cut_texts
 from qrlora_deploy.training.data import Examples
 
 BATCH = 8
@@ -81,8 +82,8 @@ def build_batches(tokenizer: Any, texts: Texts, names: tuple[str, ...], max_leng
     """
     if tokenizer.pad_token_id is None:
         raise InputError("the tokenizer has no padding token; set pad_token in its config")
-    pairs = list(texts.pairs) if texts.pairs is not None else None
-    encoded = tokenizer(list(texts.texts), pairs, truncation=True, max_length=max_length)
+    first, pairs = cut_texts(tokenizer, texts.texts, texts.pairs, max_length)
+    encoded = tokenizer(first, pairs, truncation=True, max_length=max_length)
     rows = [{name: encoded[name][index] for name in names if name in encoded} for index in range(len(texts.texts))]
     for row in rows:
         row["attention_mask"] = [1] * len(row["input_ids"])

@@ -94,8 +94,7 @@ class Checked:
 
 
 def write_side_files(folder: Path, content: Content, checked: Checked) -> None:
-    """Config, tokenizer, reference logits, the base's head and a README."""
-    write_reference(checked.reference, folder / REFERENCE_FILE)
+    """Config, tokenizer, the base's head and a README."""
     model, tokenizer = checked.model, checked.tokenizer
     model.config.id2label = dict(enumerate(content.labels))
     model.config.label2id = {label: index for index, label in enumerate(content.labels)}
@@ -128,7 +127,7 @@ def _axes(record: TensorRecord) -> str:
 
 
 def seal(folder: Path, checkpoint: Checkpoint, basis: Basis, content: Content, checked: Checked) -> Manifest:
-    """Write the manifest, last of all: it holds the digests of the other files."""
+    """Write the reference logits and the manifest, last of all: it holds the digests of the other files."""
     model, tokenizer, graph = checked.model, checked.tokenizer, checked.graph
     manifest = Manifest(
         kind=content.kind,  # type: ignore[arg-type]  # pydantic checks both
@@ -149,7 +148,7 @@ def seal(folder: Path, checkpoint: Checkpoint, basis: Basis, content: Content, c
         ),
         inputs=graph.inputs,
         outputs=(TensorRecord(name="logits", dtype="float32", shape=("batch", content.outputs)),),
-        files=digest_files(folder),
+        files={},
         parity=_parity_record(checked.report, checked.provider, checked.accuracy),
         customer_effect=customer_effect(checked.reference),
         attention_nodes=graph.attention_nodes,
@@ -157,10 +156,14 @@ def seal(folder: Path, checkpoint: Checkpoint, basis: Basis, content: Content, c
         pad_token_id=tokenizer.pad_token_id,
         padding_side=tokenizer.padding_side,
         pad_token_type_id=tokenizer.pad_token_type_id,
+        truncation_side=tokenizer.truncation_side,
         versions=tool_versions()
         | {name: version(name) for name in ("transformers", "onnx", "onnxscript")}
         | {"onnxruntime": onnxruntime.__version__},
     )
+    # What decides an answer is in a file that is sealed, too.
+    write_reference(checked.reference, folder / REFERENCE_FILE, manifest.sealed_fields())
+    manifest = manifest.model_copy(update={"files": digest_files(folder)})
     (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 

@@ -13,12 +13,14 @@ from qrlora_deploy.bench.subjects import Call, Spec, folder_bytes
 from qrlora_deploy.bench.workload import Workload, token_inputs
 from qrlora_deploy.errors import InputError, ProviderError
 from qrlora_deploy.files import digest_file
+from qrlora_deploy.training.cutting import cut_texts
 
 KINDS: dict[str, Kind] = {"torch-eager": "torch-eager", "torch-compile": "torch-compile", "peft": "peft"}
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """Names of PyTorch's dtypes."""
 
+MAX_TOKENS = 2**20
 LORA_RANK = 8
 LORA_ADAPTERS = 8
 
@@ -98,12 +100,12 @@ class TorchSubject:
         if workload.length is not None:
             return [token_inputs(workload, names, self._vocabulary, self._tokenizer.pad_token_id or 0)]
         seconds: Sequence[tuple[str, ...] | None] = workload.pairs or [None] * len(workload.texts)
-        encoded = [
-            self._tokenizer(
-                list(texts), None if pair is None else list(pair), padding=True, truncation=True, return_tensors="np"
-            )
-            for texts, pair in zip(workload.texts, seconds, strict=True)
+        # One without a limit of its own does not truncate.
+        limit = min(self._tokenizer.model_max_length, MAX_TOKENS)
+        cut = [
+            cut_texts(self._tokenizer, texts, pair, limit) for texts, pair in zip(workload.texts, seconds, strict=True)
         ]
+        encoded = [self._tokenizer(*batch, padding=True, truncation=True, return_tensors="np") for batch in cut]
         return [{name: np.asarray(batch[name], dtype=np.int64) for name in names} for batch in encoded]
 
     def _describe(self) -> SubjectRecord:

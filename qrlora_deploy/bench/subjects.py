@@ -157,8 +157,9 @@ class BundleSubject:
         if workload.length is None:
             seconds = workload.pairs or [None] * len(workload.texts)
             return [self._encoder.encode(texts, pair) for texts, pair in zip(workload.texts, seconds, strict=True)]
-        vocabulary = self._encoder.tokenizer.get_vocab_size()
-        return [token_inputs(workload, self._encoder.names, vocabulary, self.bundle.manifest.pad_token_id)]
+        return [
+            token_inputs(workload, self._encoder.names, self._encoder.vocabulary, self.bundle.manifest.pad_token_id)
+        ]
 
 
 def customer_file(spec: Spec, customer: str) -> Path:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 HELP = "Type a text. /customer NAME switches, /base goes back to the base, /customers lists, /help, /quit ends."
 
+MAX_LINE = 16 * 2**20
+"""Characters of a line that are kept."""
+
 LISTED = 20
 """Customers that are named of a folder that may hold thousands."""
 
@@ -37,13 +40,24 @@ def converse(predictor: "Predictor", store: "CustomerStore | None", customer: st
         click.echo(HELP, err=True)
         while True:
             click.echo(f"{customer or 'base'}> ", nl=False, err=True)
-            line = sys.stdin.readline()
+            line = _read_line(sys.stdin)
             if not line or line.strip() in ("/quit", "/exit"):
                 return
             try:
                 customer = _obey(predictor, store, customer, line.strip(), stdout)
             except QrloraError as error:
                 click.echo(f"Error: {one_line(str(error))}", err=True)
+
+
+def _read_line(stdin: IO[str]) -> str:
+    """The next line; of one that is far longer than any model reads, the beginning. Empty at the end."""
+    line = stdin.readline(MAX_LINE)
+    if len(line) == MAX_LINE and not line.endswith("\n"):
+        # What is left of the line is no text of its own.
+        while (rest := stdin.readline(MAX_LINE)) and not rest.endswith("\n"):
+            pass
+        click.echo(f"only the first {MAX_LINE} characters of the line are read", err=True)
+    return line
 
 
 def report(event: "StoreEvent") -> None:

@@ -15,6 +15,7 @@ from qrlora_deploy.reading import parse_json, readable
 from qrlora_deploy.runtime.bundle import REFERENCE_FILE, Bundle
 from qrlora_deploy.runtime.layout import TABLE
 from qrlora_deploy.runtime.running import is_padding_free
+from qrlora_deploy.runtime.sealed_facts import SEALED
 from qrlora_deploy.runtime.session import open_session
 from qrlora_deploy.runtime.token_index import TOKEN_INDEX, kept_tokens
 
@@ -282,9 +283,9 @@ def open_for_check(model: Path, precision: str, provider: str = "cpu", threads: 
         ) from error
 
 
-def write_reference(reference: Sequence[Case], path: Path) -> None:
-    """Write the cases into a folder that is not yet in use; the manifest seals the file."""
-    tensors = {}
+def write_reference(reference: Sequence[Case], path: Path, sealed: dict[str, Any]) -> None:
+    """Write the cases, and what the manifest will say, into a folder that is not yet in use; it seals the file."""
+    tensors = {SEALED: np.frombuffer(json.dumps(sealed, sort_keys=True).encode(), dtype=np.uint8)}
     for index, case in enumerate(reference):
         arrays = case.inputs | {LOGITS: case.logits, BASE_LOGITS: case.base_logits}
         tensors.update({f"{index}.{name}": np.ascontiguousarray(array) for name, array in arrays.items()})

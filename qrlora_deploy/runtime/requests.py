@@ -1,10 +1,15 @@
 """Requests from a JSON Lines file: text, and whose it is."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qrlora_deploy.errors import FileFormatError, InputError
+
+MAX_LINE_BYTES = 64 * 2**20
+"""Far more than any model reads of a text."""
 
 
 class Request(BaseModel):
@@ -31,18 +36,33 @@ def read_requests(path: Path) -> list[Request]:
         InputError: the file cannot be read or is empty.
     """
     try:
-        # Not `splitlines`: JSON has some of its separators within texts.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise FileFormatError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        with path.open("rb") as file:
+            requests = [_parse(path, number, line) for number, line in _lines(file, path) if line.strip()]
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
-    requests = [_parse(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not requests:
         raise InputError(f"{path} holds no requests")
     if len({request.pair is None for request in requests}) > 1:
         raise FileFormatError(f"{path}: some requests have a pair and some have none")
     return requests
+
+
+def _lines(file: IO[bytes], path: Path) -> Iterator[tuple[int, str]]:
+    """The lines with their numbers; one at a time, so that no line takes more memory than it may have bytes."""
+    number, start = 0, 0
+    # Not `splitlines`: JSON has some of its separators within texts.
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(line) > MAX_LINE_BYTES:
+            raise FileFormatError(
+                f"{path} line {number} is longer than {MAX_LINE_BYTES // 2**20} MiB; shorten the text"
+            )
+        try:
+            yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            place = start + error.start
+            raise FileFormatError(f"{path} is not UTF-8 text: {error.reason} at byte {place}") from error
+        start += len(line)
 
 
 def _parse(path: Path, number: int, line: str) -> Request:

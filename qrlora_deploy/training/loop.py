@@ -17,6 +17,7 @@ from qrlora_deploy.adapter import QRLoRALinear
 from qrlora_deploy.capacity import max_tokens
 from qrlora_deploy.checkpoint import Checkpoint
 from qrlora_deploy.errors import InputError, QrloraError, library_errors
+from qrlora_deploy.training.cutting import cut_texts
 from qrlora_deploy.training.data import Examples
 from qrlora_deploy.training.settings import RunSettings, choose_device
 from qrlora_deploy.training.tasks import score
@@ -155,7 +156,8 @@ def training_arguments(folder: Path, settings: RunSettings, rate: float, rows: i
 
 def build_rows(tokenizer: Any, examples: Examples, targets: Sequence[int | float], max_length: int) -> Rows:
     """Token ids of every example with its target; padding is left to the batch."""
-    encoded = tokenizer(examples.texts, examples.pairs, truncation=True, max_length=max_length)
+    texts, pairs = cut_texts(tokenizer, examples.texts, examples.pairs, max_length, examples.name)
+    encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length)
     names = list(encoded)
     return [{name: encoded[name][row] for name in names} | {"labels": target} for row, target in enumerate(targets)]
 

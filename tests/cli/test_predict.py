@@ -343,3 +343,12 @@ def test_a_conversation_with_a_merged_bundle(place: Path) -> None:
     assert ran.returncode == 0
     assert ran.stdout.splitlines() == [f"{answer.label}\t{answer.score:.4f}"] * 2
     assert ran.stderr.count("Error: ") == 1 and "merged bundle" in ran.stderr
+
+
+def test_a_line_without_end_is_read_to_a_bound_and_the_rest_is_no_text() -> None:
+    import io
+
+    from qrlora_deploy.cli import repl
+
+    lines = io.StringIO("a" * (repl.MAX_LINE + 5) + "\nhello\n")
+    assert [len(repl._read_line(lines)) for _ in range(3)] == [repl.MAX_LINE, 6, 0]

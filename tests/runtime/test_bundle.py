@@ -133,6 +133,15 @@ def test_folder_without_manifest_is_bad_input(tmp_path: Path) -> None:
         open_bundle(tmp_path)
 
 
+def test_manifest_that_may_not_be_read_is_bad_input(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(path: Path, *_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuses)
+    with pytest.raises(InputError, match=r"manifest\.json cannot be read: Permission denied"):
+        open_bundle(exported)
+
+
 def test_manifest_of_an_earlier_version_opens(copied: Copy) -> None:
     """It does not say whether an int8 graph was calibrated."""
     folder = copied()

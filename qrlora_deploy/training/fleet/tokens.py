@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from qrlora_deploy.errors import InputError, first_line
+from qrlora_deploy.training.cutting import cut_texts
 from qrlora_deploy.training.data import Examples
 from qrlora_deploy.training.fleet.plan import Customer
 from qrlora_deploy.training.loop import build_rows
@@ -71,7 +72,7 @@ class RowEncoder:
         return found
 
     def _quick(self, customers: Sequence[Customer]) -> Iterator[TokenRows]:
-        texts = [text for customer in customers for examples in _parts(customer) for text in _inputs(examples)]
+        texts = [text for customer in customers for part in _parts(customer) for text in self._inputs(part)]
         encodings = iter(self.tokenizer.backend_tokenizer.encode_batch(texts) if texts else [])
         for customer in customers:
             own = [next(encodings) for examples in _parts(customer) for _ in range(len(examples))]
@@ -79,6 +80,10 @@ class RowEncoder:
             if "token_type_ids" in self.names:
                 values["token_type_ids"] = [encoding.type_ids for encoding in own]
             yield _flat(values)
+
+    def _inputs(self, examples: Examples) -> Sequence[str | tuple[str, str]]:
+        texts, pairs = cut_texts(self.tokenizer, examples.texts, examples.pairs, self.max_length, examples.name)
+        return texts if pairs is None else list(zip(texts, pairs, strict=True))
 
     def _slow(self, customer: Customer) -> TokenRows:
         rows = [
@@ -143,12 +148,6 @@ class TokensAhead:
 
 def _parts(customer: Customer) -> list[Examples]:
     return [customer.train, *([customer.evaluation] if customer.evaluation else [])]
-
-
-def _inputs(examples: Examples) -> Sequence[str | tuple[str, str]]:
-    if examples.pairs is None:
-        return examples.texts
-    return list(zip(examples.texts, examples.pairs, strict=True))
 
 
 def _flat(values: dict[str, list[list[int]]]) -> TokenRows:
