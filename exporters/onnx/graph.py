@@ -13,10 +13,11 @@ import onnx_ir
 import torch
 from optimum.utils import DummyTextInputGenerator, NormalizedTextConfig
 
-from exporters.onnx.attention import use_onnx_attention
+from exporters.onnx.attention import HEADS, use_onnx_attention
 from exporters.onnx.biases import fold_attention_biases
 from exporters.onnx.packing import Packing, pack_blocks
 from exporters.onnx.quantizing import base_products
+from exporters.onnx.rotary import expand_rotary_tables
 from qrlora_deploy.errors import InputError, QrloraError, first_line
 from qrlora_deploy.runtime.bundle import TensorRecord
 from qrlora_deploy.runtime.token_index import TOKEN_INDEX
@@ -118,10 +119,9 @@ def write_graph(
         rows.packing = packing
     examples = _examples(model, names, rows, packing)
     wrapper = _LogitsOnly(model, tuple(examples), rows, packing).eval()
-    if rows is not None or packing is not None:
-        # Errors of a layer come out of a plain run as they are, and out of a trace wrapped up.
-        with torch.no_grad():
-            wrapper(*(tensor for tensor, _axes in examples.values()))
+    # Errors of a layer come out of a plain run as they are, and out of a trace wrapped up.
+    with torch.no_grad():
+        wrapper(*(tensor for tensor, _axes in examples.values()))
     if packing is not None and packing.attended != blocks:
         raise InputError(
             f"{type(model).__name__} cannot be made padding-free: {packing.attended} of its {blocks} blocks attend "
@@ -132,9 +132,10 @@ def write_graph(
     opset = OPSET if packing is None else packing.opset
     program = _trace(wrapper, examples, opset)
     attention_nodes = sum(node.op_type in ATTENTION for node in program.model.graph.all_nodes())
-    if emitted and not attention_nodes:
+    if emitted and not attention_nodes and not _all_capped(model):
         raise QrloraError(f"{type(model).__name__}: no Attention operator reached the graph; please report this model")
     products = base_products(program.model.graph.all_nodes(), wrapper)
+    expand_rotary_tables(program.model)
     _strip(program.model)
     # Weights always go to their own file: a model of more than 2 GB has no other form.
     onnx_ir.save(
@@ -145,6 +146,12 @@ def write_graph(
     )
     inputs = tuple(_record(name, *example) for name, example in examples.items())
     return Graph(inputs, attention_nodes, opset, products)
+
+
+def _all_capped(model: Any) -> bool:
+    """Whether every attention that ran has a soft cap, and so is no operator of its own."""
+    heads = [getattr(module, HEADS) for module in model.modules() if hasattr(module, HEADS)]
+    return bool(heads) and all(cut.softcap is not None for cut in heads)
 
 
 def _record(name: str, tensor: torch.Tensor, axes: tuple[str | int, ...]) -> TensorRecord:

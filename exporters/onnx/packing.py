@@ -7,8 +7,8 @@ queries, keys and values are put back into rows for the operator, and its output
 
 A row's tokens that are attended to go to its front, whatever the mask, and the operator is told how many
 they are. ONNX Runtime keeps flash attention for that, and not for a mask. A first token that is padding
-comes behind them: it asks, but is not asked. With a bias by position, as MPNet's, order matters: tokens go to
-their own places then, and the operator gets a mask.
+comes behind them: it asks, but is not asked. With a bias by position, as MPNet's, or a window order matters: tokens
+go to their own places then, and the operator gets a mask.
 
 What is put on a place without a token is the first token of the batch. Attention does not look there,
 and no answer is read there.
@@ -23,6 +23,9 @@ from exporters.onnx.attention import ATTEND, Heads, attend, attend_lengths
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.runtime.token_index import TOKEN_INDEX, kept_tokens
 from qrlora_deploy.targets import BLOCK
+
+ROTARY = ("position_embeddings",)
+"""Keywords by which models give their blocks the cosines and sines of all positions."""
 
 DECODER = "the model answers at the last token of a row; --padding-free is for encoders"
 
@@ -116,7 +119,8 @@ class Packing:
         if heads.causal:
             raise InputError(DECODER)
         self.attended += 1
-        if bias is not None or not self.by_lengths:
+        ordered = bias is not None or heads.window is not None
+        if ordered or heads.softcap is not None or not self.by_lengths:
             return self.pack(attend(self.unpack(query), self.unpack(key), self.unpack(value), mask, heads, bias))
         query, key, value = (self._put(states, self.seated) for states in (query, key, value))
         output = attend_lengths(query, key, value, self.lengths, heads)
@@ -132,7 +136,15 @@ class _FirstBlock(nn.Module):
         self.packing = packing
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As the block's; `hidden_states [batch, length, width]`, the result on tokens."""
+        """As the block's; `hidden_states [batch, length, width]`, the result on tokens.
+
+        Raises:
+            InputError: every block turns its queries and keys by tables of all positions of a row.
+        """
+        if any(isinstance(kwargs.get(name), tuple) for name in ROTARY):
+            raise InputError(
+                f"{type(self.block).__name__} takes rotary positions, by place in the row; leave --padding-free out"
+            )
         packed = self.packing.pack(hidden_states)
         self.packing.inside = True
         return self.block(packed, *args, **kwargs)
