@@ -11,13 +11,13 @@ from typing import Any, Protocol
 
 import onnx_ir
 import torch
+from onnxscript.optimizer import optimize_ir
 from optimum.utils import DummyTextInputGenerator, NormalizedTextConfig
 
 from exporters.onnx.attention import HEADS, use_onnx_attention
 from exporters.onnx.biases import fold_attention_biases
 from exporters.onnx.packing import Packing, pack_blocks
 from exporters.onnx.quantizing import base_products
-from exporters.onnx.rotary import expand_rotary_tables
 from qrlora_deploy.errors import InputError, QrloraError, first_line
 from qrlora_deploy.runtime.bundle import TensorRecord
 from qrlora_deploy.runtime.token_index import TOKEN_INDEX
@@ -44,12 +44,14 @@ class Graph:
         attention_nodes: number of `Attention` operators; 0 for a model with an attention of its own.
         opset: that its operators are of.
         products: names of the products of the base's linear layers, which int8 quantises.
+        traced: the wrapper that was traced; runs in PyTorch, on the graph's inputs by position.
     """
 
     inputs: tuple[TensorRecord, ...]
     attention_nodes: int
     opset: int = OPSET
     products: tuple[str, ...] = ()
+    traced: Any = None
 
 
 Example = tuple[torch.Tensor, tuple[str | int, ...]]
@@ -135,7 +137,6 @@ def write_graph(
     if emitted and not attention_nodes and not _all_capped(model):
         raise QrloraError(f"{type(model).__name__}: no Attention operator reached the graph; please report this model")
     products = base_products(program.model.graph.all_nodes(), wrapper)
-    expand_rotary_tables(program.model)
     _strip(program.model)
     # Weights always go to their own file: a model of more than 2 GB has no other form.
     onnx_ir.save(
@@ -145,7 +146,7 @@ def write_graph(
         size_threshold_bytes=SMALLEST_EXTERNAL_BYTES,
     )
     inputs = tuple(_record(name, *example) for name, example in examples.items())
-    return Graph(inputs, attention_nodes, opset, products)
+    return Graph(inputs, attention_nodes, opset, products, wrapper)
 
 
 def _all_capped(model: Any) -> bool:
@@ -214,7 +215,7 @@ def _trace(wrapper: torch.nn.Module, examples: dict[str, Example], opset: int) -
         with warnings.catch_warnings(), _quiet(), torch.no_grad():
             # Deprecations inside torch and transformers, nothing a user can act on.
             warnings.simplefilter("ignore")
-            return torch.onnx.export(
+            program = torch.onnx.export(
                 wrapper,
                 tuple(tensor for tensor, _axes in examples.values()),
                 dynamo=True,
@@ -223,7 +224,12 @@ def _trace(wrapper: torch.nn.Module, examples: dict[str, Example], opset: int) -
                 output_names=["logits"],
                 dynamic_shapes=(shapes,),
                 verbose=False,
+                # This would also fuse operators of opset 23 in ways that are wrong: it gives a rotary embedding
+                # tables of one row, whatever the batch, and mixes the dtypes of a norm that computes in fp32.
+                optimize=False,
             )
+            optimize_ir(program.model)
+            return program
     except torch.onnx.errors.OnnxExporterError as error:
         reason = first_line(error.__cause__ or error)
         raise QrloraError(f"the model cannot be exported to ONNX: {reason}") from error

@@ -24,9 +24,6 @@ from qrlora_deploy.errors import InputError
 from qrlora_deploy.runtime.token_index import TOKEN_INDEX, kept_tokens
 from qrlora_deploy.targets import BLOCK
 
-ROTARY = ("position_embeddings",)
-"""Keywords by which models give their blocks the cosines and sines of all positions."""
-
 DECODER = "the model answers at the last token of a row; --padding-free is for encoders"
 
 
@@ -136,15 +133,7 @@ class _FirstBlock(nn.Module):
         self.packing = packing
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As the block's; `hidden_states [batch, length, width]`, the result on tokens.
-
-        Raises:
-            InputError: every block turns its queries and keys by tables of all positions of a row.
-        """
-        if any(isinstance(kwargs.get(name), tuple) for name in ROTARY):
-            raise InputError(
-                f"{type(self.block).__name__} takes rotary positions, by place in the row; leave --padding-free out"
-            )
+        """As the block's; `hidden_states [batch, length, width]`, the result on tokens."""
         packed = self.packing.pack(hidden_states)
         self.packing.inside = True
         return self.block(packed, *args, **kwargs)
@@ -179,7 +168,8 @@ def pack_blocks(model: Any, packing: Packing) -> int:
         The number of blocks. Each of them must have attended once when the model has run.
 
     Raises:
-        InputError: the model does not have one list of numbered blocks, or is a decoder.
+        InputError: the model does not have one list of numbered blocks, is a decoder, or turns the queries and
+            keys of every block by tables that hold the places of a row.
     """
     blocks = _blocks(model)
     if blocks is None:
@@ -191,6 +181,11 @@ def pack_blocks(model: Any, packing: Packing) -> int:
     # GPT-2 of transformers 4.57 says so here alone: with a mask its attention is not told.
     if any(getattr(module, "is_causal", False) for module in modules):
         raise InputError(DECODER)
+    if any("RotaryEmbedding" in type(module).__name__ for module in model.modules()):
+        raise InputError(
+            f"{type(model).__name__} cannot be made padding-free: it has rotary positions, by the place in a row; "
+            f"leave --padding-free out"
+        )
     for module in modules:
         setattr(module, ATTEND, packing.attend)
     blocks[-1] = _LastBlock(blocks[-1], packing)
