@@ -138,7 +138,7 @@ def attend(
     if bias is not None:
         mask = bias if mask is None else bias + mask
     if heads.softcap is not None:
-        return _attend_capped(query, key, value, mask, heads)
+        return _attend_capped(query, key, value, mask, heads, heads.softcap)
     output, *_rest = torch.onnx.ops.attention(
         query,
         key,
@@ -155,7 +155,7 @@ def attend(
 
 
 def _attend_capped(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, heads: Heads
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, heads: Heads, cap: float
 ) -> torch.Tensor:
     """As `attend`, with capped scores, in products and a softmax."""
     queries, keys, values = (
@@ -166,7 +166,7 @@ def _attend_capped(
         keys, values = (states.repeat_interleave(heads.queries // heads.keys, 1) for states in (keys, values))
     scale = queries.shape[-1] ** -0.5 if heads.scale is None else heads.scale
     scores = (queries @ keys.transpose(2, 3)) * scale
-    scores = torch.tanh(scores / heads.softcap) * heads.softcap
+    scores = torch.tanh(scores / cap) * cap
     if mask is None and heads.causal:
         mask = torch.ones(query.shape[1], key.shape[1], dtype=torch.bool, device=query.device).tril()
     if mask is not None and mask.dtype == torch.bool:

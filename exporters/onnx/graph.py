@@ -215,7 +215,7 @@ def _trace(wrapper: torch.nn.Module, examples: dict[str, Example], opset: int) -
         with warnings.catch_warnings(), _quiet(), torch.no_grad():
             # Deprecations inside torch and transformers, nothing a user can act on.
             warnings.simplefilter("ignore")
-            program = torch.onnx.export(
+            program: Any = torch.onnx.export(
                 wrapper,
                 tuple(tensor for tensor, _axes in examples.values()),
                 dynamo=True,

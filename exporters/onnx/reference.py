@@ -26,7 +26,7 @@ BATCH = 8
 """Rows of a case: enough for different lengths, few enough for a quick check."""
 
 LONGEST = 1024
-"""Tokens of the longest case. PyTorch's scores of a row take the square of it: at 8,192 tokens and twelve heads 3 GB."""
+"""Tokens of the longest case. PyTorch's scores of a row take the square of it: 8,192 and twelve heads are 3 GB."""
 
 Inputs = dict[str, np.ndarray]
 

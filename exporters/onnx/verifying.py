@@ -49,6 +49,6 @@ def verify_against(
     reference = mixed_reference(checkpoint, basis, [coefficients], head, chosen, manifest.table_dtype)
     if not shows_customers(reference):
         raise CheckFailed(
-            "the customer does not move the logits on these texts, so agreement would prove nothing; choose other --data"
+            "the customer does not move the logits on these texts, so agreement proves nothing; choose other --data"
         )
     return check_parity(session, reference, manifest.precision)

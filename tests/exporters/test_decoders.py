@@ -109,8 +109,10 @@ def test_a_customer_in_each_row_of_every_family(name: str, tmp_path: Path, texts
     table = next(value.shape[1] for value in session.get_inputs() if value.name == "coefficient_table")
     inputs = {"input_ids": np.stack(padded), "attention_mask": np.stack(masks), "slot": np.array([0, 0, 0])}
     found = session.run(None, inputs | {"coefficient_table": np.zeros((1, table), np.float32)})[0]
+    ones = [np.ones((1, len(ids)), dtype=np.int64) for ids in rows]
     alone = [
-        pytorch_logits(job, {"input_ids": ids[None], "attention_mask": np.ones((1, len(ids)), int)}) for ids in rows
+        pytorch_logits(job, {"input_ids": ids[None], "attention_mask": mask})
+        for ids, mask in zip(rows, ones, strict=True)
     ]
     np.testing.assert_allclose(found, np.concatenate(alone), **FP32_ONNX)
 
