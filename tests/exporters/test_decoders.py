@@ -12,7 +12,7 @@ import torch
 
 from exporters.onnx import attention, export_merged, export_switchable
 from exporters.onnx.attention import onnx_attention
-from exporters.onnx.graph import longest_input
+from qrlora_deploy.capacity import max_tokens
 from qrlora_deploy.checkpoint import open_checkpoint
 from qrlora_deploy.coefficients import Coefficients
 from qrlora_deploy.errors import CheckFailed, InputError
@@ -179,7 +179,7 @@ def test_texts_beyond_the_first_table_of_angles_are_cut() -> None:
         rope_scaling={"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]},
     )
     model = SimpleNamespace(config=config, named_modules=list)
-    assert longest_input(model, SimpleNamespace(model_max_length=131072)) == 4096
+    assert max_tokens(model, SimpleNamespace(model_max_length=131072)) == 4096
 
 
 def test_padding_free_is_refused_for_rotary_positions(tmp_path: Path, texts: Examples) -> None:
