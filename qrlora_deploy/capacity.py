@@ -14,7 +14,8 @@ def max_tokens(model: Any, tokenizer: Any) -> int:
     """How many tokens of a text the model takes, special ones included.
 
     RoBERTa and its kin begin counting positions behind the padding index, so their tables hold
-    fewer positions than their size says.
+    fewer positions than their size says. Phi-3 and its kin turn longer texts by another table of
+    angles; a graph has the first alone.
 
     Args:
         model: a model, which may live on the meta device.
@@ -23,7 +24,7 @@ def max_tokens(model: Any, tokenizer: Any) -> int:
     Returns:
         The smaller of both limits, `UNKNOWN_MAX_TOKENS` where there is none.
     """
-    limits = [tokenizer.model_max_length, _positions(model)]
+    limits = [tokenizer.model_max_length, _positions(model), _first_angles(model.config)]
     known = [limit for limit in limits if _is_limit(limit)]
     return int(min(known, default=UNKNOWN_MAX_TOKENS))
 
@@ -35,6 +36,16 @@ def _positions(model: Any) -> float | None:
     tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
     used = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
     return max(1.0, positions - max(used, default=0))
+
+
+def _first_angles(config: Any) -> int | None:
+    """Up to how many tokens the first table of angles is used, where the length of a text chooses it."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type")) != "longrope":
+        return None
+    own = rope.get("original_max_position_embeddings")
+    found: int | None = own or getattr(config, "original_max_position_embeddings", None)
+    return found
 
 
 def _is_limit(value: Any) -> bool:

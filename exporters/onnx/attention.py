@@ -3,9 +3,12 @@
 A function registered in transformers' attention registry calls `torch.onnx.ops.attention`, which
 the exporter writes as one `Attention` node of opset 23. Pattern fusion loses the attention as soon
 as the graph changes around it, and its mask handling is wrong under left padding.
+
+Scores with a soft cap are written out instead. The operator has an attribute for the cap, but ONNX Runtime up to 1.26
+caps the sum of scores and mask, so that what is masked counts as `-cap`; newer ones mask what is capped, as models do.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,10 +16,21 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.models.mpnet.modeling_mpnet import MPNetEncoder, MPNetSelfAttention
 
+from qrlora_deploy.errors import InputError
+
 NAME = "qrlora_onnx"
 
 ATTEND = "qrlora_attend"
 """Attribute of a module that has a function of its own in the place of `attend`."""
+
+HEADS = "qrlora_heads"
+"""Attribute of an attention module: the `Heads` that it asked for when it last ran."""
+
+UNCAPPED = "qrlora_uncapped"
+"""Attribute of an attention module that leaves its soft cap out, to see whether that would be noticed."""
+
+NEUTRAL = frozenset({"position_ids", "cache_position", "deterministic", "use_cache", "return_dict"})
+"""Keywords that models hand on to their attention and that change no number of it: other implementations want them."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +41,16 @@ class Heads:
         queries, keys: number of heads.
         scale: of the scores; None: `1 / sqrt(size)`.
         causal: whether a token looks at earlier ones alone.
+        window: how far a token looks, which the mask says too; None: as far as the text goes.
+        softcap: scores become `softcap * tanh(scores / softcap)` before they are masked; None: they stay.
     """
 
     queries: int
     keys: int
     scale: float | None
     causal: bool = False
+    window: int | None = None
+    softcap: float | None = None
 
 
 def use_onnx_attention(model: Any) -> bool:
@@ -66,19 +84,42 @@ def onnx_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     is_causal: bool | None = None,
-    **_: Any,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """`query, key, value [batch, heads, length, size]` to `[batch, length, heads, size]`.
 
     The operator gets 3-D inputs, so the transposes that the model made cancel out in the graph.
     `attention_mask [batch, 1, query, key]` is boolean (True takes part) or float (added to the scores).
+
+    Raises:
+        InputError: the model wants something of its attention that would be missing in the graph.
     """
+    _refuse_unknown(module, attention_mask, sliding_window, others)
     batch, heads, length, _size = query.shape
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
-    cut = Heads(heads, key.shape[1], scaling, bool(causal))
+    cut = Heads(heads, key.shape[1], scaling, bool(causal), sliding_window, softcap)
+    setattr(module, HEADS, cut)
+    if softcap is not None and getattr(module, UNCAPPED, False):
+        cut = replace(cut, softcap=None)
     states = (_merge_heads(query), _merge_heads(key), _merge_heads(value))
     output = getattr(module, ATTEND, attend)(*states, attention_mask, cut)
     return output.reshape(batch, length, heads, -1), None
+
+
+def _refuse_unknown(module: Any, mask: torch.Tensor | None, window: int | None, others: dict[str, Any]) -> None:
+    """Refuse what a model says to its attention and nothing here would do: the graph would answer something else."""
+    name = type(module).__name__
+    # None, False and 0 say that there is nothing of the kind, such as the dropout of a model in use.
+    unknown = [key for key, value in others.items() if key not in NEUTRAL and (torch.is_tensor(value) or value)]
+    if unknown:
+        raise InputError(
+            f"{name} asks its attention for {', '.join(unknown)}, which the exported graph would not have; "
+            f"this model cannot be exported"
+        )
+    if window is not None and mask is None:
+        raise InputError(f"{name} looks {window} tokens far, but has no mask that says so; it cannot be exported")
 
 
 def attend(
@@ -96,6 +137,8 @@ def attend(
     """
     if bias is not None:
         mask = bias if mask is None else bias + mask
+    if heads.softcap is not None:
+        return _attend_capped(query, key, value, mask, heads, heads.softcap)
     output, *_rest = torch.onnx.ops.attention(
         query,
         key,
@@ -109,6 +152,29 @@ def attend(
     )
     result: torch.Tensor = output
     return result
+
+
+def _attend_capped(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, heads: Heads, cap: float
+) -> torch.Tensor:
+    """As `attend`, with capped scores, in products and a softmax."""
+    queries, keys, values = (
+        states.unflatten(2, (count, -1)).transpose(1, 2)
+        for states, count in ((query, heads.queries), (key, heads.keys), (value, heads.keys))
+    )
+    if heads.keys != heads.queries:
+        keys, values = (states.repeat_interleave(heads.queries // heads.keys, 1) for states in (keys, values))
+    scale = queries.shape[-1] ** -0.5 if heads.scale is None else heads.scale
+    scores = (queries @ keys.transpose(2, 3)) * scale
+    scores = torch.tanh(scores / cap) * cap
+    if mask is None and heads.causal:
+        mask = torch.ones(query.shape[1], key.shape[1], dtype=torch.bool, device=query.device).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype)
+    return (weights @ values).transpose(1, 2).flatten(2)
 
 
 def attend_lengths(

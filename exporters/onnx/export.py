@@ -18,9 +18,11 @@ from exporters.onnx.precision import cast_inside, check_precision
 from exporters.onnx.quantizing import quantize_graph
 from exporters.onnx.reference import build_reference, choose_texts
 from exporters.onnx.sealing import Checked, Content, seal, write_side_files
+from exporters.onnx.showing import not_shown
 from exporters.onnx.switchable import CustomerRows, make_switchable
 from qrlora_deploy.checkpoint import Checkpoint, check_basis_fits
 from qrlora_deploy.errors import InputError
+from qrlora_deploy.exportable import check_padding, why_not_exportable
 from qrlora_deploy.exporting import ExportJob
 from qrlora_deploy.files import atomic_folder
 from qrlora_deploy.merging import merge_model
@@ -167,7 +169,10 @@ def _export(job: ExportJob, make_plan: Callable[[], _Plan]) -> Manifest:
         accuracy = measure_accuracy(session, labelled, plan.tables, job.progress) if labelled else None
         step(3)
         calibration = calibration_record(job.calibration) if job.calibration is not None else None
-        checked = Checked(plan.model, tokenizer, graph, plan.reference, report, job.provider, accuracy, calibration)
+        unseen = not_shown(graph.traced, plan.reference, report.bound)
+        checked = Checked(
+            plan.model, tokenizer, graph, plan.reference, report, job.provider, accuracy, calibration, unseen
+        )
         write_side_files(folder, plan.content, checked)
         manifest = seal(folder, job.checkpoint, job.basis, plan.content, checked)
     step(4)
@@ -195,8 +200,14 @@ def _calibration(job: ExportJob, plan: _Plan, tokenizer: Any) -> Iterator[dict[s
 
 
 def _check_exportable(checkpoint: Checkpoint) -> Any:
+    """The tokenizer; refuses what could only fail later, in words of the exporter."""
     checkpoint.require_task_head()
+    skeleton = checkpoint.skeleton()
+    reason = why_not_exportable(skeleton)
+    if reason is not None:
+        raise InputError(f"{checkpoint.name} cannot be exported to ONNX: {reason}")
     tokenizer = checkpoint.tokenizer()
+    check_padding(checkpoint.name, skeleton, tokenizer)
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"{checkpoint.name} has no fast tokenizer (tokenizer.json), which serving needs")
     return tokenizer

@@ -11,9 +11,10 @@ from typing import Any, Protocol
 
 import onnx_ir
 import torch
+from onnxscript.optimizer import optimize_ir
 from optimum.utils import DummyTextInputGenerator, NormalizedTextConfig
 
-from exporters.onnx.attention import use_onnx_attention
+from exporters.onnx.attention import HEADS, use_onnx_attention
 from exporters.onnx.biases import fold_attention_biases
 from exporters.onnx.packing import Packing, pack_blocks
 from exporters.onnx.quantizing import base_products
@@ -43,12 +44,14 @@ class Graph:
         attention_nodes: number of `Attention` operators; 0 for a model with an attention of its own.
         opset: that its operators are of.
         products: names of the products of the base's linear layers, which int8 quantises.
+        traced: the wrapper that was traced; runs in PyTorch, on the graph's inputs by position.
     """
 
     inputs: tuple[TensorRecord, ...]
     attention_nodes: int
     opset: int = OPSET
     products: tuple[str, ...] = ()
+    traced: Any = None
 
 
 Example = tuple[torch.Tensor, tuple[str | int, ...]]
@@ -118,10 +121,9 @@ def write_graph(
         rows.packing = packing
     examples = _examples(model, names, rows, packing)
     wrapper = _LogitsOnly(model, tuple(examples), rows, packing).eval()
-    if rows is not None or packing is not None:
-        # Errors of a layer come out of a plain run as they are, and out of a trace wrapped up.
-        with torch.no_grad():
-            wrapper(*(tensor for tensor, _axes in examples.values()))
+    # Errors of a layer come out of a plain run as they are, and out of a trace wrapped up.
+    with torch.no_grad():
+        wrapper(*(tensor for tensor, _axes in examples.values()))
     if packing is not None and packing.attended != blocks:
         raise InputError(
             f"{type(model).__name__} cannot be made padding-free: {packing.attended} of its {blocks} blocks attend "
@@ -132,7 +134,7 @@ def write_graph(
     opset = OPSET if packing is None else packing.opset
     program = _trace(wrapper, examples, opset)
     attention_nodes = sum(node.op_type in ATTENTION for node in program.model.graph.all_nodes())
-    if emitted and not attention_nodes:
+    if emitted and not attention_nodes and not _all_capped(model):
         raise QrloraError(f"{type(model).__name__}: no Attention operator reached the graph; please report this model")
     products = base_products(program.model.graph.all_nodes(), wrapper)
     _strip(program.model)
@@ -144,7 +146,13 @@ def write_graph(
         size_threshold_bytes=SMALLEST_EXTERNAL_BYTES,
     )
     inputs = tuple(_record(name, *example) for name, example in examples.items())
-    return Graph(inputs, attention_nodes, opset, products)
+    return Graph(inputs, attention_nodes, opset, products, wrapper)
+
+
+def _all_capped(model: Any) -> bool:
+    """Whether every attention that ran has a soft cap, and so is no operator of its own."""
+    heads = [getattr(module, HEADS) for module in model.modules() if hasattr(module, HEADS)]
+    return bool(heads) and all(cut.softcap is not None for cut in heads)
 
 
 def _record(name: str, tensor: torch.Tensor, axes: tuple[str | int, ...]) -> TensorRecord:
@@ -207,7 +215,7 @@ def _trace(wrapper: torch.nn.Module, examples: dict[str, Example], opset: int) -
         with warnings.catch_warnings(), _quiet(), torch.no_grad():
             # Deprecations inside torch and transformers, nothing a user can act on.
             warnings.simplefilter("ignore")
-            return torch.onnx.export(
+            program: Any = torch.onnx.export(
                 wrapper,
                 tuple(tensor for tensor, _axes in examples.values()),
                 dynamo=True,
@@ -216,7 +224,12 @@ def _trace(wrapper: torch.nn.Module, examples: dict[str, Example], opset: int) -
                 output_names=["logits"],
                 dynamic_shapes=(shapes,),
                 verbose=False,
+                # This would also fuse operators of opset 23 in ways that are wrong: it gives a rotary embedding
+                # tables of one row, whatever the batch, and mixes the dtypes of a norm that computes in fp32.
+                optimize=False,
             )
+            optimize_ir(program.model)
+            return program
     except torch.onnx.errors.OnnxExporterError as error:
         reason = first_line(error.__cause__ or error)
         raise QrloraError(f"the model cannot be exported to ONNX: {reason}") from error

@@ -7,8 +7,8 @@ queries, keys and values are put back into rows for the operator, and its output
 
 A row's tokens that are attended to go to its front, whatever the mask, and the operator is told how many
 they are. ONNX Runtime keeps flash attention for that, and not for a mask. A first token that is padding
-comes behind them: it asks, but is not asked. With a bias by position, as MPNet's, order matters: tokens go to
-their own places then, and the operator gets a mask.
+comes behind them: it asks, but is not asked. With a bias by position, as MPNet's, or a window order matters: tokens
+go to their own places then, and the operator gets a mask.
 
 What is put on a place without a token is the first token of the batch. Attention does not look there,
 and no answer is read there.
@@ -116,7 +116,8 @@ class Packing:
         if heads.causal:
             raise InputError(DECODER)
         self.attended += 1
-        if bias is not None or not self.by_lengths:
+        ordered = bias is not None or heads.window is not None
+        if ordered or heads.softcap is not None or not self.by_lengths:
             return self.pack(attend(self.unpack(query), self.unpack(key), self.unpack(value), mask, heads, bias))
         query, key, value = (self._put(states, self.seated) for states in (query, key, value))
         output = attend_lengths(query, key, value, self.lengths, heads)
@@ -167,7 +168,8 @@ def pack_blocks(model: Any, packing: Packing) -> int:
         The number of blocks. Each of them must have attended once when the model has run.
 
     Raises:
-        InputError: the model does not have one list of numbered blocks, or is a decoder.
+        InputError: the model does not have one list of numbered blocks, is a decoder, or turns the queries and
+            keys of every block by tables that hold the places of a row.
     """
     blocks = _blocks(model)
     if blocks is None:
@@ -179,6 +181,11 @@ def pack_blocks(model: Any, packing: Packing) -> int:
     # GPT-2 of transformers 4.57 says so here alone: with a mask its attention is not told.
     if any(getattr(module, "is_causal", False) for module in modules):
         raise InputError(DECODER)
+    if any("RotaryEmbedding" in type(module).__name__ for module in model.modules()):
+        raise InputError(
+            f"{type(model).__name__} cannot be made padding-free: it has rotary positions, by the place in a row; "
+            f"leave --padding-free out"
+        )
     for module in modules:
         setattr(module, ATTEND, packing.attend)
     blocks[-1] = _LastBlock(blocks[-1], packing)

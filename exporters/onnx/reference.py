@@ -26,6 +26,9 @@ from qrlora_deploy.training.data import Examples
 BATCH = 8
 """Rows of a case: enough for different lengths, few enough for a quick check."""
 
+LONGEST = 1024
+"""Tokens of the longest case. PyTorch's scores of a row take the square of it: 8,192 and twelve heads are 3 GB."""
+
 Inputs = dict[str, np.ndarray]
 
 
@@ -66,7 +69,9 @@ def build_reference(checkpoint: Checkpoint, basis: Basis, coefficients: Coeffici
     silent = replace(coefficients, values=np.zeros_like(coefficients.values))
     merge_model(model, checkpoint, basis, silent)
     tokenizer = checkpoint.tokenizer()
-    batches = build_batches(tokenizer, texts, input_names(model, tokenizer), max_tokens(model, tokenizer))
+    batches = build_batches(
+        tokenizer, texts, input_names(model, tokenizer), max_tokens(model, tokenizer), padding_reach(model)
+    )
     adapters = attach(model, basis)
     set_coefficients(adapters, basis, silent.values)
     base = {name: model_logits(model, inputs) for name, inputs in batches.items()}
@@ -74,14 +79,39 @@ def build_reference(checkpoint: Checkpoint, basis: Basis, coefficients: Coeffici
     return [Case(name, inputs, model_logits(model, inputs), base[name]) for name, inputs in batches.items()]
 
 
-def build_batches(tokenizer: Any, texts: Texts, names: tuple[str, ...], max_length: int) -> dict[str, Inputs]:
+def padding_reach(model: Any) -> int | None:
+    """Most padding before a text, where the answer is read at the first token and tokens look only so far.
+
+    A token that sees nothing but padding has no answer that anything could agree with. None: any.
+    """
+    window = narrowest_window(model.config)
+    causal = any(getattr(module, "is_causal", False) for module in model.modules())
+    return None if window is None or causal else window
+
+
+def narrowest_window(config: Any) -> int | None:
+    """How many tokens before itself a token sees where it sees least; None: all of them."""
+    local = getattr(config, "local_attention", None)
+    found = [getattr(config, "sliding_window", None), local // 2 if isinstance(local, int) else None]
+    windows = [window for window in found if isinstance(window, int) and window > 0]
+    return min(windows, default=None)
+
+
+def build_batches(
+    tokenizer: Any, texts: Texts, names: tuple[str, ...], max_length: int, reach: int | None = None
+) -> dict[str, Inputs]:
     """Inputs `[batch, length]` for every way a row can be padded.
+
+    Args:
+        max_length: of a row; the longest case has at most `LONGEST` tokens all the same.
+        reach: most padding before a text; None: any.
 
     Raises:
         InputError: the tokenizer has no padding token.
     """
     if tokenizer.pad_token_id is None:
         raise InputError("the tokenizer has no padding token; set pad_token in its config")
+    max_length = min(max_length, LONGEST)
     first, pairs = cut_texts(tokenizer, texts.texts, texts.pairs, max_length)
     encoded = tokenizer(first, pairs, truncation=True, max_length=max_length)
     rows = [{name: encoded[name][index] for name in names if name in encoded} for index in range(len(texts.texts))]
@@ -93,8 +123,12 @@ def build_batches(tokenizer: Any, texts: Texts, names: tuple[str, ...], max_leng
 
     def pad(chosen: list[dict[str, list[int]]], left: Callable[[int, int], int], extra: int = 0) -> Inputs:
         width = max(len(row["input_ids"]) for row in chosen) + extra
+
+        def before(index: int, gap: int) -> int:
+            return left(index, gap) if reach is None else min(left(index, gap), reach)
+
         return {
-            name: np.array([_pad(row[name], width, left, index, fill[name]) for index, row in enumerate(chosen)])
+            name: np.array([_pad(row[name], width, before, index, fill[name]) for index, row in enumerate(chosen)])
             for name in names
         }
 
@@ -102,7 +136,9 @@ def build_batches(tokenizer: Any, texts: Texts, names: tuple[str, ...], max_leng
     # The first token stays: the models read their answer there, and a row must keep something.
     holes["attention_mask"][:, 2::3] = 0
     repeated = {name: np.resize(np.array(rows[0][name]), (2, max_length)) for name in names}
-    repeated["attention_mask"][1, max_length - max_length // 3 :] = 0
+    # Padding as it is served: models that answer at the last token look for it by the padding token.
+    for name in names:
+        repeated[name][1, max_length - max_length // 3 :] = fill[name]
     return {
         "single text": pad(rows[:1], lambda index, gap: 0),
         "right padding": pad(rows, lambda index, gap: 0),

@@ -81,6 +81,7 @@ class Checked:
         reference: PyTorch's logits; report: the comparison with them, on `provider`.
         accuracy: on labelled rows, where there are any.
         calibration: what the constant scales of an int8 graph come from; None: it has none.
+        not_shown: what the comparison would not have noticed the lack of.
     """
 
     model: Any
@@ -91,6 +92,7 @@ class Checked:
     provider: str
     accuracy: Accuracy | None = None
     calibration: CalibrationRecord | None = None
+    not_shown: tuple[str, ...] = ()
 
 
 def write_side_files(folder: Path, content: Content, checked: Checked) -> None:
@@ -149,7 +151,7 @@ def seal(folder: Path, checkpoint: Checkpoint, basis: Basis, content: Content, c
         inputs=graph.inputs,
         outputs=(TensorRecord(name="logits", dtype="float32", shape=("batch", content.outputs)),),
         files={},
-        parity=_parity_record(checked.report, checked.provider, checked.accuracy),
+        parity=_parity_record(checked),
         customer_effect=customer_effect(checked.reference),
         attention_nodes=graph.attention_nodes,
         max_length=max_tokens(model, tokenizer),
@@ -168,17 +170,19 @@ def seal(folder: Path, checkpoint: Checkpoint, basis: Basis, content: Content, c
     return manifest
 
 
-def _parity_record(report: ParityReport, provider: str, accuracy: Accuracy | None) -> ParityRecord:
+def _parity_record(checked: Checked) -> ParityRecord:
+    report, accuracy = checked.report, checked.accuracy
     return ParityRecord(
         max_abs_error=report.max_abs_error,
         bound=report.bound,
         label_agreement=report.label_agreement,
         cases=report.cases,
         worst=report.worst,
-        provider=provider,
+        provider=checked.provider,
         effect_correlation=report.effect_correlation,
         effect_error=report.effect_error,
         accuracy=accuracy.graph if accuracy else None,
         accuracy_reference=accuracy.reference if accuracy else None,
         accuracy_rows=accuracy.rows if accuracy else None,
+        not_shown=checked.not_shown,
     )

@@ -19,6 +19,10 @@ MOST_COLUMNS = 4096
 targets is faster than one for each; as wide as a feed-forward layer they take no more memory than that does."""
 
 
+NO_SLOT = 2**31 - 1
+"""What a negative slot becomes: a row that no table has. Gather takes -1 for the last row, which is a customer's."""
+
+
 class CustomerRows:
     """What the customers of the current batch brought; the wrapper fills it before the model runs.
 
@@ -59,13 +63,17 @@ class CustomerRows:
         return {**tables, SLOT: (torch.arange(batch), ("batch",))}
 
     def fill(self, inputs: dict[str, torch.Tensor]) -> None:
-        """Gather the rows: `coefficient_table [slots, width]`, `head_table`, `slot [batch]`."""
-        self._gathered = inputs[TABLE].index_select(0, inputs[SLOT]).to(self.dtype)
+        """Gather the rows: `coefficient_table [slots, width]`, `head_table`, `slot [batch]`.
+
+        The guard is in the graph, two operators in a run, for clients that do not use this project's sessions.
+        """
+        slot = torch.where(inputs[SLOT] < 0, NO_SLOT, inputs[SLOT])
+        self._gathered = inputs[TABLE].index_select(0, slot).to(self.dtype)
         self._by_row = torch.split(self._gathered.unsqueeze(1), list(self.parts), dim=2)
         self._by_token.clear()
         self._made.clear()
         if self.head is not None:
-            rows = inputs[HEAD_TABLE].index_select(0, inputs[SLOT])
+            rows = inputs[HEAD_TABLE].index_select(0, slot)
             weights = self.head.labels * self.head.features
             self.weight = rows[:, :weights].unflatten(1, (self.head.labels, self.head.features))
             self.bias = rows[:, weights:]

@@ -5,10 +5,10 @@ from exporters.onnx.reference import build_reference, choose_texts
 from qrlora_deploy.basis import Basis
 from qrlora_deploy.checkpoint import Checkpoint
 from qrlora_deploy.coefficients import Coefficients
-from qrlora_deploy.errors import BasisMismatchError, InputError
+from qrlora_deploy.errors import BasisMismatchError, CheckFailed, InputError
 from qrlora_deploy.runtime.bundle import Bundle
 from qrlora_deploy.runtime.layout import HeadLayout
-from qrlora_deploy.runtime.parity import ParityReport, check_parity, open_for_check
+from qrlora_deploy.runtime.parity import ParityReport, check_parity, open_for_check, shows_customers
 from qrlora_deploy.training.data import Examples
 
 
@@ -26,6 +26,7 @@ def verify_against(
 
     Raises:
         BasisMismatchError: base, basis or coefficients are not those of the bundle.
+        CheckFailed: the customer of a switchable bundle does nothing on these texts.
         ProviderError: the provider does not load or cannot compute in the bundle's precision.
     """
     manifest = bundle.manifest
@@ -46,4 +47,8 @@ def verify_against(
     if coefficients.head and head is None:
         raise InputError(f"the customer has a head of its own; {bundle.folder} was exported without --head-labels")
     reference = mixed_reference(checkpoint, basis, [coefficients], head, chosen, manifest.table_dtype)
+    if not shows_customers(reference):
+        raise CheckFailed(
+            "the customer does not move the logits on these texts, so agreement proves nothing; choose other --data"
+        )
     return check_parity(session, reference, manifest.precision)

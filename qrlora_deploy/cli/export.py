@@ -151,7 +151,7 @@ def _shown(record: "dict[str, Any]") -> "dict[str, Any]":
     if shown.get("calibration") is None:
         shown.pop("calibration", None)
     if isinstance(shown.get("parity"), dict):
-        shown["parity"] = {name: value for name, value in shown["parity"].items() if value is not None}
+        shown["parity"] = {name: value for name, value in shown["parity"].items() if value not in (None, [], ())}
     return shown
 
 

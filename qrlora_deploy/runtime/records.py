@@ -50,6 +50,8 @@ class ParityRecord(Record):
         accuracy: share of right labels of the graph; accuracy_reference: of PyTorch in fp32;
             accuracy_rows: on so many labelled rows. None where the export was given no labels of
             the model's. In a switchable bundle they are the base's.
+        not_shown: what the texts could not tell: without it PyTorch gives the same logits to within the bound.
+            Empty where everything was shown, and in bundles of earlier versions.
     """
 
     max_abs_error: float = Field(ge=0)
@@ -63,3 +65,4 @@ class ParityRecord(Record):
     accuracy: float | None = Field(default=None, ge=0, le=1)
     accuracy_reference: float | None = Field(default=None, ge=0, le=1)
     accuracy_rows: int | None = Field(default=None, gt=0)
+    not_shown: tuple[str, ...] = ()

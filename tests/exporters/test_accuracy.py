@@ -74,7 +74,7 @@ class Always:
     def get_inputs(self) -> list[object]:
         return []
 
-    def run(self, _names: list[str], inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+    def run(self, _names: list[str], inputs: dict[str, np.ndarray], _options: object) -> list[np.ndarray]:
         return [np.eye(4, dtype=np.float32)[np.full(len(inputs["input_ids"]), 2)]]
 
 

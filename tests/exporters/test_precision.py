@@ -207,7 +207,7 @@ class Fixed:
     def get_inputs(self) -> list[object]:
         return []
 
-    def run(self, _names: list[str], _inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+    def run(self, _names: list[str], _inputs: dict[str, np.ndarray], _options: object) -> list[np.ndarray]:
         return [self.logits]
 
 

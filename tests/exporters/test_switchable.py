@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from transformers import (
@@ -22,6 +23,7 @@ from transformers import (
 
 from exporters.onnx import export as export_module
 from exporters.onnx import export_switchable, verify_against
+from exporters.onnx.customers import base_customer
 from qrlora_deploy.basis import Basis
 from qrlora_deploy.checkpoint import open_checkpoint
 from qrlora_deploy.coefficients import Coefficients
@@ -53,7 +55,7 @@ ENCODERS = {
 }
 
 
-def save_encoder(name: str, folder: Path, **changes: int) -> Path:
+def save_encoder(name: str, folder: Path, scale: float = 0.2, **changes: int) -> Path:
     model_class, config_class, sizes = ENCODERS[name]
     tokenizer = build_tokenizer()
     config = config_class(
@@ -68,7 +70,7 @@ def save_encoder(name: str, folder: Path, **changes: int) -> Path:
         model = model_class(config).eval()
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.normal_(std=0.2)
+                parameter.normal_(std=scale)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -157,6 +159,33 @@ def test_a_graph_that_ignores_the_slot_is_caught(
     with pytest.raises(CheckFailed, match="logits differ from PyTorch"):
         export_switchable(ExportJob(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "bundle", texts=texts))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("slot", [-1, -3, -(2**31), -(2**63), 3, 2**31 - 1, 2**62])
+def test_a_slot_without_a_row_is_an_error_in_the_bare_graph(slot: int, switchable: Path) -> None:
+    """Whoever runs the graph by himself: ONNX's Gather takes -1 for the last row, which is a customer's."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(switchable / "model.onnx", options, providers=["CPUExecutionProvider"])
+    case = read_reference(switchable / "reference.safetensors")[1]
+    tables = {name: array[1:4] for name, array in case.inputs.items() if name.endswith("_table")}
+    text = {name: array for name, array in case.inputs.items() if array.ndim == 2 and name not in tables}
+    rows = len(case.logits)
+    session.run(None, text | tables | {"slot": np.arange(rows) % 3})
+    with pytest.raises(Exception, match="out of data bounds"):
+        session.run(None, text | tables | {"slot": np.array([0] * (rows - 1) + [slot], dtype=np.int64)})
+
+
+def test_customers_that_move_nothing_are_named_and_not_refused(tmp_path: Path, texts: Examples) -> None:
+    checkpoint = open_checkpoint(str(save_encoder("bert", tmp_path / "base", scale=1e-3)))
+    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton(), ("query",)), RankRule(tau=0.5))
+    manifest = export_switchable(ExportJob(checkpoint, basis, tmp_path / "bundle", texts=texts))
+    assert manifest.parity.not_shown == ("customers",) and manifest.parity.effect_correlation is None
+    bundle = open_bundle(tmp_path / "bundle")
+    assert verify(bundle).passed
+    customer = base_customer(checkpoint, basis)
+    with pytest.raises(CheckFailed, match="does not move the logits on these texts"):
+        verify_against(bundle, checkpoint, basis, customer, texts)
 
 
 def test_another_base_is_refused(tiny_basis: Basis, texts: Examples, tmp_path: Path) -> None:
