@@ -41,12 +41,10 @@ def _reference_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
         if changed:
             yield f"its {', '.join(changed)} {'is' if len(changed) == 1 else 'are'} not as in {REFERENCE_FILE}"
     else:
-        yield from _side_problems(folder, manifest)
+        yield from _older_problems(folder, manifest, facts.max_length)
     padding = {"input_ids": manifest.pad_token_id, "token_type_ids": manifest.pad_token_type_id}
     if any(facts.padding.get(name, frozenset()) - {value} for name, value in padding.items()):
         yield f"its padding is not that of {REFERENCE_FILE}"
-    if manifest.max_length != facts.max_length:
-        yield f"its max_length is not {facts.max_length}, the longest text of {REFERENCE_FILE}"
     if manifest.kind == "merged":
         return
     # A wrong rank would give a customer's numbers to other directions, in a row of the same width.
@@ -61,8 +59,10 @@ def _reference_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
         yield f"{BASE_HEAD_FILE} is not the head of {REFERENCE_FILE}"
 
 
-def _side_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """Of a bundle of an earlier version, whose reference does not repeat the manifest."""
+def _older_problems(folder: Path, manifest: Manifest, longest: int) -> Iterator[str]:
+    """Of a bundle of an earlier version, whose reference repeats no manifest but holds the longest text there is."""
+    if manifest.max_length != longest:
+        yield f"its max_length is not {longest}, the longest text of {REFERENCE_FILE}"
     if read_padding_side(folder) not in (None, manifest.padding_side):
         yield f"its padding_side is not that of {TOKENIZER_CONFIG_FILE}"
     if manifest.truncation_side != "right":

@@ -51,7 +51,7 @@ class ReferenceFacts:
     """From the inputs of the reference.
 
     Attributes:
-        max_length: tokens of the longest text, which is as long as the model can take.
+        max_length: tokens of the longest text.
         padding: what each text input holds where a row is padded.
         columns: `[total_rank]`, the columns of the coefficient table that customers use, rising; none
             in a merged bundle.

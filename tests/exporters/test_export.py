@@ -154,6 +154,24 @@ def test_own_head_travels_into_the_bundle(
     assert verify(open_bundle(tmp_path / "acme")).passed
 
 
+def test_a_model_of_longer_texts_than_the_check_has_opens(
+    tiny_base: Path,
+    tiny_basis: Basis,
+    tiny_customer: Coefficients,
+    texts: Examples,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("exporters.onnx.reference.LONGEST", 24)
+    checkpoint = open_checkpoint(str(tiny_base))
+    export_merged(ExportJob(checkpoint, tiny_basis, tmp_path / "acme", tiny_customer, texts=texts))
+    assert open_bundle(tmp_path / "acme").manifest.max_length == 64
+    longest = max(
+        case.inputs["input_ids"].shape[1] for case in read_reference(tmp_path / "acme" / "reference.safetensors")
+    )
+    assert longest == 24
+
+
 def test_verify_against_recomputes(
     exported: Path, tiny_base: Path, tiny_basis: Basis, tiny_customer: Coefficients
 ) -> None:
