@@ -265,7 +265,7 @@ def test_numbers_are_the_names_that_transformers_gives() -> None:
     names = tuple(f"LABEL_{index}" for index in range(12))
     by_number = Examples(["a"] * 3, None, ["0", "11", "LABEL_2"], "rows")
     assert encode_labels(by_number, CLASSIFICATION, names) == [0, 11, 2]
-    for wrong in ("12", "-1", "00", "1.0", "label_1"):
+    for wrong in ("12", "-1", "00", "1.5", "label_1"):
         with pytest.raises(InputError, match=f"unknown label '{wrong}'; the head knows 'LABEL_0', 'LABEL_1'"):
             encode_labels(replace(by_number, labels=["0", "1", wrong]), CLASSIFICATION, names)
     assert label_index(("LABEL_1", "LABEL_0")) == {"LABEL_1": 0, "LABEL_0": 1}

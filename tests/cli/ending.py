@@ -50,6 +50,8 @@ def command(arguments: list[str], before: Callable[[], None]) -> int:
     if child:
         return child
     code = 99
+    # A shell's background job ignores it, and so would everything that it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         from qrlora_deploy.cli.group import cli
 

@@ -34,14 +34,14 @@ READERS = {
         "runtime.packed_check.digest_piece",
     ),
     "inspect bundle": (
-        "runtime.bundle.TableLayout",
+        "runtime.manifest_checks.TableLayout",
         "runtime.bundle._check",
-        "runtime.bundle.read_config_facts",
+        "runtime.manifest_checks.read_config_facts",
         "runtime.external_data._walk",
         "runtime.sealed_facts.label_names",
         "runtime.sealed_facts._read_reference",
     ),
-    "verify bundle": ("runtime.parity._case", "runtime.bundle._config_problems"),
+    "verify bundle": ("runtime.parity._case", "runtime.manifest_checks._config_problems"),
     "inspect base": ("inspecting.label_names", "config_file.parse_json"),
     "predict bundle --requests requests.jsonl": ("runtime.requests._parse",),
     "bench bundle --gate gate.toml": ("bench.gate_file.from_value", "bench.gate_file.read_text"),
@@ -56,7 +56,7 @@ READERS = {
     "merge --coefficients acme.safetensors -o new": ("locating._base_names", "provenance.parse_json"),
     "train base --basis basis.safetensors --data good.tsv -o new.safetensors": (
         "training.data._texts",
-        "training.data._label",
+        "training.labels.settled",
     ),
     "doctor": ("doctor.examine",),
 }

@@ -62,8 +62,13 @@ def test_a_command_ends_with_the_signals_code(
     number: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("qrlora_deploy.doctor.examine", lambda progress: os.kill(os.getpid(), number))
-    with pytest.raises(SystemExit) as caught:
-        cli.main(["doctor"], prog_name="qrlora-deploy")
+    # A shell's background job ignores it, and so would this process.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["doctor"], prog_name="qrlora-deploy")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert caught.value.code == code
     shown = capsys.readouterr()
     assert shown.out == "" and shown.err.strip() == ""

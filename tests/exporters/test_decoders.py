@@ -15,7 +15,7 @@ from exporters.onnx.attention import onnx_attention
 from qrlora_deploy.capacity import max_tokens
 from qrlora_deploy.checkpoint import open_checkpoint
 from qrlora_deploy.coefficients import Coefficients
-from qrlora_deploy.errors import CheckFailed, InputError
+from qrlora_deploy.errors import CheckFailed, InputError, ProviderError
 from qrlora_deploy.exportable import check_padding, why_not_exportable
 from qrlora_deploy.exporting import ExportJob
 from qrlora_deploy.factorizing import factorize
@@ -221,3 +221,15 @@ def test_a_padding_token_is_asked_for_in_both_places(
         return
     with pytest.raises(InputError, match=message):
         check_padding("base", decoder, tokenizer)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "modernbert"])
+def test_rotary_models_on_a_gpu(name: str, precision: str, tmp_path: Path, texts: Examples) -> None:
+    try:
+        manifest = export_switchable(make_job(name, tmp_path, texts, provider="cuda", precision=precision))
+    except ProviderError as error:
+        pytest.skip(f"no CUDA execution provider here: {error}")
+    assert manifest.parity.provider == "cuda"
+    assert manifest.parity.max_abs_error <= manifest.parity.bound

@@ -209,7 +209,7 @@ REFUSED: dict[str, tuple[Change, type[InputError], str]] = {
     "a place that is not there": (
         lambda job: replace(job, output=job.output.parent / "no" / "file"),
         InputError,
-        "folder that exists",
+        "no does not exist",
     ),
 }
 

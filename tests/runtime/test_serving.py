@@ -87,7 +87,7 @@ class NanSession:
     def get_inputs(self) -> list[object]:
         return []
 
-    def run(self, names: list[str], inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+    def run(self, names: list[str], inputs: dict[str, np.ndarray], options: object) -> list[np.ndarray]:
         return [np.full((len(inputs["input_ids"]), len(LABELS)), np.nan, np.float32)]
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from qrlora_deploy.coefficients import Coefficients
 from qrlora_deploy.errors import ProviderError
-from qrlora_deploy.runtime import Buckets, Predictor, SwitchableSession, open_bundle, verify
+from qrlora_deploy.runtime import Buckets, Predictor, SwitchableSession, open_bundle, open_session, verify
+from qrlora_deploy.runtime.parity import read_reference
 from qrlora_deploy.runtime.tokenizing import TextEncoder
 from tests.runtime.fire import fire
 from tests.tiny import SENTENCES
@@ -105,3 +106,24 @@ def test_swaps_under_fire_give_no_mixture(switchable: Path, buckets: Buckets | N
     print(report)
     assert report.wrong_count == 0 and report.errors == [], report
     assert report.rows > 1000 and report.swaps > 1000, report
+
+
+@pytest.mark.parametrize("slot", [-1, -3, -(2**31), 3, 2**31 - 1, 2**62])
+def test_a_slot_without_a_row_is_never_another_customer_in_the_bare_graph(switchable: Path, slot: int) -> None:
+    """CUDA's Gather does not raise: what it answers there must be nobody's, or the base's."""
+    try:
+        session = open_session(switchable / "model.onnx", "cuda")
+    except ProviderError as error:
+        pytest.skip(f"no CUDA execution provider here: {error}")
+    case = read_reference(switchable / "reference.safetensors")[1]
+    tables = {name: array[1:4] for name, array in case.inputs.items() if name.endswith("_table")}
+    text = {name: array for name, array in case.inputs.items() if array.ndim == 2 and name not in tables}
+    rows = len(case.logits)
+    answers = [session.run(None, text | tables | {"slot": np.full(rows, row, dtype=np.int64)})[0] for row in range(3)]
+    try:
+        found = session.run(None, text | tables | {"slot": np.full(rows, slot, dtype=np.int64)})[0]
+    except Exception as error:
+        assert "bounds" in str(error) or "indices" in str(error)
+        return
+    for theirs in answers:
+        assert (np.abs(found - theirs)[np.isfinite(theirs)].max() > 1e-3).all()
