@@ -50,6 +50,28 @@ class QRLoRALinear(nn.Module):
         """The coefficients `[rank]` in fp32."""
         return self.scale * self.u
 
+    # Models look at the attributes of their layers: T5 asks one for the dtype of its weight.
+    @property
+    def weight(self) -> torch.Tensor:
+        """The layer's own weight, in its own orientation."""
+        return self.base.get_parameter("weight")
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The layer's own bias, if it has one."""
+        found: torch.Tensor | None = getattr(self.base, "bias", None)
+        return found
+
+    @property
+    def in_features(self) -> int:
+        """Values of an input."""
+        return int(self.r.shape[1])
+
+    @property
+    def out_features(self) -> int:
+        """Values of an output."""
+        return int(self.q.shape[0])
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in]` to `[..., out]`; exactly `base(x)` where c is zero."""
         projected = functional.linear(x, self.r)

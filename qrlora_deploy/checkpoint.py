@@ -14,6 +14,7 @@ from torch import nn
 from qrlora_deploy.basis import Basis
 from qrlora_deploy.completeness import is_head
 from qrlora_deploy.errors import BasisMismatchError, InputError, first_line, library_errors
+from qrlora_deploy.families import check_padding, why_unsupported
 from qrlora_deploy.loading import check_whole, load_weights, make_skeleton
 from qrlora_deploy.model_config import (
     CLASSIFIER,
@@ -25,7 +26,7 @@ from qrlora_deploy.model_config import (
     model_class,
 )
 from qrlora_deploy.output_names import output_names
-from qrlora_deploy.tokenizer_files import read_tokenizer
+from qrlora_deploy.tokenizer_files import has_tokenizer, read_tokenizer
 from qrlora_deploy.weight_files import StoredTensor, read_headers, weight_files
 
 
@@ -110,7 +111,8 @@ class Checkpoint:
         """Make sure that a basis of these weights can be used: a text classifier, or an encoder that can become one.
 
         Raises:
-            InputError: it is neither, it is quantised, or tensors are missing or have other shapes.
+            InputError: it is neither, its family cannot be exported, it is quantised, it cannot pad, or tensors are
+                missing or have other shapes.
         """
         self._check_kind()
         if not self.has_task_head and not is_encoder(self.architecture):
@@ -119,9 +121,24 @@ class Checkpoint:
                 f"`warmup` first and factorize the result"
             )
         self.check_usable()
+        if self.has_task_head and has_tokenizer(self.folder):
+            check_padding(self.name, self.skeleton(), self.tokenizer())
+
+    def check_family(self) -> None:
+        """Make sure that models of this kind work the whole way, before anything is paid for.
+
+        Raises:
+            InputError: transformers has no classifier of them, or they cannot be exported.
+        """
+        self.classifier()
+        reason = why_unsupported(self.skeleton())
+        if reason is not None:
+            raise InputError(
+                f"{self.name} ({self.config.model_type}) is not supported, since it cannot be exported: {reason}"
+            )
 
     def _check_kind(self) -> None:
-        self.classifier()
+        self.check_family()
         if self.has_task_head and self.config.problem_type == MULTI_LABEL:
             raise InputError(f"{self.name} has a multi-label head, which is not supported")
         if self.has_task_head and self._regresses and len(self.labels) != 1:

@@ -1,0 +1,112 @@
+"""Which families of models work the whole way from factorizing to serving: what is known of them is here alone."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from qrlora_deploy.errors import InputError
+
+BLOCK = re.compile(r"\.(\d+)\.")
+"""A numbered block in a module path, such as `encoder.layer.3.attention`."""
+
+ENCODER_DECODER = (
+    "it is an encoder with a decoder, which reads its answer at the last <eos> of each text and wants as many of them "
+    "in every row; a graph cannot check that"
+)
+
+REFUSED: dict[str, str] = {}
+"""Why models of a `model_type` of transformers do not work the whole way."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Layers that do not see a batch of texts, so that its rows cannot have customers of their own in them.
+
+    Attributes:
+        names: the ends of their paths, from the config.
+        reason: what they see instead.
+    """
+
+    names: Callable[[Any], Sequence[str]]
+    reason: str
+
+
+def _deberta_positions(config: Any) -> Sequence[str]:
+    return ("key_proj", "query_proj") if config.share_att_key else ("pos_key_proj", "pos_query_proj")
+
+
+SHARED = {
+    "deberta": Shared(lambda _config: ("pos_proj", "pos_q_proj"), "see relative positions, which all texts share"),
+    "deberta-v2": Shared(_deberta_positions, "see relative positions, which all texts share"),
+    "opt": Shared(lambda _config: ("fc1", "fc2"), "see the tokens of all texts in one row"),
+}
+"""By `model_type`. A merged model may have them adapted, a switchable graph not."""
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What `factorize` does not adapt unless it is told to.
+
+    Attributes:
+        names: of layers or parameters.
+        reason: why.
+    """
+
+    names: tuple[str, ...]
+    reason: str
+
+    def __str__(self) -> str:
+        kinds = dict.fromkeys(BLOCK.split(f".{name}")[-1] for name in self.names)
+        return f"{', '.join(kinds)} ({len(self.names)}): {self.reason}"
+
+
+def why_unsupported(model: Any) -> str | None:
+    """Why a model does not work the whole way, in words for a message; None where nothing is known against it.
+
+    Args:
+        model: with or without weights, with its task head or without.
+    """
+    config: Any = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        return ENCODER_DECODER
+    experts = [name for name, _parameter in model.named_parameters() if ".experts." in f".{name}"]
+    if experts:
+        return f"it is a mixture of experts ({experts[0]}, ...), whose tokens go to weights that the text chooses"
+    return REFUSED.get(getattr(config, "model_type", ""))
+
+
+def shared_layers(model: Any, names: Sequence[str]) -> LeftOut | None:
+    """Those of the layers `names` that the rows of a switchable graph cannot have customers of their own in."""
+    known = SHARED.get(getattr(getattr(model, "config", None), "model_type", ""))
+    if known is None:
+        return None
+    ends = set(known.names(model.config))
+    found = tuple(name for name in names if name.rsplit(".", 1)[-1] in ends)
+    return LeftOut(found, f"they {known.reason}, so a switchable graph cannot take them") if found else None
+
+
+def check_padding(name: str, model: nn.Module, tokenizer: Any) -> None:
+    """Make sure that batches can be padded: the tokenizer needs a padding token, and a decoder its number.
+
+    A decoder answers at the last token of a text, and looks for it by the number in its config.
+
+    Raises:
+        InputError: one is missing, or they differ; the message names both places.
+    """
+    config: Any = model.config
+    token, known = tokenizer.pad_token_id, getattr(config, "pad_token_id", None)
+    answers_last = any(getattr(module, "is_causal", False) for module in model.modules())
+    if token is None or (answers_last and known is None):
+        number = "its number" if token is None else str(token)
+        raise InputError(
+            f"{name} has no padding token, so texts of different lengths make no batch: set pad_token in "
+            f"tokenizer_config.json (its eos_token will do) and pad_token_id in config.json, to {number}"
+        )
+    if answers_last and known != token:
+        raise InputError(
+            f"{name}: its tokenizer pads with token {token}, but pad_token_id in config.json is {known}, so it would "
+            f"answer at padding; set both to the same token"
+        )
