@@ -12,7 +12,35 @@ from qrlora_deploy.errors import BasisMismatchError, InputError
 from qrlora_deploy.targets import is_adaptable, is_conv1d
 
 
-class QRLoRALinear(nn.Module):
+class SideBranch(nn.Module):
+    """A layer in the place of another one, `base`, whose attributes it has: some models look at their layers' own,
+    as T5 does at the dtype of a weight."""
+
+    base: nn.Module
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The layer's weight, in its own orientation."""
+        return self.base.get_parameter("weight")
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The layer's bias, if it has one."""
+        found: torch.Tensor | None = getattr(self.base, "bias", None)
+        return found
+
+    @property
+    def in_features(self) -> int:
+        """Values of an input."""
+        return self.weight.shape[0 if is_conv1d(self.base) else 1]
+
+    @property
+    def out_features(self) -> int:
+        """Values of an output."""
+        return self.weight.shape[1 if is_conv1d(self.base) else 0]
+
+
+class QRLoRALinear(SideBranch):
     """`y = base(x) + Q (c * (R x))`, Liang and Bharadwaj, arXiv 2508.21810, equation of ΔW.
 
     Only `u` is trained, with `c = scale * u`. Under Adam a step in `u` has the same size for every
@@ -49,28 +77,6 @@ class QRLoRALinear(nn.Module):
     def c(self) -> torch.Tensor:
         """The coefficients `[rank]` in fp32."""
         return self.scale * self.u
-
-    # Models look at the attributes of their layers: T5 asks one for the dtype of its weight.
-    @property
-    def weight(self) -> torch.Tensor:
-        """The layer's own weight, in its own orientation."""
-        return self.base.get_parameter("weight")
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        """The layer's own bias, if it has one."""
-        found: torch.Tensor | None = getattr(self.base, "bias", None)
-        return found
-
-    @property
-    def in_features(self) -> int:
-        """Values of an input."""
-        return int(self.r.shape[1])
-
-    @property
-    def out_features(self) -> int:
-        """Values of an output."""
-        return int(self.q.shape[0])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in]` to `[..., out]`; exactly `base(x)` where c is zero."""

@@ -35,7 +35,10 @@ class Shared:
 
 
 def _deberta_positions(config: Any) -> Sequence[str]:
-    return ("key_proj", "query_proj") if config.share_att_key else ("pos_key_proj", "pos_query_proj")
+    if not getattr(config, "relative_attention", False):
+        return ()
+    shares = getattr(config, "share_att_key", False)
+    return ("key_proj", "query_proj") if shares else ("pos_key_proj", "pos_query_proj")
 
 
 SHARED = {

@@ -9,11 +9,14 @@ import torch
 import transformers
 from click.testing import CliRunner
 
+from exporters.onnx import export_switchable
 from qrlora_deploy.adapter import attach
+from qrlora_deploy.basis import write_basis
 from qrlora_deploy.capacity import check_ids
 from qrlora_deploy.checkpoint import open_checkpoint
 from qrlora_deploy.cli import cli
 from qrlora_deploy.errors import InputError
+from qrlora_deploy.exporting import ExportJob
 from qrlora_deploy.factorizing import factorize
 from qrlora_deploy.rank_rule import RankRule
 from qrlora_deploy.targets import choose_targets, left_out
@@ -125,7 +128,7 @@ def test_parameters_that_are_no_layers_are_named() -> None:
 
 def test_a_side_branch_has_the_attributes_of_its_layer(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(save_base(tmp_path / "base")))
-    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton(), ["intermediate.dense"]), RankRule(rank=2))
+    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton(), ["intermediate.dense"]), RankRule(None, 2))
     model = checkpoint.load_model()
     layer = model.bert.encoder.layer[0].intermediate.dense
     branch = next(iter(attach(model, basis).values()))
@@ -150,13 +153,34 @@ def token_too_many(tmp_path: Path) -> Path:
 
 def test_a_token_without_a_row_is_named_before_training(token_too_many: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(token_too_many))
-    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton(), ["query"]), RankRule(rank=2))
+    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton(), ["query"]), RankRule(None, 2))
     message = r"makes '<ticket>' token \d+, but its embedding has \d+ rows; .*resize_token_embeddings"
     with pytest.raises(InputError, match=message):
         train(checkpoint, basis, texts(), None, TrainSettings(max_length=16), tmp_path / "run")
     with pytest.raises(InputError, match=message):
         warmup(checkpoint, texts(), None, tmp_path / "warm", WarmupSettings(max_length=16))
-    assert not (tmp_path / "warm").exists()
+    with pytest.raises(InputError, match=message):
+        export_switchable(ExportJob(checkpoint, basis, tmp_path / "bundle"))
+    data = tmp_path / "fleet.tsv"
+    rows = [f"acme\t{text}\t{label}" for text, label in zip(SENTENCES, texts().labels, strict=True)]
+    data.write_text("\n".join(["customer\ttext\tlabel", *rows]))
+    write_basis(basis, tmp_path / "basis.safetensors")
+    found = run(
+        "train-fleet",
+        token_too_many,
+        "--basis",
+        tmp_path / "basis.safetensors",
+        "--data",
+        data,
+        "--customer-column",
+        "customer",
+        "--max-length",
+        16,
+        "-o",
+        tmp_path / "fleet",
+    )
+    assert found.exit_code == 2 and "makes '<ticket>' token" in found.output
+    assert not (tmp_path / "warm").exists() and not (tmp_path / "bundle").exists()
 
 
 @pytest.mark.parametrize(("pairs", "rows", "fits"), [(False, 1, True), (True, 1, False), (True, 2, True)])
