@@ -45,13 +45,20 @@ def check_ids(name: str, model: Any, tokenizer: Any, pairs: bool) -> None:
         InputError: a token or a segment has no row; the message names it.
     """
     token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
-    rows = model.get_input_embeddings().weight.shape[0]
-    if largest >= rows:
+    rows = _token_rows(model)
+    if rows is not None and largest >= rows:
         raise InputError(
             f"{name}: its tokenizer makes {token!r} token {largest}, but its embedding has {rows} rows; remove what "
             f"was added to the tokenizer, or call model.resize_token_embeddings({largest + 1}) and save the model"
         )
     check_segments(name, segment_rows(model, tokenizer), _segments(tokenizer, pairs))
+
+
+def _token_rows(model: Any) -> int | None:
+    try:
+        return int(model.get_input_embeddings().weight.shape[0])
+    except (NotImplementedError, AttributeError):
+        return None  # transformers does not know the embedding of this family, or there is none
 
 
 def segment_rows(model: Any, tokenizer: Any) -> int | None:

@@ -17,7 +17,13 @@ ENCODER_DECODER = (
     "in every row; a graph cannot check that"
 )
 
-REFUSED: dict[str, str] = {}
+REFUSED: dict[str, str] = {
+    "canine": "it reads characters by their hashes and has no embedding of tokens",
+    "funnel": "it pools tokens between its blocks by sizes that a graph would fix to one batch",
+    "tapas": "it reads a table with each question, not a text",
+    "xlnet": "it computes positions that a graph cannot have and keeps the texts of a batch in another axis",
+    "xmod": "it wants the language of each text beside the text",
+}
 """Why models of a `model_type` of transformers do not work the whole way."""
 
 
@@ -75,10 +81,14 @@ def why_unsupported(model: Any) -> str | None:
     config: Any = model.config
     if getattr(config, "is_encoder_decoder", False):
         return ENCODER_DECODER
-    experts = [name for name, _parameter in model.named_parameters() if ".experts." in f".{name}"]
+    experts = [name for name, parameter in model.named_parameters() if _is_expert(name, parameter)]
     if experts:
         return f"it is a mixture of experts ({experts[0]}, ...), whose tokens go to weights that the text chooses"
     return REFUSED.get(getattr(config, "model_type", ""))
+
+
+def _is_expert(name: str, parameter: nn.Parameter) -> bool:
+    return ".experts." in f".{name}" or (parameter.dim() == 3 and ("expert" in name or "moe" in name))
 
 
 def shared_layers(model: Any, names: Sequence[str]) -> LeftOut | None:

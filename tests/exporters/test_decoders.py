@@ -56,7 +56,7 @@ def save_family(name: str, folder: Path, **changes: Any) -> Path:
     model_class = getattr(transformers, f"{family}ForSequenceClassification", None)
     if model_class is None:
         pytest.skip(f"this transformers has no classifier of {family}")
-    config = getattr(transformers, f"{family}Config")(vocab_size=len(tokenizer), num_labels=4, **sizes | changes)
+    config = getattr(transformers, f"{family}Config")(vocab_size=len(tokenizer) + 8, num_labels=4, **sizes | changes)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model = model_class(config).eval()
