@@ -17,7 +17,16 @@ ENCODER_DECODER = (
     "in every row; a graph cannot check that"
 )
 
+PLACES = "it reads where words stand on a page, not texts alone"
+
 REFUSED: dict[str, str] = {
+    "fnet": "it takes no attention mask, so its answer depends on the padding of its batch",
+    "layoutlm": PLACES,
+    "layoutlmv2": PLACES,
+    "layoutlmv3": PLACES,
+    "lilt": PLACES,
+    "markuplm": PLACES,
+    "longformer": "it cuts texts into windows, whose number a graph cannot leave open",
     "canine": "it reads characters by their hashes and has no embedding of tokens",
     "funnel": "it pools tokens between its blocks by sizes that a graph would fix to one batch",
     "tapas": "it reads a table with each question, not a text",

@@ -18,6 +18,7 @@ from qrlora_deploy.cli import cli
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.exporting import ExportJob
 from qrlora_deploy.factorizing import factorize
+from qrlora_deploy.families import REFUSED, SHARED, why_unsupported
 from qrlora_deploy.rank_rule import RankRule
 from qrlora_deploy.targets import choose_targets, left_out
 from qrlora_deploy.training.data import Examples
@@ -70,6 +71,16 @@ def test_what_cannot_be_served_is_refused_at_the_first_command(
     result = run("factorize", folder, "-o", tmp_path / "basis.safetensors")
     assert result.exit_code == 2 and result.output.count("\n") == 1
     assert not (tmp_path / "basis.safetensors").exists()
+
+
+def test_what_is_known_is_of_families_that_transformers_has() -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    assert set(REFUSED) | set(SHARED) <= set(CONFIG_MAPPING)
+    for kind, reason in REFUSED.items():
+        model = torch.nn.Module()
+        model.config = CONFIG_MAPPING[kind]()
+        assert why_unsupported(model) == reason
 
 
 def test_the_remedy_for_a_missing_padding_token_is_the_whole_one(tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ or the first command says why not, before training is paid for.
 
 The numbers are largest absolute errors of logits, for a batch of four rows with the customers one, two, the base and
 two, padded on the left, against PyTorch with `W + (Q * c) @ R` that the benchmark computes itself in fp64. The texts
-have 15 to 24 tokens, more than the windows of the families. *Effect* is how far customer one moves the logits: an answer
-of a wrong customer is off by about as much. *Trunk cache* and *fleet* are the largest difference of a coefficient
-to a plain `train`, as a share of the largest coefficient; differences grow with every step, and those of these models
-are large. int8 quantises the products; its errors on random weights say nothing about trained models, see
+have 15 to 24 tokens, more than any window here. *Effect* is how far customer one moves the logits, about as much as the
+answer of a wrong customer would be off. *Trunk cache* and *fleet* are the largest difference of a coefficient to a plain
+`train`, as a share of the largest coefficient; it grows with every step, and the steps of these models are large. int8
+quantises the products; its errors on random weights say nothing about trained models, see
 [precision.md](precision.md).
 
 ## Families that work
