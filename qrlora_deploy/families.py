@@ -17,6 +17,10 @@ ENCODER_DECODER = (
     "in every row; a graph cannot check that"
 )
 
+MULTI_LABEL = "multi_label_classification"
+REGRESSION = "regression"
+"""`problem_type` of a config."""
+
 PLACES = "it reads where words stand on a page, not texts alone"
 
 REFUSED: dict[str, str] = {
@@ -79,6 +83,29 @@ class LeftOut:
     def __str__(self) -> str:
         kinds = dict.fromkeys(BLOCK.split(f".{name}")[-1] for name in self.names)
         return f"{', '.join(kinds)} ({len(self.names)}): {self.reason}"
+
+
+def check_supported(name: str, model: Any) -> None:
+    """Make sure that models of this family work the whole way.
+
+    Raises:
+        InputError: they do not; the message names the checkpoint and the reason.
+    """
+    reason = why_unsupported(model)
+    if reason is not None:
+        raise InputError(f"{name} ({model.config.model_type}) is not supported, since it cannot be exported: {reason}")
+
+
+def check_head(name: str, problem: str | None, outputs: int) -> None:
+    """Make sure that a task head has one label or one number for each text.
+
+    Raises:
+        InputError: it has several.
+    """
+    if problem == MULTI_LABEL:
+        raise InputError(f"{name} has a multi-label head, which is not supported")
+    if problem == REGRESSION and outputs != 1:
+        raise InputError(f"{name} predicts {outputs} numbers; one is supported")
 
 
 def why_unsupported(model: Any) -> str | None:
