@@ -181,10 +181,13 @@ class _Whole:
             made[name] = np.stack(rows).astype(np.int64)
         return made
 
+    def _load(self, folder: Path) -> Any:
+        options = {"attn_implementation": "eager", "dtype": torch.float32}
+        return self.checkpoint.model_class.from_pretrained(folder, trust_remote_code=False, **options).eval()
+
     def _own_model(self, owner: str | None) -> Any:
         """`W + (Q * c) @ R` in fp64, without the project's own merge."""
-        kind = self.checkpoint.model_class
-        model = kind.from_pretrained(self.checkpoint.folder, attn_implementation="eager", dtype=torch.float32).eval()
+        model = self._load(self.checkpoint.folder)
         if owner is None:
             return model
         parts = self.basis.split(self.customers[owner].values)
@@ -197,8 +200,7 @@ class _Whole:
 
     def _merge(self) -> float:
         merge(self.checkpoint, self.basis, self.customers["one"], self.folder / "merged")
-        model = self.checkpoint.model_class.from_pretrained(self.folder / "merged", attn_implementation="eager")
-        return _error(_logits(model.float().eval(), self.inputs), self.expected["one"])
+        return _error(_logits(self._load(self.folder / "merged"), self.inputs), self.expected["one"])
 
     def _merged(self) -> float:
         output = self.folder / "merged-bundle"
