@@ -12,7 +12,35 @@ from qrlora_deploy.errors import BasisMismatchError, InputError
 from qrlora_deploy.targets import is_adaptable, is_conv1d
 
 
-class QRLoRALinear(nn.Module):
+class SideBranch(nn.Module):
+    """A layer in the place of another one, `base`, whose attributes it has: some models look at their layers' own,
+    as T5 does at the dtype of a weight."""
+
+    base: nn.Module
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The layer's weight, in its own orientation."""
+        return self.base.get_parameter("weight")
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The layer's bias, if it has one."""
+        found: torch.Tensor | None = getattr(self.base, "bias", None)
+        return found
+
+    @property
+    def in_features(self) -> int:
+        """Values of an input."""
+        return self.weight.shape[0 if is_conv1d(self.base) else 1]
+
+    @property
+    def out_features(self) -> int:
+        """Values of an output."""
+        return self.weight.shape[1 if is_conv1d(self.base) else 0]
+
+
+class QRLoRALinear(SideBranch):
     """`y = base(x) + Q (c * (R x))`, Liang and Bharadwaj, arXiv 2508.21810, equation of ΔW.
 
     Only `u` is trained, with `c = scale * u`. Under Adam a step in `u` has the same size for every

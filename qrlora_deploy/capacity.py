@@ -1,7 +1,10 @@
 """What a model can take of a tokenizer: one answer for training and for every exporter."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
+
+from qrlora_deploy.errors import InputError
 
 UNKNOWN_MAX_TOKENS = 512
 """Where neither the tokenizer nor the model names a limit."""
@@ -27,6 +30,64 @@ def max_tokens(model: Any, tokenizer: Any) -> int:
     limits = [tokenizer.model_max_length, _positions(model), _first_angles(model.config)]
     known = [limit for limit in limits if _is_limit(limit)]
     return int(min(known, default=UNKNOWN_MAX_TOKENS))
+
+
+def check_ids(name: str, model: Any, tokenizer: Any, pairs: bool) -> None:
+    """Make sure that a model has a row of its embedding for all that its tokenizer makes of a text.
+
+    Args:
+        name: of the checkpoint, for messages.
+        model: a model, which may live on the meta device.
+        tokenizer: that goes with it.
+        pairs: whether there are pairs of texts.
+
+    Raises:
+        InputError: a token or a segment has no row; the message names it.
+    """
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
+    rows = _token_rows(model)
+    if rows is not None and largest >= rows:
+        raise InputError(
+            f"{name}: its tokenizer makes {token!r} token {largest}, but its embedding has {rows} rows; remove what "
+            f"was added to the tokenizer, or call model.resize_token_embeddings({largest + 1}) and save the model"
+        )
+    check_segments(name, segment_rows(model, tokenizer), _segments(tokenizer, pairs))
+
+
+def _token_rows(model: Any) -> int | None:
+    try:
+        return int(model.get_input_embeddings().weight.shape[0])
+    except (NotImplementedError, AttributeError):
+        return None  # transformers does not know the embedding of this family, or there is none
+
+
+def segment_rows(model: Any, tokenizer: Any) -> int | None:
+    """How many segments a model tells apart; None where the tokenizer makes none or the model has no table of them."""
+    if "token_type_ids" not in tokenizer.model_input_names:
+        return None
+    return next(
+        (module.num_embeddings for path, module in model.named_modules() if path.endswith("token_type_embeddings")),
+        None,
+    )
+
+
+def check_segments(name: str, rows: int | None, segments: Iterable[int]) -> None:
+    """Make sure that the numbers of segments are rows of their table.
+
+    Raises:
+        InputError: one is not.
+    """
+    largest = max(segments, default=0)
+    if rows is not None and largest >= rows:
+        raise InputError(
+            f"{name}: its tokenizer makes segment {largest} of a text or pair, but its token_type_embeddings have "
+            f"{rows} rows; take token_type_ids out of model_input_names in tokenizer_config.json"
+        )
+
+
+def _segments(tokenizer: Any, pairs: bool) -> list[int]:
+    made = tokenizer("a", "a") if pairs else tokenizer("a")
+    return list(made.get("token_type_ids", []))
 
 
 def _positions(model: Any) -> float | None:

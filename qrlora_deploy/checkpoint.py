@@ -14,18 +14,18 @@ from torch import nn
 from qrlora_deploy.basis import Basis
 from qrlora_deploy.completeness import is_head
 from qrlora_deploy.errors import BasisMismatchError, InputError, first_line, library_errors
+from qrlora_deploy.families import REGRESSION, check_head, check_padding, check_supported
 from qrlora_deploy.loading import check_whole, load_weights, make_skeleton
 from qrlora_deploy.model_config import (
     CLASSIFIER,
     CONFIG,
-    MULTI_LABEL,
     classifier_class,
     is_encoder,
     load_config,
     model_class,
 )
 from qrlora_deploy.output_names import output_names
-from qrlora_deploy.tokenizer_files import read_tokenizer
+from qrlora_deploy.tokenizer_files import has_tokenizer, read_tokenizer
 from qrlora_deploy.weight_files import StoredTensor, read_headers, weight_files
 
 
@@ -88,11 +88,8 @@ class Checkpoint:
             InputError: there is none, or another one than is supported.
         """
         self.require_task_head()
-        return "text-regression" if self._regresses else "text-classification"
-
-    @property
-    def _regresses(self) -> bool:
-        return self.config.problem_type == "regression" or len(self.labels) == 1
+        regresses = self.config.problem_type == REGRESSION or len(self.labels) == 1
+        return "text-regression" if regresses else "text-classification"
 
     def require_task_head(self) -> None:
         """Make sure that there is a task head, and one that is supported.
@@ -110,7 +107,7 @@ class Checkpoint:
         """Make sure that a basis of these weights can be used: a text classifier, or an encoder that can become one.
 
         Raises:
-            InputError: it is neither, it is quantised, or tensors are missing or have other shapes.
+            InputError: it is neither, or is not supported or not whole.
         """
         self._check_kind()
         if not self.has_task_head and not is_encoder(self.architecture):
@@ -119,13 +116,18 @@ class Checkpoint:
                 f"`warmup` first and factorize the result"
             )
         self.check_usable()
+        if self.has_task_head and has_tokenizer(self.folder):
+            check_padding(self.name, self.skeleton(), self.tokenizer())
+
+    def check_family(self) -> None:
+        """Refuse, by an InputError, a family of models that does not work the whole way."""
+        self.classifier()
+        check_supported(self.name, self.skeleton())
 
     def _check_kind(self) -> None:
-        self.classifier()
-        if self.has_task_head and self.config.problem_type == MULTI_LABEL:
-            raise InputError(f"{self.name} has a multi-label head, which is not supported")
-        if self.has_task_head and self._regresses and len(self.labels) != 1:
-            raise InputError(f"{self.name} predicts {len(self.labels)} numbers; one is supported")
+        self.check_family()
+        if self.has_task_head:
+            check_head(self.name, self.config.problem_type, len(self.labels))
 
     def check_usable(self) -> None:
         """Make sure that the files hold the model that the config describes: nothing is made up when it is loaded.

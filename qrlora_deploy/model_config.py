@@ -34,8 +34,6 @@ ENCODERS = ("Model", "ForMaskedLM", "ForPreTraining")
 SPEAKERS = ("LMHeadModel", "HeadsModel")
 """Ends of the names of models that write text."""
 
-MULTI_LABEL = "multi_label_classification"
-
 
 def load_config(folder: Path) -> Any:
     """The transformers config of a checkpoint.

@@ -7,9 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from qrlora_deploy.errors import InputError, library_errors
-
-BLOCK = re.compile(r"\.(\d+)\.")
-"""A numbered block in a module path, such as `encoder.layer.3.attention`."""
+from qrlora_deploy.families import BLOCK, LeftOut, shared_layers
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -28,7 +26,8 @@ def choose_targets(model: nn.Module, patterns: Sequence[str] = (), last_layers: 
     Args:
         model: a model, which may live on the meta device.
         patterns: names of layers (`query`, `attention.output.dense`) or regular expressions over
-            the whole module path; none means every linear layer of every numbered block.
+            the whole module path; none means every linear layer of every numbered block, but for those
+            that a switchable graph cannot take; `left_out` names them.
         last_layers: keep only the last N numbered blocks.
 
     Raises:
@@ -39,7 +38,8 @@ def choose_targets(model: nn.Module, patterns: Sequence[str] = (), last_layers: 
     in_blocks = [name for name in adaptable if BLOCK.search(f".{name}")]
     if not in_blocks:
         raise InputError("the model has no linear layers in numbered blocks; nothing to adapt")
-    chosen = in_blocks
+    shared = shared_layers(model, in_blocks)
+    chosen = in_blocks if shared is None else [name for name in in_blocks if name not in shared.names]
     if patterns:
         unknown = [pattern for pattern in patterns if not any(_fits(pattern, name) for name in adaptable)]
         if unknown:
@@ -47,6 +47,20 @@ def choose_targets(model: nn.Module, patterns: Sequence[str] = (), last_layers: 
             raise InputError(f"no layer is called {', '.join(unknown)}; there are {', '.join(known)}")
         chosen = [name for name in adaptable if any(_fits(pattern, name) for pattern in patterns)]
     return _keep_last(chosen, in_blocks, last_layers) if last_layers is not None else chosen
+
+
+def left_out(model: nn.Module) -> list[LeftOut]:
+    """What `choose_targets` leaves out of the numbered blocks where it has no patterns: nothing goes without a word."""
+    adaptable = [name for name, module in model.named_modules() if is_adaptable(module)]
+    shared = shared_layers(model, [name for name in adaptable if BLOCK.search(f".{name}")])
+    weights = {f"{name}.weight" for name in adaptable}
+    other = tuple(
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.dim() > 1 and name not in weights and BLOCK.search(f".{name}")
+    )
+    found = LeftOut(other, "they are no matrices of linear layers, so they cannot be adapted")
+    return ([shared] if shared else []) + ([found] if other else [])
 
 
 def _fits(pattern: str, name: str) -> bool:

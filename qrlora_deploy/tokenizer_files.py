@@ -9,6 +9,11 @@ import transformers
 from qrlora_deploy.errors import InputError, library_errors
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer was saved with a checkpoint."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+
+
 def read_tokenizer(folder: Path) -> Any:
     """The tokenizer of a checkpoint.
 

@@ -20,10 +20,11 @@ from exporters.onnx.reference import build_reference, choose_texts
 from exporters.onnx.sealing import Checked, Content, seal, write_side_files
 from exporters.onnx.showing import not_shown
 from exporters.onnx.switchable import CustomerRows, make_switchable
+from qrlora_deploy.capacity import check_ids
 from qrlora_deploy.checkpoint import Checkpoint, check_basis_fits
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.exportable import check_padding, why_not_exportable
 from qrlora_deploy.exporting import ExportJob
+from qrlora_deploy.families import check_padding
 from qrlora_deploy.files import atomic_folder
 from qrlora_deploy.merging import merge_model
 from qrlora_deploy.outputs import check_free_folder
@@ -155,7 +156,7 @@ def _export(job: ExportJob, make_plan: Callable[[], _Plan]) -> Manifest:
     if job.padding_free:
         check_runtime()
     check_free_folder(job.output)
-    tokenizer = _check_exportable(job.checkpoint)
+    tokenizer = _check_exportable(job.checkpoint, job.texts is not None and job.texts.pairs is not None)
     step(0)
     plan = make_plan()
     step(1)
@@ -199,15 +200,12 @@ def _calibration(job: ExportJob, plan: _Plan, tokenizer: Any) -> Iterator[dict[s
     return calibration_inputs(plan.model, tokenizer, job.calibration, plan.reference[0].inputs, job.progress)
 
 
-def _check_exportable(checkpoint: Checkpoint) -> Any:
+def _check_exportable(checkpoint: Checkpoint, pairs: bool) -> Any:
     """The tokenizer; refuses what could only fail later, in words of the exporter."""
     checkpoint.require_task_head()
-    skeleton = checkpoint.skeleton()
-    reason = why_not_exportable(skeleton)
-    if reason is not None:
-        raise InputError(f"{checkpoint.name} cannot be exported to ONNX: {reason}")
     tokenizer = checkpoint.tokenizer()
-    check_padding(checkpoint.name, skeleton, tokenizer)
+    check_padding(checkpoint.name, checkpoint.skeleton(), tokenizer)
+    check_ids(checkpoint.name, checkpoint.skeleton(), tokenizer, pairs)
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"{checkpoint.name} has no fast tokenizer (tokenizer.json), which serving needs")
     return tokenizer

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from exporters.onnx.packing import Packing
-from qrlora_deploy.adapter import resolve_layer
+from qrlora_deploy.adapter import SideBranch, resolve_layer
 from qrlora_deploy.basis import Basis, BasisTarget
 from qrlora_deploy.errors import BasisMismatchError, InputError
 from qrlora_deploy.runtime.layout import HEAD_TABLE, SLOT, TABLE, TABLE_DTYPES, HeadLayout, TableLayout
@@ -131,7 +131,7 @@ def _runs(parts: Sequence[int]) -> list[tuple[int, int]]:
     return runs
 
 
-class TableBranch(nn.Module):
+class TableBranch(SideBranch):
     """`y = base(x) + Q (c * (R x))` with a `c` for each row of the batch.
 
     Q and R are constants of the graph, padded with zeros to `padded_rank`; they are kept in the

@@ -1,5 +1,6 @@
 """`qrlora-deploy factorize`."""
 
+import sys
 from pathlib import Path
 
 import click
@@ -37,7 +38,7 @@ def command(
 ) -> Output:
     """Factorize the weights of BASE, a folder or hub name, into a basis all customers share.
 
-    Without --target every linear layer of every block is taken.
+    Without --target every linear layer of every block is taken, but for those that a switchable bundle cannot have.
 
     \b
     Example:
@@ -49,21 +50,29 @@ def command(
     from qrlora_deploy.basis import write_basis
     from qrlora_deploy.checkpoint import open_checkpoint
     from qrlora_deploy.factorizing import factorize
+    from qrlora_deploy.families import shared_layers
     from qrlora_deploy.inspecting import basis_rows
     from qrlora_deploy.outputs import check_free_file
     from qrlora_deploy.rank_rule import RankRule
-    from qrlora_deploy.targets import choose_targets
+    from qrlora_deploy.targets import choose_targets, left_out
 
     check_free_file(output)
     rule = RankRule(0.5 if tau is None and rank is None else tau, rank)
     checkpoint = open_checkpoint(base)
     checkpoint.check_base()
     names = choose_targets(checkpoint.skeleton(), patterns, last_layers)
+    missed = [] if patterns else left_out(checkpoint.skeleton())
+    shared = shared_layers(checkpoint.skeleton(), names)
+    if shared:
+        print(f"Warning: {shared}; export a basis of them with --merge", file=sys.stderr)
     with progress_bar() as progress:
         basis = factorize(checkpoint, names, rule, device, progress)
     write_basis(basis, output)
     rows = basis_rows(basis)
     facts = {"digest": basis.digest, "coefficients": basis.total_rank, "size": size_text(output.stat().st_size)}
     record = {"output": output, "digest": basis.digest, "total_rank": basis.total_rank, "targets": rows}
+    if missed:
+        record["left_out"] = [{"names": part.names, "reason": part.reason} for part in missed]
+        facts["left out"] = "; ".join(str(part) for part in missed)
     table = Table(COLUMNS, [[row[column] for column in COLUMNS] for row in rows])
     return Output(record, f"wrote {output}", facts, [table])

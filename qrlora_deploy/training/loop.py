@@ -14,9 +14,10 @@ from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, Trai
 from transformers.trainer_callback import PrinterCallback
 
 from qrlora_deploy.adapter import QRLoRALinear
-from qrlora_deploy.capacity import max_tokens
+from qrlora_deploy.capacity import check_ids, max_tokens
 from qrlora_deploy.checkpoint import Checkpoint
 from qrlora_deploy.errors import InputError, QrloraError, library_errors
+from qrlora_deploy.families import check_padding
 from qrlora_deploy.training.cutting import cut_texts
 from qrlora_deploy.training.data import Examples
 from qrlora_deploy.training.settings import RunSettings, choose_device
@@ -162,22 +163,33 @@ def build_rows(tokenizer: Any, examples: Examples, targets: Sequence[int | float
     return [{name: encoded[name][row] for name in names} | {"labels": target} for row, target in enumerate(targets)]
 
 
-def load_tokenizer(checkpoint: Checkpoint, model: Any, max_length: int) -> Any:
-    """The tokenizer of a base; model and tokenizer agree on the padding afterwards.
+def load_tokenizer(
+    checkpoint: Checkpoint, model: Any, max_length: int, pairs: bool = False, new_padding: bool = False
+) -> Any:
+    """The tokenizer of a base, which goes with the model.
+
+    Args:
+        checkpoint: the base.
+        model: of it.
+        max_length: tokens of a row.
+        pairs: whether the data are pairs of texts.
+        new_padding: whether a padding token is chosen where there is none, for tokenizer and model, which are saved.
 
     Raises:
-        InputError: there is none, it cannot pad, or `max_length` is more than the base can take.
+        InputError: there is none, it cannot pad, it makes ids that the model has no row for, or `max_length` is
+            more than the base can take.
     """
     tokenizer = checkpoint.tokenizer()
     limit = max_tokens(model, tokenizer)
     if max_length > limit:
         raise InputError(f"--max-length {max_length} is more than the {limit} tokens that {checkpoint.name} takes")
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise InputError(f"the tokenizer of {checkpoint.name} has no padding token")
-        tokenizer.pad_token = tokenizer.eos_token
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    if new_padding:
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = tokenizer.pad_token_id
+    check_padding(checkpoint.name, model, tokenizer)
+    check_ids(checkpoint.name, model, tokenizer, pairs)
     return tokenizer
 
 

@@ -150,7 +150,7 @@ def _prepare(
     parts = [part for part in (train, evaluation) if part is not None]
     targets = [encode_labels(part, outputs.task, outputs.labels) for part in parts]
     model = checkpoint.load_model(**outputs.options, **({} if settings.dropout else no_dropout(checkpoint.config)))
-    tokenizer = load_tokenizer(checkpoint, model, settings.max_length)
+    tokenizer = load_tokenizer(checkpoint, model, settings.max_length, train.pairs is not None)
     head = prepare_head(model, outputs, basis, settings.seed) if settings.head == "output" else {}
     check_stored(head, checkpoint)
     adapters = attach(model, basis)

@@ -61,6 +61,7 @@ def warmup(
     """
     check_free_folder(output)
     device = choose_device(settings.device)
+    checkpoint.check_family()
     outputs = own_outputs(checkpoint, train, settings.task)
     check_alike(train, evaluation)
     parts = [part for part in (train, evaluation) if part is not None]
@@ -69,7 +70,7 @@ def warmup(
     model = _load(checkpoint, outputs)
     if outputs.new and outputs.task == REGRESSION:
         start_bias(model, outputs.bias)
-    tokenizer = load_tokenizer(checkpoint, model, settings.max_length)
+    tokenizer = load_tokenizer(checkpoint, model, settings.max_length, train.pairs is not None, new_padding=True)
     trained = _choose_parameters(model, settings.mode)
     rows = [build_rows(tokenizer, *pair, settings.max_length) for pair in zip(parts, targets, strict=True)]
     with explained_failures(output), scratch_folder() as scratch:

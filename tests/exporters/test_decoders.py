@@ -16,9 +16,9 @@ from qrlora_deploy.capacity import max_tokens
 from qrlora_deploy.checkpoint import open_checkpoint
 from qrlora_deploy.coefficients import Coefficients
 from qrlora_deploy.errors import CheckFailed, InputError, ProviderError
-from qrlora_deploy.exportable import check_padding, why_not_exportable
 from qrlora_deploy.exporting import ExportJob
 from qrlora_deploy.factorizing import factorize
+from qrlora_deploy.families import check_padding, why_unsupported
 from qrlora_deploy.rank_rule import RankRule
 from qrlora_deploy.runtime import open_bundle, open_session, verify
 from qrlora_deploy.targets import choose_targets
@@ -56,7 +56,7 @@ def save_family(name: str, folder: Path, **changes: Any) -> Path:
     model_class = getattr(transformers, f"{family}ForSequenceClassification", None)
     if model_class is None:
         pytest.skip(f"this transformers has no classifier of {family}")
-    config = getattr(transformers, f"{family}Config")(vocab_size=len(tokenizer), num_labels=4, **sizes | changes)
+    config = getattr(transformers, f"{family}Config")(vocab_size=len(tokenizer) + 8, num_labels=4, **sizes | changes)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model = model_class(config).eval()
@@ -193,12 +193,12 @@ def test_models_that_cannot_be_exported_say_why() -> None:
     sizes = {f"{part}_{what}": 2 for part in ("encoder", "decoder") for what in ("layers", "attention_heads")}
     with torch.device("meta"):
         bart = BartForSequenceClassification(BartConfig(d_model=8, vocab_size=9, **sizes))
-    assert "encoder with a decoder" in (why_not_exportable(bart) or "")
+    assert "encoder with a decoder" in (why_unsupported(bart) or "")
     experts = torch.nn.Module()
     experts.config = SimpleNamespace()
     experts.register_module("experts", torch.nn.Module())
     experts.experts.register_parameter("gate_up_proj", torch.nn.Parameter(torch.zeros(2, 3, 4)))
-    assert "mixture of experts (experts.gate_up_proj" in (why_not_exportable(experts) or "")
+    assert "mixture of experts (experts.gate_up_proj" in (why_unsupported(experts) or "")
 
 
 @pytest.mark.parametrize(

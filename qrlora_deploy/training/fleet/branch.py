@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from qrlora_deploy.adapter import QRLoRALinear, attach, detach, precondition, resolve_layer
+from qrlora_deploy.adapter import QRLoRALinear, SideBranch, attach, detach, precondition, resolve_layer
 from qrlora_deploy.basis import Basis
 
 RANK_STEP = 8
@@ -35,7 +35,7 @@ class RowValues:
     head_bias: torch.Tensor | None
 
 
-class RowLinear(nn.Module):
+class RowLinear(SideBranch):
     """`y = base(x) + Q (c * (R x))` with another `c` in each row, as `QRLoRALinear` computes it.
 
     Args:

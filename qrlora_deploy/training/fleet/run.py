@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from qrlora_deploy.basis import Basis
+from qrlora_deploy.capacity import segment_rows
 from qrlora_deploy.checkpoint import Checkpoint, check_basis_fits
 from qrlora_deploy.errors import InputError, QrloraError
 from qrlora_deploy.training.fleet.engine import Engine, free_share
@@ -141,7 +142,8 @@ class _Fleet:
             free = free_bytes("device" if device.type == "cuda" else "host", device, options.output)
             self.engine = Engine(model, self.slots, settings, free_share(free))
             self.schedule = Schedule(self.slots, settings)
-            encoder = RowEncoder(model.tokenizer, list(model.pad), settings.max_length)
+            segments = segment_rows(model.model, model.tokenizer)
+            encoder = RowEncoder(model.tokenizer, list(model.pad), settings.max_length, segments)
             self.tokens = TokensAhead(encoder, list(self.queue), 2 * self.slots)
         self.writer = Writer(settings, self.origin)
 

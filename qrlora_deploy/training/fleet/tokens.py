@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from qrlora_deploy.capacity import check_segments
 from qrlora_deploy.errors import InputError, first_line
 from qrlora_deploy.training.cutting import cut_texts
 from qrlora_deploy.training.data import Examples
@@ -43,10 +44,12 @@ class RowEncoder:
         tokenizer: of the base; nobody else may use it meanwhile.
         names: of the model's inputs that have one value a token.
         max_length: tokens of a row.
+        segments: that the base tells apart, as `capacity.segment_rows` has it.
     """
 
-    def __init__(self, tokenizer: Any, names: Sequence[str], max_length: int) -> None:
+    def __init__(self, tokenizer: Any, names: Sequence[str], max_length: int, segments: int | None = None) -> None:
         self.tokenizer, self.names, self.max_length = tokenizer, tuple(names), max_length
+        self.segments = segments
         self._same: dict[bool, bool] = {}
 
     def __call__(self, customers: Sequence[Customer]) -> list[TokenRows | InputError]:
@@ -64,12 +67,18 @@ class RowEncoder:
         quick = self._quick([customer for customer, able in zip(customers, fast, strict=True) if able])
         for customer, able in zip(customers, fast, strict=True):
             rows = next(quick) if able else self._slow(customer)
-            empty = np.flatnonzero(rows.lengths == 0)
-            if len(empty):
-                found.append(InputError(f"row {int(empty[0]) + 1} has no text that the tokenizer knows"))
-            else:
-                found.append(rows)
+            found.append(self._problem(customer, rows) or rows)
         return found
+
+    def _problem(self, customer: Customer, rows: TokenRows) -> InputError | None:
+        empty = np.flatnonzero(rows.lengths == 0)
+        if len(empty):
+            return InputError(f"row {int(empty[0]) + 1} has no text that the tokenizer knows")
+        try:
+            check_segments(customer.train.name, self.segments, rows.values.get("token_type_ids", np.zeros(0)))
+        except InputError as error:
+            return error
+        return None
 
     def _quick(self, customers: Sequence[Customer]) -> Iterator[TokenRows]:
         texts = [text for customer in customers for part in _parts(customer) for text in self._inputs(part)]

@@ -90,3 +90,10 @@ def test_customers_come_in_their_order_and_few_wait(monkeypatch: pytest.MonkeyPa
     with pytest.raises(IndexError):
         ahead.take()
     ahead.close()
+
+
+def test_a_customer_with_pairs_on_a_base_of_one_segment_stops_no_other() -> None:
+    customers = [customer_of("single", SENTENCES[:2]), customer_of("paired", SENTENCES[:2], None, True)]
+    found = RowEncoder(build_tokenizer(), NAMES, 12, segments=1)(customers)
+    assert isinstance(found[0], TokenRows)
+    assert "makes segment 1" in str(found[1]) and "have 1 rows" in str(found[1])
