@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from qrlora_deploy.basis import Basis
+from qrlora_deploy.capacity import check_ids
 from qrlora_deploy.completeness import is_head
 from qrlora_deploy.errors import BasisMismatchError, InputError, first_line, library_errors
 from qrlora_deploy.families import REGRESSION, check_head, check_padding, check_supported
@@ -116,8 +117,11 @@ class Checkpoint:
                 f"`warmup` first and factorize the result"
             )
         self.check_usable()
-        if self.has_task_head and has_tokenizer(self.folder):
-            check_padding(self.name, self.skeleton(), self.tokenizer())
+        if has_tokenizer(self.folder):
+            # Training and export would refuse these: better now, before they are paid for.
+            check_ids(self.name, self.skeleton(), self.tokenizer(), pairs=False)
+            if self.has_task_head:
+                check_padding(self.name, self.skeleton(), self.tokenizer())
 
     def check_family(self) -> None:
         """Refuse, by an InputError, a family of models that does not work the whole way."""

@@ -163,9 +163,12 @@ def token_too_many(tmp_path: Path) -> Path:
 
 
 def test_a_token_without_a_row_is_named_before_training(token_too_many: Path, tmp_path: Path) -> None:
+    whole = open_checkpoint(str(save_base(tmp_path / "whole")))  # the same weights
+    basis = factorize(whole, choose_targets(whole.skeleton(), ["query"]), RankRule(None, 2))
     checkpoint = open_checkpoint(str(token_too_many))
-    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton(), ["query"]), RankRule(None, 2))
     message = r"makes '<ticket>' token \d+, but its embedding has \d+ rows; .*resize_token_embeddings"
+    with pytest.raises(InputError, match=message):
+        checkpoint.check_base()
     with pytest.raises(InputError, match=message):
         train(checkpoint, basis, texts(), None, TrainSettings(max_length=16), tmp_path / "run")
     with pytest.raises(InputError, match=message):
