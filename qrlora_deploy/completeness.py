@@ -18,6 +18,9 @@ LEGACY = ((re.compile(r"LayerNorm\.gamma$"), "LayerNorm.weight"), (re.compile(r"
 
 WRAPPERS = {
     "_orig_mod.": "torch.compile; save `model._orig_mod` instead of the compiled model",
+    "_fsdp_wrapped_module.": "FSDP; save a full state dict of the whole model",
+    "_checkpoint_wrapped_module.": "activation checkpointing; save the model before it is wrapped",
+    "base_model.model.": "PEFT; save what `merge_and_unload()` returns",
     "module.": "DataParallel and DistributedDataParallel; save `model.module` instead of the wrapped model",
 }
 """What puts a prefix before names, and how to save without it."""
@@ -33,6 +36,8 @@ class Comparison:
         other_shapes: name in the file and the shape that the model has instead, by the model's names.
         twice: tensors that are stored under two names each, as "a and b".
         unused: stored under names that the model does not have.
+        no_floats: stored as what is no floating-point number, by the names in the files; transformers would
+            convert each value and know of no scale.
     """
 
     total: int
@@ -40,6 +45,7 @@ class Comparison:
     other_shapes: dict[str, tuple[str, tuple[int, ...]]]
     twice: tuple[str, ...]
     unused: tuple[str, ...]
+    no_floats: tuple[str, ...]
 
     def without(self, meant: Container[str]) -> "Comparison":
         """The same, but for tensors that may be missing or have other shapes."""
@@ -77,7 +83,10 @@ def compare(model: Any, stored: Mapping[str, StoredTensor]) -> Comparison:
         for key, names in sources.items()
         if stored[names[0]].shape != tuple(state[key].shape)
     }
-    return Comparison(len(state), tuple(missing), shapes, twice, tuple(unused))
+    no_floats = tuple(
+        names[0] for key, names in sources.items() if state[key].is_floating_point() and stored[names[0]].quantised
+    )
+    return Comparison(len(state), tuple(missing), shapes, twice, tuple(unused), no_floats)
 
 
 def _key(name: str, state: Mapping[str, Any], prefix: str) -> str | None:
@@ -108,10 +117,9 @@ def describe(found: Comparison, stored: Mapping[str, StoredTensor], model: Any) 
         )
     if found.twice:
         return f"its files hold {listed(found.twice)}, of which the model has one"
-    quantised = [name for name, _shape in found.other_shapes.values() if stored[name].quantised]
-    if quantised:
-        first = stored[quantised[0]]
-        return f"{quantised[0]} is stored as {first.dtype} {list(first.shape)}; an unquantised base is needed"
+    if found.no_floats:
+        first = stored[found.no_floats[0]]
+        return f"{found.no_floats[0]} is stored as {first.dtype} {list(first.shape)}; an unquantised base is needed"
     if found.other_shapes:
         shown = [
             f"{name} is {list(stored[name].shape)}, but {list(shape)} by config.json"

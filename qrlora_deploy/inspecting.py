@@ -68,7 +68,7 @@ def describe(path: Path, basis_file: Path | None = None) -> Description:
     if is_folder:
         return _describe_folder(path)
     if not is_file(path):
-        raise InputError(f"{path}: no such file or folder")
+        raise InputError(f"{path} is no plain file or folder" if path.exists() else f"{path}: no such file or folder")
     kind = _kind(path)
     if kind == basis_format.FORMAT:
         return _describe_basis(path)

@@ -61,13 +61,23 @@ def load_weights(folder: Path, config: Any, kind: Any, meant: Container[str] = (
         options: of `from_pretrained`, or fields of the config that differ.
 
     Raises:
-        InputError: transformers cannot load it, or would draw tensors that are not meant.
+        InputError: transformers cannot load it, would draw tensors that are not meant, or a weight is NaN or Inf.
     """
     model, missing = _load(folder, config, kind, options)
     made_up = [name for name in missing if name not in meant]
     if made_up:
         raise InputError(f"{folder} lacks {len(made_up)} tensors of {kind.__name__}: {listed(made_up)}")
+    wrong = [name for name, parameter in model.named_parameters() if name not in meant and not _is_finite(parameter)]
+    if wrong:
+        raise InputError(f"{folder}: weights hold NaN or Inf: {listed(wrong)}; give the last checkpoint without")
     return model.eval()
+
+
+def _is_finite(values: torch.Tensor) -> bool:
+    # The ends alone, which a NaN reaches: no copy of an embedding is made.
+    if values.is_meta or not values.numel():
+        return True
+    return all(bool(end.isfinite()) for end in torch.aminmax(values.detach()))
 
 
 def check_whole(

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,6 +90,19 @@ def parse_json(text: str, what: str) -> Any:
         if not level:
             return value
     raise FileFormatError(f"{what}: it is nested deeper than {MAX_NESTING} levels")
+
+
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, for `object_pairs_hook`.
+
+    Raises:
+        InputError: it has a name twice; Python would keep the last one, other programs the first.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise InputError(f"has the name {twice!r} twice")
+    return found
 
 
 def _items(value: Any) -> list[Any]:

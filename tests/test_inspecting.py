@@ -1,5 +1,6 @@
 """`describe` names every kind of file and folder, reads it whole, and refuses what is none of them."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,12 +102,14 @@ def test_what_is_nothing_of_ours_is_one_line(tmp_path: Path) -> None:
     safetensors.numpy.save_file({"a": np.zeros(2, np.float32)}, tmp_path / "plain.safetensors")
     safetensors.numpy.save_file({"a": np.zeros(2, np.float32)}, tmp_path / "odd.safetensors", {"qrlora": "{"})
     (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     messages = {
         "none": "no such file or folder",
         "text.safetensors": "not a complete safetensors file",
         "plain.safetensors": "neither a basis nor a coefficients file",
         "odd.safetensors": "metadata is not JSON",
         "empty": "it holds no config.json",
+        "pipe": "is no plain file or folder",
     }
     for name, message in messages.items():
         with pytest.raises(InputError, match=message) as caught:

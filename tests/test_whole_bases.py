@@ -54,6 +54,14 @@ def without(*parts: str) -> Callable[[Tensors], Tensors]:
     return lambda tensors: {name: v for name, v in tensors.items() if not any(part in name for part in parts)}
 
 
+def inside(place: str, wrapper: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {name.replace(place, place + wrapper): value for name, value in tensors.items()}
+
+
+def stored_as(dtype: torch.dtype) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {name: v.to(dtype) if "word_embeddings" in name else v for name, v in tensors.items()}
+
+
 def prefixed(prefix: str) -> Callable[[Tensors], Tensors]:
     return lambda tensors: {prefix + name: value for name, value in tensors.items()}
 
@@ -124,6 +132,15 @@ def test_every_command_names_what_is_missing(
             {},
             r"prefix _orig_mod\. of torch.compile",
         ),
+        (inside("encoder.layer.", "_fsdp_wrapped_module."), {}, r"prefix _fsdp_wrapped_module\. of FSDP; save a full"),
+        (inside("layer.1.", "_checkpoint_wrapped_module."), {}, r"_checkpoint_wrapped_module\. of activation checkp"),
+        (prefixed("base_model.model."), {}, r"prefix base_model\.model\. of PEFT; save what `merge_and_unload"),
+        (
+            stored_as(torch.int32),
+            {},
+            r"word_embeddings.weight is stored as I32 \[.*an unquantised base",
+        ),
+        (stored_as(torch.float8_e4m3fn), {}, "word_embeddings.weight is stored as F8_E4M3 .* an unquantised base"),
         (same, {"num_hidden_layers": 3}, "16 of its 57 tensors are missing: bert.encoder.layer.2"),
         (same, {"hidden_size": 16}, r"tensors have other shapes: .* is \[.*32\], but \[.*16\] by config.json"),
         (same, {"id2label": None}, r"classifier.weight is \[4, 32\], but \[2, 32\] .*id2label in config.json has to"),
@@ -147,6 +164,20 @@ def test_what_is_missing_is_named(
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match=message):
         broken.load_model()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_no_number_is_named(tiny_base: Path, tmp_path: Path, value: float) -> None:
+    def spoil(tensors: Tensors) -> Tensors:
+        tensors["bert.embeddings.word_embeddings.weight"][5, 0] = value
+        return tensors
+
+    broken = rewritten(tiny_base, tmp_path / "broken", spoil)
+    message = "broken: weights hold NaN or Inf: bert.embeddings.word_embeddings.weight; give"
+    with pytest.raises(InputError, match=message):
+        broken.load_model()
+    with pytest.raises(InputError, match=message):
+        warmup(broken, ROWS, None, tmp_path / "out", ONE_STEP)
 
 
 def test_older_names_and_the_models_prefix_are_right(tiny_base: Path, tmp_path: Path) -> None:

@@ -1,12 +1,15 @@
 """Requests from a JSON Lines file: text, and whose it is."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from qrlora_deploy.errors import FileFormatError, InputError
+from qrlora_deploy.errors import FileFormatError, InputError, library_errors
+from qrlora_deploy.reading import unique_names
+from qrlora_deploy.runtime.customer_files import check_customer_id
 
 MAX_LINE_BYTES = 64 * 2**20
 """Far more than any model reads of a text."""
@@ -32,7 +35,8 @@ def read_requests(path: Path) -> list[Request]:
     """Read a file with one JSON object a line; further keys are ignored.
 
     Raises:
-        FileFormatError: a line is not such an object, or only some have a pair; the line is named.
+        FileFormatError: a line is not such an object, has a name twice or a customer that can be none, or only
+            some have a pair; the line is named.
         InputError: the file cannot be read or is empty.
     """
     try:
@@ -66,9 +70,23 @@ def _lines(file: IO[bytes], path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _parse(path: Path, number: int, line: str) -> Request:
+    place = f"{path} line {number}"
+    request = _validated(place, line)
+    try:
+        with library_errors("it is not JSON"):
+            # Pydantic takes the last of two. Numbers are not read: those of thousands of digits are none of ours.
+            json.loads(line, object_pairs_hook=unique_names, parse_int=str, parse_float=str)
+        if request.customer is not None:
+            check_customer_id(request.customer)
+    except InputError as error:
+        raise FileFormatError(f"{place}: {error}") from error
+    return request
+
+
+def _validated(place: str, line: str) -> Request:
     try:
         return Request.model_validate_json(line)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the line"
-        raise FileFormatError(f"{path} line {number}: {place}: {first['msg']}") from error
+        field = ".".join(map(str, first["loc"])) or "the line"
+        raise FileFormatError(f"{place}: {field}: {first['msg']}") from error

@@ -1,12 +1,12 @@
 """JSON lines: one object a line, with a bound on the length of a line."""
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from qrlora_deploy.errors import InputError, library_errors
+from qrlora_deploy.reading import unique_names
 
 MAX_LINE_BYTES = 64 * 2**20
 """A line without an end would be read into memory whole, however long the file is."""
@@ -48,16 +48,7 @@ def _parse(line: bytes) -> dict[str, Any]:
     with library_errors("is not UTF-8", InputError):
         text = line.decode()
     with library_errors("is not JSON", InputError):
-        row = json.loads(text, object_pairs_hook=_object)
+        row = json.loads(text, object_pairs_hook=unique_names)
     if not isinstance(row, dict):
         raise InputError("is not a JSON object; one object a line is read")
     return row
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        # Python would keep the last one, other programs the first.
-        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise InputError(f"has the name {twice!r} twice")
-    return found

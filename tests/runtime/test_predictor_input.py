@@ -192,3 +192,19 @@ def test_a_line_without_end_is_refused_by_its_number(tmp_path: Path, monkeypatch
     path.write_text('{"text": "a"}\n' + json.dumps({"text": "b" * 2**20}), encoding="utf-8")
     with pytest.raises(FileFormatError, match="line 2 is longer than 1 MiB"):
         read_requests(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "a", "customer": "acme", "customer": "bolt"}', "line 2: has the name 'customer' twice"),
+        ('{"text": "a", "te\\u0078t": "b"}', "line 2: has the name 'text' twice"),
+        ('{"text": "a", "customer": "../acme"}', "line 2: '../acme' is no customer id"),
+        ('{"text": 5}', "line 2: text: Input should be a valid string"),
+    ],
+)
+def test_a_request_that_can_be_read_in_two_ways_is_refused_by_its_line(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "requests.jsonl"
+    path.write_text('{"text": "a", "n": ' + "9" * 4000 + "}\n" + line, encoding="utf-8")
+    with pytest.raises(FileFormatError, match=message):
+        read_requests(path)
