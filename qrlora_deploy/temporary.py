@@ -96,9 +96,11 @@ def _make(parent: Path, label: str, mode: int, tried: list[Path]) -> int:
         _live.add(folder)
         tried.append(folder)
         folder.mkdir(mode)
-        descriptor = lock_folder(folder)
-        if descriptor is not None:
-            return descriptor
+        # It may be swept as long as it is empty, or its lock is.
+        with suppress(FileNotFoundError):
+            descriptor = lock_folder(folder)
+            if descriptor is not None:
+                return descriptor
     raise OSError(errno.EBUSY, "no temporary folder could be locked", str(parent))
 
 
@@ -192,7 +194,11 @@ def remove_if_dead(folder: Path) -> bool:
     try:
         descriptor = os.open(folder / LOCK, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
     except FileNotFoundError:
-        # Not locked yet, or not any more: of a process between two steps, or of one that died there.
+        # Of a process that died before it locked it; a live one at that step makes another.
+        with suppress(OSError):
+            folder.rmdir()
+            return True
+        # Its lock went first: somebody is removing it, or died of it.
         dead = _is_still(folder)
         if dead:
             remove_tree(folder)
@@ -207,8 +213,9 @@ def remove_if_dead(folder: Path) -> bool:
 
 
 def _is_of_here(descriptor: int) -> bool:
+    """Whether a lock was written on this machine, or by a process that died before it wrote anything."""
     names = os.pread(descriptor, 1000, 0).decode("utf-8", "replace").splitlines()
-    return not set(names).isdisjoint(_machine())
+    return not names or not set(names).isdisjoint(_machine())
 
 
 def _is_still(folder: Path) -> bool:

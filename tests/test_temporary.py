@@ -60,7 +60,7 @@ def age(folder: Path) -> None:
         os.utime(path, (then, then))
 
 
-@pytest.mark.parametrize("of_whom", ["another machine", "one that died before its lock"])
+@pytest.mark.parametrize("of_whom", ["another machine", "one whose lock went first"])
 def test_what_cannot_be_told_dead_goes_when_it_was_still_for_a_day(tmp_path: Path, of_whom: str) -> None:
     folder = left(tmp_path)
     if of_whom == "another machine":
@@ -73,6 +73,33 @@ def test_what_cannot_be_told_dead_goes_when_it_was_still_for_a_day(tmp_path: Pat
     assert not remove_if_dead(folder)
     age(folder)
     assert remove_if_dead(folder) and not folder.exists()
+
+
+@pytest.mark.parametrize("step", ["made", "its lock is empty"])
+def test_what_died_before_it_held_anything_goes_at_once(tmp_path: Path, step: str) -> None:
+    folder = tmp_path / ".out.0123abcd.part"
+    folder.mkdir()
+    if step != "made":
+        (folder / LOCK).touch()
+    remove_dead(tmp_path, ["out"])
+    assert not folder.exists()
+
+
+def test_a_live_process_whose_empty_folder_was_swept_makes_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, swept = temporary.lock_folder, []
+
+    def sweep(folder: Path) -> int | None:
+        if not swept:
+            remove_dead(tmp_path, ["out"])
+            swept.append(folder)
+        return lock(folder)
+
+    monkeypatch.setattr(temporary, "lock_folder", sweep)
+    with temporary_folder(tmp_path, "out") as folder:
+        assert folder.is_dir() and folder != swept[0] and not swept[0].exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_was_removed_before_it_was_locked_is_not_used(
