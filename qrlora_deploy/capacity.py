@@ -109,5 +109,23 @@ def _first_angles(config: Any) -> int | None:
     return found
 
 
+def padding_reach(model: Any) -> int | None:
+    """Most padding before a text, where the answer is read at the first token and tokens look only so far.
+
+    A token that sees nothing but padding has no answer that anything could agree with. None: any.
+    """
+    window = narrowest_window(model.config)
+    causal = any(getattr(module, "is_causal", False) for module in model.modules())
+    return None if window is None or causal else window
+
+
+def narrowest_window(config: Any) -> int | None:
+    """How many tokens before itself a token sees where it sees least; None: all of them."""
+    local = getattr(config, "local_attention", None)
+    found = [getattr(config, "sliding_window", None), local // 2 if isinstance(local, int) else None]
+    windows = [window for window in found if isinstance(window, int) and window > 0]
+    return min(windows, default=None)
+
+
 def _is_limit(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value) and 0 < value < LARGEST_LIMIT

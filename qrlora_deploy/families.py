@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from qrlora_deploy.capacity import padding_reach
 from qrlora_deploy.errors import InputError
 
 BLOCK = re.compile(r"\.(\d+)\.")
@@ -140,10 +141,11 @@ def shared_layers(model: Any, names: Sequence[str]) -> LeftOut | None:
 def check_padding(name: str, model: nn.Module, tokenizer: Any) -> None:
     """Make sure that batches can be padded: the tokenizer needs a padding token, and a decoder its number.
 
-    A decoder answers at the last token of a text, and looks for it by the number in its config.
+    A decoder answers at the last token of a text, and looks for it by the number in its config. An encoder whose
+    tokens see a window answers at the first token, which must have text within it.
 
     Raises:
-        InputError: one is missing, or they differ; the message names both places.
+        InputError: a token is missing, they differ, or the side is wrong; the message names the places.
     """
     config: Any = model.config
     token, known = tokenizer.pad_token_id, getattr(config, "pad_token_id", None)
@@ -158,4 +160,11 @@ def check_padding(name: str, model: nn.Module, tokenizer: Any) -> None:
         raise InputError(
             f"{name}: its tokenizer pads with token {token}, but pad_token_id in config.json is {known}, so it would "
             f"answer at padding; set both to the same token"
+        )
+    reach = padding_reach(model)
+    averages = getattr(config, "classifier_pooling", "") == "mean"
+    if reach is not None and not averages and tokenizer.padding_side == "left":
+        raise InputError(
+            f"{name} pads on the left, but answers at the first token of a row, which sees {reach} tokens: behind more "
+            f"padding than that it sees no text; set padding_side in tokenizer_config.json to right"
         )

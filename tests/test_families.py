@@ -18,7 +18,7 @@ from qrlora_deploy.cli import cli
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.exporting import ExportJob
 from qrlora_deploy.factorizing import factorize
-from qrlora_deploy.families import REFUSED, SHARED, why_unsupported
+from qrlora_deploy.families import REFUSED, SHARED, check_padding, why_unsupported
 from qrlora_deploy.rank_rule import RankRule
 from qrlora_deploy.targets import choose_targets, left_out
 from qrlora_deploy.training.data import Examples
@@ -207,3 +207,21 @@ def test_segments_are_checked_where_there_are_pairs(pairs: bool, rows: int, fits
         return
     with pytest.raises(InputError, match=r"makes segment 1 .* have 1 rows; take token_type_ids out of"):
         check_ids("base", model, tokenizer, pairs)
+
+
+@pytest.mark.parametrize(
+    ("side", "pooling", "fits"), [("left", "cls", False), ("left", "mean", True), ("right", "cls", True)]
+)
+def test_padding_that_hides_the_text_from_the_answer_is_refused(side: str, pooling: str, fits: bool) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.padding_side = side
+    config = transformers.ModernBertConfig(
+        vocab_size=len(tokenizer), local_attention=8, classifier_pooling=pooling, pad_token_id=0, **SMALL
+    )
+    with torch.device("meta"):
+        model = transformers.ModernBertForSequenceClassification(config)
+    if fits:
+        check_padding("base", model, tokenizer)
+        return
+    with pytest.raises(InputError, match="base pads on the left, but answers at the first token .* sees 4 tokens"):
+        check_padding("base", model, tokenizer)

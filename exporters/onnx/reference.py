@@ -14,7 +14,7 @@ import torch
 from exporters.onnx.graph import input_names
 from qrlora_deploy.adapter import attach, set_coefficients
 from qrlora_deploy.basis import Basis
-from qrlora_deploy.capacity import max_tokens
+from qrlora_deploy.capacity import max_tokens, padding_reach
 from qrlora_deploy.checkpoint import Checkpoint
 from qrlora_deploy.coefficients import Coefficients
 from qrlora_deploy.errors import InputError
@@ -77,24 +77,6 @@ def build_reference(checkpoint: Checkpoint, basis: Basis, coefficients: Coeffici
     base = {name: model_logits(model, inputs) for name, inputs in batches.items()}
     set_coefficients(adapters, basis, coefficients.values)
     return [Case(name, inputs, model_logits(model, inputs), base[name]) for name, inputs in batches.items()]
-
-
-def padding_reach(model: Any) -> int | None:
-    """Most padding before a text, where the answer is read at the first token and tokens look only so far.
-
-    A token that sees nothing but padding has no answer that anything could agree with. None: any.
-    """
-    window = narrowest_window(model.config)
-    causal = any(getattr(module, "is_causal", False) for module in model.modules())
-    return None if window is None or causal else window
-
-
-def narrowest_window(config: Any) -> int | None:
-    """How many tokens before itself a token sees where it sees least; None: all of them."""
-    local = getattr(config, "local_attention", None)
-    found = [getattr(config, "sliding_window", None), local // 2 if isinstance(local, int) else None]
-    windows = [window for window in found if isinstance(window, int) and window > 0]
-    return min(windows, default=None)
 
 
 def build_batches(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from exporters.onnx.attention import HEADS, UNCAPPED
-from exporters.onnx.reference import narrowest_window
+from qrlora_deploy.capacity import narrowest_window
 from qrlora_deploy.runtime.parity import Case, shows_customers
 from qrlora_deploy.runtime.token_index import TOKEN_INDEX, kept_tokens
 
