@@ -30,7 +30,8 @@ ALLOWED = {
     "qrlora_deploy.basis": {"errors", "files", "rank_rule", "strict"},
     "qrlora_deploy.coefficients": {"errors", "files", "basis", "strict"},
     "qrlora_deploy.config_file": {"errors", "reading", "strict"},
-    "qrlora_deploy.families": {"errors"},
+    "qrlora_deploy.capacity": {"errors"},
+    "qrlora_deploy.families": {"capacity", "errors"},
     "qrlora_deploy.targets": {"errors", "families"},
     "qrlora_deploy.adapter": {"errors", "basis", "targets"},
 }
