@@ -100,7 +100,7 @@ def test_the_runtime_stands_alone(name: str) -> None:
     found = imports(MODULES[name])
     heavy = {found_name for found_name in found if found_name.split(".")[0] in ("torch", "transformers", "onnx")}
     assert heavy == set()
-    modules = ("errors", "files", "reading", "strict", "coefficients", "config_file", "temporary")
+    modules = ("errors", "text", "files", "reading", "strict", "coefficients", "config_file", "temporary")
     own = {f"qrlora_deploy.{name}" for name in modules}
     shared = ("qrlora_deploy.runtime", "qrlora_deploy.tokens")
     assert {other for other in project(found) if not any(inside(other, package) for package in shared)} <= own

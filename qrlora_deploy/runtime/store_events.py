@@ -7,6 +7,7 @@ from typing import Literal
 
 from qrlora_deploy.errors import InputError, QrloraError
 from qrlora_deploy.runtime.table import TableFullError
+from qrlora_deploy.text import shortened
 
 _log = logging.getLogger("qrlora_deploy.runtime.store")
 
@@ -40,12 +41,9 @@ def is_refusal(error: Exception) -> bool:
 
 def event_of(customer: str, error: Exception) -> StoreEvent:
     """The event that an error is."""
-    message = " ".join(f"{error}".split()) or type(error).__name__
-    if is_refusal(error):
-        return StoreEvent("refused", customer, message)
-    return StoreEvent(
-        "failed", customer, message if isinstance(error, QrloraError) else f"{type(error).__name__}: {message}"
-    )
+    kind = type(error).__name__
+    message = str(error) if isinstance(error, QrloraError) else shortened(f"{kind}: {error}")
+    return StoreEvent("refused" if is_refusal(error) else "failed", customer, message or kind)
 
 
 def tell(report: Report | None, event: StoreEvent | None) -> None:

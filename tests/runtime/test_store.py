@@ -19,6 +19,7 @@ from qrlora_deploy.files import atomic_file
 from qrlora_deploy.runtime import store as store_module
 from qrlora_deploy.runtime.customer_files import customer_ids, read_customer
 from qrlora_deploy.runtime.store import CustomerStore, check_customer_id
+from qrlora_deploy.runtime.store_events import StoreEvent, event_of
 from tests.runtime.place import DEADLINE_S, INPUTS, Place, until
 
 ALLOWED = string.ascii_letters + string.digits + "._-"
@@ -239,3 +240,12 @@ def test_the_temporary_files_of_this_project_are_no_customers(place: Place) -> N
     with atomic_file(place.path("acme")) as temporary:
         temporary.write_bytes(b"half")
         assert list(customer_ids(place.folder)) == []
+
+
+def test_whatever_went_wrong_is_told_in_one_short_line() -> None:
+    event = event_of("acme", OSError("a" * 50_000 + "\nmore"))
+    assert event.kind == "failed" and event.message.startswith("OSError: aaa")
+    assert len(event.message) < 500 and event.message.isprintable()
+    assert event_of("acme", InputError("acme.safetensors is cut")) == StoreEvent(
+        "refused", "acme", "acme.safetensors is cut"
+    )
