@@ -37,7 +37,7 @@ def choose_targets(model: nn.Module, patterns: Sequence[str] = (), last_layers: 
     adaptable = [name for name, module in model.named_modules() if is_adaptable(module)]
     in_blocks = [name for name in adaptable if BLOCK.search(f".{name}")]
     if not in_blocks:
-        raise InputError("the model has no linear layers in numbered blocks; nothing to adapt")
+        raise InputError(_why_nothing(model))
     shared = shared_layers(model, in_blocks)
     chosen = in_blocks if shared is None else [name for name in in_blocks if name not in shared.names]
     if patterns:
@@ -61,6 +61,13 @@ def left_out(model: nn.Module) -> list[LeftOut]:
     )
     found = LeftOut(other, "they are no matrices of linear layers, so they cannot be adapted")
     return ([shared] if shared else []) + ([found] if other else [])
+
+
+def _why_nothing(model: nn.Module) -> str:
+    own = {type(module).__name__ for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    others = sorted(own - {"Linear"})
+    reason = f"; its layers are {', '.join(others)}, which compute in their own way" if others else ""
+    return f"the model has no plain linear layers in numbered blocks{reason}; nothing to adapt"
 
 
 def _fits(pattern: str, name: str) -> bool:

@@ -132,7 +132,7 @@ def test_errors_are_one_line_with_the_choices(
 
 
 def test_a_model_without_blocks_is_refused() -> None:
-    with pytest.raises(InputError, match="no linear layers in numbered blocks"):
+    with pytest.raises(InputError, match="no plain linear layers in numbered blocks"):
         choose_targets(nn.Sequential(nn.ReLU()))
 
 
