@@ -13,8 +13,6 @@ from safetensors.numpy import load_file
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BartConfig,
-    BartForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     DistilBertConfig,
@@ -23,6 +21,8 @@ from transformers import (
     GPT2ForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
+    XLMConfig,
+    XLMForSequenceClassification,
 )
 
 from exporters.onnx.customers import base_customer
@@ -44,11 +44,6 @@ from tests.tolerances import EXACT, FP32_SIDE_BRANCH
 peft = pytest.importorskip("peft", reason="needs peft, which the extra `test` brings")
 
 BERT_SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-BART_SIZES = {
-    f"{side}_{what}": size
-    for side in ("encoder", "decoder")
-    for what, size in (("layers", 1), ("attention_heads", 4), ("ffn_dim", 48))
-}
 MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "bert": (BertForSequenceClassification, BertConfig, BERT_SIZES),
     "bert of 12 layers": (BertForSequenceClassification, BertConfig, BERT_SIZES | {"num_hidden_layers": 12}),
@@ -62,7 +57,7 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     ),
     "gpt2, of Conv1D": (GPT2ForSequenceClassification, GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 4}),
     # Its head has a name that PEFT does not know.
-    "bart": (BartForSequenceClassification, BartConfig, {"d_model": 32, "eos_token_id": 3} | BART_SIZES),
+    "xlm": (XLMForSequenceClassification, XLMConfig, {"emb_dim": 32, "n_layers": 2, "n_heads": 4}),
 }
 
 
