@@ -16,6 +16,9 @@ NAMES = ("SIGTERM", "SIGHUP")
 PATIENCE_S = 8.0
 """Native code may hold the main thread for minutes, and supervisors kill after ten seconds or more."""
 
+OVER = b"\0"
+"""Said to the watching thread at the end; no signal has this number."""
+
 _watching = False
 
 
@@ -82,6 +85,9 @@ def _watched(numbers: list[int]) -> Iterator[None]:
         over.set()
         with suppress(ValueError):
             signal.set_wakeup_fd(before)
+        # Said and not only closed: a child that was forked meanwhile may hold the other end open.
+        with suppress(BlockingIOError):
+            os.write(speaking, OVER)
         os.close(speaking)
         watcher.join()
         os.close(listening)
@@ -90,7 +96,7 @@ def _watched(numbers: list[int]) -> Iterator[None]:
 def _watch(listening: int, numbers: list[int], over: threading.Event) -> None:
     from qrlora_deploy.temporary import remove_live
 
-    while said := os.read(listening, 1):
+    while (said := os.read(listening, 1)) not in (b"", OVER):
         if said[0] in numbers and not over.wait(PATIENCE_S):
             remove_live()
             os._exit(128 + said[0])

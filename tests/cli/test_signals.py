@@ -119,3 +119,17 @@ def test_a_forked_child_does_not_speak_for_its_parent() -> None:
         [sys.executable, "-c", FORKED], env=environment(), timeout=50, check=False, capture_output=True
     )
     assert (done.returncode, done.stdout) == (0, b"alive\n"), done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_that_outlives_the_command_holds_up_nobody() -> None:
+    listening, speaking = os.pipe()
+    with raised_signals():
+        child = os.fork()
+        if child == 0:
+            os.read(listening, 1)
+            os._exit(0)
+    os.write(speaking, b"x")
+    assert os.waitpid(child, 0)[1] == 0
+    os.close(listening)
+    os.close(speaking)

@@ -162,9 +162,12 @@ class _Fleet:
             self._note(self.writer.written(wait=True))
             self._report(progress)
         finally:
-            if self.tokens:
-                self.tokens.close()
-            self.writer.close()
+            try:
+                if self.tokens:
+                    self.tokens.close()
+            finally:
+                # A second signal may come in between, and what is being written must become whole.
+                self.writer.close()
 
     def _step(self) -> None:
         rows, rates = self.schedule.next_rows(), self.schedule.rates()
