@@ -65,13 +65,17 @@ def _measure(subject: BundleSubject, customer: str, file: Path) -> Accuracy:
             raise InputError(subject.refused.get(customer, f"no file of {customer} is among the customers"))
         # Imported here: it takes a quarter of a second; no PyTorch in it.
         from qrlora_deploy.training.data import read_examples
-        from qrlora_deploy.training.tasks import label_index
+        from qrlora_deploy.training.tasks import label_index, output_of
 
         examples = read_examples(file)
         index = label_index(subject.bundle.manifest.labels)
-        own = _share(subject.answer(examples.texts, examples.pairs, customer), examples.labels, index)
+        answers = subject.answer(examples.texts, examples.pairs, customer)
+        # A customer with labels of its own answers with those.
+        own = _share(
+            answers, examples.labels, index if set(answers) <= index.keys() else label_index(sorted(set(answers)))
+        )
         base = None
-        if subject.switchable is not None and set(examples.labels) <= index.keys():
+        if subject.switchable is not None and all(output_of(index, label) is not None for label in examples.labels):
             base = _share(subject.answer(examples.texts, examples.pairs, None), examples.labels, index)
         return nothing.model_copy(update={"rows": len(examples), "accuracy": own, "base_accuracy": base})
     except QrloraError as error:
@@ -79,10 +83,8 @@ def _measure(subject: BundleSubject, customer: str, file: Path) -> Accuracy:
 
 
 def _share(found: list[str], expected: list[str], index: Mapping[str, int]) -> float:
-    """Of answers that are the expected ones; `index` tells which labels mean the same output of the base."""
-    pairs = zip(found, expected, strict=True)
-    return sum(one == other or _same(index.get(one), index.get(other)) for one, other in pairs) / len(expected)
+    """Of answers that mean the same output as the expected ones; `index` is of all answers, from `label_index`."""
+    from qrlora_deploy.training.tasks import output_of
 
-
-def _same(one: int | None, other: int | None) -> bool:
-    return one is not None and one == other
+    right = [output_of(index, one) == output_of(index, other) for one, other in zip(found, expected, strict=True)]
+    return sum(right) / len(expected)

@@ -13,7 +13,7 @@ import pyarrow.parquet
 
 from qrlora_deploy.errors import InputError, first_line, library_errors
 from qrlora_deploy.training.json_lines import read_objects
-from qrlora_deploy.training.row_scan import check_rows, count_columns, marked_text, without_marks
+from qrlora_deploy.training.row_scan import check_rows, count_columns, header_of, marked_text, without_marks
 
 Columns = dict[str, Sequence[Any]]
 
@@ -116,17 +116,19 @@ def _read_delimited(path: Path, customer_column: str | None) -> Table:
     # One thread, so that rows have their numbers.
     block = min((buffer.size if buffer else size) + 1, MAX_ROW_BYTES)
     read = pyarrow.csv.ReadOptions(use_threads=False, block_size=block)
-    with _parsing(path), pyarrow.csv.open_csv(pyarrow.BufferReader(buffer) if buffer else path, read, parse) as reader:
-        stored = list(reader.schema.names)
+    # Not by Arrow's reader in pieces: one that is closed early may leave a thread that aborts the process at its end.
+    with _parsing(path):
+        stored = header_of(buffer.to_pybytes() if buffer else path, delimiter)
     if mark and any(mark in name for name in stored):
         raise InputError(NAME_NOT_TEXT.format(path))
     names += unique_names(path, stored)
-    faults.clear()  # of rows that were looked at before the columns were known
     # Everything is text: a label "007", a text "NA" or "true" stay what they are.
     types = dict.fromkeys(stored, pyarrow.string())
     convert = pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=False)
     with _parsing(path):
         table = pyarrow.csv.read_csv(pyarrow.BufferReader(buffer) if buffer else path, read, parse, convert)
+        if table.column_names != stored:
+            raise InputError(f"{path}: its header cannot be read; write plain names with {delimiter!r} between them")
         columns = {name: table[name].to_pylist() for name in stored}
     return _without_marked(path, Table(columns, faults), customer_column, mark) if mark else Table(columns, faults)
 

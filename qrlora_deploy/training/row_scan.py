@@ -1,6 +1,8 @@
 """A look at a file of rows before a library parses it: is it UTF-8, and are header and rows of a bearable length?"""
 
 import codecs
+import csv
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,6 +46,19 @@ def count_columns(path: Path, delimiter: str) -> int:
             if line.strip(b"\r\n"):
                 return line.count(delimiter.encode()) + 1
     return 0
+
+
+def header_of(source: Path | bytes, delimiter: str) -> list[str]:
+    """The names in the first line that is not empty, of a file or its content in UTF-8.
+
+    Raises:
+        csv.Error: the line is no header.
+    """
+    raw = io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
+    with io.TextIOWrapper(raw, "utf-8-sig", newline="") as text:
+        plain = csv.reader(text, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+        rows = plain if delimiter == "\t" else csv.reader(text, delimiter=delimiter)
+        return next((row for row in rows if row), [])
 
 
 def marked_text(path: Path) -> tuple[str, str]:

@@ -97,6 +97,11 @@ def label_index(names: Sequence[str]) -> dict[str, int]:
     return {canonical(name): position for name, position in reversed(index.items())} | index
 
 
+def output_of(index: Mapping[str, int], label: str) -> int | None:
+    """The output that a label of data means, by an index from `label_index`; None where it means none."""
+    return index.get(label, index.get(canonical(label)))
+
+
 def encode_labels(examples: Examples, task: str, names: Sequence[str]) -> list[int] | list[float]:
     """Targets of the model: the index of the label in `names`, or its value for a regression.
 
@@ -112,7 +117,7 @@ def encode_labels(examples: Examples, task: str, names: Sequence[str]) -> list[i
             raise InputError(f"{_first(examples, wrong)}; a regression needs numbers as labels, not {quoted(wrong)}")
         return [value for value in values if value is not None]
     index = label_index(names)
-    found = {label: index.get(label, index.get(canonical(label))) for label in set(labels)}
+    found = {label: output_of(index, label) for label in set(labels)}
     unknown = sorted(label for label, position in found.items() if position is None)
     if unknown:
         raise InputError(

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qrlora_deploy.bench.labelled import _share
 from qrlora_deploy.bench.opening import open_subject
 from qrlora_deploy.bench.plan import Plan
 from qrlora_deploy.bench.record import SCENARIOS, Report, read_report, write_report
@@ -18,6 +19,7 @@ from qrlora_deploy.bench.workload import Workload, text_workloads, token_inputs
 from qrlora_deploy.errors import FileFormatError, InputError
 from qrlora_deploy.files import digest_file
 from qrlora_deploy.runtime.bundle import MANIFEST_FILE
+from qrlora_deploy.training.tasks import label_index
 from tests.bench.fixed import good_report
 from tests.tiny import SENTENCES
 
@@ -197,3 +199,18 @@ def test_peers_run_beside_the_bundles(tiny_base: Path, exported: Path) -> None:
 
 def test_a_report_made_for_tests_is_valid() -> None:
     assert Report.model_validate(good_report().model_dump()) == good_report()
+
+
+@pytest.mark.parametrize(
+    ("names", "found", "expected", "share"),
+    [
+        (("1", "2"), ["1", "2", "2"], ["1.0", "2", "1.0"], 2 / 3),
+        (("false", "true"), ["true", "false"], ["True", "True"], 0.5),
+        (("LABEL_0", "LABEL_1"), ["LABEL_1", "LABEL_0"], ["1", "LABEL_0"], 1.0),
+        (("a", "b"), ["a", "b"], ["b", "unknown"], 0.0),
+    ],
+)
+def test_answers_and_labels_may_be_spelt_otherwise(
+    names: tuple[str, ...], found: list[str], expected: list[str], share: float
+) -> None:
+    assert _share(found, expected, label_index(names)) == share

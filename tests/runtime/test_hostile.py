@@ -308,7 +308,7 @@ MANIFESTS: dict[Callable[[dict[str, Any]], None], str] = {
     change_task: "task is not that of config.json",
     permute_ranks: "ranks are not those of reference.safetensors",
     shift_ranks: "ranks are not those of reference.safetensors",
-    shorten: "max_length is not 64",
+    shorten: "max_length is not as in reference",
     pad_otherwise: "padding is not that of reference.safetensors",
     pad_types_otherwise: "padding is not that of reference.safetensors",
     giant_head: "head is not that of reference.safetensors",

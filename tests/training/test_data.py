@@ -231,3 +231,19 @@ def test_a_data_set_of_the_hub_is_read_as_its_file(monkeypatch: pytest.MonkeyPat
     for column in ("mixed", "day"):
         with pytest.raises(InputError, match=f"owner/set: the column {column} holds values of several kinds or dates"):
             read_examples("owner/set", None, column)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", '"te""xt","la\nbel"\na,b\n'),
+        ("a.csv", '\n\n"te""xt","la\nbel"\r\na,b\r\n'),
+        ("a.tsv", 'te"xt\tla,bel\na\tb\n'),
+        ("a.tsv", '\ufeffte"xt\tla,bel\ra\tb\r'),
+    ],
+)
+def test_headers_of_every_kind_are_read_as_the_rows_are(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_bytes(content.encode())
+    columns = ('te"xt', "la\nbel" if name == "a.csv" else "la,bel")
+    found = read_examples(tmp_path / name, *columns)
+    assert (found.texts, found.labels) == (["a"], ["b"])
