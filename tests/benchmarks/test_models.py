@@ -41,13 +41,15 @@ def test_a_refusal_is_found_again(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["BERT", "Qwen2, window"])
-def test_a_family_works_the_whole_way(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "splits"), [("BERT", True), ("Qwen2, window", False)])
+def test_a_family_works_the_whole_way(name: str, splits: bool, tmp_path: Path) -> None:
     found = try_family(BY_NAME[name], tmp_path)
     facts = found["facts"]
     assert not found["fault"] and not set(found["refused"]) - {"padding-free"}
     # Ten times what was measured; another customer's answer is off by the effect.
     assert facts["merge"] == 0 and max(facts["merged"], facts["switchable"]) < 1e-5 < facts["effect"] / 10
     assert facts["fp16"] < facts["effect"] / 5
-    assert facts["trunk cache"] < 1e-3 and facts["fleet"] < 1e-3
+    assert facts["fleet"] < 1e-3
+    cached = facts["trunk cache"]
+    assert cached < 1e-3 if splits else cached.startswith("off: Qwen2ForSequenceClassification cannot be split")
     assert set(facts) | set(found["refused"]) >= set(STEPS)
