@@ -23,16 +23,16 @@ from typing import Any
 import click
 import numpy as np
 
-from qrlora_deploy.coefficients import Coefficients, write_coefficients
-from qrlora_deploy.files import write_json
-from qrlora_deploy.runtime.bundle import Manifest, TargetRecord
-from qrlora_deploy.runtime.layout import TABLE, TableLayout, padded_rank
-from qrlora_deploy.runtime.memory import make_memory
-from qrlora_deploy.runtime.packed import load_packed
-from qrlora_deploy.runtime.packed_writer import write_packed
-from qrlora_deploy.runtime.store import CustomerStore
-from qrlora_deploy.runtime.switchable import SwitchableSession
-from qrlora_deploy.runtime.table import CoefficientTable
+from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
+from qrlora_deploy.io.files import write_json
+from qrlora_deploy.runtime.bundle.bundle import Manifest, TargetRecord
+from qrlora_deploy.runtime.bundle.row_layout import TABLE, TableLayout, padded_rank
+from qrlora_deploy.runtime.customers.packed import load_packed
+from qrlora_deploy.runtime.customers.packed_writer import write_packed
+from qrlora_deploy.runtime.customers.store import CustomerStore
+from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
+from qrlora_deploy.runtime.table.memory import make_memory
+from qrlora_deploy.runtime.table.table import CoefficientTable
 
 TARGETS = 4
 LABELS = ("yes", "no")

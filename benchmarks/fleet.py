@@ -41,15 +41,15 @@ from benchmarks.fleet_parts.profile import Split, StepView, lines, without_block
 from benchmarks.fleet_parts.shards import Shards, customer_name, read_shards, save_shape
 from benchmarks.layers import LAST_LAYERS, TAU, targets_of
 from benchmarks.records import environment
-from qrlora_deploy.adapter import resolve_layer
-from qrlora_deploy.basis import Basis
-from qrlora_deploy.checkpoint import Checkpoint, open_checkpoint
-from qrlora_deploy.coefficients import Coefficients, read_coefficients
-from qrlora_deploy.factorizing import factorize
-from qrlora_deploy.files import write_json
-from qrlora_deploy.quickstart.data import FOLDER
-from qrlora_deploy.rank_rule import RankRule
-from qrlora_deploy.training.data import Examples
+from qrlora_deploy.data.examples import Examples
+from qrlora_deploy.data.sample import FOLDER
+from qrlora_deploy.factorization.from_checkpoint import factorize
+from qrlora_deploy.formats.basis import Basis
+from qrlora_deploy.formats.coefficients import Coefficients, read_coefficients
+from qrlora_deploy.io.files import write_json
+from qrlora_deploy.models.adapter import resolve_layer
+from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
+from qrlora_deploy.rank_rules.rule import RankRule
 from qrlora_deploy.training.fleet.grouping import read_groups
 from qrlora_deploy.training.fleet.options import ROWS_PER_STEP, FleetOptions
 from qrlora_deploy.training.fleet.plan import FleetSource

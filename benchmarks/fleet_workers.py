@@ -28,13 +28,13 @@ from benchmarks.fleet_parts.agreement import BOUND, relative_difference
 from benchmarks.fleet_parts.shards import read_shards, save_shape
 from benchmarks.layers import LAST_LAYERS, TAU, targets_of
 from benchmarks.records import environment
-from qrlora_deploy.basis import write_basis
-from qrlora_deploy.checkpoint import open_checkpoint
-from qrlora_deploy.coefficients import read_coefficients
-from qrlora_deploy.factorizing import factorize
-from qrlora_deploy.files import write_json
-from qrlora_deploy.quickstart.data import FOLDER
-from qrlora_deploy.rank_rule import RankRule
+from qrlora_deploy.data.sample import FOLDER
+from qrlora_deploy.factorization.from_checkpoint import factorize
+from qrlora_deploy.formats.basis import write_basis
+from qrlora_deploy.formats.coefficients import read_coefficients
+from qrlora_deploy.io.files import write_json
+from qrlora_deploy.models.checkpoint import open_checkpoint
+from qrlora_deploy.rank_rules.rule import RankRule
 
 BOUNDS = {"cpu": BOUND, "cuda": 0.1}
 """Of a customer in its shard against itself among all: fp32 on a CPU; on a GPU bf16, whose roundings depend on the

@@ -29,8 +29,8 @@ from benchmarks.glue_parts.report import plot_curves, render_table
 from benchmarks.glue_parts.starts import STARTS
 from benchmarks.glue_parts.tasks import TASKS, write_tokens
 from benchmarks.glue_parts.work import Job, Settings, is_current, model_names, work
-from qrlora_deploy.checkpoint import open_checkpoint
 from qrlora_deploy.errors import InputError, QrloraError
+from qrlora_deploy.models.checkpoint import open_checkpoint
 from qrlora_deploy.training.settings import choose_device
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"

@@ -20,9 +20,9 @@ import scipy.linalg
 import torch
 
 from benchmarks.records import environment
-from qrlora_deploy.factorization import BatchFactorization, pivoted_qr
-from qrlora_deploy.files import write_json
-from qrlora_deploy.rank_rule import RankRule
+from qrlora_deploy.factorization.decomposition import BatchFactorization, pivoted_qr
+from qrlora_deploy.io.files import write_json
+from qrlora_deploy.rank_rules.rule import RankRule
 
 TIE = 1e-7
 """Relative distance of residual norms that counts as a tie: LAPACK, too, downdates its norms to half their digits."""

@@ -36,7 +36,7 @@ from exporters.onnx.graph import write_graph
 from exporters.onnx.joining import join_branches
 from exporters.onnx.precision import cast_inside
 from exporters.onnx.switchable import make_switchable
-from qrlora_deploy.files import write_json
+from qrlora_deploy.io.files import write_json
 
 BATCHES = ((1, 128), (8, 128), (64, 128), (64, 384))
 TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2}

@@ -16,8 +16,8 @@ from qrlora_deploy.bench.page import render_page
 from qrlora_deploy.bench.plan import Plan
 from qrlora_deploy.bench.record import Report, write_report
 from qrlora_deploy.bench.run import run_benchmark
-from qrlora_deploy.coefficients import write_coefficients
-from qrlora_deploy.rank_rule import RankRule
+from qrlora_deploy.formats.coefficients import write_coefficients
+from qrlora_deploy.rank_rules.rule import RankRule
 
 RANK = 160
 PRECISIONS = {"fp16": "fp16", "fp16_one_customer": "fp16", "fp32": "fp32"}

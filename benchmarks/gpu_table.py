@@ -26,11 +26,11 @@ from benchmarks.table_parts.customers import make_bundle
 from benchmarks.table_parts.loading import repeated
 from benchmarks.table_parts.stage import Stage, check, load
 from qrlora_deploy.bench.statistics import ratio_in_rounds
-from qrlora_deploy.files import write_json
+from qrlora_deploy.io.files import write_json
 from qrlora_deploy.runtime import SwitchableSession, open_bundle
-from qrlora_deploy.runtime.cuda import HOST_TO_DEVICE, CudaCopies
-from qrlora_deploy.runtime.layout import TABLE
-from qrlora_deploy.runtime.memory import CudaMemory
+from qrlora_deploy.runtime.bundle.row_layout import TABLE
+from qrlora_deploy.runtime.table.cuda import HOST_TO_DEVICE, CudaCopies
+from qrlora_deploy.runtime.table.memory import CudaMemory
 
 SWAPS = 5000
 TOGETHER = 10

@@ -26,9 +26,9 @@ from qrlora_deploy.bench.rounds import Bounds, measure_latency
 from qrlora_deploy.bench.statistics import PERCENTILES, ratio, ratio_in_rounds
 from qrlora_deploy.bench.subjects import BundleSubject, Spec
 from qrlora_deploy.bench.workload import Workload
-from qrlora_deploy.files import digest_file, write_json
-from qrlora_deploy.rank_rule import RankRule
-from qrlora_deploy.runtime.bundle import MANIFEST_FILE, MODEL_FILE
+from qrlora_deploy.io.files import digest_file, write_json
+from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.runtime.bundle.bundle import MANIFEST_FILE, MODEL_FILE
 
 NAMES = ("first", "second", "slower")
 CLAIMS = ("less", "more")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from qrlora_deploy.targets import choose_targets
+from qrlora_deploy.models.targets import choose_targets
 
 NAMES = {"query": ("query", "q", "q_lin", "q_proj"), "value": ("value", "v", "v_lin", "v_proj")}
 """What BERT, MPNet, DistilBERT and Llama call each projection, and the families that are named like them."""

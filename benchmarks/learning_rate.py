@@ -23,16 +23,16 @@ from typing import Any
 import numpy as np
 
 from benchmarks.records import environment
-from qrlora_deploy.basis import Basis
-from qrlora_deploy.checkpoint import Checkpoint, open_checkpoint
-from qrlora_deploy.factorizing import factorize
-from qrlora_deploy.files import write_json
-from qrlora_deploy.quickstart.data import general_examples, held_out_examples, train_examples
+from qrlora_deploy.data.examples import Examples, read_examples
+from qrlora_deploy.data.sample import general_examples, held_out_examples, train_examples
+from qrlora_deploy.factorization.from_checkpoint import factorize
+from qrlora_deploy.formats.basis import Basis
+from qrlora_deploy.io.files import write_json
+from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
+from qrlora_deploy.models.targets import choose_targets
 from qrlora_deploy.quickstart.measuring import Scorer
 from qrlora_deploy.quickstart.run import WARMUP_EPOCHS, WARMUP_RATE, find_encoder
-from qrlora_deploy.rank_rule import RankRule
-from qrlora_deploy.targets import choose_targets
-from qrlora_deploy.training.data import Examples, read_examples
+from qrlora_deploy.rank_rules.rule import RankRule
 from qrlora_deploy.training.settings import TrainSettings, WarmupSettings, default_rate
 from qrlora_deploy.training.trainer import train
 from qrlora_deploy.training.warmup import warmup

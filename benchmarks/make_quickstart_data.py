@@ -1,6 +1,6 @@
 """Make the data that comes with the quickstart from the CLINC150 data set, one folder per domain.
 
-    python benchmarks/make_quickstart_data.py SOURCE_FOLDER [-o qrlora_deploy/quickstart/clinc150]
+    python benchmarks/make_quickstart_data.py SOURCE_FOLDER [-o qrlora_deploy/data/clinc150]
 
 SOURCE_FOLDER holds `<domain>/{train,dev,test}.tsv` with the columns text and label. The same source
 always gives the same bytes. Writes `general.tsv` and, for every customer, `<domain>.train.tsv` and
@@ -13,9 +13,9 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from qrlora_deploy.files import atomic_file
-from qrlora_deploy.quickstart.data import CUSTOMERS, FOLDER, GENERAL
-from qrlora_deploy.training.data import read_examples
+from qrlora_deploy.data.examples import read_examples
+from qrlora_deploy.data.sample import CUSTOMERS, FOLDER, GENERAL
+from qrlora_deploy.io.files import atomic_file
 
 ROWS_PER_INTENT = 10
 HEADER = "text\tlabel"

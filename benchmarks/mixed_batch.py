@@ -24,11 +24,11 @@ from peft import LoraConfig, get_peft_model
 
 from benchmarks.records import environment, summary
 from benchmarks.serving import Serving, make_inputs, prepare
-from qrlora_deploy.files import write_json
-from qrlora_deploy.rank_rule import RankRule
+from qrlora_deploy.io.files import write_json
+from qrlora_deploy.rank_rules.rule import RankRule
 from qrlora_deploy.runtime import Buckets, SwitchableSession, open_session
-from qrlora_deploy.runtime.bucket_runner import make_runner
-from qrlora_deploy.runtime.running import Runner
+from qrlora_deploy.runtime.sessions.bucket_runner import make_runner
+from qrlora_deploy.runtime.sessions.running import Runner
 
 Run = Callable[[], Any]
 

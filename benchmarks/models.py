@@ -21,7 +21,7 @@ import transformers
 from benchmarks.model_parts.families import FAMILIES, Family
 from benchmarks.model_parts.page import write_page
 from benchmarks.model_parts.whole import try_family
-from qrlora_deploy.files import write_json
+from qrlora_deploy.io.files import write_json
 
 PACKAGES = ("torch", "transformers", "onnxscript", "onnxruntime")
 

@@ -13,11 +13,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from qrlora_deploy.checkpoint import open_checkpoint
-from qrlora_deploy.factorizing import factorize
-from qrlora_deploy.files import write_json
-from qrlora_deploy.rank_rule import RankRule
-from qrlora_deploy.targets import choose_targets
+from qrlora_deploy.factorization.from_checkpoint import factorize
+from qrlora_deploy.io.files import write_json
+from qrlora_deploy.models.checkpoint import open_checkpoint
+from qrlora_deploy.models.targets import choose_targets
+from qrlora_deploy.rank_rules.rule import RankRule
 
 TAU = 0.5
 LAST_LAYERS = 4

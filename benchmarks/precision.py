@@ -26,22 +26,22 @@ import numpy as np
 from benchmarks.records import environment, summary
 from exporters.onnx import export_merged, export_switchable
 from exporters.onnx.calibrating import calibration_record
-from qrlora_deploy.basis import Basis, read_basis
 from qrlora_deploy.bench.environment import CPU_INFO, describe_environment
 from qrlora_deploy.bench.labelled import labelled_files
 from qrlora_deploy.bench.rounds import rest, seconds_of, warm_up
 from qrlora_deploy.bench.statistics import ratio_in_rounds
 from qrlora_deploy.bench.subjects import BundleSubject, Spec, folder_bytes
 from qrlora_deploy.bench.workload import Workload
-from qrlora_deploy.checkpoint import Checkpoint, open_checkpoint
-from qrlora_deploy.coefficients import Coefficients
+from qrlora_deploy.data.examples import Examples, TextRows, read_examples, read_texts
+from qrlora_deploy.data.sample import CUSTOMERS, general_file, held_out_file
 from qrlora_deploy.errors import CheckFailed, InputError
-from qrlora_deploy.exporting import ExportJob
-from qrlora_deploy.files import write_json
-from qrlora_deploy.quickstart.data import CUSTOMERS, general_file, held_out_file
-from qrlora_deploy.runtime.bundle import MODEL_FILE
-from qrlora_deploy.runtime.customer_files import customer_ids, read_customer
-from qrlora_deploy.training.data import Examples, TextRows, read_examples, read_texts
+from qrlora_deploy.export.registry import ExportJob
+from qrlora_deploy.formats.basis import Basis, read_basis
+from qrlora_deploy.formats.coefficients import Coefficients
+from qrlora_deploy.formats.customer_files import customer_ids, read_customer
+from qrlora_deploy.io.files import write_json
+from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
+from qrlora_deploy.runtime.bundle.bundle import MODEL_FILE
 
 KINDS = ("merged", "switchable")
 REFERENCE = "fp32"

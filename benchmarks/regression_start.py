@@ -21,8 +21,8 @@ from torch.nn import functional
 from benchmarks.glue_parts.starts import WARMUP_RATE, WARMUP_SHARE, Models
 from benchmarks.glue_parts.tasks import TASKS, Rows, read_tokens, write_tokens
 from benchmarks.records import environment
-from qrlora_deploy.checkpoint import open_checkpoint
-from qrlora_deploy.files import write_json
+from qrlora_deploy.io.files import write_json
+from qrlora_deploy.models.checkpoint import open_checkpoint
 
 TASK = TASKS["STS-B"]
 STEPS, BATCH, RISING, EVERY = 40, 8, 8, 5

@@ -9,16 +9,16 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from exporters.onnx import export_merged, export_switchable
 from exporters.onnx.customers import base_customer
-from qrlora_deploy.basis import Basis
-from qrlora_deploy.checkpoint import Checkpoint, open_checkpoint
-from qrlora_deploy.coefficients import Coefficients
-from qrlora_deploy.exporting import ExportJob
-from qrlora_deploy.factorizing import factorize
-from qrlora_deploy.quickstart.data import sample_texts
-from qrlora_deploy.rank_rule import RankRule
+from qrlora_deploy.data.examples import Examples
+from qrlora_deploy.data.sample import sample_texts
+from qrlora_deploy.export.registry import ExportJob
+from qrlora_deploy.factorization.from_checkpoint import factorize
+from qrlora_deploy.formats.basis import Basis
+from qrlora_deploy.formats.coefficients import Coefficients
+from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
+from qrlora_deploy.models.targets import choose_targets
+from qrlora_deploy.rank_rules.rule import RankRule
 from qrlora_deploy.runtime import Bundle, open_bundle
-from qrlora_deploy.targets import choose_targets
-from qrlora_deploy.training.data import Examples
 
 LAST_LAYERS = 4
 

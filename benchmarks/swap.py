@@ -17,9 +17,9 @@ import numpy as np
 
 from benchmarks.records import environment, summary
 from benchmarks.serving import Serving, make_inputs, prepare
-from qrlora_deploy.coefficients import write_coefficients
-from qrlora_deploy.files import write_json
-from qrlora_deploy.rank_rule import RankRule
+from qrlora_deploy.formats.coefficients import write_coefficients
+from qrlora_deploy.io.files import write_json
+from qrlora_deploy.rank_rules.rule import RankRule
 from qrlora_deploy.runtime import Buckets, SwitchableSession
 
 

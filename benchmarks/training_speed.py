@@ -29,14 +29,15 @@ from transformers.trainer_callback import PrinterCallback
 from benchmarks.layers import LAST_LAYERS, TAU, targets_of
 from benchmarks.records import environment
 from benchmarks.shapes import SHAPES, random_classifier
-from qrlora_deploy.adapter import QRLoRALinear, attach, get_coefficients, precondition
-from qrlora_deploy.basis import Basis
-from qrlora_deploy.checkpoint import Checkpoint, open_checkpoint
-from qrlora_deploy.factorizing import factorize
-from qrlora_deploy.files import write_json
-from qrlora_deploy.quickstart.data import general_file
-from qrlora_deploy.rank_rule import RankRule
-from qrlora_deploy.training.cached import (
+from qrlora_deploy.data.examples import read_examples
+from qrlora_deploy.data.sample import general_file
+from qrlora_deploy.factorization.from_checkpoint import factorize
+from qrlora_deploy.formats.basis import Basis
+from qrlora_deploy.io.files import write_json
+from qrlora_deploy.models.adapter import QRLoRALinear, attach, get_coefficients, precondition
+from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
+from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.training.cached_trainer import (
     CachedTrainer,
     CacheWish,
     Texts,
@@ -44,7 +45,6 @@ from qrlora_deploy.training.cached import (
     collate_numbers,
     numbered,
 )
-from qrlora_deploy.training.data import read_examples
 from qrlora_deploy.training.loop import Rows, SmallTrainer, mixed_precision, no_dropout, training_arguments
 from qrlora_deploy.training.settings import TrainSettings
 

@@ -27,10 +27,10 @@ from pathlib import Path
 
 import numpy as np
 
-from qrlora_deploy.coefficients import Coefficients, read_coefficients, write_coefficients
 from qrlora_deploy.errors import InputError, QrloraError
+from qrlora_deploy.formats.coefficients import Coefficients, read_coefficients, write_coefficients
+from qrlora_deploy.formats.customer_files import customer_ids
 from qrlora_deploy.runtime import Bundle, CustomerStore, Predictor, StoreEvent, SwitchableSession, open_bundle
-from qrlora_deploy.runtime.customer_files import customer_ids
 
 TEXTS = (
     "what is my balance",
@@ -260,14 +260,14 @@ def make_own(folder: Path) -> Bundle:
     os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     # Imported here: serving needs none of these.
     from exporters.onnx import export_switchable
-    from qrlora_deploy.checkpoint import open_checkpoint
-    from qrlora_deploy.exporting import ExportJob
-    from qrlora_deploy.factorizing import factorize
-    from qrlora_deploy.quickstart.data import general_examples
+    from qrlora_deploy.data.examples import Examples
+    from qrlora_deploy.data.sample import general_examples
+    from qrlora_deploy.export.registry import ExportJob
+    from qrlora_deploy.factorization.from_checkpoint import factorize
+    from qrlora_deploy.models.checkpoint import open_checkpoint
+    from qrlora_deploy.models.targets import choose_targets
     from qrlora_deploy.quickstart.run import find_encoder
-    from qrlora_deploy.rank_rule import RankRule
-    from qrlora_deploy.targets import choose_targets
-    from qrlora_deploy.training.data import Examples
+    from qrlora_deploy.rank_rules.rule import RankRule
     from qrlora_deploy.training.settings import WarmupSettings
     from qrlora_deploy.training.warmup import warmup
 

@@ -8,13 +8,13 @@ import numpy as np
 import onnxruntime
 
 from exporters.onnx.customers import read_base_head
-from qrlora_deploy.coefficients import Coefficients
 from qrlora_deploy.errors import CheckFailed, InputError, QrloraError, first_line
-from qrlora_deploy.exporting import ExportJob
-from qrlora_deploy.files import atomic_file
-from qrlora_deploy.folding import check_head, plan_folds
-from qrlora_deploy.outputs import check_free_file
-from qrlora_deploy.runtime.layout import HEAD_TABLE, TABLE, HeadLayout, TableLayout, head_arrays
+from qrlora_deploy.export.registry import ExportJob
+from qrlora_deploy.formats.coefficients import Coefficients
+from qrlora_deploy.io.files import atomic_file
+from qrlora_deploy.io.outputs import check_free_file
+from qrlora_deploy.merging.arithmetic import check_head, plan_folds
+from qrlora_deploy.runtime.bundle.row_layout import HEAD_TABLE, TABLE, HeadLayout, TableLayout, head_arrays
 
 ADAPTER_VERSION = 1
 """Version of the tables' layout; ONNX Runtime stores it and does not interpret it."""

@@ -14,16 +14,16 @@ import numpy as np
 import safetensors.numpy
 from torch import nn
 
-from qrlora_deploy.adapter import resolve_layer
-from qrlora_deploy.basis import Basis
-from qrlora_deploy.checkpoint import Checkpoint
-from qrlora_deploy.coefficients import Coefficients
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.exporting import ExportJob
-from qrlora_deploy.files import atomic_folder, write_json
-from qrlora_deploy.folding import check_head, plan_folds
-from qrlora_deploy.outputs import check_free_folder
-from qrlora_deploy.targets import is_conv1d
+from qrlora_deploy.export.registry import ExportJob
+from qrlora_deploy.formats.basis import Basis
+from qrlora_deploy.formats.coefficients import Coefficients
+from qrlora_deploy.io.files import atomic_folder, write_json
+from qrlora_deploy.io.outputs import check_free_folder
+from qrlora_deploy.merging.arithmetic import check_head, plan_folds
+from qrlora_deploy.models.adapter import resolve_layer
+from qrlora_deploy.models.checkpoint import Checkpoint
+from qrlora_deploy.models.targets import is_conv1d
 
 CONFIG_FILE, WEIGHTS_FILE, README_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
 PREFIX = "base_model.model"

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from qrlora_deploy.basis import Basis, write_basis
-from qrlora_deploy.coefficients import Coefficients, write_coefficients
+from qrlora_deploy.formats.basis import Basis, write_basis
+from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
 from tests.tiny import SENTENCES, save_base
 
 if TYPE_CHECKING:
-    from qrlora_deploy.training.data import Examples
+    from qrlora_deploy.data.examples import Examples
 
 TINY_TARGETS = ("query", "value")
 
@@ -49,10 +49,10 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_basis(tiny_base: Path) -> Basis:
     """Basis of the query and value projections of `tiny_base` at tau = 0.5."""
-    from qrlora_deploy.checkpoint import open_checkpoint
-    from qrlora_deploy.factorizing import factorize
-    from qrlora_deploy.rank_rule import RankRule
-    from qrlora_deploy.targets import choose_targets
+    from qrlora_deploy.factorization.from_checkpoint import factorize
+    from qrlora_deploy.models.checkpoint import open_checkpoint
+    from qrlora_deploy.models.targets import choose_targets
+    from qrlora_deploy.rank_rules.rule import RankRule
 
     checkpoint = open_checkpoint(str(tiny_base))
     return factorize(checkpoint, choose_targets(checkpoint.skeleton(), TINY_TARGETS), RankRule(tau=0.5))
@@ -69,7 +69,7 @@ def tiny_basis_file(tiny_basis: Basis, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="session")
 def tiny_customer(tiny_base: Path, tiny_basis: Basis, tiny_basis_file: Path) -> Coefficients:
     """A customer of `tiny_base` whose coefficients are all non-zero and move the logits clearly."""
-    from qrlora_deploy.checkpoint import open_checkpoint
+    from qrlora_deploy.models.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(str(tiny_base))
     random = np.random.default_rng(7)
@@ -97,7 +97,7 @@ def tiny_customer_file(tiny_customer: Coefficients, tmp_path_factory: pytest.Tem
 @pytest.fixture(scope="session")
 def texts() -> "Examples":
     """The sentences of the tiny model."""
-    from qrlora_deploy.training.data import Examples
+    from qrlora_deploy.data.examples import Examples
 
     return Examples(list(SENTENCES), None, ["travel"] * len(SENTENCES), "sentences")
 
@@ -112,8 +112,8 @@ def exported(
 ) -> Path:
     """A merged bundle of the tiny customer."""
     from exporters.onnx import export_merged
-    from qrlora_deploy.checkpoint import open_checkpoint
-    from qrlora_deploy.exporting import ExportJob
+    from qrlora_deploy.export.registry import ExportJob
+    from qrlora_deploy.models.checkpoint import open_checkpoint
 
     output = tmp_path_factory.mktemp("bundles") / "acme"
     export_merged(ExportJob(open_checkpoint(str(tiny_base)), tiny_basis, output, tiny_customer, texts=texts))
@@ -124,8 +124,8 @@ def exported(
 def switchable(tiny_base: Path, tiny_basis: Basis, texts: "Examples", tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A switchable bundle of the tiny base, with room for heads of six labels."""
     from exporters.onnx import export_switchable
-    from qrlora_deploy.checkpoint import open_checkpoint
-    from qrlora_deploy.exporting import ExportJob
+    from qrlora_deploy.export.registry import ExportJob
+    from qrlora_deploy.models.checkpoint import open_checkpoint
 
     output = tmp_path_factory.mktemp("bundles") / "switchable"
     export_switchable(ExportJob(open_checkpoint(str(tiny_base)), tiny_basis, output, texts=texts, head_labels=6))

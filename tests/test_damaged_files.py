@@ -16,20 +16,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qrlora_deploy.basis import read_basis
 from qrlora_deploy.bench.gate_file import EXAMPLE, read_gate
 from qrlora_deploy.bench.record import Report, read_report, write_report
-from qrlora_deploy.coefficients import Coefficients, read_coefficients
-from qrlora_deploy.config_file import label_names, read_model_config
 from qrlora_deploy.errors import QrloraError
-from qrlora_deploy.inspecting import describe
-from qrlora_deploy.provenance import FILE_NAME, MergedTarget, Provenance, read_provenance, write_provenance
-from qrlora_deploy.runtime.bundle import open_bundle
-from qrlora_deploy.runtime.external_data import external_locations
-from qrlora_deploy.runtime.packed_check import check_packed
-from qrlora_deploy.runtime.packed_writer import write_packed
-from qrlora_deploy.runtime.parity import read_reference
-from qrlora_deploy.runtime.requests import read_requests
+from qrlora_deploy.formats.basis import read_basis
+from qrlora_deploy.formats.coefficients import Coefficients, read_coefficients
+from qrlora_deploy.formats.config_file import label_names, read_model_config
+from qrlora_deploy.formats.provenance import FILE_NAME, MergedTarget, Provenance, read_provenance, write_provenance
+from qrlora_deploy.inspection.describe import describe
+from qrlora_deploy.runtime.bundle.bundle import open_bundle
+from qrlora_deploy.runtime.bundle.external_data import external_locations
+from qrlora_deploy.runtime.customers.packed_check import check_packed
+from qrlora_deploy.runtime.customers.packed_writer import write_packed
+from qrlora_deploy.runtime.prediction.requests import read_requests
+from qrlora_deploy.runtime.verification.parity import read_reference
 from tests.bench.fixed import good_report
 from tests.damaging import damage_value, damaged_bytes, damaged_header, damaged_json, same
 from tests.forging import forge, reseal

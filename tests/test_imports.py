@@ -13,29 +13,37 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("qrlora_deploy", "exporters")
 
-ALLOWED = {
-    "qrlora_deploy.errors": {"text"},
-    "qrlora_deploy.text": set(),
-    "qrlora_deploy.strict": {"errors", "text"},
-    "qrlora_deploy.reading": {"errors"},
-    "qrlora_deploy.temporary": set(),
-    "qrlora_deploy.outputs": {"errors", "temporary"},
-    "qrlora_deploy.files": {"errors", "outputs", "reading", "temporary"},
-    "qrlora_deploy.rank_rule": {"errors"},
-    "qrlora_deploy.pivoted_qr.orthonormal": set(),
-    "qrlora_deploy.pivoted_qr.kernel": set(),
-    "qrlora_deploy.pivoted_qr.panel": {"pivoted_qr.kernel"},
-    "qrlora_deploy.pivoted_qr.order": {"pivoted_qr.orthonormal", "pivoted_qr.panel"},
-    "qrlora_deploy.factorization": {"errors", "rank_rule", "pivoted_qr.order", "pivoted_qr.orthonormal"},
-    "qrlora_deploy.basis": {"errors", "files", "rank_rule", "strict"},
-    "qrlora_deploy.coefficients": {"errors", "files", "basis", "strict"},
-    "qrlora_deploy.config_file": {"errors", "reading", "strict"},
-    "qrlora_deploy.capacity": {"errors"},
-    "qrlora_deploy.families": {"capacity", "errors"},
-    "qrlora_deploy.targets": {"errors", "families"},
-    "qrlora_deploy.adapter": {"errors", "basis", "targets"},
-}
-"""The lower layers, whole: what each may import of the project, wherever in the file it does."""
+ROOMS = (
+    "errors",
+    "deprecated",
+    "io",
+    "rank_rules",
+    "formats",
+    "tokenization",
+    "models",
+    "data",
+    "tasks",
+    "factorization",
+    "merging",
+    "training.trunk",
+    "training",
+    "training.fleet",
+    "runtime.host",
+    "runtime.bundle",
+    "runtime.table",
+    "runtime.sessions",
+    "runtime.customers",
+    "runtime.prediction",
+    "runtime.verification",
+    "runtime",
+    "inspection",
+    "bench",
+    "export",
+    "exporters",
+    "quickstart",
+    "cli",
+)
+"""Every room, from the lowest to the highest: a module imports of its own room and of lower ones."""
 
 
 def modules(*folders: str) -> dict[str, Path]:
@@ -83,13 +91,17 @@ def project(names: set[str]) -> set[str]:
 
 def test_the_project_was_found() -> None:
     assert {"qrlora_deploy.cli.train", "exporters.onnx.export", "qrlora_deploy.runtime"} <= MODULES.keys()
-    assert imports(MODULES["qrlora_deploy.checkpoint"]) >= {"torch", "qrlora_deploy.basis", "huggingface_hub"}
-    assert "huggingface_hub" not in imports(MODULES["qrlora_deploy.checkpoint"], top_level_only=True)
+    assert imports(MODULES["qrlora_deploy.models.checkpoint"]) >= {
+        "torch",
+        "qrlora_deploy.formats.basis",
+        "huggingface_hub",
+    }
+    assert "huggingface_hub" not in imports(MODULES["qrlora_deploy.models.checkpoint"], top_level_only=True)
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_every_module_can_be_imported(name: str) -> None:
-    if name == "qrlora_deploy.pivoted_qr.kernel":
+    if name == "qrlora_deploy.factorization.pivoted_qr.kernel":
         pytest.importorskip("triton", reason="Triton comes with PyTorch's builds for CUDA alone")
     if not name.endswith("__main__"):  # it would run
         importlib.import_module(name)
@@ -100,17 +112,18 @@ def test_the_runtime_stands_alone(name: str) -> None:
     found = imports(MODULES[name])
     heavy = {found_name for found_name in found if found_name.split(".")[0] in ("torch", "transformers", "onnx")}
     assert heavy == set()
-    modules = ("errors", "text", "files", "reading", "strict", "coefficients", "config_file", "temporary")
-    own = {f"qrlora_deploy.{name}" for name in modules}
-    shared = ("qrlora_deploy.runtime", "qrlora_deploy.tokens")
-    assert {other for other in project(found) if not any(inside(other, package) for package in shared)} <= own
+    shared = ("qrlora_deploy.runtime", "qrlora_deploy.tokenization", "qrlora_deploy.io", "qrlora_deploy.formats")
+    others = {other for other in project(found) if not any(inside(other, package) for package in shared)}
+    assert others <= {"qrlora_deploy.errors", "qrlora_deploy.deprecated.moved"}
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if inside(name, "qrlora_deploy.tokens")])
+@pytest.mark.parametrize("name", [name for name in MODULES if inside(name, "qrlora_deploy.tokenization")])
 def test_what_cuts_texts_needs_a_tokenizer_alone(name: str) -> None:
     found = imports(MODULES[name])
     assert not {other.split(".")[0] for other in found} & {"torch", "transformers", "onnxruntime"}
-    assert all(inside(other, "qrlora_deploy.tokens") or other == "qrlora_deploy.errors" for other in project(found))
+    assert all(
+        inside(other, "qrlora_deploy.tokenization") or other == "qrlora_deploy.errors" for other in project(found)
+    )
 
 
 def test_only_verify_reaches_into_the_exporters() -> None:
@@ -131,21 +144,36 @@ def test_nothing_but_the_command_line_imports_the_command_line() -> None:
     assert users == set()
 
 
-@pytest.mark.parametrize(("name", "allowed"), ALLOWED.items())
-def test_lower_layers_import_nothing_of_the_higher_ones(name: str, allowed: set[str]) -> None:
-    assert project(imports(MODULES[name])) <= {f"qrlora_deploy.{other}" for other in allowed}
+def room_of(name: str) -> str:
+    """The room of a module: its longest name in `ROOMS`."""
+    short = name.removeprefix("qrlora_deploy.")
+    return max((room for room in ROOMS if inside(short, room)), key=len)
+
+
+def test_no_module_lies_outside_the_rooms() -> None:
+    assert {name for name in MODULES if name.count(".") == 1 and name.startswith("qrlora_deploy.")} == {
+        f"qrlora_deploy.{room}" for room in ROOMS if "." not in room and room != "exporters"
+    }
+    root = {path.stem for path in (ROOT / "qrlora_deploy").glob("*.py")}
+    assert root == {"__init__", "errors"}
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "qrlora_deploy"])
+def test_rooms_import_of_lower_rooms_alone(name: str) -> None:
+    place = ROOMS.index(room_of(name))
+    found = project(imports(MODULES[name])) - {"qrlora_deploy"}
+    assert {other for other in found if ROOMS.index(room_of(other)) > place} == set()
 
 
 def test_training_and_merging_know_nothing_of_serving() -> None:
-    tasks = [name for name in MODULES if inside(name, "qrlora_deploy.training")]
-    tasks += [f"qrlora_deploy.{name}" for name in ("folding", "merging", "shards", "provenance")]
-    wrong = {
-        (name, other)
-        for name in tasks
-        for other in imports(MODULES[name])
-        if any(inside(other, package) for package in ("qrlora_deploy.runtime", "qrlora_deploy.quickstart", "exporters"))
-    }
-    assert wrong == set()
+    higher = ("runtime", "quickstart", "exporters")
+    lower = [
+        name
+        for name in MODULES
+        if name != "qrlora_deploy" and room_of(name).split(".")[0] in ("training", "merging", "models")
+    ]
+    found = {(name, room_of(other)) for name in lower for other in project(imports(MODULES[name])) - {"qrlora_deploy"}}
+    assert {(name, room) for name, room in found if room.split(".")[0] in higher} == set()
 
 
 def test_there_is_no_cycle() -> None:
@@ -155,7 +183,7 @@ def test_there_is_no_cycle() -> None:
 
 @pytest.mark.parametrize("name", [name for name in MODULES if inside(name, "qrlora_deploy.cli")])
 def test_commands_import_their_library_only_when_they_run(name: str) -> None:
-    light = {"qrlora_deploy", "qrlora_deploy.errors", "qrlora_deploy.text"}
+    light = {"qrlora_deploy", "qrlora_deploy.errors"}
     found = project(imports(MODULES[name], top_level_only=True))
     assert {other for other in found if not inside(other, "qrlora_deploy.cli")} <= light
 
@@ -189,7 +217,9 @@ def test_the_runtime_loads_neither_torch_nor_transformers() -> None:
 
 
 def test_what_an_operator_looks_at_files_with_loads_neither_torch_nor_transformers() -> None:
-    found = loaded_by("import qrlora_deploy.inspecting, qrlora_deploy.combining, qrlora_deploy.locating")
+    found = loaded_by(
+        "import qrlora_deploy.inspection.describe, qrlora_deploy.merging.combining, qrlora_deploy.models.locating"
+    )
     assert found & {"torch", "transformers", "onnx", "onnxruntime", "datasets", "exporters"} == set()
 
 

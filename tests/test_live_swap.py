@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qrlora_deploy.coefficients import Coefficients, write_coefficients
+from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
 from tests.cli.running import ROOT, environment
 
 SCRIPT = ROOT / "docs" / "live_swap.py"

@@ -12,11 +12,11 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, get_linear_schedule_with_warmup
 from transformers.trainer_callback import PrinterCallback
 
-from qrlora_deploy.checkpoint import Checkpoint
-from qrlora_deploy.training.data import Examples
+from qrlora_deploy.data.examples import Examples
+from qrlora_deploy.models.checkpoint import Checkpoint
+from qrlora_deploy.tasks.tasks import encode_labels
 from qrlora_deploy.training.loop import WARMUP_SHARE, Rows, build_rows, load_tokenizer, no_dropout
 from qrlora_deploy.training.settings import TrainSettings
-from qrlora_deploy.training.tasks import encode_labels
 
 RATE = 5e-4
 RANK = 8

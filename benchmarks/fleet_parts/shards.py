@@ -9,9 +9,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.shapes import SHAPES, random_classifier
+from qrlora_deploy.data.examples import Examples, read_examples
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.training.data import Examples, read_examples
-from qrlora_deploy.training.tasks import label_names
+from qrlora_deploy.tasks.tasks import label_names
 
 SPECIAL = ("[UNK]", "[PAD]", "[CLS]", "[SEP]")
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks.glue_parts.tasks import Rows, Task, scores
+from qrlora_deploy.tasks.tasks import REGRESSION
 from qrlora_deploy.training.loop import WARMUP_SHARE, halve_frozen
-from qrlora_deploy.training.tasks import REGRESSION
 
 EVALUATION_BATCH = 256
 

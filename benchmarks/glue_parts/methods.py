@@ -13,15 +13,15 @@ from peft import LoraConfig, TinyLoraConfig, VeraConfig, get_peft_model
 from torch import nn
 
 from benchmarks.layers import TAU, targets_of
-from qrlora_deploy.adapter import QRLoRALinear, attach, get_coefficients, precondition
-from qrlora_deploy.basis import Basis
-from qrlora_deploy.checkpoint import Checkpoint
-from qrlora_deploy.coefficients import Coefficients, write_coefficients
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.factorizing import factorize
-from qrlora_deploy.rank_rule import RankRule
+from qrlora_deploy.factorization.from_checkpoint import factorize
+from qrlora_deploy.formats.basis import Basis
+from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
+from qrlora_deploy.models.adapter import QRLoRALinear, attach, get_coefficients, precondition
+from qrlora_deploy.models.checkpoint import Checkpoint
+from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.tasks.tasks import CLASSIFICATION, REGRESSION
 from qrlora_deploy.training.settings import default_rate
-from qrlora_deploy.training.tasks import CLASSIFICATION, REGRESSION
 
 HEAD_RATE = 1e-3
 """Of a head that trains beside an adapter, as `train --head output` has it."""

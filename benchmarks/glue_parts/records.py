@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.files import atomic_file
+from qrlora_deploy.io.files import atomic_file
 
 Record = dict[str, Any]
 

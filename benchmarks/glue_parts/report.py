@@ -12,7 +12,7 @@ from benchmarks.glue_parts.plan import WARM_UP
 from benchmarks.glue_parts.records import Record
 from benchmarks.glue_parts.starts import STARTS, WARMED
 from benchmarks.glue_parts.tasks import TASKS
-from qrlora_deploy.files import atomic_file
+from qrlora_deploy.io.files import atomic_file
 
 DPI = 110
 

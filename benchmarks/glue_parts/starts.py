@@ -12,10 +12,10 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from benchmarks.glue_parts.tasks import Task
-from qrlora_deploy.checkpoint import Checkpoint
-from qrlora_deploy.training.head import start_bias
+from qrlora_deploy.models.checkpoint import Checkpoint
+from qrlora_deploy.tasks.head import start_bias
+from qrlora_deploy.tasks.tasks import REGRESSION
 from qrlora_deploy.training.loop import no_dropout
-from qrlora_deploy.training.tasks import REGRESSION
 
 PRETRAINED = "pretrained"
 WARMED = "warmed"

@@ -9,11 +9,11 @@ import safetensors.numpy
 import torch
 from sklearn.metrics import f1_score
 
-from qrlora_deploy.checkpoint import Checkpoint
+from qrlora_deploy.data.examples import Examples, read_examples
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.files import atomic_file
-from qrlora_deploy.training.data import Examples, read_examples
-from qrlora_deploy.training.tasks import CLASSIFICATION, REGRESSION, encode_labels, label_names, score
+from qrlora_deploy.io.files import atomic_file
+from qrlora_deploy.models.checkpoint import Checkpoint
+from qrlora_deploy.tasks.tasks import CLASSIFICATION, REGRESSION, encode_labels, label_names, score
 
 HUB = "hub"
 """Instead of a folder: read GLUE from the Hugging Face hub."""

@@ -30,9 +30,9 @@ from benchmarks.glue_parts.starts import (
     write_warmed,
 )
 from benchmarks.glue_parts.tasks import TASKS, Rows, read_tokens
-from qrlora_deploy.checkpoint import Checkpoint, open_checkpoint
+from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
+from qrlora_deploy.tasks.tasks import REGRESSION
 from qrlora_deploy.training.settings import STEP_LENGTH
-from qrlora_deploy.training.tasks import REGRESSION
 
 PAUSE_S = 0.5
 """Between two looks for work, while others make what is needed."""

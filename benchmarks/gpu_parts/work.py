@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from benchmarks.gpu_parts.plan import Part, failed_checks
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.files import write_json
+from qrlora_deploy.io.files import write_json
 
 ROOT = Path(__file__).parents[2]
 LEDGER, LOGS, UNFINISHED = "parts.json", "logs", "unfinished"

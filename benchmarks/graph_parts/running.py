@@ -10,9 +10,9 @@ import onnxruntime
 import torch
 
 from benchmarks.graph_parts.shapes import Inputs
-from qrlora_deploy.runtime.layout import SLOT, TABLE
-from qrlora_deploy.runtime.session import open_session
-from qrlora_deploy.runtime.token_index import TOKEN_INDEX, kept_tokens, padded_tokens, write_kept_tokens
+from qrlora_deploy.runtime.bundle.row_layout import SLOT, TABLE
+from qrlora_deploy.runtime.sessions.session import open_session
+from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX, kept_tokens, padded_tokens, write_kept_tokens
 
 
 @dataclass(frozen=True)

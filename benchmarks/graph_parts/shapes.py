@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from benchmarks.shapes import SHAPES, random_classifier
-from qrlora_deploy.basis import Basis, BasisTarget
-from qrlora_deploy.rank_rule import RankRule
+from qrlora_deploy.formats.basis import Basis, BasisTarget
+from qrlora_deploy.rank_rules.rule import RankRule
 
 VOCABULARIES = {"roberta": 50265, "mpnet": 30527, "minilm": 30522}
 TINY = {

@@ -9,7 +9,7 @@ from torch import nn
 from benchmarks.graph_parts.shapes import Setup
 from exporters.onnx.attention import Heads, attend
 from exporters.onnx.biases import fold_attention_biases
-from exporters.onnx.packing import Packing
+from exporters.onnx.padding_free import Packing
 
 PAPER = Setup(("query", "q"), last_layers=4, rank=160, spread=10.0)
 """The paper's set-up: query, last 4 layers; tau = 0.5 gives 157 to 163 directions, padded to 160."""

@@ -11,19 +11,19 @@ from transformers.pytorch_utils import Conv1D
 
 from benchmarks.model_parts.families import Family
 from exporters.onnx import export_merged, export_switchable
-from qrlora_deploy.basis import Basis
-from qrlora_deploy.capacity import padding_reach
-from qrlora_deploy.checkpoint import Checkpoint, open_checkpoint
-from qrlora_deploy.coefficients import Coefficients, read_coefficients, write_coefficients
+from qrlora_deploy.data.examples import Examples
+from qrlora_deploy.data.sample import sample_texts
 from qrlora_deploy.errors import QrloraError, first_line
-from qrlora_deploy.exporting import ExportJob
-from qrlora_deploy.factorizing import factorize
-from qrlora_deploy.merging import merge
-from qrlora_deploy.quickstart.data import sample_texts
-from qrlora_deploy.rank_rule import RankRule
+from qrlora_deploy.export.registry import ExportJob
+from qrlora_deploy.factorization.from_checkpoint import factorize
+from qrlora_deploy.formats.basis import Basis
+from qrlora_deploy.formats.coefficients import Coefficients, read_coefficients, write_coefficients
+from qrlora_deploy.merging.checkpoints import merge
+from qrlora_deploy.models.capacity import padding_reach
+from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
+from qrlora_deploy.models.targets import choose_targets, left_out
+from qrlora_deploy.rank_rules.rule import RankRule
 from qrlora_deploy.runtime import SwitchableSession, open_bundle, open_session
-from qrlora_deploy.targets import choose_targets, left_out
-from qrlora_deploy.training.data import Examples
 from qrlora_deploy.training.fleet.options import FleetOptions
 from qrlora_deploy.training.fleet.plan import FleetSource
 from qrlora_deploy.training.fleet.run import train_fleet

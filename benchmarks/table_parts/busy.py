@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from qrlora_deploy.coefficients import Coefficients
+from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.runtime import SwitchableSession
 
 Inputs = dict[str, np.ndarray]

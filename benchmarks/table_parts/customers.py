@@ -9,16 +9,16 @@ import numpy as np
 
 from benchmarks.serving import LAST_LAYERS, save_base
 from exporters.onnx import export_switchable
-from qrlora_deploy.checkpoint import open_checkpoint
-from qrlora_deploy.coefficients import Coefficients
-from qrlora_deploy.exporting import ExportJob
-from qrlora_deploy.factorizing import factorize
-from qrlora_deploy.quickstart.data import sample_texts
-from qrlora_deploy.rank_rule import RankRule
+from qrlora_deploy.data.examples import Examples
+from qrlora_deploy.data.sample import sample_texts
+from qrlora_deploy.export.registry import ExportJob
+from qrlora_deploy.factorization.from_checkpoint import factorize
+from qrlora_deploy.formats.coefficients import Coefficients
+from qrlora_deploy.models.checkpoint import open_checkpoint
+from qrlora_deploy.models.targets import choose_targets
+from qrlora_deploy.rank_rules.rule import RankRule
 from qrlora_deploy.runtime import Bundle, Manifest, open_bundle
-from qrlora_deploy.runtime.packed_writer import write_packed_blocks
-from qrlora_deploy.targets import choose_targets
-from qrlora_deploy.training.data import Examples
+from qrlora_deploy.runtime.customers.packed_writer import write_packed_blocks
 
 DIGITS = 8
 BLOCK = 2**14

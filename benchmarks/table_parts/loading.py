@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qrlora_deploy.runtime import SwitchableSession, packed
-from qrlora_deploy.runtime.layout import TABLE
+from qrlora_deploy.runtime import SwitchableSession
+from qrlora_deploy.runtime.bundle.row_layout import TABLE
+from qrlora_deploy.runtime.customers import packed
 
 
 def timed_load(session: SwitchableSession, path: Path) -> dict[str, Any]:

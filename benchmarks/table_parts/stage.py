@@ -15,8 +15,8 @@ from benchmarks.table_parts.busy import Swapper
 from benchmarks.table_parts.customers import Crowd, place_for
 from benchmarks.table_parts.loading import timed_load
 from qrlora_deploy.runtime import Buckets, Bundle, SwitchableSession
-from qrlora_deploy.runtime.cuda import free_bytes
-from qrlora_deploy.runtime.layout import TABLE
+from qrlora_deploy.runtime.bundle.row_layout import TABLE
+from qrlora_deploy.runtime.table.cuda import free_bytes
 
 FEW = 100
 READ_BACK = 500

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from exporters.onnx.graph import input_names
-from qrlora_deploy.capacity import max_tokens
+from qrlora_deploy.data.cutting import cut_texts
+from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.runtime.layout import SLOT
-from qrlora_deploy.runtime.parity import run_logits
-from qrlora_deploy.training.cutting import cut_texts
-from qrlora_deploy.training.data import Examples
-from qrlora_deploy.training.tasks import CLASSIFICATION, label_index
+from qrlora_deploy.models.capacity import max_tokens
+from qrlora_deploy.runtime.bundle.row_layout import SLOT
+from qrlora_deploy.runtime.verification.parity import run_logits
+from qrlora_deploy.tasks.tasks import CLASSIFICATION, label_index
 
 MAX_ROWS = 512
 """Rows that are measured: one in 512 is 0.2 points, and PyTorch takes well under a minute on two cores."""

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from exporters.onnx.graph import input_names
-from qrlora_deploy.capacity import max_tokens
-from qrlora_deploy.runtime.layout import HEAD_TABLE, SLOT, TABLE
-from qrlora_deploy.runtime.records import CalibrationRecord
-from qrlora_deploy.training.cutting import cut_texts
-from qrlora_deploy.training.data import TextRows
+from qrlora_deploy.data.cutting import cut_texts
+from qrlora_deploy.data.examples import TextRows
+from qrlora_deploy.models.capacity import max_tokens
+from qrlora_deploy.runtime.bundle.records import CalibrationRecord
+from qrlora_deploy.runtime.bundle.row_layout import HEAD_TABLE, SLOT, TABLE
 
 MAX_ROWS = 128
 """Rows that are run. With 32, 128 and 256 a trained MiniLM keeps the same share of its customers' effect."""

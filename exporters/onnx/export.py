@@ -13,26 +13,26 @@ from exporters.onnx.calibrating import calibration_inputs, calibration_record
 from exporters.onnx.customers import base_tables, made_up_customers, mixed_reference, read_base_head
 from exporters.onnx.graph import SMALLEST_EXTERNAL_BYTES, Graph, input_names, write_graph
 from exporters.onnx.joining import join_branches, joins
-from exporters.onnx.packing import Packing
+from exporters.onnx.padding_free import Packing
 from exporters.onnx.precision import cast_inside, check_precision
 from exporters.onnx.quantizing import quantize_graph
 from exporters.onnx.reference import build_reference, choose_texts
 from exporters.onnx.sealing import Checked, Content, seal, write_side_files
 from exporters.onnx.showing import not_shown
 from exporters.onnx.switchable import CustomerRows, make_switchable
-from qrlora_deploy.capacity import check_ids
-from qrlora_deploy.checkpoint import Checkpoint, check_basis_fits
+from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.exporting import ExportJob
-from qrlora_deploy.families import check_padding
-from qrlora_deploy.files import atomic_folder
-from qrlora_deploy.merging import merge_model
-from qrlora_deploy.outputs import check_free_folder
-from qrlora_deploy.runtime.bundle import MODEL_FILE, Manifest
-from qrlora_deploy.runtime.layout import TABLE_DTYPES, head_arrays
-from qrlora_deploy.runtime.parity import Case, check_parity, open_for_check
-from qrlora_deploy.runtime.token_index import check_runtime
-from qrlora_deploy.training.data import Examples
+from qrlora_deploy.export.registry import ExportJob
+from qrlora_deploy.io.files import atomic_folder
+from qrlora_deploy.io.outputs import check_free_folder
+from qrlora_deploy.merging.checkpoints import merge_model
+from qrlora_deploy.models.capacity import check_ids
+from qrlora_deploy.models.checkpoint import Checkpoint, check_basis_fits
+from qrlora_deploy.models.families import check_padding
+from qrlora_deploy.runtime.bundle.bundle import MODEL_FILE, Manifest
+from qrlora_deploy.runtime.bundle.row_layout import TABLE_DTYPES, head_arrays
+from qrlora_deploy.runtime.sessions.token_index import check_runtime
+from qrlora_deploy.runtime.verification.parity import Case, check_parity, open_for_check
 
 STEPS = ("reference logits in PyTorch", "export", "parity check", "seal the bundle")
 

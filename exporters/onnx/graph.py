@@ -16,11 +16,11 @@ from optimum.utils import DummyTextInputGenerator, NormalizedTextConfig
 
 from exporters.onnx.attention import HEADS, use_onnx_attention
 from exporters.onnx.biases import fold_attention_biases
-from exporters.onnx.packing import Packing, pack_blocks
+from exporters.onnx.padding_free import Packing, pack_blocks
 from exporters.onnx.quantizing import base_products
 from qrlora_deploy.errors import InputError, QrloraError, first_line
-from qrlora_deploy.runtime.bundle import TensorRecord
-from qrlora_deploy.runtime.token_index import TOKEN_INDEX
+from qrlora_deploy.runtime.bundle.bundle import TensorRecord
+from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX
 
 OPSET = 23
 """The first opset with the `Attention` operator."""

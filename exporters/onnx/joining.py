@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from exporters.onnx.switchable import CustomerRows, TableBranch
-from qrlora_deploy.targets import is_conv1d
+from qrlora_deploy.models.targets import is_conv1d
 
 
 class _WideInput(nn.Module):

@@ -33,7 +33,7 @@ from torch import nn
 
 from exporters.onnx.saturation import products_saturate
 from qrlora_deploy.errors import CheckFailed, QrloraError, first_line
-from qrlora_deploy.targets import BLOCK, is_conv1d
+from qrlora_deploy.models.targets import BLOCK, is_conv1d
 
 INTEGER_PRODUCT = "MatMulInteger"
 PRODUCTS = ("MatMul", "Gemm")

@@ -12,16 +12,16 @@ import numpy as np
 import torch
 
 from exporters.onnx.graph import input_names
-from qrlora_deploy.adapter import attach, set_coefficients
-from qrlora_deploy.basis import Basis
-from qrlora_deploy.capacity import max_tokens, padding_reach
-from qrlora_deploy.checkpoint import Checkpoint
-from qrlora_deploy.coefficients import Coefficients
+from qrlora_deploy.data.cutting import cut_texts
+from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.merging import merge_model
-from qrlora_deploy.runtime.parity import Case
-from qrlora_deploy.training.cutting import cut_texts
-from qrlora_deploy.training.data import Examples
+from qrlora_deploy.formats.basis import Basis
+from qrlora_deploy.formats.coefficients import Coefficients
+from qrlora_deploy.merging.checkpoints import merge_model
+from qrlora_deploy.models.adapter import attach, set_coefficients
+from qrlora_deploy.models.capacity import max_tokens, padding_reach
+from qrlora_deploy.models.checkpoint import Checkpoint
+from qrlora_deploy.runtime.verification.parity import Case
 
 BATCH = 8
 """Rows of a case: enough for different lengths, few enough for a quick check."""
@@ -48,7 +48,7 @@ def choose_texts(examples: Examples | None) -> Texts:
     """
     if examples is None:
         # Imported here: it is only data, but a serving host has no use for it.
-        from qrlora_deploy.quickstart.data import sample_texts
+        from qrlora_deploy.data.sample import sample_texts
 
         return Texts(sample_texts()[:BATCH])
     if not examples.texts:

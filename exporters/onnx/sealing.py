@@ -12,11 +12,11 @@ import tokenizers
 
 from exporters.onnx.accuracy import Accuracy
 from exporters.onnx.graph import Graph
-from qrlora_deploy.basis import Basis
-from qrlora_deploy.capacity import max_tokens
-from qrlora_deploy.checkpoint import Checkpoint
-from qrlora_deploy.provenance import tool_versions
-from qrlora_deploy.runtime.bundle import (
+from qrlora_deploy.formats.basis import Basis
+from qrlora_deploy.formats.provenance import tool_versions
+from qrlora_deploy.models.capacity import max_tokens
+from qrlora_deploy.models.checkpoint import Checkpoint
+from qrlora_deploy.runtime.bundle.bundle import (
     MANIFEST_FILE,
     REFERENCE_FILE,
     TOKENIZER_FILE,
@@ -26,10 +26,10 @@ from qrlora_deploy.runtime.bundle import (
     TensorRecord,
     digest_files,
 )
-from qrlora_deploy.runtime.layout import BASE_HEAD_FILE, HeadLayout, padded_rank
-from qrlora_deploy.runtime.parity import Case, ParityReport, customer_effect, write_reference
-from qrlora_deploy.runtime.records import CalibrationRecord
-from qrlora_deploy.runtime.token_index import FIRST_RUNTIME
+from qrlora_deploy.runtime.bundle.records import CalibrationRecord
+from qrlora_deploy.runtime.bundle.row_layout import BASE_HEAD_FILE, HeadLayout, padded_rank
+from qrlora_deploy.runtime.sessions.token_index import FIRST_RUNTIME
+from qrlora_deploy.runtime.verification.parity import Case, ParityReport, customer_effect, write_reference
 
 README = """# {task}, {labels} labels
 

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from exporters.onnx.attention import HEADS, UNCAPPED
-from qrlora_deploy.capacity import narrowest_window
-from qrlora_deploy.runtime.parity import Case, shows_customers
-from qrlora_deploy.runtime.token_index import TOKEN_INDEX, kept_tokens
+from qrlora_deploy.models.capacity import narrowest_window
+from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX, kept_tokens
+from qrlora_deploy.runtime.verification.parity import Case, shows_customers
 
 CUSTOMERS, WINDOW, SOFT_CAP = "customers", "attention window", "soft cap"
 WIDE = 2**20

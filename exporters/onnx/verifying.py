@@ -2,14 +2,14 @@
 
 from exporters.onnx.customers import mixed_reference
 from exporters.onnx.reference import build_reference, choose_texts
-from qrlora_deploy.basis import Basis
-from qrlora_deploy.checkpoint import Checkpoint
-from qrlora_deploy.coefficients import Coefficients
+from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import BasisMismatchError, CheckFailed, InputError
-from qrlora_deploy.runtime.bundle import Bundle
-from qrlora_deploy.runtime.layout import HeadLayout
-from qrlora_deploy.runtime.parity import ParityReport, check_parity, open_for_check, shows_customers
-from qrlora_deploy.training.data import Examples
+from qrlora_deploy.formats.basis import Basis
+from qrlora_deploy.formats.coefficients import Coefficients
+from qrlora_deploy.models.checkpoint import Checkpoint
+from qrlora_deploy.runtime.bundle.bundle import Bundle
+from qrlora_deploy.runtime.bundle.row_layout import HeadLayout
+from qrlora_deploy.runtime.verification.parity import ParityReport, check_parity, open_for_check, shows_customers
 
 
 def verify_against(

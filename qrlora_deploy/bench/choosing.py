@@ -8,7 +8,7 @@ from qrlora_deploy.bench.record import Report
 from qrlora_deploy.bench.subjects import Spec, with_graphs
 from qrlora_deploy.bench.workload import Workload, shaped_workloads, text_workloads
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.runtime.bundle import Bundle, open_bundle
+from qrlora_deploy.runtime.bundle.bundle import Bundle, open_bundle
 
 DEFAULT_LENGTHS = (32, 128)
 
@@ -73,7 +73,7 @@ def make_workloads(plan: Plan, bundles: dict[Path, Bundle]) -> list[Workload]:
     """
     if plan.data is not None:
         # Imported here: it takes a quarter of a second; no PyTorch in it.
-        from qrlora_deploy.training.data import read_examples
+        from qrlora_deploy.data.examples import read_examples
 
         examples = read_examples(plan.data)
         return text_workloads(plan.batches, examples.texts, examples.pairs, plan.seed)

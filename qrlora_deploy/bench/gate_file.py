@@ -7,8 +7,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from qrlora_deploy.errors import library_errors
-from qrlora_deploy.reading import read_text
-from qrlora_deploy.strict import Record, from_value
+from qrlora_deploy.io.reading import read_text
+from qrlora_deploy.io.strict import Record, from_value
 
 Statistic = Literal["p50", "p90", "p95", "p99", "p99.9"]
 Shape = Field(default=None, pattern=r"^\d+x(\d+|texts)$")

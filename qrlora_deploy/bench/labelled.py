@@ -5,8 +5,8 @@ from pathlib import Path
 
 from qrlora_deploy.bench.record import Accuracy
 from qrlora_deploy.bench.subjects import BundleSubject
-from qrlora_deploy.coefficients import CUSTOMER_ID
 from qrlora_deploy.errors import InputError, QrloraError
+from qrlora_deploy.formats.coefficients import CUSTOMER_ID
 
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet")
 
@@ -64,8 +64,8 @@ def _measure(subject: BundleSubject, customer: str, file: Path) -> Accuracy:
         if subject.switchable is not None and customer not in subject.customers:
             raise InputError(subject.refused.get(customer, f"no file of {customer} is among the customers"))
         # Imported here: it takes a quarter of a second; no PyTorch in it.
-        from qrlora_deploy.training.data import read_examples
-        from qrlora_deploy.training.tasks import label_index, output_of
+        from qrlora_deploy.data.examples import read_examples
+        from qrlora_deploy.tasks.tasks import label_index, output_of
 
         examples = read_examples(file)
         index = label_index(subject.bundle.manifest.labels)
@@ -84,7 +84,7 @@ def _measure(subject: BundleSubject, customer: str, file: Path) -> Accuracy:
 
 def _share(found: list[str], expected: list[str], index: Mapping[str, int]) -> float:
     """Of answers that mean the same output as the expected ones; `index` is of all answers, from `label_index`."""
-    from qrlora_deploy.training.tasks import output_of
+    from qrlora_deploy.tasks.tasks import output_of
 
     right = [output_of(index, one) == output_of(index, other) for one, other in zip(found, expected, strict=True)]
     return sum(right) / len(expected)

@@ -2,7 +2,7 @@
 
 from qrlora_deploy.bench.record import Report
 from qrlora_deploy.bench.tables import Section, sections, verdict_line
-from qrlora_deploy.text import one_line
+from qrlora_deploy.errors import one_line
 
 OPEN = 4
 """Tables that are shown at once; the others are folded."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from qrlora_deploy.bench.subjects import BundleSubject, Spec, Subject
 from qrlora_deploy.bench.workload import Workload
-from qrlora_deploy.runtime.bundle import Bundle
+from qrlora_deploy.runtime.bundle.bundle import Bundle
 
 
 def open_subject(spec: Spec, workloads: Sequence[Workload], bundle: Bundle | None = None) -> Subject:

@@ -11,9 +11,9 @@ from qrlora_deploy.bench.record import Kind
 from qrlora_deploy.bench.record import Subject as SubjectRecord
 from qrlora_deploy.bench.subjects import Call, Spec, folder_bytes
 from qrlora_deploy.bench.workload import Workload, token_inputs
+from qrlora_deploy.data.cutting import cut_texts
 from qrlora_deploy.errors import InputError, ProviderError
-from qrlora_deploy.files import digest_file
-from qrlora_deploy.training.cutting import cut_texts
+from qrlora_deploy.io.files import digest_file
 
 KINDS: dict[str, Kind] = {"torch-eager": "torch-eager", "torch-compile": "torch-compile", "peft": "peft"}
 
@@ -40,7 +40,7 @@ class TorchSubject:
         try:
             import torch
 
-            from qrlora_deploy.checkpoint import open_checkpoint
+            from qrlora_deploy.models.checkpoint import open_checkpoint
         except ImportError as error:
             raise InputError(f"--peer {spec.kind} needs torch and transformers: {error}") from error
         if spec.provider == "tensorrt":

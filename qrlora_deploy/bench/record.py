@@ -10,9 +10,9 @@ from typing import Literal
 from pydantic import Field
 
 from qrlora_deploy.errors import FileFormatError
-from qrlora_deploy.files import atomic_file
-from qrlora_deploy.reading import check_version, parse_json, read_text
-from qrlora_deploy.strict import Record, from_json
+from qrlora_deploy.io.files import atomic_file
+from qrlora_deploy.io.reading import check_version, parse_json, read_text
+from qrlora_deploy.io.strict import Record, from_json
 
 FORMAT: Literal["qrlora-bench"] = "qrlora-bench"
 FORMAT_VERSION: Literal[1] = 1

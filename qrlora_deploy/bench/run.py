@@ -39,9 +39,9 @@ from qrlora_deploy.bench.scenarios import (
 from qrlora_deploy.bench.subjects import BundleSubject, Spec, Subject, customer_file, largest
 from qrlora_deploy.bench.workload import Workload
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.files import digest_file
-from qrlora_deploy.runtime.bundle import Bundle
-from qrlora_deploy.runtime.parity import verify
+from qrlora_deploy.io.files import digest_file
+from qrlora_deploy.runtime.bundle.bundle import Bundle
+from qrlora_deploy.runtime.verification.parity import verify
 
 
 @dataclass

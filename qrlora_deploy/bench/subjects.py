@@ -10,16 +10,16 @@ import numpy as np
 from qrlora_deploy.bench.record import Kind
 from qrlora_deploy.bench.record import Subject as SubjectRecord
 from qrlora_deploy.bench.workload import LENGTHS, Workload, token_inputs
-from qrlora_deploy.coefficients import SUFFIX
 from qrlora_deploy.errors import InputError, ProviderError
-from qrlora_deploy.files import digest_file
-from qrlora_deploy.runtime.bucket_runner import make_runner
-from qrlora_deploy.runtime.buckets import Buckets
-from qrlora_deploy.runtime.bundle import MANIFEST_FILE, Bundle, check_graph, open_bundle
-from qrlora_deploy.runtime.customer_files import customer_ids, read_customer
-from qrlora_deploy.runtime.session import PROVIDERS, open_session
-from qrlora_deploy.runtime.switchable import SwitchableSession
-from qrlora_deploy.runtime.tokenizing import TextEncoder, batches
+from qrlora_deploy.formats.coefficients import SUFFIX
+from qrlora_deploy.formats.customer_files import customer_ids, read_customer
+from qrlora_deploy.io.files import digest_file
+from qrlora_deploy.runtime.bundle.bundle import MANIFEST_FILE, Bundle, check_graph, open_bundle
+from qrlora_deploy.runtime.prediction.tokenizing import TextEncoder, batches
+from qrlora_deploy.runtime.sessions.bucket_runner import make_runner
+from qrlora_deploy.runtime.sessions.buckets import Buckets
+from qrlora_deploy.runtime.sessions.session import PROVIDERS, open_session
+from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
 
 Call = Callable[[int], Any]
 """Answers the batch of a turn, and returns when the logits are in the host's memory."""

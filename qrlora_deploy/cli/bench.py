@@ -155,7 +155,7 @@ def command(bundles: tuple[Path, ...], gate: Path | None, output: Path, **settin
     from qrlora_deploy.bench.gate_file import labelled_data, read_gate
     from qrlora_deploy.bench.plan import Plan
     from qrlora_deploy.bench.run import run_benchmark
-    from qrlora_deploy.outputs import check_report_folder
+    from qrlora_deploy.io.outputs import check_report_folder
 
     plan = Plan(bundles=bundles, **settings)
     rules, data = None, dict[str, Path]()
@@ -180,7 +180,7 @@ def _check_measured(rules: "GateRules", plan: "Plan", data: dict[str, Path]) -> 
     if missing:
         options = " ".join(f"--scenario {name}" for name in missing)
         raise InputError(f"--gate has rules for what is not measured: add {options}")
-    from qrlora_deploy.reading import is_file
+    from qrlora_deploy.io.reading import is_file
 
     absent = [str(path) for path in data.values() if not is_file(path)]
     if absent:
@@ -197,7 +197,7 @@ def _write(report: "Report", folder: Path) -> dict[str, str]:
     from qrlora_deploy.bench.markdown import render_markdown
     from qrlora_deploy.bench.page import render_page
     from qrlora_deploy.bench.record import write_report
-    from qrlora_deploy.files import atomic_files
+    from qrlora_deploy.io.files import atomic_files
 
     with atomic_files(folder) as temporary:
         write_report(report, temporary / "report.json")

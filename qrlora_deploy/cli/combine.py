@@ -12,7 +12,7 @@ from qrlora_deploy.cli.output import Output, size_text
 from qrlora_deploy.errors import InputError
 
 if TYPE_CHECKING:
-    from qrlora_deploy.coefficients import Coefficients
+    from qrlora_deploy.formats.coefficients import Coefficients
 
 
 @click.command("combine")
@@ -29,9 +29,9 @@ def command(parts: tuple[str, ...], output: Path) -> Output:
     Example:
       qrlora-deploy combine acme.safetensors:0.7 umbrella.safetensors:0.3 -o both.safetensors
     """
-    from qrlora_deploy.coefficients import read_coefficients, write_coefficients
-    from qrlora_deploy.combining import combine
-    from qrlora_deploy.outputs import check_free_file
+    from qrlora_deploy.formats.coefficients import read_coefficients, write_coefficients
+    from qrlora_deploy.io.outputs import check_free_file
+    from qrlora_deploy.merging.combining import combine
 
     check_free_file(output)
     chosen = [parse_part(part) for part in parts]
@@ -57,7 +57,7 @@ def parse_part(text: str) -> tuple[Path, float]:
     Raises:
         InputError: there is no such file, or the weight is not a finite number.
     """
-    from qrlora_deploy.reading import is_file
+    from qrlora_deploy.io.reading import is_file
 
     if is_file(Path(text)):
         return Path(text), 1.0
@@ -75,8 +75,8 @@ def parse_part(text: str) -> tuple[Path, float]:
 
 def _basis_place(combined: "Coefficients", file: Path, output: Path) -> str:
     """Where the basis is, seen from the new file: a recorded place is relative to its own file's folder."""
-    from qrlora_deploy.locating import recorded_place
-    from qrlora_deploy.reading import is_file
+    from qrlora_deploy.io.reading import is_file
+    from qrlora_deploy.models.locating import recorded_place
 
     place = file.parent / combined.basis_file
     return recorded_place(place, output) if combined.basis_file and is_file(place) else combined.basis_file

@@ -16,7 +16,7 @@ def command() -> Output:
     Example:
       qrlora-deploy doctor --json
     """
-    from qrlora_deploy.doctor import examine
+    from qrlora_deploy.inspection.doctor import examine
 
     with progress_bar() as progress:
         health = examine(progress)

@@ -17,9 +17,9 @@ from qrlora_deploy.cli.options import (
 from qrlora_deploy.cli.output import Output, progress_bar
 
 if TYPE_CHECKING:
-    from qrlora_deploy.basis import Basis
-    from qrlora_deploy.checkpoint import Checkpoint
-    from qrlora_deploy.coefficients import Coefficients
+    from qrlora_deploy.formats.basis import Basis
+    from qrlora_deploy.formats.coefficients import Coefficients
+    from qrlora_deploy.models.checkpoint import Checkpoint
 
 SHOWN = ("kind", "task", "labels", "precision", "calibration", "opset", "head_labels", "parity", "customer_effect")
 """What of an exporter's answer is shown without `--json`."""
@@ -109,9 +109,9 @@ def command(
         raise click.UsageError(
             "give --merge and --coefficients for a merged bundle, or neither of them for a switchable one"
         )
-    from qrlora_deploy.exporting import FP32_ONLY, ExportJob, find_exporter
-    from qrlora_deploy.outputs import check_free_folder
-    from qrlora_deploy.training.data import read_examples, read_texts
+    from qrlora_deploy.data.examples import read_examples, read_texts
+    from qrlora_deploy.export.registry import FP32_ONLY, ExportJob, find_exporter
+    from qrlora_deploy.io.outputs import check_free_folder
 
     if precision != "fp32" and format_name in FP32_ONLY:
         raise click.UsageError(f"--precision belongs to --format onnx; what {format_name} writes is fp32")
@@ -158,10 +158,10 @@ def _shown(record: "dict[str, Any]") -> "dict[str, Any]":
 def _open(
     base: str | None, basis: Path | None, coefficients: Path | None
 ) -> "tuple[Checkpoint, Basis, Coefficients | None]":
-    from qrlora_deploy.basis import read_basis
-    from qrlora_deploy.checkpoint import open_checkpoint
-    from qrlora_deploy.coefficients import read_coefficients
-    from qrlora_deploy.locating import locate_base, locate_basis
+    from qrlora_deploy.formats.basis import read_basis
+    from qrlora_deploy.formats.coefficients import read_coefficients
+    from qrlora_deploy.models.checkpoint import open_checkpoint
+    from qrlora_deploy.models.locating import locate_base, locate_basis
 
     if coefficients is not None:
         customer = read_coefficients(coefficients)

@@ -47,14 +47,14 @@ def command(
     if tau is not None and rank is not None:
         raise click.UsageError("--tau and --rank exclude each other; give one of them")
     patterns = split_targets(targets)
-    from qrlora_deploy.basis import write_basis
-    from qrlora_deploy.checkpoint import open_checkpoint
-    from qrlora_deploy.factorizing import factorize
-    from qrlora_deploy.families import shared_layers
-    from qrlora_deploy.inspecting import basis_rows
-    from qrlora_deploy.outputs import check_free_file
-    from qrlora_deploy.rank_rule import RankRule
-    from qrlora_deploy.targets import choose_targets, left_out
+    from qrlora_deploy.factorization.from_checkpoint import factorize
+    from qrlora_deploy.formats.basis import write_basis
+    from qrlora_deploy.inspection.describe import basis_rows
+    from qrlora_deploy.io.outputs import check_free_file
+    from qrlora_deploy.models.checkpoint import open_checkpoint
+    from qrlora_deploy.models.families import shared_layers
+    from qrlora_deploy.models.targets import choose_targets, left_out
+    from qrlora_deploy.rank_rules.rule import RankRule
 
     check_free_file(output)
     rule = RankRule(0.5 if tau is None and rank is None else tau, rank)

@@ -17,8 +17,7 @@ import click
 
 from qrlora_deploy import __version__
 from qrlora_deploy.cli.signals import Terminated, raised_signals
-from qrlora_deploy.errors import QrloraError, first_line
-from qrlora_deploy.text import shortened
+from qrlora_deploy.errors import QrloraError, first_line, shortened
 
 COMMANDS = (
     "quickstart",

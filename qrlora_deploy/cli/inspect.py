@@ -21,14 +21,14 @@ def command(path: Path, basis: Path | None, plot: Path | None) -> Output:
     Example:
       qrlora-deploy inspect basis.safetensors --plot energies.png
     """
-    from qrlora_deploy.inspecting import describe
-    from qrlora_deploy.outputs import check_free_file
+    from qrlora_deploy.inspection.describe import describe
+    from qrlora_deploy.io.outputs import check_free_file
 
     if plot is not None:
         check_free_file(plot)
     found = describe(path, basis)
     if plot is not None:
-        from qrlora_deploy.plotting import plot_basis, plot_coefficients
+        from qrlora_deploy.inspection.plots import plot_basis, plot_coefficients
 
         if found.coefficients is not None:
             plot_coefficients(found.coefficients, found.basis, plot)

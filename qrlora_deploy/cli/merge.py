@@ -10,7 +10,7 @@ from qrlora_deploy.cli.output import Output, plain, progress_bar
 from qrlora_deploy.errors import InputError
 
 if TYPE_CHECKING:
-    from qrlora_deploy.merging import MergeReport, UnmergeReport
+    from qrlora_deploy.merging.checkpoints import MergeReport, UnmergeReport
 
 
 @click.command("merge")
@@ -31,11 +31,11 @@ def command(base: str | None, basis: Path | None, coefficients: Path, output: Pa
       qrlora-deploy merge base --basis basis.safetensors --coefficients acme.safetensors -o acme
       qrlora-deploy merge --unmerge acme --coefficients acme.safetensors -o base-again
     """
-    from qrlora_deploy.checkpoint import open_checkpoint
-    from qrlora_deploy.coefficients import read_coefficients
-    from qrlora_deploy.locating import locate_base, locate_basis
-    from qrlora_deploy.merging import merge, unmerge
-    from qrlora_deploy.outputs import check_free_folder
+    from qrlora_deploy.formats.coefficients import read_coefficients
+    from qrlora_deploy.io.outputs import check_free_folder
+    from qrlora_deploy.merging.checkpoints import merge, unmerge
+    from qrlora_deploy.models.checkpoint import open_checkpoint
+    from qrlora_deploy.models.locating import locate_base, locate_basis
 
     check_free_folder(output)
     customer = read_coefficients(coefficients)

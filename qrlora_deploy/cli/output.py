@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from qrlora_deploy.errors import QrloraError
-from qrlora_deploy.text import one_line, shortened
+from qrlora_deploy.errors import QrloraError, one_line, shortened
 
 Progress = Callable[[str, int, int], None]
 

@@ -31,9 +31,9 @@ def command(customers: Path, bundle: Path, output: Path, dtype: str | None) -> O
     Example:
       qrlora-deploy pack customers/ --bundle bundle -o customers.packed.safetensors
     """
-    from qrlora_deploy.outputs import check_free_file
+    from qrlora_deploy.io.outputs import check_free_file
     from qrlora_deploy.runtime import open_bundle
-    from qrlora_deploy.runtime.packed_writer import write_packed
+    from qrlora_deploy.runtime.customers.packed_writer import write_packed
 
     check_free_file(output)
     if output.resolve().parent == customers.resolve():

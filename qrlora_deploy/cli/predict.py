@@ -10,9 +10,9 @@ from qrlora_deploy.cli.output import Output, Table
 from qrlora_deploy.errors import InputError
 
 if TYPE_CHECKING:
-    from qrlora_deploy.runtime.predictor import Predictor
-    from qrlora_deploy.runtime.requests import Request
-    from qrlora_deploy.runtime.store import CustomerStore
+    from qrlora_deploy.runtime.customers.store import CustomerStore
+    from qrlora_deploy.runtime.prediction.predictor import Predictor
+    from qrlora_deploy.runtime.prediction.requests import Request
 
 
 @click.command("predict")
@@ -64,8 +64,8 @@ def command(
         raise click.UsageError("--customer and --requests exclude each other: each request names its own")
     if repl and click.get_current_context().params["as_json"]:
         raise click.UsageError("--repl prints a line per answer and no --json; give --requests a file for that")
-    from qrlora_deploy.runtime.bundle import open_bundle
-    from qrlora_deploy.runtime.predictor import Predictor
+    from qrlora_deploy.runtime.bundle.bundle import open_bundle
+    from qrlora_deploy.runtime.prediction.predictor import Predictor
 
     asked = [] if repl else _requests(texts, pairs, names, requests)
     if customers is None and any(request.customer is not None for request in asked):
@@ -81,7 +81,7 @@ def command(
 
 def _open_store(predictor: "Predictor", folder: Path) -> "CustomerStore":
     from qrlora_deploy.cli.repl import report
-    from qrlora_deploy.runtime.store import CustomerStore
+    from qrlora_deploy.runtime.customers.store import CustomerStore
 
     if predictor.switchable is None:
         raise InputError(f"{predictor.bundle.folder} is a merged bundle and takes no --customers")
@@ -91,7 +91,7 @@ def _open_store(predictor: "Predictor", folder: Path) -> "CustomerStore":
 def _requests(
     texts: tuple[str, ...], pairs: tuple[str, ...], names: tuple[str, ...], file: Path | None
 ) -> "list[Request]":
-    from qrlora_deploy.runtime.requests import Request, read_requests
+    from qrlora_deploy.runtime.prediction.requests import Request, read_requests
 
     if file is not None:
         return read_requests(file)

@@ -8,12 +8,11 @@ from typing import IO, TYPE_CHECKING
 
 import click
 
-from qrlora_deploy.errors import InputError, QrloraError
-from qrlora_deploy.text import one_line, shortened
+from qrlora_deploy.errors import InputError, QrloraError, one_line, shortened
 
 if TYPE_CHECKING:
-    from qrlora_deploy.runtime.predictor import Predictor
-    from qrlora_deploy.runtime.store import CustomerStore, StoreEvent
+    from qrlora_deploy.runtime.customers.store import CustomerStore, StoreEvent
+    from qrlora_deploy.runtime.prediction.predictor import Predictor
 
 HELP = "Type a text. /customer NAME switches, /base goes back to the base, /customers lists, /help, /quit ends."
 

@@ -94,7 +94,7 @@ def _watched(numbers: list[int]) -> Iterator[None]:
 
 
 def _watch(listening: int, numbers: list[int], over: threading.Event) -> None:
-    from qrlora_deploy.temporary import remove_live
+    from qrlora_deploy.io.temporary import remove_live
 
     while (said := os.read(listening, 1)) not in (b"", OVER):
         if said[0] in numbers and not over.wait(PATIENCE_S):

@@ -52,13 +52,13 @@ def command(
     Example:
       qrlora-deploy train base --basis basis.safetensors --data acme.tsv --eval acme-dev.tsv -o acme.safetensors
     """
-    from qrlora_deploy.basis import read_basis
-    from qrlora_deploy.checkpoint import open_checkpoint
-    from qrlora_deploy.coefficients import write_coefficients
-    from qrlora_deploy.locating import recorded_place
-    from qrlora_deploy.outputs import check_free_file
+    from qrlora_deploy.data.examples import read_examples
+    from qrlora_deploy.formats.basis import read_basis
+    from qrlora_deploy.formats.coefficients import write_coefficients
+    from qrlora_deploy.io.outputs import check_free_file
+    from qrlora_deploy.models.checkpoint import open_checkpoint
+    from qrlora_deploy.models.locating import recorded_place
     from qrlora_deploy.training.checkpoints import run_folder
-    from qrlora_deploy.training.data import read_examples
     from qrlora_deploy.training.settings import TrainSettings, choose_device
     from qrlora_deploy.training.trainer import train
 
@@ -95,7 +95,7 @@ def _warn_of_damage(folder: Path) -> None:
 
 def _warn_of_one_answer(record: Mapping[str, Any]) -> None:
     """Say so where training may have ended in one answer for every text, as a learning rate that is too high does."""
-    from qrlora_deploy.training.tasks import uncorrelated
+    from qrlora_deploy.tasks.tasks import uncorrelated
 
     if name := uncorrelated(record["metrics"]):
         half = f"{record['learning_rate'] / 2:.3g}"

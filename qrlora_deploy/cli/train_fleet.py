@@ -63,9 +63,9 @@ def command(
       torchrun --nproc-per-node 8 --no-python qrlora-deploy train-fleet base --basis basis.safetensors \\
         --data folder -o customers
     """
-    from qrlora_deploy.basis import read_basis
-    from qrlora_deploy.checkpoint import open_checkpoint
-    from qrlora_deploy.locating import recorded_place
+    from qrlora_deploy.formats.basis import read_basis
+    from qrlora_deploy.models.checkpoint import open_checkpoint
+    from qrlora_deploy.models.locating import recorded_place
     from qrlora_deploy.training.fleet.options import FleetOptions
     from qrlora_deploy.training.fleet.plan import FleetSource, Shard
     from qrlora_deploy.training.fleet.run import train_fleet

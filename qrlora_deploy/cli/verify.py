@@ -16,8 +16,8 @@ from qrlora_deploy.cli.output import Output, plain
 from qrlora_deploy.errors import CheckFailed
 
 if TYPE_CHECKING:
-    from qrlora_deploy.runtime.bundle import Bundle
-    from qrlora_deploy.runtime.parity import ParityReport
+    from qrlora_deploy.runtime.bundle.bundle import Bundle
+    from qrlora_deploy.runtime.verification.parity import ParityReport
 
 
 @click.command("verify")
@@ -52,8 +52,8 @@ def command(
     """
     if coefficients is None and (basis or base or data):
         raise click.UsageError("--basis, --base and --data need --coefficients, the customer to compare with")
-    from qrlora_deploy.runtime.bundle import open_bundle
-    from qrlora_deploy.runtime.parity import verify
+    from qrlora_deploy.runtime.bundle.bundle import open_bundle
+    from qrlora_deploy.runtime.verification.parity import verify
 
     opened = open_bundle(bundle)
     if coefficients is None:
@@ -73,9 +73,9 @@ def _verify_anew(
     provider: str,
 ) -> "ParityReport":
     from exporters.onnx.verifying import verify_against
-    from qrlora_deploy.coefficients import read_coefficients
-    from qrlora_deploy.locating import locate_base, locate_basis
-    from qrlora_deploy.training.data import read_examples
+    from qrlora_deploy.data.examples import read_examples
+    from qrlora_deploy.formats.coefficients import read_coefficients
+    from qrlora_deploy.models.locating import locate_base, locate_basis
 
     texts = read_examples(data, *columns) if data else None
     customer = read_coefficients(coefficients)

@@ -36,9 +36,9 @@ def command(
     Example:
       qrlora-deploy warmup roberta-base --data all.tsv --eval dev.tsv -o base
     """
-    from qrlora_deploy.checkpoint import open_checkpoint
-    from qrlora_deploy.outputs import check_free_folder
-    from qrlora_deploy.training.data import read_examples
+    from qrlora_deploy.data.examples import read_examples
+    from qrlora_deploy.io.outputs import check_free_folder
+    from qrlora_deploy.models.checkpoint import open_checkpoint
     from qrlora_deploy.training.settings import WarmupSettings, choose_device
     from qrlora_deploy.training.warmup import warmup
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from qrlora_deploy.adapter import attach, set_coefficients
-from qrlora_deploy.basis import Basis
-from qrlora_deploy.checkpoint import Checkpoint
-from qrlora_deploy.training.data import Examples
-from qrlora_deploy.training.tasks import CLASSIFICATION, encode_labels, score
+from qrlora_deploy.data.examples import Examples
+from qrlora_deploy.formats.basis import Basis
+from qrlora_deploy.models.adapter import attach, set_coefficients
+from qrlora_deploy.models.checkpoint import Checkpoint
+from qrlora_deploy.tasks.tasks import CLASSIFICATION, encode_labels, score
 
 BATCH = 64
 

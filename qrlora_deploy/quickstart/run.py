@@ -9,25 +9,25 @@ from pathlib import Path
 
 import torch
 
-from qrlora_deploy.basis import Basis, write_basis
-from qrlora_deploy.checkpoint import Checkpoint, open_checkpoint
-from qrlora_deploy.coefficients import Coefficients, write_coefficients
+from qrlora_deploy.data.sample import CUSTOMERS, general_examples, held_out_examples, train_examples
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.exporting import ExportJob, find_exporter
-from qrlora_deploy.factorizing import factorize
-from qrlora_deploy.files import atomic_folder
-from qrlora_deploy.locating import recorded_place
-from qrlora_deploy.merging import merge
-from qrlora_deploy.outputs import check_free_folder
-from qrlora_deploy.quickstart.data import CUSTOMERS, general_examples, held_out_examples, train_examples
+from qrlora_deploy.export.registry import ExportJob, find_exporter
+from qrlora_deploy.factorization.from_checkpoint import factorize
+from qrlora_deploy.formats.basis import Basis, write_basis
+from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
+from qrlora_deploy.io.files import atomic_folder
+from qrlora_deploy.io.outputs import check_free_folder
+from qrlora_deploy.io.temporary import scratch_folder
+from qrlora_deploy.merging.checkpoints import merge
+from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
+from qrlora_deploy.models.locating import recorded_place
+from qrlora_deploy.models.targets import choose_targets
 from qrlora_deploy.quickstart.measuring import Scorer, median_ms, torch_logits
 from qrlora_deploy.quickstart.report import Answer, CustomerResult, Latency, Parity, QuickstartReport
-from qrlora_deploy.rank_rule import RankRule
-from qrlora_deploy.runtime.bundle import Bundle, open_bundle
-from qrlora_deploy.runtime.parity import verify
-from qrlora_deploy.runtime.predictor import Predictor
-from qrlora_deploy.targets import choose_targets
-from qrlora_deploy.temporary import scratch_folder
+from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.runtime.bundle.bundle import Bundle, open_bundle
+from qrlora_deploy.runtime.prediction.predictor import Predictor
+from qrlora_deploy.runtime.verification.parity import verify
 from qrlora_deploy.training.settings import TrainSettings, WarmupSettings, choose_device
 from qrlora_deploy.training.trainer import train
 from qrlora_deploy.training.warmup import warmup

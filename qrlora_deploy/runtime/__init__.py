@@ -1,14 +1,14 @@
 """Serving: onnxruntime, numpy, safetensors, pydantic, tokenizers and watchfiles; no torch, no transformers."""
 
-from qrlora_deploy.runtime.buckets import Buckets
-from qrlora_deploy.runtime.bundle import Bundle, Manifest, open_bundle
-from qrlora_deploy.runtime.devices import Device
-from qrlora_deploy.runtime.packed import load_packed
-from qrlora_deploy.runtime.parity import ParityReport, verify
-from qrlora_deploy.runtime.predictor import Prediction, Predictor
-from qrlora_deploy.runtime.session import open_session
-from qrlora_deploy.runtime.store import CustomerStore, StoreEvent
-from qrlora_deploy.runtime.switchable import SwitchableSession
+from qrlora_deploy.runtime.bundle.bundle import Bundle, Manifest, open_bundle
+from qrlora_deploy.runtime.customers.packed import load_packed
+from qrlora_deploy.runtime.customers.store import CustomerStore, StoreEvent
+from qrlora_deploy.runtime.host.devices import Device
+from qrlora_deploy.runtime.prediction.predictor import Prediction, Predictor
+from qrlora_deploy.runtime.sessions.buckets import Buckets
+from qrlora_deploy.runtime.sessions.session import open_session
+from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
+from qrlora_deploy.runtime.verification.parity import ParityReport, verify
 
 __all__ = [
     "Buckets",

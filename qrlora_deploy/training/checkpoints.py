@@ -15,8 +15,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.files import digest_file, flush_file, flush_folder, write_json
-from qrlora_deploy.temporary import lock_folder, remove_dead, remove_if_dead, remove_tree, unlocked
+from qrlora_deploy.io.files import digest_file, flush_file, flush_folder, write_json
+from qrlora_deploy.io.temporary import lock_folder, remove_dead, remove_if_dead, remove_tree, unlocked
 
 SETTINGS = "settings.json"
 DIGESTS = "digests.json"

@@ -13,15 +13,15 @@ from torch import nn
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from qrlora_deploy.adapter import QRLoRALinear
-from qrlora_deploy.capacity import check_ids, max_tokens
-from qrlora_deploy.checkpoint import Checkpoint
+from qrlora_deploy.data.cutting import cut_texts
+from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import InputError, QrloraError, library_errors
-from qrlora_deploy.families import check_padding
-from qrlora_deploy.training.cutting import cut_texts
-from qrlora_deploy.training.data import Examples
+from qrlora_deploy.models.adapter import QRLoRALinear
+from qrlora_deploy.models.capacity import check_ids, max_tokens
+from qrlora_deploy.models.checkpoint import Checkpoint
+from qrlora_deploy.models.families import check_padding
+from qrlora_deploy.tasks.tasks import score
 from qrlora_deploy.training.settings import RunSettings, choose_device
-from qrlora_deploy.training.tasks import score
 
 Progress = Callable[[str, int, int], None]
 Rows = list[dict[str, Any]]

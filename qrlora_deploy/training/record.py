@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from qrlora_deploy import __version__
-from qrlora_deploy.training.data import Examples
+from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.training.settings import TrainSettings
 
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 from qrlora_deploy.errors import InputError, ProviderError
-from qrlora_deploy.training.tasks import CHOICES, METRICS
+from qrlora_deploy.tasks.tasks import CHOICES, METRICS
 
 MAX_RATE = 1e30
 MAX_COUNT = 2**31 - 1

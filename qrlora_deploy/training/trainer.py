@@ -8,12 +8,15 @@ import numpy as np
 from torch import nn
 from transformers import DataCollatorWithPadding, EarlyStoppingCallback, TrainerState
 
-from qrlora_deploy.adapter import QRLoRALinear, attach, get_coefficients, precondition
-from qrlora_deploy.basis import Basis
-from qrlora_deploy.checkpoint import Checkpoint, check_basis_fits
-from qrlora_deploy.coefficients import Coefficients
+from qrlora_deploy.data.examples import Examples, check_alike
 from qrlora_deploy.errors import InputError, QrloraError
-from qrlora_deploy.training.cached import (
+from qrlora_deploy.formats.basis import Basis
+from qrlora_deploy.formats.coefficients import Coefficients
+from qrlora_deploy.models.adapter import QRLoRALinear, attach, get_coefficients, precondition
+from qrlora_deploy.models.checkpoint import Checkpoint, check_basis_fits
+from qrlora_deploy.tasks.head import Outputs, check_stored, frozen_outputs, own_outputs, prepare_head
+from qrlora_deploy.tasks.tasks import METRICS, encode_labels
+from qrlora_deploy.training.cached_trainer import (
     CachedModel,
     CachedTrainer,
     CacheWish,
@@ -23,8 +26,6 @@ from qrlora_deploy.training.cached import (
     numbered,
 )
 from qrlora_deploy.training.checkpoints import STATE, Sealing, open_work_dir
-from qrlora_deploy.training.data import Examples, check_alike
-from qrlora_deploy.training.head import Outputs, check_stored, frozen_outputs, own_outputs, prepare_head
 from qrlora_deploy.training.loop import (
     Progress,
     Rows,
@@ -40,7 +41,6 @@ from qrlora_deploy.training.loop import (
 )
 from qrlora_deploy.training.record import Ran, training_record
 from qrlora_deploy.training.settings import TrainSettings, choose_device, fingerprint
-from qrlora_deploy.training.tasks import METRICS, encode_labels
 
 
 @dataclass(frozen=True)

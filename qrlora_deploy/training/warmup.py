@@ -5,15 +5,16 @@ from typing import Any
 
 import torch
 
-from qrlora_deploy.checkpoint import Checkpoint
-from qrlora_deploy.completeness import compare, is_head
-from qrlora_deploy.files import atomic_folder, write_json
-from qrlora_deploy.loading import LOADING, load_weights, make_skeleton
-from qrlora_deploy.outputs import check_free_folder
-from qrlora_deploy.targets import choose_targets
-from qrlora_deploy.temporary import scratch_folder
-from qrlora_deploy.training.data import Examples, check_alike
-from qrlora_deploy.training.head import Outputs, own_outputs, start_bias
+from qrlora_deploy.data.examples import Examples, check_alike
+from qrlora_deploy.io.files import atomic_folder, write_json
+from qrlora_deploy.io.outputs import check_free_folder
+from qrlora_deploy.io.temporary import scratch_folder
+from qrlora_deploy.models.checkpoint import Checkpoint
+from qrlora_deploy.models.completeness import compare, is_head
+from qrlora_deploy.models.loading import LOADING, load_weights, make_skeleton
+from qrlora_deploy.models.targets import choose_targets
+from qrlora_deploy.tasks.head import Outputs, own_outputs, start_bias
+from qrlora_deploy.tasks.tasks import METRICS, REGRESSION, encode_labels
 from qrlora_deploy.training.loop import (
     Progress,
     SmallTrainer,
@@ -27,7 +28,6 @@ from qrlora_deploy.training.loop import (
     training_arguments,
 )
 from qrlora_deploy.training.settings import WarmupSettings, choose_device
-from qrlora_deploy.training.tasks import METRICS, REGRESSION, encode_labels
 
 
 def warmup(

@@ -8,7 +8,7 @@ import pytest
 from qrlora_deploy.bench.plan import Plan
 from qrlora_deploy.bench.record import SCENARIOS, Report
 from qrlora_deploy.bench.run import run_benchmark
-from qrlora_deploy.coefficients import Coefficients, write_coefficients
+from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
 from tests.tiny import LABELS, SENTENCES
 
 

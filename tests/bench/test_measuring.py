@@ -17,9 +17,9 @@ from qrlora_deploy.bench.serving_load import RateSearch, Served, offer, poisson_
 from qrlora_deploy.bench.subjects import BundleSubject, Spec
 from qrlora_deploy.bench.workload import Workload, text_workloads, token_inputs
 from qrlora_deploy.errors import FileFormatError, InputError
-from qrlora_deploy.files import digest_file
-from qrlora_deploy.runtime.bundle import MANIFEST_FILE
-from qrlora_deploy.training.tasks import label_index
+from qrlora_deploy.io.files import digest_file
+from qrlora_deploy.runtime.bundle.bundle import MANIFEST_FILE
+from qrlora_deploy.tasks.tasks import label_index
 from tests.bench.fixed import good_report
 from tests.tiny import SENTENCES
 

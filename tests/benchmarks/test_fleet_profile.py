@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.fleet_parts.profile import STAGES, Split, StepView, lines
-from qrlora_deploy.basis import Basis
-from qrlora_deploy.checkpoint import open_checkpoint
+from qrlora_deploy.formats.basis import Basis
+from qrlora_deploy.models.checkpoint import open_checkpoint
 from qrlora_deploy.training.fleet.options import FleetOptions
 from qrlora_deploy.training.fleet.plan import FleetSource
 from qrlora_deploy.training.fleet.run import train_fleet

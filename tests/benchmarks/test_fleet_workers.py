@@ -11,8 +11,8 @@ from benchmarks.fleet import TARGETS
 from benchmarks.fleet_workers import BOUNDS, check
 from benchmarks.layers import targets_of
 from benchmarks.shapes import random_classifier
-from qrlora_deploy.checkpoint import open_checkpoint
-from qrlora_deploy.coefficients import Coefficients, write_coefficients
+from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
+from qrlora_deploy.models.checkpoint import open_checkpoint
 
 Write = Callable[[str, dict[str, float]], Path]
 

@@ -29,11 +29,11 @@ from benchmarks.glue_parts.report import plot_curves, render_table
 from benchmarks.glue_parts.starts import PRETRAINED, WARMED, Models
 from benchmarks.glue_parts.tasks import TASKS, Task, read_part, read_tokens, scores, write_tokens
 from benchmarks.glue_parts.work import Job, Settings, Worker, is_current
-from qrlora_deploy.adapter import attach, get_coefficients, precondition
-from qrlora_deploy.basis import Basis
-from qrlora_deploy.checkpoint import Checkpoint, open_checkpoint
+from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.training.data import Examples
+from qrlora_deploy.formats.basis import Basis
+from qrlora_deploy.models.adapter import attach, get_coefficients, precondition
+from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.training.settings import STEP_LENGTH, TrainSettings, default_rate
 from qrlora_deploy.training.trainer import train
 from tests.tiny import LABELS, SENTENCES

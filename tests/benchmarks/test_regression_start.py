@@ -7,7 +7,7 @@ import pytest
 from benchmarks import regression_start
 from benchmarks.glue_parts.starts import Models
 from benchmarks.glue_parts.tasks import read_tokens, write_tokens
-from qrlora_deploy.checkpoint import open_checkpoint
+from qrlora_deploy.models.checkpoint import open_checkpoint
 from tests.tiny import SENTENCES
 
 

@@ -23,8 +23,8 @@ WARM = (
     "exporters.peft",
     "qrlora_deploy.bench.run",
     "qrlora_deploy.cli.group",
-    "qrlora_deploy.plotting",
-    "qrlora_deploy.runtime.packed_writer",
+    "qrlora_deploy.inspection.plots",
+    "qrlora_deploy.runtime.customers.packed_writer",
     "qrlora_deploy.training.fleet.run",
     "qrlora_deploy.training.trainer",
     "qrlora_deploy.training.warmup",
@@ -33,7 +33,7 @@ WARM = (
 
 def end_when_written(number: int) -> None:
     """Send this process a signal in the middle of its first write."""
-    from qrlora_deploy import files
+    from qrlora_deploy.io import files
 
     def settle(place: Any) -> None:
         files._settle = original

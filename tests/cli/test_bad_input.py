@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from qrlora_deploy.basis import Basis, write_basis
-from qrlora_deploy.coefficients import Coefficients
-from qrlora_deploy.files import write_tensors
+from qrlora_deploy.formats.basis import Basis, write_basis
+from qrlora_deploy.formats.coefficients import Coefficients
+from qrlora_deploy.io.files import write_tensors
 from tests.cli.running import run, run_here
 from tests.forging import forge
 from tests.tiny import LABELS, SENTENCES

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from qrlora_deploy.cli.combine import parse_part
-from qrlora_deploy.coefficients import Coefficients, read_coefficients, write_coefficients
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.locating import locate_basis
+from qrlora_deploy.formats.coefficients import Coefficients, read_coefficients, write_coefficients
+from qrlora_deploy.models.locating import locate_basis
 from tests.cli.running import run, run_here, succeed
 from tests.tolerances import EXACT
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from qrlora_deploy.inspecting import describe
+from qrlora_deploy.inspection.describe import describe
 from tests.cli.running import ROOT, environment, run_here, succeed_here
 from tests.training.fleet.making import random_rows, write_rows
 

@@ -60,7 +60,7 @@ def failing(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
         def examine(progress: object) -> None:
             raise error
 
-        monkeypatch.setattr("qrlora_deploy.doctor.examine", examine)
+        monkeypatch.setattr("qrlora_deploy.inspection.doctor.examine", examine)
 
     return install
 

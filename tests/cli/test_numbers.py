@@ -9,11 +9,11 @@ from qrlora_deploy.bench.plan import Plan
 from qrlora_deploy.cli import cli
 from qrlora_deploy.cli.group import COMMANDS
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.exporting import MAX_HEAD_LABELS, ExportJob
-from qrlora_deploy.rank_rule import RankRule
-from qrlora_deploy.runtime.session import MAX_THREADS, open_session
-from qrlora_deploy.runtime.table import CoefficientTable
-from qrlora_deploy.targets import choose_targets
+from qrlora_deploy.export.registry import MAX_HEAD_LABELS, ExportJob
+from qrlora_deploy.models.targets import choose_targets
+from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.runtime.sessions.session import MAX_THREADS, open_session
+from qrlora_deploy.runtime.table.table import CoefficientTable
 from qrlora_deploy.training.settings import TrainSettings
 from tests.cli.running import run_here
 
@@ -130,7 +130,7 @@ def test_tables_and_sessions_of_absurd_sizes() -> None:
 
 
 def test_no_expression_is_too_deep_for_the_library(tiny_base: Path) -> None:
-    from qrlora_deploy.checkpoint import open_checkpoint
+    from qrlora_deploy.models.checkpoint import open_checkpoint
 
     model = open_checkpoint(str(tiny_base)).skeleton()
     with pytest.raises(InputError, match="is not a regular expression") as caught:

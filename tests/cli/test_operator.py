@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qrlora_deploy.coefficients import Coefficients, read_coefficients, write_coefficients
-from qrlora_deploy.runtime.bundle import open_bundle
-from qrlora_deploy.runtime.packed_writer import write_packed
+from qrlora_deploy.formats.coefficients import Coefficients, read_coefficients, write_coefficients
+from qrlora_deploy.runtime.bundle.bundle import open_bundle
+from qrlora_deploy.runtime.customers.packed_writer import write_packed
 from tests.cli.running import Ran, environment, run_here, succeed_here
 
 BLOCKED = """

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qrlora_deploy.coefficients import Coefficients, write_coefficients
-from qrlora_deploy.runtime.bundle import open_bundle
-from qrlora_deploy.runtime.packed import load_packed
-from qrlora_deploy.runtime.switchable import SwitchableSession
+from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
+from qrlora_deploy.runtime.bundle.bundle import open_bundle
+from qrlora_deploy.runtime.customers.packed import load_packed
+from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
 from tests.cli.running import run, run_here, succeed, succeed_here
 
 PACK = "pack customers --bundle bundle -o packed.safetensors"

@@ -8,57 +8,66 @@ from typing import NoReturn
 import pytest
 
 from qrlora_deploy.bench.record import write_report
-from qrlora_deploy.coefficients import Coefficients, write_coefficients
-from qrlora_deploy.runtime.bundle import open_bundle
-from qrlora_deploy.runtime.packed_writer import write_packed
+from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
+from qrlora_deploy.runtime.bundle.bundle import open_bundle
+from qrlora_deploy.runtime.customers.packed_writer import write_packed
 from tests.bench.fixed import good_report
 from tests.cli.running import run_here
 from tests.tiny import LABELS, SENTENCES
 
 READERS = {
     "inspect acme.safetensors": (
-        "files._read_record",
-        "files._content_digest",
-        "files.digest_arrays",
-        "coefficients._allows",
-        "coefficients._check_finite",
-        "coefficients.from_value",
-        "inspecting._kind",
-        "locating._places",
+        "io.files._read_record",
+        "io.files._content_digest",
+        "io.files.digest_arrays",
+        "formats.coefficients._allows",
+        "formats.coefficients._check_finite",
+        "formats.coefficients.from_value",
+        "inspection.describe._kind",
+        "models.locating._places",
     ),
-    "inspect basis.safetensors": ("basis._target", "basis.RankRule", "basis.digest_arrays"),
+    "inspect basis.safetensors": ("formats.basis._target", "formats.basis.RankRule", "formats.basis.digest_arrays"),
     "inspect packed.safetensors": (
-        "runtime.packed_header._sizes",
-        "runtime.packed_header.PackedHeader._json",
-        "runtime.packed_check._check_ids",
-        "runtime.packed_check.digest_piece",
+        "runtime.customers.packed_header._sizes",
+        "runtime.customers.packed_header.PackedHeader._json",
+        "runtime.customers.packed_check._check_ids",
+        "runtime.customers.packed_check.digest_piece",
     ),
     "inspect bundle": (
-        "runtime.manifest_checks.TableLayout",
-        "runtime.bundle._check",
-        "runtime.manifest_checks.read_config_facts",
-        "runtime.external_data._walk",
-        "runtime.sealed_facts.label_names",
-        "runtime.sealed_facts._read_reference",
+        "runtime.bundle.manifest_checks.TableLayout",
+        "runtime.bundle.bundle._check",
+        "runtime.bundle.manifest_checks.read_config_facts",
+        "runtime.bundle.external_data._walk",
+        "runtime.bundle.sealed_facts.label_names",
+        "runtime.bundle.sealed_facts._read_reference",
     ),
-    "verify bundle": ("runtime.parity._case", "runtime.manifest_checks._config_problems"),
-    "inspect base": ("inspecting.label_names", "config_file.parse_json"),
-    "predict bundle --requests requests.jsonl": ("runtime.requests._parse",),
+    "verify bundle": ("runtime.verification.parity._case", "runtime.bundle.manifest_checks._config_problems"),
+    "inspect base": ("inspection.describe.label_names", "formats.config_file.parse_json"),
+    "predict bundle --requests requests.jsonl": ("runtime.prediction.requests._parse",),
     "bench bundle --gate gate.toml": ("bench.gate_file.from_value", "bench.gate_file.read_text"),
     "bench bundle --reference report.json": ("bench.record.check_version", "bench.record.from_json"),
-    "combine acme.safetensors -o new.safetensors": ("combining._check_alike", "combining._weighted_sum"),
+    "combine acme.safetensors -o new.safetensors": (
+        "merging.combining._check_alike",
+        "merging.combining._weighted_sum",
+    ),
     "pack customers --bundle bundle -o new.safetensors": (
-        "runtime.packed_writer.check_customer_fits",
-        "runtime.customer_files.read_coefficients",
+        "runtime.customers.packed_writer.check_customer_fits",
+        "formats.customer_files.read_coefficients",
     ),
-    "export base --basis basis.safetensors -o new": ("exporting.find_exporter", "exporting.ExportJob.__post_init__"),
-    "factorize base -o new.safetensors --target query": ("targets._fits", "factorizing.factorize"),
-    "merge --coefficients acme.safetensors -o new": ("locating._base_names", "provenance.parse_json"),
+    "export base --basis basis.safetensors -o new": (
+        "export.registry.find_exporter",
+        "export.registry.ExportJob.__post_init__",
+    ),
+    "factorize base -o new.safetensors --target query": (
+        "models.targets._fits",
+        "factorization.from_checkpoint.factorize",
+    ),
+    "merge --coefficients acme.safetensors -o new": ("models.locating._base_names", "formats.provenance.parse_json"),
     "train base --basis basis.safetensors --data good.tsv -o new.safetensors": (
-        "training.data._texts",
-        "training.labels.settled",
+        "data.examples._texts",
+        "data.labels.settled",
     ),
-    "doctor": ("doctor.examine",),
+    "doctor": ("inspection.doctor.examine",),
 }
 """What is run, and which functions of the project then fail, each by itself."""
 

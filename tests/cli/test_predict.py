@@ -12,7 +12,7 @@ from typing import IO
 
 import pytest
 
-from qrlora_deploy.coefficients import write_coefficients
+from qrlora_deploy.formats.coefficients import write_coefficients
 from qrlora_deploy.runtime import Predictor, open_bundle
 from tests.cli.running import environment, run, run_here, succeed
 from tests.runtime.fire import made_up_customer

@@ -61,7 +61,7 @@ def test_nothing_happens_in_another_thread() -> None:
 def test_a_command_ends_with_the_signals_code(
     number: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("qrlora_deploy.doctor.examine", lambda progress: os.kill(os.getpid(), number))
+    monkeypatch.setattr("qrlora_deploy.inspection.doctor.examine", lambda progress: os.kill(os.getpid(), number))
     # A shell's background job ignores it, and so would this process.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -78,7 +78,7 @@ SWALLOWED = """
 import os, signal, sys, time
 from pathlib import Path
 from qrlora_deploy.cli import signals
-from qrlora_deploy.temporary import temporary_folder
+from qrlora_deploy.io.temporary import temporary_folder
 
 signals.PATIENCE_S = 0.2
 with signals.raised_signals(), temporary_folder(Path(sys.argv[1]), "out") as folder:

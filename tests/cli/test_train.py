@@ -42,7 +42,7 @@ def stop_before_writing(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("qrlora_deploy.coefficients.write_coefficients", interrupt)
+        patched.setattr("qrlora_deploy.formats.coefficients.write_coefficients", interrupt)
         assert run_here(*RESUMED, *SETTINGS, cwd=place).code == 130
     return place / ".out.work"
 

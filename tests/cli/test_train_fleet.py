@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from qrlora_deploy.cli.train_fleet import parse_shard
-from qrlora_deploy.coefficients import read_coefficients
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.files import digest_file
+from qrlora_deploy.formats.coefficients import read_coefficients
+from qrlora_deploy.io.files import digest_file
 from tests.cli.running import environment, run, run_here, succeed
 from tests.training.fleet.making import AS_ALONE_AFTER_LONG, check_same, random_rows, without_dropout, write_rows
 

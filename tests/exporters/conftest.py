@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from exporters.onnx import export_merged, export_switchable
-from qrlora_deploy.basis import Basis
-from qrlora_deploy.checkpoint import open_checkpoint
-from qrlora_deploy.coefficients import Coefficients
-from qrlora_deploy.exporting import ExportJob
-from qrlora_deploy.training.data import Examples
+from qrlora_deploy.data.examples import Examples
+from qrlora_deploy.export.registry import ExportJob
+from qrlora_deploy.formats.basis import Basis
+from qrlora_deploy.formats.coefficients import Coefficients
+from qrlora_deploy.models.checkpoint import open_checkpoint
 
 InPrecision = Callable[[str, str], Path]
 

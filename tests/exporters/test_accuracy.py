@@ -10,13 +10,13 @@ import torch
 
 from exporters.onnx import export_merged, export_switchable
 from exporters.onnx.accuracy import MAX_ROWS, Labelled, choose_labelled, measure_accuracy
-from qrlora_deploy.basis import Basis
-from qrlora_deploy.checkpoint import Checkpoint, open_checkpoint
-from qrlora_deploy.coefficients import Coefficients
+from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import CheckFailed, InputError
-from qrlora_deploy.exporting import ExportJob
-from qrlora_deploy.merging import merge_model
-from qrlora_deploy.training.data import Examples
+from qrlora_deploy.export.registry import ExportJob
+from qrlora_deploy.formats.basis import Basis
+from qrlora_deploy.formats.coefficients import Coefficients
+from qrlora_deploy.merging.checkpoints import merge_model
+from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
 from tests.cli.running import run_here, succeed_here
 from tests.tiny import LABELS, SENTENCES
 

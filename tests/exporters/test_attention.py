@@ -11,14 +11,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from exporters.onnx import export_merged
 from exporters.onnx.attention import onnx_attention, onnx_mask
-from qrlora_deploy.checkpoint import open_checkpoint
-from qrlora_deploy.coefficients import Coefficients
-from qrlora_deploy.exporting import ExportJob
-from qrlora_deploy.factorizing import factorize
-from qrlora_deploy.rank_rule import RankRule
+from qrlora_deploy.data.examples import Examples
+from qrlora_deploy.export.registry import ExportJob
+from qrlora_deploy.factorization.from_checkpoint import factorize
+from qrlora_deploy.formats.coefficients import Coefficients
+from qrlora_deploy.models.checkpoint import open_checkpoint
+from qrlora_deploy.models.targets import choose_targets
+from qrlora_deploy.rank_rules.rule import RankRule
 from qrlora_deploy.runtime import open_bundle, verify
-from qrlora_deploy.targets import choose_targets
-from qrlora_deploy.training.data import Examples
 from tests.tiny import build_tokenizer
 from tests.tolerances import FP32_SIDE_BRANCH
 

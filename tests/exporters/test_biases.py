@@ -8,11 +8,11 @@ import torch
 
 from exporters.onnx.biases import fold_attention_biases
 from exporters.onnx.switchable import make_switchable
-from qrlora_deploy.checkpoint import open_checkpoint
-from qrlora_deploy.factorizing import factorize
-from qrlora_deploy.rank_rule import RankRule
-from qrlora_deploy.runtime.layout import SLOT, TABLE
-from qrlora_deploy.targets import choose_targets
+from qrlora_deploy.factorization.from_checkpoint import factorize
+from qrlora_deploy.models.checkpoint import open_checkpoint
+from qrlora_deploy.models.targets import choose_targets
+from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.runtime.bundle.row_layout import SLOT, TABLE
 from tests.exporters.test_switchable import save_encoder
 from tests.tolerances import FP32_SIDE_BRANCH
 

@@ -13,15 +13,15 @@ from onnx import numpy_helper
 
 from exporters.onnx import export_merged, export_switchable
 from exporters.onnx.calibrating import MAX_ROWS, calibration_inputs, calibration_record, choose_rows
-from qrlora_deploy.basis import Basis
-from qrlora_deploy.checkpoint import open_checkpoint
-from qrlora_deploy.coefficients import Coefficients
+from qrlora_deploy.data.examples import Examples, TextRows
 from qrlora_deploy.errors import FileFormatError, InputError
-from qrlora_deploy.exporting import ExportJob
+from qrlora_deploy.export.registry import ExportJob
+from qrlora_deploy.formats.basis import Basis
+from qrlora_deploy.formats.coefficients import Coefficients
+from qrlora_deploy.models.checkpoint import open_checkpoint
 from qrlora_deploy.runtime import SwitchableSession, open_bundle, verify
-from qrlora_deploy.runtime.layout import SLOT, TABLE
-from qrlora_deploy.runtime.parity import read_reference
-from qrlora_deploy.training.data import Examples, TextRows
+from qrlora_deploy.runtime.bundle.row_layout import SLOT, TABLE
+from qrlora_deploy.runtime.verification.parity import read_reference
 from tests.cli.running import run_here, succeed_here
 from tests.forging import reseal
 from tests.tiny import SENTENCES

@@ -12,17 +12,17 @@ import torch
 
 from exporters.onnx import attention, export_merged, export_switchable
 from exporters.onnx.attention import onnx_attention
-from qrlora_deploy.capacity import max_tokens
-from qrlora_deploy.checkpoint import open_checkpoint
-from qrlora_deploy.coefficients import Coefficients
+from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import CheckFailed, InputError, ProviderError
-from qrlora_deploy.exporting import ExportJob
-from qrlora_deploy.factorizing import factorize
-from qrlora_deploy.families import check_padding, why_unsupported
-from qrlora_deploy.rank_rule import RankRule
+from qrlora_deploy.export.registry import ExportJob
+from qrlora_deploy.factorization.from_checkpoint import factorize
+from qrlora_deploy.formats.coefficients import Coefficients
+from qrlora_deploy.models.capacity import max_tokens
+from qrlora_deploy.models.checkpoint import open_checkpoint
+from qrlora_deploy.models.families import check_padding, why_unsupported
+from qrlora_deploy.models.targets import choose_targets
+from qrlora_deploy.rank_rules.rule import RankRule
 from qrlora_deploy.runtime import open_bundle, open_session, verify
-from qrlora_deploy.targets import choose_targets
-from qrlora_deploy.training.data import Examples
 from tests.tiny import build_tokenizer
 from tests.tolerances import FP32_ONNX, FP32_SIDE_BRANCH
 

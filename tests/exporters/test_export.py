@@ -10,15 +10,15 @@ import pytest
 from exporters.onnx import export as export_module
 from exporters.onnx import export_merged, verify_against
 from exporters.onnx.reference import Texts, build_reference
-from qrlora_deploy.basis import Basis
-from qrlora_deploy.checkpoint import open_checkpoint
-from qrlora_deploy.coefficients import Coefficients
+from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import BasisMismatchError, CheckFailed, InputError, ProviderError
-from qrlora_deploy.exporting import ExportJob
-from qrlora_deploy.merging import merge_model
+from qrlora_deploy.export.registry import ExportJob
+from qrlora_deploy.formats.basis import Basis
+from qrlora_deploy.formats.coefficients import Coefficients
+from qrlora_deploy.merging.checkpoints import merge_model
+from qrlora_deploy.models.checkpoint import open_checkpoint
 from qrlora_deploy.runtime import open_bundle, open_session, verify
-from qrlora_deploy.runtime.parity import Case, read_reference
-from qrlora_deploy.training.data import Examples
+from qrlora_deploy.runtime.verification.parity import Case, read_reference
 from tests.tiny import SENTENCES
 from tests.tolerances import FP32_ONNX, FP32_SIDE_BRANCH
 

@@ -13,13 +13,13 @@ from exporters.onnx.attention import use_onnx_attention
 from exporters.onnx.biases import fold_attention_biases
 from exporters.onnx.graph import write_graph
 from exporters.onnx.joining import JoinedBranch, join_branches, joins
-from exporters.onnx.packing import Packing
+from exporters.onnx.padding_free import Packing
 from exporters.onnx.switchable import CustomerRows, TableBranch, _runs, make_switchable
-from qrlora_deploy.factorizing import factorize
-from qrlora_deploy.rank_rule import RankRule
-from qrlora_deploy.runtime.layout import SLOT, TABLE
-from qrlora_deploy.runtime.token_index import TOKEN_INDEX, kept_tokens
-from qrlora_deploy.targets import choose_targets
+from qrlora_deploy.factorization.from_checkpoint import factorize
+from qrlora_deploy.models.targets import choose_targets
+from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.runtime.bundle.row_layout import SLOT, TABLE
+from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX, kept_tokens
 from tests.exporters.test_biases import IDS, MASK, load
 from tests.tolerances import FP32_SIDE_BRANCH
 

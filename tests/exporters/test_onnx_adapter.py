@@ -14,12 +14,12 @@ import torch
 from onnx import numpy_helper
 
 from exporters.onnx_adapter import export_adapter
-from qrlora_deploy.adapter import attach, set_coefficients
-from qrlora_deploy.basis import Basis
-from qrlora_deploy.checkpoint import Checkpoint, open_checkpoint
-from qrlora_deploy.coefficients import Coefficients, write_coefficients
 from qrlora_deploy.errors import BasisMismatchError, CheckFailed, InputError, QrloraError
-from qrlora_deploy.exporting import ExportJob, find_exporter
+from qrlora_deploy.export.registry import ExportJob, find_exporter
+from qrlora_deploy.formats.basis import Basis
+from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
+from qrlora_deploy.models.adapter import attach, set_coefficients
+from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
 from tests.cli.running import run_here, succeed_here
 from tests.tiny import SENTENCES
 from tests.tolerances import EXACT, FP32_ONNX

@@ -9,17 +9,17 @@ import torch
 
 from exporters.onnx import export_merged, export_switchable
 from exporters.onnx.attention import Heads, attend, use_onnx_attention
-from exporters.onnx.packing import Packing, pack_blocks
-from qrlora_deploy.checkpoint import open_checkpoint
-from qrlora_deploy.coefficients import Coefficients
+from exporters.onnx.padding_free import Packing, pack_blocks
+from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.exporting import ExportJob
-from qrlora_deploy.factorizing import factorize
-from qrlora_deploy.rank_rule import RankRule
+from qrlora_deploy.export.registry import ExportJob
+from qrlora_deploy.factorization.from_checkpoint import factorize
+from qrlora_deploy.formats.coefficients import Coefficients
+from qrlora_deploy.models.checkpoint import open_checkpoint
+from qrlora_deploy.models.targets import choose_targets
+from qrlora_deploy.rank_rules.rule import RankRule
 from qrlora_deploy.runtime import open_bundle, open_session, verify
-from qrlora_deploy.runtime.token_index import TOKEN_INDEX, kept_tokens, write_kept_tokens
-from qrlora_deploy.targets import choose_targets
-from qrlora_deploy.training.data import Examples
+from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX, kept_tokens, write_kept_tokens
 from tests.exporters.test_attention import save_classifier
 from tests.exporters.test_switchable import save_encoder
 from tests.tolerances import FP32_ONNX, FP32_SIDE_BRANCH

@@ -27,16 +27,16 @@ from transformers import (
 
 from exporters.onnx.customers import base_customer
 from exporters.peft import export_peft
-from qrlora_deploy.adapter import attach, set_coefficients
-from qrlora_deploy.basis import Basis
-from qrlora_deploy.checkpoint import Checkpoint, open_checkpoint
-from qrlora_deploy.coefficients import Coefficients
 from qrlora_deploy.errors import BasisMismatchError, InputError
-from qrlora_deploy.exporting import ExportJob, find_exporter
-from qrlora_deploy.factorizing import factorize
-from qrlora_deploy.rank_rule import RankRule
-from qrlora_deploy.targets import choose_targets
-from qrlora_deploy.training.head import output_layer
+from qrlora_deploy.export.registry import ExportJob, find_exporter
+from qrlora_deploy.factorization.from_checkpoint import factorize
+from qrlora_deploy.formats.basis import Basis
+from qrlora_deploy.formats.coefficients import Coefficients
+from qrlora_deploy.models.adapter import attach, set_coefficients
+from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
+from qrlora_deploy.models.targets import choose_targets
+from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.tasks.head import output_layer
 from tests.cli.running import run_here, succeed_here
 from tests.tiny import SENTENCES, build_tokenizer
 from tests.tolerances import EXACT, FP32_SIDE_BRANCH

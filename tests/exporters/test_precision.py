@@ -14,17 +14,17 @@ import torch
 from exporters.onnx import export as export_module
 from exporters.onnx import export_merged, export_switchable, verify_against
 from exporters.onnx.precision import cast_inside
-from qrlora_deploy.basis import Basis
-from qrlora_deploy.checkpoint import open_checkpoint
-from qrlora_deploy.coefficients import Coefficients
+from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import CheckFailed, InputError, ProviderError, QrloraError
-from qrlora_deploy.exporting import ExportJob
-from qrlora_deploy.factorizing import factorize
-from qrlora_deploy.rank_rule import RankRule
+from qrlora_deploy.export.registry import ExportJob
+from qrlora_deploy.factorization.from_checkpoint import factorize
+from qrlora_deploy.formats.basis import Basis
+from qrlora_deploy.formats.coefficients import Coefficients
+from qrlora_deploy.models.checkpoint import open_checkpoint
+from qrlora_deploy.models.targets import choose_targets
+from qrlora_deploy.rank_rules.rule import RankRule
 from qrlora_deploy.runtime import SwitchableSession, open_bundle, open_session, verify
-from qrlora_deploy.runtime.parity import BOUNDS, Case, check_parity, read_reference
-from qrlora_deploy.targets import choose_targets
-from qrlora_deploy.training.data import Examples
+from qrlora_deploy.runtime.verification.parity import BOUNDS, Case, check_parity, read_reference
 from tests.cli.running import run_here, succeed_here
 from tests.exporters.conftest import InPrecision
 from tests.exporters.test_switchable import save_encoder
@@ -105,7 +105,7 @@ def test_encoders_in_fp16(name: str, tmp_path: Path, texts: Examples) -> None:
 
 
 def test_merged_weights_are_rounded_once(tiny_base: Path, tiny_basis: Basis, tiny_customer: Coefficients) -> None:
-    from qrlora_deploy.merging import merge_model
+    from qrlora_deploy.merging.checkpoints import merge_model
 
     checkpoint = open_checkpoint(str(tiny_base))
     exact, rounded = checkpoint.load_model(), checkpoint.load_model()

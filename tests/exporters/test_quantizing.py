@@ -16,14 +16,14 @@ from exporters.onnx import export_switchable, quantizing, verify_against
 from exporters.onnx.graph import write_graph
 from exporters.onnx.quantizing import quantize_graph
 from exporters.onnx.saturation import products_saturate
-from qrlora_deploy.basis import Basis
-from qrlora_deploy.checkpoint import open_checkpoint
-from qrlora_deploy.coefficients import Coefficients
+from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import CheckFailed, InputError, QrloraError
-from qrlora_deploy.exporting import ExportJob
+from qrlora_deploy.export.registry import ExportJob
+from qrlora_deploy.formats.basis import Basis
+from qrlora_deploy.formats.coefficients import Coefficients
+from qrlora_deploy.models.checkpoint import open_checkpoint
 from qrlora_deploy.runtime import SwitchableSession, open_bundle, verify
-from qrlora_deploy.runtime.parity import BOUNDS, Case, check_parity, read_reference
-from qrlora_deploy.training.data import Examples
+from qrlora_deploy.runtime.verification.parity import BOUNDS, Case, check_parity, read_reference
 from tests.cli.running import succeed_here
 from tests.exporters.conftest import InPrecision
 from tests.tolerances import INT8_ROWS

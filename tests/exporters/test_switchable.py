@@ -24,17 +24,17 @@ from transformers import (
 from exporters.onnx import export as export_module
 from exporters.onnx import export_switchable, verify_against
 from exporters.onnx.customers import base_customer
-from qrlora_deploy.basis import Basis
-from qrlora_deploy.checkpoint import open_checkpoint
-from qrlora_deploy.coefficients import Coefficients
+from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import BasisMismatchError, CheckFailed, InputError
-from qrlora_deploy.exporting import ExportJob
-from qrlora_deploy.factorizing import factorize
-from qrlora_deploy.rank_rule import RankRule
+from qrlora_deploy.export.registry import ExportJob
+from qrlora_deploy.factorization.from_checkpoint import factorize
+from qrlora_deploy.formats.basis import Basis
+from qrlora_deploy.formats.coefficients import Coefficients
+from qrlora_deploy.models.checkpoint import open_checkpoint
+from qrlora_deploy.models.targets import choose_targets
+from qrlora_deploy.rank_rules.rule import RankRule
 from qrlora_deploy.runtime import open_bundle, verify
-from qrlora_deploy.runtime.parity import read_reference
-from qrlora_deploy.targets import choose_targets
-from qrlora_deploy.training.data import Examples
+from qrlora_deploy.runtime.verification.parity import read_reference
 from tests.tiny import build_tokenizer
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}

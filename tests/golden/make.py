@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from qrlora_deploy.basis import Basis, BasisTarget, write_basis
-from qrlora_deploy.coefficients import Coefficients, write_coefficients
-from qrlora_deploy.rank_rule import RankRule
+from qrlora_deploy.formats.basis import Basis, BasisTarget, write_basis
+from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
+from qrlora_deploy.rank_rules.rule import RankRule
 
 FOLDER = Path(__file__).parent
 BASIS_FILE = FOLDER / "basis.safetensors"

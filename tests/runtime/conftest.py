@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qrlora_deploy.coefficients import Coefficients
+from qrlora_deploy.formats.coefficients import Coefficients
 from tests.runtime.place import Place
 
 

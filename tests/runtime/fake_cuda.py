@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from qrlora_deploy.runtime import cuda
+from qrlora_deploy.runtime.table.table import cuda
 
 INVALID, OUT_OF_MEMORY, NO_DEVICE, CAPTURE_UNSAFE = 1, 2, 100, 900
 GLOBAL_MODE = 0
@@ -53,7 +53,7 @@ class FakeCuda:
         return call
 
     def install(self, patch: pytest.MonkeyPatch) -> "FakeCuda":
-        """Take the place of the library in `qrlora_deploy.runtime.cuda`."""
+        """Take the place of the library in `qrlora_deploy.runtime.table.cuda`."""
         patch.setattr(cuda, "cuda_runtime", lambda: self)
         patch.setattr(cuda, "held_cuda_runtime", lambda: self)
         return self

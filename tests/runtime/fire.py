@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from qrlora_deploy.coefficients import Coefficients
 from qrlora_deploy.errors import InputError
+from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.runtime import Buckets, Manifest, SwitchableSession, open_bundle
 
 MARGIN = 1e-3

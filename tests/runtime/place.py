@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from qrlora_deploy.coefficients import Coefficients, write_coefficients
-from qrlora_deploy.runtime.bundle import open_bundle
-from qrlora_deploy.runtime.store import CustomerStore, StoreEvent
-from qrlora_deploy.runtime.switchable import SwitchableSession
+from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
+from qrlora_deploy.runtime.bundle.bundle import open_bundle
+from qrlora_deploy.runtime.customers.store import CustomerStore, StoreEvent
+from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
 
 DEADLINE_S = 10.0
 INPUTS = {

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qrlora_deploy.basis import Basis
-from qrlora_deploy.checkpoint import open_checkpoint
-from qrlora_deploy.coefficients import Coefficients
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.files import write_json
-from qrlora_deploy.temporary import LOCK
+from qrlora_deploy.formats.basis import Basis
+from qrlora_deploy.formats.coefficients import Coefficients
+from qrlora_deploy.io.files import write_json
+from qrlora_deploy.io.temporary import LOCK
+from qrlora_deploy.models.checkpoint import open_checkpoint
 from qrlora_deploy.training.checkpoints import DIGESTS, SETTINGS, STATE, checkpoints, last_whole, run_folder
 from qrlora_deploy.training.trainer import train
 from tests.training.test_trainer import EXAMPLES, FLIPPED, settings_of

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from qrlora_deploy.basis import Basis
-from qrlora_deploy.checkpoint import open_checkpoint
 from qrlora_deploy.cli.options import BY_COEFFICIENTS
-from qrlora_deploy.coefficients import read_coefficients
+from qrlora_deploy.data.examples import read_examples
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.training.data import read_examples
+from qrlora_deploy.formats.basis import Basis
+from qrlora_deploy.formats.coefficients import read_coefficients
+from qrlora_deploy.models.checkpoint import open_checkpoint
 from qrlora_deploy.training.fleet.options import FleetOptions
 from qrlora_deploy.training.fleet.plan import FleetSource
 from qrlora_deploy.training.fleet.run import train_fleet

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from qrlora_deploy.adapter import attach, set_coefficients
-from qrlora_deploy.basis import Basis, read_basis
-from qrlora_deploy.checkpoint import Checkpoint, open_checkpoint
-from qrlora_deploy.coefficients import Coefficients, read_coefficients, write_coefficients
+from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import InputError, ProviderError, QrloraError
-from qrlora_deploy.files import digest_file
-from qrlora_deploy.training.data import Examples
+from qrlora_deploy.formats.basis import Basis, read_basis
+from qrlora_deploy.formats.coefficients import Coefficients, read_coefficients, write_coefficients
+from qrlora_deploy.io.files import digest_file
+from qrlora_deploy.models.adapter import attach, set_coefficients
+from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.training.loop import SmallTrainer
 from qrlora_deploy.training.settings import TrainSettings
 from qrlora_deploy.training.trainer import train
@@ -55,8 +55,8 @@ def settings_of(**changes: object) -> TrainSettings:
 CHILD = """
 import sys, time
 from pathlib import Path
-from qrlora_deploy.basis import read_basis
-from qrlora_deploy.checkpoint import open_checkpoint
+from qrlora_deploy.formats.basis import read_basis
+from qrlora_deploy.models.checkpoint import open_checkpoint
 from qrlora_deploy.training.trainer import train
 from tests.training.test_trainer import EXAMPLES, settings_of
 

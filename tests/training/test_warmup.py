@@ -8,10 +8,10 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertModel
 
-from qrlora_deploy.checkpoint import Checkpoint, open_checkpoint
+from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import InputError, ProviderError, QrloraError
-from qrlora_deploy.files import digest_file
-from qrlora_deploy.training.data import Examples
+from qrlora_deploy.io.files import digest_file
+from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.training.settings import WarmupSettings
 from qrlora_deploy.training.warmup import warmup
 from tests.tiny import LABELS, SENTENCES, save_base

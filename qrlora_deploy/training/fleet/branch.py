@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from qrlora_deploy.adapter import QRLoRALinear, SideBranch, attach, detach, precondition, resolve_layer
-from qrlora_deploy.basis import Basis
+from qrlora_deploy.formats.basis import Basis
+from qrlora_deploy.models.adapter import QRLoRALinear, SideBranch, attach, detach, precondition, resolve_layer
 
 RANK_STEP = 8
 """Ranks are padded to a multiple of this by zeros: a GPU multiplies bf16 matrices of other sizes many times slower."""

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from qrlora_deploy.tasks.tasks import REGRESSION
 from qrlora_deploy.training.fleet.model import FleetModel
 from qrlora_deploy.training.fleet.plan import Customer
 from qrlora_deploy.training.fleet.pool import PackedRows, RowPool
@@ -15,7 +16,6 @@ from qrlora_deploy.training.fleet.scoring import Answers
 from qrlora_deploy.training.fleet.shipping import ship
 from qrlora_deploy.training.fleet.tokens import TokenRows
 from qrlora_deploy.training.settings import TrainSettings
-from qrlora_deploy.training.tasks import REGRESSION
 
 CHUNK_TOKENS = {"cpu": 2048, "cuda": 65536}
 """Tokens of a chunk, padding included: few enough for a CPU's cache, enough to fill a GPU."""

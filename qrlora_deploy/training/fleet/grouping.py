@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qrlora_deploy.data.examples import Examples, examples_of, label_name_of, read_examples, text_names
+from qrlora_deploy.data.labels import settled, text_of
+from qrlora_deploy.data.readers import READERS, Columns, Table, read_table
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.training.data import Examples, examples_of, label_name_of, read_examples, text_names
-from qrlora_deploy.training.labels import settled, text_of
-from qrlora_deploy.training.reading import READERS, Columns, Table, read_table
 
 Keeps = Callable[[str], bool]
 

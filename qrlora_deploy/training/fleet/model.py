@@ -9,15 +9,11 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from qrlora_deploy.adapter import resolve_layer
-from qrlora_deploy.basis import Basis
-from qrlora_deploy.checkpoint import Checkpoint
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.training.fleet.branch import RowHead, RowLinear, RowValues, attach_rows, padded_rank
-from qrlora_deploy.training.fleet.shipping import ship
-from qrlora_deploy.training.fleet.table import AdamTable
-from qrlora_deploy.training.fleet.tokens import IDS
-from qrlora_deploy.training.head import (
+from qrlora_deploy.formats.basis import Basis
+from qrlora_deploy.models.adapter import resolve_layer
+from qrlora_deploy.models.checkpoint import Checkpoint
+from qrlora_deploy.tasks.head import (
     Outputs,
     base_outputs,
     check_not_adapted,
@@ -25,11 +21,15 @@ from qrlora_deploy.training.head import (
     draw_weight,
     output_layer,
 )
-from qrlora_deploy.training.layout import Layout
+from qrlora_deploy.training.fleet.branch import RowHead, RowLinear, RowValues, attach_rows, padded_rank
+from qrlora_deploy.training.fleet.shipping import ship
+from qrlora_deploy.training.fleet.table import AdamTable
+from qrlora_deploy.training.fleet.tokens import IDS
 from qrlora_deploy.training.loop import halve_frozen, has_bf16, load_tokenizer, mixed_precision
 from qrlora_deploy.training.settings import TrainSettings
-from qrlora_deploy.training.trunk import SplitModel, split_model
-from qrlora_deploy.training.upper import Upper
+from qrlora_deploy.training.trunk.padding_free import Layout
+from qrlora_deploy.training.trunk.split import SplitModel, split_model
+from qrlora_deploy.training.trunk.upper import Upper
 
 MASK = "attention_mask"
 

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qrlora_deploy.coefficients import SUFFIX
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.outputs import check_file, check_report_folder
-from qrlora_deploy.temporary import remove_dead
+from qrlora_deploy.formats.coefficients import SUFFIX
+from qrlora_deploy.io.outputs import check_file, check_report_folder
+from qrlora_deploy.io.temporary import remove_dead
 from qrlora_deploy.training.fleet.plan import Customer, Shard
 from qrlora_deploy.training.fleet.summary import TRAINED, Line, summary_file
 

@@ -5,15 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qrlora_deploy.checkpoint import Checkpoint
-from qrlora_deploy.coefficients import CUSTOMER_ID
+from qrlora_deploy.data.examples import Examples, check_alike
+from qrlora_deploy.data.labels import WHOLE
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.training.data import Examples, check_alike
+from qrlora_deploy.formats.coefficients import CUSTOMER_ID
+from qrlora_deploy.models.checkpoint import Checkpoint
+from qrlora_deploy.tasks.head import Outputs, base_outputs, frozen_outputs, own_outputs
+from qrlora_deploy.tasks.tasks import REGRESSION, encode_labels
 from qrlora_deploy.training.fleet.grouping import Groups, read_groups
-from qrlora_deploy.training.head import Outputs, base_outputs, frozen_outputs, own_outputs
-from qrlora_deploy.training.labels import WHOLE
 from qrlora_deploy.training.settings import TrainSettings
-from qrlora_deploy.training.tasks import REGRESSION, encode_labels
 
 Targets = Sequence[int] | Sequence[float]
 

@@ -7,7 +7,7 @@ import torch
 
 from qrlora_deploy.training.fleet.shipping import ship
 from qrlora_deploy.training.fleet.tokens import TokenRows
-from qrlora_deploy.training.layout import Layout, packed_layout
+from qrlora_deploy.training.trunk.padding_free import Layout, packed_layout
 
 
 @dataclass(frozen=True)

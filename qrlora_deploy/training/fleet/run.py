@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from qrlora_deploy.basis import Basis
-from qrlora_deploy.capacity import segment_rows
-from qrlora_deploy.checkpoint import Checkpoint, check_basis_fits
 from qrlora_deploy.errors import InputError, QrloraError
+from qrlora_deploy.formats.basis import Basis
+from qrlora_deploy.models.capacity import segment_rows
+from qrlora_deploy.models.checkpoint import Checkpoint, check_basis_fits
 from qrlora_deploy.training.fleet.engine import Engine, free_share
 from qrlora_deploy.training.fleet.model import FleetModel
 from qrlora_deploy.training.fleet.options import FleetOptions, FleetReport
@@ -30,7 +30,7 @@ from qrlora_deploy.training.fleet.tokens import RowEncoder, TokenRows, TokensAhe
 from qrlora_deploy.training.fleet.writing import Origin, Trained, Writer
 from qrlora_deploy.training.record import Ran
 from qrlora_deploy.training.settings import TrainSettings, choose_device
-from qrlora_deploy.training.trunk_memory import free_bytes
+from qrlora_deploy.training.trunk.memory import free_bytes
 
 Progress = Callable[[int, int, int], None]
 

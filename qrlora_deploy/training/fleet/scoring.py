@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qrlora_deploy.training.tasks import CLASSIFICATION, METRICS, REGRESSION, score
+from qrlora_deploy.tasks.tasks import CLASSIFICATION, METRICS, REGRESSION, score
 
 
 @dataclass(frozen=True)

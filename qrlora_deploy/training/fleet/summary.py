@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qrlora_deploy.coefficients import read_coefficients
-from qrlora_deploy.errors import InputError
-from qrlora_deploy.files import atomic_file
-from qrlora_deploy.text import shortened
+from qrlora_deploy.errors import InputError, shortened
+from qrlora_deploy.formats.coefficients import read_coefficients
+from qrlora_deploy.io.files import atomic_file
 from qrlora_deploy.training.fleet.plan import Customer, Shard
 from qrlora_deploy.training.settings import TrainSettings, fingerprint
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from qrlora_deploy.capacity import check_segments
+from qrlora_deploy.data.cutting import cut_texts
+from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import InputError, first_line
-from qrlora_deploy.training.cutting import cut_texts
-from qrlora_deploy.training.data import Examples
+from qrlora_deploy.models.capacity import check_segments
 from qrlora_deploy.training.fleet.plan import Customer
 from qrlora_deploy.training.loop import build_rows
 

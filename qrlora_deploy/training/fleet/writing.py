@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from qrlora_deploy.coefficients import Coefficients, write_coefficients
+from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
 from qrlora_deploy.training.fleet.model import Learnt
 from qrlora_deploy.training.fleet.plan import Customer
 from qrlora_deploy.training.fleet.summary import RUN, Line, run_digest, trained_line

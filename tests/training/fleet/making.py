@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qrlora_deploy.coefficients import Coefficients
+from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.training.settings import TrainSettings
 from tests.tiny import LABELS, SENTENCES
 from tests.tolerances import Tolerance

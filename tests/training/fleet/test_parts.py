@@ -9,6 +9,7 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import get_linear_schedule_with_warmup
 
+from qrlora_deploy.tasks.tasks import CLASSIFICATION, score
 from qrlora_deploy.training.fleet.branch import RowHead, RowValues
 from qrlora_deploy.training.fleet.engine import _places
 from qrlora_deploy.training.fleet.pool import RowPool
@@ -17,7 +18,6 @@ from qrlora_deploy.training.fleet.scoring import Answers, count_scores, score_an
 from qrlora_deploy.training.fleet.shipping import in_one_copy, ship
 from qrlora_deploy.training.fleet.table import AdamTable
 from qrlora_deploy.training.fleet.tokens import TokenRows
-from qrlora_deploy.training.tasks import CLASSIFICATION, score
 from tests.tolerances import FP32_SIDE_BRANCH, Tolerance
 from tests.training.fleet.making import settings_of
 

@@ -7,9 +7,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from qrlora_deploy.checkpoint import Checkpoint, open_checkpoint
+from qrlora_deploy.data.examples import read_examples
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.training.data import read_examples
+from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.training.fleet.grouping import read_groups
 from qrlora_deploy.training.fleet.plan import FleetSource, Shard, plan_fleet
 from tests.training.fleet.making import random_rows, settings_of, write_rows

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from qrlora_deploy.basis import Basis
-from qrlora_deploy.checkpoint import Checkpoint, open_checkpoint
-from qrlora_deploy.coefficients import Coefficients, read_coefficients
+from qrlora_deploy.data.examples import Examples, read_examples
 from qrlora_deploy.errors import InputError, QrloraError
-from qrlora_deploy.files import digest_file
-from qrlora_deploy.temporary import lock_folder, temporary_folder
-from qrlora_deploy.training.data import Examples, read_examples
+from qrlora_deploy.formats.basis import Basis
+from qrlora_deploy.formats.coefficients import Coefficients, read_coefficients
+from qrlora_deploy.io.files import digest_file
+from qrlora_deploy.io.temporary import lock_folder, temporary_folder
+from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
+from qrlora_deploy.tasks.head import Outputs
 from qrlora_deploy.training.fleet import engine as fleet_engine
 from qrlora_deploy.training.fleet import model as fleet_model
 from qrlora_deploy.training.fleet import pool as fleet_pool
@@ -29,7 +30,6 @@ from qrlora_deploy.training.fleet.plan import Customer, FleetSource
 from qrlora_deploy.training.fleet.run import train_fleet
 from qrlora_deploy.training.fleet.schedule import StepRows
 from qrlora_deploy.training.fleet.shipping import in_one_copy
-from qrlora_deploy.training.head import Outputs
 from qrlora_deploy.training.loop import halve_frozen
 from qrlora_deploy.training.settings import TrainSettings
 from qrlora_deploy.training.trainer import train

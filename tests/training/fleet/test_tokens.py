@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import tokenizers
 
+from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.training.data import Examples
+from qrlora_deploy.tasks.head import Outputs
 from qrlora_deploy.training.fleet import tokens
 from qrlora_deploy.training.fleet.plan import Customer
 from qrlora_deploy.training.fleet.tokens import RowEncoder, TokenRows, TokensAhead
-from qrlora_deploy.training.head import Outputs
 from qrlora_deploy.training.loop import build_rows
 from tests.tiny import SENTENCES, build_tokenizer
 

@@ -1,0 +1,1 @@
+"""What an older release offered and this one still understands, with a warning."""

@@ -1,0 +1,1 @@
+"""Exporters and how they are found."""

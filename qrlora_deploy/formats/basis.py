@@ -1,0 +1,192 @@
+"""The basis: frozen factors `Q`, `R` of every target weight, shared by all customers of a base."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel
+
+from qrlora_deploy.errors import FileFormatError, InputError
+from qrlora_deploy.io.files import digest_arrays, read_tensors, write_tensors
+from qrlora_deploy.io.strict import Record, from_value
+from qrlora_deploy.rank_rules.rule import RankRule
+
+FORMAT = "qrlora-basis"
+FORMAT_VERSION = 1
+
+
+class _StoredTarget(BaseModel):
+    """What a file says of one target beside its tensors."""
+
+    name: str
+    rank: int
+    weight_digest: str
+
+
+class _StoredRule(Record):
+    """`RankRule` as it is stored."""
+
+    tau: float | None
+    rank: int | None
+
+
+class _Stored(BaseModel):
+    """What a file says beside its tensors; other fields are passed over."""
+
+    base_name: str
+    basis_digest: str
+    rule: _StoredRule
+    targets: list[_StoredTarget]
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class BasisTarget:
+    """The factors of one weight `W [out, in]`.
+
+    Attributes:
+        name: module path of the layer.
+        q: `[out, rank]` fp32, orthonormal columns.
+        r: `[rank, in]` fp32, columns in the order of `W`.
+        diagonal: `[min(out, in)]` fp32, the whole diagonal of R, from which the rank came.
+        weight_digest: SHA-256 of the stored bytes of the weight that was factorized.
+    """
+
+    name: str
+    q: np.ndarray
+    r: np.ndarray
+    diagonal: np.ndarray
+    weight_digest: str
+
+    @property
+    def rank(self) -> int:
+        """Number of directions kept, the number of coefficients of this target."""
+        return int(self.q.shape[1])
+
+    @property
+    def energy(self) -> float:
+        """Share of the diagonal's squared norm in the kept directions; 1 for a zero weight."""
+        energies = np.square(self.diagonal.astype(np.float64))
+        total = float(energies.sum())
+        return float(energies[: self.rank].sum()) / total if total else 1.0
+
+    @property
+    def condition(self) -> float:
+        """`|R_11| / |R_rr|`; infinite where the last kept direction is zero."""
+        last = float(self.diagonal[self.rank - 1])
+        return float(self.diagonal[0]) / last if last else float("inf")
+
+
+@dataclass(frozen=True)
+class Basis:
+    """All targets of a base in a fixed order, which is the order of a customer's coefficients."""
+
+    targets: tuple[BasisTarget, ...]
+    base_name: str
+    rule: RankRule
+    versions: dict[str, str]
+
+    @property
+    def names(self) -> list[str]:
+        """Module paths in order."""
+        return [target.name for target in self.targets]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Rank of each target, in order."""
+        return {target.name: target.rank for target in self.targets}
+
+    @property
+    def total_rank(self) -> int:
+        """Length of a customer's coefficient vector."""
+        return sum(target.rank for target in self.targets)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over `Q`, `R` and the diagonal of every target, in order."""
+        return digest_arrays(_tensors(self.targets))
+
+    def split(self, values: np.ndarray) -> dict[str, np.ndarray]:
+        """Cut a flat vector `[total_rank]` into one `[rank]` per target.
+
+        Raises:
+            InputError: the length does not fit; the message names what was expected.
+        """
+        if values.shape != (self.total_rank,):
+            ranks = "+".join(str(rank) for rank in self.ranks.values())
+            shown = ranks if len(self.targets) <= 8 else f"{len(self.targets)} targets"
+            raise InputError(
+                f"coefficients do not fit the basis: expected {self.total_rank} values ({shown}), "
+                f"found {'x'.join(map(str, values.shape))}"
+            )
+        ends = np.cumsum(list(self.ranks.values()))[:-1]
+        return dict(zip(self.names, np.split(values, ends), strict=True))
+
+
+def _tensors(targets: Iterable[BasisTarget]) -> dict[str, np.ndarray]:
+    return {
+        f"{target.name}.{part}": array
+        for target in targets
+        for part, array in (("Q", target.q), ("R", target.r), ("diagonal", target.diagonal))
+    }
+
+
+def write_basis(basis: Basis, path: Path) -> None:
+    """Write a basis file, replacing `path` in one step; an old file survives any failure."""
+    metadata = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "base_name": basis.base_name,
+        "basis_digest": basis.digest,
+        "rule": asdict(basis.rule),
+        "targets": [
+            {"name": target.name, "rank": target.rank, "weight_digest": target.weight_digest}
+            for target in basis.targets
+        ],
+        "versions": basis.versions,
+    }
+    write_tensors(path, _tensors(basis.targets), metadata)
+
+
+def read_basis(path: Path) -> Basis:
+    """Read and validate a basis file.
+
+    Raises:
+        FileFormatError: the file is cut, changed, of another format version, or inconsistent.
+        InputError: it cannot be read.
+    """
+    tensors, metadata = read_tensors(path, FORMAT, FORMAT_VERSION, _allows)
+    stored = from_value(_Stored, metadata, f"{path}: the basis is incomplete or damaged")
+    try:
+        targets = tuple(_target(tensors, record) for record in stored.targets)
+        basis = Basis(targets, stored.base_name, RankRule(stored.rule.tau, stored.rule.rank), stored.versions)
+    except InputError as error:
+        raise FileFormatError(f"{path}: {error}") from error
+    # A target named twice would have three tensors for two sets of coefficients.
+    if not targets or len(tensors) != 3 * len(targets) or stored.basis_digest != basis.digest:
+        raise FileFormatError(f"{path}: the tensors are not those that the basis names")
+    for target in targets:
+        if not all(np.isfinite(array).all() for array in (target.q, target.r, target.diagonal)):
+            raise FileFormatError(f"{path}: {target.name} holds NaN or Inf")
+    return basis
+
+
+def _allows(metadata: dict[str, Any], name: str, shape: tuple[int, ...]) -> bool:
+    return re.fullmatch(r"[\w.\-]+\.(?:Q|R|diagonal)", name) is not None and 0 not in shape
+
+
+def _target(tensors: dict[str, np.ndarray], record: _StoredTarget) -> BasisTarget:
+    name, rank = record.name, record.rank
+    missing = [part for part in ("Q", "R", "diagonal") if f"{name}.{part}" not in tensors]
+    if missing:
+        raise FileFormatError(f"the basis is incomplete, {name} has no {' and no '.join(missing)}")
+    q, r, diagonal = (tensors[f"{name}.{part}"] for part in ("Q", "R", "diagonal"))
+    if q.ndim != 2 or r.ndim != 2 or q.shape[1] != rank or r.shape[0] != rank:
+        raise FileFormatError(f"the factors of {name} have shapes {q.shape} and {r.shape}, not of rank {rank}")
+    if diagonal.shape != (min(q.shape[0], r.shape[1]),):
+        raise FileFormatError(f"the diagonal of {name} has shape {diagonal.shape}")
+    return BasisTarget(name, q, r, diagonal, record.weight_digest)

@@ -1,0 +1,149 @@
+"""A customer: the vector `c` of all targets, and its own output head where it has one."""
+
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel
+
+from qrlora_deploy.errors import BasisMismatchError, FileFormatError, InputError
+from qrlora_deploy.formats.basis import Basis
+from qrlora_deploy.io.files import digest_arrays, read_tensors, write_tensors
+from qrlora_deploy.io.strict import from_value
+
+FORMAT = "qrlora-coefficients"
+FORMAT_VERSION = 1
+VALUES = "coefficients"
+HEAD = "head."
+
+SUFFIX = ".safetensors"
+MAX_ID_CHARACTERS = 128
+CUSTOMER_ID = re.compile(rf"[A-Za-z0-9_-][A-Za-z0-9._-]{{0,{MAX_ID_CHARACTERS - 1}}}")
+"""What a customer may be called, whose file has the name with `SUFFIX` behind it."""
+
+
+class _Stored(BaseModel):
+    """What a file says beside its tensors; other fields are passed over."""
+
+    basis_digest: str
+    basis_file: str
+    base_name: str
+    base_digest: str
+    task: str
+    labels: list[str]
+    training: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """What makes a customer, and what it was trained on.
+
+    Attributes:
+        values: `[total_rank]` fp32, in the order of the basis's targets.
+        basis_digest: the basis that gives the values a meaning.
+        base_name: folder or hub name of the base, as it was given.
+        base_digest: SHA-256 over all tensors of the base, so that a base with another head but
+            equal targets is told apart.
+        task: "text-classification" or "text-regression".
+        labels: names of the outputs.
+        head: the customer's own output layer, by tensor name of the checkpoint; empty when the
+            base's head is used.
+        basis_file: where the basis was, so that it need not be given again.
+        training: the training record (data digest, seed, steps, metrics), plain JSON values.
+    """
+
+    values: np.ndarray
+    basis_digest: str
+    base_name: str
+    base_digest: str
+    task: str
+    labels: tuple[str, ...]
+    head: dict[str, np.ndarray] = field(default_factory=dict)
+    basis_file: str = ""
+    training: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the values and the head: what the customer does, whatever its file says."""
+        head = {HEAD + name: self.head[name] for name in sorted(self.head)}
+        return digest_arrays({VALUES: self.values} | head)
+
+    def check_fits(self, basis: Basis) -> None:
+        """Make sure that the values belong to `basis`.
+
+        Raises:
+            BasisMismatchError: they were trained on another basis; both are named.
+            InputError: they have another length.
+        """
+        if self.basis_digest != basis.digest:
+            raise BasisMismatchError(
+                f"the coefficients were trained on basis {self.basis_digest[:12]}, but this basis is "
+                f"{basis.digest[:12]}; give the basis they were trained on, or train again"
+            )
+        basis.split(self.values)
+
+
+def write_coefficients(coefficients: Coefficients, path: Path) -> None:
+    """Write a coefficients file, replacing `path` in one step; an old file survives any failure.
+
+    Raises:
+        InputError: a value is NaN or Inf.
+    """
+    _check_finite(path, coefficients)
+    metadata = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "basis_digest": coefficients.basis_digest,
+        "basis_file": coefficients.basis_file,
+        "base_name": coefficients.base_name,
+        "base_digest": coefficients.base_digest,
+        "task": coefficients.task,
+        "labels": list(coefficients.labels),
+        "training": coefficients.training,
+    }
+    head = {HEAD + name: array for name, array in coefficients.head.items()}
+    write_tensors(path, {VALUES: coefficients.values} | head, metadata)
+
+
+def read_coefficients(path: Path) -> Coefficients:
+    """Read and validate a coefficients file.
+
+    Raises:
+        FileFormatError: the file is cut, changed, of another format version, holds NaN, Inf or an
+            unknown tensor. InputError: it cannot be read.
+    """
+    tensors, metadata = read_tensors(path, FORMAT, FORMAT_VERSION, _allows)
+    stored = from_value(_Stored, metadata, f"{path} is damaged")
+    if VALUES not in tensors:
+        raise FileFormatError(f"{path} is damaged: the tensor {VALUES!r} is missing")
+    coefficients = Coefficients(
+        values=tensors.pop(VALUES),
+        basis_digest=stored.basis_digest,
+        base_name=stored.base_name,
+        base_digest=stored.base_digest,
+        task=stored.task,
+        labels=tuple(stored.labels),
+        head={name.removeprefix(HEAD): array for name, array in tensors.items()},
+        basis_file=stored.basis_file,
+        training=stored.training,
+    )
+    _check_finite(path, coefficients)
+    return coefficients
+
+
+def _allows(metadata: dict[str, Any], name: str, shape: tuple[int, ...]) -> bool:
+    if name == VALUES:
+        return len(shape) == 1 and shape[0] > 0
+    return name.startswith(HEAD) and len(shape) in (1, 2)
+
+
+def _check_finite(path: Path, coefficients: Coefficients) -> None:
+    arrays = {VALUES: coefficients.values} | coefficients.head
+    wrong = [name for name, array in arrays.items() if not np.isfinite(array).all()]
+    if wrong:
+        raise FileFormatError(f"{path}: {', '.join(wrong)} holds NaN or Inf")
+    if coefficients.values.dtype != np.float32:
+        raise InputError(f"{path}: coefficients are fp32, not {coefficients.values.dtype}")

@@ -1,0 +1,1 @@
+"""What a file, a bundle or an environment is."""

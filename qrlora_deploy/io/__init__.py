@@ -1,0 +1,1 @@
+"""Files and texts from outside: strict readers, atomic outputs, temporary folders."""

@@ -1,0 +1,242 @@
+"""Reading and writing files: atomic replacement, digests, and safetensors with one metadata record.
+
+Every file of the project is written in a temporary folder beside its place, flushed to the disk
+and renamed, so a reader sees the old file or the new one, never a part.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from qrlora_deploy.errors import FileFormatError, InputError, QrloraError, library_errors
+from qrlora_deploy.io.outputs import check_file, check_free_folder, check_report_folder
+from qrlora_deploy.io.reading import check_version, is_file, parse_json, readable
+from qrlora_deploy.io.temporary import LOCK, temporary_folder
+
+METADATA_KEY = "qrlora"
+"""All metadata is one JSON text under one key: safetensors keeps no order between keys, and
+with a single one the same content gives the same bytes."""
+
+MAX_METADATA_BYTES = 16 * 2**20
+
+TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
+"""What a rename of a folder says where something is there already."""
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path of the same name; rename it over `path` when the block succeeds.
+
+    On any error the temporary file is removed and an existing `path` is left as it was. A link is
+    replaced, not what it leads to. The file gets the mode that the umask gives, whatever wrote it.
+
+    Raises:
+        InputError: the folder of `path` does not exist, or `path` is a folder, device, pipe or socket.
+        QrloraError: the disk is full or refuses the write.
+    """
+    check_file(path)
+    with _one_line(path), temporary_folder(path.parent, path.name) as place:
+        temporary = place / path.name
+        yield temporary
+        _settle(place)
+        temporary.replace(path)
+
+
+@contextmanager
+def atomic_files(folder: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder; when the block succeeds, its files replace those of `folder`, which is
+    made if it is missing. On any error all of them are as they were.
+
+    Raises:
+        InputError: `folder` or a file is something else, or the parent is missing.
+        QrloraError: the disk is full or refuses the write.
+    """
+    check_report_folder(folder)
+    with _one_line(folder), temporary_folder(folder.parent, folder.name) as place:
+        content = place / folder.name
+        content.mkdir()
+        yield content
+        _settle(place)
+        files = list(content.iterdir())
+        for file in files:
+            check_file(folder / file.name, with_parent=False)
+        folder.mkdir(exist_ok=True)
+        for file in files:
+            file.replace(folder / file.name)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder of the same name; rename it to `path` when the block succeeds.
+
+    All files in it get the mode that the umask gives, whatever wrote them. What a dead process left
+    of writing the same folder is removed first.
+
+    Raises:
+        InputError: `path` exists and is not an empty folder (nothing is ever overwritten), also where
+            another process made it meanwhile, or its parent is missing.
+        QrloraError: the disk is full or refuses the write.
+    """
+    check_free_folder(path)
+    with _one_line(path), temporary_folder(path.parent, path.name) as place:
+        temporary = place / path.name
+        temporary.mkdir()
+        yield temporary
+        _settle(place)
+        try:
+            if path.is_dir():
+                path.rmdir()
+            temporary.replace(path)
+        except OSError as error:
+            if error.errno not in TAKEN:
+                raise
+            raise InputError(f"{path} already exists: another process made it meanwhile") from error
+
+
+@contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        # safetensors has no class of its own for a failed write; a damaged file is not read in here.
+        raise QrloraError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _settle(place: Path) -> None:
+    """Give everything in a temporary folder the mode that the umask gives, and flush it to the disk.
+
+    Libraries make files for their owner alone. What was made here without them shows what others may get.
+    """
+    modes = {kind: stat.S_IMODE(path.stat().st_mode) for kind, path in ((True, place), (False, place / LOCK))}
+    for path in place.rglob("*"):
+        status = path.lstat()
+        is_folder = stat.S_ISDIR(status.st_mode)
+        if not is_folder and not stat.S_ISREG(status.st_mode):
+            continue
+        if stat.S_IMODE(status.st_mode) != modes[is_folder]:
+            path.chmod(modes[is_folder])
+        if not is_folder and path.name != LOCK:
+            flush_file(path)
+
+
+def flush_file(path: Path) -> None:
+    """Flush a file to the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def flush_folder(path: Path) -> None:
+    """Flush the names in a folder to the disk, where the system can."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON with sorted keys, atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_arrays(arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 over name, dtype, shape and bytes of each array, in the order given."""
+    digest = hashlib.sha256()
+    for name, array in arrays.items():
+        digest.update(f"{name}:{array.dtype.str}:{array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, Any]) -> None:
+    """Write a safetensors file with one metadata record, atomically and reproducibly.
+
+    The record gains `content_digest`, the SHA-256 of everything else in the file, so that a
+    change to a tensor or to the metadata is noticed by `read_tensors`.
+    """
+    sealed = metadata | {"content_digest": _content_digest(tensors, metadata)}
+    record = json.dumps(sealed, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(safetensors.numpy.save(contiguous, {METADATA_KEY: record}))
+
+
+def read_tensors(
+    path: Path,
+    kind: str,
+    version: int,
+    allows: Callable[[dict[str, Any], str, tuple[int, ...]], bool],
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Read a file written by `write_tensors`.
+
+    Args:
+        path: the file.
+        kind: `format` the record must name, such as "qrlora-basis".
+        version: the `format_version` that is understood.
+        allows: says from (metadata, name, shape) whether a tensor belongs in such a file. It is
+            asked before any tensor is read, so a hostile shape takes no memory.
+
+    Returns:
+        The tensors by name (fp32 only) and the metadata record.
+
+    Raises:
+        FileFormatError: the file is cut, changed, of another kind or version, or holds anything
+            that does not belong there. InputError: it cannot be read at all.
+    """
+    if not is_file(path):
+        raise InputError(f"{path}: no such file")
+    damaged = f"{path} is not a complete safetensors file"
+    with library_errors(damaged), readable(path):
+        file = safetensors.safe_open(path, framework="np")
+    with file:
+        with library_errors(damaged):
+            raw = file.metadata()
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            parts = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+        metadata = _read_record(path, raw, kind, version)
+        for name, (dtype, shape) in parts.items():
+            if dtype != "F32" or not allows(metadata, name, shape):
+                raise FileFormatError(f"{path}: unexpected tensor {name!r} {dtype}{list(shape)} in a {kind} file")
+        with library_errors(damaged):
+            tensors = {name: file.get_tensor(name) for name in parts}
+    expected = metadata.pop("content_digest", None)
+    if expected != _content_digest(tensors, metadata):
+        raise FileFormatError(f"{path} was changed after it was written: its content digest does not fit")
+    return tensors, metadata
+
+
+def _read_record(path: Path, raw: dict[str, str] | None, kind: str, version: int) -> dict[str, Any]:
+    wrong = f"{path} is not a {kind} file"
+    text = (raw or {}).get(METADATA_KEY, "")
+    if len(raw or {}) != 1 or len(text) > MAX_METADATA_BYTES:
+        raise FileFormatError(wrong)
+    metadata = parse_json(text, wrong)
+    if not isinstance(metadata, dict) or metadata.get("format") != kind:
+        raise FileFormatError(wrong)
+    check_version(path, metadata.get("format_version"), version)
+    return metadata
+
+
+def _content_digest(tensors: Mapping[str, np.ndarray], metadata: dict[str, Any]) -> str:
+    record = json.dumps(metadata, sort_keys=True, separators=(",", ":"))
+    ordered = {name: tensors[name] for name in sorted(tensors)}
+    return hashlib.sha256((record + digest_arrays(ordered)).encode()).hexdigest()

@@ -1,0 +1,303 @@
+"""A base model on disk: its config, its tensors one at a time, and their digests."""
+
+import hashlib
+from collections.abc import Container
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import nn
+
+from qrlora_deploy.errors import BasisMismatchError, InputError, first_line, library_errors
+from qrlora_deploy.formats.basis import Basis
+from qrlora_deploy.models.capacity import check_ids
+from qrlora_deploy.models.completeness import is_head
+from qrlora_deploy.models.families import REGRESSION, check_head, check_padding, check_supported
+from qrlora_deploy.models.loading import check_whole, load_weights, make_skeleton
+from qrlora_deploy.models.model_config import (
+    CLASSIFIER,
+    CONFIG,
+    classifier_class,
+    is_encoder,
+    load_config,
+    model_class,
+)
+from qrlora_deploy.models.output_names import output_names
+from qrlora_deploy.models.tokenizer_files import has_tokenizer, read_tokenizer
+from qrlora_deploy.models.weight_files import StoredTensor, read_headers, weight_files
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Hugging Face checkpoint in safetensors; nothing is read before it is asked for.
+
+    Attributes:
+        folder: where the files are.
+        name: folder or hub name as the user gave it.
+    """
+
+    folder: Path
+    name: str
+
+    @cached_property
+    def config(self) -> Any:
+        """The transformers config."""
+        return load_config(self.folder)
+
+    @cached_property
+    def model_class(self) -> Any:
+        """The class of the model, as its config names it."""
+        return model_class(self.folder, self.config)
+
+    def classifier(self) -> Any:
+        """The class of transformers' text classifier for this config.
+
+        Raises:
+            InputError: there is none, as for audio and images.
+        """
+        found = classifier_class(self.config)
+        if found is None:
+            raise InputError(
+                f"{self.name} cannot become a text classifier: transformers has none of model type "
+                f"{self.config.model_type!r}, so it cannot be a base"
+            )
+        return found
+
+    @property
+    def architecture(self) -> str:
+        """Class name of the model, such as `BertForSequenceClassification`."""
+        return str(self.model_class.__name__)
+
+    @property
+    def has_task_head(self) -> bool:
+        """Whether the checkpoint can classify or regress as it is."""
+        return self.architecture.endswith(CLASSIFIER)
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the outputs."""
+        return output_names(self.folder / CONFIG, self.config.id2label)
+
+    @property
+    def task(self) -> str:
+        """The task of the head.
+
+        Raises:
+            InputError: there is none, or another one than is supported.
+        """
+        self.require_task_head()
+        regresses = self.config.problem_type == REGRESSION or len(self.labels) == 1
+        return "text-regression" if regresses else "text-classification"
+
+    def require_task_head(self) -> None:
+        """Make sure that there is a task head, and one that is supported.
+
+        Raises:
+            InputError: there is none, with the way to one, or it has several labels a text or several numbers.
+        """
+        self._check_kind()
+        if not self.has_task_head:
+            raise InputError(
+                f"{self.name} is a {self.architecture} without a task head; give it one with `warmup` first"
+            )
+
+    def check_base(self) -> None:
+        """Make sure that a basis of these weights can be used: a text classifier, or an encoder that can become one.
+
+        Raises:
+            InputError: it is neither, or is not supported or not whole.
+        """
+        self._check_kind()
+        if not self.has_task_head and not is_encoder(self.architecture):
+            raise InputError(
+                f"{self.name} is a {self.architecture}, whose head is for another task; give it a task head with "
+                f"`warmup` first and factorize the result"
+            )
+        self.check_usable()
+        if has_tokenizer(self.folder):
+            # Training and export would refuse these: better now, before they are paid for.
+            check_ids(self.name, self.skeleton(), self.tokenizer(), pairs=False)
+            if self.has_task_head:
+                check_padding(self.name, self.skeleton(), self.tokenizer())
+
+    def check_family(self) -> None:
+        """Refuse, by an InputError, a family of models that does not work the whole way."""
+        self.classifier()
+        check_supported(self.name, self.skeleton())
+
+    def _check_kind(self) -> None:
+        self.check_family()
+        if self.has_task_head:
+            check_head(self.name, self.config.problem_type, len(self.labels))
+
+    def check_usable(self) -> None:
+        """Make sure that the files hold the model that the config describes: nothing is made up when it is loaded.
+
+        Raises:
+            InputError: the base is quantised, or tensors are missing or have other shapes; they are named.
+        """
+        self.check_plain()
+        self._check_complete  # noqa: B018 - once
+
+    def check_plain(self) -> None:
+        """Refuse a base whose config.json says that it is quantised, by an InputError."""
+        if getattr(self.config, "quantization_config", None):
+            raise InputError(
+                f"{self.name} is quantised: {self.folder}/config.json has a quantization_config; take the "
+                f"unquantised base, and quantise the merged result"
+            )
+
+    @cached_property
+    def _check_complete(self) -> None:
+        model = self.skeleton()
+        # Nobody uses another head than a classifier's, and encoders are often saved without their pooler.
+        unused = [] if self.has_task_head else [name for name in model.state_dict() if is_head(model, name)]
+        self.check_holds(model, unused)
+
+    def check_holds(self, model: Any, meant: Container[str] = ()) -> None:
+        """Make sure that the files hold every tensor of a model, by their headers.
+
+        Args:
+            model: on the meta device, of this config.
+            meant: tensors that may be missing or have other shapes.
+
+        Raises:
+            InputError: others are missing or have other shapes; they are named.
+        """
+        check_whole(self.name, self.folder, model, self.stored, meant)
+
+    @cached_property
+    def stored(self) -> dict[str, StoredTensor]:
+        """What the headers say of every tensor, by its name."""
+        return read_headers(self.shards)
+
+    @property
+    def tensor_files(self) -> dict[str, Path]:
+        """The file of every tensor, by tensor name."""
+        return {name: tensor.file for name, tensor in self.stored.items()}
+
+    @cached_property
+    def shards(self) -> list[Path]:
+        """The safetensors files, in order of their names, as `weight_files` chooses them."""
+        return weight_files(self.folder)
+
+    def read(self, tensor: str) -> torch.Tensor:
+        """One tensor as it is stored."""
+        with safetensors.safe_open(self.stored[tensor].file, framework="pt") as file:
+            return file.get_tensor(tensor)
+
+    def tensor_of(self, module_path: str, model: Any = None) -> str:
+        """Name of the weight tensor of a layer, whether or not the files use the model's prefix.
+
+        Args:
+            module_path: of the layer.
+            model: that has it; None: the checkpoint's own.
+
+        Raises:
+            InputError: the checkpoint has no such tensor.
+        """
+        model = self.skeleton() if model is None else model
+        prefix = model.base_model_prefix
+        bare = module_path.removeprefix(f"{prefix}.")
+        for name in (f"{module_path}.weight", f"{bare}.weight", f"{prefix}.{bare}.weight"):
+            if name in self.stored:
+                return name
+        if any(name in (module_path, bare, f"{prefix}.{bare}") for name, _module in model.named_modules()):
+            self.check_holds(model)  # names what is missing, if anything is
+            raise InputError(
+                f"{self.folder}: the weight of {module_path} is stored under other names, which transformers converts "
+                f"when it loads them; such a base is not supported"
+            )
+        raise InputError(f"{self.folder} holds no weight for the layer {module_path}")
+
+    def tensor_digest(self, tensor: str) -> str:
+        """SHA-256 of the stored bytes of one tensor."""
+        data = self.read(tensor).contiguous()
+        return hashlib.sha256(data.flatten().view(torch.uint8).numpy().data).hexdigest()
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over all tensors, in order of their names."""
+        whole = hashlib.sha256()
+        for name in sorted(self.tensor_files):
+            whole.update(f"{name}:{self.tensor_digest(name)}\n".encode())
+        return whole.hexdigest()
+
+    def skeleton(self) -> nn.Module:
+        """The model on the meta device: all modules, no memory."""
+        return self._skeleton
+
+    @cached_property
+    def _skeleton(self) -> nn.Module:
+        made: nn.Module = make_skeleton(self.folder, self.config, self.model_class)
+        return made
+
+    def load_model(self, **options: Any) -> Any:
+        """The model in evaluation mode, fp32 on the CPU unless `options` differ.
+
+        Args:
+            options: of `from_pretrained`, or fields of the config.
+
+        Raises:
+            InputError: the base is quantised, or tensors are missing or have other shapes.
+        """
+        self.check_usable()
+        return load_weights(self.folder, self.config, self.model_class, **options)
+
+    def tokenizer(self) -> Any:
+        """The tokenizer saved with the model, as `read_tokenizer` reads it."""
+        return read_tokenizer(self.folder)
+
+
+def open_checkpoint(name: str) -> Checkpoint:
+    """Find a checkpoint: a folder, or the name of a hub repository (only its safetensors, JSON
+    and text files are fetched).
+
+    Raises:
+        InputError: there is no such folder or repository.
+    """
+    folder = Path(name)
+    try:
+        is_folder = folder.is_dir()
+    except OSError as error:
+        raise InputError(f"{name[:80]} is no name of a checkpoint: {error.strerror}") from error
+    if is_folder:
+        with library_errors(f"{folder} cannot be read", InputError):
+            has_config = (folder / CONFIG).is_file()
+        if not has_config:
+            raise InputError(f"{name} is not a checkpoint: it holds no config.json")
+        return Checkpoint(folder, name)
+    if name.count("/") > 1 or name.startswith((".", "/")) or folder.is_file():
+        raise InputError(f"{name}: no such folder")
+    # Imported here: most bases are folders.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model"]
+    try:
+        return Checkpoint(Path(snapshot_download(name, allow_patterns=patterns)), name)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(f"{name} is neither a folder nor a reachable hub repository: {first_line(error)}") from error
+
+
+def check_basis_fits(checkpoint: Checkpoint, basis: Basis) -> None:
+    """Make sure that a basis was made from the weights of this checkpoint.
+
+    Raises:
+        BasisMismatchError: some weights differ; all of them are counted, the first ones named.
+        InputError: the checkpoint has no such layer, or is not usable as it is.
+    """
+    checkpoint.check_usable()
+    wrong = [
+        target.name
+        for target in basis.targets
+        if checkpoint.tensor_digest(checkpoint.tensor_of(target.name)) != target.weight_digest
+    ]
+    if wrong:
+        raise BasisMismatchError(
+            f"the basis was made from other weights than {checkpoint.name}: {len(wrong)} of "
+            f"{len(basis.targets)} targets differ ({', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''})"
+        )

@@ -1,0 +1,1 @@
+"""How many directions of a pivoted QR are kept."""

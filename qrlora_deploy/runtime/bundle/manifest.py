@@ -1,0 +1,137 @@
+"""The manifest of a bundle: what it is, and what every one of its files must hash to."""
+
+import json
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from qrlora_deploy.io.strict import Record
+from qrlora_deploy.runtime.bundle.records import (
+    CalibrationRecord,
+    ParityRecord,
+    Precision,
+    TargetRecord,
+    TensorRecord,
+)
+from qrlora_deploy.runtime.bundle.row_layout import (
+    HEAD_TABLE,
+    TABLE,
+    TABLE_DTYPES,
+    HeadLayout,
+    TableLayout,
+    padded_rank,
+)
+
+FORMAT_VERSION = 1
+
+UNSEALED = {"format_version", "base_name", "files", "parity", "customer_effect", "attention_nodes", "versions"}
+"""Fields of a manifest that decide no answer: where it comes from and how it was checked."""
+
+Digest = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Manifest(Record):
+    """What a bundle is and what every one of its files must hash to.
+
+    Attributes:
+        kind: "merged": one customer, plain weights; "switchable": any customer in any row.
+        precision: of weights and activations; the inputs and outputs are the same in every one.
+        calibration: of int8 with constant scales; None: it has none, or an earlier version did not say.
+        coefficients_digest: the customer of a merged bundle.
+        total_rank: number of coefficients of a customer.
+        head_labels: labels that a customer's own output layer may have; 0: all use the base's.
+        head_features: inputs of the output layer, where customers may have their own; else 0.
+        customer_effect: `max |logits(c) - logits(0)|` on the reference texts. Parity proves
+            nothing about the customer where this is below the bound.
+        attention_nodes: `Attention` operators in the graph; 0 where the model's own was exported.
+        max_length: tokens the model can take.
+        truncation_side: where a longer text loses tokens.
+    """
+
+    format_version: int = FORMAT_VERSION
+    kind: Literal["merged", "switchable"]
+    task: Literal["text-classification", "text-regression"]
+    labels: tuple[str, ...] = Field(min_length=1)
+    precision: Precision
+    calibration: CalibrationRecord | None = None
+    opset: int
+    basis_digest: str = Digest
+    coefficients_digest: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    base_name: str
+    base_digest: str = Digest
+    total_rank: int = Field(gt=0)
+    head_labels: int = Field(default=0, ge=0)
+    head_features: int = Field(default=0, ge=0)
+    targets: tuple[TargetRecord, ...] = Field(min_length=1)
+    inputs: tuple[TensorRecord, ...] = Field(min_length=1)
+    outputs: tuple[TensorRecord, ...] = Field(min_length=1)
+    files: dict[str, str]
+    parity: ParityRecord
+    customer_effect: float = Field(ge=0)
+    attention_nodes: int = Field(ge=0)
+    max_length: int = Field(gt=0, lt=2**31)
+    pad_token_id: int = Field(ge=0, lt=2**31)
+    padding_side: Literal["right", "left"]
+    pad_token_type_id: int = Field(ge=0, lt=2**31)
+    truncation_side: Literal["right", "left"] = "right"
+    versions: dict[str, str]
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> "Manifest":
+        merged = self.kind == "merged"
+        if merged != (self.coefficients_digest is not None):
+            raise ValueError(f"a {self.kind} bundle has {'a' if merged else 'no'} coefficients_digest")
+        if self.calibration is not None and self.precision != "int8":
+            raise ValueError(f"calibration belongs to int8; {self.precision} has no scales to find")
+        if bool(self.head_labels) != bool(self.head_features) or (merged and self.head_labels):
+            raise ValueError("head_labels and head_features belong together, in a switchable bundle")
+        if self.head_labels and self.head_labels < len(self.labels):
+            raise ValueError(f"head_labels is {self.head_labels}, but the base has {len(self.labels)} labels")
+        return self
+
+    @model_validator(mode="after")
+    def _check_shapes(self) -> "Manifest":
+        """Before any table is made: the numbers that give its size belong together."""
+        ranks = [target.rank for target in self.targets]
+        if sum(ranks) != self.total_rank:
+            raise ValueError(f"total_rank is {self.total_rank}, but the ranks add up to {sum(ranks)}")
+        if any(target.padded_rank != padded_rank(target.rank) for target in self.targets):
+            raise ValueError("a padded_rank is not that of its rank")
+        if len({record.name for record in self.inputs}) < len(self.inputs):
+            raise ValueError("two inputs have one name")
+        expected = {}
+        if self.kind == "switchable":
+            expected[TABLE] = ("slots", TableLayout(ranks).width)
+        if self.head_labels:
+            expected[HEAD_TABLE] = ("slots", HeadLayout(self.head_labels, self.head_features).width)
+        if {record.name: record.shape for record in self.inputs if record.name in (TABLE, HEAD_TABLE)} != expected:
+            raise ValueError(f"the inputs do not fit the ranks and the head of a {self.kind} bundle")
+        dtypes = {record.name: record.dtype for record in self.inputs}
+        if dtypes.get(HEAD_TABLE, "float32") != "float32" or dtypes.get(TABLE, "float32") not in map(
+            str, TABLE_DTYPES.values()
+        ):
+            raise ValueError("a table is of another dtype than float32, or float16 for the coefficients")
+        answer = ("logits", ("batch", self.head_labels or len(self.labels)))
+        if [(record.name, record.shape) for record in self.outputs] != [answer]:
+            raise ValueError(f"the output is not {answer[0]} [{', '.join(map(str, answer[1]))}]")
+        return self
+
+    @property
+    def table_dtype(self) -> str:
+        """Of the coefficient table: "fp32" or "fp16"; of a merged bundle, which has none, "fp32"."""
+        found = {record.name: record.dtype for record in self.inputs}.get(TABLE, "float32")
+        return next(name for name, dtype in TABLE_DTYPES.items() if dtype == found)
+
+    def sealed_fields(self) -> dict[str, Any]:
+        """What the reference repeats, so that no change of it goes unnoticed."""
+        return self.model_dump(mode="json", exclude=UNSEALED)
+
+    def changed_fields(self, sealed: dict[str, Any]) -> list[str]:
+        """Fields that are not as in `sealed`; one that is not in there has its default."""
+        known = type(self).model_fields
+        fields = self.sealed_fields()
+        return sorted(name for name, value in fields.items() if value != sealed.get(name, known[name].default))
+
+    def to_json(self) -> str:
+        """Indented JSON with sorted keys: the same manifest always has the same bytes."""
+        return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"

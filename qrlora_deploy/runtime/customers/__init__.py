@@ -1,0 +1,1 @@
+"""Customers' files: a watched folder, or many in one packed file."""

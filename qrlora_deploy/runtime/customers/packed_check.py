@@ -1,0 +1,56 @@
+"""Checking a packed file whole without a bundle, as whoever only wants to know what it is does."""
+
+from pathlib import Path
+
+import numpy as np
+
+from qrlora_deploy.errors import FileFormatError, InputError
+from qrlora_deploy.io.reading import readable
+from qrlora_deploy.runtime.customers.packed_header import (
+    STORED_DTYPES,
+    PackedHeader,
+    digest_piece,
+    read_exactly,
+    read_header,
+    tail_pieces,
+)
+from qrlora_deploy.runtime.table.id_index import IdIndex
+
+
+def check_packed(path: Path) -> PackedHeader:
+    """Read a packed file from its first to its last byte; returns its header.
+
+    It takes the memory of one piece and of the ids.
+
+    Raises:
+        InputError: it cannot be read.
+        FileFormatError: it is cut, changed, of another format version, or holds NaN, Inf or ids that
+            are none.
+    """
+    with readable(path), path.open("rb", buffering=0) as file:
+        header, expected, start = read_header(file, path)
+        values = np.empty(
+            (min(header.piece_rows, header.customers), header.total_rank), dtype=STORED_DTYPES[header.stored]
+        )
+        digests = []
+        for first in range(0, header.customers, header.piece_rows):
+            piece = values[: min(header.piece_rows, header.customers - first)]
+            read_exactly(file, start + first * header.row_bytes, piece.data.cast("B"), path)
+            digests.append(digest_piece(piece.data))
+            if not np.isfinite(piece).all():
+                raise FileFormatError(f"{path} holds NaN or Inf")
+        tail = bytearray(header.customers + header.id_bytes)
+        read_exactly(file, start + header.customers * header.row_bytes, memoryview(tail), path)
+    digests += [digest_piece(piece) for piece in tail_pieces(memoryview(tail))]
+    if header.seal(digests) != expected:
+        raise FileFormatError(f"{path} was changed after it was written: its content digest does not fit")
+    _check_ids(tail, header, path)
+    return header
+
+
+def _check_ids(tail: bytearray, header: PackedHeader, path: Path) -> None:
+    lengths = np.frombuffer(tail, dtype=np.uint8, count=header.customers)
+    try:
+        IdIndex(lengths, bytes(memoryview(tail)[header.customers :]))
+    except InputError as error:
+        raise FileFormatError(f"{path}: {error}") from error

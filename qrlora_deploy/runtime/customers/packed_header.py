@@ -1,0 +1,216 @@
+"""The head of a packed file: what it is for and its sizes, with one way only to write them; and its digest.
+
+The digest covers pieces: of so many rows of coefficients as fill `PIECE_BYTES`, and then of that many
+bytes of ids. Each has a SHA-256 of its own, so that they can be read and hashed beside one another;
+the file's is that of theirs, one after the other, and of the header without it.
+"""
+
+import hashlib
+import io
+import json
+import os
+import struct
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, Field
+
+from qrlora_deploy.errors import FileFormatError
+from qrlora_deploy.io.files import MAX_METADATA_BYTES, METADATA_KEY
+from qrlora_deploy.io.reading import check_version, parse_json
+from qrlora_deploy.io.strict import Record, from_value
+from qrlora_deploy.runtime.bundle.bundle import Manifest
+
+FORMAT = "qrlora-packed"
+FORMAT_VERSION = 2
+
+PIECE_BYTES = 4 * 2**20
+
+STORED_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
+"""What the coefficients may be in the file, by safetensors' names."""
+
+HEADER_STEP = 4096
+NO_DIGEST = "0" * 64
+WIDEST = 10**15
+"""A number of customers and bytes that never occurs: room is left in the header for its digits."""
+
+
+class _Tensor(Record):
+    """How safetensors describes a tensor."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: list[int]
+
+
+class _Stored(Record):
+    """A header as it is stored; its two texts are JSON and have models of their own."""
+
+    metadata: dict[str, str] = Field(alias="__metadata__")
+    coefficients: _Tensor
+    id_lengths: _Tensor
+    id_bytes: _Tensor
+
+
+class _Metadata(BaseModel):
+    """What the metadata say; the header that is written anew has no room for anything else."""
+
+    basis_digest: str
+    base_digest: str
+    task: str
+    labels: list[str]
+    content_digest: str
+
+
+@dataclass(frozen=True)
+class PackedHeader:
+    """Metadata and sizes of a packed file; the same always gives the same bytes.
+
+    Attributes:
+        stored: dtype of the coefficients, a key of `STORED_DTYPES`.
+    """
+
+    metadata: dict[str, Any]
+    customers: int
+    total_rank: int
+    id_bytes: int
+    stored: str = "F32"
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a customer's coefficients."""
+        return STORED_DTYPES[self.stored].itemsize * self.total_rank
+
+    @property
+    def piece_rows(self) -> int:
+        """Customers of a piece."""
+        return max(1, PIECE_BYTES // self.row_bytes)
+
+    def to_bytes(self, digest: str) -> bytes:
+        """The file up to its tensors: the length, JSON, and spaces up to a size that `customers` does not change."""
+        room = len(self._json(NO_DIGEST, WIDEST, WIDEST))
+        size = -(-(8 + room) // HEADER_STEP) * HEADER_STEP - 8
+        text = self._json(digest, self.customers, self.id_bytes)
+        return struct.pack("<Q", size) + text.ljust(size)
+
+    def _json(self, digest: str, customers: int, id_bytes: int) -> bytes:
+        record = self.metadata | {"content_digest": digest}
+        first = customers * self.row_bytes
+        second = first + customers
+        header = {
+            "__metadata__": {METADATA_KEY: json.dumps(record, sort_keys=True, separators=(",", ":"))},
+            "coefficients": {"dtype": self.stored, "shape": [customers, self.total_rank], "data_offsets": [0, first]},
+            "id_lengths": {"dtype": "U8", "shape": [customers], "data_offsets": [first, second]},
+            "id_bytes": {"dtype": "U8", "shape": [id_bytes], "data_offsets": [second, second + id_bytes]},
+        }
+        return json.dumps(header, separators=(",", ":")).encode()
+
+    def seal(self, pieces: Iterable[bytes]) -> str:
+        """The digest of the file, from those of its pieces."""
+        digest = hashlib.sha256(b"".join(pieces))
+        digest.update(self.to_bytes(NO_DIGEST))
+        return digest.hexdigest()
+
+
+def metadata_of(manifest: Manifest) -> dict[str, Any]:
+    """What a packed file says of the bundle for which it is."""
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "basis_digest": manifest.basis_digest,
+        "base_digest": manifest.base_digest,
+        "task": manifest.task,
+        "labels": list(manifest.labels),
+    }
+
+
+def read_header(file: io.FileIO, path: Path) -> tuple[PackedHeader, str, int]:
+    """The header, the digest it names, and where the tensors begin.
+
+    Raises:
+        FileFormatError: it is not a packed file of this version, is cut, or its header was changed.
+    """
+    size_bytes = os.fstat(file.fileno()).st_size
+    prefix = file.read(8)
+    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size_bytes
+    if not 0 < length <= min(size_bytes - 8, 2 * MAX_METADATA_BYTES):
+        raise FileFormatError(f"{path} is not a complete safetensors file")
+    text = bytearray(length)
+    read_exactly(file, len(prefix), memoryview(text), path)
+    wrong = f"{path} is not a {FORMAT} file"
+    stored = from_value(_Stored, parse_json(_text(text, wrong), wrong), wrong)
+    metadata = parse_json(stored.metadata.get(METADATA_KEY, ""), wrong)
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        raise FileFormatError(wrong)
+    check_version(path, metadata.get("format_version"), FORMAT_VERSION, "pack it again")
+    digest = from_value(_Metadata, metadata, wrong).content_digest
+    del metadata["content_digest"]
+    header = PackedHeader(metadata, *_sizes(stored, wrong), stored.coefficients.dtype)
+    if header.stored not in STORED_DTYPES:
+        raise FileFormatError(f"{path} holds coefficients in {header.stored!r:.20}, not {' or '.join(STORED_DTYPES)}")
+    # The one way to write this header: so no byte of it can change unnoticed.
+    canonical = header.to_bytes(digest) == prefix + text
+    start = 8 + length
+    if not canonical:
+        raise FileFormatError(f"{path} was changed after it was written: its header is not as it was")
+    if size_bytes != start + header.customers * header.row_bytes + header.customers + header.id_bytes:
+        raise FileFormatError(f"{path} is cut or has bytes too many")
+    return header, digest, start
+
+
+def _text(content: bytearray, wrong: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FileFormatError(wrong) from error
+
+
+def _sizes(stored: _Stored, wrong: str) -> tuple[int, int, int]:
+    """Customers, coefficients of each, and bytes of ids."""
+    sizes = [*stored.coefficients.shape, *stored.id_bytes.shape]
+    if len(sizes) != 3 or len(stored.id_bytes.shape) != 1:
+        raise FileFormatError(f"{wrong}: its tensors have other shapes")
+    # Bounded: a number of a million digits takes long to write.
+    if not all(0 < size < WIDEST for size in sizes):
+        raise FileFormatError(f"{wrong}: its sizes make no sense")
+    return sizes[0], sizes[1], sizes[2]
+
+
+def tail_pieces(tail: memoryview) -> list[memoryview]:
+    """The pieces of the ids: their lengths and their text."""
+    return [tail[start : start + PIECE_BYTES] for start in range(0, len(tail), PIECE_BYTES)]
+
+
+def digest_piece(piece: memoryview) -> bytes:
+    """The digest of a piece; other threads go on meanwhile."""
+    return hashlib.sha256(piece).digest()
+
+
+def read_exactly(file: io.FileIO, offset: int, view: memoryview, path: Path) -> None:
+    """Fill `view` with the bytes from `offset` on, from any thread; nothing is mapped, as a file that is cut
+    meanwhile would end the process.
+
+    Raises:
+        FileFormatError: the file ends before.
+    """
+    done = 0
+    while done < len(view):
+        count = _read_at(file, view[done:], offset + done)
+        if not count:
+            raise FileFormatError(f"{path} is cut")
+        done += count
+
+
+_seeking = threading.Lock()
+
+
+def _read_at(file: io.FileIO, view: memoryview, offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(file.fileno(), [view], offset)
+    with _seeking:
+        file.seek(offset)
+        return file.readinto(view) or 0

@@ -1,0 +1,155 @@
+"""Text in, labels out, from a bundle alone."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from qrlora_deploy.errors import InputError
+from qrlora_deploy.runtime.bundle.bundle import Bundle, check_graph
+from qrlora_deploy.runtime.host.devices import Device
+from qrlora_deploy.runtime.prediction.tokenizing import TextEncoder, as_texts, batches, check_texts
+from qrlora_deploy.runtime.sessions.bucket_runner import make_runner
+from qrlora_deploy.runtime.sessions.buckets import Buckets
+from qrlora_deploy.runtime.sessions.session import open_session
+from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer for one text.
+
+    Attributes:
+        label: the most likely label; for a regression the name of its output.
+        score: its probability; for a regression the value itself.
+        logits: what the model gave, one per label of the customer.
+    """
+
+    label: str
+    score: float
+    logits: tuple[float, ...]
+
+
+class Predictor:
+    """A bundle made ready to answer.
+
+    Args:
+        bundle: an open bundle, merged or switchable; or an open session, with its bundle and customers.
+        provider: "cpu", "cuda", "cuda:1" or "tensorrt", or a `Device` with options; "cpu" if None.
+            A session has its own.
+        threads: threads within an operator. A session has its own.
+        buckets: run in these shapes only; on CUDA as captured graphs. A session has its own.
+        session: of this very bundle, as an earlier version wanted it beside the bundle.
+
+    Attributes:
+        switchable: the session that customers are loaded into; None for a merged bundle.
+
+    Raises:
+        InputError: the session is of another bundle, or an option is given that it has already.
+        ProviderError: the provider does not load. FileFormatError: the tokenizer or model cannot be opened.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle | SwitchableSession,
+        provider: str | Device | None = None,
+        threads: int | None = None,
+        buckets: Buckets | None = None,
+        session: SwitchableSession | None = None,
+    ) -> None:
+        if isinstance(bundle, SwitchableSession):
+            if session is not None and session is not bundle:
+                raise InputError("two sessions were given; give the one that is to answer")
+            session = bundle
+            bundle = session.bundle
+        if session is not None:
+            _check_session(bundle, session, {"provider": provider, "threads": threads, "buckets": buckets})
+        self.bundle = bundle
+        self.encoder = TextEncoder(bundle)
+        self.switchable = session
+        provider = provider or "cpu"
+        if bundle.manifest.kind == "merged":
+            opened = open_session(bundle.model, provider, threads, cuda_graph=buckets is not None)
+            check_graph(opened, bundle)
+            self._merged = make_runner(opened, bundle.manifest, provider, buckets)
+        elif session is None:
+            self.switchable = SwitchableSession(bundle, provider, threads=threads, buckets=buckets)
+
+    def predict(
+        self,
+        texts: Iterable[str],
+        pairs: Iterable[str] | None = None,
+        batch_size: int = 32,
+        customers: Iterable[str | None] | None = None,
+    ) -> list[Prediction]:
+        """Answer every text, in the order given.
+
+        Args:
+            texts: the texts, or the first ones of the pairs.
+            pairs: the second texts, one per text.
+            batch_size: rows per run. Texts of similar length share a batch, so little is padded.
+            customers: of a switchable bundle, one per text, None being the base; all base if None.
+
+        Raises:
+            InputError: the numbers of texts, pairs and customers differ, the batch size is not
+                positive, a customer is not there, or a text cannot be read (its index is named):
+                see `TextEncoder.encode`.
+            QrloraError: the model fails.
+        """
+        texts = as_texts(texts, "texts")
+        pairs = None if pairs is None else as_texts(pairs, "pairs")
+        owners = [None] * len(texts) if customers is None else _owners(customers)
+        if len(owners) != len(texts):
+            raise InputError(f"there are {len(texts)} texts but {len(owners)} customers")
+        # All of them before the first runs, and before their lengths are compared.
+        check_texts(texts, range(len(texts)), "text")
+        check_texts(pairs or (), range(len(texts)), "pair")
+        found: dict[int, Prediction] = {}
+        for rows in batches(texts, pairs, batch_size):
+            seconds = [pairs[row] for row in rows] if pairs is not None else None
+            inputs = self.encoder.encode([texts[row] for row in rows], seconds, rows)
+            logits, labels = self._answer(inputs, [owners[row] for row in rows])
+            found.update((row, self._prediction(*answer)) for row, *answer in zip(rows, logits, labels, strict=True))
+        return [found[index] for index in range(len(texts))]
+
+    def _answer(
+        self, inputs: dict[str, np.ndarray], owners: Sequence[str | None]
+    ) -> tuple[np.ndarray, Sequence[tuple[str, ...]]]:
+        if self.switchable is not None:
+            return self.switchable.predict(inputs, owners)
+        if any(owner is not None for owner in owners):
+            raise InputError(f"{self.bundle.folder} is a merged bundle: it holds one customer, who has no name in it")
+        return self._merged.run(inputs), [self.bundle.manifest.labels] * len(owners)
+
+    def _prediction(self, logits: np.ndarray, labels: tuple[str, ...]) -> Prediction:
+        # Behind its own labels a customer has -inf.
+        own = logits[: len(labels)]
+        values = tuple(float(value) for value in own)
+        if self.bundle.manifest.task == "text-regression":
+            return Prediction(labels[0], values[0], values)
+        odds = np.exp(own.astype(np.float64) - own.max())
+        best = int(own.argmax())
+        return Prediction(labels[best], float(odds[best] / odds.sum()), values)
+
+
+def _check_session(bundle: Bundle, session: SwitchableSession, options: Mapping[str, object]) -> None:
+    same = bundle is session.bundle or (
+        bundle.folder.resolve() == session.bundle.folder.resolve() and bundle.manifest == session.bundle.manifest
+    )
+    if not same:
+        raise InputError(
+            f"the session is of {session.bundle.folder}, not of {bundle.folder}; give Predictor the session alone"
+        )
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise InputError(f"{', '.join(given)}: the session has its own; give it to SwitchableSession instead")
+
+
+def _owners(customers: Iterable[str | None]) -> list[str | None]:
+    if isinstance(customers, (str, bytes)):
+        raise InputError("customers must be a list with one for each text, not one name; repeat it in a list")
+    owners = list(customers)
+    for number, owner in enumerate(owners):
+        if owner is not None and not isinstance(owner, str):
+            raise InputError(f"customer {number} is of the type {type(owner).__name__}, not a name")
+    return owners

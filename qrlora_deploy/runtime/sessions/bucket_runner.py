@@ -1,0 +1,218 @@
+"""Runs in fixed shapes: on CUDA each one is a captured graph."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from qrlora_deploy.errors import InputError
+from qrlora_deploy.runtime.bundle.bundle import Manifest
+from qrlora_deploy.runtime.bundle.row_layout import SLOT
+from qrlora_deploy.runtime.host.devices import Device
+from qrlora_deploy.runtime.sessions.buckets import Buckets, filling, pad_into
+from qrlora_deploy.runtime.sessions.running import (
+    LOGITS,
+    Inputs,
+    PlainRunner,
+    Runner,
+    Tables,
+    is_padding_free,
+    run_bound,
+    text_inputs,
+)
+from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX, kept_tokens, padded_tokens, write_tokens
+from qrlora_deploy.runtime.sessions.worker import Worker
+from qrlora_deploy.runtime.table.cuda import DEVICE_TO_HOST, HOST_TO_DEVICE, CudaBuffer, pinned_bytes
+from qrlora_deploy.runtime.table.memory import TableMemory
+
+ALIGNMENT = 256
+"""Of every input in a bucket's buffer, in bytes: what CUDA's own allocations have."""
+
+NO_GRAPH = "-1"
+"""`gpu_graph_id` of a run that is not to be captured."""
+
+
+class BucketRunner:
+    """Runs batches padded up to fixed shapes, one after the other in a thread of its own.
+
+    On CUDA each bucket is a captured graph, which takes its launches off the processor. ONNX
+    Runtime keeps captured graphs by thread, and the memory between their operators is shared with
+    every other run, so no two runs may overlap: hence the thread. What fits no bucket runs there
+    as it is. A padding-free graph also has a number of tokens, rounded up (`padded_tokens`): a bucket
+    is captured here for full rows, and for every other number when it comes for the first time.
+
+    Args:
+        session: opened by `open_session`, on CUDA with `cuda_graph`.
+        manifest: of its bundle.
+        gpu: number of the GPU, where it runs on CUDA; else None.
+        buckets: the shapes; all of them are run once here, which captures them.
+        tables: as for `PlainRunner`.
+    """
+
+    def __init__(
+        self, session: Any, manifest: Manifest, gpu: int | None, buckets: Buckets, tables: Tables | None = None
+    ) -> None:
+        self.buckets = buckets
+        self._session, self._gpu, self._tables = session, gpu, tables
+        self._names = text_inputs(manifest)
+        self._outputs = int(manifest.outputs[0].shape[1])
+        self._fill, self._plain = filling(manifest), PlainRunner(session, self._names, tables)
+        self._padding_free = is_padding_free(session)
+        self._bound: dict[tuple[int, int, int], _Bound] = {}
+        self._graphs = 0
+        self._worker = Worker()
+        for batch, length in buckets:
+            ones = {name: np.ones((batch, length), dtype=np.int64) for name in self._names}
+            self.run(ones, None if tables is None else np.zeros(batch, dtype=np.int64))
+
+    def run(self, inputs: Inputs, slot: np.ndarray | None = None) -> np.ndarray:
+        """As `Runner.run`."""
+        logits: np.ndarray = self._worker.call(lambda: self._run(inputs, slot))
+        return logits
+
+    def _run(self, inputs: Inputs, slot: np.ndarray | None) -> np.ndarray:
+        batch, length = inputs[self._names[0]].shape
+        fitting = self.buckets.fit(batch, length)
+        if fitting is None:
+            return self._plain.run(inputs, slot, self._options(NO_GRAPH))
+        kept = self._kept(fitting, inputs) if self._padding_free else None
+        shape = (*fitting, 0 if kept is None else padded_tokens(len(kept), *fitting))
+        bound = self._find(shape, None if self._tables is None else self._tables())
+        for name in self._names:
+            pad_into(bound.inputs[name], inputs[name], self._fill.get(name, 0), int(name == "attention_mask"))
+        if kept is not None:
+            write_tokens(bound.inputs[TOKEN_INDEX], kept)
+        if slot is not None:
+            bound.inputs[SLOT][:batch] = slot
+            bound.inputs[SLOT][batch:] = 0
+        bound.buffers.upload()
+        run_bound(self._session, bound.binding, bound.options)
+        bound.buffers.download()
+        return bound.logits[:batch].copy()
+
+    def _kept(self, shape: tuple[int, int], inputs: Inputs) -> np.ndarray:
+        """The tokens of a batch in its bucket, of whose further rows each has one."""
+        mask = np.zeros(shape, dtype=np.int64)
+        pad_into(mask, inputs["attention_mask"], 0, 1)
+        return kept_tokens(mask)
+
+    def _find(self, shape: tuple[int, int, int], memory: TableMemory | None) -> "_Bound":
+        bound = self._bound.get(shape)
+        if bound is None or bound.memory is not memory:
+            # A table that has grown lies elsewhere, and a graph keeps its addresses: no bucket of
+            # the old table is of use any more, and they are all that keeps it in memory.
+            self._bound = {key: other for key, other in self._bound.items() if other.memory is memory}
+            bound = self._bound[shape] = self._bind(shape, memory)
+        return bound
+
+    def _bind(self, shape: tuple[int, int, int], memory: TableMemory | None) -> "_Bound":
+        batch, length, tokens = shape
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(self._names, (batch, length))
+        if tokens:
+            shapes[TOKEN_INDEX] = (tokens,)
+        if memory is not None:
+            shapes[SLOT] = (batch,)
+        places, size_bytes = _places(shapes, (batch, self._outputs))
+        start = places[LOGITS].start
+        buffers = _HostBuffers(size_bytes) if self._gpu is None else _CudaBuffers(size_bytes, start, self._gpu)
+        binding = self._session.io_binding()
+        arrays = {name: buffers.host[place].view(_dtype(name)) for name, place in places.items()}
+        for name, its_shape in {**shapes, LOGITS: (batch, self._outputs)}.items():
+            arrays[name] = arrays[name].reshape(its_shape)
+            bind = binding.bind_output if name == LOGITS else binding.bind_input
+            bind(
+                name, buffers.device_type, self._gpu or 0, _dtype(name), its_shape, buffers.pointer + places[name].start
+            )
+        if memory is not None:
+            memory.bind(binding)
+        self._graphs += 1
+        logits = arrays.pop(LOGITS)
+        return _Bound(binding, self._options(str(self._graphs)), buffers, arrays, logits, memory)
+
+    def _options(self, graph: str) -> Any:
+        options = onnxruntime.RunOptions()
+        if self._gpu is not None:
+            options.add_run_config_entry("gpu_graph_id", graph)
+        return options
+
+
+def make_runner(
+    session: Any, manifest: Manifest, provider: str | Device, buckets: Buckets | None, tables: Tables | None = None
+) -> Runner:
+    """A `BucketRunner` where there are buckets, else a `PlainRunner`.
+
+    Raises:
+        InputError: a bucket is longer than the model can take.
+    """
+    if buckets is None:
+        return PlainRunner(session, text_inputs(manifest), tables)
+    if buckets.lengths[-1] > manifest.max_length:
+        raise InputError(f"a bucket of {buckets.lengths[-1]} tokens is longer than the model's {manifest.max_length}")
+    device = Device.of(provider)
+    return BucketRunner(session, manifest, device.index if device.provider == "cuda" else None, buckets, tables)
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """A bucket with its memory: what is written into `inputs`, and `logits` when it has run."""
+
+    binding: Any
+    options: Any
+    buffers: "_HostBuffers | _CudaBuffers"
+    inputs: dict[str, np.ndarray]
+    logits: np.ndarray
+    memory: TableMemory | None
+
+
+class _HostBuffers:
+    """Inputs and logits where they are: there is nothing to copy."""
+
+    device_type = "cpu"
+
+    def __init__(self, size_bytes: int) -> None:
+        self._whole = np.zeros(size_bytes + ALIGNMENT, dtype=np.uint8)
+        start = -self._whole.ctypes.data % ALIGNMENT
+        self.host = self._whole[start : start + size_bytes]
+        self.pointer = self.host.ctypes.data
+
+    def upload(self) -> None:
+        """Nothing to do."""
+
+    def download(self) -> None:
+        """Nothing to do."""
+
+
+class _CudaBuffers:
+    """Inputs and logits on the GPU, and pinned memory of the host from and to which they are copied whole."""
+
+    device_type = "cuda"
+
+    def __init__(self, size_bytes: int, inputs_bytes: int, device: int) -> None:
+        self._buffer = CudaBuffer(size_bytes, device)
+        self.host, self.pointer = pinned_bytes(size_bytes, device), self._buffer.pointer
+        self._inputs_bytes, self._logits_bytes = inputs_bytes, size_bytes - inputs_bytes
+
+    def upload(self) -> None:
+        """All inputs in one copy."""
+        self._buffer.copies.copy(self.pointer, self.host.ctypes.data, self._inputs_bytes, HOST_TO_DEVICE)
+
+    def download(self) -> None:
+        """The logits."""
+        host, place = self.host.ctypes.data + self._inputs_bytes, self.pointer + self._inputs_bytes
+        self._buffer.copies.copy(host, place, self._logits_bytes, DEVICE_TO_HOST)
+
+
+def _places(inputs: Mapping[str, tuple[int, ...]], logits: tuple[int, int]) -> tuple[dict[str, slice], int]:
+    """Where each array lies in a buffer, the logits last, and the size of the buffer in bytes."""
+    places, start = {}, 0
+    for name, shape in {**inputs, LOGITS: logits}.items():
+        size_bytes = int(np.prod(shape)) * _dtype(name).itemsize
+        places[name] = slice(start, start + size_bytes)
+        start += -(-size_bytes // ALIGNMENT) * ALIGNMENT
+    return places, start
+
+
+def _dtype(name: str) -> "np.dtype[Any]":
+    return np.dtype(np.float32 if name == LOGITS else np.int64)

@@ -1,0 +1,90 @@
+"""How a session is run: what every runner does, and the plain one."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from qrlora_deploy.errors import QrloraError, first_line
+from qrlora_deploy.runtime.bundle.bundle import Manifest
+from qrlora_deploy.runtime.bundle.row_layout import HEAD_TABLE, SLOT, TABLE
+from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX, kept_tokens
+from qrlora_deploy.runtime.table.memory import TableMemory
+
+LOGITS = "logits"
+
+Inputs = Mapping[str, np.ndarray]
+
+Tables = Callable[[], TableMemory]
+"""The tables as they lie now. Asked for when a run begins, after its rows are held: a table that has
+grown since then holds the same ones."""
+
+
+class Runner(Protocol):
+    """Runs batches of one session. Safe for many threads."""
+
+    def run(self, inputs: Inputs, slot: np.ndarray | None = None) -> np.ndarray:
+        """Logits `[batch, outputs]` fp32.
+
+        Args:
+            inputs: the text inputs, int64 `[batch, length]` each.
+            slot: int64 `[batch]`, for a switchable graph only.
+
+        Raises:
+            QrloraError: an operator failed.
+        """
+
+
+class PlainRunner:
+    """Runs every batch as it comes, in the thread that asks.
+
+    Args:
+        session: an `onnxruntime.InferenceSession`.
+        names: its text inputs.
+        tables: of a switchable graph.
+    """
+
+    def __init__(self, session: Any, names: Sequence[str], tables: Tables | None = None) -> None:
+        self._session, self._names, self._tables = session, names, tables
+        self._padding_free = is_padding_free(session)
+
+    def run(self, inputs: Inputs, slot: np.ndarray | None = None, options: Any = None) -> np.ndarray:
+        """As `Runner.run`; `options` are ONNX Runtime's `RunOptions`."""
+        binding = self._session.io_binding()
+        for name in self._names:
+            binding.bind_cpu_input(name, np.ascontiguousarray(inputs[name]))
+        if self._padding_free:
+            binding.bind_cpu_input(TOKEN_INDEX, kept_tokens(inputs["attention_mask"]))
+        if slot is not None and self._tables is not None:
+            binding.bind_cpu_input(SLOT, slot)
+            # Held to the end of the run, or a table that grows meanwhile would be given back.
+            memory = self._tables()
+            memory.bind(binding)
+        binding.bind_output(LOGITS, "cpu")
+        run_bound(self._session, binding, options)
+        logits: np.ndarray = binding.copy_outputs_to_cpu()[0]
+        return logits
+
+
+def run_bound(session: Any, binding: Any, options: Any = None) -> None:
+    """Run what is bound.
+
+    Raises:
+        QrloraError: an operator failed, as the embedding does on a token that it does not know.
+    """
+    try:
+        session.run_with_iobinding(binding, options)
+    # ONNX Runtime's exceptions share no base class of their own.
+    except Exception as error:
+        raise QrloraError(f"the model does not run on these inputs: {first_line(error)}") from error
+
+
+def text_inputs(manifest: Manifest) -> list[str]:
+    """Names of the graph's inputs that come from the text: not those of its tables, nor what a runner computes."""
+    others = (TABLE, HEAD_TABLE, SLOT, TOKEN_INDEX)
+    return [record.name for record in manifest.inputs if record.name not in others]
+
+
+def is_padding_free(session: Any) -> bool:
+    """Whether the graph of a session takes the tokens to compute on, which follow from the mask."""
+    return any(value.name == TOKEN_INDEX for value in session.get_inputs())

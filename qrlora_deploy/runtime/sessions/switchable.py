@@ -1,0 +1,247 @@
+"""One session for every customer of a base: any customer in any row of a batch."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from qrlora_deploy.errors import FileFormatError, InputError, QrloraError
+from qrlora_deploy.formats.coefficients import Coefficients
+from qrlora_deploy.formats.customer_files import read_customer_file
+from qrlora_deploy.runtime.bundle.bundle import Bundle, check_graph
+from qrlora_deploy.runtime.bundle.compatibility import check_customer_fits
+from qrlora_deploy.runtime.bundle.row_layout import (
+    BASE_HEAD_FILE,
+    HEAD_TABLE,
+    TABLE,
+    HeadLayout,
+    TableLayout,
+    head_arrays,
+)
+from qrlora_deploy.runtime.bundle.sealed_facts import read_head_row
+from qrlora_deploy.runtime.host.devices import Device
+from qrlora_deploy.runtime.host.forking import survive_forks
+from qrlora_deploy.runtime.sessions.bucket_runner import make_runner
+from qrlora_deploy.runtime.sessions.buckets import Buckets
+from qrlora_deploy.runtime.sessions.running import text_inputs
+from qrlora_deploy.runtime.sessions.session import open_session
+from qrlora_deploy.runtime.table.memory import make_memory
+from qrlora_deploy.runtime.table.table import BASE_ROW, CoefficientTable, rows_of
+
+FETCH_ATTEMPTS = 8
+"""Rounds of fetching customers for one batch, while others push them out of a full table again."""
+
+SHARED_LABELS = 4096
+"""Different labels of customers that are remembered, so that those who have the same ones share them."""
+
+
+class SwitchableSession:
+    """A switchable bundle, open, and the customers that it serves. Safe for many threads.
+
+    Args:
+        bundle: an open bundle of the kind "switchable".
+        provider: "cpu", "cuda", "cuda:1" or "tensorrt", or a `Device` with options of its own; the table
+            lies on that device.
+        rows: rows of the table at the start; it doubles when it is full.
+        max_rows: rows at most, with the base's; then the customer that was not used for longest
+            gives way. None: no bound.
+        threads: threads within an operator.
+        buckets: run in these shapes only, all of them made ready here; on CUDA as captured graphs.
+            After the table has grown, the first run in each bucket captures it anew. None: every
+            batch runs as it comes.
+
+    Attributes:
+        base_head: the base's row of the head table, where customers may have heads of their own.
+        fetch: finds a customer that is not in the table and returns it, or loads it itself and
+            returns None, or raises `InputError`; None: such a customer is refused. A
+            `CustomerStore` puts its own here.
+
+    Raises:
+        InputError: the bundle is of another kind. ProviderError: the provider does not load.
+        QrloraError: the table does not fit the device.
+    """
+
+    _lost = False
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        provider: str | Device = "cpu",
+        rows: int = 64,
+        max_rows: int | None = None,
+        threads: int | None = None,
+        buckets: Buckets | None = None,
+    ) -> None:
+        manifest = bundle.manifest
+        if manifest.kind != "switchable":
+            raise InputError(f"{bundle.folder} is a {manifest.kind} bundle; export a switchable one without --merge")
+        self.bundle = bundle
+        self.manifest = manifest
+        self.layout = TableLayout([target.rank for target in manifest.targets], manifest.table_dtype)
+        self.fetch: Callable[[str], Coefficients | None] | None = None
+        self._labels: dict[tuple[str, ...], tuple[str, ...]] = {}
+        self._on_gpu = Device.of(provider).on_gpu
+        self.session = open_session(bundle.model, provider, threads, cuda_graph=buckets is not None)
+        check_graph(self.session, bundle)
+        self._text_inputs = text_inputs(manifest)
+        self.head = HeadLayout(manifest.head_labels, manifest.head_features) if manifest.head_labels else None
+        widths = {TABLE: self.layout.width} | ({HEAD_TABLE: self.head.width} if self.head else {})
+        self.base_head = _read_base_head(bundle, self.head) if self.head else None
+        dtypes = {TABLE: self.layout.dtype}
+        self.table = CoefficientTable(lambda count: make_memory(widths, count, provider, dtypes), rows, max_rows)
+        nobody = {TABLE: np.zeros(self.layout.width, dtype=self.layout.dtype)}
+        self.table.memory.write(BASE_ROW, nobody | ({} if self.base_head is None else {HEAD_TABLE: self.base_head}))
+        self._runner = make_runner(self.session, manifest, provider, buckets, lambda: self.table.memory)
+        survive_forks(self)
+
+    def before_fork(self) -> None:
+        """Nothing to do: the table looks after itself."""
+
+    def after_fork(self, in_child: bool) -> None:
+        """CUDA does not live in a forked child; what touched it there might crash or wait for ever."""
+        self._lost = self._lost or (in_child and self._on_gpu)
+
+    def load(self, customer: str, source: Path | Coefficients) -> None:
+        """Make a coefficients file, or what was read from one, what `customer` is from now on.
+
+        Runs that are under way keep the version they began with. A file may be written to or cut at
+        the same time: it is copied before it is read.
+
+        Raises:
+            InputError: the file cannot be read, is damaged or of another basis, base or task, or holds a number that
+                the table cannot; the old version stays.
+        """
+        self._check_usable()
+        coefficients = source if isinstance(source, Coefficients) else read_customer_file(Path(source))
+        place = f"{customer}" if isinstance(source, Coefficients) else f"{source}"
+        check_customer_fits(coefficients, self.manifest, place)
+        self.table.publish(customer, self._row(coefficients, place), self._own_labels(coefficients))
+
+    def holds(self, customer: str, coefficients: Coefficients) -> bool:
+        """Whether `customer` is in the table with exactly these coefficients, head and labels.
+
+        Raises:
+            InputError: they fit another bundle, as for `load`.
+        """
+        if customer not in self.table:
+            return False
+        self._check_usable()
+        check_customer_fits(coefficients, self.manifest, customer)
+        return self.table.holds(customer, self._row(coefficients, customer), self._own_labels(coefficients))
+
+    def unload(self, customer: str) -> bool:
+        """Forget a customer; runs that hold it end undisturbed. False where there is none."""
+        return self.table.remove(customer)
+
+    def customers(self) -> list[str]:
+        """The customers that are in the table."""
+        return self.table.customers()
+
+    def predict(
+        self, inputs: dict[str, np.ndarray], customers: Sequence[str | None]
+    ) -> tuple[np.ndarray, list[tuple[str, ...]]]:
+        """Answer a batch, each row for its customer.
+
+        Args:
+            inputs: the text inputs, int64 `[batch, length]` each.
+            customers: one per row; None is the base.
+
+        Returns:
+            Logits `[batch, outputs]` fp32, and the labels of each row: a customer with fewer labels
+            than outputs has -inf behind them.
+
+        Raises:
+            InputError: shapes do not fit, or a customer is not there.
+            QrloraError: the model fails, or this is a forked child of the session's process, on a GPU.
+        """
+        self._check_usable()
+        self._check_inputs(inputs, len(customers))
+        held: dict[str | None, int] = {}
+        try:
+            self._hold(customers, held)
+            slot = rows_of(customers, held)
+            logits = self._runner.run(inputs, slot)
+            labels = [self.table.note_of(int(row)) or self.manifest.labels for row in slot]
+        finally:
+            self.table.release(held.values())
+        return logits, labels
+
+    def _hold(self, customers: Sequence[str | None], held: dict[str | None, int]) -> None:
+        """Hold the row of every customer, fetching those that are not in the table."""
+        found, missing = self.table.hold(customers)
+        held.update(found)
+        for _ in range(FETCH_ATTEMPTS):
+            for name in missing:
+                if self.fetch is None:
+                    raise InputError(f"no customer is called {name!r}; load it first")
+                fetched = self.fetch(name)
+                if fetched is not None:
+                    self.load(name, fetched)
+                # At once: the next one that is fetched may push this one out of a full table.
+                held.update(self.table.hold([name])[0])
+            missing = [name for name in missing if name not in held]
+            if not missing:
+                return
+        raise InputError(f"the table of {self.table.max_rows} rows is too small for what runs at the same time")
+
+    def _check_usable(self) -> None:
+        if self._lost:
+            raise QrloraError("a session on a GPU cannot be used in a forked process; open it after the fork")
+
+    def _check_inputs(self, inputs: dict[str, np.ndarray], rows: int) -> None:
+        missing = [name for name in self._text_inputs if name not in inputs]
+        if missing:
+            raise InputError(f"the inputs lack {', '.join(missing)}")
+        shapes = {inputs[name].shape for name in self._text_inputs}
+        if len(shapes) != 1 or len(next(iter(shapes))) != 2 or next(iter(shapes))[0] != rows:
+            raise InputError(f"{rows} customers need inputs of one shape [{rows}, length], not {sorted(shapes)}")
+        if 0 in next(iter(shapes)):
+            raise InputError("there is nothing to answer: the inputs are empty")
+
+    def _own_labels(self, coefficients: Coefficients) -> tuple[str, ...] | None:
+        """Labels that are not the base's; customers with the same ones share them."""
+        if coefficients.labels == self.manifest.labels:
+            return None
+        if len(self._labels) >= SHARED_LABELS:
+            self._labels = {}
+        return self._labels.setdefault(coefficients.labels, coefficients.labels)
+
+    def _row(self, coefficients: Coefficients, place: str) -> dict[str, np.ndarray]:
+        """The row of a customer that fits, by input; refuses a head or labels that do not."""
+        try:
+            row = {TABLE: self.layout.row(coefficients.values)}
+        except InputError as error:
+            raise InputError(f"{place}: {error}") from error
+        if coefficients.head:
+            row[HEAD_TABLE] = self._head_row(coefficients, place)
+        elif coefficients.labels != self.manifest.labels:
+            raise InputError(f"{place} uses the base's head but has other labels than the bundle")
+        elif self.base_head is not None:
+            row[HEAD_TABLE] = self.base_head
+        return row
+
+    def _head_row(self, coefficients: Coefficients, place: str) -> np.ndarray:
+        if self.head is None:
+            raise InputError(f"{place} has a head of its own; export the bundle with --head-labels N")
+        labels = len(coefficients.labels)
+        if labels > self.head.labels:
+            raise InputError(f"{place} has {labels} labels, the bundle room for {self.head.labels}")
+        try:
+            weight, bias = head_arrays(coefficients.head)
+            row = self.head.row(weight, bias)
+        except InputError as error:
+            raise InputError(f"{place}: {error}") from error
+        if len(weight) != labels:
+            raise InputError(f"{place} has {labels} labels but a head for {len(weight)}")
+        return row
+
+
+def _read_base_head(bundle: Bundle, head: HeadLayout) -> np.ndarray:
+    """The base's row of the head table."""
+    path = bundle.folder / BASE_HEAD_FILE
+    row = read_head_row(path, head)
+    # Where there is no label the bias is -inf.
+    labels = int(np.isfinite(row[-head.labels :]).sum())
+    if labels != len(bundle.manifest.labels):
+        raise FileFormatError(f"{path} has a head for {labels} of {len(bundle.manifest.labels)} labels")
+    return row

@@ -1,0 +1,5 @@
+"""The coefficient table: where it lies, who has which row, when a row may be written."""
+
+from qrlora_deploy.deprecated.moved import names_of
+
+__getattr__ = names_of("qrlora_deploy.runtime.table.table")

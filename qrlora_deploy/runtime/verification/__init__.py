@@ -1,0 +1,1 @@
+"""A bundle's answers held against reference answers."""

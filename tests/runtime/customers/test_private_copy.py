@@ -1,0 +1,117 @@
+"""Customers' files are never mapped where others may cut them, and are read with as much memory as they are long."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qrlora_deploy.errors import FileFormatError, InputError
+from qrlora_deploy.formats import customer_files
+from qrlora_deploy.formats.coefficients import Coefficients, read_coefficients
+from qrlora_deploy.formats.customer_files import read_customer, read_customer_file
+from tests.runtime.place import Place
+
+
+def status_with(path: Path, **changed: int) -> os.stat_result:
+    """The status of a file, with some of its fields changed."""
+    names = [
+        "st_mode",
+        "st_ino",
+        "st_dev",
+        "st_nlink",
+        "st_uid",
+        "st_gid",
+        "st_size",
+        "st_atime",
+        "st_mtime",
+        "st_ctime",
+    ]
+    status = path.stat()
+    return os.stat_result([changed.get(name, getattr(status, name)) for name in names])
+
+
+@pytest.mark.parametrize("by", ["store", "session"])
+def test_what_is_mapped_is_a_copy(place: Place, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
+    place.put("acme", 2)
+    opened = []
+
+    def looks(path: Path) -> Coefficients:
+        opened.append(path)
+        assert not path.samefile(place.path("acme"))
+        assert path.read_bytes() == place.path("acme").read_bytes()
+        return read_coefficients(path)
+
+    monkeypatch.setattr(customer_files, "read_coefficients", looks)
+    if by == "store":
+        place.store()
+    else:
+        place.session.load("acme", place.path("acme"))
+    assert place.logits("acme") == place.expected(2) and len(opened) == 1
+
+
+@pytest.mark.parametrize(("more", "message"), [(1, "is cut"), (-1, "grew while it was read")])
+def test_a_file_that_changes_its_length_while_it_is_read_is_refused(
+    place: Place, monkeypatch: pytest.MonkeyPatch, more: int, message: str
+) -> None:
+    """Its length is asked first; another one is found when it is read."""
+    place.put("acme", 2)
+    place.session.load("acme", place.version(1))
+    path = place.path("acme")
+    status = status_with(path, st_size=path.stat().st_size + more)
+    monkeypatch.setattr(customer_files.os, "fstat", lambda _: status)
+    with pytest.raises(FileFormatError, match=rf"acme\.safetensors .*{message}"):
+        place.session.load("acme", path)
+    monkeypatch.undo()
+    assert place.logits("acme") == place.expected(1), "the old version goes on"
+
+
+def test_no_read_asks_for_more_than_the_file_is_long(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.put("acme", 1)
+    asked: list[int] = []
+
+    monkeypatch.setattr(customer_files, "open", lambda path, *_, **__: _Counting(path.open("rb"), asked), raising=False)
+    assert read_customer(place.folder, "acme").digest == place.customer.digest
+    assert asked == [place.path("acme").stat().st_size + 1]
+
+
+class _Counting:
+    """An open file that remembers how much was asked for."""
+
+    def __init__(self, file: Any, asked: list[int]) -> None:
+        self._file, self._asked = file, asked
+
+    def __enter__(self) -> "_Counting":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def fileno(self) -> int:
+        return int(self._file.fileno())
+
+    def read(self, count: int) -> Any:
+        self._asked.append(count)
+        return self._file.read(count)
+
+
+def test_what_is_no_plain_file_is_refused_at_once(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = place.path("pipe")
+    os.mkfifo(pipe)
+    for path in (pipe, place.folder, Path("/dev/null"), place.path("missing")):
+        with pytest.raises(InputError, match="no such file"):
+            place.session.load("acme", path)
+    # One that took the place of a file after it was looked at: nobody writes to it.
+    monkeypatch.setattr(Path, "is_file", lambda _: True)
+    with pytest.raises(InputError, match="is no plain file"):
+        read_customer_file(pipe)
+
+
+def test_a_link_that_leads_out_is_refused_with_the_remedy(place: Place, tmp_path: Path) -> None:
+    """As in the hub's cache, where files are links to blobs."""
+    (tmp_path / "blobs").mkdir()
+    place.put("acme", 1)
+    place.path("acme").rename(tmp_path / "blobs" / "0f")
+    place.path("acme").symlink_to("../blobs/0f")
+    with pytest.raises(InputError, match=r"leads out of the folder, to .*0f; .*snapshot_download\(local_dir=\.\.\.\)"):
+        read_customer(place.folder, "acme")

@@ -1,0 +1,183 @@
+"""What a store reads first, what it publishes, and whose session it has."""
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qrlora_deploy.errors import InputError
+from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
+from qrlora_deploy.formats.customer_files import read_customer
+from qrlora_deploy.runtime import load_packed
+from qrlora_deploy.runtime.customers import store as store_module
+from qrlora_deploy.runtime.customers.backlog import Backlog
+from qrlora_deploy.runtime.customers.packed_writer import write_packed
+from qrlora_deploy.runtime.customers.store import CustomerStore
+from tests.runtime.place import DEADLINE_S, Place, until
+
+NAMES = [f"c{number:02d}" for number in range(40)]
+
+
+def caught_up(store: CustomerStore) -> bool:
+    """Whether everything was compared."""
+    return store._backlog._later is None and not store._backlog._changed
+
+
+@pytest.fixture
+def packed(place: Place) -> Place:
+    """Many customers from a packed file, whose files lie in the folder, too."""
+    for number, name in enumerate(NAMES):
+        place.put(name, number)
+    write_packed(place.folder, place.folder / "all.packed", place.session.manifest)
+    assert load_packed(place.session, place.folder / "all.packed") == len(NAMES)
+    return place
+
+
+def test_a_change_comes_before_what_is_only_compared(packed: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    under_way, may_go_on = threading.Event(), threading.Event()
+
+    def held_up(folder: Path, customer: str) -> Coefficients:
+        read.append(customer)
+        if len(read) == 3:
+            under_way.set()
+            assert may_go_on.wait(DEADLINE_S)
+        return read_customer(folder, customer)
+
+    monkeypatch.setattr(store_module, "read_customer", held_up)
+    store = packed.store()
+    with store:
+        assert under_way.wait(DEADLINE_S)
+        changed = next(name for name in NAMES if name not in read)
+        packed.put(changed, 99)
+        until(lambda: changed in store._backlog._changed)
+        may_go_on.set()
+        packed.wait("loaded")
+        assert read[3] == changed, "the next one, though others wait"
+        assert packed.logits(changed) == packed.expected(99)
+        until(lambda: caught_up(store))
+        assert set(read) == set(NAMES)
+    assert [event.customer for event in packed.events] == [changed]
+
+
+def test_what_is_there_already_is_not_published_again(packed: Place) -> None:
+    rows = [packed.session.table._directory.find(name) for name in NAMES]
+    packed.session.load("by-hand", packed.version(7))
+    packed.put("by-hand", 7)
+    store = packed.store()
+    with store:
+        packed.path("c00").touch()
+        packed.put("c01", 1)
+        packed.put("c02", 50)
+        assert packed.wait("loaded").customer == "c02"
+        until(lambda: caught_up(store))
+        assert packed.kinds() == ["loaded"] and list(store._read) == ["c02"]
+        assert [packed.session.table._directory.find(name) for name in NAMES if name != "c02"] == [
+            row for row, name in zip(rows, NAMES, strict=True) if name != "c02"
+        ]
+        packed.path("c03").unlink()
+        assert packed.wait("removed").customer == "c03"
+
+
+def test_what_was_loaded_by_hand_gives_way_to_the_file(watched: Place) -> None:
+    watched.session.load("acme", watched.version(5))
+    watched.path("acme").touch()
+    watched.wait("loaded", 2)
+    assert watched.logits("acme") == watched.expected(1)
+
+
+def test_a_row_is_told_from_another_by_every_bit_and_by_its_labels(place: Place) -> None:
+    session, one = place.session, place.version(1)
+    assert not session.holds("acme", one)
+    session.load("acme", one)
+    assert session.holds("acme", replace(one, values=one.values.copy(), training={"note": "again"}))
+    values = one.values.copy()
+    values[-1] = np.nextafter(values[-1], np.float32(9))
+    assert not session.holds("acme", replace(one, values=values))
+    head = {"w": np.ones((2, 32), np.float32), "b": np.zeros(2, np.float32)}
+    own = replace(one, head=head, labels=("a", "b"))
+    session.load("acme", own)
+    assert session.holds("acme", own) and not session.holds("acme", one)
+    assert not session.holds("acme", replace(own, labels=("b", "a")))
+    assert not session.holds("acme", replace(own, head=head | {"b": np.ones(2, np.float32)}))
+    with pytest.raises(InputError, match="on basis eeeeeeeeeeee"):
+        session.holds("acme", replace(own, basis_digest="e" * 64))
+
+
+def test_labels_are_kept_once(place: Place, tmp_path: Path) -> None:
+    notes = place.session.table._notes
+    place.put("acme", 1)
+    place.session.load("acme", place.path("acme"))
+    assert notes == {}, "the base's are the bundle's"
+    head = {"w": np.ones((2, 32), np.float32), "b": np.zeros(2, np.float32)}
+    own = replace(place.version(1), head=head, labels=("a", "b"))
+    for name in ("x", "y"):
+        write_coefficients(own, tmp_path / name)
+        place.session.load(name, tmp_path / name)
+    first, second = notes.values()
+    assert first == ("a", "b") and first is second
+
+
+def test_a_session_has_one_store(place: Place) -> None:
+    place.put("acme", 1)
+    store = place.store()
+    with pytest.raises(InputError, match="has a store or a `fetch` already"):
+        place.store()
+    store.start()
+    place.logits("acme")
+    store.close()
+    store.close()
+    assert place.session.fetch is None
+    other = place.store()
+    with pytest.raises(InputError, match="has a store or a `fetch` already"):
+        store.start()
+    other.close()
+    place.put("acme", 2)
+    with store:
+        place.wait("loaded", 2)
+        assert place.logits("acme") == place.expected(2)
+    with pytest.raises(InputError, match="load it first"):
+        place.logits("nobody")
+
+
+def backlog(look: Callable[[str], None], compare: Callable[[str], None], complaints: list[str]) -> Backlog:
+    return Backlog(look, compare, lambda: [], complaints.append)
+
+
+def test_a_backlog_takes_the_newest_first_and_survives_a_list_that_ends_early() -> None:
+    done: list[str] = []
+    complaints: list[str] = []
+    begun, may_go_on, finished = threading.Event(), threading.Event(), threading.Event()
+
+    def look(name: str) -> None:
+        if name == "first":
+            begun.set()
+            assert may_go_on.wait(DEADLINE_S)
+        done.append(name)
+
+    def compare(name: str) -> None:
+        done.append(f"={name}")
+        if name == "last":
+            finished.set()
+
+    def listed() -> Iterator[str]:
+        yield "x"
+        raise InputError("the folder went away")
+
+    waiting = backlog(look, compare, complaints)
+    waiting.start()
+    waiting.add(["first"])
+    assert begun.wait(DEADLINE_S)
+    waiting.compare_later(listed())
+    waiting.add(["a", "b"])
+    waiting.add(["due", "a"], first=False)
+    waiting.add(["a"])
+    may_go_on.set()
+    until(lambda: bool(complaints), done)
+    waiting.compare_later(iter(["last"]))
+    assert finished.wait(DEADLINE_S)
+    waiting.close()
+    assert done == ["first", "a", "b", "due", "=x", "=last"] and complaints == ["the folder went away"]
