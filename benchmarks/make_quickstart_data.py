@@ -26,7 +26,7 @@ Row = tuple[str, str]
 def read_rows(path: Path) -> list[Row]:
     """Text and label of every row."""
     examples = read_examples(path)
-    return list(zip(examples.texts, examples.labels, strict=True))
+    return list(zip(examples.texts, map(str, examples.labels), strict=True))
 
 
 def read_part(source: Path, part: str) -> dict[str, list[Row]]:

@@ -37,6 +37,7 @@ from qrlora_deploy.io.files import write_json
 from qrlora_deploy.models.adapter import QRLoRALinear, attach, get_coefficients, precondition
 from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.tasks.classification import Classification
 from qrlora_deploy.training.cached_trainer import (
     CachedTrainer,
     CacheWish,
@@ -190,7 +191,7 @@ def ours(setup: Setup, cached: bool) -> Trainer:
         return InOrderSmall(**parts, train_dataset=setup.rows, data_collator=collate)
     paths = [path for path, module in model.named_modules() if isinstance(module, QRLoRALinear)]
     texts = Texts(setup.rows, collate, "right")
-    upper = build_cached(model, paths, texts, "text-classification", CacheWish("auto", setup.folder))
+    upper = build_cached(model, paths, texts, Classification(), CacheWish("auto", setup.folder))
     return InOrderCached(**parts, train_dataset=numbered(setup.rows, 0), data_collator=collate_numbers, cached=upper)
 
 

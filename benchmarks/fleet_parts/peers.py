@@ -14,7 +14,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.models.checkpoint import Checkpoint
-from qrlora_deploy.tasks.tasks import encode_labels
+from qrlora_deploy.tasks.classification import Classification
 from qrlora_deploy.training.loop import WARMUP_SHARE, Rows, build_rows, load_tokenizer, no_dropout
 from qrlora_deploy.training.settings import TrainSettings
 
@@ -44,7 +44,7 @@ class Peer:
 
     def rows(self, examples: Examples) -> Rows:
         """Tokens and targets of a customer."""
-        targets = encode_labels(examples, "text-classification", self.labels)
+        targets = Classification().encode(examples, self.labels)
         return build_rows(self.tokenizer, examples, targets, self.settings.max_length)
 
 

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks.shapes import SHAPES, random_classifier
 from qrlora_deploy.data.examples import Examples, read_examples
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.tasks.tasks import label_names
+from qrlora_deploy.tasks.classification import Classification
+from qrlora_deploy.tasks.names import label_names
 
 SPECIAL = ("[UNK]", "[PAD]", "[CLS]", "[SEP]")
 
@@ -55,7 +56,7 @@ def read_shards(folder: Path) -> Shards:
     if not files:
         raise InputError(f"{folder} holds no *train.tsv")
     domains = {file.relative_to(folder).as_posix(): read_examples(file) for file in files}
-    return Shards(domains, label_names([label for examples in domains.values() for label in examples.labels]))
+    return Shards(domains, label_names([label for examples in domains.values() for label in Classification().named(examples)]))
 
 
 def save_shape(folder: Path, shape: str, shards: Shards) -> None:

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks.glue_parts.tasks import Rows, Task, scores
-from qrlora_deploy.tasks.tasks import REGRESSION
+from qrlora_deploy.tasks.classification import Classification
+from qrlora_deploy.tasks.regression import Regression
 from qrlora_deploy.training.loop import WARMUP_SHARE, halve_frozen
 
 EVALUATION_BATCH = 256
@@ -135,7 +136,7 @@ def _batches(count: int, schedule: Schedule, device: torch.device) -> Any:
 
 
 def _loss(task: Task, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    if task.kind == REGRESSION:
+    if task.kind == Regression.name:
         return functional.mse_loss(logits.squeeze(-1), targets)
     return functional.cross_entropy(logits, targets)
 

@@ -20,7 +20,8 @@ from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
 from qrlora_deploy.models.adapter import QRLoRALinear, attach, get_coefficients, precondition
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.rank_rules.rule import RankRule
-from qrlora_deploy.tasks.tasks import CLASSIFICATION, REGRESSION
+from qrlora_deploy.tasks.classification import Classification
+from qrlora_deploy.tasks.regression import Regression
 from qrlora_deploy.training.settings import default_rate
 
 HEAD_RATE = 1e-3
@@ -204,7 +205,7 @@ def _writer(
             basis_digest=basis.digest,
             base_name=start.name,
             base_digest="0" * 64,  # as long as the real one, which takes a second to compute
-            task=CLASSIFICATION if len(labels) > 1 else REGRESSION,
+            task=Classification.name if len(labels) > 1 else Regression.name,
             labels=labels,
             head={name: value.detach().float().cpu().numpy() for name, value in head.items()},
         )

@@ -13,8 +13,9 @@ from transformers import AutoModelForSequenceClassification
 
 from benchmarks.glue_parts.tasks import Task
 from qrlora_deploy.models.checkpoint import Checkpoint
-from qrlora_deploy.tasks.head import start_bias
-from qrlora_deploy.tasks.tasks import REGRESSION
+from qrlora_deploy.models.head import start_bias
+from qrlora_deploy.tasks.classification import Classification
+from qrlora_deploy.tasks.regression import Regression
 from qrlora_deploy.training.loop import no_dropout
 
 PRETRAINED = "pretrained"
@@ -39,7 +40,7 @@ class Models:
     def fresh(self, task: Task, labels: int, seed: int, bias: float = 0.0) -> Any:
         """A copy of the pretrained model whose head is drawn by `seed`; its last bias starts at `bias`."""
         if labels not in self._pristine:
-            problem = "regression" if task.kind == REGRESSION else "single_label_classification"
+            problem = "regression" if task.kind == Regression.name else "single_label_classification"
             loaded = AutoModelForSequenceClassification.from_pretrained(
                 self.checkpoint.folder,
                 dtype=torch.float32,

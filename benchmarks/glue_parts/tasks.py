@@ -13,7 +13,10 @@ from qrlora_deploy.data.examples import Examples, read_examples
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.io.files import atomic_file
 from qrlora_deploy.models.checkpoint import Checkpoint
-from qrlora_deploy.tasks.tasks import CLASSIFICATION, REGRESSION, encode_labels, label_names, score
+from qrlora_deploy.tasks.classification import Classification
+from qrlora_deploy.tasks.names import label_names
+from qrlora_deploy.tasks.regression import Regression
+from qrlora_deploy.tasks.registry import task_named
 
 HUB = "hub"
 """Instead of a folder: read GLUE from the Hugging Face hub."""
@@ -42,7 +45,7 @@ class Task:
     @property
     def kind(self) -> str:
         """The project's name of the kind of task."""
-        return REGRESSION if self.metrics[0] == "pearson" else CLASSIFICATION
+        return Regression.name if self.metrics[0] == "pearson" else Classification.name
 
 
 TASKS = {
@@ -107,7 +110,7 @@ class Rows:
 
 def scores(task: Task, logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
     """The task's metrics; F1 is GLUE's, of the class 1, and not the mean over the classes."""
-    found = score(task.kind, logits, targets)
+    found = task_named(task.kind).score(logits, targets)
     if "f1" in task.metrics:
         found["f1"] = float(f1_score(targets, logits.argmax(axis=-1), zero_division=0))
     return {name: round(found[name], 6) for name in task.metrics}
@@ -141,7 +144,7 @@ def write_tokens(
     """
     tokenizer = checkpoint.tokenizer()
     train = read_part(task, data, "train", limit)
-    names = label_names(train.labels) if task.kind == CLASSIFICATION else ("score",)
+    names = label_names(map(str, train.labels)) if task.kind == Classification.name else ("score",)
     tensors: dict[str, np.ndarray] = {}
     for part, examples in (("train", train), ("dev", read_part(task, data, "dev", limit))):
         encoded = tokenizer(examples.texts, examples.pairs, truncation=True, max_length=max_length)
@@ -150,9 +153,9 @@ def write_tokens(
             if name != "attention_mask":
                 padding = tokenizer.pad_token_id if name == "input_ids" else 0
                 tensors[f"{part}.inputs.{name}"] = _padded(encoded[name], lengths, padding)
-        kind = np.int64 if task.kind == CLASSIFICATION else np.float32
+        kind = np.int64 if task.kind == Classification.name else np.float32
         tensors[f"{part}.lengths"] = lengths
-        tensors[f"{part}.targets"] = np.array(encode_labels(examples, task.kind, names), dtype=kind)
+        tensors[f"{part}.targets"] = np.array(task_named(task.kind).encode(examples, names), dtype=kind)
     with atomic_file(path) as temporary:
         safetensors.numpy.save_file(tensors, temporary, {"labels": "\n".join(names)})
 

@@ -31,7 +31,8 @@ from benchmarks.glue_parts.starts import (
 )
 from benchmarks.glue_parts.tasks import TASKS, Rows, read_tokens
 from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
-from qrlora_deploy.tasks.tasks import REGRESSION
+from qrlora_deploy.tasks.classification import Classification
+from qrlora_deploy.tasks.regression import Regression
 from qrlora_deploy.training.settings import STEP_LENGTH
 
 PAUSE_S = 0.5
@@ -81,7 +82,7 @@ OWN_SETTINGS = ("start_bias", "step_length")
 def own_settings(task: str, method: str) -> Record:
     """What only some runs depend on: where a regression's bias starts, and which rule gave QR-LoRA its rate."""
     own: Record = {}
-    if TASKS[task].kind == REGRESSION:
+    if TASKS[task].kind == Regression.name:
         own["start_bias"] = "mean"  # of the training labels
     if method != WARM_UP and METHODS[method].kind == "qr":
         own["step_length"] = STEP_LENGTH
@@ -232,7 +233,7 @@ class Worker:
         if run.start == WARMED and run.method != WARM_UP:
             folder = self.job.place.warmed(run)
             return open_checkpoint(str(folder)), models.warmed(task, len(labels), folder)
-        bias = float(train.targets.mean()) if task.kind == REGRESSION else 0.0
+        bias = float(train.targets.mean()) if task.kind == Regression.name else 0.0
         return models.checkpoint, models.fresh(task, len(labels), run.seed, bias)
 
     def _fits(self, run: Run) -> bool:

@@ -18,7 +18,7 @@ from qrlora_deploy.errors import InputError
 from qrlora_deploy.models.capacity import max_tokens
 from qrlora_deploy.runtime.bundle.row_layout import SLOT
 from qrlora_deploy.runtime.verification.parity import run_logits
-from qrlora_deploy.tasks.tasks import CLASSIFICATION, label_index
+from qrlora_deploy.tasks.base import Task
 
 MAX_ROWS = 512
 """Rows that are measured: one in 512 is 0.2 points, and PyTorch takes well under a minute on two cores."""
@@ -36,10 +36,12 @@ class Labelled:
 
     Attributes:
         batches: text inputs, int64 `[rows, length]` by name.
-        targets: `[rows]`, the index of the label, for each batch.
-        right: rows for which PyTorch in fp32 gives that label.
+        task: of the model.
+        targets: of the rows of each batch, from `Task.encode`.
+        right: rows that PyTorch in fp32 answers right.
     """
 
+    task: Task
     batches: Sequence[Inputs]
     targets: Sequence[np.ndarray]
     right: int = 0
@@ -59,12 +61,12 @@ class Accuracy:
     rows: int
 
 
-def choose_labelled(examples: Examples | None, task: str, labels: Sequence[str], strict: bool) -> Examples | None:
+def choose_labelled(examples: Examples | None, task: Task, labels: Sequence[str], strict: bool) -> Examples | None:
     """At most `MAX_ROWS` rows, spread evenly over the data, where their labels are the model's.
 
     Args:
         examples: as they were given; None: no data was given.
-        task: of the model; a regression has no accuracy.
+        task: of the model.
         labels: of the model.
         strict: whether data that has some of the labels must have no others. It must for a merged
             customer; texts for a switchable bundle may be any customer's.
@@ -76,11 +78,11 @@ def choose_labelled(examples: Examples | None, task: str, labels: Sequence[str],
     Raises:
         InputError: some labels are the model's and some are not.
     """
-    if examples is None or task != CLASSIFICATION:
+    if examples is None or not task.has_accuracy:
         return None
-    unknown = sorted(set(examples.labels) - label_index(labels).keys())
+    unknown = task.unknown(examples, labels)
     if unknown:
-        if strict and len(unknown) < len(set(examples.labels)):
+        if strict and len(unknown) < len(set(task.named(examples))):
             raise InputError(
                 f"{examples.name}: {len(unknown)} of its labels are not the customer's: {', '.join(unknown[:3])}"
                 f"{', ...' if len(unknown) > 3 else ''}; give data of this customer, or name another --label-column"
@@ -94,15 +96,16 @@ def choose_labelled(examples: Examples | None, task: str, labels: Sequence[str],
 
 
 def answer_in_pytorch(
-    model: Any, tokenizer: Any, examples: Examples, labels: Sequence[str], progress: Progress | None
+    model: Any, tokenizer: Any, examples: Examples, task: Task, labels: Sequence[str], progress: Progress | None
 ) -> Labelled:
-    """Batches of `examples`, and for how many rows `model` gives the right label.
+    """Batches of `examples`, and how many rows `model` answers right.
 
     Args:
         model: in fp32, with the customer folded in, or the base.
+        task: of the model.
         labels: of the model, in the order of its logits; all of the examples' are among them.
     """
-    index = label_index(labels)
+    expected = np.array(task.encode(examples, labels))
     names, length = input_names(model, tokenizer), max_tokens(model, tokenizer)
     batches, targets, right = [], [], 0
     for start in range(0, len(examples), BATCH):
@@ -112,13 +115,13 @@ def answer_in_pytorch(
         encoded = tokenizer(texts, pairs, truncation=True, max_length=length, padding=True, return_tensors="pt")
         inputs = {name: encoded[name] for name in names}
         with torch.no_grad():
-            found = model(**inputs).logits.argmax(dim=-1).numpy()
+            found = model(**inputs).logits.float().numpy()
         batches.append({name: tensor.numpy() for name, tensor in inputs.items()})
-        targets.append(np.array([index[label] for label in examples.labels[rows]]))
-        right += int((found == targets[-1]).sum())
+        targets.append(expected[rows])
+        right += int(task.right(found, targets[-1]).sum())
         if progress is not None:
             progress(f"{DESCRIPTION} in PyTorch", min(start + BATCH, len(examples)), len(examples))
-    return Labelled(batches, targets, right)
+    return Labelled(task, batches, targets, right)
 
 
 def measure_accuracy(
@@ -136,8 +139,8 @@ def measure_accuracy(
     right = done = 0
     for inputs, targets in zip(labelled.batches, labelled.targets, strict=True):
         fed = inputs if tables is None else inputs | tables | {SLOT: np.zeros(len(targets), dtype=np.int64)}
-        found = run_logits(session, fed, f"a batch of {len(targets)} labelled rows").argmax(axis=1)
-        right += int((found == targets).sum())
+        found = run_logits(session, fed, f"a batch of {len(targets)} labelled rows")
+        right += int(labelled.task.right(found, targets).sum())
         done += len(targets)
         if progress is not None:
             progress(f"{DESCRIPTION} of the graph", done, labelled.rows)

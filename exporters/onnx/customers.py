@@ -13,9 +13,9 @@ from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.adapter import attach, set_coefficients
 from qrlora_deploy.models.capacity import max_tokens
 from qrlora_deploy.models.checkpoint import Checkpoint
+from qrlora_deploy.models.head import output_layer
 from qrlora_deploy.runtime.bundle.row_layout import HEAD_TABLE, SLOT, TABLE, HeadLayout, TableLayout, head_arrays
 from qrlora_deploy.runtime.verification.parity import Case
-from qrlora_deploy.tasks.head import output_layer
 
 MADE_UP = 3
 """Customers beside the base: with fewer, a swap of two rows could go unseen."""

@@ -33,6 +33,8 @@ from qrlora_deploy.runtime.bundle.bundle import MODEL_FILE, Manifest
 from qrlora_deploy.runtime.bundle.row_layout import TABLE_DTYPES, head_arrays
 from qrlora_deploy.runtime.sessions.token_index import check_runtime
 from qrlora_deploy.runtime.verification.parity import Case, check_parity, open_for_check
+from qrlora_deploy.tasks.base import Task
+from qrlora_deploy.tasks.registry import task_named
 
 STEPS = ("reference logits in PyTorch", "export", "parity check", "seal the bundle")
 
@@ -90,13 +92,13 @@ def export_merged(job: ExportJob) -> Manifest:
         raise InputError("--table-dtype belongs to a switchable bundle; a merged one has no table")
 
     def plan() -> _Plan:
-        labels = customer.labels or checkpoint.labels
-        labelled = choose_labelled(job.texts, customer.task, labels, strict=True)
+        labels, task = customer.labels or checkpoint.labels, task_named(customer.task)
+        labelled = choose_labelled(job.texts, task, labels, strict=True)
         reference = build_reference(checkpoint, job.basis, customer, choose_texts(job.texts))
         model = checkpoint.load_model()
         merge_model(model, checkpoint, job.basis, customer)
         content = Content("merged", customer.task, labels, len(labels), customer.digest)
-        return _Plan(content, reference, model, labelled=_answer(job, model, labelled, labels))
+        return _Plan(content, reference, model, labelled=_answer(job, model, labelled, task, labels))
 
     return _export(job, plan)
 
@@ -123,9 +125,9 @@ def export_switchable(job: ExportJob) -> Manifest:
     def plan() -> _Plan:
         check_basis_fits(checkpoint, basis)
         model = checkpoint.load_model()
-        labels = checkpoint.labels
-        labelled = choose_labelled(job.texts, checkpoint.task, labels, strict=False)
-        answered = _answer(job, model, labelled, labels)
+        labels, task = checkpoint.labels, task_named(checkpoint.task)
+        labelled = choose_labelled(job.texts, task, labels, strict=False)
+        answered = _answer(job, model, labelled, task, labels)
         rows = make_switchable(model, basis, head_labels, job.table_dtype)
         texts = choose_texts(job.texts)
         customers = made_up_customers(checkpoint, basis, rows.head, texts)
@@ -139,10 +141,12 @@ def export_switchable(job: ExportJob) -> Manifest:
     return _export(job, plan)
 
 
-def _answer(job: ExportJob, model: Any, labelled: Examples | None, labels: Sequence[str]) -> Labelled | None:
+def _answer(
+    job: ExportJob, model: Any, labelled: Examples | None, task: Task, labels: Sequence[str]
+) -> Labelled | None:
     if labelled is None:
         return None
-    return answer_in_pytorch(model, job.checkpoint.tokenizer(), labelled, labels, job.progress)
+    return answer_in_pytorch(model, job.checkpoint.tokenizer(), labelled, task, labels, job.progress)
 
 
 def _export(job: ExportJob, make_plan: Callable[[], _Plan]) -> Manifest:
@@ -164,7 +168,7 @@ def _export(job: ExportJob, make_plan: Callable[[], _Plan]) -> Manifest:
         graph = _write_graph(job, plan, tokenizer, folder)
         step(2)
         session = open_for_check(folder / MODEL_FILE, job.precision, job.provider)
-        report = check_parity(session, plan.reference, job.precision)
+        report = check_parity(session, plan.reference, task_named(plan.content.task), job.precision)
         report.raise_if_failed()
         labelled = plan.labelled
         accuracy = measure_accuracy(session, labelled, plan.tables, job.progress) if labelled else None

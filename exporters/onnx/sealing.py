@@ -133,7 +133,7 @@ def seal(folder: Path, checkpoint: Checkpoint, basis: Basis, content: Content, c
     model, tokenizer, graph = checked.model, checked.tokenizer, checked.graph
     manifest = Manifest(
         kind=content.kind,  # type: ignore[arg-type]  # pydantic checks both
-        task=content.task,  # type: ignore[arg-type]
+        task=content.task,
         labels=content.labels,
         precision=checked.report.precision,  # type: ignore[arg-type]
         calibration=checked.calibration,

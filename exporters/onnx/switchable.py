@@ -10,9 +10,9 @@ from exporters.onnx.padding_free import Packing
 from qrlora_deploy.errors import BasisMismatchError, InputError
 from qrlora_deploy.formats.basis import Basis, BasisTarget
 from qrlora_deploy.models.adapter import SideBranch, resolve_layer
+from qrlora_deploy.models.head import output_layer
 from qrlora_deploy.models.targets import is_conv1d
 from qrlora_deploy.runtime.bundle.row_layout import HEAD_TABLE, SLOT, TABLE, TABLE_DTYPES, HeadLayout, TableLayout
-from qrlora_deploy.tasks.head import output_layer
 
 MOST_COLUMNS = 4096
 """Columns of the table that are spread over the tokens of a padding-free batch at once. One operator for many

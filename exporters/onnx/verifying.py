@@ -9,6 +9,7 @@ from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.runtime.bundle.bundle import Bundle
 from qrlora_deploy.runtime.bundle.row_layout import HeadLayout
+from qrlora_deploy.tasks.registry import task_named
 from qrlora_deploy.runtime.verification.parity import ParityReport, check_parity, open_for_check, shows_customers
 
 
@@ -40,9 +41,9 @@ def verify_against(
     if wrong:
         raise BasisMismatchError(f"{bundle.folder} was exported from others: {'; '.join(wrong)} as in the bundle")
     session = open_for_check(bundle.model, manifest.precision, provider)
-    chosen = choose_texts(texts)
+    chosen, task = choose_texts(texts), task_named(manifest.task)
     if manifest.kind == "merged":
-        return check_parity(session, build_reference(checkpoint, basis, coefficients, chosen), manifest.precision)
+        return check_parity(session, build_reference(checkpoint, basis, coefficients, chosen), task, manifest.precision)
     head = HeadLayout(manifest.head_labels, manifest.head_features) if manifest.head_labels else None
     if coefficients.head and head is None:
         raise InputError(f"the customer has a head of its own; {bundle.folder} was exported without --head-labels")
@@ -51,4 +52,4 @@ def verify_against(
         raise CheckFailed(
             "the customer does not move the logits on these texts, so agreement proves nothing; choose other --data"
         )
-    return check_parity(session, reference, manifest.precision)
+    return check_parity(session, reference, task, manifest.precision)

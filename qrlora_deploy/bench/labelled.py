@@ -7,6 +7,10 @@ from qrlora_deploy.bench.record import Accuracy
 from qrlora_deploy.bench.subjects import BundleSubject
 from qrlora_deploy.errors import InputError, QrloraError
 from qrlora_deploy.formats.coefficients import CUSTOMER_ID
+from qrlora_deploy.tasks.names import label_index, output_of
+from qrlora_deploy.tasks.registry import task_named
+
+Names = tuple[str, ...]
 
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet")
 
@@ -59,32 +63,34 @@ def _served(subject: BundleSubject, files: Mapping[str, Path]) -> list[str]:
 def _measure(subject: BundleSubject, customer: str, file: Path) -> Accuracy:
     nothing = Accuracy(subject=subject.record.name, customer=customer, data=str(file))
     try:
-        if subject.bundle.manifest.task != "text-classification":
-            raise InputError(f"a {subject.bundle.manifest.task} has no accuracy")
+        task = task_named(subject.bundle.manifest.task)
+        if not task.has_accuracy:
+            raise InputError(f"a {task.name} has no accuracy")
         if subject.switchable is not None and customer not in subject.customers:
             raise InputError(subject.refused.get(customer, f"no file of {customer} is among the customers"))
         # Imported here: it takes a quarter of a second; no PyTorch in it.
         from qrlora_deploy.data.examples import read_examples
-        from qrlora_deploy.tasks.tasks import label_index, output_of
 
         examples = read_examples(file)
+        expected = [task.names_in(label) for label in examples.labels]
         index = label_index(subject.bundle.manifest.labels)
         answers = subject.answer(examples.texts, examples.pairs, customer)
         # A customer with labels of its own answers with those.
-        own = _share(
-            answers, examples.labels, index if set(answers) <= index.keys() else label_index(sorted(set(answers)))
-        )
+        names = {name for answer in answers for name in answer}
+        own = _share(answers, expected, index if names <= index.keys() else label_index(sorted(names)))
         base = None
-        if subject.switchable is not None and all(output_of(index, label) is not None for label in examples.labels):
-            base = _share(subject.answer(examples.texts, examples.pairs, None), examples.labels, index)
+        if subject.switchable is not None and not task.unknown(examples, subject.bundle.manifest.labels):
+            base = _share(subject.answer(examples.texts, examples.pairs, None), expected, index)
         return nothing.model_copy(update={"rows": len(examples), "accuracy": own, "base_accuracy": base})
     except QrloraError as error:
         return nothing.model_copy(update={"error": str(error)})
 
 
-def _share(found: list[str], expected: list[str], index: Mapping[str, int]) -> float:
-    """Of answers that mean the same output as the expected ones; `index` is of all answers, from `label_index`."""
-    from qrlora_deploy.tasks.tasks import output_of
+def _share(found: Sequence[Names], expected: Sequence[Names], index: Mapping[str, int]) -> float:
+    """Of answers that mean the same outputs as the expected ones; `index` is of all answers, from `label_index`."""
 
-    right = [output_of(index, one) == output_of(index, other) for one, other in zip(found, expected, strict=True)]
+    def outputs(names: Names) -> set[int | None]:
+        return {output_of(index, name) for name in names}
+
+    right = [outputs(one) == outputs(other) for one, other in zip(found, expected, strict=True)]
     return sum(right) / len(expected)

@@ -20,6 +20,7 @@ from qrlora_deploy.runtime.sessions.bucket_runner import make_runner
 from qrlora_deploy.runtime.sessions.buckets import Buckets
 from qrlora_deploy.runtime.sessions.session import PROVIDERS, open_session
 from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
+from qrlora_deploy.tasks.registry import task_named
 
 Call = Callable[[int], Any]
 """Answers the batch of a turn, and returns when the logits are in the host's memory."""
@@ -121,9 +122,10 @@ class BundleSubject:
             return [self.customers[0]] * batch
         return [self.customers[row % len(self.customers)] for row in range(batch)]
 
-    def answer(self, texts: Sequence[str], pairs: Sequence[str] | None, customer: str | None) -> list[str]:
-        """The most likely label of every text, for a customer or, where that is None, the base."""
-        found: dict[int, str] = {}
+    def answer(self, texts: Sequence[str], pairs: Sequence[str] | None, customer: str | None) -> list[tuple[str, ...]]:
+        """The labels of every text, as of `Answer`, for a customer or, where that is None, the base."""
+        task = task_named(self.bundle.manifest.task)
+        found: dict[int, tuple[str, ...]] = {}
         for rows in batches(texts, pairs, ANSWER_BATCH):
             inputs = self._encoder.encode([texts[row] for row in rows], [pairs[row] for row in rows] if pairs else None)
             if self.switchable is None:
@@ -132,7 +134,7 @@ class BundleSubject:
                 logits, labels = self.switchable.predict(inputs, [customer] * len(rows))
             # Behind its own labels a customer has -inf.
             found.update(
-                (row, names[int(values[: len(names)].argmax())])
+                (row, task.answer(values[: len(names)], names).labels)
                 for row, values, names in zip(rows, logits, labels, strict=True)
             )
         return [found[row] for row in range(len(texts))]

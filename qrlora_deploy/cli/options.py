@@ -13,6 +13,7 @@ import click
 
 from qrlora_deploy.cli.output import Output, show
 from qrlora_deploy.errors import InputError
+from qrlora_deploy.tasks.options import AUTO, OPTIONS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -138,10 +139,11 @@ def training_options(epochs: int, batch_size: int, rate: str) -> Callable[[Comma
         ),
         click.option(
             "--task",
-            type=click.Choice(["auto", "classification", "regression"]),
-            default="auto",
+            type=click.Choice([AUTO, *OPTIONS]),
+            default=AUTO,
             show_default=True,
-            help="What the labels are; auto: a regression where all are numbers and one has a decimal point.",
+            help=f"What the labels are: {'; '.join(f'{name}: {what}' for name, what in OPTIONS.items())}. auto: "
+            "multi-label where a row has a list, a regression where all are numbers and one has a decimal point.",
         ),
         device_option(("auto", "cpu", "cuda")),
         seed_option,
@@ -156,7 +158,7 @@ def customer_options(head: str, resume: str) -> Callable[[Command], Command]:
         click.option("--head", type=click.Choice(["frozen", "output"]), default="frozen", show_default=True, help=head),
         click.option("--patience", type=COUNT, default=3, show_default=True, help="Epochs without a gain."),
         click.option("--resume", is_flag=True, help=resume),
-        click.option("--metric", help="Chooses the best epoch on --eval, by default accuracy or pearson."),
+        click.option("--metric", help="Chooses the best epoch on --eval, by default accuracy, pearson or f1_micro."),
         click.option("--head-learning-rate", type=RATE, help="With --head output."),
     ]
     return _together(options)

@@ -112,10 +112,15 @@ def _answer(predictor: "Predictor", requests: "list[Request]", batch_size: int) 
     answers = predictor.predict([request.text for request in requests], pairs or None, batch_size, owners)
     record = [
         {"customer": request.customer, "text": request.text, "label": answer.label}
-        | {"score": answer.score, "logits": answer.logits}
+        | {"labels": answer.labels, "score": answer.score, "logits": answer.logits}
+        for request, answer in zip(requests, answers, strict=True)
+    ]
+    rows = [
+        [request.text, ", ".join(answer.labels) or "none", answer.score]
         for request, answer in zip(requests, answers, strict=True)
     ]
     columns = ["text", "label", "score"]
     if predictor.switchable is not None:
         columns = ["customer", *columns]
-    return Output(record, tables=[Table(columns, [[row[column] for column in columns] for row in record])])
+        rows = [[request.customer, *row] for request, row in zip(requests, rows, strict=True)]
+    return Output(record, tables=[Table(columns, rows)])

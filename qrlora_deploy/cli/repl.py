@@ -88,7 +88,7 @@ def _obey(
         raise InputError(f"there is no {word}. {HELP}")
     elif line:
         answer = predictor.predict([line], customers=[customer])[0]
-        stdout.write(f"{one_line(answer.label)}\t{answer.score:.4f}\n")
+        stdout.write(f"{one_line(', '.join(answer.labels) or 'none')}\t{answer.score:.4f}\n")
         stdout.flush()
     return customer
 

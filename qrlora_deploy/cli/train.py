@@ -76,7 +76,7 @@ def command(
         customer = train(checkpoint, frozen, examples, held_out, chosen, folder, resume, place, progress)
         write_coefficients(customer, output)
     show_remark(customer.training)
-    _warn_of_one_answer(customer.training)
+    _warn_of_one_answer(customer.task, customer.training)
     size_bytes = output.stat().st_size
     record = {"output": output, "size_bytes": size_bytes, "digest": customer.digest, "training": customer.training}
     facts = {"digest": customer.digest, "coefficients": len(customer.values), "size": size_text(size_bytes)}
@@ -93,14 +93,15 @@ def _warn_of_damage(folder: Path) -> None:
         click.echo(f"Warning: {line}; {start}", err=True)
 
 
-def _warn_of_one_answer(record: Mapping[str, Any]) -> None:
+def _warn_of_one_answer(task_name: str, record: Mapping[str, Any]) -> None:
     """Say so where training may have ended in one answer for every text, as a learning rate that is too high does."""
-    from qrlora_deploy.tasks.tasks import uncorrelated
+    from qrlora_deploy.tasks.registry import task_named
 
-    if name := uncorrelated(record["metrics"]):
+    task = task_named(task_name)
+    if task.says_nothing(record["metrics"]):
         half = f"{record['learning_rate'] / 2:.3g}"
         click.echo(
-            f"Warning: {name} is 0 on the held-out rows: the answers say nothing of the labels, as when every text "
-            f"gets the same one. A lower rate may help, such as --learning-rate {half}",
+            f"Warning: {task.signal} is 0 on the held-out rows: the answers say nothing of the labels, as when "
+            f"every text gets the same one. A lower rate may help, such as --learning-rate {half}",
             err=True,
         )

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qrlora_deploy.data.labels import column_labels, is_unicode, rows_text
+from qrlora_deploy.data.labels import Label, column_labels, is_unicode, rows_text
 from qrlora_deploy.data.readers import READERS, Columns, Table, read_table, unique_names
 from qrlora_deploy.errors import InputError, library_errors
 
@@ -34,13 +34,13 @@ class Examples:
     Attributes:
         texts: the text of each row, or the first one of a pair.
         pairs: the second text of each row; None where the data has single texts.
-        labels: as written in the data; none is empty.
+        labels: as written in the data; a text is never empty, a list may be.
         name: file or hub name as it was given, for messages and records.
     """
 
     texts: list[str]
     pairs: list[str] | None
-    labels: list[str]
+    labels: Sequence[Label]
     name: str
 
     def __len__(self) -> int:

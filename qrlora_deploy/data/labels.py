@@ -21,9 +21,12 @@ NO_NUMBER = {"nan", "na", "n/a", "<na>", "none", "null", "nil", "inf", "infinity
 
 SHOWN = 5
 
+Label = str | tuple[str, ...]
+"""The label of a row as it was read: one, or a list of any number, which may be empty."""
 
-def column_labels(source: str, name: str, values: Sequence[Any]) -> list[str]:
-    """The labels of a column as text.
+
+def column_labels(source: str, name: str, values: Sequence[Any]) -> list[Label]:
+    """The labels of a column as text, lists of them as tuples.
 
     Args:
         source: what errors name.
@@ -33,14 +36,15 @@ def column_labels(source: str, name: str, values: Sequence[Any]) -> list[str]:
     Raises:
         InputError: a row has no label (a NaN is none), or one that is no single value; saying which.
     """
-    labels, missing = [], []
+    labels: list[Label] = []
+    missing = []
     for row, value in enumerate(settled(values), start=1):
         try:
-            label = text_of(value)
+            label = label_of(value)
         except InputError as error:
             raise InputError(f"{source}: row {row}: the label is {error}") from error
         labels.append(label)
-        if not label:
+        if label == "":
             missing.append(row)
     if missing:
         verb = "has" if len(missing) == 1 else "have"
@@ -110,6 +114,22 @@ def is_unicode(text: str) -> bool:
     return True
 
 
+def label_of(value: Any) -> Label:
+    """A value as a label: a text, empty where there is none, or the texts of a list.
+
+    Raises:
+        InputError: it is neither; says what it is instead.
+    """
+    if not isinstance(value, list):
+        return text_of(value)
+    names = tuple(text_of(element) for element in value)
+    if "" in names:
+        raise InputError(f"a list with an empty name: {shortened(repr(value), 80)}")
+    if len(set(names)) < len(names):
+        raise InputError(f"a list that names a label twice: {shortened(repr(value), 80)}")
+    return names
+
+
 def text_of(value: Any) -> str:
     """A value as a label; empty where there is none.
 
@@ -129,4 +149,4 @@ def text_of(value: Any) -> str:
     if isinstance(value, int | float | Decimal | date | time):
         return str(value)
     kind = {"list": "a list", "dict": "an object"}.get(type(value).__name__, type(value).__name__)
-    raise InputError(f"{kind}, {shortened(repr(value), 80)}; one name or number a row is trained on, no multi-label")
+    raise InputError(f"{kind}, {shortened(repr(value), 80)}; a label is a name, a number or a list of names")

@@ -47,7 +47,7 @@ class Coefficients:
         base_name: folder or hub name of the base, as it was given.
         base_digest: SHA-256 over all tensors of the base, so that a base with another head but
             equal targets is told apart.
-        task: "text-classification" or "text-regression".
+        task: name of the task, such as "text-classification".
         labels: names of the outputs.
         head: the customer's own output layer, by tensor name of the checkpoint; empty when the
             base's head is used.

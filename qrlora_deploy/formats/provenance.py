@@ -15,6 +15,7 @@ from qrlora_deploy.errors import FileFormatError, InputError
 from qrlora_deploy.io.files import write_json
 from qrlora_deploy.io.reading import check_version, is_file, parse_json, read_text
 from qrlora_deploy.io.strict import from_json
+from qrlora_deploy.tasks.registry import task_named
 
 FILE_NAME = "qrlora.json"
 FORMAT = "qrlora-merge"
@@ -25,8 +26,6 @@ MAX_BYTES = 16 * 2**20
 
 LABEL_KEYS = ("id2label", "label2id", "problem_type", "num_labels")
 """Entries of config.json that a customer's labels change."""
-
-PROBLEM_TYPES = {"text-classification": "single_label_classification", "text-regression": "regression"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Provenance:
     Attributes:
         base_name: the base as it was named; base_digest: of all its tensors.
         basis_digest: the basis; coefficients_digest: the customer's values and head.
-        task: "text-classification" or "text-regression".
+        task: name of the task.
         labels: in the order of the logits.
         head: tensors that the customer's own head replaced.
         base_labels: what config.json held under `LABEL_KEYS` before the merge.
@@ -131,7 +130,7 @@ def with_labels(config: dict[str, Any], task: str, labels: tuple[str, ...], outp
     changed = config | {
         "id2label": {str(index): name for index, name in enumerate(names)},
         "label2id": {name: index for index, name in enumerate(names)},
-        "problem_type": PROBLEM_TYPES.get(task, config.get("problem_type")),
+        "problem_type": task_named(task).problem_type,
     }
     if "num_labels" in config:
         changed["num_labels"] = outputs

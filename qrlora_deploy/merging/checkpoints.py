@@ -41,6 +41,7 @@ from qrlora_deploy.merging.arithmetic import (
 )
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.models.shards import copy_side_files, copy_weights, rewrite_shards
+from qrlora_deploy.tasks.registry import task_named
 
 __all__ = ["MergeReport", "UnmergeReport", "merge", "merge_model", "merged_weight", "unmerge"]
 
@@ -201,6 +202,7 @@ def merge_model(model: Any, checkpoint: Checkpoint, basis: Basis, coefficients: 
 
 
 def _name_labels(config: Any, coefficients: Coefficients) -> None:
+    config.problem_type = task_named(coefficients.task).problem_type
     if coefficients.labels:
         config.id2label = dict(enumerate(coefficients.labels))
         config.label2id = {label: index for index, label in enumerate(coefficients.labels)}

@@ -15,7 +15,7 @@ from qrlora_deploy.errors import BasisMismatchError, InputError, first_line, lib
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.models.capacity import check_ids
 from qrlora_deploy.models.completeness import is_head
-from qrlora_deploy.models.families import REGRESSION, check_head, check_padding, check_supported
+from qrlora_deploy.models.families import check_head, check_padding, check_supported
 from qrlora_deploy.models.loading import check_whole, load_weights, make_skeleton
 from qrlora_deploy.models.model_config import (
     CLASSIFIER,
@@ -28,6 +28,7 @@ from qrlora_deploy.models.model_config import (
 from qrlora_deploy.models.output_names import output_names
 from qrlora_deploy.models.tokenizer_files import has_tokenizer, read_tokenizer
 from qrlora_deploy.models.weight_files import StoredTensor, read_headers, weight_files
+from qrlora_deploy.tasks.registry import task_of_config
 
 
 @dataclass(frozen=True)
@@ -83,20 +84,19 @@ class Checkpoint:
 
     @property
     def task(self) -> str:
-        """The task of the head.
+        """The name of the head's task.
 
         Raises:
             InputError: there is none, or another one than is supported.
         """
         self.require_task_head()
-        regresses = self.config.problem_type == REGRESSION or len(self.labels) == 1
-        return "text-regression" if regresses else "text-classification"
+        return task_of_config(self.config.problem_type, len(self.labels)).name
 
     def require_task_head(self) -> None:
         """Make sure that there is a task head, and one that is supported.
 
         Raises:
-            InputError: there is none, with the way to one, or it has several labels a text or several numbers.
+            InputError: there is none, with the way to one, or it answers with several numbers a text.
         """
         self._check_kind()
         if not self.has_task_head:

@@ -18,7 +18,6 @@ ENCODER_DECODER = (
     "in every row; a graph cannot check that"
 )
 
-MULTI_LABEL = "multi_label_classification"
 REGRESSION = "regression"
 """`problem_type` of a config."""
 
@@ -98,13 +97,11 @@ def check_supported(name: str, model: Any) -> None:
 
 
 def check_head(name: str, problem: str | None, outputs: int) -> None:
-    """Make sure that a task head has one label or one number for each text.
+    """Make sure that a task head for numbers has one for each text.
 
     Raises:
         InputError: it has several.
     """
-    if problem == MULTI_LABEL:
-        raise InputError(f"{name} has a multi-label head, which is not supported")
     if problem == REGRESSION and outputs != 1:
         raise InputError(f"{name} predicts {outputs} numbers; one is supported")
 

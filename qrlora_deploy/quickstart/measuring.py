@@ -13,7 +13,7 @@ from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.models.adapter import attach, set_coefficients
 from qrlora_deploy.models.checkpoint import Checkpoint
-from qrlora_deploy.tasks.tasks import CLASSIFICATION, encode_labels, score
+from qrlora_deploy.tasks.classification import Classification
 
 BATCH = 64
 
@@ -56,12 +56,13 @@ class Scorer:
         """
         zeros = np.zeros(self.basis.total_rank, dtype=np.float32)
         set_coefficients(self.adapters, self.basis, zeros if values is None else values)
-        targets = np.array(encode_labels(examples, CLASSIFICATION, self.labels))
+        task = Classification()
+        targets = np.array(task.encode(examples, self.labels))
         logits = self._logits(examples.texts)
         own = np.full_like(logits, -np.inf)
         columns = np.unique(targets)
         own[:, columns] = logits[:, columns]
-        return Accuracy(*(score(CLASSIFICATION, each, targets)["accuracy"] for each in (logits, own)))
+        return Accuracy(*(task.score(each, targets)["accuracy"] for each in (logits, own)))
 
     def _logits(self, texts: Sequence[str]) -> np.ndarray:
         return np.concatenate(

@@ -223,7 +223,7 @@ def _predict(bundle: Bundle, name: str, device: str) -> tuple[Answer, ...]:
     texts = [held_out.texts[row] for row in rows]
     answers = Predictor(bundle, device).predict(texts)
     return tuple(
-        Answer(text, answer.label, answer.score, held_out.labels[row])
+        Answer(text, answer.label, answer.score, str(held_out.labels[row]))
         for row, text, answer in zip(rows, texts, answers, strict=True)
     )
 

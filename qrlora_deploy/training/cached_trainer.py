@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.tasks.tasks import REGRESSION
+from qrlora_deploy.tasks.base import Task
 from qrlora_deploy.training.loop import Progress, Rows, SmallTrainer, halve_frozen, has_bf16, mixed_precision
 from qrlora_deploy.training.trunk.cache import TrunkCache, fill_cache
 from qrlora_deploy.training.trunk.cuda_graph import GraphedStep, step_gradients
@@ -69,7 +68,7 @@ class CachedModel:
     upper: Upper | None
     cache: TrunkCache
     texts: Texts
-    task: str
+    task: Task
 
     def logits(self, numbers: torch.Tensor) -> torch.Tensor:
         """Logits `[n, labels]` of rows, by their numbers `[n]` int64 on the CPU."""
@@ -97,13 +96,11 @@ class CachedModel:
         return -(-longest // LENGTH_STEP) * LENGTH_STEP
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The mean loss of a batch, as the model's own forward computes it."""
-        if self.task == REGRESSION:
-            return functional.mse_loss(logits.float().squeeze(-1), labels.float())
-        return functional.cross_entropy(logits.float(), labels)
+        """The mean loss of a batch, as `Task.loss`."""
+        return self.task.loss(logits, labels)
 
 
-def build_cached(model: Any, targets: Sequence[str], texts: Texts, task: str, wish: CacheWish) -> CachedModel:
+def build_cached(model: Any, targets: Sequence[str], texts: Texts, task: Task, wish: CacheWish) -> CachedModel:
     """Split a model and run its trunk over all rows.
 
     Args:

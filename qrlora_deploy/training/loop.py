@@ -20,7 +20,7 @@ from qrlora_deploy.models.adapter import QRLoRALinear
 from qrlora_deploy.models.capacity import check_ids, max_tokens
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.models.families import check_padding
-from qrlora_deploy.tasks.tasks import score
+from qrlora_deploy.tasks.base import Task
 from qrlora_deploy.training.settings import RunSettings, choose_device
 
 Progress = Callable[[str, int, int], None]
@@ -155,7 +155,7 @@ def training_arguments(folder: Path, settings: RunSettings, rate: float, rows: i
     return arguments
 
 
-def build_rows(tokenizer: Any, examples: Examples, targets: Sequence[int | float], max_length: int) -> Rows:
+def build_rows(tokenizer: Any, examples: Examples, targets: Sequence[Any], max_length: int) -> Rows:
     """Token ids of every example with its target; padding is left to the batch."""
     texts, pairs = cut_texts(tokenizer, examples.texts, examples.pairs, max_length, examples.name)
     encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length)
@@ -193,11 +193,11 @@ def load_tokenizer(
     return tokenizer
 
 
-def trainer_parts(task: str, tokenizer: Any) -> dict[str, Any]:
+def trainer_parts(task: Task, tokenizer: Any) -> dict[str, Any]:
     """Batching and scoring, as arguments of a Trainer."""
     return {
         "data_collator": DataCollatorWithPadding(tokenizer),
-        "compute_metrics": lambda result: score(task, _finite(result.predictions), result.label_ids),
+        "compute_metrics": lambda result: task.score(_finite(result.predictions), result.label_ids),
         # Some models return hidden states after the logits.
         "preprocess_logits_for_metrics": lambda out, _: out[0] if isinstance(out, (tuple, list)) else out,
     }
@@ -221,10 +221,10 @@ def check_trained(trainer: SmallTrainer) -> None:
         raise QrloraError(f"training diverged: {wrong[0]} is NaN or Inf; try a smaller --learning-rate")
 
 
-def evaluate(trainer: Trainer, task_metrics: Sequence[str]) -> dict[str, float]:
+def evaluate(trainer: Trainer, task: Task) -> dict[str, float]:
     """Metrics on the trainer's evaluation data, rounded for the record."""
     result = trainer.evaluate()
-    return {name: round(result[f"eval_{name}"], 6) for name in task_metrics}
+    return {name: round(result[f"eval_{name}"], 6) for name in task.metrics}
 
 
 def no_dropout(config: Any) -> dict[str, float]:

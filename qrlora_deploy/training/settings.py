@@ -5,7 +5,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 from qrlora_deploy.errors import InputError, ProviderError
-from qrlora_deploy.tasks.tasks import CHOICES, METRICS
+from qrlora_deploy.tasks.base import Task
+from qrlora_deploy.tasks.options import AUTO
+from qrlora_deploy.tasks.registry import BY_OPTION
 
 MAX_RATE = 1e30
 MAX_COUNT = 2**31 - 1
@@ -32,7 +34,7 @@ class RunSettings:
         max_length: tokens a row; longer rows are cut.
         seed: of the order of the rows, dropout and a new head.
         device: "auto" (CUDA where there is one), "cpu" or "cuda". CUDA runs in bf16 where it can.
-        task: what the labels are: "classification", "regression", or "auto": what they look like.
+        task: what the labels are, by what `--task` calls it, or "auto": what they look like.
 
     Raises:
         InputError: a value is out of range.
@@ -46,8 +48,8 @@ class RunSettings:
     task: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.task not in ("auto", *CHOICES):
-            raise InputError(f"--task must be auto, {' or '.join(CHOICES)}, not {self.task}")
+        if self.task not in (AUTO, *BY_OPTION):
+            raise InputError(f"--task must be one of {', '.join((AUTO, *BY_OPTION))}, not {self.task}")
         for name in ("epochs", "batch_size", "max_length"):
             if not 1 <= getattr(self, name) <= MAX_COUNT:
                 option = f"--{name.replace('_', '-')}"
@@ -69,7 +71,7 @@ class TrainSettings(RunSettings):
         head_learning_rate: of the output layer where it trains too.
         patience: epochs without a better score before the run stops; needs evaluation data.
         head: "frozen" (the coefficients alone are trained) or "output" (the last projection too).
-        metric: chooses the best epoch; the first of `METRICS` of the task where it is None.
+        metric: chooses the best epoch; the first one of the task where it is None.
         dropout: whether the frozen base drops out as its config says; then its trunk cannot be cached.
         trunk_cache: where the hidden states below the first adapted block are kept: "device", "host"
             (memory), "disk", "auto" (the first of these with room, or none where the model does not
@@ -115,15 +117,15 @@ class TrainSettings(RunSettings):
         """The same with a learning rate: the one that was given, or the default for so many coefficients."""
         return self if self.learning_rate is not None else replace(self, learning_rate=default_rate(coefficients))
 
-    def metric_of(self, task: str) -> str:
+    def metric_of(self, task: Task) -> str:
         """The metric that chooses the best epoch of a `task`.
 
         Raises:
             InputError: the task has no such metric.
         """
-        if self.metric is not None and self.metric not in METRICS[task]:
-            raise InputError(f"--metric must be one of {', '.join(METRICS[task])} for {task}, not {self.metric}")
-        return self.metric or METRICS[task][0]
+        if self.metric is not None and self.metric not in task.metrics:
+            raise InputError(f"--metric must be one of {', '.join(task.metrics)} for {task.name}, not {self.metric}")
+        return self.metric or task.metrics[0]
 
 
 @dataclass(frozen=True)

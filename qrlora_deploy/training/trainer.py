@@ -14,8 +14,7 @@ from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.adapter import QRLoRALinear, attach, get_coefficients, precondition
 from qrlora_deploy.models.checkpoint import Checkpoint, check_basis_fits
-from qrlora_deploy.tasks.head import Outputs, check_stored, frozen_outputs, own_outputs, prepare_head
-from qrlora_deploy.tasks.tasks import METRICS, encode_labels
+from qrlora_deploy.models.head import check_stored, prepare_head
 from qrlora_deploy.training.cached_trainer import (
     CachedModel,
     CachedTrainer,
@@ -39,6 +38,7 @@ from qrlora_deploy.training.loop import (
     trainer_parts,
     training_arguments,
 )
+from qrlora_deploy.training.outputs import Outputs, frozen_outputs, own_outputs
 from qrlora_deploy.training.record import Ran, training_record
 from qrlora_deploy.training.settings import TrainSettings, choose_device, fingerprint
 
@@ -108,9 +108,9 @@ def train(
     with explained_failures(work_dir):
         cached, cache_place = _cache_trunk(job, CacheWish(settings.trunk_cache, work_dir, progress))
         trainer = _build_trainer(job, cached, metric, work_dir, progress)
-        baseline = evaluate(trainer, METRICS[outputs.task]) if job.evaluation and not outputs.new else {}
+        baseline = evaluate(trainer, outputs.task) if job.evaluation and not outputs.new else {}
         loss = _run(trainer, last, settings)
-        metrics = evaluate(trainer, METRICS[outputs.task]) if job.evaluation else {}
+        metrics = evaluate(trainer, outputs.task) if job.evaluation else {}
     values = get_coefficients(job.adapters)
     head = {name: parameter.detach().float().cpu().numpy() for name, parameter in job.head.items()}
     if not all(np.isfinite(array).all() for array in (values, *head.values())):
@@ -129,7 +129,7 @@ def train(
     return Coefficients(
         values=values,
         base_name=checkpoint.name,
-        task=outputs.task,
+        task=outputs.task.name,
         labels=outputs.labels,
         head=head,
         basis_file=basis_file,
@@ -148,10 +148,11 @@ def _prepare(
 ) -> _Job:
     check_alike(train, evaluation)
     parts = [part for part in (train, evaluation) if part is not None]
-    targets = [encode_labels(part, outputs.task, outputs.labels) for part in parts]
+    targets = [outputs.task.encode(part, outputs.labels) for part in parts]
     model = checkpoint.load_model(**outputs.options, **({} if settings.dropout else no_dropout(checkpoint.config)))
     tokenizer = load_tokenizer(checkpoint, model, settings.max_length, train.pairs is not None)
-    head = prepare_head(model, outputs, basis, settings.seed) if settings.head == "output" else {}
+    new_bias = outputs.bias if outputs.new else None
+    head = prepare_head(model, basis, new_bias, settings.seed) if settings.head == "output" else {}
     check_stored(head, checkpoint)
     adapters = attach(model, basis)
     precondition(adapters)

@@ -11,10 +11,9 @@ from qrlora_deploy.io.outputs import check_free_folder
 from qrlora_deploy.io.temporary import scratch_folder
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.models.completeness import compare, is_head
+from qrlora_deploy.models.head import start_bias
 from qrlora_deploy.models.loading import LOADING, load_weights, make_skeleton
 from qrlora_deploy.models.targets import choose_targets
-from qrlora_deploy.tasks.head import Outputs, own_outputs, start_bias
-from qrlora_deploy.tasks.tasks import METRICS, REGRESSION, encode_labels
 from qrlora_deploy.training.loop import (
     Progress,
     SmallTrainer,
@@ -27,6 +26,7 @@ from qrlora_deploy.training.loop import (
     trainer_parts,
     training_arguments,
 )
+from qrlora_deploy.training.outputs import Outputs, own_outputs
 from qrlora_deploy.training.settings import WarmupSettings, choose_device
 
 
@@ -65,10 +65,10 @@ def warmup(
     outputs = own_outputs(checkpoint, train, settings.task)
     check_alike(train, evaluation)
     parts = [part for part in (train, evaluation) if part is not None]
-    targets = [encode_labels(part, outputs.task, outputs.labels) for part in parts]
+    targets = [outputs.task.encode(part, outputs.labels) for part in parts]
     torch.manual_seed(settings.seed)  # of the new head
     model = _load(checkpoint, outputs)
-    if outputs.new and outputs.task == REGRESSION:
+    if outputs.new and outputs.bias:
         start_bias(model, outputs.bias)
     tokenizer = load_tokenizer(checkpoint, model, settings.max_length, train.pairs is not None, new_padding=True)
     trained = _choose_parameters(model, settings.mode)
@@ -84,10 +84,10 @@ def warmup(
         )
         trainer.train()
         check_trained(trainer)
-        metrics = evaluate(trainer, METRICS[outputs.task]) if evaluation else {}
+        metrics = evaluate(trainer, outputs.task) if evaluation else {}
     report = {
         "base_name": checkpoint.name,
-        "task": outputs.task,
+        "task": outputs.task.name,
         "labels": list(outputs.labels),
         **({"remark": outputs.remark} if outputs.remark else {}),
         "mode": settings.mode,

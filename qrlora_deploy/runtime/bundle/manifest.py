@@ -1,9 +1,9 @@
 """The manifest of a bundle: what it is, and what every one of its files must hash to."""
 
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from qrlora_deploy.io.strict import Record
 from qrlora_deploy.runtime.bundle.records import (
@@ -21,6 +21,7 @@ from qrlora_deploy.runtime.bundle.row_layout import (
     TableLayout,
     padded_rank,
 )
+from qrlora_deploy.tasks.registry import BY_NAME
 
 FORMAT_VERSION = 1
 
@@ -28,6 +29,12 @@ UNSEALED = {"format_version", "base_name", "files", "parity", "customer_effect",
 """Fields of a manifest that decide no answer: where it comes from and how it was checked."""
 
 Digest = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+def _known_task(name: str) -> str:
+    if name not in BY_NAME:
+        raise ValueError(f"unknown task; this version knows {', '.join(sorted(BY_NAME))}")
+    return name
 
 
 class Manifest(Record):
@@ -50,7 +57,7 @@ class Manifest(Record):
 
     format_version: int = FORMAT_VERSION
     kind: Literal["merged", "switchable"]
-    task: Literal["text-classification", "text-regression"]
+    task: Annotated[str, AfterValidator(_known_task)]
     labels: tuple[str, ...] = Field(min_length=1)
     precision: Precision
     calibration: CalibrationRecord | None = None

@@ -11,11 +11,14 @@ from qrlora_deploy.runtime.bundle.sealed_facts import (
     CONFIG_FILE,
     REFERENCE_FILE,
     TOKENIZER_CONFIG_FILE,
+    ConfigFacts,
     read_config_facts,
     read_head_row,
     read_padding_side,
     read_reference_facts,
 )
+from qrlora_deploy.tasks.classification import Classification
+from qrlora_deploy.tasks.regression import Regression
 
 
 def manifest_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
@@ -28,10 +31,14 @@ def _config_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
     facts = read_config_facts(folder / CONFIG_FILE)
     if manifest.labels != facts.labels:
         yield f"its labels are not those of {CONFIG_FILE}"
-    regression = manifest.task == "text-regression"
-    # The customer of a merged bundle may have classes on a base that gives a number; never the other way round.
-    if regression != facts.regression and (regression or manifest.kind == "switchable"):
+    if manifest.task != facts.task.name and not _left_by_an_earlier_version(manifest, facts):
         yield f"its task is not that of {CONFIG_FILE}"
+
+
+def _left_by_an_earlier_version(manifest: Manifest, facts: ConfigFacts) -> bool:
+    """Whether a merged customer of classes has the config of a base that gave a number."""
+    found = (manifest.kind, manifest.task, facts.task.name)
+    return found == ("merged", Classification.name, Regression.name)
 
 
 def _reference_problems(folder: Path, manifest: Manifest) -> Iterator[str]:

@@ -12,6 +12,8 @@ from qrlora_deploy.errors import FileFormatError, InputError, library_errors
 from qrlora_deploy.formats.config_file import label_names, read_model_config
 from qrlora_deploy.io.reading import parse_json, read_text, readable
 from qrlora_deploy.runtime.bundle.row_layout import HEAD_TABLE, TABLE, HeadLayout, head_arrays
+from qrlora_deploy.tasks.base import Task
+from qrlora_deploy.tasks.registry import task_of_config
 
 CONFIG_FILE = "config.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -35,13 +37,13 @@ class ConfigFacts:
 
     Attributes:
         labels: names of the outputs.
-        regression: the outputs are numbers, not classes.
+        task: of its head.
         token_rows: token ids that the embedding has a row for; None where the config does not say.
         segment_rows: the same of segment ids; None where there are none.
     """
 
     labels: tuple[str, ...]
-    regression: bool
+    task: Task
     token_rows: int | None
     segment_rows: int | None
 
@@ -74,8 +76,12 @@ def read_config_facts(path: Path) -> ConfigFacts:
     """
     config = read_model_config(path)
     labels = tuple(label_names(config, path))
-    regression = config.problem_type == "regression" or len(labels) == 1
-    return ConfigFacts(labels, regression, _rows(config.vocab_size), _rows(config.type_vocab_size))
+    return ConfigFacts(
+        labels,
+        task_of_config(config.problem_type, len(labels)),
+        _rows(config.vocab_size),
+        _rows(config.type_vocab_size),
+    )
 
 
 def _rows(size: int | None) -> int | None:

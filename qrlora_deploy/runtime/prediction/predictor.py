@@ -13,6 +13,7 @@ from qrlora_deploy.runtime.sessions.bucket_runner import make_runner
 from qrlora_deploy.runtime.sessions.buckets import Buckets
 from qrlora_deploy.runtime.sessions.session import open_session
 from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
+from qrlora_deploy.tasks.registry import task_named
 
 
 @dataclass(frozen=True)
@@ -20,14 +21,14 @@ class Prediction:
     """The answer for one text.
 
     Attributes:
-        label: the most likely label; for a regression the name of its output.
-        score: its probability; for a regression the value itself.
+        label, score, labels: as of `Answer`.
         logits: what the model gave, one per label of the customer.
     """
 
     label: str
     score: float
     logits: tuple[float, ...]
+    labels: tuple[str, ...] = ()
 
 
 class Predictor:
@@ -42,6 +43,7 @@ class Predictor:
         session: of this very bundle, as an earlier version wanted it beside the bundle.
 
     Attributes:
+        task: of the bundle.
         switchable: the session that customers are loaded into; None for a merged bundle.
 
     Raises:
@@ -65,6 +67,7 @@ class Predictor:
         if session is not None:
             _check_session(bundle, session, {"provider": provider, "threads": threads, "buckets": buckets})
         self.bundle = bundle
+        self.task = task_named(bundle.manifest.task)
         self.encoder = TextEncoder(bundle)
         self.switchable = session
         provider = provider or "cpu"
@@ -124,12 +127,8 @@ class Predictor:
     def _prediction(self, logits: np.ndarray, labels: tuple[str, ...]) -> Prediction:
         # Behind its own labels a customer has -inf.
         own = logits[: len(labels)]
-        values = tuple(float(value) for value in own)
-        if self.bundle.manifest.task == "text-regression":
-            return Prediction(labels[0], values[0], values)
-        odds = np.exp(own.astype(np.float64) - own.max())
-        best = int(own.argmax())
-        return Prediction(labels[best], float(odds[best] / odds.sum()), values)
+        answer = self.task.answer(own, labels)
+        return Prediction(answer.label, answer.score, tuple(float(value) for value in own), answer.labels)
 
 
 def _check_session(bundle: Bundle, session: SwitchableSession, options: Mapping[str, object]) -> None:

@@ -19,6 +19,8 @@ from qrlora_deploy.runtime.bundle.sealed_facts import SEALED
 from qrlora_deploy.runtime.sessions.running import is_padding_free
 from qrlora_deploy.runtime.sessions.session import open_session
 from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX, kept_tokens
+from qrlora_deploy.tasks.base import Task
+from qrlora_deploy.tasks.registry import task_named
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class ParityReport:
     Attributes:
         max_abs_error: largest difference of two logits.
         bound: what it may be, for fp32 `1e-4 * max(1, max |logit|)`.
-        label_agreement: share of rows whose largest logit is the same one.
+        label_agreement: mean over the rows of `Task.agreement`: the share of rows with the same label.
         cases: number of batches; rows: number of rows in them.
         worst: the row with the largest difference.
         errors: largest difference in each case, by its name.
@@ -151,18 +153,19 @@ class ParityReport:
         return failures
 
 
-def check_parity(session: Any, reference: Sequence[Case], precision: str = "fp32") -> ParityReport:
+def check_parity(session: Any, reference: Sequence[Case], task: Task, precision: str = "fp32") -> ParityReport:
     """Run every case and compare with its logits, and the effect of the customers with PyTorch's.
 
     Args:
         session: of the graph.
         reference: what PyTorch gives in fp32.
+        task: of the graph; says which answers are equal.
         precision: of the graph; decides the bounds.
 
     Raises:
         CheckFailed: a case cannot be run or gives another shape.
     """
-    errors, worst, agreed, rows = {}, ("", -1.0), 0, 0
+    errors, worst, agreed, rows = {}, ("", -1.0), 0.0, 0
     effects = []
     for case in reference:
         found = _run(session, case, case.inputs)
@@ -171,7 +174,7 @@ def check_parity(session: Any, reference: Sequence[Case], precision: str = "fp32
         errors[case.name] = float(difference.max())
         if errors[case.name] > worst[1]:
             worst = (f"row {int(difference.argmax())} of {case.name!r}", errors[case.name])
-        agreed += int((found.argmax(axis=1) == case.logits.argmax(axis=1)).sum())
+        agreed += float(task.agreement(found, case.logits).sum())
         rows += len(found)
     if not rows:
         raise CheckFailed("there is nothing to compare: the reference holds no cases")
@@ -282,7 +285,8 @@ def verify(bundle: Bundle, provider: str = "cpu", threads: int | None = None) ->
     """
     precision = bundle.manifest.precision
     session = open_for_check(bundle.model, precision, provider, threads)
-    return check_parity(session, read_reference(bundle.folder / REFERENCE_FILE), precision)
+    reference = read_reference(bundle.folder / REFERENCE_FILE)
+    return check_parity(session, reference, task_named(bundle.manifest.task), precision)
 
 
 def open_for_check(model: Path, precision: str, provider: str = "cpu", threads: int | None = None) -> Any:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from qrlora_deploy.tasks.tasks import REGRESSION
+from qrlora_deploy.tasks.regression import Regression
 from qrlora_deploy.training.fleet.model import FleetModel
 from qrlora_deploy.training.fleet.plan import Customer
 from qrlora_deploy.training.fleet.pool import PackedRows, RowPool
@@ -88,7 +88,7 @@ class Engine:
             self.pool.add(slot, part)
             self._set_targets(slot, [*customer.targets, *customer.evaluation_targets])
             self.train_rows[slot], self.held_out_rows[slot] = len(customer.targets), len(customer.evaluation_targets)
-            self.regression[slot] = customer.outputs.task == REGRESSION
+            self.regression[slot] = isinstance(customer.outputs.task, Regression)
         self.regression_there = ship(torch.from_numpy(self.regression.copy()), self.device)
         self.model.enter(slots, [customer.outputs for customer in customers])
         self.losses.index_fill_(0, ship(torch.tensor(slots), self.device), 0.0)

@@ -10,9 +10,9 @@ from qrlora_deploy.data.labels import WHOLE
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.formats.coefficients import CUSTOMER_ID
 from qrlora_deploy.models.checkpoint import Checkpoint
-from qrlora_deploy.tasks.head import Outputs, base_outputs, frozen_outputs, own_outputs
-from qrlora_deploy.tasks.tasks import REGRESSION, encode_labels
+from qrlora_deploy.tasks.regression import Regression
 from qrlora_deploy.training.fleet.grouping import Groups, read_groups
+from qrlora_deploy.training.outputs import Outputs, base_outputs, frozen_outputs, own_outputs
 from qrlora_deploy.training.settings import TrainSettings
 
 Targets = Sequence[int] | Sequence[float]
@@ -144,9 +144,7 @@ def _read(source: FleetSource, place: Path, shard: Shard) -> Groups:
 
 def _unclear(customers: list[Customer]) -> dict[str, str]:
     """By name, why customers of whole numbers may be meant otherwise: others in the same data have fractions."""
-    fractions = [
-        customer.name for customer in customers if customer.outputs.new and customer.outputs.task == REGRESSION
-    ]
+    fractions = [customer.name for customer in customers if customer.outputs.new and _is_number(customer)]
     if not fractions:
         return {}
     reason = f"its labels are whole numbers, those of {fractions[0]} fractions; say what they are by --task"
@@ -154,9 +152,13 @@ def _unclear(customers: list[Customer]) -> dict[str, str]:
         customer.name: reason
         for customer in customers
         if customer.outputs.new
-        and customer.outputs.task != REGRESSION
+        and not _is_number(customer)
         and all(WHOLE.fullmatch(label) for label in customer.outputs.labels)
     }
+
+
+def _is_number(customer: Customer) -> bool:
+    return isinstance(customer.outputs.task, Regression)
 
 
 def _bad_id(name: str) -> str | None:
@@ -169,6 +171,8 @@ def _bad_id(name: str) -> str | None:
 
 def _customer(name: str, train: Examples, evaluation: Examples | None, outputs: Outputs) -> Customer:
     check_alike(train, evaluation)
-    targets = encode_labels(train, outputs.task, outputs.labels)
-    held_out = encode_labels(evaluation, outputs.task, outputs.labels) if evaluation else []
+    if not outputs.task.trains_in_fleets:
+        raise InputError(f"a fleet trains no {outputs.task.name}; train this customer by `train`")
+    targets = outputs.task.encode(train, outputs.labels)
+    held_out = outputs.task.encode(evaluation, outputs.labels) if evaluation else []
     return Customer(name, train, evaluation, outputs, targets, held_out)

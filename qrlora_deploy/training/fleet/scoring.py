@@ -1,10 +1,11 @@
-"""Metrics of many customers at once, as `tasks.score` gives them for one."""
+"""Metrics of many customers at once, as `Task.score` gives them for one."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from qrlora_deploy.tasks.tasks import CLASSIFICATION, METRICS, REGRESSION, score
+from qrlora_deploy.tasks.classification import Classification
+from qrlora_deploy.tasks.regression import Regression
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def score_answers(answers: Answers, regression: np.ndarray) -> dict[int, dict[st
     found = {}
     for slot in sound[regression[sound]].tolist():
         own = answers.slots == slot
-        found[slot] = score(REGRESSION, answers.values[own, None], answers.targets[own])
+        found[slot] = Regression().score(answers.values[own, None], answers.targets[own])
     labelled = sound[~regression[sound]]
     if len(labelled):
         own = np.isin(answers.slots, labelled)
@@ -56,7 +57,7 @@ def count_scores(owners: np.ndarray, chosen: np.ndarray, targets: np.ndarray, cu
         customers: how many there are; each has one row at least.
 
     Returns:
-        One dictionary a customer, named as `METRICS` names them.
+        One dictionary a customer, named as `Classification.metrics` names them.
     """
     labels = int(max(chosen.max(), targets.max())) + 1
 
@@ -74,5 +75,5 @@ def count_scores(owners: np.ndarray, chosen: np.ndarray, targets: np.ndarray, cu
     covariance = right.sum(1) * rows - (answered * expected).sum(1)
     spread = (rows**2 - (answered**2).sum(1)) * (rows**2 - (expected**2).sum(1))
     matthews = np.divide(covariance, np.sqrt(spread), out=np.zeros_like(rows), where=spread > 0)
-    names = METRICS[CLASSIFICATION]
+    names = Classification.metrics
     return [dict(zip(names, map(float, row), strict=True)) for row in zip(accuracy, f1, matthews, strict=True)]

@@ -78,7 +78,7 @@ class Writer:
         coefficients = Coefficients(
             values=trained.learnt.values,
             base_name=self.origin.base_name,
-            task=customer.outputs.task,
+            task=customer.outputs.task.name,
             labels=customer.outputs.labels,
             head=trained.learnt.head,
             basis_file=self.origin.basis_file,

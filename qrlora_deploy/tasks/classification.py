@@ -1,0 +1,95 @@
+"""One of several classes a text."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qrlora_deploy.data.labels import quoted
+from qrlora_deploy.errors import InputError
+from qrlora_deploy.tasks.base import Answer, NewHead, Task
+from qrlora_deploy.tasks.names import first_row, label_index, label_names, output_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from qrlora_deploy.data.examples import Examples
+
+
+class Classification(Task):
+    """Every text has one label."""
+
+    name = "text-classification"
+    option = "classification"
+    problem_type = "single_label_classification"
+    metrics = ("accuracy", "f1", "matthews")
+    signal = "matthews"
+
+    def recognise(self, examples: "Examples") -> str | None:
+        """Whatever no other task takes: as `Task.recognise`."""
+        return ""
+
+    def new_head(self, examples: "Examples") -> NewHead:
+        """One output a class, as `Task.new_head`."""
+        names = label_names(_single(examples))
+        if len(names) < 2:
+            raise InputError(f"{examples.name}: every row has the label {names[0]}; a classifier needs two or more")
+        return NewHead(names)
+
+    def encode(self, examples: "Examples", names: Sequence[str]) -> list[int]:
+        """The number of the output that each row's label means, as `Task.encode`."""
+        labels = _single(examples)
+        unknown = self.unknown(examples, names)
+        if unknown:
+            raise InputError(
+                f"{examples.name}: unknown label{'s' if len(unknown) > 1 else ''} {quoted(unknown)}; "
+                f"the head knows {quoted(names)}"
+            )
+        index = label_index(names)
+        found = {label: output_of(index, label) for label in set(labels)}
+        return [position for label in labels if (position := found[label]) is not None]
+
+    def loss(self, logits: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
+        """The mean cross entropy, targets `[n]` int64."""
+        from torch.nn import functional
+
+        return functional.cross_entropy(logits.float(), targets)
+
+    def score(self, logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+        """Accuracy, f1 (the mean over the classes) and matthews."""
+        # Imported here: scikit-learn takes a second, and labels are checked before it is needed.
+        from sklearn import metrics
+
+        chosen = np.asarray(logits).argmax(axis=-1)
+        return {
+            "accuracy": float(metrics.accuracy_score(targets, chosen)),
+            "f1": float(metrics.f1_score(targets, chosen, average="macro", zero_division=0)),
+            "matthews": float(metrics.matthews_corrcoef(targets, chosen)),
+        }
+
+    def answer(self, logits: np.ndarray, names: Sequence[str]) -> Answer:
+        """The most likely class and its probability."""
+        odds = np.exp(logits.astype(np.float64) - logits.max())
+        best = int(logits.argmax())
+        return Answer(names[best], float(odds[best] / odds.sum()), (names[best],))
+
+    def agreement(self, logits: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """1 where the most likely class is the same one."""
+        return (logits.argmax(axis=1) == others.argmax(axis=1)).astype(np.float64)
+
+    def right(self, logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Whether the most likely class is the row's."""
+        found: np.ndarray = logits.argmax(axis=1) == targets
+        return found
+
+
+def _single(examples: "Examples") -> list[str]:
+    """The labels of rows that have one each.
+
+    Raises:
+        InputError: a row has a list of them.
+    """
+    lists = {label for label in examples.labels if not isinstance(label, str)}
+    if lists:
+        raise InputError(f"{first_row(examples, lists)}, a list; --task multi-label takes any number a row")
+    return [label for label in examples.labels if isinstance(label, str)]

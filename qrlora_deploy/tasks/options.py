@@ -1,0 +1,11 @@
+"""What `--task` calls the tasks, for `--help`, which imports nothing; the registry holds the tasks themselves."""
+
+AUTO = "auto"
+"""What `--task` says where the labels decide."""
+
+OPTIONS = {
+    "classification": "one name a row",
+    "regression": "one number a row",
+    "multi-label": "a list of names a row, or a|b",
+}
+"""By what `--task` calls a task, what its labels are."""

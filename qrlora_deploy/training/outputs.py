@@ -1,0 +1,101 @@
+"""Which outputs a run has: the base's own, or a new set of labels with a new output layer."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from qrlora_deploy.data.examples import Examples
+from qrlora_deploy.data.labels import quoted
+from qrlora_deploy.errors import InputError
+from qrlora_deploy.models.checkpoint import Checkpoint
+from qrlora_deploy.tasks.base import Task
+from qrlora_deploy.tasks.options import AUTO
+from qrlora_deploy.tasks.registry import guess_task, task_named
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the model answers.
+
+    Attributes:
+        task: of the head.
+        labels: names of the outputs, in their order.
+        new: whether the output layer starts afresh instead of with the base's weights.
+        bias: where the bias of a new output layer starts, as `Task.new_head` says.
+        remark: what a user may not expect: why it is a regression, or that a trained head is replaced; else empty.
+    """
+
+    task: Task
+    labels: tuple[str, ...]
+    new: bool
+    bias: float = 0.0
+    remark: str = ""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of `from_pretrained` for a model with these outputs."""
+        problem = self.task.problem_type
+        if not self.new:
+            return {"problem_type": problem}
+        return {
+            "problem_type": problem,
+            "num_labels": len(self.labels),
+            "id2label": dict(enumerate(self.labels)),
+            "label2id": {label: index for index, label in enumerate(self.labels)},
+            "ignore_mismatched_sizes": True,
+        }
+
+
+def base_outputs(checkpoint: Checkpoint) -> Outputs:
+    """The outputs of the base as it is.
+
+    Raises:
+        InputError: it has no head, or one that this project does not train.
+    """
+    checkpoint.require_task_head()
+    return Outputs(task_named(checkpoint.task), checkpoint.labels, new=False)
+
+
+def frozen_outputs(checkpoint: Checkpoint, wanted: str) -> Outputs:
+    """The outputs of the base as it is, where its head stays.
+
+    Args:
+        checkpoint: the base.
+        wanted: "auto", or the task that the head must have.
+
+    Raises:
+        InputError: as `base_outputs`, or the head has another task.
+    """
+    base = base_outputs(checkpoint)
+    if wanted not in (AUTO, base.task.option):
+        raise InputError(
+            f"--task {wanted}: the head of {checkpoint.name} is for {base.task.name}; give the base another one by "
+            f"`warmup`, or train one by --head output"
+        )
+    return base
+
+
+def own_outputs(checkpoint: Checkpoint, examples: Examples, wanted: str = "auto") -> Outputs:
+    """The base's outputs where they serve for the labels of `examples`, else a new set.
+
+    Args:
+        checkpoint: the base.
+        examples: the training data.
+        wanted: "auto", or what `--task` calls a task.
+
+    Raises:
+        InputError: the labels are all the same, or it is not clear what they are.
+    """
+    replaced = ""
+    if checkpoint.has_task_head:
+        base = base_outputs(checkpoint)
+        if wanted in (AUTO, base.task.option):
+            try:
+                base.task.encode(examples, base.labels)
+                return base
+            except InputError:
+                pass  # other labels than the base's: a new set
+        replaced = f"a new head replaces the base's for {quoted(base.labels, 4)}"
+    guess = guess_task(examples, wanted)
+    remark = "; ".join(filter(None, (replaced, f"a {guess.task.option}: {guess.reason}" if guess.reason else "")))
+    head = guess.task.new_head(examples)
+    return Outputs(guess.task, head.labels, new=True, bias=head.bias, remark=remark)
