@@ -148,6 +148,6 @@ def _warn(old: str, new: str) -> None:
 
 
 def install() -> None:
-    """Answer imports of old names from now on; names that exist are never asked for here."""
+    """Answer imports of old names from now on; first of all, for a moved package still finds its own files."""
     if not any(isinstance(finder, MovedModules) for finder in sys.meta_path):
-        sys.meta_path.append(MovedModules())
+        sys.meta_path.insert(0, MovedModules())

@@ -229,7 +229,7 @@ def test_a_basis_is_no_customer_and_the_other_way_round() -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from qrlora_deploy import files
+from qrlora_deploy.io import files
 from qrlora_deploy.formats.coefficients import read_coefficients, write_coefficients
 
 def die(path):

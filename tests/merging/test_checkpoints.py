@@ -365,7 +365,7 @@ def test_sixteen_bits_are_rounded_once(dtype: torch.dtype) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from qrlora_deploy import merging
+from qrlora_deploy.merging.checkpoints import merge
 from qrlora_deploy.formats.basis import read_basis
 from qrlora_deploy.models.checkpoint import open_checkpoint
 from qrlora_deploy.formats.coefficients import read_coefficients
@@ -375,7 +375,7 @@ def die(what, done, total):
         os.kill(os.getpid(), signal.SIGKILL)
 
 base, basis, customer, out = sys.argv[1:]
-merging.checkpoints(open_checkpoint(base), read_basis(Path(basis)), read_coefficients(Path(customer)), Path(out), die)
+merge(open_checkpoint(base), read_basis(Path(basis)), read_coefficients(Path(customer)), Path(out), die)
 """
 
 

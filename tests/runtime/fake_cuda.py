@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from qrlora_deploy.runtime.table.table import cuda
+from qrlora_deploy.runtime.table import cuda
 
 INVALID, OUT_OF_MEMORY, NO_DEVICE, CAPTURE_UNSAFE = 1, 2, 100, 900
 GLOBAL_MODE = 0

@@ -20,13 +20,13 @@ from qrlora_deploy.models.targets import choose_targets
 from qrlora_deploy.rank_rules.rule import RankRule
 from qrlora_deploy.training.settings import TrainSettings
 from qrlora_deploy.training.trainer import train
+from qrlora_deploy.training.trunk import memory as trunk_memory
 from qrlora_deploy.training.trunk.padding_free import packed_layout, padded_layout
-from qrlora_deploy.training.trunk.split import memory as trunk_memory
 from qrlora_deploy.training.trunk.split import split_model
 from qrlora_deploy.training.trunk.upper import Upper
 from tests.tiny import LABELS, SENTENCES, build_tokenizer
 from tests.tolerances import FP32_SIDE_BRANCH, Tolerance
-from tests.training.test_trunk import MODELS, batch_of, build
+from tests.training.trunk.test_split import MODELS, batch_of, build
 
 TRAINED: Tolerance = {"rtol": 1e-4, "atol": 1e-4}
 """Coefficients up to 1 after 15 steps of Adam, which divides by the gradient's size and so carries its last bits along.

@@ -28,8 +28,8 @@ from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
 from qrlora_deploy.runtime.table.id_index import IdIndex
 from qrlora_deploy.runtime.table.memory import HostMemory, make_memory
 from qrlora_deploy.runtime.table.table import CoefficientTable, TableFullError, rows_of
+from tests.runtime.customers.test_store import ALLOWED
 from tests.runtime.place import INPUTS
-from tests.runtime.test_store import ALLOWED
 
 SAME_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
 IDS = st.text(ALLOWED, min_size=1, max_size=128).filter(lambda name: name[0] != ".")

@@ -17,7 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np
 from qrlora_deploy.formats.coefficients import read_coefficients, write_coefficients
-from qrlora_deploy.runtime import Buckets, CustomerStore, SwitchableSession, open_bundle, store as store_module
+from qrlora_deploy.runtime import Buckets, CustomerStore, SwitchableSession, open_bundle
+from qrlora_deploy.runtime.customers import store as store_module
 from tests.runtime.place import INPUTS
 
 bundle, folder = open_bundle(Path(sys.argv[1])), Path(sys.argv[2])

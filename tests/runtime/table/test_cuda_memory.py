@@ -8,8 +8,9 @@ import pytest
 
 from qrlora_deploy.errors import QrloraError
 from qrlora_deploy.runtime.bundle.row_layout import HEAD_TABLE, TABLE, TABLE_DTYPES
+from qrlora_deploy.runtime.table import cuda
 from qrlora_deploy.runtime.table.memory import LEAVING, CudaMemory, HostMemory, make_memory
-from qrlora_deploy.runtime.table.table import CoefficientTable, cuda, rows_of
+from qrlora_deploy.runtime.table.table import CoefficientTable, rows_of
 from tests.runtime.fake_cuda import INVALID, FakeCuda
 
 WIDTHS = {TABLE: 24, HEAD_TABLE: 10}

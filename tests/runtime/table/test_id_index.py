@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.formats.coefficients import CUSTOMER_ID, MAX_ID_CHARACTERS
+from qrlora_deploy.runtime.table import id_index
 from qrlora_deploy.runtime.table.directory import Bulk
 from qrlora_deploy.runtime.table.free_rows import FreeRows
 from qrlora_deploy.runtime.table.id_index import IdIndex, encode_ids
-from qrlora_deploy.runtime.table.table import id_index
-from tests.runtime.test_store import ALLOWED
+from tests.runtime.customers.test_store import ALLOWED
 
 IDS = st.text(ALLOWED, min_size=1, max_size=MAX_ID_CHARACTERS).filter(lambda name: name[0] != ".")
 # Few and short ones too, so that many are alike.

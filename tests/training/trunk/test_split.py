@@ -25,10 +25,10 @@ from transformers import (
 
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.models.targets import choose_targets
+from qrlora_deploy.training.trunk import memory as trunk_memory
 from qrlora_deploy.training.trunk.cache import fill_cache
 from qrlora_deploy.training.trunk.memory import Room, find_room
 from qrlora_deploy.training.trunk.split import SplitModel, split_model
-from qrlora_deploy.training.trunk.split import memory as trunk_memory
 from tests.tolerances import FP32_SIDE_BRANCH
 
 WIDE = {"vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48}
