@@ -56,7 +56,9 @@ def read_shards(folder: Path) -> Shards:
     if not files:
         raise InputError(f"{folder} holds no *train.tsv")
     domains = {file.relative_to(folder).as_posix(): read_examples(file) for file in files}
-    return Shards(domains, label_names([label for examples in domains.values() for label in Classification().named(examples)]))
+    return Shards(
+        domains, label_names([label for examples in domains.values() for label in Classification().named(examples)])
+    )
 
 
 def save_shape(folder: Path, shape: str, shards: Shards) -> None:

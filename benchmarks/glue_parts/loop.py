@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks.glue_parts.tasks import Rows, Task, scores
-from qrlora_deploy.tasks.classification import Classification
 from qrlora_deploy.tasks.regression import Regression
 from qrlora_deploy.training.loop import WARMUP_SHARE, halve_frozen
 

@@ -14,7 +14,6 @@ from transformers import AutoModelForSequenceClassification
 from benchmarks.glue_parts.tasks import Task
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.models.head import start_bias
-from qrlora_deploy.tasks.classification import Classification
 from qrlora_deploy.tasks.regression import Regression
 from qrlora_deploy.training.loop import no_dropout
 

@@ -15,8 +15,8 @@ from qrlora_deploy.io.files import atomic_file
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.tasks.classification import Classification
 from qrlora_deploy.tasks.names import label_names
-from qrlora_deploy.tasks.regression import Regression
 from qrlora_deploy.tasks.registry import task_named
+from qrlora_deploy.tasks.regression import Regression
 
 HUB = "hub"
 """Instead of a folder: read GLUE from the Hugging Face hub."""

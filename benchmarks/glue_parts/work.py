@@ -31,7 +31,6 @@ from benchmarks.glue_parts.starts import (
 )
 from benchmarks.glue_parts.tasks import TASKS, Rows, read_tokens
 from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
-from qrlora_deploy.tasks.classification import Classification
 from qrlora_deploy.tasks.regression import Regression
 from qrlora_deploy.training.settings import STEP_LENGTH
 

@@ -9,8 +9,8 @@ from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.runtime.bundle.bundle import Bundle
 from qrlora_deploy.runtime.bundle.row_layout import HeadLayout
-from qrlora_deploy.tasks.registry import task_named
 from qrlora_deploy.runtime.verification.parity import ParityReport, check_parity, open_for_check, shows_customers
+from qrlora_deploy.tasks.registry import task_named
 
 
 def verify_against(

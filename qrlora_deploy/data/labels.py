@@ -36,6 +36,7 @@ def column_labels(source: str, name: str, values: Sequence[Any]) -> list[Label]:
     Raises:
         InputError: a row has no label (a NaN is none), or one that is no single value; saying which.
     """
+    _check_not_one_hot(source, values)
     labels: list[Label] = []
     missing = []
     for row, value in enumerate(settled(values), start=1):
@@ -50,6 +51,18 @@ def column_labels(source: str, name: str, values: Sequence[Any]) -> list[Label]:
         verb = "has" if len(missing) == 1 else "have"
         raise InputError(f"{source}: {rows_text(missing)} {verb} no {name}; every example needs one")
     return labels
+
+
+def _check_not_one_hot(source: str, values: Sequence[Any]) -> None:
+    """Refuse, by an InputError, lists with a 0 or a 1 for every label: read as names, all rows would have both."""
+    lists = [value for value in values if isinstance(value, list)]
+    lengths = {len(value) for value in lists}
+    if len(lengths) == 1 and lengths != {0} and all(element in (0, 1) for value in lists for element in value):
+        row = next(row for row, value in enumerate(values, start=1) if isinstance(value, list))
+        raise InputError(
+            f"{source}: row {row}: the label is a list, {shortened(repr(lists[0]), 80)}, as all lists are of 0 and 1; "
+            f"give the names of the labels that apply"
+        )
 
 
 def settled(values: Sequence[Any]) -> Sequence[Any]:

@@ -85,6 +85,12 @@ class Task(ABC):
             InputError: the labels are not this task's, or there is nothing to tell apart.
         """
 
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
     def names_in(self, label: Label) -> tuple[str, ...]:
         """The names of outputs that a row's label consists of."""
         return (label,) if isinstance(label, str) else label

@@ -19,7 +19,7 @@ from qrlora_deploy.bench.workload import Workload, text_workloads, token_inputs
 from qrlora_deploy.errors import FileFormatError, InputError
 from qrlora_deploy.io.files import digest_file
 from qrlora_deploy.runtime.bundle.bundle import MANIFEST_FILE
-from qrlora_deploy.tasks.tasks import label_index
+from qrlora_deploy.tasks.names import label_index
 from tests.bench.fixed import good_report
 from tests.tiny import SENTENCES
 
@@ -142,7 +142,7 @@ def test_accuracy_is_that_of_the_predictions(
     subject = BundleSubject(spec, [])
     rows = [line.split("\t") for line in (labelled / "bolt.tsv").read_text().splitlines()[1:]]
     answers = subject.answer([row[0] for row in rows], None, "bolt")
-    right = sum(answer == row[1] for answer, row in zip(answers, rows, strict=True))
+    right = sum(answer == (row[1],) for answer, row in zip(answers, rows, strict=True))
     assert found["switchable", "bolt"].accuracy == right / len(rows)
 
 
@@ -213,4 +213,5 @@ def test_a_report_made_for_tests_is_valid() -> None:
 def test_answers_and_labels_may_be_spelt_otherwise(
     names: tuple[str, ...], found: list[str], expected: list[str], share: float
 ) -> None:
-    assert _share(found, expected, label_index(names)) == share
+    answers, labels = [(name,) for name in found], [(name,) for name in expected]
+    assert _share(answers, labels, label_index(names)) == share

@@ -11,7 +11,9 @@ import pytest
 
 from qrlora_deploy.data.examples import Examples, read_examples
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.tasks.tasks import CLASSIFICATION, choose_task, encode_labels, label_names
+from qrlora_deploy.tasks.names import label_names
+from qrlora_deploy.tasks.registry import guess_task
+from qrlora_deploy.tasks.regression import Regression
 from qrlora_deploy.training.fleet.grouping import read_groups
 
 ROWS = [
@@ -66,13 +68,14 @@ def damaged(content: bytes, draw: random.Random) -> bytes:
 def read_well(examples: Examples) -> None:
     """Everything that comes after the reading takes these examples, or refuses them in one line."""
     assert len(examples.texts) == len(examples.labels) > 0
-    for text in (*examples.texts, *examples.labels):
+    names = [name for label in examples.labels for name in ((label,) if isinstance(label, str) else label)]
+    for text in (*examples.texts, *names):
         text.encode()  # half a surrogate pair would not go
-    assert all(label and label == label.strip() for label in examples.labels)
+    assert all(name and name == name.strip() for name in names)
     assert len(examples.digest) == 64
-    guess = choose_task(examples)
-    names = label_names(examples.labels) if guess.task == CLASSIFICATION else ("score",)
-    assert len(encode_labels(examples, guess.task, names)) == len(examples)
+    guess = guess_task(examples)
+    outputs = ("score",) if guess.task == Regression() else label_names(guess.task.named(examples))
+    assert len(guess.task.encode(examples, outputs)) == len(examples)
 
 
 def check(action: Callable[[], None], path: Path) -> None:
@@ -108,7 +111,7 @@ def test_whole_files_give_the_rows(tmp_path: Path, name: str) -> None:
     found = read_examples(tmp_path / name)
     assert list(zip(found.texts, found.labels, strict=True)) == [row[1:3] for row in ROWS]
     numbers = read_examples(tmp_path / name, None, "score")
-    assert encode_labels(numbers, choose_task(numbers).task, ("score",)) == [1.5, 2.0, -3.0, 0.25]
+    assert guess_task(numbers).task.encode(numbers, ("score",)) == [1.5, 2.0, -3.0, 0.25]
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -85,8 +85,9 @@ def test_what_is_missing_is_no_label(tmp_path: Path, missing: object) -> None:
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        (["billing", "refund"], "the label is a list, ['billing', 'refund']; one name or number"),
-        ([], "the label is a list, []"),
+        (["billing", ["refund"]], "the label is a list, ['refund']; a label is a name, a number or a list of names"),
+        (["billing", "billing"], "the label is a list that names a label twice: ['billing', 'billing']"),
+        (["billing", None], "the label is a list with an empty name: ['billing', None]"),
         ({"a": 1}, "the label is an object, {'a': 1}"),
         (float("inf"), "the label is inf, which is no finite number"),
         ("half \ud83d", "the label is not valid Unicode: 'half \\\\ud83d'"),
@@ -103,8 +104,23 @@ def test_a_label_that_is_no_single_value_is_refused_with_row_and_value(
 def test_one_hot_columns_of_parquet_are_refused(tmp_path: Path) -> None:
     table = pyarrow.table({"text": ["a", "b"], "label": [[1, 0], [0, 1]]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(InputError, match=r"row 1: the label is a list, \[1, 0\]"):
+    with pytest.raises(
+        InputError, match=r"row 1: the label is a list, \[1, 0\], as all lists are of 0 and 1; give the"
+    ):
         read_examples(tmp_path / "a.parquet")
+
+
+def test_lists_are_several_labels(tmp_path: Path) -> None:
+    assert read_examples(write_jsonl(tmp_path / "a.jsonl", [["b", " a "], [], ["c"], "d", [2, True]])).labels == [
+        ("b", "a"),
+        (),
+        ("c",),
+        "d",
+        ("2", "true"),
+    ]
+    table = pyarrow.table({"text": ["a", "b"], "label": [["x", "y"], []]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert read_examples(tmp_path / "a.parquet").labels == [("x", "y"), ()]
 
 
 def test_labels_are_the_same_from_every_format(tmp_path: Path) -> None:

@@ -34,9 +34,9 @@ from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.adapter import attach, set_coefficients
 from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
+from qrlora_deploy.models.head import output_layer
 from qrlora_deploy.models.targets import choose_targets
 from qrlora_deploy.rank_rules.rule import RankRule
-from qrlora_deploy.tasks.head import output_layer
 from tests.cli.running import run_here, succeed_here
 from tests.tiny import SENTENCES, build_tokenizer
 from tests.tolerances import EXACT, FP32_SIDE_BRANCH

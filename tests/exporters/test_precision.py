@@ -25,6 +25,7 @@ from qrlora_deploy.models.targets import choose_targets
 from qrlora_deploy.rank_rules.rule import RankRule
 from qrlora_deploy.runtime import SwitchableSession, open_bundle, open_session, verify
 from qrlora_deploy.runtime.verification.parity import BOUNDS, Case, check_parity, read_reference
+from qrlora_deploy.tasks.classification import Classification
 from tests.cli.running import run_here, succeed_here
 from tests.exporters.conftest import InPrecision
 from tests.exporters.test_switchable import save_encoder
@@ -155,7 +156,7 @@ def test_verify_against_knows_the_precision(
         report = verify_against(open_bundle(folder), checkpoint, tiny_basis, tiny_customer, texts)
         assert report.passed and report.precision == "fp16"
         assert not check_parity(
-            open_session(folder / "model.onnx"), read_reference(folder / "reference.safetensors")
+            open_session(folder / "model.onnx"), read_reference(folder / "reference.safetensors"), Classification()
         ).passed
 
 
@@ -214,16 +215,16 @@ class Fixed:
 def test_effect_is_compared_by_direction_and_size() -> None:
     base = np.array([[1.0, 2.0, -np.inf]], dtype=np.float32)
     case = Case("one", {}, base + np.array([[3.0, 4.0, 0.0]], dtype=np.float32), base)
-    half = check_parity(Fixed(base + np.array([[1.5, 2.0, 0.0]], dtype=np.float32)), [case])
+    half = check_parity(Fixed(base + np.array([[1.5, 2.0, 0.0]], dtype=np.float32)), [case], Classification())
     assert half.effect_correlation == pytest.approx(1.0) and half.effect_error == pytest.approx(0.5)
-    turned = check_parity(Fixed(base + np.array([[4.0, -3.0, 0.0]], dtype=np.float32)), [case])
+    turned = check_parity(Fixed(base + np.array([[4.0, -3.0, 0.0]], dtype=np.float32)), [case], Classification())
     assert turned.effect_correlation == pytest.approx(0.0, abs=1e-12)
-    lost = check_parity(Fixed(base), [case], "fp16")
+    lost = check_parity(Fixed(base), [case], Classification(), "fp16")
     assert lost.effect_correlation == 0.0 and lost.effect_error == 1.0 and not lost.passed
-    broken = check_parity(Fixed(np.full_like(base, np.nan)), [case], "fp16")
+    broken = check_parity(Fixed(np.full_like(base, np.nan)), [case], Classification(), "fp16")
     assert broken.effect_correlation == 0.0 and not broken.passed
     # A customer of zeros moves nothing, which is no fault of the graph.
-    still = check_parity(Fixed(base), [replace(case, logits=base)], "fp16")
+    still = check_parity(Fixed(base), [replace(case, logits=base)], Classification(), "fp16")
     assert still.effect_correlation is None and still.passed
 
 

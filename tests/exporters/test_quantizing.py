@@ -24,6 +24,7 @@ from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.checkpoint import open_checkpoint
 from qrlora_deploy.runtime import SwitchableSession, open_bundle, verify
 from qrlora_deploy.runtime.verification.parity import BOUNDS, Case, check_parity, read_reference
+from qrlora_deploy.tasks.classification import Classification
 from tests.cli.running import succeed_here
 from tests.exporters.conftest import InPrecision
 from tests.tolerances import INT8_ROWS
@@ -202,7 +203,7 @@ def test_labels_are_judged_by_themselves() -> None:
         def run(self, *_arguments: object) -> list[np.ndarray]:
             return [base[::-1].copy()]
 
-    report = check_parity(Turned(), [case], "int8")
+    report = check_parity(Turned(), [case], Classification(), "int8")
     assert report.max_abs_error < report.bound and not report.passed
     with pytest.raises(CheckFailed, match=r"labels are not PyTorch's: agreement 0\.0000 < 0\.75 \(int8, 4 inputs"):
         report.raise_if_failed()

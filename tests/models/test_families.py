@@ -57,7 +57,6 @@ def run(*arguments: object) -> Any:
             "mixture of experts",
         ),
         ("GPT2", {"n_embd": 8, "n_layer": 1, "n_head": 2}, r"pad_token_id in config\.json, to 0"),
-        ("Bert", SMALL | {"problem_type": "multi_label_classification"}, "a multi-label head"),
         ("Bert", SMALL | {"problem_type": "regression"}, "predicts 4 numbers; one is supported"),
     ],
 )

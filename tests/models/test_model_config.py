@@ -35,8 +35,10 @@ from qrlora_deploy.merging.checkpoints import merge
 from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.rank_rules.rule import RankRule
 from qrlora_deploy.runtime.bundle.bundle import open_bundle
-from qrlora_deploy.tasks.head import own_outputs
-from qrlora_deploy.tasks.tasks import CLASSIFICATION, encode_labels, label_index
+from qrlora_deploy.tasks.classification import Classification
+from qrlora_deploy.tasks.names import label_index
+from qrlora_deploy.tasks.registry import task_named
+from qrlora_deploy.training.outputs import own_outputs
 from qrlora_deploy.training.settings import TrainSettings, WarmupSettings
 from qrlora_deploy.training.trainer import train
 from qrlora_deploy.training.warmup import warmup
@@ -87,7 +89,6 @@ NAMED = {"0": "travel", "1": "banking", "2": "home"}
             {"architectures": ["RobertaForSequenceClassification"]},
             "none of model_type 'bert'",
         ),
-        ({"problem_type": "multi_label_classification"}, "has a multi-label head, which is not supported"),
         ({"problem_type": "regression"}, "predicts 4 numbers; one is supported"),
         ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "has a quantization_config"),
     ],
@@ -256,7 +257,7 @@ def test_blanks_around_names_are_nobodys(
         "text\tlabel\n" + "".join(f"{text}\t {label} \n" for text, label in zip(SENTENCES, LABELS, strict=False))
     )
     rows = read_examples(tmp_path / "rows.tsv")
-    assert base.labels == LABELS and encode_labels(rows, base.task, base.labels) == [0, 1, 2, 3]
+    assert base.labels == LABELS and task_named(base.task).encode(rows, base.labels) == [0, 1, 2, 3]
     export_switchable(ExportJob(base, tiny_basis, tmp_path / "bundle", texts=rows))
     assert open_bundle(tmp_path / "bundle").manifest.labels == LABELS
 
@@ -264,13 +265,13 @@ def test_blanks_around_names_are_nobodys(
 def test_numbers_are_the_names_that_transformers_gives() -> None:
     names = tuple(f"LABEL_{index}" for index in range(12))
     by_number = Examples(["a"] * 3, None, ["0", "11", "LABEL_2"], "rows")
-    assert encode_labels(by_number, CLASSIFICATION, names) == [0, 11, 2]
+    assert Classification().encode(by_number, names) == [0, 11, 2]
     for wrong in ("12", "-1", "00", "1.5", "label_1"):
         with pytest.raises(InputError, match=f"unknown label '{wrong}'; the head knows 'LABEL_0', 'LABEL_1'"):
-            encode_labels(replace(by_number, labels=["0", "1", wrong]), CLASSIFICATION, names)
+            Classification().encode(replace(by_number, labels=["0", "1", wrong]), names)
     assert label_index(("LABEL_1", "LABEL_0")) == {"LABEL_1": 0, "LABEL_0": 1}
     assert label_index(("LABEL_0", "other")) == {"LABEL_0": 0, "other": 1}
-    assert choose_labelled(by_number, CLASSIFICATION, names, strict=True) is not None
+    assert choose_labelled(by_number, Classification(), names, strict=True) is not None
 
 
 def test_a_trained_head_of_numbered_names_is_kept(with_config: Callable[..., Checkpoint], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from qrlora_deploy.errors import CheckFailed, FileFormatError, InputError, ProviderError
 from qrlora_deploy.runtime import Predictor, open_bundle, open_session, verify
 from qrlora_deploy.runtime.verification.parity import check_parity, customer_effect, read_reference
+from qrlora_deploy.tasks.classification import Classification
 from tests.tiny import LABELS, SENTENCES
 from tests.tolerances import FP32_ONNX
 
@@ -76,7 +77,7 @@ def test_failed_check_names_the_worst_row(exported: Path) -> None:
     wrong = cases[1].logits.copy()
     wrong[2, 0] += 0.5
     cases[1] = replace(cases[1], logits=wrong)
-    report = check_parity(open_session(exported / "model.onnx"), cases)
+    report = check_parity(open_session(exported / "model.onnx"), cases, Classification())
     with pytest.raises(CheckFailed, match=r"max abs error 5\.0e-01 > .* worst: row 2 of 'right padding'"):
         report.raise_if_failed()
 
@@ -92,7 +93,7 @@ class NanSession:
 
 
 def test_nan_never_passes(exported: Path) -> None:
-    report = check_parity(NanSession(), read_reference(exported / "reference.safetensors"))
+    report = check_parity(NanSession(), read_reference(exported / "reference.safetensors"), Classification())
     assert not report.passed
 
 

@@ -9,7 +9,7 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import get_linear_schedule_with_warmup
 
-from qrlora_deploy.tasks.tasks import CLASSIFICATION, score
+from qrlora_deploy.tasks.classification import Classification
 from qrlora_deploy.training.fleet.branch import RowHead, RowValues
 from qrlora_deploy.training.fleet.engine import _places
 from qrlora_deploy.training.fleet.pool import RowPool
@@ -122,7 +122,7 @@ def test_metrics_of_many_are_those_of_each() -> None:
     found = count_scores(owners, chosen, targets, 5)
     for customer, metrics in enumerate(found):
         own = owners == customer
-        alone = score(CLASSIFICATION, np.eye(6)[chosen[own]], targets[own])
+        alone = Classification().score(np.eye(6)[chosen[own]], targets[own])
         assert metrics.keys() == alone.keys()
         np.testing.assert_allclose(list(metrics.values()), list(alone.values()), rtol=1e-12, atol=1e-12)
 

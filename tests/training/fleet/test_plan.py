@@ -10,6 +10,8 @@ import pytest
 from qrlora_deploy.data.examples import read_examples
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
+from qrlora_deploy.tasks.classification import Classification
+from qrlora_deploy.tasks.regression import Regression
 from qrlora_deploy.training.fleet.grouping import read_groups
 from qrlora_deploy.training.fleet.plan import FleetSource, Shard, plan_fleet
 from tests.training.fleet.making import random_rows, settings_of, write_rows
@@ -75,7 +77,12 @@ def test_a_folder_may_hold_parts_of_one_table(tmp_path: Path) -> None:
         ("all.jsonl", b'{"id": "b", "n": ' + b"9" * 5000 + b"}\n", "", "line 4 is not JSON"),
         ("all.jsonl", b'{"id": "b", "text": "\\ud800", "label": "kitchen"}\n', "b", "row 2: the text is not valid"),
         ("all.jsonl", b'{"id": "b", "text": "rice", "label": NaN}\n', "b", "row 2 has no label"),
-        ("all.jsonl", b'{"id": "b", "text": "rice", "label": ["kitchen"]}\n', "b", "row 2: the label is a list"),
+        (
+            "all.jsonl",
+            b'{"id": "b", "text": "rice", "label": ["kitchen"]}\n',
+            "b",
+            "row 2 has the label ('kitchen',), a list",
+        ),
         ("all.tsv", b"B\trice\tkitchen\n", "B", "'B' and 'b' differ in case alone"),
     ],
 )
@@ -149,13 +156,13 @@ def test_a_fleet_of_numbers_is_no_mixture(tmp_path: Path, checkpoint: Checkpoint
     source = FleetSource(tmp_path / "all.jsonl", customer_column="id")
     plan = plan_fleet(source, checkpoint, settings_of(head="output"), Shard())
     assert {item.name: item.outputs.task for item in plan.customers} == {
-        "a": "text-regression",
-        "d": "text-classification",
+        "a": Regression(),
+        "d": Classification(),
     }
     assert "row 2 has no label" in plan.refused["b"]
     assert plan.refused["c"] == "its labels are whole numbers, those of a fractions; say what they are by --task"
     said = plan_fleet(source, checkpoint, settings_of(head="output", task="regression"), Shard())
-    assert {item.name: item.outputs.task for item in said.customers} == dict.fromkeys("ac", "text-regression")
+    assert {item.name: item.outputs.task for item in said.customers} == dict.fromkeys("ac", Regression())
     assert "a regression needs numbers as labels, not 'x', 'y'" in said.refused["d"]
 
 

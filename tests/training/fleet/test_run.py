@@ -16,7 +16,7 @@ from qrlora_deploy.formats.coefficients import Coefficients, read_coefficients
 from qrlora_deploy.io.files import digest_file
 from qrlora_deploy.io.temporary import lock_folder, temporary_folder
 from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
-from qrlora_deploy.tasks.head import Outputs
+from qrlora_deploy.tasks.classification import Classification
 from qrlora_deploy.training.fleet import engine as fleet_engine
 from qrlora_deploy.training.fleet import model as fleet_model
 from qrlora_deploy.training.fleet import pool as fleet_pool
@@ -31,6 +31,7 @@ from qrlora_deploy.training.fleet.run import train_fleet
 from qrlora_deploy.training.fleet.schedule import StepRows
 from qrlora_deploy.training.fleet.shipping import in_one_copy
 from qrlora_deploy.training.loop import halve_frozen
+from qrlora_deploy.training.outputs import Outputs
 from qrlora_deploy.training.settings import TrainSettings
 from qrlora_deploy.training.trainer import train
 from tests.training.fleet.making import (
@@ -364,7 +365,7 @@ def test_what_a_killed_run_had_not_finished_is_removed(tmp_path: Path, resume: b
         assert descriptor is not None
         os.close(descriptor)
     examples = Examples(["book a flight", "rice"], None, ["travel", "food"], "a")
-    customer = Customer("a", examples, None, Outputs("text-classification", ("food", "travel"), new=False), [1, 0], [])
+    customer = Customer("a", examples, None, Outputs(Classification(), ("food", "travel"), new=False), [1, 0], [])
     with temporary_folder(out, "a.safetensors") as alive:
         FleetOptions(out, resume).open_output([customer])
         left = {path.name for path in out.iterdir()}
@@ -378,6 +379,6 @@ def test_a_pipe_is_refused_before_training(tmp_path: Path, name: str) -> None:
     path.parent.mkdir(exist_ok=True)
     os.mkfifo(path)
     examples = Examples(["book a flight", "rice"], None, ["travel", "food"], "a")
-    customer = Customer("a", examples, None, Outputs("text-classification", ("food", "travel"), new=False), [1, 0], [])
+    customer = Customer("a", examples, None, Outputs(Classification(), ("food", "travel"), new=False), [1, 0], [])
     with pytest.raises(InputError, match="is no plain file but a pipe"):
         FleetOptions(tmp_path / "out", resume=True).open_output([customer])

@@ -8,15 +8,16 @@ import tokenizers
 
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.tasks.head import Outputs
+from qrlora_deploy.tasks.classification import Classification
 from qrlora_deploy.training.fleet import tokens
 from qrlora_deploy.training.fleet.plan import Customer
 from qrlora_deploy.training.fleet.tokens import RowEncoder, TokenRows, TokensAhead
 from qrlora_deploy.training.loop import build_rows
+from qrlora_deploy.training.outputs import Outputs
 from tests.tiny import SENTENCES, build_tokenizer
 
 NAMES = ["input_ids", "token_type_ids"]
-OUTPUTS = Outputs("text-classification", ("a", "b"), new=False)
+OUTPUTS = Outputs(Classification(), ("a", "b"), new=False)
 
 
 def customer_of(name: str, texts: list[str], held_out: list[str] | None = None, pairs: bool = False) -> Customer:
