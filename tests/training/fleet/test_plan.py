@@ -77,12 +77,7 @@ def test_a_folder_may_hold_parts_of_one_table(tmp_path: Path) -> None:
         ("all.jsonl", b'{"id": "b", "n": ' + b"9" * 5000 + b"}\n", "", "line 4 is not JSON"),
         ("all.jsonl", b'{"id": "b", "text": "\\ud800", "label": "kitchen"}\n', "b", "row 2: the text is not valid"),
         ("all.jsonl", b'{"id": "b", "text": "rice", "label": NaN}\n', "b", "row 2 has no label"),
-        (
-            "all.jsonl",
-            b'{"id": "b", "text": "rice", "label": ["kitchen"]}\n',
-            "b",
-            "row 2 has the label ('kitchen',), a list",
-        ),
+        ("all.jsonl", b'{"id": "b", "text": "rice", "label": [["kitchen"]]}\n', "b", "row 2: the label is a list"),
         ("all.tsv", b"B\trice\tkitchen\n", "B", "'B' and 'b' differ in case alone"),
     ],
 )
@@ -164,6 +159,16 @@ def test_a_fleet_of_numbers_is_no_mixture(tmp_path: Path, checkpoint: Checkpoint
     said = plan_fleet(source, checkpoint, settings_of(head="output", task="regression"), Shard())
     assert {item.name: item.outputs.task for item in said.customers} == dict.fromkeys("ac", Regression())
     assert "a regression needs numbers as labels, not 'x', 'y'" in said.refused["d"]
+
+
+def test_customers_of_several_labels_a_row_are_left_to_train(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    rows = [("a", "x"), ("a", "y"), ("b", ["x", "y"]), ("b", [])]
+    lines = [json.dumps({"id": name, "text": "rice", "label": label}) for name, label in rows]
+    (tmp_path / "all.jsonl").write_text("\n".join(lines) + "\n")
+    source = FleetSource(tmp_path / "all.jsonl", customer_column="id")
+    plan = plan_fleet(source, checkpoint, settings_of(head="output"), Shard())
+    assert [item.name for item in plan.customers] == ["a"]
+    assert plan.refused == {"b": "a fleet trains no text-multi-label; train this customer by `train`"}
 
 
 def test_a_column_that_was_written_in_two_ways_is_one_for_all_customers(tmp_path: Path, checkpoint: Checkpoint) -> None:
