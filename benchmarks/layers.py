@@ -4,10 +4,16 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from qrlora_deploy.models.families import FAMILIES
 from qrlora_deploy.models.targets import choose_targets
 
-NAMES = {"query": ("query", "q", "q_lin", "q_proj"), "value": ("value", "v", "v_lin", "v_proj")}
-"""What BERT, MPNet, DistilBERT and Llama call each projection, and the families that are named like them."""
+NAMES = {
+    projection: tuple(
+        getattr(family.attention, projection).rpartition(".")[2] for family in FAMILIES if family.attention is not None
+    )
+    for projection in ("query", "value")
+}
+"""What the families call each projection."""
 
 LAST_LAYERS = 4
 """Blocks that the paper adapts in its smallest set-ups, the last ones."""

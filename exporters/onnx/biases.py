@@ -14,9 +14,7 @@ import torch
 from torch import nn
 
 from exporters.onnx.switchable import TableBranch
-
-LAYOUTS = (("self.key", "self.value", "output.dense"), ("k", "v", "o"), ("k_lin", "v_lin", "out_lin"))
-"""Where the layers are, from the module that holds them: BERT and its kin, MPNet, DistilBERT."""
+from qrlora_deploy.models.families import FAMILIES
 
 
 def fold_attention_biases(model: Any) -> int:
@@ -25,8 +23,10 @@ def fold_attention_biases(model: Any) -> int:
     A value's bias stays where the output layer is another one for each customer.
     """
     folded = 0
+    known = [family.attention for family in FAMILIES if family.attention is not None and family.block is not None]
+    places = [(attention.key, attention.value, attention.output) for attention in known]
     for module in list(model.modules()):
-        for names in LAYOUTS:
+        for names in places:
             layers = [layer for name in names if (layer := _find(module, name)) is not None]
             if len(layers) == len(names):
                 folded += _fold(*layers)

@@ -28,7 +28,7 @@ from qrlora_deploy.io.outputs import check_free_folder
 from qrlora_deploy.merging.checkpoints import merge_model
 from qrlora_deploy.models.capacity import check_ids
 from qrlora_deploy.models.checkpoint import Checkpoint, check_basis_fits
-from qrlora_deploy.models.families import check_padding
+from qrlora_deploy.models.support import check_padding
 from qrlora_deploy.runtime.bundle.bundle import MODEL_FILE, Manifest
 from qrlora_deploy.runtime.bundle.row_layout import TABLE_DTYPES, head_arrays
 from qrlora_deploy.runtime.sessions.token_index import check_runtime

@@ -52,7 +52,7 @@ def command(
     from qrlora_deploy.inspection.describe import basis_rows
     from qrlora_deploy.io.outputs import check_free_file
     from qrlora_deploy.models.checkpoint import open_checkpoint
-    from qrlora_deploy.models.families import shared_layers
+    from qrlora_deploy.models.support import shared_layers
     from qrlora_deploy.models.targets import choose_targets, left_out
     from qrlora_deploy.rank_rules.rule import RankRule
 

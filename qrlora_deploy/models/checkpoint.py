@@ -15,7 +15,6 @@ from qrlora_deploy.errors import BasisMismatchError, InputError, first_line, lib
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.models.capacity import check_ids
 from qrlora_deploy.models.completeness import is_head
-from qrlora_deploy.models.families import check_head, check_padding, check_supported
 from qrlora_deploy.models.loading import check_whole, load_weights, make_skeleton
 from qrlora_deploy.models.model_config import (
     CLASSIFIER,
@@ -26,6 +25,7 @@ from qrlora_deploy.models.model_config import (
     model_class,
 )
 from qrlora_deploy.models.output_names import output_names
+from qrlora_deploy.models.support import check_head, check_padding, check_supported
 from qrlora_deploy.models.tokenizer_files import has_tokenizer, read_tokenizer
 from qrlora_deploy.models.weight_files import StoredTensor, read_headers, weight_files
 from qrlora_deploy.tasks.registry import task_of_config

@@ -1,43 +1,47 @@
-"""Which families of models work the whole way from factorizing to serving: what is known of them is here alone."""
+"""What is known of families of models, one entry each; a new family is one more entry of `FAMILIES`.
 
-import re
+A family without an entry works as far as its parts are found by their kind: linear layers in numbered blocks, an
+output layer with one output a label.
+"""
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
-from qrlora_deploy.errors import InputError
-from qrlora_deploy.models.capacity import padding_reach
 
-BLOCK = re.compile(r"\.(\d+)\.")
-"""A numbered block in a module path, such as `encoder.layer.3.attention`."""
+@dataclass(frozen=True)
+class Attention:
+    """Where a block has the layers of its attention, as paths from the block.
 
-ENCODER_DECODER = (
-    "it is an encoder with a decoder, which reads its answer at the last <eos> of each text and wants as many of them "
-    "in every row; a graph cannot check that"
-)
+    Attributes:
+        query, key, value: the projections.
+        output: the layer behind the heads.
+    """
 
-REGRESSION = "regression"
-"""`problem_type` of a config."""
+    query: str
+    key: str
+    value: str
+    output: str
 
-PLACES = "it reads where words stand on a page, not texts alone"
 
-REFUSED: dict[str, str] = {
-    "fnet": "it takes no attention mask, so its answer depends on the padding of its batch",
-    "layoutlm": PLACES,
-    "layoutlmv2": PLACES,
-    "layoutlmv3": PLACES,
-    "lilt": PLACES,
-    "markuplm": PLACES,
-    "longformer": "it cuts texts into windows, whose number a graph cannot leave open",
-    "canine": "it reads characters by their hashes and has no embedding of tokens",
-    "funnel": "it pools tokens between its blocks by sizes that a graph would fix to one batch",
-    "tapas": "it reads a table with each question, not a text",
-    "xlnet": "it computes positions that a graph cannot have and keeps the texts of a batch in another axis",
-    "xmod": "it wants the language of each text beside the text",
-}
-"""Why models of a `model_type` of transformers do not work the whole way."""
+@dataclass(frozen=True)
+class PostNorm:
+    """Where a block that normalises behind each sum (BERT's) has its other parts, as paths from the block.
+
+    Attributes:
+        attention_norm: behind the attention.
+        expand, activation, contract: the feed-forward part.
+        norm: behind it.
+    """
+
+    attention_norm: str
+    expand: str
+    activation: str
+    contract: str
+    norm: str
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,40 @@ class Shared:
     reason: str
 
 
+@dataclass(frozen=True)
+class Family:
+    """What is known of a family.
+
+    Attributes:
+        name: as people say it.
+        model_types: of transformers, where the entry is about these alone.
+        attention: where its attention is; None: nothing asks for it.
+        block: the rest of its block; None: the part above a trunk cannot run without padding.
+        head: gives, for a model, the function from first tokens `[rows, width]` to logits `[rows, labels]`.
+        refused: why models of these types do not work the whole way.
+        shared: layers that a merged model may have adapted and a switchable graph may not.
+    """
+
+    name: str
+    model_types: tuple[str, ...] = ()
+    attention: Attention | None = None
+    block: PostNorm | None = None
+    head: Callable[[Any], Callable[[torch.Tensor], torch.Tensor]] | None = None
+    refused: str = ""
+    shared: Shared | None = None
+
+
+def _pooled_head(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    pooler = getattr(model.base_model, "pooler", None)
+    if pooler is not None:
+        return lambda first: model.classifier(pooler(first[:, None]))
+    return lambda first: model.classifier(first[:, None])
+
+
+def _distilbert_head(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda first: model.classifier(model.pre_classifier(first).relu())
+
+
 def _deberta_positions(config: Any) -> Sequence[str]:
     if not getattr(config, "relative_attention", False):
         return ()
@@ -60,108 +98,90 @@ def _deberta_positions(config: Any) -> Sequence[str]:
     return ("key_proj", "query_proj") if shares else ("pos_key_proj", "pos_query_proj")
 
 
-SHARED = {
-    "deberta": Shared(lambda _config: ("pos_proj", "pos_q_proj"), "see relative positions, which all texts share"),
-    "deberta-v2": Shared(_deberta_positions, "see relative positions, which all texts share"),
-    "opt": Shared(lambda _config: ("fc1", "fc2"), "see the tokens of all texts in one row"),
-}
-"""By `model_type`. A merged model may have them adapted, a switchable graph not."""
+PLACES = "it reads where words stand on a page, not texts alone"
+POSITIONS = "see relative positions, which all texts share"
+
+FAMILIES = (
+    Family(
+        "BERT, RoBERTa and what has their module names",
+        attention=Attention(
+            "attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"
+        ),
+        block=PostNorm(
+            "attention.output.LayerNorm",
+            "intermediate.dense",
+            "intermediate.intermediate_act_fn",
+            "output.dense",
+            "output.LayerNorm",
+        ),
+        head=_pooled_head,
+    ),
+    Family(
+        "MPNet",
+        attention=Attention("attention.attn.q", "attention.attn.k", "attention.attn.v", "attention.attn.o"),
+        block=PostNorm(
+            "attention.LayerNorm",
+            "intermediate.dense",
+            "intermediate.intermediate_act_fn",
+            "output.dense",
+            "output.LayerNorm",
+        ),
+        head=_pooled_head,
+    ),
+    Family(
+        "DistilBERT",
+        attention=Attention("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"),
+        block=PostNorm("sa_layer_norm", "ffn.lin1", "ffn.activation", "ffn.lin2", "output_layer_norm"),
+        head=_distilbert_head,
+    ),
+    Family(
+        "Llama and what has its module names",
+        attention=Attention("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    ),
+    Family("DeBERTa", ("deberta",), shared=Shared(lambda _config: ("pos_proj", "pos_q_proj"), POSITIONS)),
+    Family("DeBERTa-v2 and -v3", ("deberta-v2",), shared=Shared(_deberta_positions, POSITIONS)),
+    Family("OPT", ("opt",), shared=Shared(lambda _config: ("fc1", "fc2"), "see the tokens of all texts in one row")),
+    Family(
+        "FNet",
+        ("fnet",),
+        refused="it takes no attention mask, so its answer depends on the padding of its batch",
+    ),
+    Family("LayoutLM, LiLT, MarkupLM", ("layoutlm", "layoutlmv2", "layoutlmv3", "lilt", "markuplm"), refused=PLACES),
+    Family("Longformer", ("longformer",), refused="it cuts texts into windows, whose number a graph cannot leave open"),
+    Family("CANINE", ("canine",), refused="it reads characters by their hashes and has no embedding of tokens"),
+    Family(
+        "Funnel",
+        ("funnel",),
+        refused="it pools tokens between its blocks by sizes that a graph would fix to one batch",
+    ),
+    Family("TAPAS", ("tapas",), refused="it reads a table with each question, not a text"),
+    Family(
+        "XLNet",
+        ("xlnet",),
+        refused="it computes positions that a graph cannot have and keeps the texts of a batch in another axis",
+    ),
+    Family("X-MOD", ("xmod",), refused="it wants the language of each text beside the text"),
+)
 
 
-@dataclass(frozen=True)
-class LeftOut:
-    """What `factorize` does not adapt unless it is told to.
-
-    Attributes:
-        names: of layers or parameters.
-        reason: why.
-    """
-
-    names: tuple[str, ...]
-    reason: str
-
-    def __str__(self) -> str:
-        kinds = dict.fromkeys(BLOCK.split(f".{name}")[-1] for name in self.names)
-        return f"{', '.join(kinds)} ({len(self.names)}): {self.reason}"
+def of_type(model_type: str | None) -> Family | None:
+    """The family whose entry names a `model_type` of transformers."""
+    return next((family for family in FAMILIES if model_type in family.model_types), None)
 
 
-def check_supported(name: str, model: Any) -> None:
-    """Make sure that models of this family work the whole way.
-
-    Raises:
-        InputError: they do not; the message names the checkpoint and the reason.
-    """
-    reason = why_unsupported(model)
-    if reason is not None:
-        raise InputError(f"{name} ({model.config.model_type}) is not supported, since it cannot be exported: {reason}")
-
-
-def check_head(name: str, problem: str | None, outputs: int) -> None:
-    """Make sure that a task head for numbers has one for each text.
-
-    Raises:
-        InputError: it has several.
-    """
-    if problem == REGRESSION and outputs != 1:
-        raise InputError(f"{name} predicts {outputs} numbers; one is supported")
+def of_block(block: nn.Module) -> Family | None:
+    """The family in whose places a block has all parts that `Attention` and `PostNorm` name."""
+    for family in FAMILIES:
+        if family.attention is not None and family.block is not None:
+            paths = (*vars(family.attention).values(), *vars(family.block).values())
+            if all(_has(block, path) for path in paths):
+                return family
+    return None
 
 
-def why_unsupported(model: Any) -> str | None:
-    """Why a model does not work the whole way, in words for a message; None where nothing is known against it.
-
-    Args:
-        model: with or without weights, with its task head or without.
-    """
-    config: Any = model.config
-    if getattr(config, "is_encoder_decoder", False):
-        return ENCODER_DECODER
-    experts = [name for name, parameter in model.named_parameters() if _is_expert(name, parameter)]
-    if experts:
-        return f"it is a mixture of experts ({experts[0]}, ...), whose tokens go to weights that the text chooses"
-    return REFUSED.get(getattr(config, "model_type", ""))
-
-
-def _is_expert(name: str, parameter: nn.Parameter) -> bool:
-    return ".experts." in f".{name}" or (parameter.dim() == 3 and ("expert" in name or "moe" in name))
-
-
-def shared_layers(model: Any, names: Sequence[str]) -> LeftOut | None:
-    """Those of the layers `names` that the rows of a switchable graph cannot have customers of their own in."""
-    known = SHARED.get(getattr(getattr(model, "config", None), "model_type", ""))
-    if known is None:
-        return None
-    ends = set(known.names(model.config))
-    found = tuple(name for name in names if name.rsplit(".", 1)[-1] in ends)
-    return LeftOut(found, f"they {known.reason}, so a switchable graph cannot take them") if found else None
-
-
-def check_padding(name: str, model: nn.Module, tokenizer: Any) -> None:
-    """Make sure that batches can be padded: the tokenizer needs a padding token, and a decoder its number.
-
-    A decoder answers at the last token of a text, and looks for it by the number in its config. An encoder whose
-    tokens see a window answers at the first token, which must have text within it.
-
-    Raises:
-        InputError: a token is missing, they differ, or the side is wrong; the message names the places.
-    """
-    config: Any = model.config
-    token, known = tokenizer.pad_token_id, getattr(config, "pad_token_id", None)
-    answers_last = any(getattr(module, "is_causal", False) for module in model.modules())
-    if token is None or (answers_last and known is None):
-        number = "its number" if token is None else str(token)
-        raise InputError(
-            f"{name} has no padding token, so texts of different lengths make no batch: set pad_token in "
-            f"tokenizer_config.json (its eos_token will do) and pad_token_id in config.json, to {number}"
-        )
-    if answers_last and known != token:
-        raise InputError(
-            f"{name}: its tokenizer pads with token {token}, but pad_token_id in config.json is {known}, so it would "
-            f"answer at padding; set both to the same token"
-        )
-    reach = padding_reach(model)
-    averages = getattr(config, "classifier_pooling", "") == "mean"
-    if reach is not None and not averages and tokenizer.padding_side == "left":
-        raise InputError(
-            f"{name} pads on the left, but answers at the first token of a row, which sees {reach} tokens: behind more "
-            f"padding than that it sees no text; set padding_side in tokenizer_config.json to right"
-        )
+def _has(module: nn.Module, path: str) -> bool:
+    try:
+        module.get_submodule(path)
+    except AttributeError:
+        return False
+    return True

@@ -7,7 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from qrlora_deploy.errors import InputError, library_errors
-from qrlora_deploy.models.families import BLOCK, LeftOut, shared_layers
+from qrlora_deploy.models.support import BLOCK, LeftOut, shared_layers
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -19,7 +19,7 @@ from qrlora_deploy.errors import InputError, QrloraError, library_errors
 from qrlora_deploy.models.adapter import QRLoRALinear
 from qrlora_deploy.models.capacity import check_ids, max_tokens
 from qrlora_deploy.models.checkpoint import Checkpoint
-from qrlora_deploy.models.families import check_padding
+from qrlora_deploy.models.support import check_padding
 from qrlora_deploy.tasks.base import Task
 from qrlora_deploy.training.settings import RunSettings, choose_device
 

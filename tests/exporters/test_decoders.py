@@ -19,7 +19,7 @@ from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.capacity import max_tokens
 from qrlora_deploy.models.checkpoint import open_checkpoint
-from qrlora_deploy.models.families import check_padding, why_unsupported
+from qrlora_deploy.models.support import check_padding, why_unsupported
 from qrlora_deploy.models.targets import choose_targets
 from qrlora_deploy.rank_rules.rule import RankRule
 from qrlora_deploy.runtime import open_bundle, open_session, verify

@@ -19,7 +19,8 @@ from qrlora_deploy.formats.basis import write_basis
 from qrlora_deploy.models.adapter import attach
 from qrlora_deploy.models.capacity import check_ids
 from qrlora_deploy.models.checkpoint import open_checkpoint
-from qrlora_deploy.models.families import REFUSED, SHARED, check_padding, why_unsupported
+from qrlora_deploy.models.families import FAMILIES
+from qrlora_deploy.models.support import check_padding, why_unsupported
 from qrlora_deploy.models.targets import choose_targets, left_out
 from qrlora_deploy.rank_rules.rule import RankRule
 from qrlora_deploy.training.settings import TrainSettings, WarmupSettings
@@ -75,11 +76,13 @@ def test_what_cannot_be_served_is_refused_at_the_first_command(
 def test_what_is_known_is_of_families_that_transformers_has() -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    assert set(REFUSED) | set(SHARED) <= set(CONFIG_MAPPING)
-    for kind, reason in REFUSED.items():
-        model = torch.nn.Module()
-        model.config = CONFIG_MAPPING[kind]()
-        assert why_unsupported(model) == reason
+    types = [kind for family in FAMILIES for kind in family.model_types]
+    assert set(types) <= set(CONFIG_MAPPING) and len(set(types)) == len(types)
+    for family in FAMILIES:
+        for kind in family.model_types if family.refused else ():
+            model = torch.nn.Module()
+            model.config = CONFIG_MAPPING[kind]()
+            assert why_unsupported(model) == family.refused
 
 
 def test_the_remedy_for_a_missing_padding_token_is_the_whole_one(tmp_path: Path) -> None:

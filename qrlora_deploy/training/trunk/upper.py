@@ -14,48 +14,9 @@ from torch import nn
 from torch.nn import functional
 
 from qrlora_deploy.errors import InputError
+from qrlora_deploy.models.families import Family, of_block
 from qrlora_deploy.training.trunk.padding_free import Gather, Group, Layout, padded_layout
 from qrlora_deploy.training.trunk.split import SplitModel, agree, probe
-
-FAMILIES = (
-    # BERT, RoBERTa and their kin
-    (
-        "attention.self.query",
-        "attention.self.key",
-        "attention.self.value",
-        "attention.output.dense",
-        "attention.output.LayerNorm",
-        "intermediate.dense",
-        "intermediate.intermediate_act_fn",
-        "output.dense",
-        "output.LayerNorm",
-    ),
-    # MPNet
-    (
-        "attention.attn.q",
-        "attention.attn.k",
-        "attention.attn.v",
-        "attention.attn.o",
-        "attention.LayerNorm",
-        "intermediate.dense",
-        "intermediate.intermediate_act_fn",
-        "output.dense",
-        "output.LayerNorm",
-    ),
-    # DistilBERT
-    (
-        "attention.q_lin",
-        "attention.k_lin",
-        "attention.v_lin",
-        "attention.out_lin",
-        "sa_layer_norm",
-        "ffn.lin1",
-        "ffn.activation",
-        "ffn.lin2",
-        "output_layer_norm",
-    ),
-)
-"""Where a block of each family has its parts, in the order of `_Block`."""
 
 BIAS_STRIDE = 8
 """PyTorch's memory-efficient attention reads rows of a bias that begin at a multiple of this, else it copies."""
@@ -80,7 +41,7 @@ class Upper:
     Side branches are called as they are, so attach them first.
 
     Args:
-        split: an encoder of one of `FAMILIES`.
+        split: an encoder of a family whose `Family.block` is known.
 
     Raises:
         InputError: the model is of another kind, or does not answer here as it does itself.
@@ -90,8 +51,9 @@ class Upper:
         self.owner: Any = split.owner
         self.heads = int(split.model.config.num_attention_heads)
         self.head_width = int(split.model.config.hidden_size) // self.heads
-        self.blocks = [_read_block(split.model, block) for block in list(split.blocks)[split.first :]]
-        self.head = _read_head(split.model)
+        family = of_block(split.blocks[-1])
+        self.blocks = [_read_block(split.model, block, family) for block in list(split.blocks)[split.first :]]
+        self.head = _read_head(split.model, family)
         self._biases: dict[tuple[int, torch.device, torch.dtype], torch.Tensor] = {}
         _check_upper(self, split)
 
@@ -165,23 +127,18 @@ def _as_multiplied(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
-def _read_block(model: Any, block: nn.Module) -> _Block:
-    for family in FAMILIES:
-        try:
-            return _Block(*(block.get_submodule(path) for path in family))
-        except AttributeError:
-            continue  # of another family
-    raise InputError(f"{type(model).__name__} has blocks of another kind than BERT's")
+def _read_block(model: Any, block: nn.Module, family: Family | None) -> _Block:
+    if family is None or family.attention is None or family.block is None:
+        raise InputError(f"{type(model).__name__} has blocks of another kind than BERT's")
+    paths = (*vars(family.attention).values(), *vars(family.block).values())
+    return _Block(*(block.get_submodule(path) for path in paths))
 
 
-def _read_head(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+def _read_head(model: Any, family: Family | None) -> Callable[[torch.Tensor], torch.Tensor]:
     """From first tokens `[rows, width]` to logits."""
-    if hasattr(model, "pre_classifier"):  # DistilBERT
-        return lambda first: model.classifier(model.pre_classifier(first).relu())
-    pooler = getattr(model.base_model, "pooler", None)
-    if pooler is not None:  # BERT
-        return lambda first: model.classifier(pooler(first[:, None]))
-    return lambda first: model.classifier(first[:, None])
+    if family is None or family.head is None:
+        raise InputError(f"{type(model).__name__} has a head of another kind than BERT's")
+    return family.head(model)
 
 
 def _check_upper(upper: Upper, split: SplitModel) -> None:
