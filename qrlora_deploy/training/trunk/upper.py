@@ -128,7 +128,7 @@ def _as_multiplied(x: torch.Tensor) -> torch.Tensor:
 
 
 def _read_block(model: Any, block: nn.Module, family: Family | None) -> _Block:
-    if family is None or family.attention is None or family.block is None:
+    if family is None or family.attention is None or family.block is None or of_block(block) is not family:
         raise InputError(f"{type(model).__name__} has blocks of another kind than BERT's")
     paths = (*vars(family.attention).values(), *vars(family.block).values())
     return _Block(*(block.get_submodule(path) for path in paths))
