@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 MAX_MESSAGE = 480
 """Characters of a message: a name in a hostile file may be megabytes long."""
@@ -30,9 +31,14 @@ class QrloraError(Exception):
     """An operation could not be completed.
 
     Its message is one line of bounded length, whatever the names in it: callers log it as it is.
+
+    Attributes:
+        exit_code: of the command line.
+        kind: one word for programs, such as the status of an answer over a network; subclasses have their own.
     """
 
-    exit_code = 1
+    exit_code: ClassVar[int] = 1
+    kind: ClassVar[str] = "failed"
 
     def __init__(self, message: str) -> None:
         super().__init__(shortened(message))
@@ -42,22 +48,53 @@ class InputError(QrloraError):
     """A file, an option or a value given by the user is wrong."""
 
     exit_code = 2
+    kind = "invalid"
 
 
 class FileFormatError(InputError):
     """A file is damaged, hostile, or written in a format this version does not read."""
 
+    kind = "bad_file"
 
-class BasisMismatchError(InputError):
+
+class MalformedInputError(InputError):
+    """What a model is to answer is no text, no array of the right shape or no name of a customer."""
+
+    kind = "malformed_input"
+
+
+class UnknownCustomerError(InputError):
+    """There is no customer of that name."""
+
+    kind = "unknown_customer"
+
+
+class MismatchError(InputError):
+    """Things do not belong together: a customer and a bundle, a basis and a base."""
+
+    kind = "mismatch"
+
+
+class BasisMismatchError(MismatchError):
     """Coefficients, a base model or a bundle belong to another basis."""
 
 
 class ProviderError(InputError):
     """A device or execution provider was asked for and is not there."""
 
+    kind = "provider"
+
+
+class NotReadyError(QrloraError):
+    """Nothing is wrong with a request, but it cannot be answered here or now."""
+
+    kind = "not_ready"
+
 
 class CheckFailed(QrloraError):
     """A check ran and its result is out of bounds (parity, labels)."""
+
+    kind = "check_failed"
 
 
 def first_line(error: BaseException) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qrlora_deploy.errors import FileFormatError, InputError
+from qrlora_deploy.errors import FileFormatError, InputError, MalformedInputError, UnknownCustomerError
 from qrlora_deploy.formats.coefficients import CUSTOMER_ID, SUFFIX, Coefficients, read_coefficients
 from qrlora_deploy.io.temporary import scratch_folder
 
@@ -26,7 +26,7 @@ def check_customer_id(name: str) -> None:
             with a dot, or has not 1 to 128 characters.
     """
     if not CUSTOMER_ID.fullmatch(name):
-        raise InputError(
+        raise MalformedInputError(
             f"{name[:140]!a} is no customer id: 1 to 128 of A-Z a-z 0-9 . _ - are allowed, and no dot at the start"
         )
 
@@ -68,7 +68,7 @@ def read_customer(folder: Path, customer: str) -> Coefficients:
             f"a hub's files by snapshot_download(local_dir=...)"
         )
     if not there:
-        raise InputError(f"{folder} holds no customer {customer!r}: there is no file {path.name}")
+        raise UnknownCustomerError(f"{folder} holds no customer {customer!r}: there is no file {path.name}")
     return read_customer_file(place, path)
 
 

@@ -51,7 +51,8 @@ def expected(place: Path, texts: list[str], owners: list[str | None]) -> list[di
     for name in OWN_LABELS:
         predictor.switchable.load(name, place / "customers" / f"{name}.safetensors")
     return [
-        {"customer": owner, "text": text, "label": answer.label, "score": answer.score, "logits": list(answer.logits)}
+        {"customer": owner, "text": text, "label": answer.label, "labels": [answer.label]}
+        | {"score": answer.score, "logits": list(answer.logits)}
         for text, owner, answer in zip(texts, owners, predictor.predict(texts, customers=owners), strict=True)
     ]
 

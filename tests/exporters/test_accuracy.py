@@ -17,10 +17,12 @@ from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.merging.checkpoints import merge_model
 from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
+from qrlora_deploy.tasks.classification import Classification
+from qrlora_deploy.tasks.regression import Regression
 from tests.cli.running import run_here, succeed_here
 from tests.tiny import LABELS, SENTENCES
 
-TASK = "text-classification"
+TASK = Classification()
 ROWS = 40
 """More than a batch, and not a multiple of one."""
 
@@ -80,7 +82,7 @@ class Always:
 
 def test_graph_and_pytorch_are_counted_apart() -> None:
     batches = [{"input_ids": np.zeros((rows, 3), dtype=np.int64)} for rows in (3, 2)]
-    labelled = Labelled(batches, [np.array([2, 1, 2]), np.array([0, 2])], right=4)
+    labelled = Labelled(TASK, batches, [np.array([2, 1, 2]), np.array([0, 2])], right=4)
     found = measure_accuracy(Always(), labelled)
     assert (found.graph, found.reference, found.rows) == (0.6, 0.8, 5)
 
@@ -93,7 +95,7 @@ def test_graph_that_cannot_run_a_batch_is_one_line() -> None:
         def run(self, *_arguments: object) -> None:
             raise RuntimeError("no kernel\nand a trace")
 
-    labelled = Labelled([{"input_ids": np.zeros((2, 3), dtype=np.int64)}], [np.array([0, 1])], 2)
+    labelled = Labelled(TASK, [{"input_ids": np.zeros((2, 3), dtype=np.int64)}], [np.array([0, 1])], 2)
     with pytest.raises(CheckFailed, match="does not run on a batch of 2 labelled rows: no kernel$"):
         measure_accuracy(Broken(), labelled)
 
@@ -115,7 +117,7 @@ def test_labels_that_are_not_the_models() -> None:
     assert choose_labelled(None, TASK, LABELS, strict=True) is None
     assert choose_labelled(foreign, TASK, LABELS, strict=True) is None
     assert choose_labelled(examples, TASK, LABELS, strict=False) is None
-    assert choose_labelled(examples, "text-regression", LABELS, strict=True) is None
+    assert choose_labelled(examples, Regression(), LABELS, strict=True) is None
     with pytest.raises(InputError, match=r"data\.tsv: 1 of its labels are not the customer's: other; give data"):
         choose_labelled(examples, TASK, LABELS, strict=True)
 

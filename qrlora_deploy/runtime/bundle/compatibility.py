@@ -1,6 +1,6 @@
 """Whether a customer belongs to a switchable bundle."""
 
-from qrlora_deploy.errors import BasisMismatchError, InputError
+from qrlora_deploy.errors import BasisMismatchError, MismatchError
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.runtime.bundle.bundle import Manifest
 
@@ -26,6 +26,6 @@ def check_customer_fits(coefficients: Coefficients, manifest: Manifest, place: s
             f"{manifest.base_digest[:12]}"
         )
     if coefficients.task != manifest.task:
-        raise InputError(f"{place} is a {coefficients.task}, the bundle a {manifest.task}")
+        raise MismatchError(f"{place} is a {coefficients.task}, the bundle a {manifest.task}")
     if coefficients.values.shape != (manifest.total_rank,):
-        raise InputError(f"{place}: expected {manifest.total_rank} coefficients, not {len(coefficients.values)}")
+        raise MismatchError(f"{place}: expected {manifest.total_rank} coefficients, not {len(coefficients.values)}")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qrlora_deploy.errors import BasisMismatchError, FileFormatError, InputError
+from qrlora_deploy.errors import BasisMismatchError, FileFormatError, InputError, MismatchError
 from qrlora_deploy.runtime.bundle.bundle import Manifest
 from qrlora_deploy.runtime.bundle.row_layout import HEAD_TABLE, TABLE, TableLayout
 from qrlora_deploy.runtime.customers.packed_header import (
@@ -91,7 +91,7 @@ def _check_bundle(header: PackedHeader, path: Path, manifest: Manifest) -> None:
                 f"{path} was packed for {name} {found}, but the bundle holds {expected[name][:12]}"
             )
     if header.metadata != expected or header.total_rank != manifest.total_rank:
-        raise InputError(f"{path} has another task, other labels or another number of coefficients than the bundle")
+        raise MismatchError(f"{path} has another task, other labels or another number of coefficients than the bundle")
 
 
 def _index_of(tail: bytearray, count: int, path: Path) -> IdIndex:

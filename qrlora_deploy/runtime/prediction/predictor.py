@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, MalformedInputError, MismatchError, UnknownCustomerError
 from qrlora_deploy.runtime.bundle.bundle import Bundle, check_graph
 from qrlora_deploy.runtime.host.devices import Device
 from qrlora_deploy.runtime.prediction.tokenizing import TextEncoder, as_texts, batches, check_texts
@@ -103,7 +103,7 @@ class Predictor:
         pairs = None if pairs is None else as_texts(pairs, "pairs")
         owners = [None] * len(texts) if customers is None else _owners(customers)
         if len(owners) != len(texts):
-            raise InputError(f"there are {len(texts)} texts but {len(owners)} customers")
+            raise MalformedInputError(f"there are {len(texts)} texts but {len(owners)} customers")
         # All of them before the first runs, and before their lengths are compared.
         check_texts(texts, range(len(texts)), "text")
         check_texts(pairs or (), range(len(texts)), "pair")
@@ -121,7 +121,9 @@ class Predictor:
         if self.switchable is not None:
             return self.switchable.predict(inputs, owners)
         if any(owner is not None for owner in owners):
-            raise InputError(f"{self.bundle.folder} is a merged bundle: it holds one customer, who has no name in it")
+            raise UnknownCustomerError(
+                f"{self.bundle.folder} is a merged bundle: it holds one customer, who has no name in it"
+            )
         return self._merged.run(inputs), [self.bundle.manifest.labels] * len(owners)
 
     def _prediction(self, logits: np.ndarray, labels: tuple[str, ...]) -> Prediction:
@@ -136,7 +138,7 @@ def _check_session(bundle: Bundle, session: SwitchableSession, options: Mapping[
         bundle.folder.resolve() == session.bundle.folder.resolve() and bundle.manifest == session.bundle.manifest
     )
     if not same:
-        raise InputError(
+        raise MismatchError(
             f"the session is of {session.bundle.folder}, not of {bundle.folder}; give Predictor the session alone"
         )
     given = [name for name, value in options.items() if value is not None]
@@ -146,9 +148,9 @@ def _check_session(bundle: Bundle, session: SwitchableSession, options: Mapping[
 
 def _owners(customers: Iterable[str | None]) -> list[str | None]:
     if isinstance(customers, (str, bytes)):
-        raise InputError("customers must be a list with one for each text, not one name; repeat it in a list")
+        raise MalformedInputError("customers must be a list with one for each text, not one name; repeat it in a list")
     owners = list(customers)
     for number, owner in enumerate(owners):
         if owner is not None and not isinstance(owner, str):
-            raise InputError(f"customer {number} is of the type {type(owner).__name__}, not a name")
+            raise MalformedInputError(f"customer {number} is of the type {type(owner).__name__}, not a name")
     return owners

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from qrlora_deploy.errors import FileFormatError, InputError
+from qrlora_deploy.errors import FileFormatError, InputError, MalformedInputError
 from qrlora_deploy.runtime.bundle.bundle import TOKENIZER_FILE, Bundle
 from qrlora_deploy.runtime.bundle.sealed_facts import CONFIG_FILE, read_config_facts
 from qrlora_deploy.tokenization.text_cut import TextCutter
@@ -89,7 +89,7 @@ def _check_rows(encodings: Sequence[Any], numbers: Sequence[int], name: str, row
         value, token = max(((value, token) for value, token, seen in used if seen), default=(0, ""))
         if value >= rows:
             what = f"the token {token[:40]!r} has the id" if name == "input_ids" else "a second text has the segment"
-            raise InputError(
+            raise MalformedInputError(
                 f"text {number}: {what} {value}, but the model of this bundle has {rows} rows for them; take it out, "
                 f"or export a model whose embedding was resized"
             )
@@ -102,7 +102,9 @@ def as_texts(texts: Iterable[str], what: str) -> list[str]:
         InputError: they are one text, of which each letter would be a text, or no texts.
     """
     if isinstance(texts, (str, bytes, Mapping)) or not isinstance(texts, Iterable):
-        raise InputError(f"{what} must be a list of texts, not {type(texts).__name__}; put one text into a list")
+        raise MalformedInputError(
+            f"{what} must be a list of texts, not {type(texts).__name__}; put one text into a list"
+        )
     return list(texts)
 
 
@@ -114,9 +116,9 @@ def check_texts(texts: Sequence[Any], numbers: Sequence[int], what: str) -> None
     """
     for number, text in zip(numbers, texts, strict=False):
         if not isinstance(text, str):
-            raise InputError(f"{what} {number} is of the type {type(text).__name__}, not a text")
+            raise MalformedInputError(f"{what} {number} is of the type {type(text).__name__}, not a text")
         if not _is_unicode(text):
-            raise InputError(f"{what} {number} is not valid Unicode: it holds half of a surrogate pair")
+            raise MalformedInputError(f"{what} {number} is not valid Unicode: it holds half of a surrogate pair")
 
 
 def _is_unicode(text: str) -> bool:
@@ -136,7 +138,7 @@ def batches(texts: Sequence[str], pairs: Sequence[str] | None, size: int) -> Ite
         InputError: the numbers of texts and pairs differ, or the size is not positive.
     """
     if pairs is not None and len(pairs) != len(texts):
-        raise InputError(f"there are {len(texts)} texts but {len(pairs)} second texts")
+        raise MalformedInputError(f"there are {len(texts)} texts but {len(pairs)} second texts")
     if size < 1:
         raise InputError(f"the batch size must be at least 1, not {size}")
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]) + len(pairs[row] if pairs else ""))

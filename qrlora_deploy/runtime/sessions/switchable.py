@@ -5,7 +5,14 @@ from pathlib import Path
 
 import numpy as np
 
-from qrlora_deploy.errors import FileFormatError, InputError, QrloraError
+from qrlora_deploy.errors import (
+    FileFormatError,
+    InputError,
+    MalformedInputError,
+    MismatchError,
+    NotReadyError,
+    UnknownCustomerError,
+)
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.formats.customer_files import read_customer_file
 from qrlora_deploy.runtime.bundle.bundle import Bundle, check_graph
@@ -173,7 +180,7 @@ class SwitchableSession:
         for _ in range(FETCH_ATTEMPTS):
             for name in missing:
                 if self.fetch is None:
-                    raise InputError(f"no customer is called {name!r}; load it first")
+                    raise UnknownCustomerError(f"no customer is called {name!r}; load it first")
                 fetched = self.fetch(name)
                 if fetched is not None:
                     self.load(name, fetched)
@@ -182,21 +189,23 @@ class SwitchableSession:
             missing = [name for name in missing if name not in held]
             if not missing:
                 return
-        raise InputError(f"the table of {self.table.max_rows} rows is too small for what runs at the same time")
+        raise NotReadyError(f"the table of {self.table.max_rows} rows is too small for what runs at the same time")
 
     def _check_usable(self) -> None:
         if self._lost:
-            raise QrloraError("a session on a GPU cannot be used in a forked process; open it after the fork")
+            raise NotReadyError("a session on a GPU cannot be used in a forked process; open it after the fork")
 
     def _check_inputs(self, inputs: dict[str, np.ndarray], rows: int) -> None:
         missing = [name for name in self._text_inputs if name not in inputs]
         if missing:
-            raise InputError(f"the inputs lack {', '.join(missing)}")
+            raise MalformedInputError(f"the inputs lack {', '.join(missing)}")
         shapes = {inputs[name].shape for name in self._text_inputs}
         if len(shapes) != 1 or len(next(iter(shapes))) != 2 or next(iter(shapes))[0] != rows:
-            raise InputError(f"{rows} customers need inputs of one shape [{rows}, length], not {sorted(shapes)}")
+            raise MalformedInputError(
+                f"{rows} customers need inputs of one shape [{rows}, length], not {sorted(shapes)}"
+            )
         if 0 in next(iter(shapes)):
-            raise InputError("there is nothing to answer: the inputs are empty")
+            raise MalformedInputError("there is nothing to answer: the inputs are empty")
 
     def _own_labels(self, coefficients: Coefficients) -> tuple[str, ...] | None:
         """Labels that are not the base's; customers with the same ones share them."""
@@ -215,17 +224,17 @@ class SwitchableSession:
         if coefficients.head:
             row[HEAD_TABLE] = self._head_row(coefficients, place)
         elif coefficients.labels != self.manifest.labels:
-            raise InputError(f"{place} uses the base's head but has other labels than the bundle")
+            raise MismatchError(f"{place} uses the base's head but has other labels than the bundle")
         elif self.base_head is not None:
             row[HEAD_TABLE] = self.base_head
         return row
 
     def _head_row(self, coefficients: Coefficients, place: str) -> np.ndarray:
         if self.head is None:
-            raise InputError(f"{place} has a head of its own; export the bundle with --head-labels N")
+            raise MismatchError(f"{place} has a head of its own; export the bundle with --head-labels N")
         labels = len(coefficients.labels)
         if labels > self.head.labels:
-            raise InputError(f"{place} has {labels} labels, the bundle room for {self.head.labels}")
+            raise MismatchError(f"{place} has {labels} labels, the bundle room for {self.head.labels}")
         try:
             weight, bias = head_arrays(coefficients.head)
             row = self.head.row(weight, bias)

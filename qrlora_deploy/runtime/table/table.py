@@ -35,6 +35,8 @@ FLIP_CUSTOMERS = 2048
 class TableFullError(InputError):
     """No row is free and none can be had; later there may be one."""
 
+    kind = "not_ready"
+
 
 class CoefficientTable:
     """Rows by customer, in a memory that doubles when it is full.
