@@ -12,9 +12,12 @@ from qrlora_deploy.errors import CheckFailed, InputError, QrloraError, first_lin
 from qrlora_deploy.export.registry import ExportJob
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.io.files import atomic_file
-from qrlora_deploy.io.outputs import check_free_file
+from qrlora_deploy.io.outputs import check_replaceable
 from qrlora_deploy.merging.arithmetic import check_head, plan_folds
 from qrlora_deploy.runtime.bundle.row_layout import HEAD_TABLE, TABLE, HeadLayout, TableLayout, head_arrays
+
+IDENTIFIER = b"TORT"
+"""Of ONNX Runtime's adapters, behind the first four bytes of the flatbuffer."""
 
 ADAPTER_VERSION = 1
 """Version of the tables' layout; ONNX Runtime stores it and does not interpret it."""
@@ -40,7 +43,7 @@ def export_adapter(job: ExportJob) -> Mapping[str, Any]:
     customer = job.coefficients
     if customer is None:
         raise InputError("--format onnx-adapter writes one customer; give it by --coefficients")
-    check_free_file(job.output)
+    check_replaceable(job.output, "ONNX adapter", _is_adapter)
     checkpoint, basis = job.checkpoint, job.basis
     checkpoint.require_task_head()
     plan_folds(checkpoint, basis, customer, checkpoint.skeleton())
@@ -80,6 +83,12 @@ def _tables(job: ExportJob, customer: Coefficients) -> dict[str, np.ndarray]:
     head = HeadLayout(job.head_labels, base_weight.shape[1])
     rows = [head.row(base_weight, base_bias), head.row(own_weight, own_bias)]
     return tables | {HEAD_TABLE: np.stack(rows)}
+
+
+def _is_adapter(path: Path) -> bool:
+    """Whether a file is an adapter of ONNX Runtime: its flatbuffer has their identifier behind four bytes."""
+    with path.open("rb") as file:
+        return file.read(8)[4:] == IDENTIFIER
 
 
 def _write(tables: Mapping[str, np.ndarray], path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from qrlora_deploy.errors import FileFormatError
+from qrlora_deploy.errors import FileFormatError, InputError
 from qrlora_deploy.io.files import atomic_file
 from qrlora_deploy.io.reading import check_version, parse_json, read_text
 from qrlora_deploy.io.strict import Record, from_json
@@ -296,6 +296,15 @@ def write_report(report: Report, path: Path) -> None:
     """Write the report as JSON, atomically."""
     with atomic_file(path) as temporary:
         temporary.write_text(report.model_dump_json() + "\n", encoding="utf-8")
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file is a report of `bench`, of any version."""
+    try:
+        record = parse_json(read_text(path, MAX_REPORT_BYTES), f"{path} is not JSON")
+    except InputError:
+        return False
+    return isinstance(record, dict) and record.get("format") == FORMAT
 
 
 def read_report(path: Path) -> Report:

@@ -116,6 +116,10 @@ def _print_example(context: click.Context, _parameter: click.Parameter, value: b
         context.exit()
 
 
+REPORTS = ("json", "md", "html")
+"""Kinds of the files of a report, the one with everything first."""
+
+
 @click.command("bench")
 @click.argument("bundles", metavar="BUNDLE [BUNDLE ...]", type=FOLDER, nargs=-1, required=True)
 @_what
@@ -164,6 +168,7 @@ def command(bundles: tuple[Path, ...], gate: Path | None, output: Path, **settin
         data = labelled_data(rules, gate)
         _check_measured(rules, plan, data)
     check_report_folder(output)
+    _check_reports_alone(output)
     with progress_bar() as progress:
         report = run_benchmark(plan, progress, data)
     if rules is not None and gate is not None:
@@ -192,6 +197,15 @@ def _check_measured(rules: "GateRules", plan: "Plan", data: dict[str, Path]) -> 
         raise InputError("--gate has rules for ratios: give --reference, or a second bundle")
 
 
+def _check_reports_alone(folder: Path) -> None:
+    """Refuse to replace a file that has the name of a report and is none."""
+    from qrlora_deploy.bench.record import is_report
+
+    file = folder / f"report.{REPORTS[0]}"
+    if file.exists() and not is_report(file):
+        raise InputError(f"{file} already exists and is no report of bench; remove it or give another --output")
+
+
 def _write(report: "Report", folder: Path) -> dict[str, str]:
     """The three files, by suffix; all of them are written, or none."""
     from qrlora_deploy.bench.markdown import render_markdown
@@ -203,7 +217,7 @@ def _write(report: "Report", folder: Path) -> dict[str, str]:
         write_report(report, temporary / "report.json")
         (temporary / "report.md").write_text(render_markdown(report), encoding="utf-8")
         (temporary / "report.html").write_text(render_page(report), encoding="utf-8")
-    return {suffix: str(folder / f"report.{suffix}") for suffix in ("json", "md", "html")}
+    return {suffix: str(folder / f"report.{suffix}") for suffix in REPORTS}
 
 
 def _output(report: "Report", files: dict[str, str]) -> Output:

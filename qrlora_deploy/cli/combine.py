@@ -29,11 +29,12 @@ def command(parts: tuple[str, ...], output: Path) -> Output:
     Example:
       qrlora-deploy combine acme.safetensors:0.7 umbrella.safetensors:0.3 -o both.safetensors
     """
-    from qrlora_deploy.formats.coefficients import read_coefficients, write_coefficients
-    from qrlora_deploy.io.outputs import check_free_file
+    from qrlora_deploy.formats.coefficients import FORMAT, read_coefficients, write_coefficients
+    from qrlora_deploy.io.files import has_format
+    from qrlora_deploy.io.outputs import check_replaceable
     from qrlora_deploy.merging.combining import combine
 
-    check_free_file(output)
+    check_replaceable(output, "coefficients file", has_format(FORMAT))
     chosen = [parse_part(part) for part in parts]
     if output.resolve() in [file.resolve() for file, _ in chosen]:
         raise InputError(f"{output} is one of the parts; give another --output")

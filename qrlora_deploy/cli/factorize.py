@@ -48,15 +48,16 @@ def command(
         raise click.UsageError("--tau and --rank exclude each other; give one of them")
     patterns = split_targets(targets)
     from qrlora_deploy.factorization.from_checkpoint import factorize
-    from qrlora_deploy.formats.basis import write_basis
+    from qrlora_deploy.formats.basis import FORMAT, write_basis
     from qrlora_deploy.inspection.describe import basis_rows
-    from qrlora_deploy.io.outputs import check_free_file
+    from qrlora_deploy.io.files import has_format
+    from qrlora_deploy.io.outputs import check_replaceable
     from qrlora_deploy.models.checkpoint import open_checkpoint
     from qrlora_deploy.models.support import shared_layers
     from qrlora_deploy.models.targets import choose_targets, left_out
     from qrlora_deploy.rank_rules.rule import RankRule
 
-    check_free_file(output)
+    check_replaceable(output, "basis", has_format(FORMAT))
     rule = RankRule(0.5 if tau is None and rank is None else tau, rank)
     checkpoint = open_checkpoint(base)
     checkpoint.check_base()

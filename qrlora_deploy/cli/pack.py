@@ -31,11 +31,13 @@ def command(customers: Path, bundle: Path, output: Path, dtype: str | None) -> O
     Example:
       qrlora-deploy pack customers/ --bundle bundle -o customers.packed.safetensors
     """
-    from qrlora_deploy.io.outputs import check_free_file
+    from qrlora_deploy.io.files import has_format
+    from qrlora_deploy.io.outputs import check_replaceable
     from qrlora_deploy.runtime import open_bundle
+    from qrlora_deploy.runtime.customers.packed_header import FORMAT
     from qrlora_deploy.runtime.customers.packed_writer import write_packed
 
-    check_free_file(output)
+    check_replaceable(output, "packed file", has_format(FORMAT))
     if output.resolve().parent == customers.resolve():
         raise InputError(f"{output} lies among the customers; write it to another folder")
     manifest = open_bundle(bundle).manifest

@@ -54,15 +54,16 @@ def command(
     """
     from qrlora_deploy.data.examples import read_examples
     from qrlora_deploy.formats.basis import read_basis
-    from qrlora_deploy.formats.coefficients import write_coefficients
-    from qrlora_deploy.io.outputs import check_free_file
+    from qrlora_deploy.formats.coefficients import FORMAT, write_coefficients
+    from qrlora_deploy.io.files import has_format
+    from qrlora_deploy.io.outputs import check_replaceable
     from qrlora_deploy.models.checkpoint import open_checkpoint
     from qrlora_deploy.models.locating import recorded_place
     from qrlora_deploy.training.checkpoints import run_folder
     from qrlora_deploy.training.settings import TrainSettings, choose_device
     from qrlora_deploy.training.trainer import train
 
-    check_free_file(output)
+    check_replaceable(output, "coefficients file", has_format(FORMAT))
     # What was not given is left to the library's defaults, its own for each method.
     chosen = TrainSettings(**{name: value for name, value in settings.items() if value is not None})
     choose_device(chosen.device)

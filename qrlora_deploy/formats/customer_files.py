@@ -57,22 +57,25 @@ def read_customer(folder: Path, customer: str) -> Coefficients:
     check_customer_id(customer)
     path = folder / f"{customer}{SUFFIX}"
     try:
-        place = path.resolve()
-        inside = place.is_relative_to(folder.resolve())
+        place, inside = path.resolve(), folder.resolve()
         there = place.is_file()
     except (OSError, RuntimeError) as error:  # a circle of links is a RuntimeError
         raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if not inside:
-        raise InputError(
-            f"{path} leads out of the folder, to {place}; links are followed within it only. Copy the file, or fetch "
-            f"a hub's files by snapshot_download(local_dir=...)"
-        )
+    _check_inside(path, place, inside)
     if not there:
         raise UnknownCustomerError(f"{folder} holds no customer {customer!r}: there is no file {path.name}")
-    return read_customer_file(place, path)
+    return read_customer_file(place, path, inside)
 
 
-def read_customer_file(path: Path, shown: Path | None = None) -> Coefficients:
+def _check_inside(shown: Path, place: Path, folder: Path) -> None:
+    if not place.is_relative_to(folder):
+        raise InputError(
+            f"{shown} leads out of the folder, to {place}; links are followed within it only. Copy the file, or fetch "
+            f"a hub's files by snapshot_download(local_dir=...)"
+        )
+
+
+def read_customer_file(path: Path, shown: Path | None = None, inside: Path | None = None) -> Coefficients:
     """Read and validate a coefficients file, which may be written to at the same time.
 
     safetensors maps a file into memory, and one that is cut meanwhile would end the process. So the
@@ -81,14 +84,15 @@ def read_customer_file(path: Path, shown: Path | None = None) -> Coefficients:
     Args:
         path: the file.
         shown: how messages call it, where that is something else.
+        inside: a folder, without links in its path, that the file must lie in; None: anywhere.
 
     Raises:
-        InputError: it is no plain file, too large or cannot be read.
+        InputError: it is no plain file, too large, outside of the folder or cannot be read.
         FileFormatError: it is damaged or not complete, or became shorter or longer while it was read.
     """
     name = shown or path
     try:
-        content = _content(path, name)
+        content = _content(path, name, inside)
     except OSError as error:
         raise InputError(f"{name} cannot be read: {error.strerror or error}") from error
     with _private_copy(content) as copy:
@@ -98,7 +102,7 @@ def read_customer_file(path: Path, shown: Path | None = None) -> Coefficients:
             raise type(error)(str(error).replace(str(copy), str(name))) from error
 
 
-def _content(path: Path, shown: Path) -> bytes:
+def _content(path: Path, shown: Path, inside: Path | None) -> bytes:
     # Before it is opened: opening a device may do something.
     if not path.is_file():
         raise InputError(f"{shown}: no such file")
@@ -106,6 +110,9 @@ def _content(path: Path, shown: Path) -> bytes:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise InputError(f"{shown} is no plain file")
+        if inside is not None:
+            # Of the file that is open: a link may have taken the place of the one that was looked at.
+            _check_inside(shown, _place_of(file.fileno(), path), inside)
         # Before anything is read: a file with holes takes memory for all that it has not.
         if status.st_size > MAX_CUSTOMER_BYTES:
             raise InputError(f"{shown} is too large for a customer")
@@ -115,6 +122,25 @@ def _content(path: Path, shown: Path) -> bytes:
     if len(content) > status.st_size:
         raise FileFormatError(f"{shown} is not complete: it grew while it was read")
     return content
+
+
+def _place_of(descriptor: int, path: Path) -> Path:
+    """Where an open file lies.
+
+    Args:
+        descriptor: of the file.
+        path: by which it was opened.
+
+    Raises:
+        InputError: the system does not tell, and something else lies there by now.
+    """
+    try:
+        return (OPEN_FILES / str(descriptor)).readlink()
+    except OSError:
+        place = path.resolve()
+    if not os.path.samestat(os.fstat(descriptor), place.stat()):
+        raise InputError(f"{path} was replaced while it was read; try again")
+    return place
 
 
 def _open_at_once(path: str, flags: int) -> int:

@@ -180,6 +180,25 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[
         temporary.write_bytes(safetensors.numpy.save(contiguous, {METADATA_KEY: record}))
 
 
+def has_format(kind: str) -> Callable[[Path], bool]:
+    """A function that says of a file whether `write_tensors` wrote it as a `kind`, by its header alone."""
+
+    def found(path: Path) -> bool:
+        try:
+            with (
+                readable(path),
+                library_errors(f"{path} is not a safetensors file"),
+                safetensors.safe_open(path, framework="np") as file,
+            ):
+                raw = file.metadata() or {}
+            record = parse_json(raw.get(METADATA_KEY, ""), f"{path} holds no record")
+        except InputError:
+            return False
+        return isinstance(record, dict) and record.get("format") == kind
+
+    return found
+
+
 def read_tensors(
     path: Path,
     kind: str,

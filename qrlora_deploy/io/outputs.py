@@ -5,6 +5,7 @@ was, which is why nothing but plain files and empty folders is ever replaced.
 """
 
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 from qrlora_deploy.errors import InputError
@@ -57,6 +58,24 @@ def check_free_file(path: Path) -> None:
     """
     check_file(path)
     remove_dead(path.parent, [path.name])
+
+
+def check_replaceable(path: Path, kind: str, is_kind: Callable[[Path], bool]) -> None:
+    """As `check_free_file`, and refuse a file that is there and holds something else: `-o` replaces its own kind alone.
+
+    An empty file holds nothing and is replaced, as is a link that leads nowhere.
+
+    Args:
+        path: the output file.
+        kind: what is to be written, as messages call it.
+        is_kind: says of a file whether it is of that kind.
+
+    Raises:
+        InputError: as `check_free_file`, or the file is of another kind.
+    """
+    check_free_file(path)
+    if path.is_file() and path.stat().st_size and not is_kind(path):
+        raise InputError(f"{path} already exists and is no {kind}; remove it or give another --output")
 
 
 def check_file(path: Path, with_parent: bool = True) -> None:

@@ -39,6 +39,9 @@ def place(
     (tmp_path / "stranger.tsv").write_text("text\tlabel\nhello\tno such label\n", "utf-8")
     (tmp_path / "empty.tsv").write_text("text\tlabel\n", "utf-8")
     (tmp_path / "latin.tsv").write_bytes("text\tlabel\ncafé\ttravel\n".encode("latin-1"))
+    (tmp_path / "customers").mkdir()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "report.json").write_text('{"format": "of somebody else"}', "utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -62,7 +65,21 @@ def contents(place: Path) -> dict[str, int]:
 
 TRAIN = "train base --basis basis.safetensors -o new.safetensors --data"
 
+NOT_OURS = "already exists and is no"
+
 CASES = {
+    "basis onto the base": ("factorize base -o base/model.safetensors", "model.safetensors", NOT_OURS, "basis"),
+    "basis onto a customer": ("factorize base -o acme.safetensors", "acme.safetensors", NOT_OURS, "basis"),
+    "customer onto its data": (f"{TRAIN} good.tsv -o good.tsv", "good.tsv", NOT_OURS, "coefficients file"),
+    "customer onto the basis": (f"{TRAIN} good.tsv -o basis.safetensors", "basis.safetensors", NOT_OURS),
+    "customer onto the graph": (f"{TRAIN} good.tsv -o bundle/model.onnx", "model.onnx", NOT_OURS),
+    "sum onto the basis": ("combine acme.safetensors:2 -o basis.safetensors", "basis.safetensors", NOT_OURS),
+    "packed onto a customer": ("pack customers --bundle bundle -o acme.safetensors", "acme.safetensors", NOT_OURS),
+    "adapter onto the data": (
+        "export base --basis basis.safetensors --coefficients acme.safetensors --format onnx-adapter -o good.tsv",
+        "good.tsv already exists",
+    ),
+    "report onto another one": ("bench bundle -o foreign", "report.json", "already exists and is no report of bench"),
     "unknown layer": ("factorize base -o new.safetensors --target qery", "qery", "attention.self.query"),
     "broken expression": ("factorize base -o new.safetensors --target qu(ery", "qu(ery"),
     "tau too large": ("factorize base -o new.safetensors --tau 1.5", "tau", "1.5"),
@@ -234,3 +251,15 @@ def test_full_disk(place: Path, name: str) -> None:
     assert ran.err.startswith("Error: ") and len(ran.err.splitlines()) == 1, ran.err
     assert "internal error" not in ran.err
     assert contents(place) == before
+
+
+def test_a_file_of_the_same_kind_and_an_empty_one_are_replaced(place: Path) -> None:
+    (place / "empty.safetensors").touch()
+    shutil.copy(place / "acme.safetensors", place / "bolt.safetensors")
+    (place / "old.safetensors").symlink_to("bolt.safetensors")
+    before = (place / "acme.safetensors").read_bytes()
+    for output in ("empty.safetensors", "old.safetensors"):
+        shown = run_here("combine", "acme.safetensors:2", "-o", output, cwd=place)
+        assert shown.code == 0, shown.err
+        assert not (place / output).is_symlink() and (place / output).read_bytes() != before
+    assert (place / "bolt.safetensors").read_bytes() == before

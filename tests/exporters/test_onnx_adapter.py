@@ -144,8 +144,12 @@ def test_without_head_labels_there_is_no_head_table(job: ExportJob) -> None:
     assert read_tables(job.output).keys() == {"coefficient_table"}
 
 
+OLD = b"....TORT the old one"
+"""What the file of an adapter begins like."""
+
+
 def test_file_is_replaced_whole_or_not_at_all(job: ExportJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    job.output.write_bytes(b"the old one")
+    job.output.write_bytes(OLD)
 
     class Damaging(onnxruntime.AdapterFormat):
         def set_parameters(self, params: dict[str, Any]) -> None:
@@ -172,7 +176,7 @@ def test_file_is_replaced_whole_or_not_at_all(job: ExportJob, monkeypatch: pytes
             patched.setattr(onnxruntime, "AdapterFormat", wrong)
             with pytest.raises(error, match=message):
                 export_adapter(job)
-        assert job.output.read_bytes() == b"the old one"
+        assert job.output.read_bytes() == OLD
         assert list(job.output.parent.iterdir()) == [job.output]
     export_adapter(job)
     assert read_tables(job.output).keys() == set(TABLES)
@@ -234,3 +238,10 @@ def test_command_line_writes_a_file(switchable: Path, job: ExportJob, tmp_path: 
     assert succeed_here([*options, "--head-labels", 6], tmp_path)["head_labels"] == 6
     found = adapter_logits(switchable, job.output, job.checkpoint)
     np.testing.assert_allclose(found[:, :5], side_branch_logits(job.checkpoint, job.basis, customer), **FP32_ONNX)
+
+
+def test_a_file_that_is_no_adapter_stays(job: ExportJob) -> None:
+    job.output.write_bytes(b"text\tlabel\n")
+    with pytest.raises(InputError, match="already exists and is no ONNX adapter"):
+        export_adapter(job)
+    assert job.output.read_bytes() == b"text\tlabel\n"

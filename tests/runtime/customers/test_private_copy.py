@@ -8,7 +8,7 @@ import pytest
 
 from qrlora_deploy.errors import FileFormatError, InputError
 from qrlora_deploy.formats import customer_files
-from qrlora_deploy.formats.coefficients import Coefficients, read_coefficients
+from qrlora_deploy.formats.coefficients import Coefficients, read_coefficients, write_coefficients
 from qrlora_deploy.formats.customer_files import read_customer, read_customer_file
 from tests.runtime.place import Place
 
@@ -115,3 +115,49 @@ def test_a_link_that_leads_out_is_refused_with_the_remedy(place: Place, tmp_path
     place.path("acme").symlink_to("../blobs/0f")
     with pytest.raises(InputError, match=r"leads out of the folder, to .*0f; .*snapshot_download\(local_dir=\.\.\.\)"):
         read_customer(place.folder, "acme")
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["the system tells", "it does not"])
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_what_becomes_a_link_after_it_was_looked_up_is_not_followed(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: bool, what: str
+) -> None:
+    """The file, or the folder of a version that a link leads to, is swapped between the look and the opening."""
+    outside, inside = tmp_path / "outside", tmp_path / "inside"
+    (inside / "v1").mkdir(parents=True)
+    outside.mkdir()
+    for folder, version in ((inside / "v1", 1), (outside, 2)):
+        write_coefficients(place.version(version), folder / "acme.safetensors")
+    (inside / "acme.safetensors").symlink_to(Path("v1") / "acme.safetensors")
+    swapped = inside / "v1" / "acme.safetensors" if what == "file" else inside / "v1"
+    leads_to = outside / "acme.safetensors" if what == "file" else outside
+    opening = customer_files._open_at_once
+
+    def swap(path: str, flags: int) -> int:
+        swapped.rename(tmp_path / "away")
+        swapped.symlink_to(leads_to)
+        return opening(path, flags)
+
+    monkeypatch.setattr(customer_files, "_open_at_once", swap)
+    if not told:
+        monkeypatch.setattr(customer_files, "OPEN_FILES", tmp_path / "none")
+    with pytest.raises(InputError, match="leads out of the folder, to .*outside"):
+        read_customer(inside, "acme")
+
+
+def test_a_file_that_is_replaced_after_it_was_opened_is_the_one_that_was_opened(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer that renames a new version over the old one is no attack, and no reason to refuse."""
+    path, newer = tmp_path / "acme.safetensors", tmp_path / "newer"
+    write_coefficients(place.version(1), path)
+    write_coefficients(place.version(2), newer)
+    opening = customer_files._open_at_once
+
+    def swap(name: str, flags: int) -> int:
+        descriptor = opening(name, flags)
+        newer.replace(path)
+        return descriptor
+
+    monkeypatch.setattr(customer_files, "_open_at_once", swap)
+    assert read_customer(tmp_path, "acme").digest == place.version(1).digest
