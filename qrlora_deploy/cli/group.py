@@ -5,18 +5,20 @@ ended by SIGTERM and SIGHUP.
 """
 
 import errno
+import gc
 import importlib
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
 from qrlora_deploy import __version__
-from qrlora_deploy.cli.signals import Terminated, raised_signals
+from qrlora_deploy.cli.signals import Terminated, heard, raised_signals
 from qrlora_deploy.errors import QrloraError, first_line, shortened
 
 COMMANDS = (
@@ -55,9 +57,13 @@ class State:
 
     Attributes:
         debug: show tracebacks.
+        output: what the command was to write; None where it writes nothing.
+        kept: says what an interrupted command has kept, and how to go on; None: nothing but what `output` tells.
     """
 
     debug: bool = False
+    output: Path | None = None
+    kept: Callable[[], str] | None = None
 
 
 class LazyGroup(click.Group):
@@ -100,7 +106,7 @@ class LazyGroup(click.Group):
                 sys.stdout.flush()
         except (KeyboardInterrupt, click.Abort) as error:
             cause = error if isinstance(error, Terminated) else error.__cause__
-            sys.exit(cause.code if isinstance(cause, Terminated) else INTERRUPTED)
+            _end_interrupted(state, cause.code if isinstance(cause, Terminated) else INTERRUPTED)
         except BrokenPipeError:
             # The reader of a pipe has gone; the interpreter's last flush must not complain either.
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - lives to the end
@@ -109,6 +115,9 @@ class LazyGroup(click.Group):
             click.echo(error.ctx.get_help(), err=True)
             sys.exit(2)
         except Exception as error:
+            if (number := heard()) is not None:
+                # A library that was cut short says so in words of its own.
+                _end_interrupted(state, 128 + number)
             _fail(error, state.debug)
         # Without standalone mode click returns the code of --help and --version instead of exiting.
         sys.exit(code if isinstance(code, int) else 0)
@@ -116,6 +125,23 @@ class LazyGroup(click.Group):
 
 class _EndOfFile(Exception):
     """An EOFError on its way past click."""
+
+
+def _end_interrupted(state: State, code: int) -> NoReturn:
+    click.echo(f"Interrupted{_what_is_kept(state)}", err=True)
+    # Pools whose start was cut short wait for each other when the interpreter ends, unless they are gone by then.
+    gc.collect()
+    sys.exit(code)
+
+
+def _what_is_kept(state: State) -> str:
+    try:
+        told = state.kept() if state.kept is not None else ""
+        if not told and state.output is not None:
+            told = f"{state.output} is as it was before" if state.output.exists() else f"{state.output} was not written"
+    except OSError:
+        return ""
+    return f"; {told}" if told else ""
 
 
 def _fail(error: Exception, debug: bool) -> NoReturn:

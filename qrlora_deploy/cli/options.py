@@ -50,7 +50,9 @@ def common(function: Callable[..., Output]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def wrapper(as_json: bool, **arguments: Any) -> None:
-        stdout = sys.stdout
+        stdout, context = sys.stdout, click.get_current_context()
+        if context.obj is not None:
+            context.obj.output = arguments.get("output")
         with redirect_stdout(sys.stderr):
             output = function(**arguments)
         show(output, as_json, stdout)
@@ -66,6 +68,13 @@ def common(function: Callable[..., Output]) -> Callable[..., None]:
         help="Show the traceback of an error, and the libraries' warnings.",
     )
     return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")(debug(wrapper))
+
+
+def tell_if_interrupted(kept: Callable[[], str]) -> None:
+    """Say by `kept` what an interruption of the running command leaves, and how to go on; empty: nothing."""
+    context = click.get_current_context(silent=True)
+    if context is not None and context.obj is not None:
+        context.obj.kept = kept
 
 
 def _set_debug(context: click.Context, _parameter: click.Parameter, value: bool) -> None:

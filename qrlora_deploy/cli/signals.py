@@ -20,6 +20,8 @@ OVER = b"\0"
 """Said to the watching thread at the end; no signal has this number."""
 
 _watching = False
+_heard: int | None = None
+_pipe: tuple[int, ...] = ()
 
 
 class Terminated(KeyboardInterrupt):
@@ -48,6 +50,8 @@ def raised_signals() -> Iterator[None]:
         yield
         return
     ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    global _heard
+    _heard = None
     try:
         for number in ours:
             signal.signal(number, _raise)
@@ -58,7 +62,14 @@ def raised_signals() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
+def heard() -> int | None:
+    """The number of the last signal that was raised as an exception; None: there was none."""
+    return _heard
+
+
 def _raise(number: int, _frame: FrameType | None) -> None:
+    global _heard
+    _heard = number
     raise Terminated(number)
 
 
@@ -74,7 +85,8 @@ def _watched(numbers: list[int]) -> Iterator[None]:
     over = threading.Event()
     watcher = threading.Thread(target=_watch, args=(listening, numbers, over), name="signals", daemon=True)
     watcher.start()
-    global _watching
+    global _watching, _pipe
+    _pipe = (listening, speaking)
     if not _watching:
         # A forked child has the handlers and the pipe, but not the thread; it must not speak for its parent.
         os.register_at_fork(after_in_child=_forget)
@@ -91,6 +103,7 @@ def _watched(numbers: list[int]) -> Iterator[None]:
         os.close(speaking)
         watcher.join()
         os.close(listening)
+        _pipe = ()
 
 
 def _watch(listening: int, numbers: list[int], over: threading.Event) -> None:
@@ -103,6 +116,12 @@ def _watch(listening: int, numbers: list[int], over: threading.Event) -> None:
 
 
 def _forget() -> None:
+    global _pipe
+    for end in _pipe:
+        # A child that lives on must not keep its parent's pipe open.
+        with suppress(OSError):
+            os.close(end)
+    _pipe = ()
     if signal.getsignal(signal.SIGTERM) is _raise:
         signal.set_wakeup_fd(-1)
     for name in NAMES:

@@ -12,6 +12,7 @@ from qrlora_deploy.cli.options import (
     common,
     customer_options,
     output_option,
+    tell_if_interrupted,
     training_options,
 )
 from qrlora_deploy.cli.output import Output, progress_bar, show_remark, size_text
@@ -74,6 +75,9 @@ def command(
     place = recorded_place(basis, output)
     with run_folder(output, resume) as folder, progress_bar() as progress:
         _warn_of_damage(folder)
+        tell_if_interrupted(
+            lambda: f"{folder} is kept: the same command goes on by --resume" if folder.exists() else ""
+        )
         customer = train(checkpoint, frozen, examples, held_out, chosen, folder, resume, place, progress)
         write_coefficients(customer, output)
     show_remark(customer.training)

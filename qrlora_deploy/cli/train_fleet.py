@@ -15,6 +15,7 @@ from qrlora_deploy.cli.options import (
     common,
     customer_options,
     output_option,
+    tell_if_interrupted,
     training_options,
 )
 from qrlora_deploy.cli.output import Output, Table
@@ -80,6 +81,7 @@ def command(
     place = recorded_place(basis, output / "customer")
     local = int(os.environ.get("LOCAL_RANK", 0)) if shard is None else 0
     options = FleetOptions(output, resume, rows_per_step, Shard(index, count), local, place)
+    tell_if_interrupted(lambda: _finished(output))
     report = train_fleet(open_checkpoint(base), read_basis(basis), source, chosen, options, Meter())
     failed = [line for line in report.lines if line.status == "failed"]
     facts = {
@@ -94,6 +96,15 @@ def command(
     tables = [Table(["customer", "reason"], rows, "failed")] if rows else []
     record = facts | {"output": output, "summary": report.summary}
     return Output(record, f"wrote {report.summary}", facts, tables, _failure(len(failed), report.summary))
+
+
+def _finished(folder: Path) -> str:
+    count = sum(1 for _ in folder.glob("*.safetensors"))
+    return (
+        f"{count} customer{'s are' if count > 1 else ' is'} in {folder}: the same command trains the others by --resume"
+        if count
+        else ""
+    )
 
 
 def parse_shard(given: str | None) -> tuple[int, int]:

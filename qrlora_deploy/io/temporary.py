@@ -247,6 +247,15 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def _forget_live() -> None:
+    _live.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    # What the parent makes is not the child's to remove.
+    os.register_at_fork(after_in_child=_forget_live)
+
+
 def remove_live() -> None:
     """Remove every temporary folder of this process, which must end right afterwards."""
     for folder in list(_live):

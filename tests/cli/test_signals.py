@@ -71,7 +71,7 @@ def test_a_command_ends_with_the_signals_code(
         signal.signal(signal.SIGINT, before)
     assert caught.value.code == code
     shown = capsys.readouterr()
-    assert shown.out == "" and shown.err.strip() == ""
+    assert shown.out == "" and shown.err.strip() == "Interrupted"
 
 
 SWALLOWED = """
@@ -133,3 +133,77 @@ def test_a_child_that_outlives_the_command_holds_up_nobody() -> None:
     assert os.waitpid(child, 0)[1] == 0
     os.close(listening)
     os.close(speaking)
+
+
+def interrupted(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Exit code and the last line of a command that is interrupted."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments, prog_name="qrlora-deploy")
+    return int(caught.value.code or 0), capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_last_line_says_what_was_kept(
+    tmp_path: Path,
+    tiny_base: Path,
+    tiny_basis_file: Path,
+    tiny_customer_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def end(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("qrlora_deploy.merging.checkpoints.merge", end)
+    merge = ["merge", str(tiny_base), "--basis", str(tiny_basis_file), "--coefficients", str(tiny_customer_file)]
+    assert interrupted([*merge, "-o", "out"], capsys) == (143, "Interrupted; out was not written")
+
+    def end_later(*arguments: object, **_: object) -> None:
+        folder = Path(str(arguments[5])) / "checkpoint-1"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text("{}")
+        end()
+
+    (tmp_path / "good.tsv").write_text("text\tlabel\nplay music\thome\n")
+    train = ["train", str(tiny_base), "--basis", str(tiny_basis_file), "--data", "good.tsv", "-o", "acme.safetensors"]
+    monkeypatch.setattr("qrlora_deploy.training.trainer.train", end)
+    assert interrupted(train, capsys) == (143, "Interrupted; acme.safetensors was not written")
+    monkeypatch.setattr("qrlora_deploy.training.trainer.train", end_later)
+    kept = "Interrupted; .acme.safetensors.work is kept: the same command goes on by --resume"
+    assert interrupted(train, capsys) == (143, kept)
+    monkeypatch.setattr("qrlora_deploy.training.fleet.run.train_fleet", end)
+    (tmp_path / "customers").mkdir()
+    (tmp_path / "customers" / "bolt.safetensors").touch()
+    fleet = ["train-fleet", str(tiny_base), "--basis", str(tiny_basis_file), "--data", "good.tsv", "-o", "customers"]
+    code, line = interrupted(fleet, capsys)
+    assert code == 143
+    assert line == "Interrupted; 1 customer is in customers: the same command trains the others by --resume"
+
+
+def test_what_a_library_says_after_a_signal_is_no_error_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def examine(_progress: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise RuntimeError("the reader was closed") from None
+
+    monkeypatch.setattr("qrlora_deploy.inspection.doctor.examine", examine)
+    assert interrupted(["doctor"], capsys) == (143, "Interrupted")
+
+
+def test_a_forked_child_leaves_its_parents_folders(tmp_path: Path) -> None:
+    code = (
+        "import os, sys\nfrom pathlib import Path\n"
+        "from qrlora_deploy.io.temporary import remove_live, temporary_folder\n"
+        "with temporary_folder(Path(sys.argv[1]), 'out') as folder:\n"
+        "    child = os.fork()\n"
+        "    if not child:\n"
+        "        remove_live()\n"
+        "        os._exit(0)\n"
+        "    os.waitpid(child, 0)\n"
+        "    assert folder.is_dir()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment(), timeout=50, check=False)
+    assert done.returncode == 0 and list(tmp_path.iterdir()) == []

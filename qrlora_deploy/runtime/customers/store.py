@@ -18,7 +18,7 @@ from qrlora_deploy.formats.customer_files import (
 )
 from qrlora_deploy.runtime.customers.backlog import Backlog
 from qrlora_deploy.runtime.customers.events import Report, StoreEvent, event_of, is_refusal, tell
-from qrlora_deploy.runtime.customers.polling import Signature, signature_of, status_of
+from qrlora_deploy.runtime.customers.polling import Signature, newest_first, signature_of, status_of
 from qrlora_deploy.runtime.customers.watching import FolderWatcher
 from qrlora_deploy.runtime.host.forking import survive_forks
 from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
@@ -267,11 +267,11 @@ class CustomerStore:
     def _all_customers(self) -> Iterator[str]:
         """Those with a file, and then those that had one."""
         try:
-            yield from customer_ids(self.folder)
-        except InputError:
+            yield from filter(None, map(customer_of, newest_first(self.folder)))
+        except OSError as error:
             # A folder that went away is the watcher's affair; it compares again when there is one.
             if self.folder.is_dir():
-                raise
+                raise InputError(f"{self.folder} cannot be read: {error.strerror or error}") from error
             return
         yield from list(self._read)
 

@@ -1,5 +1,6 @@
 """What a store reads first, what it publishes, and whose session it has."""
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,6 +13,7 @@ from qrlora_deploy.errors import InputError
 from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
 from qrlora_deploy.formats.customer_files import read_customer
 from qrlora_deploy.runtime import load_packed
+from qrlora_deploy.runtime.customers import polling
 from qrlora_deploy.runtime.customers import store as store_module
 from qrlora_deploy.runtime.customers.backlog import Backlog
 from qrlora_deploy.runtime.customers.packed_writer import write_packed
@@ -181,3 +183,18 @@ def test_a_backlog_takes_the_newest_first_and_survives_a_list_that_ends_early() 
     assert finished.wait(DEADLINE_S)
     waiting.close()
     assert done == ["first", "a", "b", "due", "=x", "=last"] and complaints == ["the folder went away"]
+
+
+def test_entries_that_came_last_are_named_first(tmp_path: Path) -> None:
+    for number in range(polling.NEWEST + 44):
+        path = tmp_path / f"{number:03}.safetensors"
+        path.touch()
+        os.utime(path, ns=(number, number))
+    # Each was changed in this order too, whatever its time of writing says.
+    renamed = tmp_path / "000.safetensors"
+    renamed.rename(tmp_path / "back.safetensors")
+    (tmp_path / "nowhere.safetensors").symlink_to("absent")
+    found = list(polling.newest_first(tmp_path))
+    assert sorted(found) == sorted(path.name for path in tmp_path.iterdir())
+    assert found[0] == "back.safetensors" and found[1] == f"{polling.NEWEST + 43:03}.safetensors"
+    assert "nowhere.safetensors" in found[polling.NEWEST :]
