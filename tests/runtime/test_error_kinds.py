@@ -9,9 +9,11 @@ import pytest
 
 from qrlora_deploy import errors
 from qrlora_deploy.errors import QrloraError
-from qrlora_deploy.formats.coefficients import Coefficients
+from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
 from qrlora_deploy.formats.customer_files import read_customer
-from qrlora_deploy.runtime import Predictor, SwitchableSession, open_bundle
+from qrlora_deploy.runtime import CustomerStore, Predictor, SwitchableSession, load_packed, open_bundle, open_session
+from qrlora_deploy.runtime.customers.packed_writer import write_packed
+from tests.runtime.place import INPUTS
 
 SITUATIONS: dict[str, tuple[Callable[[Predictor, Coefficients, Path], object], str]] = {
     "no such customer": (lambda it, customer, folder: it.predict(["rice"], customers=["nobody"]), "unknown_customer"),
@@ -67,3 +69,59 @@ def test_every_class_of_errors_has_a_kind_of_its_own_but_for_those_of_one_family
     classes = [it for it in vars(errors).values() if isinstance(it, type) and issubclass(it, QrloraError)]
     kinds = [it.kind for it in classes if it is not errors.BasisMismatchError]
     assert len(kinds) == len(set(kinds)) and errors.BasisMismatchError.kind == errors.MismatchError.kind
+
+
+WRONG_INPUTS: dict[str, Callable[[dict[str, np.ndarray]], object]] = {
+    "lists": lambda inputs: inputs | {"input_ids": inputs["input_ids"].tolist()},
+    "floats": lambda inputs: inputs | {"attention_mask": inputs["attention_mask"].astype(np.float32)},
+    "int32": lambda inputs: inputs | {"input_ids": inputs["input_ids"].astype(np.int32)},
+    "nothing": lambda inputs: inputs | {"input_ids": None},
+    "a negative id": lambda inputs: inputs | {"input_ids": inputs["input_ids"] * -1},
+    "a negative segment": lambda inputs: inputs | {"token_type_ids": inputs["token_type_ids"] - 1},
+    "no mask": lambda inputs: {name: array for name, array in inputs.items() if name != "attention_mask"},
+    "one row": lambda inputs: {name: array[0] for name, array in inputs.items()},
+    "no tokens": lambda inputs: {name: array[:, :0] for name, array in inputs.items()},
+}
+
+
+@pytest.mark.parametrize("what", WRONG_INPUTS)
+def test_arrays_that_no_graph_could_take_are_malformed(predictor: Predictor, what: str) -> None:
+    session = predictor.switchable
+    assert session is not None
+    with pytest.raises(errors.MalformedInputError):
+        session.predict(WRONG_INPUTS[what](INPUTS), [None])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("customers", [None, "acme", 3, {"acme"}])
+def test_customers_are_a_list(predictor: Predictor, customers: object) -> None:
+    assert predictor.switchable is not None
+    with pytest.raises(errors.MalformedInputError, match="customers must be a list"):
+        predictor.switchable.predict(INPUTS, customers)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", [None, "", 3, b"acme"])
+def test_a_customer_has_a_name(predictor: Predictor, tiny_customer: Coefficients, name: object) -> None:
+    assert predictor.switchable is not None
+    with pytest.raises(errors.MalformedInputError, match="a customer is called by a text"):
+        predictor.switchable.load(name, tiny_customer)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.0, "8", None, True])
+def test_a_batch_size_is_a_whole_number(predictor: Predictor, size: object) -> None:
+    with pytest.raises(errors.InputError, match="the batch size must be a whole number of at least 1"):
+        predictor.predict(["rice"], batch_size=size)  # type: ignore[arg-type]
+
+
+def test_places_may_be_texts(switchable: Path, tiny_customer: Coefficients, tmp_path: Path) -> None:
+    write_coefficients(tiny_customer, tmp_path / "acme.safetensors")
+    bundle = open_bundle(str(switchable))
+    write_packed([("bolt", tiny_customer)], tmp_path / "packed", bundle.manifest)
+    session = SwitchableSession(bundle, threads=1)
+    session.load("cafe", str(tmp_path / "acme.safetensors"))
+    assert load_packed(session, str(tmp_path / "packed")) == 1
+    with CustomerStore(session, str(tmp_path)):
+        found = session.predict(
+            {name: np.repeat(array, 3, axis=0) for name, array in INPUTS.items()}, ["acme", "bolt", "cafe"]
+        )[0]
+    assert (found == found[0]).all()
+    assert open_session(str(switchable / "model.onnx"), threads=1).get_inputs()

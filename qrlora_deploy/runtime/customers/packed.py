@@ -43,7 +43,7 @@ HALF_EXPONENT = 0x7C00
 Progress = Callable[[str, int, int], None]
 
 
-def load_packed(session: SwitchableSession, path: Path, progress: Progress | None = None) -> int:
+def load_packed(session: SwitchableSession, path: str | os.PathLike[str], progress: Progress | None = None) -> int:
     """Make every customer of a packed file live in `session`; those that are loaded already change.
 
     Either all of them go live or, on any error, none. Load it before a `CustomerStore` starts: the
@@ -63,6 +63,7 @@ def load_packed(session: SwitchableSession, path: Path, progress: Progress | Non
         InputError: it cannot be read, belongs to another bundle, holds numbers that the table cannot,
             or has more customers than the table may hold. QrloraError: the table cannot grow.
     """
+    path = Path(path)
     try:
         # Before it is opened: a pipe would keep the reader waiting for ever.
         if path.exists() and not path.is_file():

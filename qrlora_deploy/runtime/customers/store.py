@@ -80,14 +80,14 @@ class CustomerStore:
     def __init__(
         self,
         session: SwitchableSession,
-        folder: Path,
+        folder: str | os.PathLike[str],
         report: Report | None = None,
         poll: bool = False,
     ) -> None:
-        if not folder.is_dir():
+        if not Path(folder).is_dir():
             raise InputError(f"{folder}: no such folder")
         self.session = session
-        self.folder = folder.absolute()
+        self.folder = Path(folder).absolute()
         self._report = report
         # A customer is read and published under its lock: what was read before a change can then
         # never be published after it.

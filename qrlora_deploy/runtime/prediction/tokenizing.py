@@ -139,8 +139,8 @@ def batches(texts: Sequence[str], pairs: Sequence[str] | None, size: int) -> Ite
     """
     if pairs is not None and len(pairs) != len(texts):
         raise MalformedInputError(f"there are {len(texts)} texts but {len(pairs)} second texts")
-    if size < 1:
-        raise InputError(f"the batch size must be at least 1, not {size}")
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise InputError(f"the batch size must be a whole number of at least 1, not {size!r:.40}")
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]) + len(pairs[row] if pairs else ""))
     for start in range(0, len(order), size):
         yield order[start : start + size]

@@ -1,6 +1,7 @@
 """Opening an ONNX Runtime session on exactly the device that was asked for."""
 
 import ctypes
+import os
 import sys
 import types
 from pathlib import Path
@@ -25,7 +26,10 @@ MAX_THREADS = 1024
 
 
 def open_session(
-    model: Path, provider: str | Device = "cpu", threads: int | None = None, cuda_graph: bool = False
+    model: str | os.PathLike[str],
+    provider: str | Device = "cpu",
+    threads: int | None = None,
+    cuda_graph: bool = False,
 ) -> Any:
     """Open `model` on a device, with TF32 off. Nothing of the process is changed, such as its output or log level.
 
@@ -46,7 +50,7 @@ def open_session(
         FileFormatError: ONNX Runtime refuses the model.
         InputError: so many threads cannot be started.
     """
-    device = Device.of(provider)
+    model, device = Path(model), Device.of(provider)
     name = PROVIDERS[device.provider]
     if name not in onnxruntime.get_available_providers():
         raise ProviderError(

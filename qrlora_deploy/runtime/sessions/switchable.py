@@ -1,5 +1,6 @@
 """One session for every customer of a base: any customer in any row of a batch."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -108,7 +109,7 @@ class SwitchableSession:
         """CUDA does not live in a forked child; what touched it there might crash or wait for ever."""
         self._lost = self._lost or (in_child and self._on_gpu)
 
-    def load(self, customer: str, source: Path | Coefficients) -> None:
+    def load(self, customer: str, source: str | os.PathLike[str] | Coefficients) -> None:
         """Make a coefficients file, or what was read from one, what `customer` is from now on.
 
         Runs that are under way keep the version they began with. A file may be written to or cut at
@@ -116,9 +117,11 @@ class SwitchableSession:
 
         Raises:
             InputError: the file cannot be read, is damaged or of another basis, base or task, or holds a number that
-                the table cannot; the old version stays.
+                the table cannot, or the customer has no name; the old version stays.
         """
         self._check_usable()
+        if not isinstance(customer, str) or not customer:
+            raise MalformedInputError(f"a customer is called by a text that is not empty, not {customer!r:.40}")
         coefficients = source if isinstance(source, Coefficients) else read_customer_file(Path(source))
         place = f"{customer}" if isinstance(source, Coefficients) else f"{source}"
         check_customer_fits(coefficients, self.manifest, place)
@@ -158,10 +161,13 @@ class SwitchableSession:
             than outputs has -inf behind them.
 
         Raises:
-            InputError: shapes do not fit, or a customer is not there.
+            MalformedInputError: inputs are missing, no int64 arrays `[rows, length]`, or negative.
+            UnknownCustomerError: a customer is not there.
             QrloraError: the model fails, or this is a forked child of the session's process, on a GPU.
         """
         self._check_usable()
+        if isinstance(customers, (str, bytes)) or not isinstance(customers, Sequence):
+            raise MalformedInputError(f"customers must be a list with one for each row, not {type(customers).__name__}")
         self._check_inputs(inputs, len(customers))
         held: dict[str | None, int] = {}
         try:
@@ -199,6 +205,8 @@ class SwitchableSession:
         missing = [name for name in self._text_inputs if name not in inputs]
         if missing:
             raise MalformedInputError(f"the inputs lack {', '.join(missing)}")
+        for name in self._text_inputs:
+            _check_array(name, inputs[name])
         shapes = {inputs[name].shape for name in self._text_inputs}
         if len(shapes) != 1 or len(next(iter(shapes))) != 2 or next(iter(shapes))[0] != rows:
             raise MalformedInputError(
@@ -206,6 +214,10 @@ class SwitchableSession:
             )
         if 0 in next(iter(shapes)):
             raise MalformedInputError("there is nothing to answer: the inputs are empty")
+        for name in self._text_inputs:
+            # The graph takes them for rows from the end of its table, without an error.
+            if inputs[name].min() < 0:
+                raise MalformedInputError(f"the input {name} has a negative number")
 
     def _own_labels(self, coefficients: Coefficients) -> tuple[str, ...] | None:
         """Labels that are not the base's; customers with the same ones share them."""
@@ -243,6 +255,12 @@ class SwitchableSession:
         if len(weight) != labels:
             raise InputError(f"{place} has {labels} labels but a head for {len(weight)}")
         return row
+
+
+def _check_array(name: str, array: object) -> None:
+    if not isinstance(array, np.ndarray) or array.dtype != np.int64:
+        found = f"an array of {array.dtype}" if isinstance(array, np.ndarray) else f"a {type(array).__name__}"
+        raise MalformedInputError(f"the input {name} must be an array of int64, not {found}")
 
 
 def _read_base_head(bundle: Bundle, head: HeadLayout) -> np.ndarray:
