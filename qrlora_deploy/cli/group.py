@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import click
 
 from qrlora_deploy import __version__
+from qrlora_deploy.cli.parts import missing_part
 from qrlora_deploy.cli.signals import Terminated, heard, raised_signals
 from qrlora_deploy.errors import QrloraError, first_line, shortened
 
@@ -56,11 +57,13 @@ class State:
     """What the commands tell the group.
 
     Attributes:
+        command: the name of the one that runs.
         debug: show tracebacks.
         output: what the command was to write; None where it writes nothing.
         kept: says what an interrupted command has kept, and how to go on; None: nothing but what `output` tells.
     """
 
+    command: str | None = None
     debug: bool = False
     output: Path | None = None
     kept: Callable[[], str] | None = None
@@ -77,6 +80,8 @@ class LazyGroup(click.Group):
         """The command, or None when there is no such name."""
         if cmd_name not in COMMANDS:
             return None
+        if isinstance(ctx.obj, State):
+            ctx.obj.command = cmd_name
         module = importlib.import_module(f"qrlora_deploy.cli.{cmd_name.replace('-', '_')}")
         command: click.Command = module.command
         return command
@@ -118,7 +123,7 @@ class LazyGroup(click.Group):
             if (number := heard()) is not None:
                 # A library that was cut short says so in words of its own.
                 _end_interrupted(state, 128 + number)
-            _fail(error, state.debug)
+            _fail(error, state)
         # Without standalone mode click returns the code of --help and --version instead of exiting.
         sys.exit(code if isinstance(code, int) else 0)
 
@@ -144,10 +149,11 @@ def _what_is_kept(state: State) -> str:
     return f"; {told}" if told else ""
 
 
-def _fail(error: Exception, debug: bool) -> NoReturn:
-    if debug:
+def _fail(error: Exception, state: State) -> NoReturn:
+    if state.debug:
         traceback.print_exception(error)
-    line, code = describe_error(error)
+    missing = missing_part(error, state.command) if isinstance(error, ModuleNotFoundError) else None
+    line, code = (missing, 2) if missing is not None else describe_error(error)
     click.echo(f"Error: {shortened(line)}", err=True)
     sys.exit(code)
 

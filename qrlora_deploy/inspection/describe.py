@@ -20,6 +20,7 @@ from qrlora_deploy.io.files import METADATA_KEY
 from qrlora_deploy.io.reading import is_file, parse_json, readable
 from qrlora_deploy.models.locating import locate_basis
 from qrlora_deploy.models.output_names import output_names
+from qrlora_deploy.models.weight_files import digest_of, read_headers, weight_files
 
 MANIFEST = "manifest.json"
 PACKED = "qrlora-packed"
@@ -213,20 +214,20 @@ def _describe_folder(path: Path) -> Description:
 
 
 def _describe_checkpoint(path: Path, size_bytes: int) -> Description:
-    # Imported here: it takes PyTorch, which the files of a serving host are read without.
-    from qrlora_deploy.models.checkpoint import open_checkpoint
-
-    checkpoint = open_checkpoint(str(path))
     file = path / "config.json"
+    if not is_file(file):
+        raise InputError(f"{path} is not a checkpoint: it holds no config.json")
     config = read_model_config(file)
+    shards = weight_files(path)
+    stored = read_headers(shards)
     facts = {
         "architecture": config.architecture,
-        "tensors": len(checkpoint.tensor_files),
-        "shards": [shard.name for shard in checkpoint.shards],
+        "tensors": len(stored),
+        "shards": [shard.name for shard in shards],
         "has_task_head": config.has_task_head,
         "labels": list(output_names(file, dict(enumerate(label_names(config, file))))) if config.has_task_head else [],
         "sizes": {name: size for name in SIZES if (size := getattr(config, name)) is not None},
-        "digest": checkpoint.digest,
+        "digest": digest_of({name: tensor.digest() for name, tensor in stored.items()}),
     }
     return Description("checkpoint", path, size_bytes, facts)
 

@@ -1,6 +1,5 @@
 """A base model on disk: its config, its tensors one at a time, and their digests."""
 
-import hashlib
 from collections.abc import Container
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +26,7 @@ from qrlora_deploy.models.model_config import (
 from qrlora_deploy.models.output_names import output_names
 from qrlora_deploy.models.support import check_head, check_padding, check_supported
 from qrlora_deploy.models.tokenizer_files import has_tokenizer, read_tokenizer
-from qrlora_deploy.models.weight_files import StoredTensor, read_headers, weight_files
+from qrlora_deploy.models.weight_files import StoredTensor, digest_of, read_headers, weight_files
 from qrlora_deploy.tasks.registry import task_of_config
 
 
@@ -214,17 +213,19 @@ class Checkpoint:
         raise InputError(f"{self.folder} holds no weight for the layer {module_path}")
 
     def tensor_digest(self, tensor: str) -> str:
-        """SHA-256 of the stored bytes of one tensor."""
-        data = self.read(tensor).contiguous()
-        return hashlib.sha256(data.flatten().view(torch.uint8).numpy().data).hexdigest()
+        """SHA-256 of the stored bytes of one tensor; each is hashed once."""
+        if tensor not in self._digests:
+            self._digests[tensor] = self.stored[tensor].digest()
+        return self._digests[tensor]
+
+    @cached_property
+    def _digests(self) -> dict[str, str]:
+        return {}
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 over all tensors, in order of their names."""
-        whole = hashlib.sha256()
-        for name in sorted(self.tensor_files):
-            whole.update(f"{name}:{self.tensor_digest(name)}\n".encode())
-        return whole.hexdigest()
+        return digest_of({name: self.tensor_digest(name) for name in self.stored})
 
     def skeleton(self) -> nn.Module:
         """The model on the meta device: all modules, no memory."""

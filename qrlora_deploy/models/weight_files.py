@@ -3,10 +3,12 @@
 One choice for every command, and the one that transformers makes: a single file comes before shards.
 """
 
+import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 
@@ -15,6 +17,9 @@ from qrlora_deploy.errors import FileFormatError, InputError, library_errors
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
+
+BLOCK_BYTES = 2**22
+"""Read at once where bytes are only hashed."""
 
 
 @dataclass(frozen=True)
@@ -25,16 +30,45 @@ class StoredTensor:
         file: that holds it.
         shape: as it is stored.
         dtype: name by safetensors, such as "F32".
+        start: where its bytes begin in the file.
+        size_bytes: how many there are.
     """
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    start: int
+    size_bytes: int
 
     @property
     def quantised(self) -> bool:
         """Whether it is no plain number of 16 bits or more."""
         return self.dtype not in ("F64", "F32", "F16", "BF16")
+
+    def digest(self) -> str:
+        """SHA-256 of the stored bytes.
+
+        Raises:
+            FileFormatError: the file became shorter since its header was read.
+        """
+        found, left = hashlib.sha256(), self.size_bytes
+        with self.file.open("rb") as file:
+            file.seek(self.start)
+            while left:
+                block = file.read(min(left, BLOCK_BYTES))
+                if not block:
+                    raise FileFormatError(f"{self.file} is cut: it became shorter while it was read")
+                found.update(block)
+                left -= len(block)
+        return found.hexdigest()
+
+
+def digest_of(digests: Mapping[str, str]) -> str:
+    """The digest of a checkpoint: SHA-256 over the digests of all tensors, in order of their names."""
+    whole = hashlib.sha256()
+    for name in sorted(digests):
+        whole.update(f"{name}:{digests[name]}\n".encode())
+    return whole.hexdigest()
 
 
 def used_index(folder: Path) -> Path | None:
@@ -88,11 +122,24 @@ def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
     found = {}
     for file in files:
         check_readable(file)
-        with library_errors(f"{file} is not a complete safetensors file"), safetensors.safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - no mapping
-                part = opened.get_slice(name)
-                found[name] = StoredTensor(file, tuple(part.get_shape()), str(part.get_dtype()))
+        with library_errors(f"{file} is not a complete safetensors file"):
+            # Opened for its checks: from here on the header is known to fit the file.
+            with safetensors.safe_open(file, "np"):
+                pass
+            start, header = _header(file)
+        for name, entry in header.items():
+            first, last = entry["data_offsets"]
+            found[name] = StoredTensor(file, tuple(entry["shape"]), entry["dtype"], start + first, last - first)
     return found
+
+
+def _header(file: Path) -> tuple[int, dict[str, Any]]:
+    """Where the tensors of a safetensors file begin, and what its header says of each."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    header.pop("__metadata__", None)
+    return 8 + length, header
 
 
 def check_readable(file: Path) -> None:
