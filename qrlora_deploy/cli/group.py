@@ -18,7 +18,6 @@ from typing import Any, NoReturn
 import click
 
 from qrlora_deploy import __version__
-from qrlora_deploy.cli.parts import missing_part
 from qrlora_deploy.cli.signals import Terminated, heard, raised_signals
 from qrlora_deploy.errors import QrloraError, first_line, shortened
 
@@ -152,14 +151,19 @@ def _what_is_kept(state: State) -> str:
 def _fail(error: Exception, state: State) -> NoReturn:
     if state.debug:
         traceback.print_exception(error)
-    missing = missing_part(error, state.command) if isinstance(error, ModuleNotFoundError) else None
-    line, code = (missing, 2) if missing is not None else describe_error(error)
+    line, code = describe_error(error, state.command)
     click.echo(f"Error: {shortened(line)}", err=True)
     sys.exit(code)
 
 
-def describe_error(error: Exception) -> tuple[str, int]:
-    """The message for the user and the exit code of an exception."""
+def describe_error(error: Exception, command: str | None = None) -> tuple[str, int]:
+    """The message for the user and the exit code of an exception, which `command` ended with."""
+    if isinstance(error, ModuleNotFoundError):
+        from qrlora_deploy.inspection.parts import missing_part
+
+        missing = missing_part(error, command)
+        if missing is not None:
+            return missing, 2
     if isinstance(error, _EndOfFile) and isinstance(error.__cause__, EOFError):
         error = error.__cause__
     if isinstance(error, QrloraError):

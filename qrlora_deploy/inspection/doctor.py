@@ -15,6 +15,7 @@ from pathlib import Path
 
 from qrlora_deploy import __version__
 from qrlora_deploy.errors import FileFormatError, ProviderError, first_line
+from qrlora_deploy.inspection.parts import PARTS, lacking
 from qrlora_deploy.io.temporary import scratch_folder
 
 PACKAGES = (
@@ -47,7 +48,7 @@ class Finding:
     """One thing that was looked at.
 
     Attributes:
-        name: what; group: "version", "resource", "device" or "provider".
+        name: what; group: "version", "part", "resource", "device" or "provider".
         works: whether it can be used; None where that is no question, as for a version.
         detail: what was found; advice: what to do, empty where nothing is.
     """
@@ -69,7 +70,7 @@ class Health:
 
 def examine(progress: Callable[[str, int, int], None] | None = None) -> Health:
     """Look at the machine; nothing is changed, and nothing that is missing is an error."""
-    steps: list[Callable[[], list[Finding]]] = [versions, resources, devices, providers]
+    steps: list[Callable[[], list[Finding]]] = [versions, parts, resources, devices, providers]
     findings: list[Finding] = []
     for index, step in enumerate(steps):
         findings += step()
@@ -92,6 +93,18 @@ def versions() -> list[Finding]:
         advice = "pip uninstall -y onnxruntime onnxruntime-gpu, then install one of them"
         detail = "both onnxruntime and onnxruntime-gpu are installed and overwrite each other's files"
         found.append(Finding("version", "onnxruntime twice", False, detail, advice))
+    return found
+
+
+def parts() -> list[Finding]:
+    """Which parts of the installation are there."""
+    found = []
+    for part in PARTS:
+        missing = lacking(part)
+        detail = f"not installed: {', '.join(missing)}" if missing else "installed"
+        found.append(
+            Finding("part", part, not missing, detail, f"pip install 'qrlora-deploy[{part}]'" if missing else "")
+        )
     return found
 
 
@@ -141,7 +154,7 @@ def devices() -> list[Finding]:
     try:
         torch = importlib.import_module("torch")
     except ImportError as error:
-        advice = "only needed to train, factorize, merge and export: pip install torch"
+        advice = "only needed to train, factorize, merge and export: pip install 'qrlora-deploy[train,export]'"
         return [*found, Finding("device", "torch cuda", False, first_line(error), advice)]
     if torch.cuda.is_available():
         detail = f"{torch.cuda.get_device_name(0)}, CUDA {torch.version.cuda}"
@@ -170,7 +183,7 @@ def providers() -> list[Finding]:
     try:
         from qrlora_deploy.runtime.sessions.session import open_session
     except ImportError as error:
-        advice = "pip install onnxruntime-gpu (Linux, Windows on x86-64) or onnxruntime"
+        advice = "pip install 'qrlora-deploy[gpu]', or [cpu] where there is no GPU"
         return [Finding("provider", name, False, first_line(error), advice) for name in PROVIDERS]
     found = []
     with scratch_folder() as folder:

@@ -27,6 +27,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, switchable: Path, tin
     return tmp_path
 
 
+@pytest.mark.makes
 def test_the_file_is_in_the_dtype_of_the_bundles_table_unless_it_is_said(
     place: Path, tiny_base: Path, tiny_basis_file: Path, tiny_customer: Coefficients
 ) -> None:

@@ -33,8 +33,8 @@ def test_the_probe_is_a_model_of_one_product() -> None:
 def test_the_least_that_is_needed_works_here() -> None:
     steps: list[tuple[str, int, int]] = []
     health = examine(lambda *step: steps.append(step))
-    assert health.usable and steps == [("doctor", step, 4) for step in range(1, 5)]
-    assert {finding.group for finding in health.findings} == {"version", "resource", "device", "provider"}
+    assert health.usable and steps == [("doctor", step, 5) for step in range(1, 6)]
+    assert {finding.group for finding in health.findings} == {"version", "part", "resource", "device", "provider"}
     assert all(finding.detail and "\n" not in finding.detail + finding.advice for finding in health.findings)
 
 
@@ -100,7 +100,7 @@ def test_a_missing_torch_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib, "import_module", refuse)
     found = by_name(devices())["torch cuda"]
     assert (found.works, found.detail) == (False, "No module named 'torch'")
-    assert found.advice.endswith("pip install torch")
+    assert found.advice.endswith("pip install 'qrlora-deploy[train,export]'")
 
 
 @pytest.mark.skipif(HAS_GPU, reason="this machine has a GPU")

@@ -128,6 +128,7 @@ def test_odd_texts_are_answered(exported: Path) -> None:
     assert predictor.predict([]) == []
 
 
+@pytest.mark.makes
 def test_pairs_are_encoded_like_the_training_tokenizer(exported: Path) -> None:
     from transformers import AutoTokenizer
 

@@ -4,13 +4,14 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import onnx
 import pytest
 
 from qrlora_deploy.errors import FileFormatError, InputError
 from qrlora_deploy.runtime import open_bundle
 from qrlora_deploy.runtime.bundle.external_data import external_locations
 from tests.forging import reseal
+
+onnx = pytest.importorskip("onnx", reason="forges graphs by the onnx package")
 
 Copy = Callable[[], Path]
 

@@ -348,6 +348,7 @@ PAIRS = {
 @pytest.fixture(scope="module")
 def stranger(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A switchable bundle of the same shapes: all weights of its base are other ones, and so is its basis."""
+    pytest.importorskip("torch", reason="needs PyTorch to make another base's bundle")
     from exporters.onnx import export_switchable
     from qrlora_deploy.data.examples import Examples
     from qrlora_deploy.export.registry import ExportJob

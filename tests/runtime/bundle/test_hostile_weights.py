@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 
 from tests.cli.running import environment
 from tests.forging import reseal
+
+onnx = pytest.importorskip("onnx", reason="forges graphs by the onnx package")
 
 OPEN_ALL = """
 import json, sys
 from pathlib import Path
 from qrlora_deploy.errors import QrloraError
 from qrlora_deploy.runtime import Predictor, open_bundle
+
 for folder in sorted(Path(sys.argv[1]).iterdir()):
     try:
         outcome = Predictor(open_bundle(folder), threads=1).predict(["play some music"])[0].logits

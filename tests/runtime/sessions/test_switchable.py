@@ -202,6 +202,7 @@ def test_zero_coefficients_are_the_base(session: SwitchableSession, bundle: Bund
     np.testing.assert_allclose(one(session, inputs, "acme"), one(session, inputs, None), **EXACT)
 
 
+@pytest.mark.makes
 def test_rows_equal_the_side_branch_of_pytorch(
     served: SwitchableSession, crowd: dict[str, Coefficients], tiny_base: Path, tiny_basis: Basis, inputs: Inputs
 ) -> None:

@@ -1,5 +1,6 @@
 """The parts of an installation: which packages each brings, and what to say where one is missing."""
 
+import importlib.util
 from collections.abc import Mapping
 
 PARTS: Mapping[str, tuple[str, ...]] = {
@@ -37,6 +38,11 @@ OF_COMMAND = {
 """The extra that brings most of what a command needs beside ONNX Runtime; other commands need none."""
 
 GPU = " (or [gpu] for CUDA)"
+
+
+def lacking(part: str) -> list[str]:
+    """The modules of a part that are not installed; none of them is imported."""
+    return [module for module in PARTS[part] if importlib.util.find_spec(module) is None]
 
 
 def missing_part(error: ModuleNotFoundError, command: str | None) -> str | None:
