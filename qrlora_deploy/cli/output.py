@@ -4,15 +4,21 @@ import dataclasses
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import click
+
 from qrlora_deploy.errors import QrloraError, one_line, shortened
 
 Progress = Callable[[str, int, int], None]
+
+LINE_SECONDS = 10.0
+"""Between two lines of progress where stderr is no terminal."""
 
 PIPE_WIDTH = 200
 """Columns when stdout is no terminal: wide enough that no cell of a table is cut."""
@@ -128,9 +134,9 @@ def show_remark(record: Mapping[str, Any]) -> None:
 
 @contextmanager
 def progress_bar() -> Iterator[Progress | None]:
-    """A bar on stderr for the library's (description, done, total); nothing where no one watches."""
+    """A bar on stderr for the library's (description, done, total); where it is no terminal, a line now and then."""
     if not sys.stderr.isatty():
-        yield None
+        yield _lines()
         return
     from rich.console import Console
     from rich.progress import Progress as Bar
@@ -144,6 +150,19 @@ def progress_bar() -> Iterator[Progress | None]:
             bar.update(tasks[description], completed=done, total=total)
 
         yield advance
+
+
+def _lines() -> Progress:
+    shown = time.monotonic()
+
+    def advance(description: str, done: int, total: int) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if now - shown >= LINE_SECONDS:
+            shown = now
+            click.echo(f"{one_line(description)}: {done} of {total}", err=True)
+
+    return advance
 
 
 def size_text(size_bytes: int) -> str:

@@ -16,6 +16,7 @@ from qrlora_deploy.cli.options import (
     training_options,
 )
 from qrlora_deploy.cli.output import Output, progress_bar, show_remark, size_text
+from qrlora_deploy.errors import InputError
 
 
 @click.command("train")
@@ -64,6 +65,8 @@ def command(
     from qrlora_deploy.training.settings import TrainSettings, choose_device
     from qrlora_deploy.training.trainer import train
 
+    if settings.get("metric") is not None and evaluation is None:
+        raise InputError("--metric chooses the best epoch on --eval; give --eval, or leave --metric out")
     check_replaceable(output, "coefficients file", has_format(FORMAT))
     # What was not given is left to the library's defaults, its own for each method.
     chosen = TrainSettings(**{name: value for name, value in settings.items() if value is not None})

@@ -105,7 +105,8 @@ def _read_delimited(path: Path, customer_column: str | None) -> Table:
         cells = row.text.split(delimiter)
         place = names.index(customer_column) if customer_column in names else len(cells)
         whose = cells[place].strip() if place < len(cells) else NOBODY
-        found = f"row {row.number - 1} has {row.actual_columns} columns instead of {row.expected_columns}"
+        cells_text = f"{row.actual_columns} column{'s' if row.actual_columns != 1 else ''}"
+        found = f"row {row.number - 1} has {cells_text} instead of {row.expected_columns}"
         faults.setdefault(without_marks(whose, mark) if mark else whose, f"{path}: {found}")
         return "skip"
 
@@ -121,6 +122,9 @@ def _read_delimited(path: Path, customer_column: str | None) -> Table:
         stored = header_of(buffer.to_pybytes() if buffer else path, delimiter)
     if mark and any(mark in name for name in stored):
         raise InputError(NAME_NOT_TEXT.format(path))
+    other, suffix = (",", ".csv") if delimiter == "\t" else ("\t", ".tsv")
+    if len(stored) == 1 and other in stored[0]:
+        raise InputError(f"{path}: its header has {'commas' if other == ',' else 'tabs'}; name the file {suffix}")
     names += unique_names(path, stored)
     # Everything is text: a label "007", a text "NA" or "true" stay what they are.
     types = dict.fromkeys(stored, pyarrow.string())

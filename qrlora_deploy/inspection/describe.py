@@ -26,6 +26,11 @@ MANIFEST = "manifest.json"
 PACKED = "qrlora-packed"
 """Named here as well: files of the other kinds are read without the runtime's dependencies."""
 
+PEFT = "an adapter of PEFT, which this project writes (`export --format peft`) and does not read"
+
+GGUF = b"GGUF"
+"""How such files begin."""
+
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
 """Of a model: what tells two at a look."""
 
@@ -77,16 +82,33 @@ def describe(path: Path, basis_file: Path | None = None) -> Description:
         return _describe_coefficients(path, basis_file)
     if kind == PACKED:
         return _describe_packed(path)
-    raise InputError(f"{path} is neither a basis nor a coefficients file; give one of these, a bundle or a checkpoint")
+    raise InputError(f"{path} is {_guess(path)}; give a basis, a coefficients or packed file, a bundle or a checkpoint")
 
 
 def _kind(path: Path) -> str:
     """What a safetensors file says it is; its reader then makes sure."""
+    with readable(path), path.open("rb") as opened:
+        if opened.read(len(GGUF)) == GGUF:
+            raise InputError(f"{path} is a GGUF file; this project reads safetensors and ONNX bundles")
     damaged = f"{path} is not a complete safetensors file"
     with library_errors(damaged), readable(path), safetensors.safe_open(path, framework="np") as file:
         metadata = file.metadata()
     record = parse_json((metadata or {}).get(METADATA_KEY, "{}"), f"{path}: its metadata is not JSON")
     return str(record.get("format", "")) if isinstance(record, dict) else ""
+
+
+def _guess(path: Path) -> str:
+    """What a safetensors file of somebody else looks like, by the names of its tensors."""
+    with (
+        library_errors(f"{path} is not a complete safetensors file"),
+        safetensors.safe_open(path, framework="np") as file,
+    ):
+        names = list(file.keys())
+    if any(name.startswith("base_model.model.") for name in names):
+        return PEFT
+    if any(name.endswith(".weight") for name in names):
+        return "the weights of a model; inspect the folder that holds them and their config.json"
+    return "no file of this project"
 
 
 def _describe_basis(path: Path) -> Description:
@@ -210,6 +232,8 @@ def _describe_folder(path: Path) -> Description:
         facts |= {"rounding": provenance.rounding, "training": provenance.training, "versions": provenance.versions}
         rows = tuple({"name": target.name, "rank": target.rank} for target in provenance.targets)
         return Description("merged checkpoint", path, size_bytes, facts, rows)
+    if (path / "adapter_config.json").is_file():
+        raise InputError(f"{path} is {PEFT}")
     return _describe_checkpoint(path, size_bytes)
 
 

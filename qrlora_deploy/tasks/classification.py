@@ -41,10 +41,8 @@ class Classification(Task):
         labels = _single(examples)
         unknown = self.unknown(examples, names)
         if unknown:
-            raise InputError(
-                f"{examples.name}: unknown label{'s' if len(unknown) > 1 else ''} {quoted(unknown)}; "
-                f"the head knows {quoted(names)}"
-            )
+            what = f"unknown label{'s' if len(unknown) > 1 else ''} {quoted(unknown)}"
+            raise InputError(f"{first_row(examples, set(unknown))}; {what}; the head knows {quoted(names)}")
         index = label_index(names)
         found = {label: output_of(index, label) for label in set(labels)}
         return [position for label in labels if (position := found[label]) is not None]

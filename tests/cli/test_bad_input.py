@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 
+from qrlora_deploy.cli import output as output_module
 from qrlora_deploy.formats.basis import Basis, write_basis
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.io.files import write_tensors
@@ -97,7 +99,7 @@ CASES = {
     "nothing to resume": (f"{TRAIN} good.tsv --resume", "--resume"),
     "learning rate": (f"{TRAIN} good.tsv --learning-rate 1e38", "--learning-rate"),
     "length": (f"{TRAIN} good.tsv --max-length 1000", "--max-length", "64"),
-    "metric": (f"{TRAIN} good.tsv --metric bleu", "bleu", "accuracy"),
+    "metric": (f"{TRAIN} good.tsv --eval good.tsv --metric bleu", "bleu", "accuracy"),
     "merge over a folder": ("merge --coefficients acme.safetensors -o bundle", "bundle"),
     "not merged": ("merge --unmerge base --coefficients acme.safetensors -o new", "base"),
     "export without a basis": ("export base -o new", "--basis"),
@@ -119,7 +121,7 @@ CASES = {
     ),
     "unknown exporter": ("export --merge --coefficients acme.safetensors --format tflite -o new", "tflite", "onnx"),
     "not a bundle": ("verify base", "base", "manifest.json"),
-    "not a file of ours": ("inspect base/model.safetensors", "neither"),
+    "not a file of ours": ("inspect base/model.safetensors", "the weights of a model"),
     "no such file": ("inspect nothing.safetensors", "nothing.safetensors"),
     "bad picture": ("inspect basis.safetensors --plot basis.txt", "basis.txt", ".png"),
     "odd pairs": ("predict bundle --text a --text b --pair c", "--pair"),
@@ -263,3 +265,37 @@ def test_a_file_of_the_same_kind_and_an_empty_one_are_replaced(place: Path) -> N
         assert shown.code == 0, shown.err
         assert not (place / output).is_symlink() and (place / output).read_bytes() != before
     assert (place / "bolt.safetensors").read_bytes() == before
+
+
+def test_files_of_other_tools_are_told_by_what_they_look_like(place: Path) -> None:
+    safetensors.numpy.save_file({"base_model.model.x.lora_A.weight": np.zeros(2, np.float32)}, "adapter.safetensors")
+    (place / "peft").mkdir()
+    (place / "peft" / "adapter_config.json").write_text("{}")
+    (place / "model.gguf").write_bytes(b"GGUF\x03\0\0\0")
+    refuse(place, "inspect adapter.safetensors", "is an adapter of PEFT, which this project writes")
+    refuse(place, "inspect peft", "is an adapter of PEFT")
+    refuse(place, "inspect base/model.safetensors", "is the weights of a model; inspect the folder")
+    refuse(place, "inspect model.gguf", "is a GGUF file")
+
+
+def test_a_table_under_the_name_of_another_kind_is_told(place: Path) -> None:
+    (place / "tabs.csv").write_text("text\tlabel\nplay music\thome\n")
+    (place / "commas.tsv").write_text("text,label\nplay music,home\n")
+    refuse(place, f"{TRAIN} tabs.csv", "tabs.csv: its header has tabs; name the file .tsv")
+    refuse(place, f"{TRAIN} commas.tsv", "commas.tsv: its header has commas; name the file .csv")
+
+
+def test_options_that_would_do_nothing_are_refused(place: Path) -> None:
+    refuse(place, f"{TRAIN} good.tsv --metric f1", "--metric chooses the best epoch on --eval; give --eval")
+    bf16 = "export base --basis basis.safetensors --precision bf16 -o new"
+    refuse(place, bf16, "cpu cannot run a graph in bf16", "--provider cuda")
+
+
+def test_long_work_shows_lines_where_stderr_is_no_terminal(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(output_module, "LINE_SECONDS", 0.0)
+    with output_module.progress_bar() as progress:
+        assert progress is not None
+        progress("warm up", 3, 10)
+    assert capsys.readouterr().err == "warm up: 3 of 10\n"

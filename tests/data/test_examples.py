@@ -43,7 +43,7 @@ def test_texts_need_no_labels(tmp_path: Path) -> None:
         (b"text\tlabel\n", "holds no rows"),
         (b"text\tother\na\tb\n", "which column is the label"),
         (b"other\tlabel\na\tb\n", "It has other, label"),
-        (b"text\tlabel\na\tb\nc\n", "row 2 has 1 columns instead of 2"),
+        (b"text\tlabel\na\tb\nc\n", "row 2 has 1 column instead of 2"),
         (b"text\tlabel\na\t\n", "row 1 has no label"),
         (b"text\tlabel\n\xff\tb\n", "row 1 is not UTF-8"),
         (b"text\tlabel\tcaf\xe9\na\tb\tc\n", "a column name is not UTF-8; save the file as UTF-8"),

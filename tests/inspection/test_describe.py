@@ -106,7 +106,7 @@ def test_what_is_nothing_of_ours_is_one_line(tmp_path: Path) -> None:
     messages = {
         "none": "no such file or folder",
         "text.safetensors": "not a complete safetensors file",
-        "plain.safetensors": "neither a basis nor a coefficients file",
+        "plain.safetensors": "no file of this project",
         "odd.safetensors": "metadata is not JSON",
         "empty": "it holds no config.json",
         "pipe": "is no plain file or folder",

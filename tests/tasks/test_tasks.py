@@ -108,7 +108,8 @@ def test_encoding_gives_the_position_among_the_names() -> None:
 def test_every_unknown_label_is_named_in_one_line() -> None:
     with pytest.raises(InputError) as caught:
         CLASSIFICATION.encode(examples("a", "y", "x", "y"), ("a", "b"))
-    assert str(caught.value) == "some.tsv: unknown labels 'x', 'y'; the head knows 'a', 'b'"
+    message = "some.tsv: row 2 has the label 'y'; unknown labels 'x', 'y'; the head knows 'a', 'b'"
+    assert str(caught.value) == message
 
 
 def test_a_long_list_of_unknown_labels_is_cut() -> None:
