@@ -6,12 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from exporters.onnx.graph import input_names
-from exporters.onnx.reference import Texts, build_batches, build_reference, model_logits
+from exporters.onnx.reference import SideBranches
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
-from qrlora_deploy.models.adapter import attach, set_coefficients
-from qrlora_deploy.models.capacity import max_tokens
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.models.head import output_layer
 from qrlora_deploy.runtime.bundle.row_layout import HEAD_TABLE, SLOT, TABLE, HeadLayout, TableLayout, head_arrays
@@ -46,44 +43,40 @@ def base_customer(checkpoint: Checkpoint, basis: Basis) -> Coefficients:
     )
 
 
-def made_up_customers(
-    checkpoint: Checkpoint, basis: Basis, head: HeadLayout | None, texts: Texts
-) -> list[Coefficients]:
+def made_up_customers(side: SideBranches, head: HeadLayout | None) -> list[Coefficients]:
     """Customers with seeded coefficients that all differ from zero, about as strong as trained ones.
 
     With `head` all but the last have an output layer of their own: one of full width and one
     with fewer labels.
-
-    Raises:
-        As `build_batches`.
     """
     random = np.random.default_rng(20)
-    base = base_customer(checkpoint, basis)
-    signs = random.choice([-1.0, 1.0], (MADE_UP, basis.total_rank))
-    values = _strengthen(checkpoint, basis, signs * random.uniform(0.5, 1.5, signs.shape), texts)
-    return [replace(base, values=row, **_own_head(checkpoint, head, index, random)) for index, row in enumerate(values)]
+    base = base_customer(side.checkpoint, side.basis)
+    signs = random.choice([-1.0, 1.0], (MADE_UP, side.basis.total_rank))
+    values = _strengthen(side, signs * random.uniform(0.5, 1.5, signs.shape))
+    return [
+        replace(base, values=row, **_own_head(side.checkpoint, head, index, random)) for index, row in enumerate(values)
+    ]
 
 
-def _strengthen(checkpoint: Checkpoint, basis: Basis, values: np.ndarray, texts: Texts) -> list[np.ndarray]:
-    """Each row of `values` by the first of `SCALES` with which it has `STRENGTH`, else by the last."""
-    model = checkpoint.load_model()
-    tokenizer = checkpoint.tokenizer()
-    names, length = input_names(model, tokenizer), max_tokens(model, tokenizer)
-    inputs = build_batches(tokenizer, texts, names, length)[ALL_TEXTS]
-    adapters = attach(model, basis)
+def _strengthen(side: SideBranches, values: np.ndarray) -> list[np.ndarray]:
+    """Each row of `values` by the first of `SCALES` with which it has `STRENGTH`, else by the last.
 
-    def run(coefficients: np.ndarray) -> np.ndarray:
-        set_coefficients(adapters, basis, coefficients)
-        return model_logits(model, inputs)
+    A larger scale has a larger effect, so the first one is found by halving.
+    """
+    inputs = side.batches[ALL_TEXTS]
+    base = side.logits(np.zeros(side.basis.total_rank, dtype=np.float32), inputs)
 
-    base = run(np.zeros(basis.total_rank, dtype=np.float32))
+    def is_weak(scaled: np.ndarray) -> bool:
+        return bool(np.linalg.norm(side.logits(scaled, inputs) - base) < STRENGTH * np.linalg.norm(base))
+
     chosen = []
     for row in values:
-        for scale in SCALES:
-            scaled = (scale * row).astype(np.float32)
-            if np.linalg.norm(run(scaled) - base) >= STRENGTH * np.linalg.norm(base):
-                break
-        chosen.append(scaled)
+        scaled = [(scale * row).astype(np.float32) for scale in SCALES]
+        first, last = 0, len(SCALES) - 1
+        while first < last:
+            middle = (first + last) // 2
+            first, last = (middle + 1, last) if is_weak(scaled[middle]) else (first, middle)
+        chosen.append(scaled[first])
     return chosen
 
 
@@ -116,26 +109,23 @@ def base_tables(
 
 
 def mixed_reference(
-    checkpoint: Checkpoint,
-    basis: Basis,
-    customers: Sequence[Coefficients],
-    head: HeadLayout | None,
-    texts: Texts,
-    table_dtype: str = "fp32",
+    side: SideBranches, customers: Sequence[Coefficients], head: HeadLayout | None, table_dtype: str = "fp32"
 ) -> list[Case]:
     """Batches of every kind of padding in which neighbouring rows belong to different customers.
 
-    The base is one of them, in slot 0. Each customer's logits come from a PyTorch model of its own
-    with side branches, in fp32, so nothing of the table is on that side of the comparison: neither
-    its columns nor the rounding of its rows to `table_dtype`.
+    The base is one of them, in slot 0. Each customer's logits come from side branches in PyTorch that hold its
+    coefficients alone, in fp32, so nothing of the table is on that side of the comparison: neither its columns nor the
+    rounding of its rows to `table_dtype`. A customer answers the rows that are its own, no others.
 
     Raises:
-        As `build_reference`.
+        As `SideBranches.check`.
     """
-    everyone = [base_customer(checkpoint, basis), *customers]
-    answers = [build_reference(checkpoint, basis, customer, texts) for customer in everyone]
-    tables = _tables(checkpoint, basis, everyone, head, table_dtype)
-    return [_mix(index, [cases[index] for cases in answers], tables, head) for index in range(len(answers[0]))]
+    everyone = [base_customer(side.checkpoint, side.basis), *customers]
+    for customer in everyone:
+        side.check(customer)
+    tables = _tables(side.checkpoint, side.basis, everyone, head, table_dtype)
+    width = head.labels if head is not None else len(side.checkpoint.labels)
+    return [_mixed(side, everyone, index, name, tables, width) for index, name in enumerate(side.batches)]
 
 
 def _tables(
@@ -149,21 +139,23 @@ def _tables(
     return tables
 
 
-def _mix(index: int, cases: Sequence[Case], tables: dict[str, np.ndarray], head: HeadLayout | None) -> Case:
-    """One case whose rows are taken from those of the customers in turn."""
-    rows = len(cases[0].logits)
+def _mixed(
+    side: SideBranches,
+    everyone: Sequence[Coefficients],
+    index: int,
+    name: str,
+    tables: dict[str, np.ndarray],
+    width: int,
+) -> Case:
+    """One case whose rows belong to the customers in turn."""
+    inputs = side.batches[name]
+    rows = len(next(iter(inputs.values())))
     # Another beginning in every case: one with a single row must not always be the base's.
-    slot = (np.arange(rows) + index + 1) % len(cases)
-    inputs = cases[0].inputs | tables | {SLOT: slot.astype(np.int64)}
-    width = head.labels if head is not None else cases[0].logits.shape[1]
-
-    def pick(logits: list[np.ndarray]) -> np.ndarray:
-        picked = np.full((rows, width), -np.inf, dtype=np.float32)
-        for row, owner in enumerate(slot):
-            found = logits[owner][row]
-            picked[row, : len(found)] = found
-        return picked
-
-    return Case(
-        cases[0].name, inputs, pick([case.logits for case in cases]), pick([case.base_logits for case in cases])
-    )
+    slot = (np.arange(rows) + index + 1) % len(everyone)
+    logits, base_logits = (np.full((rows, width), -np.inf, dtype=np.float32) for _ in range(2))
+    for owner in np.unique(slot):
+        own = np.flatnonzero(slot == owner)
+        answers = side.answers(everyone[owner], {name: array[own] for name, array in inputs.items()})
+        for kept, found in zip((logits, base_logits), answers, strict=True):
+            kept[own, : found.shape[1]] = found
+    return Case(name, inputs | tables | {SLOT: slot.astype(np.int64)}, logits, base_logits)

@@ -16,7 +16,7 @@ from exporters.onnx.joining import join_branches, joins
 from exporters.onnx.padding_free import Packing
 from exporters.onnx.precision import cast_inside, check_precision
 from exporters.onnx.quantizing import quantize_graph
-from exporters.onnx.reference import build_reference, choose_texts
+from exporters.onnx.reference import SideBranches, build_reference, choose_texts
 from exporters.onnx.sealing import Checked, Content, seal, write_side_files
 from exporters.onnx.showing import not_shown
 from exporters.onnx.switchable import CustomerRows, make_switchable
@@ -129,9 +129,9 @@ def export_switchable(job: ExportJob) -> Manifest:
         labelled = choose_labelled(job.texts, task, labels, strict=False)
         answered = _answer(job, model, labelled, task, labels)
         rows = make_switchable(model, basis, head_labels, job.table_dtype)
-        texts = choose_texts(job.texts)
-        customers = made_up_customers(checkpoint, basis, rows.head, texts)
-        reference = mixed_reference(checkpoint, basis, customers, rows.head, texts, job.table_dtype)
+        side = SideBranches(checkpoint, basis, choose_texts(job.texts))
+        customers = made_up_customers(side, rows.head)
+        reference = mixed_reference(side, customers, rows.head, job.table_dtype)
         base_head = head_arrays(read_base_head(checkpoint)) if rows.head else None
         outputs = head_labels or len(labels)
         content = Content("switchable", checkpoint.task, labels, outputs, head=rows.head, base_head=base_head)

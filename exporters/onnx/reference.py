@@ -4,8 +4,8 @@ The side branch is not what is exported (that is the merged weight), so agreemen
 merge as well as the graph. Everything runs in fp32 on the CPU, where there is no TF32.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,8 @@ from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
-from qrlora_deploy.merging.checkpoints import merge_model
+from qrlora_deploy.merging.arithmetic import check_head, plan_folds
+from qrlora_deploy.merging.checkpoints import set_head
 from qrlora_deploy.models.adapter import attach, set_coefficients
 from qrlora_deploy.models.capacity import max_tokens, padding_reach
 from qrlora_deploy.models.checkpoint import Checkpoint
@@ -56,27 +57,67 @@ def choose_texts(examples: Examples | None) -> Texts:
     return Texts(examples.texts[:BATCH], examples.pairs[:BATCH] if examples.pairs else None)
 
 
-def build_reference(checkpoint: Checkpoint, basis: Basis, coefficients: Coefficients, texts: Texts) -> list[Case]:
-    """Logits of the customer and of the base for batches of every kind of padding.
+class SideBranches:
+    """The base in PyTorch with side branches beside its layers: one model that answers as any customer.
 
-    A customer's own head is used for both, so that their difference is the effect of `c` alone.
+    Args:
+        checkpoint: the base.
+        basis: made from it.
+        texts: of the batches.
+
+    Attributes:
+        batches: inputs `[batch, length]` for every way a row can be padded, by name.
 
     Raises:
-        As `merge_model`; InputError: the tokenizer cannot pad.
+        InputError: the tokenizer cannot pad, or the model has no such layers.
     """
-    # The plainest attention there is, so that no fused kernel is on both sides of the comparison.
-    model = checkpoint.load_model(attn_implementation="eager")
-    silent = replace(coefficients, values=np.zeros_like(coefficients.values))
-    merge_model(model, checkpoint, basis, silent)
-    tokenizer = checkpoint.tokenizer()
-    batches = build_batches(
-        tokenizer, texts, input_names(model, tokenizer), max_tokens(model, tokenizer), padding_reach(model)
-    )
-    adapters = attach(model, basis)
-    set_coefficients(adapters, basis, silent.values)
-    base = {name: model_logits(model, inputs) for name, inputs in batches.items()}
-    set_coefficients(adapters, basis, coefficients.values)
-    return [Case(name, inputs, model_logits(model, inputs), base[name]) for name, inputs in batches.items()]
+
+    def __init__(self, checkpoint: Checkpoint, basis: Basis, texts: Texts) -> None:
+        self.checkpoint, self.basis = checkpoint, basis
+        # The plainest attention there is, so that no fused kernel is on both sides of the comparison.
+        self.model = checkpoint.load_model(attn_implementation="eager")
+        tokenizer = checkpoint.tokenizer()
+        names, length = input_names(self.model, tokenizer), max_tokens(self.model, tokenizer)
+        self.batches = build_batches(tokenizer, texts, names, length, padding_reach(self.model))
+        self._adapters = attach(self.model, basis)
+        self._own_head: dict[str, np.ndarray] = {}
+
+    def check(self, customer: Coefficients) -> None:
+        """Make sure that a customer belongs to this base.
+
+        Raises:
+            As `merge_model`.
+        """
+        plan_folds(self.checkpoint, self.basis, customer, self.checkpoint.skeleton())
+        check_head(self.checkpoint, customer)
+
+    def answers(self, customer: Coefficients, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
+        """Logits `[batch, labels]` of a customer and of the base; both by the customer's own head where it has one,
+        so that their difference is the effect of `c` alone."""
+        self._use_head(customer.head)
+        base = self.logits(np.zeros_like(customer.values), inputs)
+        return (self.logits(customer.values, inputs) if customer.values.any() else base), base
+
+    def logits(self, values: np.ndarray, inputs: Inputs) -> np.ndarray:
+        """Logits `[batch, labels]` with coefficients `values [total_rank]`, by the head that was used last."""
+        set_coefficients(self._adapters, self.basis, values)
+        return model_logits(self.model, inputs)
+
+    def _use_head(self, head: Mapping[str, np.ndarray]) -> None:
+        for name in head.keys() - self._own_head.keys():
+            self._own_head[name] = self.model.get_parameter(name).detach().numpy().copy()
+        set_head(self.model, head or self._own_head)
+
+
+def build_reference(checkpoint: Checkpoint, basis: Basis, customer: Coefficients, texts: Texts) -> list[Case]:
+    """Logits of a customer and of the base for batches of every kind of padding.
+
+    Raises:
+        As `SideBranches` and its `check`.
+    """
+    side = SideBranches(checkpoint, basis, texts)
+    side.check(customer)
+    return [Case(name, inputs, *side.answers(customer, inputs)) for name, inputs in side.batches.items()]
 
 
 def build_batches(

@@ -1,7 +1,7 @@
 """A bundle that lies on the disk, against PyTorch."""
 
 from exporters.onnx.customers import mixed_reference
-from exporters.onnx.reference import build_reference, choose_texts
+from exporters.onnx.reference import SideBranches, build_reference, choose_texts
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import BasisMismatchError, CheckFailed, InputError
 from qrlora_deploy.formats.basis import Basis
@@ -47,7 +47,8 @@ def verify_against(
     head = HeadLayout(manifest.head_labels, manifest.head_features) if manifest.head_labels else None
     if coefficients.head and head is None:
         raise InputError(f"the customer has a head of its own; {bundle.folder} was exported without --head-labels")
-    reference = mixed_reference(checkpoint, basis, [coefficients], head, chosen, manifest.table_dtype)
+    side = SideBranches(checkpoint, basis, chosen)
+    reference = mixed_reference(side, [coefficients], head, manifest.table_dtype)
     if not shows_customers(reference):
         raise CheckFailed(
             "the customer does not move the logits on these texts, so agreement proves nothing; choose other --data"

@@ -4,11 +4,12 @@ Sums are formed in fp64 and rounded once to the stored type. A checkpoint is rew
 shard, so the memory needed is that of its largest shard.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from qrlora_deploy.errors import BasisMismatchError, InputError
@@ -184,21 +185,31 @@ def merge_model(model: Any, checkpoint: Checkpoint, basis: Basis, coefficients: 
         As `merge`.
     """
     folds = plan_folds(checkpoint, basis, coefficients, model)
-    outputs = check_head(checkpoint, coefficients)
+    check_head(checkpoint, coefficients)
     with torch.no_grad():
         for fold in folds.values():
             weight: Any = resolve_layer(model, fold.target.name)[1].weight
             weight.copy_(fold.merged(weight.detach()))
-        for name, values in coefficients.head.items():
-            path, _, attribute = name.rpartition(".")
-            module = model.get_submodule(path)
-            old = getattr(module, attribute)
-            setattr(module, attribute, torch.nn.Parameter(torch.from_numpy(values).to(old), old.requires_grad))
-            if isinstance(module, torch.nn.Linear):
-                module.out_features = outputs
     if coefficients.head:
-        model.num_labels = outputs
+        set_head(model, coefficients.head)
         _name_labels(model.config, coefficients)
+
+
+def set_head(model: Any, head: Mapping[str, np.ndarray]) -> None:
+    """Give a model an output layer's tensors in the place of its own, in its dtype and with as many outputs.
+
+    Args:
+        model: whose output layer has these tensors.
+        head: `[labels, width]` and `[labels]` fp32 by tensor name; all have the same number of labels.
+    """
+    for name, values in head.items():
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        old = getattr(module, attribute)
+        setattr(module, attribute, torch.nn.Parameter(torch.from_numpy(values).to(old), old.requires_grad))
+        if isinstance(module, torch.nn.Linear):
+            module.out_features = len(values)
+        model.num_labels = len(values)
 
 
 def _name_labels(config: Any, coefficients: Coefficients) -> None:
