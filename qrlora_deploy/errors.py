@@ -85,6 +85,20 @@ class ProviderError(InputError):
     kind = "provider"
 
 
+class MissingPartError(InputError, ModuleNotFoundError):
+    """A part of the project is asked for and is not installed; the message says what installs it.
+
+    Attributes:
+        name: the module that is missing.
+    """
+
+    kind = "missing_part"
+
+    def __init__(self, message: str, name: str) -> None:
+        super().__init__(message)
+        self.name = name
+
+
 class NotReadyError(QrloraError):
     """Nothing is wrong with a request, but it cannot be answered here or now."""
 

@@ -28,6 +28,16 @@ if TYPE_CHECKING:
     from qrlora_deploy.data.examples import Examples
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with the longest tests first, by the marker `timeout` and then `slow`: several processes end at one time."""
+    longest: dict[Path, tuple[float, bool]] = {}
+    for item in items:
+        limit = item.get_closest_marker("timeout")
+        length = (float(limit.args[0]) if limit else 0.0, item.get_closest_marker("slow") is not None)
+        longest[item.path] = max(length, longest.get(item.path, length))
+    items.sort(key=lambda item: longest[item.path], reverse=True)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip tests marked `gpu` where PyTorch finds no CUDA device, and say why."""
     if item.get_closest_marker("gpu"):

@@ -16,6 +16,7 @@ PACKAGES = ("qrlora_deploy", "exporters")
 ROOMS = (
     "errors",
     "deprecated.moved",
+    "installation",
     "io",
     "tokenization",
     "data",
@@ -113,7 +114,9 @@ def test_the_runtime_stands_alone(name: str) -> None:
     found = imports(MODULES[name])
     heavy = {found_name for found_name in found if found_name.split(".")[0] in ("torch", "transformers", "onnx")}
     assert heavy == set()
-    shared = tuple(f"qrlora_deploy.{room}" for room in ("runtime", "tokenization", "io", "formats", "tasks"))
+    shared = tuple(
+        f"qrlora_deploy.{room}" for room in ("runtime", "tokenization", "io", "formats", "tasks", "installation")
+    )
     others = {other for other in project(found) if not any(inside(other, package) for package in shared)}
     assert others <= {"qrlora_deploy.errors", "qrlora_deploy.deprecated.moved"}
 
@@ -184,7 +187,7 @@ def test_there_is_no_cycle() -> None:
 
 @pytest.mark.parametrize("name", [name for name in MODULES if inside(name, "qrlora_deploy.cli")])
 def test_commands_import_their_library_only_when_they_run(name: str) -> None:
-    light = {"qrlora_deploy", "qrlora_deploy.errors", "qrlora_deploy.tasks.options"}
+    light = {"qrlora_deploy", "qrlora_deploy.errors", "qrlora_deploy.tasks.options", "qrlora_deploy.installation.parts"}
     found = project(imports(MODULES[name], top_level_only=True))
     assert {other for other in found if not inside(other, "qrlora_deploy.cli")} <= light
 

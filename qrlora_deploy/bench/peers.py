@@ -12,7 +12,8 @@ from qrlora_deploy.bench.record import Subject as SubjectRecord
 from qrlora_deploy.bench.subjects import Call, Spec, folder_bytes
 from qrlora_deploy.bench.workload import Workload, token_inputs
 from qrlora_deploy.data.cutting import cut_texts
-from qrlora_deploy.errors import InputError, ProviderError
+from qrlora_deploy.errors import InputError, ProviderError, first_line
+from qrlora_deploy.installation.parts import need
 from qrlora_deploy.io.files import digest_file
 
 KINDS: dict[str, Kind] = {"torch-eager": "torch-eager", "torch-compile": "torch-compile", "peft": "peft"}
@@ -32,17 +33,17 @@ class TorchSubject:
     speed does not depend on them.
 
     Raises:
-        InputError: a package is missing, or the base cannot be opened.
+        InputError: PEFT is missing, or the base cannot be opened.
+        MissingPartError: PyTorch is missing.
         ProviderError: PyTorch has no such device.
     """
 
     def __init__(self, spec: Spec) -> None:
-        try:
-            import torch
+        need("train", f"--peer {spec.kind}", ["torch", "transformers"])
+        import torch
 
-            from qrlora_deploy.models.checkpoint import open_checkpoint
-        except ImportError as error:
-            raise InputError(f"--peer {spec.kind} needs torch and transformers: {error}") from error
+        from qrlora_deploy.models.checkpoint import open_checkpoint
+
         if spec.provider == "tensorrt":
             raise ProviderError(f"--peer {spec.kind} runs on cpu and cuda, not on tensorrt")
         if spec.provider == "cuda" and not torch.cuda.is_available():
@@ -87,7 +88,7 @@ class TorchSubject:
         try:
             from peft import LoraConfig, get_peft_model
         except ImportError as error:
-            raise InputError(f"--peer peft needs the package peft: {error}") from error
+            raise InputError(f"--peer peft needs PEFT: {first_line(error)}; pip install peft") from error
         config = LoraConfig(r=LORA_RANK, target_modules=list(self.spec.targets), init_lora_weights=False)
         self._adapters = [f"customer_{index}" for index in range(LORA_ADAPTERS)]
         wrapped = get_peft_model(model, config, adapter_name=self._adapters[0])

@@ -155,7 +155,6 @@ def command(bundles: tuple[Path, ...], gate: Path | None, output: Path, **settin
       qrlora-deploy bench bundle --customers customers --labelled dev --gate gate.toml
       qrlora-deploy bench bundle --scenario server --p99-budget-ms 20 --data texts.tsv --batch 1
     """
-    import qrlora_deploy.bench.page  # noqa: F401 - needs a part that may be missing: better before minutes are spent
     from qrlora_deploy.bench.gate import judge
     from qrlora_deploy.bench.gate_file import labelled_data, read_gate
     from qrlora_deploy.bench.plan import Plan

@@ -158,16 +158,16 @@ def _fail(error: Exception, state: State) -> NoReturn:
 
 def describe_error(error: Exception, command: str | None = None) -> tuple[str, int]:
     """The message for the user and the exit code of an exception, which `command` ended with."""
-    if isinstance(error, ModuleNotFoundError):
-        from qrlora_deploy.inspection.parts import missing_part
-
-        missing = missing_part(error, command)
-        if missing is not None:
-            return missing, 2
     if isinstance(error, _EndOfFile) and isinstance(error.__cause__, EOFError):
         error = error.__cause__
     if isinstance(error, QrloraError):
         return str(error), error.exit_code
+    if isinstance(error, ModuleNotFoundError):
+        from qrlora_deploy.installation.parts import missing_part
+
+        missing = missing_part(error, command)
+        if missing is not None:
+            return missing, 2
     if isinstance(error, click.ClickException):
         return error.format_message(), 2
     kind = type(error).__name__

@@ -7,6 +7,7 @@ import click
 from qrlora_deploy.cli.options import ANY_PATH, basis_option, common
 from qrlora_deploy.cli.output import Output, Table, size_text
 from qrlora_deploy.errors import InputError
+from qrlora_deploy.installation.parts import need
 
 
 @click.command("inspect")
@@ -25,6 +26,7 @@ def command(path: Path, basis: Path | None, plot: Path | None) -> Output:
     from qrlora_deploy.io.outputs import check_free_file
 
     if plot is not None:
+        need("bench", "`inspect --plot`", ["matplotlib"])
         check_free_file(plot)
     found = describe(path, basis)
     if plot is not None:

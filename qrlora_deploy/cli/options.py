@@ -13,6 +13,7 @@ import click
 
 from qrlora_deploy.cli.output import Output, show
 from qrlora_deploy.errors import InputError
+from qrlora_deploy.installation.parts import need_for_command
 from qrlora_deploy.tasks.options import AUTO, OPTIONS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -45,12 +46,14 @@ RATE = FiniteRange(min=0, min_open=True, max=1e6)
 def common(function: Callable[..., Output]) -> Callable[..., None]:
     """Add `--json` and `--debug`, and print the `Output` that the command returns.
 
+    A part of the installation that the command needs and that is missing is told before any work.
     While the command runs, what a library prints goes to stderr: stdout holds results only.
     """
 
     @functools.wraps(function)
     def wrapper(as_json: bool, **arguments: Any) -> None:
         stdout, context = sys.stdout, click.get_current_context()
+        need_for_command(str(context.command.name))
         if context.obj is not None:
             context.obj.output = arguments.get("output")
         with redirect_stdout(sys.stderr):

@@ -14,6 +14,7 @@ from qrlora_deploy.cli.options import (
 )
 from qrlora_deploy.cli.output import Output, plain
 from qrlora_deploy.errors import CheckFailed
+from qrlora_deploy.installation.parts import need
 
 if TYPE_CHECKING:
     from qrlora_deploy.runtime.bundle.bundle import Bundle
@@ -72,6 +73,7 @@ def _verify_anew(
     columns: tuple[str | None, str | None],
     provider: str,
 ) -> "ParityReport":
+    need("export", "`verify --coefficients`")
     from exporters.onnx.verifying import verify_against
     from qrlora_deploy.data.examples import read_examples
     from qrlora_deploy.formats.coefficients import read_coefficients

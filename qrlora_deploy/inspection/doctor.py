@@ -15,7 +15,7 @@ from pathlib import Path
 
 from qrlora_deploy import __version__
 from qrlora_deploy.errors import FileFormatError, ProviderError, first_line
-from qrlora_deploy.inspection.parts import PARTS, lacking
+from qrlora_deploy.installation.parts import NAMES, PARTS, lacking
 from qrlora_deploy.io.temporary import scratch_folder
 
 PACKAGES = (
@@ -99,12 +99,11 @@ def versions() -> list[Finding]:
 def parts() -> list[Finding]:
     """Which parts of the installation are there."""
     found = []
-    for part in PARTS:
-        missing = lacking(part)
-        detail = f"not installed: {', '.join(missing)}" if missing else "installed"
-        found.append(
-            Finding("part", part, not missing, detail, f"pip install 'qrlora-deploy[{part}]'" if missing else "")
-        )
+    for part, modules in PARTS.items():
+        missing = lacking(modules)
+        detail = f"not installed: {', '.join(NAMES.get(name, name) for name in missing)}" if missing else "installed"
+        advice = f"pip install 'qrlora-deploy[{part}]'" if missing else ""
+        found.append(Finding("part", f"part {part}", not missing, detail, advice))
     return found
 
 

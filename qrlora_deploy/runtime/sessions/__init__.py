@@ -1,1 +1,5 @@
 """How a bundle is run."""
+
+from qrlora_deploy.installation.parts import need
+
+need("cpu", __name__)

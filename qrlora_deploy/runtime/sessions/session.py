@@ -54,8 +54,9 @@ def open_session(
     name = PROVIDERS[device.provider]
     if name not in onnxruntime.get_available_providers():
         raise ProviderError(
-            f"{name} was asked for, but this build of ONNX Runtime has no such provider. "
-            f"Install onnxruntime-gpu, or pass --provider cpu"
+            f"{name} was asked for, but this build of ONNX Runtime has no such provider: "
+            f"pip uninstall -y onnxruntime && pip install 'qrlora-deploy[gpu]' brings the one that has it, or pass "
+            f"--provider cpu"
         )
     options = onnxruntime.SessionOptions()
     if threads is not None and not 0 <= threads <= MAX_THREADS:

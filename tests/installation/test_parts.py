@@ -2,16 +2,16 @@
 
 import importlib.metadata
 import re
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
 from qrlora_deploy.cli.group import COMMANDS
+from qrlora_deploy.errors import MissingPartError, QrloraError
 from qrlora_deploy.inspection.doctor import examine, parts
-from qrlora_deploy.inspection.parts import OF_COMMAND, PARTS, lacking, missing_part
-from tests.cli.running import run_here
+from qrlora_deploy.installation import parts as table
+from qrlora_deploy.installation.parts import OF_COMMAND, PARTS, lacking, missing_part, need, need_for_command
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
@@ -26,7 +26,7 @@ def packages(lines: list[str]) -> set[str]:
 def test_modules_are_those_that_the_extra_brings(part: str) -> None:
     brought = packages(PROJECT["optional-dependencies"][part])
     named = {SPELT.get(module, module).replace("-", "_") for module in PARTS[part]}
-    assert named <= brought and brought - named <= {"qrlora_deploy", "huggingface_hub"}
+    assert named == brought - {"qrlora_deploy"}
 
 
 def test_the_base_install_has_no_framework_and_the_card_is_whole() -> None:
@@ -39,25 +39,26 @@ def test_the_base_install_has_no_framework_and_the_card_is_whole() -> None:
 
 
 def test_every_command_with_a_part_is_there() -> None:
-    assert set(OF_COMMAND) <= set(COMMANDS) and set(OF_COMMAND.values()) <= set(PARTS)
+    assert set(COMMANDS) - set(OF_COMMAND) == {"inspect", "combine", "doctor"}
+    assert set(OF_COMMAND) < set(COMMANDS) and set().union(*OF_COMMAND.values()) == set(PARTS)
 
 
 @pytest.mark.parametrize(
-    ("module", "command", "extra"),
+    ("module", "command", "told"),
     [
-        ("torch", "train", "[train]"),
-        ("torch", "export", "[export]"),
-        ("torch.nn", "merge", "[train]"),
-        ("torch", "quickstart", "[quickstart]"),
-        ("matplotlib.figure", "inspect", "[bench]"),
-        ("pyarrow", "bench", "[bench]"),
-        ("onnxruntime", "predict", "[cpu]' (or [gpu] for CUDA)"),
+        ("torch", "train", "PyTorch, [train]'"),
+        ("torch", "export", "PyTorch, [export]'"),
+        ("torch.nn", "merge", "PyTorch, [train]'"),
+        ("datasets", "export", "datasets, [train]'"),
+        ("matplotlib.figure", "inspect", "matplotlib, [bench]'"),
+        ("pyarrow", "bench", "pyarrow, [bench]'"),
+        ("onnxruntime", "predict", "ONNX Runtime, [cpu]' (or [gpu] for CUDA)"),
     ],
 )
-def test_the_line_names_command_module_and_extra(module: str, command: str, extra: str) -> None:
+def test_the_line_names_command_package_and_extra(module: str, command: str, told: str) -> None:
+    package, extra = told.split(", ")
     line = missing_part(ModuleNotFoundError(f"No module named {module!r}", name=module), command)
-    assert line is not None and f"`{command}` needs {module.split('.')[0]}, which is not installed" in line
-    assert f"pip install 'qrlora-deploy{extra}" in line
+    assert line == f"`{command}` needs {package}, which is not installed; pip install 'qrlora-deploy{extra}"
 
 
 def test_a_module_of_no_part_is_a_mistake_of_ours() -> None:
@@ -69,25 +70,27 @@ def test_a_module_of_no_part_is_a_mistake_of_ours() -> None:
     )
 
 
-def test_a_command_without_its_part_ends_with_2_and_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    # What `import torch` meets where it is not installed.
-    for name in [name for name in sys.modules if name == "qrlora_deploy.merging.checkpoints"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "torch", None)
-    for name in ("b", "c"):
-        (tmp_path / name).touch()
-    shown = run_here("merge", "base", "--basis", "b", "--coefficients", "c", "-o", "out", cwd=tmp_path)
-    assert shown.code == 2 and shown.err.count("\n") == 1 and "`merge` needs torch" in shown.err
-    assert "pip install 'qrlora-deploy[train]'" in shown.err
+def test_what_is_not_installed_is_told_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "PARTS", PARTS | {"train": ("click", "torch", "not_there")})  # type: ignore[operator]
+    need("train", "a thing", ["click"])
+    with pytest.raises(MissingPartError) as caught:
+        need("train", "qrlora_deploy.training")
+    assert isinstance(caught.value, QrloraError) and isinstance(caught.value, ModuleNotFoundError)
+    assert (caught.value.name, caught.value.exit_code, caught.value.kind) == ("not_there", 2, "missing_part")
+    line = "qrlora_deploy.training needs not_there, which is not installed; pip install 'qrlora-deploy[train]'"
+    assert str(caught.value) == line
+    need_for_command("doctor")
+    with pytest.raises(MissingPartError, match=r"^`quickstart` needs .*'qrlora-deploy\[quickstart\]'$"):
+        need_for_command("quickstart")
 
 
 def test_doctor_says_which_parts_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(item.works for item in parts())
     monkeypatch.setitem(PARTS, "train", ("torch", "no_module_of_this_name"))  # type: ignore[call-overload]
-    assert lacking("train") == ["no_module_of_this_name"]
+    assert lacking(PARTS["train"]) == ["no_module_of_this_name"]
     found = {item.name: item for item in examine().findings if item.group == "part"}
-    assert found["train"].works is False and found["train"].advice == "pip install 'qrlora-deploy[train]'"
-    assert found["export"].works and found["export"].detail == "installed"
+    assert found["part train"].works is False and found["part train"].advice == "pip install 'qrlora-deploy[train]'"
+    assert found["part export"].works and found["part export"].detail == "installed"
 
 
 def test_the_metadata_of_this_environment_is_of_this_project() -> None:
