@@ -21,7 +21,12 @@ COLUMNS = ("name", "rank", "energy", "condition")
 @click.command("factorize")
 @click.argument("base")
 @output_option("Basis file to write.")
-@click.option("--target", "targets", multiple=True, help="Layers: query,key,value of any family, other names, or a regular expression; repeatable.")
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    help="Layers: query,key,value of any family, other names, or a regular expression; repeatable.",
+)
 @click.option("--last-layers", type=COUNT, help="Only the last N blocks.")
 @click.option("--tau", type=FiniteRange(0, 1, min_open=True), help="Share of the energy to keep, by default 0.5.")
 @click.option("--rank", type=COUNT, help="A fixed rank instead of --tau.")

@@ -30,7 +30,8 @@ def choose_targets(model: nn.Module, patterns: Sequence[str] = (), last_layers: 
     Args:
         model: a model, which may live on the meta device.
         patterns: names of layers (`query`, `attention.output.dense`) or regular expressions over
-            the whole module path; `query`, `key` and `value` mean those of families that call them otherwise, too; none means every linear layer of every numbered block, but for those
+            the whole module path; `query`, `key` and `value` mean those of families that call them
+            otherwise, too; none means every linear layer of every numbered block, but for those
             that a switchable graph cannot take; `left_out` names them.
         last_layers: keep only the last N numbered blocks.
 
