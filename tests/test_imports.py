@@ -41,6 +41,8 @@ ROOMS = (
     "bench",
     "exporting",
     "exporters",
+    "api",
+    "integrations",
     "quickstart",
     "cli",
     "deprecated",

@@ -40,8 +40,8 @@ from qrlora_deploy.merging.arithmetic import (
     round_once,
 )
 from qrlora_deploy.models.checkpoint import Checkpoint
+from qrlora_deploy.models.head import replace_head
 from qrlora_deploy.models.shards import copy_side_files, copy_weights, rewrite_shards
-from qrlora_deploy.tasks.registry import task_named
 
 __all__ = ["MergeReport", "UnmergeReport", "merge", "merge_model", "merged_weight", "unmerge"]
 
@@ -184,28 +184,13 @@ def merge_model(model: Any, checkpoint: Checkpoint, basis: Basis, coefficients: 
         As `merge`.
     """
     folds = plan_folds(checkpoint, basis, coefficients, model)
-    outputs = check_head(checkpoint, coefficients)
+    check_head(checkpoint, coefficients)
     with torch.no_grad():
         for fold in folds.values():
             weight: Any = resolve_layer(model, fold.target.name)[1].weight
             weight.copy_(fold.merged(weight.detach()))
-        for name, values in coefficients.head.items():
-            path, _, attribute = name.rpartition(".")
-            module = model.get_submodule(path)
-            old = getattr(module, attribute)
-            setattr(module, attribute, torch.nn.Parameter(torch.from_numpy(values).to(old), old.requires_grad))
-            if isinstance(module, torch.nn.Linear):
-                module.out_features = outputs
-    if coefficients.head:
-        model.num_labels = outputs
-        _name_labels(model.config, coefficients)
-
-
-def _name_labels(config: Any, coefficients: Coefficients) -> None:
-    config.problem_type = task_named(coefficients.task).problem_type
-    if coefficients.labels:
-        config.id2label = dict(enumerate(coefficients.labels))
-        config.label2id = {label: index for index, label in enumerate(coefficients.labels)}
+        if coefficients.head:
+            replace_head(model, coefficients)
 
 
 def unmerge(
