@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from exporters.onnx.graph import input_names
 from qrlora_deploy.data.cutting import cut_texts
@@ -18,10 +19,10 @@ from qrlora_deploy.errors import InputError
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.merging.arithmetic import check_head, plan_folds
-from qrlora_deploy.merging.checkpoints import set_head
 from qrlora_deploy.models.adapter import attach, set_coefficients
 from qrlora_deploy.models.capacity import max_tokens, padding_reach
 from qrlora_deploy.models.checkpoint import Checkpoint
+from qrlora_deploy.models.head import set_head
 from qrlora_deploy.runtime.verification.parity import Case
 
 BATCH = 8
@@ -80,7 +81,7 @@ class SideBranches:
         names, length = input_names(self.model, tokenizer), max_tokens(self.model, tokenizer)
         self.batches = build_batches(tokenizer, texts, names, length, padding_reach(self.model))
         self._adapters = attach(self.model, basis)
-        self._own_head: dict[str, np.ndarray] = {}
+        self._own_head: dict[str, nn.Parameter] = {}
 
     def check(self, customer: Coefficients) -> None:
         """Make sure that a customer belongs to this base.
@@ -105,8 +106,9 @@ class SideBranches:
 
     def _use_head(self, head: Mapping[str, np.ndarray]) -> None:
         for name in head.keys() - self._own_head.keys():
-            self._own_head[name] = self.model.get_parameter(name).detach().numpy().copy()
-        set_head(self.model, head or self._own_head)
+            self._own_head[name] = self.model.get_parameter(name)
+        own = {name: nn.Parameter(torch.from_numpy(array)) for name, array in head.items()}
+        set_head(self.model, own or self._own_head)
 
 
 def build_reference(checkpoint: Checkpoint, basis: Basis, customer: Coefficients, texts: Texts) -> list[Case]:
