@@ -17,7 +17,7 @@ def register() -> None:
     Raises:
         InputError: PEFT has another method of this name or prefix.
 
-    Example:
+    Examples:
         >>> from peft import PeftModel
         >>> from transformers import AutoModelForSequenceClassification
         >>> from qrlora_deploy.integrations.peft import register, write_adapter
