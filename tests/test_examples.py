@@ -1,4 +1,4 @@
-"""The examples of the docstrings and of docs/api.md run as they are shown, in a folder with what they name."""
+"""The examples of the docstrings and of some pages run as they are shown, in a folder with what they name."""
 
 import contextlib
 import doctest
@@ -16,7 +16,7 @@ from tests.tiny import LABELS, SENTENCES, save_base
 
 TEXTS = {name: path.read_text(encoding="utf-8") for name, path in MODULES.items() if inside(name, "qrlora_deploy")}
 WITH_EXAMPLES = [name for name, text in TEXTS.items() if re.search(r"^\s*>>> ", text, re.MULTILINE)]
-PAGE = ROOT / "docs" / "api.md"
+PAGES = ("api.md", "peft.md")
 
 
 def examples_of(module: str) -> list[doctest.DocTest]:
@@ -70,13 +70,17 @@ def test_every_public_function_and_both_files_have_an_example() -> None:
     assert functions <= named
 
 
-def test_the_page_of_the_api_runs_from_top_to_bottom(folder: Path) -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_runs_from_top_to_bottom(page: str, folder: Path) -> None:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     assert blocks
     names: dict[str, object] = {}
-    for made in ("bundle", "basis.safetensors", "customers"):
-        place = folder / made
-        shutil.rmtree(place) if place.is_dir() else place.unlink()
+    shutil.copy(folder / "customers" / "acme.safetensors", folder / "customers" / "other.safetensors")
+    if page == "api.md":  # it makes them itself
+        shutil.rmtree(folder / "bundle")
+        shutil.rmtree(folder / "customers")
+        (folder / "basis.safetensors").unlink()
     with contextlib.chdir(folder):
         for block in blocks:
-            exec(compile(block, str(PAGE), "exec"), names)
+            exec(compile(block, page, "exec"), names)

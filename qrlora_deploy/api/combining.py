@@ -31,7 +31,7 @@ def combine(parts: Sequence[Part]) -> Coefficients:
             fp32, or a sum does not fit fp32.
         BasisMismatchError: two parts belong to different bases or models; both are named.
 
-    Example:
+    Examples:
         >>> acme = qr.Coefficients.load("customers/acme.safetensors")
         >>> none = qr.combine(["customers/acme.safetensors", (acme, -1)])
         >>> float(abs(none.values).max())

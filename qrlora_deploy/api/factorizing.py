@@ -48,7 +48,7 @@ def factorize(
             and rank are both given or out of range.
         ProviderError: CUDA was asked for where there is none.
 
-    Example:
+    Examples:
         >>> basis = qr.factorize("base", targets=["query", "value"], tau=0.5)
         >>> basis.save("basis.safetensors")
         >>> basis.total_rank == sum(basis.ranks.values())

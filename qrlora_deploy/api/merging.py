@@ -41,7 +41,7 @@ def merge(
         BasisMismatchError: base, basis and coefficients do not belong together.
         QrloraError: the disk is full, or a sum does not fit the stored type. Nothing is left at `output`.
 
-    Example:
+    Examples:
         >>> report = qr.merge("base", "basis.safetensors", "customers/acme.safetensors", "acme")
         >>> report.max_rounding_error < report.max_update
         True
@@ -82,7 +82,7 @@ def unmerge(
             the base's and there is no base to take it from.
         BasisMismatchError: basis, coefficients or base are not those of the merge.
 
-    Example:
+    Examples:
         >>> qr.merge("base", "basis.safetensors", "customers/acme.safetensors", "merged")  # doctest: +ELLIPSIS
         MergeReport(...)
         >>> qr.unmerge("merged", "basis.safetensors", "customers/acme.safetensors", "again", base="base").exact

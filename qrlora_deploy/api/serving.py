@@ -40,7 +40,7 @@ def open_predictor(
         FileFormatError: a file of the bundle is damaged or was changed.
         ProviderError: the provider does not load.
 
-    Example:
+    Examples:
         >>> predictor = qr.open_predictor("bundle", customers="customers")
         >>> answers = predictor.predict(["book a flight", "play some music"], customers=["acme", None])
         >>> answers[0].label in qr.Coefficients.load("customers/acme.safetensors").labels

@@ -55,7 +55,7 @@ def warmup(
         ProviderError: CUDA was asked for where there is none.
         QrloraError: the loss diverged, or the disk or the memory is full; nothing is left behind.
 
-    Example:
+    Examples:
         >>> report = qr.warmup("base", "all.tsv", "warm", evaluation="dev.tsv", epochs=1)
         >>> report["task"], report["steps"]
         ('text-classification', 1)
@@ -107,7 +107,7 @@ def train(
         ProviderError: CUDA was asked for where there is none.
         QrloraError: the loss diverged, or the disk or the memory is full.
 
-    Example:
+    Examples:
         >>> acme = qr.train("base", "basis.safetensors", "acme.tsv", evaluation="dev.tsv", epochs=2)
         >>> acme.save("customers/umbrella.safetensors")
         >>> acme.values.dtype, acme.training["rows"]
@@ -169,7 +169,7 @@ def train_fleet(
         ProviderError: CUDA was asked for where there is none.
         QrloraError: the disk or the memory is full. Customers that were done keep their files.
 
-    Example:
+    Examples:
         >>> report = qr.train_fleet("base", "basis.safetensors", "all.tsv", "fleet", customer_column="id", epochs=1)
         >>> report.count("trained")
         2

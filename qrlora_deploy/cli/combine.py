@@ -21,7 +21,7 @@ def command(parts: tuple[str, ...], output: Path) -> Output:
     combined customer is, only data can tell.
 
     \b
-    Example:
+    Examples:
       qrlora-deploy combine acme.safetensors:0.7 umbrella.safetensors:0.3 -o both.safetensors
     """
     from qrlora_deploy.api.combining import combine

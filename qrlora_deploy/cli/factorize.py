@@ -46,7 +46,7 @@ def command(
     Without --target every linear layer of every block is taken, but for those that a switchable bundle cannot have.
 
     \b
-    Example:
+    Examples:
       qrlora-deploy factorize roberta-base -o basis.safetensors --target query --last-layers 4 --tau 0.5
     """
     if tau is not None and rank is not None:

@@ -105,7 +105,7 @@ class Basis:
     def load(cls, path: str | os.PathLike[str]) -> "Basis":
         """Read a basis file, as `read_basis`.
 
-        Example:
+        Examples:
             >>> qr.Basis.load("basis.safetensors").names[0]
             'bert.encoder.layer.0.attention.self.query'
         """

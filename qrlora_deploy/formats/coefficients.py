@@ -78,7 +78,7 @@ class Coefficients:
     def load(cls, path: str | os.PathLike[str]) -> "Coefficients":
         """Read a coefficients file, as `read_coefficients`.
 
-        Example:
+        Examples:
             >>> qr.Coefficients.load("customers/acme.safetensors").labels
             ('travel', 'banking', 'home', 'kitchen')
         """
@@ -150,7 +150,8 @@ def read_coefficients(path: Path) -> Coefficients:
 
     Raises:
         FileFormatError: the file is cut, changed, of another format version, holds NaN, Inf or an
-            unknown tensor. InputError: it cannot be read.
+            unknown tensor.
+        InputError: it cannot be read.
     """
     tensors, metadata = read_tensors(path, FORMAT, FORMAT_VERSION, _allows)
     stored = from_value(_Stored, metadata, f"{path} is damaged")

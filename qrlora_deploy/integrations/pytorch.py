@@ -76,7 +76,7 @@ def attach(model: Model, basis: StrPath | Basis, *, head: str = "frozen") -> Mod
             branches already. The model is not changed then.
         BasisMismatchError: the basis was made from other weights than the model's.
 
-    Example:
+    Examples:
         >>> from transformers import AutoModelForSequenceClassification
         >>> model = AutoModelForSequenceClassification.from_pretrained("base")
         >>> model = qr.attach(model, "basis.safetensors")
@@ -165,7 +165,7 @@ def load_customer(model: Model, basis: StrPath | Basis, coefficients: StrPath | 
             not changed then.
         BasisMismatchError: model, basis and customer do not belong together.
 
-    Example:
+    Examples:
         >>> from transformers import AutoModelForSequenceClassification
         >>> model = AutoModelForSequenceClassification.from_pretrained("base")
         >>> model = qr.load_customer(model, "basis.safetensors", "customers/acme.safetensors")

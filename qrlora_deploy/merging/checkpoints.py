@@ -181,7 +181,10 @@ def merge_model(model: Any, checkpoint: Checkpoint, basis: Basis, coefficients: 
     the model is left as it was.
 
     Raises:
-        As `merge`.
+        InputError: the base is quantised, merged already or has no such head, or a target's weight is shared with
+            another layer.
+        BasisMismatchError: base, basis and coefficients do not belong together.
+        QrloraError: a sum does not fit the dtype.
     """
     folds = plan_folds(checkpoint, basis, coefficients, model)
     check_head(checkpoint, coefficients)

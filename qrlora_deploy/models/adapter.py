@@ -94,7 +94,8 @@ def insert(model: Any, basis: Basis) -> dict[str, QRLoRALinear]:
         The adapters by target name, in the order of the basis.
 
     Raises:
-        InputError: a layer is missing or is not a linear layer. BasisMismatchError: a shape
+        InputError: a layer is missing or is not a linear layer.
+        BasisMismatchError: a shape
             differs. The model is not changed then.
     """
     adapters, places = {}, []

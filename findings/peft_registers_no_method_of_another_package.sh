@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# PEFT 0.21.2: `register_peft_method` is documented as the way to make a method known, and refuses every method that is
+# not part of PEFT: its name must be a member of the enumeration PeftType, which cannot be extended from outside. The
+# same method works whole (from_pretrained, several adapters, mixed batches, merge) once it stands in PEFT's three
+# tables, as `qrlora_deploy.integrations.peft.register` puts it there.
+# Seen on Linux, Python 3.11. Needs a Python with peft: PYTHON=.venv/bin/python findings/<this file>
+#
+# Expected: a new name is registered, and one that is taken is refused.
+set -euo pipefail
+"${PYTHON:-python3}" - <<'PYTHON'
+import sys
+import peft
+from peft.utils import register_peft_method
+
+class MyConfig(peft.PeftConfig): ...
+class MyModel(peft.LoraModel): ...
+
+try:
+    register_peft_method(name="mymethod", config_cls=MyConfig, model_cls=MyModel, prefix="mymethod_")
+except ValueError as error:
+    print(f"peft {peft.__version__}: {error}")
+else:
+    sys.exit("the behaviour changed: the method was registered")
+PYTHON
