@@ -3,11 +3,14 @@
 # `with model.disable_adapter():` its weights require gradients. The context enables the adapter again as if it were to
 # be trained. Outputs are the same; memory for the graph of gradients is taken, and an optimizer over what can be
 # trained would change the adapter. Seen with LoRA on Linux, Python 3.11.
-# Needs a Python with peft: PYTHON=.venv/bin/python findings/<this file>
 #
 # Expected: what can be trained is the same before and after the context.
 set -euo pipefail
-"${PYTHON:-python3}" - <<'PYTHON'
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+python3 -m venv "$scratch/venv"
+"$scratch/venv/bin/python" -m pip install --quiet --disable-pip-version-check peft==0.21.2 torch==2.13.0 transformers==5.23.0
+"$scratch/venv/bin/python" - <<'PYTHON'
 import sys, tempfile
 import peft, torch
 
