@@ -14,6 +14,7 @@ from qrlora_deploy.bench.rounds import Bounds, Tick, measure_latency, measure_th
 from qrlora_deploy.bench.serving_load import GIVE_UP, RateSearch, Served, arrivals_for, offer, poisson_arrivals
 from qrlora_deploy.bench.subjects import BundleSubject, Call, Subject, customer_file
 from qrlora_deploy.bench.workload import Workload
+from qrlora_deploy.io.threads import finish
 
 OFFLINE_SAMPLES = 36
 BUDGET_OF_MEDIAN = 5.0
@@ -172,12 +173,17 @@ class _Repeating:
     def __enter__(self) -> None:
         if self._per_s is not None:
             self._thread = threading.Thread(target=self._run, args=(self._per_s,), name="swaps")
-            self._thread.start()
+            try:
+                self._thread.start()
+            except BaseException:
+                # It may run all the same, and nobody leaves what was not entered.
+                self._stop.set()
+                raise
 
     def __exit__(self, *error: object) -> None:
         self._stop.set()
         if self._thread is not None:
-            self._thread.join()
+            finish(self._thread.join)
         if self._errors:
             raise self._errors[0]
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from qrlora_deploy.bench.statistics import Estimate, needed_samples, percentile
 from qrlora_deploy.bench.subjects import Call
+from qrlora_deploy.io.threads import finish, join_all
 
 GIVE_UP = 10
 """A request that has waited for so many budgets ends a run: the queue grows."""
@@ -86,10 +87,14 @@ def offer(call: Call, arrivals_s: np.ndarray, workers: int, give_up_s: float) ->
             stop.set()
 
     threads = [threading.Thread(target=work, name=f"load-{index}") for index in range(workers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.start()
+    except BaseException:
+        stop.set()
+        raise
+    finally:
+        finish(lambda: join_all(threads), stop.set)
     if errors:
         raise errors[0]
     return [float(value) for value in latencies[~np.isnan(latencies)]], stop.is_set()

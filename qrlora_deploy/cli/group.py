@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -58,14 +59,20 @@ class State:
     Attributes:
         command: the name of the one that runs.
         debug: show tracebacks.
-        output: what the command was to write; None where it writes nothing.
+        output: what the command writes; None where it writes nothing.
+        before: what lay there when the command began.
         kept: says what an interrupted command has kept, and how to go on; None: nothing but what `output` tells.
     """
 
     command: str | None = None
     debug: bool = False
     output: Path | None = None
+    before: tuple[int, int] | None = None
     kept: Callable[[], str] | None = None
+
+    def begin(self, output: Path | None) -> None:
+        """The command begins, with this output."""
+        self.output, self.before = output, output and _state_of(output)
 
 
 class LazyGroup(click.Group):
@@ -91,6 +98,9 @@ class LazyGroup(click.Group):
             return super().invoke(ctx)
         except EOFError as error:
             raise _EndOfFile from error
+        except KeyboardInterrupt as error:
+            # Click would print an empty line first.
+            raise click.Abort from error
 
     def main(
         self,
@@ -103,26 +113,18 @@ class LazyGroup(click.Group):
         """Run a command; in standalone mode every error ends the process with one line."""
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
-        state = State()
+        state, code, interrupted = State(), None, None
         try:
-            with raised_signals():
+            with raised_signals(lambda: _say_interrupted(state)):
                 code = super().main(args, prog_name, complete_var, standalone_mode=False, obj=state, **extra)
                 sys.stdout.flush()
-        except (KeyboardInterrupt, click.Abort) as error:
-            cause = error if isinstance(error, Terminated) else error.__cause__
-            _end_interrupted(state, cause.code if isinstance(cause, Terminated) else INTERRUPTED)
-        except BrokenPipeError:
-            # The reader of a pipe has gone; the interpreter's last flush must not complain either.
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - lives to the end
-            sys.exit(1)
-        except click.exceptions.NoArgsIsHelpError as error:
-            click.echo(error.ctx.get_help(), err=True)
-            sys.exit(2)
-        except Exception as error:
-            if (number := heard()) is not None:
-                # A library that was cut short says so in words of its own.
-                _end_interrupted(state, 128 + number)
-            _fail(error, state)
+        except BaseException as error:
+            interrupted = _interruption(error)
+            if interrupted is None:
+                _end_failed(error, state)
+        if interrupted is not None:
+            # Out of reach of the exception, whose frames hold what was cut short.
+            _end_interrupted(state, interrupted)
         # Without standalone mode click returns the code of --help and --version instead of exiting.
         sys.exit(code if isinstance(code, int) else 0)
 
@@ -131,21 +133,72 @@ class _EndOfFile(Exception):
     """An EOFError on its way past click."""
 
 
-def _end_interrupted(state: State, code: int) -> NoReturn:
+def _interruption(error: BaseException) -> int | None:
+    """The exit code where a command was interrupted: what a library raises then is no error of its own."""
+    if isinstance(error, Terminated):
+        return error.code
+    number = heard()
+    if number is not None:
+        return 128 + number
+    return INTERRUPTED if isinstance(error, KeyboardInterrupt | click.Abort) else None
+
+
+def _say_interrupted(state: State) -> None:
     click.echo(f"Interrupted{_what_is_kept(state)}", err=True)
-    # Pools whose start was cut short wait for each other when the interpreter ends, unless they are gone by then.
-    gc.collect()
+
+
+def _end_interrupted(state: State, code: int) -> NoReturn:
+    # Once more Ctrl-C, by an impatient user, changes nothing any more.
+    with suppress(KeyboardInterrupt):
+        _say_interrupted(state)
+    with suppress(KeyboardInterrupt):
+        # A thread of a pool whose start was cut short waits for ever, and the interpreter for it, unless the pool
+        # is gone by then.
+        gc.collect()
     sys.exit(code)
 
 
 def _what_is_kept(state: State) -> str:
     try:
         told = state.kept() if state.kept is not None else ""
-        if not told and state.output is not None:
-            told = f"{state.output} is as it was before" if state.output.exists() else f"{state.output} was not written"
     except OSError:
         return ""
+    if not told and state.output is not None:
+        told = _what_became_of(state.output, state.before)
     return f"; {told}" if told else ""
+
+
+def _what_became_of(output: Path, before: tuple[int, int] | None) -> str:
+    """In words; outputs come to their place when they are whole."""
+    now = _state_of(output)
+    if now is None:
+        return f"{output} was not written"
+    if now == before:
+        return f"{output} is as it was before"
+    return f"{output} is written" if before is None or now[0] != before[0] else ""
+
+
+def _state_of(path: Path) -> tuple[int, int] | None:
+    """Number and time of what has this name; None where there is nothing."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _end_failed(error: BaseException, state: State) -> NoReturn:
+    """End the process with the code of an error, and its line."""
+    if isinstance(error, BrokenPipeError):
+        # The reader of a pipe has gone; the interpreter's last flush must not complain either.
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - lives to the end
+        sys.exit(1)
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        click.echo(error.ctx.get_help(), err=True)
+        sys.exit(2)
+    if not isinstance(error, Exception):
+        raise error
+    _fail(error, state)
 
 
 def _fail(error: Exception, state: State) -> NoReturn:

@@ -55,7 +55,7 @@ def common(function: Callable[..., Output]) -> Callable[..., None]:
         stdout, context = sys.stdout, click.get_current_context()
         need_for_command(str(context.command.name))
         if context.obj is not None:
-            context.obj.output = arguments.get("output")
+            context.obj.begin(arguments.get("output"))
         with redirect_stdout(sys.stderr):
             output = function(**arguments)
         show(output, as_json, stdout)

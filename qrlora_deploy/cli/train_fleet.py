@@ -81,8 +81,9 @@ def command(
     place = recorded_place(basis, output / "customer")
     local = int(os.environ.get("LOCAL_RANK", 0)) if shard is None else 0
     options = FleetOptions(output, resume, rows_per_step, Shard(index, count), local, place)
-    tell_if_interrupted(lambda: _finished(output))
-    report = train_fleet(open_checkpoint(base), read_basis(basis), source, chosen, options, Meter())
+    meter = Meter()
+    tell_if_interrupted(lambda: _finished(output, meter.total))
+    report = train_fleet(open_checkpoint(base), read_basis(basis), source, chosen, options, meter)
     failed = [line for line in report.lines if line.status == "failed"]
     facts = {
         "trained": report.count("trained"),
@@ -98,13 +99,13 @@ def command(
     return Output(record, f"wrote {report.summary}", facts, tables, _failure(len(failed), report.summary))
 
 
-def _finished(folder: Path) -> str:
+def _finished(folder: Path, total: int) -> str:
+    """What an interrupted run has kept; `total` customers are its own, 0 where nobody counted them yet."""
     count = sum(1 for _ in folder.glob("*.safetensors"))
-    return (
-        f"{count} customer{'s are' if count > 1 else ' is'} in {folder}: the same command trains the others by --resume"
-        if count
-        else ""
-    )
+    if not count:
+        return f"no customer is in {folder} yet"
+    some = f"{count} of {total} customers" if total > 1 else f"{count} customer{'s' * (count > 1)}"
+    return f"{some} {'are' if count > 1 else 'is'} in {folder}: the same command trains the others by --resume"
 
 
 def parse_shard(given: str | None) -> tuple[int, int]:
@@ -142,9 +143,11 @@ class Meter:
         self.start = time.monotonic()
         self.shown = self.start
         self.before: int | None = None
+        self.total = 0
 
     def __call__(self, done: int, failed: int, total: int) -> None:
         """So many customers of all are done or failed."""
+        self.total = total
         if self.before is None:
             self.before = done  # skipped or refused: none of this run's time went into them
         now = time.monotonic()

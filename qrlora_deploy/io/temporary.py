@@ -6,6 +6,7 @@ ends: what carries no lock was left by a dead process, and the next run removes 
 process would say less: numbers are used again, and those of another machine or container mean nothing here.
 """
 
+import atexit
 import errno
 import hashlib
 import os
@@ -41,6 +42,7 @@ FOREIGN_SECONDS = 24 * 3600.0
 
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 ATTEMPTS = 100
+RETRY_S = 0.02
 
 _live: set[Path] = set()
 
@@ -224,7 +226,10 @@ def _is_still(folder: Path) -> bool:
 
 
 def remove_tree(folder: Path) -> None:
-    """Remove a folder, its lock last, and finish that when a signal asks to stop meanwhile."""
+    """Remove a folder, its lock last, and finish that when a signal asks to stop meanwhile.
+
+    Where something in it cannot be removed its lock stays, by which the next run knows the folder for dead.
+    """
     interrupted: KeyboardInterrupt | None = None
     while True:
         try:
@@ -244,19 +249,27 @@ def _remove(folder: Path) -> None:
             elif path.name != LOCK:
                 with suppress(OSError):
                     path.unlink()
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _forget_live() -> None:
-    _live.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    # What the parent makes is not the child's to remove.
-    os.register_at_fork(after_in_child=_forget_live)
+    with suppress(OSError):
+        if all(path.name == LOCK for path in folder.iterdir()):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_live() -> None:
-    """Remove every temporary folder of this process, which must end right afterwards."""
+    """Remove every temporary folder of this process, which must end right afterwards.
+
+    Another thread may still write into one, so each is tried more than once. At the end of a process, too: an
+    exception that comes in the middle of cleaning up, as a signal's does, leaves a folder behind.
+    """
     for folder in list(_live):
-        shutil.rmtree(folder, ignore_errors=True)
+        for _ in range(ATTEMPTS):
+            remove_tree(folder)
+            if not os.path.lexists(folder):
+                break
+            time.sleep(RETRY_S)
+        _live.discard(folder)
+
+
+atexit.register(remove_live)
+if hasattr(os, "register_at_fork"):
+    # What the parent makes is not the child's to remove.
+    os.register_at_fork(after_in_child=_live.clear)

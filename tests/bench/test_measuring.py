@@ -1,5 +1,7 @@
 """Rounds, load and a whole run: what is measured, counted and recorded. No time is asserted."""
 
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ from qrlora_deploy.bench.plan import Plan
 from qrlora_deploy.bench.record import SCENARIOS, Report, read_report, write_report
 from qrlora_deploy.bench.rounds import MAX_RUNS, MIN_WINDOW, WARMUP_RUNS, Bounds, measure_latency, measure_throughput
 from qrlora_deploy.bench.run import run_benchmark
+from qrlora_deploy.bench.scenarios import _Repeating
 from qrlora_deploy.bench.serving_load import RateSearch, Served, offer, poisson_arrivals
 from qrlora_deploy.bench.subjects import BundleSubject, Spec
 from qrlora_deploy.bench.workload import Workload, text_workloads, token_inputs
@@ -77,6 +80,33 @@ def test_what_a_request_raises_comes_through() -> None:
 
     with pytest.raises(ValueError, match="request 0"):
         offer(fail, np.zeros(5), 1, 60.0)
+
+
+def test_threads_end_where_their_start_is_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a signal, after the thread has begun and before `start` returns."""
+    start = threading.Thread.start
+
+    def cut_short(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name in ("load-1", "swaps"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", cut_short)
+    turns: list[int] = []
+
+    def answer(turn: int) -> None:
+        turns.append(turn)
+        time.sleep(0.01)
+
+    before = set(threading.enumerate())
+    with pytest.raises(KeyboardInterrupt):
+        offer(answer, np.zeros(100_000), 3, 1e9)
+    assert set(threading.enumerate()) <= before and len(turns) < 1000
+    with pytest.raises(KeyboardInterrupt), _Repeating(turns.append, 1000.0):
+        raise AssertionError("it was never entered")
+    for thread in set(threading.enumerate()) - before:
+        thread.join(20)
+        assert not thread.is_alive()
 
 
 def test_the_search_of_a_rate() -> None:

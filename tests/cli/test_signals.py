@@ -5,7 +5,9 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +16,16 @@ from qrlora_deploy.cli.signals import Terminated, raised_signals
 from tests.cli.running import environment
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs SIGHUP")
-ENDS = (signal.SIGTERM, signal.SIGHUP)
+ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PLAIN = [signal.default_int_handler, signal.SIG_DFL, signal.SIG_DFL]
+
+
+@pytest.fixture(autouse=True)
+def _heeding_interrupts() -> Iterator[None]:
+    """A shell's background job ignores SIGINT, and so would this process."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("number", ENDS)
@@ -25,7 +36,7 @@ def test_a_signal_is_an_exception_and_a_second_one_too(number: signal.Signals) -
             with pytest.raises(Terminated) as caught:
                 os.kill(os.getpid(), number)
             assert caught.value.code == 128 + number
-    assert [signal.getsignal(end) for end in ENDS] == [signal.SIG_DFL] * 2
+    assert [signal.getsignal(end) for end in ENDS] == PLAIN
     assert signal.set_wakeup_fd(pipe) == -1
     assert "signals" not in [thread.name for thread in threading.enumerate()]
 
@@ -62,16 +73,10 @@ def test_a_command_ends_with_the_signals_code(
     number: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("qrlora_deploy.inspection.doctor.examine", lambda progress: os.kill(os.getpid(), number))
-    # A shell's background job ignores it, and so would this process.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(SystemExit) as caught:
-            cli.main(["doctor"], prog_name="qrlora-deploy")
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["doctor"], prog_name="qrlora-deploy")
     assert caught.value.code == code
-    shown = capsys.readouterr()
-    assert shown.out == "" and shown.err.strip() == "Interrupted"
+    assert capsys.readouterr() == ("", "Interrupted\n")
 
 
 SWALLOWED = """
@@ -95,6 +100,55 @@ def test_a_process_that_does_not_end_is_ended(tmp_path: Path) -> None:
     """Native code may hold the main thread, or something may swallow the exception."""
     done = subprocess.run([sys.executable, "-c", SWALLOWED, str(tmp_path)], env=environment(), timeout=50, check=False)
     assert done.returncode == 143 and list(tmp_path.iterdir()) == []
+
+
+STUCK = """
+import os, signal, time
+from qrlora_deploy.cli import signals
+from qrlora_deploy.cli.group import cli
+from qrlora_deploy.inspection import doctor
+
+def examine(progress):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except KeyboardInterrupt:
+        time.sleep(60)
+
+signals.PATIENCE_S, doctor.examine = 0.2, examine
+cli.main(["doctor"], prog_name="qrlora-deploy")
+"""
+
+CUT_SHORT = """
+import os, signal, threading
+from concurrent.futures import ThreadPoolExecutor
+from qrlora_deploy.cli.group import cli
+from qrlora_deploy.inspection import doctor
+
+start = threading.Thread.start
+
+def cut_short(thread):
+    threading.Thread.start = start
+    start(thread)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+def examine(progress):
+    pool = ThreadPoolExecutor(1)
+    held = [pool]
+    held.append(held)
+    threading.Thread.start = cut_short
+    pool.submit(int)
+
+doctor.examine = examine
+cli.main(["doctor"], prog_name="qrlora-deploy")
+"""
+
+
+@pytest.mark.parametrize("code", [STUCK, CUT_SHORT], ids=["native code", "a pool whose start was cut short"])
+def test_nothing_holds_up_the_end_and_its_line(code: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), timeout=50, check=False, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "Interrupted\n")
 
 
 FORKED = """
@@ -158,6 +212,13 @@ def test_the_last_line_says_what_was_kept(
     merge = ["merge", str(tiny_base), "--basis", str(tiny_basis_file), "--coefficients", str(tiny_customer_file)]
     assert interrupted([*merge, "-o", "out"], capsys) == (143, "Interrupted; out was not written")
 
+    def end_after(*_: object, **__: object) -> None:
+        (tmp_path / "out").mkdir()
+        end()
+
+    monkeypatch.setattr("qrlora_deploy.api.merging.merge", end_after)
+    assert interrupted([*merge, "-o", "out"], capsys) == (143, "Interrupted; out is written")
+
     def end_later(*arguments: object, **_: object) -> None:
         folder = Path(str(arguments[5])) / "checkpoint-1"
         folder.mkdir()
@@ -173,21 +234,34 @@ def test_the_last_line_says_what_was_kept(
     assert interrupted(train, capsys) == (143, kept)
     monkeypatch.setattr("qrlora_deploy.training.fleet.run.train_fleet", end)
     (tmp_path / "customers").mkdir()
-    (tmp_path / "customers" / "bolt.safetensors").touch()
     fleet = ["train-fleet", str(tiny_base), "--basis", str(tiny_basis_file), "--data", "good.tsv", "-o", "customers"]
-    code, line = interrupted(fleet, capsys)
-    assert code == 143
-    assert line == "Interrupted; 1 customer is in customers: the same command trains the others by --resume"
+    assert interrupted(fleet, capsys) == (143, "Interrupted; no customer is in customers yet")
+    (tmp_path / "customers" / "bolt.safetensors").touch()
+    others = "the same command trains the others by --resume"
+    assert interrupted(fleet, capsys) == (143, f"Interrupted; 1 customer is in customers: {others}")
+
+    def end_amid(*arguments: Any) -> None:
+        arguments[-1](1, 0, 10)
+        end()
+
+    monkeypatch.setattr("qrlora_deploy.training.fleet.run.train_fleet", end_amid)
+    (tmp_path / "customers" / "cash.safetensors").touch()
+    assert interrupted(fleet, capsys) == (143, f"Interrupted; 2 of 10 customers are in customers: {others}")
 
 
+class Panic(BaseException):
+    """As libraries in Rust raise."""
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, BrokenPipeError, EOFError, Panic])
 def test_what_a_library_says_after_a_signal_is_no_error_of_its_own(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kind: type[BaseException], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def examine(_progress: object) -> None:
         try:
             os.kill(os.getpid(), signal.SIGTERM)
         except KeyboardInterrupt:
-            raise RuntimeError("the reader was closed") from None
+            raise kind("the reader was closed") from None
 
     monkeypatch.setattr("qrlora_deploy.inspection.doctor.examine", examine)
     assert interrupted(["doctor"], capsys) == (143, "Interrupted")

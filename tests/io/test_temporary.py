@@ -1,6 +1,8 @@
 """Temporary folders: a live one is left alone, a dead one is removed, and nothing else is touched."""
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,10 +15,12 @@ from qrlora_deploy.io.temporary import (
     lock_folder,
     remove_dead,
     remove_if_dead,
+    remove_live,
     remove_tree,
     scratch_folder,
     temporary_folder,
 )
+from tests.cli.running import environment
 
 pytestmark = pytest.mark.skipif(not temporary.HAS_LOCKS, reason="nothing is locked here")
 
@@ -126,6 +130,45 @@ def test_removing_is_finished_when_a_signal_asks_to_stop(tmp_path: Path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         remove_tree(folder)
     assert len(calls) == 3 and not folder.exists()
+
+
+def test_a_lock_stays_as_long_as_something_else_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread may write a file again that was just removed; the next run must know the folder for dead."""
+    folder, remove = left(tmp_path), temporary.shutil.rmtree
+
+    def written_again(path: Path, ignore_errors: bool) -> None:
+        remove(path, ignore_errors=ignore_errors)
+        if path == folder / "out":
+            (folder / "more").touch()
+
+    monkeypatch.setattr(temporary.shutil, "rmtree", written_again)
+    remove_tree(folder)
+    assert sorted(path.name for path in folder.iterdir()) == [LOCK, "more"]
+    temporary._live.add(folder)
+    remove_live()
+    assert not folder.exists() and folder not in temporary._live
+
+
+ENDED = """
+import sys
+from pathlib import Path
+from qrlora_deploy.io import temporary
+
+def cut_short(folder):
+    temporary.remove_tree = original
+    raise KeyboardInterrupt
+
+original, temporary.remove_tree = temporary.remove_tree, cut_short
+with temporary.temporary_folder(Path(sys.argv[1]), "out") as folder:
+    (folder / "part").write_text("half")
+"""
+
+
+def test_what_cleaning_up_left_goes_when_the_process_ends(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ENDED, str(tmp_path)], env=environment(), timeout=50, check=False, capture_output=True
+    )
+    assert b"KeyboardInterrupt" in done.stderr and list(tmp_path.iterdir()) == []
 
 
 def test_names_as_long_as_a_file_system_takes(tmp_path: Path) -> None:

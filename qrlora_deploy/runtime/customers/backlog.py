@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterable, Iterator
 IDLE_S = 0.25
 """Between two calls of `idle`."""
 
+BURST_S, COMPARE_SHARE = 0.02, 0.5
+"""What is only compared takes this share of a core, in bursts of so many seconds: there may be very much of it."""
+
 
 class Backlog:
     """A thread that looks at names, one after the other.
@@ -18,7 +21,7 @@ class Backlog:
 
     Args:
         look: called in the thread with a name that changed; it never raises.
-        compare: called with a name of those to compare; it never raises.
+        compare: called with a name of those to compare, unless it is empty; it never raises.
         idle: called a few times a second; gives names to look at when nothing else has changed.
         complain: called with one line when the names to compare cannot be listed.
     """
@@ -59,7 +62,8 @@ class Backlog:
         with self._wake:
             self._wake.notify_all()
         atexit.unregister(self.close)
-        if thread is not None and thread is not threading.current_thread():
+        # Not one whose start was cut short: there is nothing to wait for.
+        if thread is not None and thread.is_alive() and thread is not threading.current_thread():
             thread.join()
 
     def add(self, names: Iterable[str], first: bool = True) -> None:
@@ -78,7 +82,7 @@ class Backlog:
             self._wake.notify_all()
 
     def _run(self, stop: threading.Event) -> None:
-        looked = time.monotonic()
+        looked, spent = time.monotonic(), 0.0
         while not stop.is_set():
             with self._wake:
                 if not self._changed and self._later is None and not stop.is_set():
@@ -87,10 +91,21 @@ class Backlog:
             if name is not None:
                 self._look(name)
             elif (names := self._later) is not None:
+                begin = time.thread_time()
                 self._compare_next(names)
+                spent += time.thread_time() - begin
+                if spent >= BURST_S:
+                    self._rest(spent * (1 / COMPARE_SHARE - 1), stop)
+                    spent = 0.0
             if time.monotonic() - looked >= IDLE_S:
                 self.add(self._idle(), first=False)
                 looked = time.monotonic()
+
+    def _rest(self, seconds: float, stop: threading.Event) -> None:
+        """Wait, at most until a name is added."""
+        with self._wake:
+            if not self._changed and not stop.is_set():
+                self._wake.wait(seconds)
 
     def _compare_next(self, names: Iterator[str]) -> None:
         try:
@@ -98,8 +113,9 @@ class Backlog:
         except Exception as error:
             self._complain(f"{error}")
             name = None
-        if name is not None:
+        if name:
             self._compare(name)
+        if name is not None:
             return
         with self._wake:
             if self._later is names:

@@ -265,9 +265,9 @@ class CustomerStore:
         self._backlog.compare_later(self._all_customers())
 
     def _all_customers(self) -> Iterator[str]:
-        """Those with a file, and then those that had one."""
+        """Those with a file, and then those that had one; an empty name is none."""
         try:
-            yield from filter(None, map(customer_of, newest_first(self.folder)))
+            yield from (customer_of(name) or "" for name in newest_first(self.folder))
         except OSError as error:
             # A folder that went away is the watcher's affair; it compares again when there is one.
             if self.folder.is_dir():

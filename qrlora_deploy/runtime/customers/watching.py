@@ -15,8 +15,8 @@ from qrlora_deploy.runtime.customers.polling import FolderPoller
 GROUP_MS, STEP_MS, WAKE_MS = 200, 50, 250
 """Changes are taken together for so long at most; the wait for quiet; the wait for changes."""
 
-POLL_S, POLL_SHARE = 0.2, 0.25
-"""Between two polls, and the share of the time that they may take in a large folder."""
+POLL_S, POLL_SHARE = 0.2, 1 / 3
+"""From one comparison of a folder to the next, and the share of the time that they take in a large folder."""
 
 RETRY_S = 0.5
 """Between two attempts to watch a folder that is not there."""
@@ -90,7 +90,8 @@ class FolderWatcher:
             thread, self._thread = self._thread, None
             self._stop.set()
             atexit.unregister(self.close)
-        if thread is not None and thread is not threading.current_thread():
+        # Not one whose start was cut short: there is nothing to wait for.
+        if thread is not None and thread.is_alive() and thread is not threading.current_thread():
             thread.join()
 
     def _watch(self, stop: threading.Event) -> None:
@@ -162,20 +163,32 @@ class FolderWatcher:
 
     def _polled(self, stop: threading.Event, identity: tuple[int, int]) -> Iterator[tuple[set[str], bool]]:
         """What a comparison finds, as `_told`."""
-        poller, pause = FolderPoller(self.folder), POLL_S
+        poller = FolderPoller(self.folder)
         yield set(), False
+        due = time.monotonic() + POLL_S
+        while not stop.wait(max(0.0, due - time.monotonic())):
+            # A large folder takes longer than that, and is begun again at once.
+            due = time.monotonic() + POLL_S
+            for names in self._steps(poller, stop):
+                if _identity(self.folder) != identity:
+                    yield set(), True
+                    return
+                yield names, False
+
+    def _steps(self, poller: FolderPoller, stop: threading.Event) -> Iterator[set[str]]:
+        """The steps of a comparison, each after a rest from the one before."""
+        steps, pause = poller.steps(), 0.0
         while not stop.wait(pause):
             begin = time.monotonic()
             self.rests.clear()
             try:
-                names = poller.changed()
+                names = next(steps, None)
             finally:
                 self.rests.set()
-            if _identity(self.folder) != identity:
-                yield set(), True
+            if names is None:
                 return
-            yield names, False
-            pause = max(POLL_S, (time.monotonic() - begin) * (1 / POLL_SHARE - 1))
+            pause = (time.monotonic() - begin) * (1 / POLL_SHARE - 1)
+            yield names
 
 
 def _must_poll() -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 from qrlora_deploy.data.cutting import cut_texts
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import InputError, first_line
+from qrlora_deploy.io.threads import finish
 from qrlora_deploy.models.capacity import check_segments
 from qrlora_deploy.training.fleet.plan import Customer
 from qrlora_deploy.training.loop import build_rows
@@ -116,6 +117,8 @@ class RowEncoder:
 class TokensAhead:
     """The rows of customers in their order; up to `ahead` of them are made before they are asked for.
 
+    Nothing is made before the first is asked for: whoever asks must be able to `close` it by then.
+
     Args:
         encoder: makes them.
         customers: in the order in which they will be asked for.
@@ -128,7 +131,6 @@ class TokensAhead:
         self._pending: deque[Future[list[TokenRows | InputError]]] = deque()
         self._ready: deque[TokenRows | InputError] = deque()
         self._begun = self._taken = 0
-        self._begin()
 
     def take(self) -> TokenRows | InputError:
         """The rows of the next customer, or what is wrong with them.
@@ -136,6 +138,7 @@ class TokensAhead:
         Raises:
             IndexError: there is none.
         """
+        self._begin()
         if not self._ready:
             self._ready.extend(self._pending.popleft().result())
         self._taken += 1
@@ -143,8 +146,12 @@ class TokensAhead:
         return self._ready.popleft()
 
     def close(self) -> None:
-        """End the thread."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        """End the thread, however many signals come meanwhile; what it has not begun is not made.
+
+        Raises:
+            KeyboardInterrupt: one came.
+        """
+        finish(lambda: self._thread.shutdown(cancel_futures=True))
 
     def _begin(self) -> None:
         while self._begun < min(len(self.customers), self._taken + self.ahead):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
+from qrlora_deploy.io.threads import finish
 from qrlora_deploy.training.fleet.model import Learnt
 from qrlora_deploy.training.fleet.plan import Customer
 from qrlora_deploy.training.fleet.summary import RUN, Line, run_digest, trained_line
@@ -101,5 +102,9 @@ class Writer:
             yield self._pending.popleft().result()
 
     def close(self) -> None:
-        """End the threads when they have written what they began."""
-        self._threads.shutdown(wait=True)
+        """End the threads when they have written what they began, however many signals come meanwhile.
+
+        Raises:
+            KeyboardInterrupt: one came; everything is written.
+        """
+        finish(self._threads.shutdown)

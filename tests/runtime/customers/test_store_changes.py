@@ -166,3 +166,32 @@ def test_a_comparison_names_what_is_new_gone_or_other(tmp_path: Path) -> None:
     (tmp_path / "nothing").write_text("")
     assert poller.changed() == {"circle", "new", "nothing"}
     assert poller.changed() == set()
+
+
+def test_a_comparison_finds_what_was_replaced_before_it_looks_at_everything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qrlora_deploy.runtime.customers.polling.STEP", 10)
+    for number in range(30):
+        (tmp_path / f"{number:02}").write_text("1")
+    poller = FolderPoller(tmp_path)
+
+    def replace(name: str) -> None:
+        """Keep its time, as `cp -p` does; the folder's own time tells of it, whatever its file system's clock."""
+        status = (tmp_path / name).stat()
+        new = tmp_path.with_name("new")
+        new.write_text("2")
+        os.utime(new, ns=(status.st_atime_ns, status.st_mtime_ns))
+        new.replace(tmp_path / name)
+        later = tmp_path.stat().st_mtime_ns + 10**9
+        os.utime(tmp_path, ns=(later, later))
+
+    replace("29")
+    (tmp_path / "28").write_text("in place")
+    steps = poller.steps()
+    assert next(steps) == {"29"}
+    replace("27")
+    (tmp_path / "26").unlink()
+    assert next(steps) == {"27", "26"}
+    assert set().union(*steps) == {"28"}
+    assert poller.changed() == set()

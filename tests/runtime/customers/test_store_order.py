@@ -166,6 +166,7 @@ def test_a_backlog_takes_the_newest_first_and_survives_a_list_that_ends_early() 
             finished.set()
 
     def listed() -> Iterator[str]:
+        yield ""
         yield "x"
         raise InputError("the folder went away")
 
@@ -185,6 +186,26 @@ def test_a_backlog_takes_the_newest_first_and_survives_a_list_that_ends_early() 
     assert done == ["first", "a", "b", "due", "=x", "=last"] and complaints == ["the folder went away"]
 
 
+def test_a_name_that_changed_comes_before_a_list_that_takes_long() -> None:
+    done, finished = list[str](), threading.Event()
+
+    def listed() -> Iterator[str]:
+        waiting.add(["a"])
+        yield ""
+        yield "last"
+
+    def compare(name: str) -> None:
+        done.append(f"={name}")
+        finished.set()
+
+    waiting = backlog(done.append, compare, [])
+    waiting.start()
+    waiting.compare_later(listed())
+    assert finished.wait(DEADLINE_S)
+    waiting.close()
+    assert done == ["a", "=last"]
+
+
 def test_entries_that_came_last_are_named_first(tmp_path: Path) -> None:
     for number in range(polling.NEWEST + 44):
         path = tmp_path / f"{number:03}.safetensors"
@@ -194,7 +215,7 @@ def test_entries_that_came_last_are_named_first(tmp_path: Path) -> None:
     renamed = tmp_path / "000.safetensors"
     renamed.rename(tmp_path / "back.safetensors")
     (tmp_path / "nowhere.safetensors").symlink_to("absent")
-    found = list(polling.newest_first(tmp_path))
+    found = list(filter(None, polling.newest_first(tmp_path)))
     assert sorted(found) == sorted(path.name for path in tmp_path.iterdir())
     assert found[0] == "back.safetensors" and found[1] == f"{polling.NEWEST + 43:03}.safetensors"
     assert "nowhere.safetensors" in found[polling.NEWEST :]

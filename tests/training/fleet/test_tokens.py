@@ -1,5 +1,6 @@
 """Tokens made ahead: those of the library, in the order of the customers, and what is wrong with some."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,19 @@ def test_customers_come_in_their_order_and_few_wait(monkeypatch: pytest.MonkeyPa
     with pytest.raises(IndexError):
         ahead.take()
     ahead.close()
+
+
+def test_nothing_is_made_before_the_first_is_asked_for() -> None:
+    """Whoever asks is by then inside the block that closes, whenever a signal comes."""
+    asked: list[int] = []
+
+    def encode(customers: Sequence[Customer]) -> list[TokenRows | InputError]:
+        asked.append(len(customers))
+        return [InputError(customer.name) for customer in customers]
+
+    ahead = TokensAhead(encode, [customer_of("a", SENTENCES[:1])], 4)  # type: ignore[arg-type]
+    ahead.close()
+    assert asked == [] and ahead._begun == 0
 
 
 def test_a_customer_with_pairs_on_a_base_of_one_segment_stops_no_other() -> None:
