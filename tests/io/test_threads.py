@@ -26,20 +26,26 @@ def interrupting() -> Iterator[None]:
     signal.signal(signal.SIGUSR1, before)
 
 
-def interrupt_often() -> None:
-    for _ in range(60):
-        os.kill(os.getpid(), signal.SIGUSR1)
-        time.sleep(0.003)
-    time.sleep(0.1)
-
-
 @pytest.mark.usefixtures("interrupting")
 def test_a_thread_is_waited_for_however_many_signals_come() -> None:
-    asked: list[int] = []
+    asked, waited_for = list[int](), threading.Event()
+
+    def interrupt_often() -> None:
+        assert waited_for.wait(20)
+        for _ in range(60):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.003)
+        time.sleep(0.1)
+
     worker = threading.Thread(target=interrupt_often)
     worker.start()
+
+    def join() -> None:
+        waited_for.set()
+        worker.join()
+
     with pytest.raises(KeyboardInterrupt):
-        finish(worker.join, lambda: asked.append(1))
+        finish(join, lambda: asked.append(1))
     assert not worker.is_alive() and asked
 
 

@@ -51,10 +51,16 @@ def test_a_writer_that_closes_finishes_every_file(tmp_path: Path, monkeypatch: p
     writer = Writer(TrainSettings(learning_rate=0.1), Origin("base", "0" * 64, "1" * 64, "basis.safetensors"))
     for name in NAMES:
         writer.write(trained(name), tmp_path / f"{name}.safetensors")
+    shutdown = writer._threads.shutdown
+
+    def shut_down() -> None:
+        closing.set()
+        shutdown()
+
+    monkeypatch.setattr(writer._threads, "shutdown", shut_down)
     before = signal.signal(signal.SIGUSR1, interrupt)
     try:
         with pytest.raises(KeyboardInterrupt):
-            closing.set()
             writer.close()
     finally:
         signal.signal(signal.SIGUSR1, before)
