@@ -72,7 +72,7 @@ class State:
 
     def begin(self, output: Path | None) -> None:
         """The command begins, with this output."""
-        self.output, self.before = output, output and _state_of(output)
+        self.output, self.before = output, None if output is None else _state_of(output)
 
 
 class LazyGroup(click.Group):
