@@ -155,12 +155,12 @@ def test_a_rule_of_another_release_cannot_be_computed(bert: Checkpoint, tiny_bas
 def test_no_more_than_one_target_is_whole_at_a_time(
     bert: Checkpoint, tiny_basis: Basis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alive: weakref.WeakSet[Factorization] = weakref.WeakSet()
+    made: list[weakref.ref[Factorization]] = []
 
     def watched(weight: np.ndarray) -> Factorization:
         found = factorize_weight(weight)
-        alive.add(found)
-        most.append(len(alive))
+        made.append(weakref.ref(found))
+        most.append(sum(other() is not None for other in made))
         return found
 
     for rule in (EnergyShare(0.5), Together(0.5)):

@@ -31,6 +31,7 @@ from qrlora_deploy.models.weight_files import read_headers, weight_files
 from qrlora_deploy.rank_rules.energy_share import EnergyShare
 from qrlora_deploy.rank_rules.fixed_rank import FixedRank
 from qrlora_deploy.runtime import SwitchableSession, open_bundle
+from qrlora_deploy.runtime.bundle.row_layout import TABLE
 from qrlora_deploy.runtime.customers.packed_writer import write_packed
 from tests.cli.running import run_here
 from tests.test_imports import loaded_by
@@ -159,11 +160,12 @@ def test_a_plan_by_a_basis_is_what_that_basis_takes(
     assert disk["basis"]["fp32"] == tiny_basis_file.stat().st_size
     assert disk["base"]["fp32"] == (tiny_base / "model.safetensors").stat().st_size
     session = SwitchableSession(open_bundle(switchable), rows=301, threads=1)
-    assert sizes(plan, "memory")["coefficient table"]["fp32"] == session.table.memory.size_bytes
+    table = session.table.memory.parts[TABLE]
+    assert sizes(plan, "memory")["coefficient table"]["fp32"] == table.read_rows(0, table.rows).nbytes
     manifest = open_bundle(switchable).manifest
     names = [f"{number:016d}" for number in range(300)]
     for dtype in ("fp32", "fp16"):
-        write_packed(((name, tiny_customer) for name in names), tmp_path / "all.safetensors", manifest, dtype)
+        write_packed(((name, tiny_customer) for name in names), tmp_path / "all.safetensors", manifest, dtype=dtype)
         assert disk["packed file of all"][dtype] == (tmp_path / "all.safetensors").stat().st_size
 
 
