@@ -54,7 +54,8 @@ class Speed:
 
     Attributes:
         measured: the record.
-        rows_per_s: the measured rate by the ratio of the linear layers' weights; an estimate.
+        rows_per_s: an estimate: the measured rate by the ratio of the linear layers' weights, where the base has more of
+            them; never more than was measured, for what a run takes at least does not shrink with the base.
     """
 
     measured: Rate
@@ -210,4 +211,4 @@ def _speeds(gpu: str | None, block_weights: int, figures: Recorded) -> tuple[tup
     rates = figures.rates if gpu is None else figures.rates_on(gpu)
     if not rates:
         return (), f"no figure is recorded on {gpu}; there are figures on {', '.join(figures.devices)}"
-    return tuple(Speed(rate, rate.rows_per_s * rate.block_weights / block_weights) for rate in rates), ""
+    return tuple(Speed(rate, rate.rows_per_s * min(1.0, rate.block_weights / block_weights)) for rate in rates), ""

@@ -28,6 +28,7 @@ NEEDED = {
     "predict": "bundle --text a",
     "bench": "bundle",
     "quickstart": "--out new",
+    "doctor": "--plan base --customers 1",
 }
 """What else each command with numbers must be given."""
 

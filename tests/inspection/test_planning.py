@@ -39,7 +39,7 @@ from tests.test_imports import loaded_by
 RATE = {
     "device": "NVIDIA Z9 40GB",
     "model": "a base",
-    "block_weights": 28672,
+    "block_weights": 7168,
     "coefficients": 10,
     "precision": "fp16",
     "cuda_graph": True,
@@ -49,12 +49,14 @@ RATE = {
     "date": "2020-01-01",
     "record": "z9.json",
 }
-"""Twice the weights of the linear layers of `tiny_base`: 2 blocks of 4 x 32 x 32 and 2 x 32 x 48."""
+"""Half the weights of the linear layers of `tiny_base`: 2 blocks of 4 x 32 x 32 and 2 x 32 x 48."""
 
-SMALL_RATE = RATE | {"device": "8 CPU cores", "rows_per_s": 10.0}
+OTHER_RATE = RATE | {"device": "8 CPU cores", "rows_per_s": 10.0, "block_weights": 28672}
+"""Of a base twice as large."""
+
 KNOWN = Recorded.model_validate(
     {
-        "rates": [RATE, SMALL_RATE],
+        "rates": [RATE, OTHER_RATE],
         "ranks": [
             {"model": "one", "coefficients": 1, "directions": 4, "date": "", "record": ""},
             {"model": "other", "coefficients": 2, "directions": 10, "date": "", "record": ""},
@@ -211,11 +213,12 @@ def test_a_customers_file_is_about_as_large_as_planned(
 
 def test_speeds_are_scaled_by_the_weights_of_the_blocks(tiny_base: Path, known: None) -> None:
     plan = make_plan(tiny_base, 5, gpu="z9")
-    # Of a base with twice the weights in its linear layers a thousand rows a second: two thousand of this one.
-    assert [(speed.measured.device, speed.rows_per_s) for speed in plan.speeds] == [("NVIDIA Z9 40GB", 2000.0)]
+    # A thousand rows a second of a base with half the weights in its linear layers: half as many of this one.
+    assert [(speed.measured.device, speed.rows_per_s) for speed in plan.speeds] == [("NVIDIA Z9 40GB", 500.0)]
     assert plan.note == ""
     assert [speed.measured.device for speed in make_plan(tiny_base, 5).speeds] == ["NVIDIA Z9 40GB", "8 CPU cores"]
-    assert [speed.measured.rows_per_s for speed in make_plan(tiny_base, 5, gpu="CPU").speeds] == [10.0]
+    # Of a larger base ten: a plan counts on no more.
+    assert [speed.rows_per_s for speed in make_plan(tiny_base, 5, gpu="CPU").speeds] == [10.0]
 
 
 @pytest.mark.parametrize("name", ["Z9 80GB", "Z", "B300", "", "--"])
