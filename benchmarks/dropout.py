@@ -24,7 +24,7 @@ from qrlora_deploy.io.files import write_json
 from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.models.targets import choose_targets
 from qrlora_deploy.quickstart.run import WARMUP_EPOCHS, WARMUP_RATE, find_encoder
-from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.rank_rules.energy_share import EnergyShare
 from qrlora_deploy.training.settings import TrainSettings, WarmupSettings
 from qrlora_deploy.training.trainer import train
 from qrlora_deploy.training.warmup import warmup
@@ -56,7 +56,7 @@ def measure(checkpoint: Checkpoint, arguments: argparse.Namespace, folder: Path)
     for setup in arguments.setups:
         patterns, last_layers, head = SETUPS[setup]
         names = choose_targets(checkpoint.skeleton(), patterns, last_layers)
-        basis = factorize(checkpoint, names, RankRule(tau=0.5))
+        basis = factorize(checkpoint, names, EnergyShare(0.5))
         for customer, seed, dropout in product(arguments.customers, arguments.seeds, (False, True)):
             if (setup, customer, seed, dropout) in done:
                 continue

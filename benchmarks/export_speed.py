@@ -29,7 +29,7 @@ from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
 from qrlora_deploy.io.files import write_json
 from qrlora_deploy.models.checkpoint import open_checkpoint
 from qrlora_deploy.models.targets import choose_targets
-from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.rank_rules.energy_share import EnergyShare
 
 ROOT = Path(__file__).parents[1]
 LAST_LAYERS = 4
@@ -43,7 +43,7 @@ def prepare(folder: Path, shape: str) -> None:
     save_shape(folder / "base", shape, Shards({"sample": rows}, ("label 0", "label 1", "label 2", "label 3")))
     checkpoint = open_checkpoint(str(folder / "base"))
     targets = choose_targets(checkpoint.skeleton(), ["q" if shape == "mpnet" else "query"], LAST_LAYERS)
-    basis = factorize(checkpoint, targets, RankRule(tau=0.5))
+    basis = factorize(checkpoint, targets, EnergyShare(0.5))
     write_basis(basis, folder / "basis.safetensors")
     values = np.random.default_rng(0).uniform(0.5, 1.5, basis.total_rank).astype(np.float32)
     customer = Coefficients(values, basis.digest, "base", checkpoint.digest, checkpoint.task, checkpoint.labels)

@@ -34,7 +34,7 @@ from qrlora_deploy.formats.basis import write_basis
 from qrlora_deploy.formats.coefficients import read_coefficients
 from qrlora_deploy.io.files import write_json
 from qrlora_deploy.models.checkpoint import open_checkpoint
-from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.rank_rules.energy_share import EnergyShare
 
 BOUNDS = {"cpu": BOUND, "cuda": 0.1}
 """Of a customer in its shard against itself among all: fp32 on a CPU; on a GPU bf16, whose roundings depend on the
@@ -87,7 +87,7 @@ def prepare(folder: Path, shape: str, customers: int, rows: int) -> None:
     save_shape(folder / "base", shape, shards)
     checkpoint = open_checkpoint(str(folder / "base"))
     targets = targets_of(checkpoint.skeleton(), ["query"], LAST_LAYERS)
-    write_basis(factorize(checkpoint, targets, RankRule(tau=TAU)), folder / "basis.safetensors")
+    write_basis(factorize(checkpoint, targets, EnergyShare(TAU)), folder / "basis.safetensors")
     shards.write(folder / "all.tsv", range(customers), rows)
 
 

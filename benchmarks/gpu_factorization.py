@@ -22,7 +22,7 @@ import torch
 from benchmarks.records import environment
 from qrlora_deploy.factorization.decomposition import BatchFactorization, pivoted_qr
 from qrlora_deploy.io.files import write_json
-from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.rank_rules.energy_share import EnergyShare
 
 TIE = 1e-7
 """Relative distance of residual norms that counts as a tie: LAPACK, too, downdates its norms to half their digits."""
@@ -143,11 +143,14 @@ def _wait(device: torch.device) -> None:
 def measure_project(count: int, n: int, generator: torch.Generator, runs: int) -> dict[str, Any]:
     """`count` matrices `[n, n]` in fp16 to factors at tau 0.5 on the host, in seconds."""
     weights = torch.cat([falling(1, n, generator, 3.0).half() for _ in range(count)])
-    rule, seconds, ranks = RankRule(tau=0.5), [], 0
+    rule, seconds, ranks = EnergyShare(0.5), [], 0
+
+    def widest(diagonals: np.ndarray) -> int:
+        return max(rule.choose({str(index): row for index, row in enumerate(diagonals)}).values())
 
     def factorize() -> None:
         nonlocal ranks
-        found = pivoted_qr(weights, keep=rule.ranks_of)
+        found = pivoted_qr(weights, keep=widest)
         ranks = found.q.shape[2]
         for part in (found.q, found.r, found.diagonal):
             part.float().cpu()

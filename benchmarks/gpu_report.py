@@ -17,7 +17,7 @@ from qrlora_deploy.bench.plan import Plan
 from qrlora_deploy.bench.record import Report, write_report
 from qrlora_deploy.bench.run import run_benchmark
 from qrlora_deploy.formats.coefficients import write_coefficients
-from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.rank_rules.fixed_rank import FixedRank
 
 RANK = 160
 PRECISIONS = {"fp16": "fp16", "fp16_one_customer": "fp16", "fp32": "fp32"}
@@ -28,7 +28,7 @@ def make_plans(folder: Path, arguments: argparse.Namespace) -> dict[str, Plan]:
     """Export what the reports need and say what is to be measured, by name of the report."""
     customers = folder / "customers"
     customers.mkdir()
-    rule = RankRule(tau=None, rank=arguments.rank)
+    rule = FixedRank(arguments.rank)
     made = {}
     for precision in sorted({PRECISIONS[name] for name in arguments.reports}):
         place = folder / precision

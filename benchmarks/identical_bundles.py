@@ -27,7 +27,7 @@ from qrlora_deploy.bench.statistics import PERCENTILES, ratio, ratio_in_rounds
 from qrlora_deploy.bench.subjects import BundleSubject, Spec
 from qrlora_deploy.bench.workload import Workload
 from qrlora_deploy.io.files import digest_file, write_json
-from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.rank_rules.energy_share import EnergyShare
 from qrlora_deploy.runtime.bundle.bundle import MANIFEST_FILE, MODEL_FILE
 
 NAMES = ("first", "second", "slower")
@@ -77,7 +77,7 @@ def _add_to_logits(graph: Any, late: list[Any], nothings: list[str]) -> None:
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All repeats; returns the record that is written."""
-    serving = prepare(folder, "minilm", 1, RankRule(tau=0.5), "cpu")
+    serving = prepare(folder, "minilm", 1, EnergyShare(0.5), "cpu")
     normal, slower = serving.merged.folder, folder / "slower"
     slow_down(normal, slower, arguments.branches)
     repeats = []

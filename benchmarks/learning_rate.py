@@ -32,7 +32,7 @@ from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.models.targets import choose_targets
 from qrlora_deploy.quickstart.measuring import Scorer
 from qrlora_deploy.quickstart.run import WARMUP_EPOCHS, WARMUP_RATE, find_encoder
-from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.rank_rules.energy_share import EnergyShare
 from qrlora_deploy.training.settings import TrainSettings, WarmupSettings, default_rate
 from qrlora_deploy.training.trainer import train
 from qrlora_deploy.training.warmup import warmup
@@ -96,7 +96,7 @@ def make_bases(task: Task, setups: Sequence[str], folder: Path) -> tuple[Checkpo
     for setup in setups:
         patterns, last_layers, tau = SETUPS[setup]
         names = choose_targets(checkpoint.skeleton(), patterns, last_layers)
-        bases[setup] = factorize(checkpoint, names, RankRule(tau=tau))
+        bases[setup] = factorize(checkpoint, names, EnergyShare(tau))
     return checkpoint, bases
 
 

@@ -25,7 +25,8 @@ from peft import LoraConfig, get_peft_model
 from benchmarks.records import environment, summary
 from benchmarks.serving import Serving, make_inputs, prepare
 from qrlora_deploy.io.files import write_json
-from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.rank_rules.energy_share import EnergyShare
+from qrlora_deploy.rank_rules.fixed_rank import FixedRank
 from qrlora_deploy.runtime import Buckets, SwitchableSession, open_session
 from qrlora_deploy.runtime.sessions.bucket_runner import make_runner
 from qrlora_deploy.runtime.sessions.running import Runner
@@ -38,7 +39,7 @@ TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2}
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Build, check, time; returns the record that is written."""
-    rule = RankRule(tau=None, rank=arguments.rank) if arguments.rank else RankRule(tau=0.5)
+    rule = FixedRank(arguments.rank) if arguments.rank else EnergyShare(0.5)
     most = max(batch for batch, _length in arguments.shapes)
     serving = prepare(folder, arguments.model, most, rule, arguments.provider, arguments.precision)
     return {

@@ -17,7 +17,7 @@ from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.io.files import write_json
 from qrlora_deploy.models.checkpoint import open_checkpoint
 from qrlora_deploy.models.targets import choose_targets
-from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.rank_rules.energy_share import EnergyShare
 
 TAU = 0.5
 LAST_LAYERS = 4
@@ -30,7 +30,7 @@ def measure(checkpoint_folder: str) -> dict[str, Any]:
     checkpoint = open_checkpoint(checkpoint_folder)
     names = choose_targets(checkpoint.skeleton(), [QUERY], LAST_LAYERS)
     start = time.perf_counter()
-    basis = factorize(checkpoint, names, RankRule(tau=TAU))
+    basis = factorize(checkpoint, names, EnergyShare(TAU))
     elapsed_s = time.perf_counter() - start
     return {
         "model": Path(checkpoint_folder).name,

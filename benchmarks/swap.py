@@ -19,13 +19,14 @@ from benchmarks.records import environment, summary
 from benchmarks.serving import Serving, make_inputs, prepare
 from qrlora_deploy.formats.coefficients import write_coefficients
 from qrlora_deploy.io.files import write_json
-from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.rank_rules.energy_share import EnergyShare
+from qrlora_deploy.rank_rules.fixed_rank import FixedRank
 from qrlora_deploy.runtime import Buckets, SwitchableSession
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Build, check, time; returns the record that is written."""
-    rule = RankRule(tau=None, rank=arguments.rank) if arguments.rank else RankRule(tau=0.5)
+    rule = FixedRank(arguments.rank) if arguments.rank else EnergyShare(0.5)
     serving = prepare(folder, arguments.model, 2, rule, arguments.provider, arguments.precision)
     buckets = Buckets((arguments.batch,), (arguments.length,)) if arguments.cuda_graph else None
     session = SwitchableSession(serving.switchable, arguments.provider, buckets=buckets)

@@ -36,7 +36,8 @@ from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.io.files import write_json
 from qrlora_deploy.models.adapter import QRLoRALinear, attach, get_coefficients, precondition
 from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
-from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.rank_rules.energy_share import EnergyShare
+from qrlora_deploy.rank_rules.fixed_rank import FixedRank
 from qrlora_deploy.tasks.classification import Classification
 from qrlora_deploy.training.cached_trainer import (
     CachedTrainer,
@@ -316,7 +317,7 @@ def save_base(folder: Path, shape: str) -> Path:
 def prepare(arguments: argparse.Namespace, data: str, folder: Path) -> Setup:
     """Everything the subjects share, with as many rows as the steps of a round need."""
     checkpoint = open_checkpoint(str(arguments.model or save_base(folder / "base", arguments.shape)))
-    rule = RankRule(tau=TAU) if arguments.model else RankRule(tau=None, rank=RANK)
+    rule = EnergyShare(TAU) if arguments.model else FixedRank(RANK)
     basis = factorize(checkpoint, targets_of(checkpoint.skeleton(), ["query"], LAST_LAYERS), rule)
     settings = TrainSettings(
         epochs=1,

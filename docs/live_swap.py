@@ -267,7 +267,7 @@ def make_own(folder: Path) -> Bundle:
     from qrlora_deploy.models.checkpoint import open_checkpoint
     from qrlora_deploy.models.targets import choose_targets
     from qrlora_deploy.quickstart.run import find_encoder
-    from qrlora_deploy.rank_rules.rule import RankRule
+    from qrlora_deploy.rank_rules.energy_share import EnergyShare
     from qrlora_deploy.training.settings import WarmupSettings
     from qrlora_deploy.training.warmup import warmup
 
@@ -278,7 +278,7 @@ def make_own(folder: Path) -> Bundle:
     few = Examples(everything.texts[::5], None, everything.labels[::5], everything.name)
     warmup(encoder, few, None, folder / "base", WarmupSettings(mode="head", epochs=1, max_length=32, device="cpu"))
     base = open_checkpoint(str(folder / "base"))
-    basis = factorize(base, choose_targets(base.skeleton(), ("query", "value"), 3), RankRule(tau=0.5))
+    basis = factorize(base, choose_targets(base.skeleton(), ("query", "value"), 3), EnergyShare(0.5))
     export_switchable(
         ExportJob(base, basis, folder / "bundle", texts=Examples(list(TEXTS), None, few.labels[: len(TEXTS)], "texts"))
     )

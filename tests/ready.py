@@ -27,10 +27,10 @@ def make_basis(base: Path) -> Basis:
     from qrlora_deploy.factorization.from_checkpoint import factorize
     from qrlora_deploy.models.checkpoint import open_checkpoint
     from qrlora_deploy.models.targets import choose_targets
-    from qrlora_deploy.rank_rules.rule import RankRule
+    from qrlora_deploy.rank_rules.energy_share import EnergyShare
 
     checkpoint = open_checkpoint(str(base))
-    return factorize(checkpoint, choose_targets(checkpoint.skeleton(), TARGETS), RankRule(tau=0.5))
+    return factorize(checkpoint, choose_targets(checkpoint.skeleton(), TARGETS), EnergyShare(0.5))
 
 
 def make_customer(base: Path, basis: Basis, basis_file: Path) -> Coefficients:

@@ -148,6 +148,19 @@ def test_factorize_gives_what_the_command_writes(tiny_base: Path, tmp_path: Path
     assert list(basis.ranks.values()) == [3]
 
 
+def test_factorize_takes_a_rule_of_anybody(tiny_base: Path, tmp_path: Path) -> None:
+    # The example of docs/factorization.md.
+    page = (ROOT / "docs" / "factorization.md").read_text("utf-8")
+    names: dict[str, Any] = {}
+    exec(page.partition("```python\n")[2].partition("```")[0], names)
+    basis = qr.factorize(tiny_base, targets="query", rule=names["Budget"](20))
+    assert basis.total_rank == 20 and str(basis.rule) == "20 directions"
+    basis.save(tmp_path / "b.safetensors")
+    assert str(qr.Basis.load(tmp_path / "b.safetensors").rule) == 'budget {"total": 20}, unknown to this version'
+    with pytest.raises(InputError, match="rule, tau and rank exclude each other"):
+        qr.factorize(tiny_base, rule=names["Budget"](20), tau=0.5)
+
+
 def test_factorize_refuses_what_excludes_each_other(tiny_base: Path) -> None:
     with pytest.raises(InputError, match="tau and rank exclude each other"):
         qr.factorize(tiny_base, tau=0.5, rank=3)

@@ -33,7 +33,7 @@ from qrlora_deploy.runtime.verification.parity import read_reference
 from tests.bench.fixed import good_report
 from tests.damaging import damage_value, damaged_bytes, damaged_header, damaged_json, same
 from tests.forging import forge, reseal
-from tests.golden.make import BASIS_FILE, COEFFICIENTS_FILE
+from tests.golden.make import BASIS_2_FILE, BASIS_FILE, COEFFICIENTS_FILE
 
 MANY = int(os.environ.get("QRLORA_DAMAGES", "150"))
 """Damages of each reader; tens of thousands take minutes."""
@@ -130,6 +130,15 @@ def basis(sources: Sources) -> Reader:
 
 @reader
 def sealed_basis(sources: Sources) -> Reader:
+    return _sealed_basis(sources, BASIS_2_FILE)
+
+
+@reader
+def sealed_basis_of_version_1(sources: Sources) -> Reader:
+    return _sealed_basis(sources, BASIS_FILE)
+
+
+def _sealed_basis(sources: Sources, golden: Path) -> Reader:
     path, written = sources.folder / "b.safetensors", {}
 
     def damage(chance: Chance) -> None:
@@ -138,11 +147,12 @@ def sealed_basis(sources: Sources) -> Reader:
             written.clear()
             written.update(metadata)
 
-        _sealed(BASIS_FILE, path, change)
+        _sealed(golden, path, change)
 
     def right(found: Any) -> bool:
         targets = [{"name": t.name, "rank": t.rank, "weight_digest": t.weight_digest} for t in found.targets]
-        rule = {"tau": found.rule.tau, "rank": found.rule.rank}
+        rest = {"tau": None, "rank": None} if golden == BASIS_FILE else {"kind": found.rule.kind}
+        rule = rest | found.rule.parameters
         known = {"base_name": found.base_name, "versions": found.versions, "rule": rule, "basis_digest": found.digest}
         kept = [{name: target[name] for name in targets[0]} for target in written["targets"]]
         return same(targets, kept) and all(same(value, written[name]) for name, value in known.items())

@@ -218,10 +218,29 @@ for arguments in [["--help"], ["--version"], *([command, "--help"] for command i
 
 
 def test_the_runtime_loads_neither_torch_nor_transformers() -> None:
-    found = loaded_by("import qrlora_deploy.runtime")
+    found = loaded_by("import qrlora_deploy.runtime as runtime\nfor name in runtime.__all__: getattr(runtime, name)")
     assert "onnxruntime" in found
     heavy = {"torch", "transformers", "onnx", "datasets", "sklearn", "scipy", "matplotlib", "exporters"}
     assert found & heavy == set()
+
+
+def test_the_runtime_loads_onnx_runtime_when_a_session_is_asked_for() -> None:
+    code = "import qrlora_deploy.runtime as runtime\nruntime.open_bundle, runtime.Manifest"
+    assert loaded_by(code) & {"onnxruntime", "torch", "transformers", "onnx"} == set()
+
+
+def test_type_checkers_read_the_names_of_the_runtime() -> None:
+    runtime = importlib.import_module("qrlora_deploy.runtime")
+    tree = ast.parse(MODULES["qrlora_deploy.runtime"].read_text("utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    shown = {
+        (f"{node.module}".removeprefix("qrlora_deploy.runtime."), alias.name)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert shown == {(module, name) for module, names in runtime._PLACES.items() for name in names}
+    assert sorted(runtime.__all__) == sorted(name for _, name in shown)
 
 
 def test_what_an_operator_looks_at_files_with_loads_neither_torch_nor_transformers() -> None:

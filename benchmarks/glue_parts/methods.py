@@ -19,7 +19,7 @@ from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
 from qrlora_deploy.models.adapter import QRLoRALinear, attach, get_coefficients, precondition
 from qrlora_deploy.models.checkpoint import Checkpoint
-from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.rank_rules.energy_share import EnergyShare
 from qrlora_deploy.tasks.classification import Classification
 from qrlora_deploy.tasks.regression import Regression
 from qrlora_deploy.training.settings import default_rate
@@ -154,7 +154,7 @@ def prepare(method: Method, model: Any, start: Checkpoint, train_head: bool, lab
 def make_basis(method: Method, start: Checkpoint, device: str) -> Basis:
     """The basis of a QR method, from the weights it starts with."""
     names = targets_of(start.skeleton(), method.projections, method.last_layers)
-    return factorize(start, names, RankRule(tau=TAU), device)
+    return factorize(start, names, EnergyShare(TAU), device)
 
 
 def _given(method: Method) -> float:

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.shapes import SHAPES, random_classifier
 from qrlora_deploy.formats.basis import Basis, BasisTarget
-from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.rank_rules.fixed_rank import FixedRank
 
 VOCABULARIES = {"roberta": 50265, "mpnet": 30527, "minilm": 30522}
 TINY = {
@@ -88,4 +88,4 @@ def make_basis(model: Any, setup: Setup) -> Basis:
     q = torch.linalg.qr(torch.randn(width, rank)).Q.numpy()
     r = torch.linalg.qr(torch.randn(width, rank)).Q.T.contiguous().numpy()
     targets = [BasisTarget(name, q, r, np.ones(width, np.float32), "0" * 64) for name in kept]
-    return Basis(tuple(targets), "random", RankRule(tau=None, rank=rank), {})
+    return Basis(tuple(targets), "random", FixedRank(rank), {})

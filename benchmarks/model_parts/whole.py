@@ -22,7 +22,7 @@ from qrlora_deploy.merging.checkpoints import merge
 from qrlora_deploy.models.capacity import padding_reach
 from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.models.targets import choose_targets, left_out
-from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.rank_rules.energy_share import EnergyShare
 from qrlora_deploy.runtime import SwitchableSession, open_bundle, open_session
 from qrlora_deploy.training.fleet.options import FleetOptions
 from qrlora_deploy.training.fleet.plan import FleetSource
@@ -92,7 +92,7 @@ def _factorize(checkpoint: Checkpoint, tried: Tried) -> Basis:
     names = choose_targets(checkpoint.skeleton())
     tried.facts["targets"] = len(names)
     tried.facts["left out"] = [str(part) for part in left_out(checkpoint.skeleton())]
-    return factorize(checkpoint, names, RankRule(tau=0.5))
+    return factorize(checkpoint, names, EnergyShare(0.5))
 
 
 class _Whole:

@@ -16,7 +16,7 @@ from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.checkpoint import open_checkpoint
 from qrlora_deploy.models.targets import choose_targets
-from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.rank_rules.fixed_rank import FixedRank
 from qrlora_deploy.runtime import Bundle, Manifest, open_bundle
 from qrlora_deploy.runtime.customers.packed_writer import write_packed_blocks
 
@@ -92,7 +92,7 @@ def make_bundle(folder: Path, model: str, rank: int, provider: str, precision: s
     """Export a switchable bundle with an fp16 table: query projections of the last layers, random weights."""
     checkpoint = open_checkpoint(str(save_base(folder / "base", model)))
     targets = choose_targets(checkpoint.skeleton(), ["query"], LAST_LAYERS)
-    basis = factorize(checkpoint, targets, RankRule(tau=None, rank=rank))
+    basis = factorize(checkpoint, targets, FixedRank(rank))
     texts = Examples(sample_texts()[:8], None, ["0"] * 8, "samples")
     job = ExportJob(checkpoint, basis, folder / "bundle", texts=texts, provider=provider)
     export_switchable(replace(job, precision=precision, table_dtype="fp16"))

@@ -9,10 +9,8 @@ from qrlora_deploy.factorization.from_checkpoint import factorize as factorize_l
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.models.targets import choose_targets
-from qrlora_deploy.rank_rules.rule import RankRule
-
-TAU = 0.5
-"""Share of the energy that is kept where neither tau nor a rank is given."""
+from qrlora_deploy.rank_rules.base import RankRule
+from qrlora_deploy.rank_rules.registry import rule_of
 
 
 def factorize(
@@ -22,6 +20,7 @@ def factorize(
     last_layers: int | None = None,
     tau: float | None = None,
     rank: int | None = None,
+    rule: RankRule | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> Basis:
@@ -37,6 +36,7 @@ def factorize(
         last_layers: only the last N blocks.
         tau: share of the energy of R's diagonal to keep, above 0 and at most 1; 0.5 where there is no rank either.
         rank: a fixed number of directions of each weight instead.
+        rule: another rule instead, which may see all weights at once; see `qrlora_deploy.rank_rules.base`.
         device: "cpu" (LAPACK in fp64) or "cuda".
         progress: called with (description, done, total) after each weight.
 
@@ -44,8 +44,8 @@ def factorize(
         The basis, in memory; `save` writes it.
 
     Raises:
-        InputError: there is no such base or layer, the base is none of the supported kind or is not whole, or tau
-            and rank are both given or out of range.
+        InputError: there is no such base or layer, the base is none of the supported kind or is not whole, or tau,
+            rank and rule are not one alone, or are out of range.
         ProviderError: CUDA was asked for where there is none.
 
     Examples:
@@ -54,9 +54,9 @@ def factorize(
         >>> basis.total_rank == sum(basis.ranks.values())
         True
     """
-    if tau is not None and rank is not None:
-        raise InputError("tau and rank exclude each other; give one of them")
-    rule = RankRule(TAU if tau is None and rank is None else tau, rank)
+    if rule is not None and (tau is not None or rank is not None):
+        raise InputError("rule, tau and rank exclude each other; give one of them")
+    rule = rule or rule_of(tau, rank)
     checkpoint = as_checkpoint(base)
     checkpoint.check_base()
     patterns = [targets] if isinstance(targets, str) else list(targets)

@@ -3,6 +3,7 @@
 `docs/bench.md` describes the fields. All times are milliseconds, all sizes bytes, all rates per second.
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -11,11 +12,12 @@ from pydantic import Field
 
 from qrlora_deploy.errors import FileFormatError, InputError
 from qrlora_deploy.io.files import atomic_file
-from qrlora_deploy.io.reading import check_version, parse_json, read_text
+from qrlora_deploy.io.reading import parse_json, read_text
 from qrlora_deploy.io.strict import Record, from_json
+from qrlora_deploy.io.versions import Versions
 
 FORMAT: Literal["qrlora-bench"] = "qrlora-bench"
-FORMAT_VERSION: Literal[1] = 1
+VERSIONS = Versions(1, remedy="run bench again")
 MAX_REPORT_BYTES = 2**30
 
 Scenario = Literal["single-stream", "offline", "server", "idle-gap", "cold-start", "swap"]
@@ -271,7 +273,7 @@ class Report(Record):
     """Everything."""
 
     format: Literal["qrlora-bench"] = FORMAT
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1] = 1
     settings: Settings
     environment: Environment
     subjects: list[Subject] = Field(min_length=1)
@@ -323,5 +325,5 @@ def read_report(path: Path) -> Report:
     record = parse_json(text, f"{path} is not JSON")
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise FileFormatError(f"{path} is not a report of bench")
-    check_version(path, record.get("format_version"), FORMAT_VERSION)
-    return from_json(Report, text, f"{path} is not a report of bench")
+    what = f"{path} is not a report of bench"
+    return from_json(Report, json.dumps(VERSIONS.upgraded(path, record, what)), what)

@@ -38,7 +38,7 @@ MOVED = {
     "qrlora_deploy.plotting": "qrlora_deploy.inspection.plots",
     "qrlora_deploy.provenance": "qrlora_deploy.formats.provenance",
     "qrlora_deploy.quickstart.data": "qrlora_deploy.data.sample",
-    "qrlora_deploy.rank_rule": "qrlora_deploy.rank_rules.rule",
+    "qrlora_deploy.rank_rule": "qrlora_deploy.deprecated.rank_rule",
     "qrlora_deploy.reading": "qrlora_deploy.io.reading",
     "qrlora_deploy.runtime.backlog": "qrlora_deploy.runtime.customers.backlog",
     "qrlora_deploy.runtime.blocks": "qrlora_deploy.runtime.table.blocks",

@@ -75,6 +75,27 @@ def factorize_weight(weight: np.ndarray) -> Factorization:
     return Factorization(q * signs, ordered * signs[:, None], pivots, np.abs(diagonal))
 
 
+def diagonal_of(weight: np.ndarray) -> np.ndarray:
+    """`factorize_weight(weight).diagonal`, to the bit, without forming Q.
+
+    Raises:
+        InputError: as `factorize_weight`.
+    """
+    _check_weight(weight.shape, bool(np.isfinite(weight).all()))
+    r, _ = scipy.linalg.qr(weight.astype(np.float64), mode="r", pivoting=True)
+    return np.abs(np.diag(r))
+
+
+def diagonals_of(weights: torch.Tensor) -> np.ndarray:
+    """The diagonals `[batch, min(out, in)]` by which `pivoted_qr` asks how much of `weights [batch, out, in]` to form.
+
+    Raises:
+        InputError: as `factorize_weight`.
+    """
+    _check_weight(tuple(weights.shape[1:]), bool(weights.isfinite().all()))
+    return pivot_order(weights.to(torch.float64), min(weights.shape[1:]))[1].cpu().numpy()
+
+
 def factorize_weights(weights: torch.Tensor) -> list[Factorization]:
     """Full pivoted QR of `weights [batch, out, in]` on their device, in fp64.
 
@@ -112,8 +133,7 @@ def pivoted_qr(
     Args:
         weights: one shape, so that a step is the same kernel for all of them.
         steps: pivots to choose, at most and by default min(out, in). Fewer stop early.
-        keep: from a diagonal `[steps]`, how many directions of it to form, such as `RankRule.ranks_of`. The batch
-            gets the largest of the answers. None: all.
+        keep: from the diagonals `[batch, steps]`, how many directions to form of each weight. None: all.
 
     Raises:
         InputError: the weights are not finite, non-empty matrices, or there are no steps.
@@ -125,7 +145,7 @@ def pivoted_qr(
         raise InputError(f"a factorization needs at least one step, not {steps}")
     exact = weights.to(torch.float64)
     pivots, diagonal = pivot_order(exact, steps)
-    rank = steps if keep is None else max(keep(row) for row in diagonal.cpu().numpy())
+    rank = steps if keep is None else keep(diagonal.cpu().numpy())
     leading = pivots[:, None, :rank]
     q = orthonormal(exact.gather(2, leading.expand(-1, exact.shape[1], -1)))
     r = q.mT @ exact

@@ -2,17 +2,25 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 
 import numpy as np
 import torch
 
 from qrlora_deploy.errors import InputError, ProviderError
-from qrlora_deploy.factorization.decomposition import bytes_of_one, factorize_weight, pivoted_qr
+from qrlora_deploy.factorization.decomposition import (
+    bytes_of_one,
+    diagonal_of,
+    diagonals_of,
+    factorize_weight,
+    pivoted_qr,
+)
 from qrlora_deploy.formats.basis import Basis, BasisTarget
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.models.targets import is_conv1d
-from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.rank_rules.base import RankRule
+from qrlora_deploy.rank_rules.registry import chosen_ranks
 from qrlora_deploy.version import __version__
 
 Progress = Callable[[str, int, int], None]
@@ -33,9 +41,10 @@ def factorize(
     Args:
         checkpoint: the base.
         names: module paths, from `choose_targets`.
-        rule: how many directions are kept.
+        rule: by which the ranks are chosen.
         device: "cpu" (LAPACK) or "cuda".
-        progress: called with (description, done, total) after each weight.
+        progress: called with (description, done, total) after each weight; a rule that sees all targets at once has
+            each weight counted twice, once for its diagonal.
 
     Raises:
         InputError: the base is none of the supported kind or is not whole, a layer is missing, or its weight is
@@ -48,7 +57,7 @@ def factorize(
         raise InputError(f"--device must be cpu or cuda, not {device}")
     checkpoint.check_base()
     done: dict[str, BasisTarget] = {}
-    for name, q, r, diagonal in _results(checkpoint, names, rule, device):
+    for name, q, r, diagonal in _results(checkpoint, names, rule, device, progress):
         digest = checkpoint.tensor_digest(checkpoint.tensor_of(name))
         done[name] = BasisTarget(name, _stored(q), _stored(r), _stored(diagonal), digest)
         if progress:
@@ -60,14 +69,52 @@ def factorize(
 Factors = tuple[str, np.ndarray, np.ndarray, np.ndarray]
 """Name, `Q [out, rank]`, `R [rank, in]` and the whole diagonal `[min(out, in)]` of a target."""
 
+Ranks = Callable[[dict[str, np.ndarray]], dict[str, int]]
+"""From the diagonals of some targets to their ranks, in the same order."""
+
 
 def _stored(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array, dtype=np.float32)
 
 
-def _results(checkpoint: Checkpoint, names: list[str], rule: RankRule, device: str) -> Iterator[Factors]:
+def _results(
+    checkpoint: Checkpoint, names: list[str], rule: RankRule, device: str, progress: Progress | None
+) -> Iterator[Factors]:
+    """The factors of each target as soon as they are there, so that no more than a batch of them is whole at a time."""
+    if rule.per_target:
+        ranks: Ranks = partial(chosen_ranks, rule)
+    else:
+        # A pass for the diagonals alone: the factors of all targets in full would be larger than the base.
+        ranks = partial(_picked, chosen_ranks(rule, _diagonals(checkpoint, names, device, progress)))
+    for batch, place in _batches(checkpoint, names, device):
+        yield from (_by_lapack if place == "cpu" else _by_batch)(checkpoint, batch, ranks)
+
+
+def _picked(chosen: dict[str, int], diagonals: dict[str, np.ndarray]) -> dict[str, int]:
+    return {name: chosen[name] for name in diagonals}
+
+
+def _diagonals(
+    checkpoint: Checkpoint, names: list[str], device: str, progress: Progress | None
+) -> dict[str, np.ndarray]:
+    """The whole diagonal of R of every target, in the order of `names`."""
+    found: dict[str, np.ndarray] = {}
+    for batch, place in _batches(checkpoint, names, device):
+        if place == "cpu":
+            found |= {name: _diagonal(checkpoint, name) for name in batch}
+        else:
+            weights = _stacked(checkpoint, batch)
+            with _naming(", ".join(batch[:2])):
+                found |= zip(batch, diagonals_of(weights), strict=True)
+        if progress:
+            progress("diagonals", len(found), len(names))
+    return {name: found[name] for name in names}
+
+
+def _batches(checkpoint: Checkpoint, names: list[str], device: str) -> Iterator[tuple[list[str], str]]:
+    """Targets that are factorized together, and where: "cpu" or "cuda"."""
     if device == "cpu":
-        yield from _by_lapack(checkpoint, names, rule)
+        yield from (([name], "cpu") for name in names)
         return
     by_shape: dict[tuple[int, int], list[str]] = {}
     for name in names:
@@ -79,29 +126,44 @@ def _results(checkpoint: Checkpoint, names: list[str], rule: RankRule, device: s
         size = int(MEMORY_SHARE * free / max(bytes_of_one(out, width), bytes_of_one(width, out)))
         if size == 0:
             # One matrix alone is larger than the device's memory, not than the host's.
-            yield from _by_lapack(checkpoint, group, rule)
+            yield from (([name], "cpu") for name in group)
             continue
-        for start in range(0, len(group), size):
-            yield from _by_batch(checkpoint, group[start : start + size], rule, device)
+        yield from ((group[start : start + size], device) for start in range(0, len(group), size))
 
 
-def _by_lapack(checkpoint: Checkpoint, names: list[str], rule: RankRule) -> Iterator[Factors]:
+def _diagonal(checkpoint: Checkpoint, name: str) -> np.ndarray:
+    with _naming(name):
+        return diagonal_of(_exact(checkpoint, name))
+
+
+def _by_lapack(checkpoint: Checkpoint, names: list[str], ranks: Ranks) -> Iterator[Factors]:
     for name in names:
         with _naming(name):
-            result = factorize_weight(read_weight(checkpoint, name).to(torch.float64).numpy())
-        rank = rule.ranks_of(result.diagonal)
+            result = factorize_weight(_exact(checkpoint, name))
+        rank = ranks({name: result.diagonal})[name]
         yield name, result.q[:, :rank], result.r[:rank], result.diagonal
 
 
-def _by_batch(checkpoint: Checkpoint, names: list[str], rule: RankRule, device: str) -> Iterator[Factors]:
-    weights = torch.stack([read_weight(checkpoint, name).to(device) for name in names])
+def _by_batch(checkpoint: Checkpoint, names: list[str], ranks: Ranks) -> Iterator[Factors]:
+    def named(diagonals: np.ndarray) -> dict[str, np.ndarray]:
+        return dict(zip(names, diagonals, strict=True))
+
+    weights = _stacked(checkpoint, names)
     with _naming(", ".join(names[:2])):
-        found = pivoted_qr(weights, keep=rule.ranks_of)
+        found = pivoted_qr(weights, keep=lambda each: max(ranks(named(each)).values()))
     # In fp32 as the basis stores them: half the way from the device.
     q, r = found.q.float().cpu().numpy(), found.r.float().cpu().numpy()
-    for index, (name, diagonal) in enumerate(zip(names, found.diagonal.cpu().numpy(), strict=True)):
-        rank = rule.ranks_of(diagonal)
-        yield name, q[index, :, :rank], r[index, :rank], diagonal
+    diagonals = named(found.diagonal.cpu().numpy())
+    for index, (name, rank) in enumerate(ranks(diagonals).items()):
+        yield name, q[index, :, :rank], r[index, :rank], diagonals[name]
+
+
+def _exact(checkpoint: Checkpoint, name: str) -> np.ndarray:
+    return read_weight(checkpoint, name).to(torch.float64).numpy()
+
+
+def _stacked(checkpoint: Checkpoint, names: list[str]) -> torch.Tensor:
+    return torch.stack([read_weight(checkpoint, name).to("cuda") for name in names])
 
 
 @contextmanager

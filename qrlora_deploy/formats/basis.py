@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from qrlora_deploy.errors import FileFormatError, InputError
 from qrlora_deploy.io.files import digest_arrays, has_format, read_tensors, write_tensors
 from qrlora_deploy.io.outputs import prepare_file
 from qrlora_deploy.io.strict import Record, from_value
-from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.io.versions import Versions
+from qrlora_deploy.rank_rules.base import RankRule
+from qrlora_deploy.rank_rules.registry import read_rule, rule_of, stored_rule
 
 FORMAT = "qrlora-basis"
-FORMAT_VERSION = 1
 
 
 class _StoredTarget(BaseModel):
@@ -29,11 +30,28 @@ class _StoredTarget(BaseModel):
     weight_digest: str
 
 
-class _StoredRule(Record):
-    """`RankRule` as it is stored."""
+class _Rule1(Record):
+    """The rule in version 1: `tau` or `rank`, and null for the other."""
 
     tau: float | None
     rank: int | None
+
+
+class _Stored1(BaseModel):
+    """What of version 1 is otherwise today."""
+
+    rule: _Rule1
+
+
+def _with_kind_of_rule(record: dict[str, Any]) -> dict[str, Any]:
+    """From version 1 to 2: a rule is kept by its kind and parameters."""
+    old = from_value(_Stored1, record, "the rank rule").rule
+    if old.tau is None and old.rank is None:
+        raise FileFormatError("the rank rule has neither tau nor a rank")
+    return record | {"rule": stored_rule(rule_of(old.tau, old.rank))}
+
+
+VERSIONS = Versions(2, {1: _with_kind_of_rule})
 
 
 class _Stored(BaseModel):
@@ -41,7 +59,7 @@ class _Stored(BaseModel):
 
     base_name: str
     basis_digest: str
-    rule: _StoredRule
+    rule: dict[str, Any]
     targets: list[_StoredTarget]
     versions: dict[str, str]
 
@@ -90,7 +108,7 @@ class Basis:
     Attributes:
         targets: the factors of each weight.
         base_name: folder or hub name of the base, as it was given.
-        rule: how many directions were kept.
+        rule: by which the ranks were chosen.
         versions: of the tools that made it.
         file: where it was read from or saved to, as an absolute path; None before that.
     """
@@ -175,10 +193,10 @@ def write_basis(basis: Basis, path: Path) -> None:
     """Write a basis file, replacing `path` in one step; an old file survives any failure."""
     metadata = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": VERSIONS.current,
         "base_name": basis.base_name,
         "basis_digest": basis.digest,
-        "rule": asdict(basis.rule),
+        "rule": stored_rule(basis.rule),
         "targets": [
             {"name": target.name, "rank": target.rank, "weight_digest": target.weight_digest}
             for target in basis.targets
@@ -195,12 +213,11 @@ def read_basis(path: Path) -> Basis:
         FileFormatError: the file is cut, changed, of another format version, or inconsistent.
         InputError: it cannot be read.
     """
-    tensors, metadata = read_tensors(path, FORMAT, FORMAT_VERSION, _allows)
+    tensors, metadata = read_tensors(path, FORMAT, VERSIONS, _allows)
     stored = from_value(_Stored, metadata, f"{path}: the basis is incomplete or damaged")
     try:
         targets = tuple(_target(tensors, record) for record in stored.targets)
-        rule = RankRule(stored.rule.tau, stored.rule.rank)
-        basis = Basis(targets, stored.base_name, rule, stored.versions, path.absolute())
+        basis = Basis(targets, stored.base_name, read_rule(stored.rule), stored.versions, path.absolute())
     except InputError as error:
         raise FileFormatError(f"{path}: {error}") from error
     # A target named twice would have three tensors for two sets of coefficients.

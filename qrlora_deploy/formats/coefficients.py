@@ -15,9 +15,10 @@ from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.io.files import digest_arrays, has_format, read_tensors, write_tensors
 from qrlora_deploy.io.outputs import prepare_file
 from qrlora_deploy.io.strict import from_value
+from qrlora_deploy.io.versions import Versions
 
 FORMAT = "qrlora-coefficients"
-FORMAT_VERSION = 1
+VERSIONS = Versions(1)
 VALUES = "coefficients"
 HEAD = "head."
 
@@ -132,7 +133,7 @@ def write_coefficients(coefficients: Coefficients, path: Path) -> None:
     basis_file = Path(coefficients.basis_file)
     metadata = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": VERSIONS.current,
         "basis_digest": coefficients.basis_digest,
         "basis_file": recorded_place(basis_file, path) if basis_file.is_absolute() else coefficients.basis_file,
         "base_name": coefficients.base_name,
@@ -153,7 +154,7 @@ def read_coefficients(path: Path) -> Coefficients:
             unknown tensor.
         InputError: it cannot be read.
     """
-    tensors, metadata = read_tensors(path, FORMAT, FORMAT_VERSION, _allows)
+    tensors, metadata = read_tensors(path, FORMAT, VERSIONS, _allows)
     stored = from_value(_Stored, metadata, f"{path} is damaged")
     if VALUES not in tensors:
         raise FileFormatError(f"{path} is damaged: the tensor {VALUES!r} is missing")

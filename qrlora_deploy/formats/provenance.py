@@ -12,14 +12,15 @@ from pydantic import ConfigDict
 
 from qrlora_deploy.errors import FileFormatError, InputError
 from qrlora_deploy.io.files import write_json
-from qrlora_deploy.io.reading import check_version, is_file, parse_json, read_text
+from qrlora_deploy.io.reading import is_file, parse_json, read_text
 from qrlora_deploy.io.strict import from_json
+from qrlora_deploy.io.versions import Versions
 from qrlora_deploy.tasks.registry import task_named
 from qrlora_deploy.version import __version__
 
 FILE_NAME = "qrlora.json"
 FORMAT = "qrlora-merge"
-FORMAT_VERSION = 1
+VERSIONS = Versions(1)
 
 MAX_BYTES = 16 * 2**20
 """A provenance file is a few kB; a larger one is refused before it is read."""
@@ -84,7 +85,7 @@ class Provenance:
 
 def write_provenance(provenance: Provenance, folder: Path) -> None:
     """Write `qrlora.json` into `folder`, replacing an older one atomically."""
-    write_json(folder / FILE_NAME, {"format": FORMAT, "format_version": FORMAT_VERSION} | asdict(provenance))
+    write_json(folder / FILE_NAME, {"format": FORMAT, "format_version": VERSIONS.current} | asdict(provenance))
 
 
 def read_provenance(folder: Path) -> Provenance:
@@ -100,7 +101,8 @@ def read_provenance(folder: Path) -> Provenance:
     record = _read_object(path)
     if record.pop("format", None) != FORMAT:
         raise FileFormatError(f"{path} is not a {FORMAT} file")
-    check_version(path, record.pop("format_version", None), FORMAT_VERSION)
+    record = VERSIONS.upgraded(path, record, f"{path} is damaged")
+    del record["format_version"]
     provenance = from_json(Provenance, json.dumps(record), f"{path} is damaged")
     unknown = sorted(provenance.base_labels.keys() - set(LABEL_KEYS))
     if unknown:

@@ -114,11 +114,10 @@ def _guess(path: Path) -> str:
 
 def _describe_basis(path: Path) -> Description:
     basis = read_basis(path)
-    rule = f"tau {basis.rule.tau}" if basis.rule.tau is not None else f"rank {basis.rule.rank}"
     facts = {
         "digest": basis.digest,
         "base_name": basis.base_name,
-        "rule": rule,
+        "rule": str(basis.rule),
         "targets": len(basis.targets),
         "total_rank": basis.total_rank,
         "coefficient_bytes": 4 * basis.total_rank,
@@ -210,14 +209,15 @@ def _customer_rows(customer: Coefficients, basis: Basis) -> tuple[dict[str, Any]
 
 def _describe_packed(path: Path) -> Description:
     from qrlora_deploy.runtime.customers.packed_check import check_packed
-    from qrlora_deploy.runtime.customers.packed_header import STORED_DTYPES
+    from qrlora_deploy.runtime.customers.packed_header import STORED_DTYPES, facts_of
 
     header = check_packed(path)
+    stored = facts_of(header, path)
     facts = {
         "customers": header.customers,
         "coefficients": header.total_rank,
         "dtype": str(STORED_DTYPES[header.stored]),
-        **{name: header.metadata[name] for name in ("task", "labels", "base_digest", "basis_digest")},
+        **{name: stored[name] for name in ("task", "labels", "base_digest", "basis_digest")},
     }
     return Description("packed customers", path, path.stat().st_size, facts)
 

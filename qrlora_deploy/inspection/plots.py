@@ -12,6 +12,7 @@ from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.inspection.describe import direction_norms
 from qrlora_deploy.io.files import atomic_file
+from qrlora_deploy.rank_rules.energy_share import EnergyShare
 
 SUFFIXES = (".pdf", ".png", ".svg")
 
@@ -45,7 +46,7 @@ def plot_basis(basis: Basis, path: Path) -> None:
         shares = np.cumsum(energies) / total if total else np.ones_like(energies)
         curves.plot(np.arange(1, len(shares) + 1), shares, color=colour, linewidth=1, label=target.name)
         curves.plot(target.rank, shares[target.rank - 1], "o", color=colour, markersize=3)
-    if basis.rule.tau is not None:
+    if isinstance(basis.rule, EnergyShare):
         curves.axhline(basis.rule.tau, color="grey", linewidth=0.8, linestyle="--")
     if len(basis.targets) <= LEGEND_ENTRIES:
         curves.legend(fontsize="x-small")

@@ -20,8 +20,9 @@ import safetensors.numpy
 
 from qrlora_deploy.errors import FileFormatError, InputError, QrloraError, library_errors
 from qrlora_deploy.io.outputs import check_file, check_free_folder, check_report_folder
-from qrlora_deploy.io.reading import check_version, is_file, parse_json, readable
+from qrlora_deploy.io.reading import is_file, parse_json, readable
 from qrlora_deploy.io.temporary import LOCK, temporary_folder
+from qrlora_deploy.io.versions import Versions
 
 METADATA_KEY = "qrlora"
 """All metadata is one JSON text under one key: safetensors keeps no order between keys, and
@@ -202,7 +203,7 @@ def has_format(kind: str) -> Callable[[Path], bool]:
 def read_tensors(
     path: Path,
     kind: str,
-    version: int,
+    versions: Versions,
     allows: Callable[[dict[str, Any], str, tuple[int, ...]], bool],
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Read a file written by `write_tensors`.
@@ -210,12 +211,12 @@ def read_tensors(
     Args:
         path: the file.
         kind: `format` the record must name, such as "qrlora-basis".
-        version: the `format_version` that is understood.
+        versions: the versions of its record that are read.
         allows: says from (metadata, name, shape) whether a tensor belongs in such a file. It is
             asked before any tensor is read, so a hostile shape takes no memory.
 
     Returns:
-        The tensors by name (fp32 only) and the metadata record.
+        The tensors by name (fp32 only) and the metadata record, as the current version has it.
 
     Raises:
         FileFormatError: the file is cut, changed, of another kind or version, or holds anything
@@ -232,7 +233,7 @@ def read_tensors(
             raw = file.metadata()
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             parts = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-        metadata = _read_record(path, raw, kind, version)
+        metadata = _read_record(path, raw, kind, versions)
         for name, (dtype, shape) in parts.items():
             if dtype != "F32" or not allows(metadata, name, shape):
                 raise FileFormatError(f"{path}: unexpected tensor {name!r} {dtype}{list(shape)} in a {kind} file")
@@ -241,10 +242,10 @@ def read_tensors(
     expected = metadata.pop("content_digest", None)
     if expected != _content_digest(tensors, metadata):
         raise FileFormatError(f"{path} was changed after it was written: its content digest does not fit")
-    return tensors, metadata
+    return tensors, versions.upgraded(path, metadata, f"{path} is incomplete or damaged")
 
 
-def _read_record(path: Path, raw: dict[str, str] | None, kind: str, version: int) -> dict[str, Any]:
+def _read_record(path: Path, raw: dict[str, str] | None, kind: str, versions: Versions) -> dict[str, Any]:
     wrong = f"{path} is not a {kind} file"
     text = (raw or {}).get(METADATA_KEY, "")
     if len(raw or {}) != 1 or len(text) > MAX_METADATA_BYTES:
@@ -252,7 +253,7 @@ def _read_record(path: Path, raw: dict[str, str] | None, kind: str, version: int
     metadata = parse_json(text, wrong)
     if not isinstance(metadata, dict) or metadata.get("format") != kind:
         raise FileFormatError(wrong)
-    check_version(path, metadata.get("format_version"), version)
+    versions.check(path, metadata.get("format_version"))
     return metadata
 
 

@@ -110,14 +110,3 @@ def _items(value: Any) -> list[Any]:
     """What is in an object or a list and may hold something itself."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return [item for item in inner if isinstance(item, dict | list)]
-
-
-def check_version(path: Path, found: Any, known: int, remedy: str = "") -> None:
-    """Make sure that a file has the format version that is known; true and 1.0 are none.
-
-    Raises:
-        FileFormatError: it has another one.
-    """
-    if type(found) is not int or found != known:
-        line = f"{path} has format version {found!r:.40}; this version reads {known}"
-        raise FileFormatError(f"{line}; {remedy}" if remedy else line)

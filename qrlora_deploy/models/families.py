@@ -1,15 +1,23 @@
 """What is known of families of models, one entry each; a new family is one more entry of `FAMILIES`.
 
 A family without an entry works as far as its parts are found by their kind: linear layers in numbered blocks, an
-output layer with one output a label.
+output layer with one output a label. Needs no PyTorch.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Head = Callable[["torch.Tensor"], "torch.Tensor"]
+"""From first tokens `[rows, width]` to logits `[rows, labels]`."""
+
+BLOCK = re.compile(r"\.(\d+)\.")
+"""A numbered block in a module path with a point before it, such as `.encoder.layer.3.attention`."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,7 @@ class Family:
         model_types: of transformers, where the entry is about these alone.
         attention: where its attention is; None: nothing asks for it.
         block: the rest of its block; None: the part above a trunk cannot run without padding.
-        head: gives, for a model, the function from first tokens `[rows, width]` to logits `[rows, labels]`.
+        head: gives the output layer of a model.
         refused: why models of these types do not work the whole way.
         shared: layers that a merged model may have adapted and a switchable graph may not.
     """
@@ -79,19 +87,19 @@ class Family:
     model_types: tuple[str, ...] = ()
     attention: Attention | None = None
     block: PostNorm | None = None
-    head: Callable[[Any], Callable[[torch.Tensor], torch.Tensor]] | None = None
+    head: Callable[[Any], Head] | None = None
     refused: str = ""
     shared: Shared | None = None
 
 
-def _pooled_head(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+def _pooled_head(model: Any) -> Head:
     pooler = getattr(model.base_model, "pooler", None)
     if pooler is not None:
         return lambda first: model.classifier(pooler(first[:, None]))
     return lambda first: model.classifier(first[:, None])
 
 
-def _distilbert_head(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+def _distilbert_head(model: Any) -> Head:
     return lambda first: model.classifier(model.pre_classifier(first).relu())
 
 
@@ -173,7 +181,7 @@ def of_type(model_type: str | None) -> Family | None:
     return next((family for family in FAMILIES if model_type in family.model_types), None)
 
 
-def of_block(block: nn.Module) -> Family | None:
+def of_block(block: "nn.Module") -> Family | None:
     """The family in whose places a block has all parts that `Attention` and `PostNorm` name."""
     for family in FAMILIES:
         if family.attention is not None and family.block is not None:
@@ -183,7 +191,7 @@ def of_block(block: nn.Module) -> Family | None:
     return None
 
 
-def _has(module: nn.Module, path: str) -> bool:
+def _has(module: "nn.Module", path: str) -> bool:
     try:
         module.get_submodule(path)
     except AttributeError:

@@ -1,6 +1,5 @@
 """Whether a model works the whole way from factorizing to serving; what is known of its family is in `families`."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +8,7 @@ from torch import nn
 
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.models.capacity import padding_reach
-from qrlora_deploy.models.families import of_type
-
-BLOCK = re.compile(r"\.(\d+)\.")
-"""A numbered block in a module path, such as `encoder.layer.3.attention`."""
+from qrlora_deploy.models.families import BLOCK, of_type
 
 ENCODER_DECODER = (
     "it is an encoder with a decoder, which reads its answer at the last <eos> of each text and wants as many of them "

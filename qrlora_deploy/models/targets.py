@@ -7,8 +7,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from qrlora_deploy.errors import InputError, library_errors
-from qrlora_deploy.models.families import FAMILIES
-from qrlora_deploy.models.support import BLOCK, LeftOut, shared_layers
+from qrlora_deploy.models.families import BLOCK, FAMILIES
+from qrlora_deploy.models.support import LeftOut, shared_layers
 
 PROJECTIONS = ("query", "key", "value")
 """What `Attention` of every family names."""

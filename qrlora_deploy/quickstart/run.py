@@ -24,7 +24,7 @@ from qrlora_deploy.models.locating import recorded_place
 from qrlora_deploy.models.targets import choose_targets
 from qrlora_deploy.quickstart.measuring import Scorer, median_ms, torch_logits
 from qrlora_deploy.quickstart.report import Answer, CustomerResult, Latency, Parity, QuickstartReport
-from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.rank_rules.energy_share import EnergyShare
 from qrlora_deploy.runtime.bundle.bundle import Bundle, open_bundle
 from qrlora_deploy.runtime.prediction.predictor import Predictor
 from qrlora_deploy.runtime.verification.parity import verify
@@ -154,7 +154,7 @@ def _warm_up(encoder: Checkpoint, folder: Path, seed: int, device: str, progress
 
 
 def _factorize(base: Checkpoint, folder: Path, device: str, progress: Progress | None) -> Basis:
-    basis = factorize(base, choose_targets(base.skeleton()), RankRule(tau=0.5), device, progress)
+    basis = factorize(base, choose_targets(base.skeleton()), EnergyShare(0.5), device, progress)
     write_basis(basis, folder / BASIS)
     return basis
 

@@ -1,1 +1,1 @@
-"""How many directions of a pivoted QR are kept."""
+"""How many directions of each pivoted QR are kept: one module a rule, `registry` knows them by kind."""

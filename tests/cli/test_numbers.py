@@ -11,7 +11,7 @@ from qrlora_deploy.cli.group import COMMANDS
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.exporting.registry import MAX_HEAD_LABELS, ExportJob
 from qrlora_deploy.models.targets import choose_targets
-from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.rank_rules.registry import rule_of
 from qrlora_deploy.runtime.sessions.session import MAX_THREADS, open_session
 from qrlora_deploy.runtime.table.table import CoefficientTable
 from qrlora_deploy.training.settings import TrainSettings
@@ -28,6 +28,7 @@ NEEDED = {
     "predict": "bundle --text a",
     "bench": "bundle",
     "quickstart": "--out new",
+    "doctor": "--plan base --customers 1",
 }
 """What else each command with numbers must be given."""
 
@@ -110,7 +111,7 @@ def test_the_library_has_the_same_bounds(tiny_base: Path, tmp_path: Path) -> Non
                 TrainSettings(**{name: value})  # type: ignore[arg-type]
     for tau, rank in ((nan, None), (inf, None), (None, 10**30)):
         with pytest.raises(InputError, match="must be"):
-            RankRule(tau, rank)
+            rule_of(tau, rank)
     for name in ("seconds", "p99_budget_ms", "idle_seconds", "swaps_per_s"):
         for value in (nan, inf, 0.0):
             with pytest.raises(InputError, match=f"--{name.replace('_', '-')} must be above 0"):

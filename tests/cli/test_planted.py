@@ -26,7 +26,7 @@ READERS = {
         "inspection.describe._kind",
         "models.locating._places",
     ),
-    "inspect basis.safetensors": ("formats.basis._target", "formats.basis.RankRule", "formats.basis.digest_arrays"),
+    "inspect basis.safetensors": ("formats.basis._target", "formats.basis.read_rule", "formats.basis.digest_arrays"),
     "inspect packed.safetensors": (
         "runtime.customers.packed_header._sizes",
         "runtime.customers.packed_header.PackedHeader._json",
@@ -45,7 +45,7 @@ READERS = {
     "inspect base": ("inspection.describe.label_names", "formats.config_file.parse_json"),
     "predict bundle --requests requests.jsonl": ("runtime.prediction.requests._parse",),
     "bench bundle --gate gate.toml": ("bench.gate_file.from_value", "bench.gate_file.read_text"),
-    "bench bundle --reference report.json": ("bench.record.check_version", "bench.record.from_json"),
+    "bench bundle --reference report.json": ("io.versions.Versions.check", "bench.record.from_json"),
     "combine acme.safetensors -o new.safetensors": (
         "merging.combining._check_alike",
         "merging.combining._weighted_sum",

@@ -7,6 +7,9 @@ import sys
 import pytest
 
 from qrlora_deploy.deprecated.moved import MOVED
+from qrlora_deploy.errors import InputError
+from qrlora_deploy.rank_rules.energy_share import EnergyShare
+from qrlora_deploy.rank_rules.fixed_rank import FixedRank
 
 FORMER_MODULES = {
     "qrlora_deploy.merging": "merge",
@@ -33,6 +36,21 @@ def test_a_package_offers_what_the_module_of_its_name_offered(package: str, name
     with pytest.warns(DeprecationWarning, match=f"{package}.{name} is now"):
         assert callable(getattr(importlib.import_module(package), name))
     assert not hasattr(importlib.import_module(package), "nothing_of_this_name")
+
+
+def test_the_one_rank_rule_of_old_gives_the_two_of_today() -> None:
+    sys.modules.pop("qrlora_deploy.rank_rule", None)
+    with pytest.warns(DeprecationWarning, match=r"is now qrlora_deploy\.deprecated\.rank_rule"):
+        old = importlib.import_module("qrlora_deploy.rank_rule").RankRule
+    assert (old(), old(tau=0.25), old(tau=None, rank=3), old(None, 3)) == (
+        EnergyShare(0.5),
+        EnergyShare(0.25),
+        FixedRank(3),
+        FixedRank(3),
+    )
+    for tau, rank in ((0.5, 3), (None, None)):
+        with pytest.raises(InputError, match="give either tau or a rank"):
+            old(tau, rank)
 
 
 def test_names_of_today_warn_of_nothing() -> None:

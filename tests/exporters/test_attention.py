@@ -17,7 +17,7 @@ from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.checkpoint import open_checkpoint
 from qrlora_deploy.models.targets import choose_targets
-from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.rank_rules.energy_share import EnergyShare
 from qrlora_deploy.runtime import open_bundle, verify
 from tests.tiny import build_tokenizer
 from tests.tolerances import FP32_SIDE_BRANCH
@@ -66,7 +66,7 @@ def test_no_row_of_a_causal_mask_is_empty_under_left_padding() -> None:
 def test_other_architectures_export(family: str, tmp_path: Path, texts: Examples) -> None:
     base = save_classifier(family, tmp_path / "base")
     checkpoint = open_checkpoint(str(base))
-    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton()), RankRule(tau=0.5))
+    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton()), EnergyShare(0.5))
     values = np.random.default_rng(5).uniform(0.3, 1.0, basis.total_rank).astype(np.float32)
     customer = Coefficients(
         values, basis.digest, str(base), checkpoint.digest, "text-classification", checkpoint.labels

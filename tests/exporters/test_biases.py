@@ -11,7 +11,7 @@ from exporters.onnx.switchable import make_switchable
 from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.models.checkpoint import open_checkpoint
 from qrlora_deploy.models.targets import choose_targets
-from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.rank_rules.energy_share import EnergyShare
 from qrlora_deploy.runtime.bundle.row_layout import SLOT, TABLE
 from tests.exporters.test_switchable import save_encoder
 from tests.tolerances import FP32_SIDE_BRANCH
@@ -48,7 +48,7 @@ def test_a_bias_stays_where_customers_change_what_is_behind_it(
     targets: tuple[str, ...], folded: int, tmp_path: Path
 ) -> None:
     checkpoint, model = load("mpnet", tmp_path)
-    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton(), targets), RankRule(tau=0.5))
+    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton(), targets), EnergyShare(0.5))
     rows = make_switchable(model, basis)
     table = torch.randn(3, rows.layout.width, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():

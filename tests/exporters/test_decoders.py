@@ -21,7 +21,7 @@ from qrlora_deploy.models.capacity import max_tokens
 from qrlora_deploy.models.checkpoint import open_checkpoint
 from qrlora_deploy.models.support import check_padding, why_unsupported
 from qrlora_deploy.models.targets import choose_targets
-from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.rank_rules.energy_share import EnergyShare
 from qrlora_deploy.runtime import open_bundle, open_session, verify
 from tests.tiny import build_tokenizer
 from tests.tolerances import FP32_ONNX, FP32_SIDE_BRANCH
@@ -71,7 +71,7 @@ def save_family(name: str, folder: Path, **changes: Any) -> Path:
 def make_job(name: str, folder: Path, texts: Examples, kind: str = "switchable", **options: Any) -> ExportJob:
     changes = options.pop("changes", {})
     checkpoint = open_checkpoint(str(save_family(name, folder / "base", **changes)))
-    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton()), RankRule(tau=0.5))
+    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton()), EnergyShare(0.5))
     customer = None
     if kind == "merged":
         values = np.random.default_rng(5).uniform(0.3, 1.0, basis.total_rank).astype(np.float32)

@@ -17,7 +17,7 @@ from exporters.onnx.padding_free import Packing
 from exporters.onnx.switchable import CustomerRows, TableBranch, _runs, make_switchable
 from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.models.targets import choose_targets
-from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.rank_rules.fixed_rank import FixedRank
 from qrlora_deploy.runtime.bundle.row_layout import SLOT, TABLE
 from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX, kept_tokens
 from tests.exporters.test_biases import IDS, MASK, load
@@ -29,7 +29,7 @@ RANK = 8
 def switchable(name: str, targets: tuple[str, ...], folder: Path) -> tuple[torch.nn.Module, CustomerRows, torch.Tensor]:
     """A model whose biases are not zero, with branches apart, and a table without zeros."""
     checkpoint, model = load(name, folder)
-    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton(), targets or None), RankRule(tau=None, rank=RANK))
+    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton(), targets or None), FixedRank(RANK))
     rows = make_switchable(model, basis)
     return model, rows, torch.randn(3, rows.layout.width, generator=torch.Generator().manual_seed(2))
 

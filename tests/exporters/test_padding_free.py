@@ -17,7 +17,8 @@ from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.checkpoint import open_checkpoint
 from qrlora_deploy.models.targets import choose_targets
-from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.rank_rules.energy_share import EnergyShare
+from qrlora_deploy.rank_rules.fixed_rank import FixedRank
 from qrlora_deploy.runtime import open_bundle, open_session, verify
 from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX, kept_tokens, write_kept_tokens
 from tests.exporters.test_attention import save_classifier
@@ -35,7 +36,7 @@ MASKS = {
 def make_job(name: str, folder: Path, texts: Examples, **options: object) -> ExportJob:
     """All linear layers of a small encoder."""
     checkpoint = open_checkpoint(str(save_encoder(name, folder / "base")))
-    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton()), RankRule(tau=0.5))
+    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton()), EnergyShare(0.5))
     return ExportJob(checkpoint, basis, folder / "bundle", texts=texts, padding_free=True, **options)  # type: ignore[arg-type]
 
 
@@ -181,7 +182,7 @@ def test_what_cannot_be_padding_free_is_refused(tmp_path: Path, texts: Examples)
     with pytest.raises(InputError, match=r"DebertaV2\w+ cannot be made padding-free: its attention is its own"):
         export_switchable(job)
     checkpoint = open_checkpoint(str(save_classifier("GPT2", tmp_path / "gpt2")))
-    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton()), RankRule(tau=None, rank=2))
+    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton()), FixedRank(2))
     with pytest.raises(InputError, match=r"--padding-free is for encoders"):
         export_switchable(ExportJob(checkpoint, basis, tmp_path / "bundle", texts=texts, padding_free=True))
     with pytest.raises(InputError, match=r"one list of numbered blocks"):

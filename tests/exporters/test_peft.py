@@ -36,7 +36,8 @@ from qrlora_deploy.models.adapter import attach, set_coefficients
 from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.models.head import output_layer
 from qrlora_deploy.models.targets import choose_targets
-from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.rank_rules.energy_share import EnergyShare
+from qrlora_deploy.rank_rules.fixed_rank import FixedRank
 from tests.cli.running import run_here, succeed_here
 from tests.tiny import SENTENCES, build_tokenizer
 from tests.tolerances import EXACT, FP32_SIDE_BRANCH
@@ -138,7 +139,7 @@ def tiny_job(tiny_base: Path, tiny_basis: Basis, tiny_customer: Coefficients, tm
 @pytest.mark.parametrize("name", MODELS)
 def test_peft_answers_as_our_side_branch(name: str, labels: int, tmp_path: Path) -> None:
     checkpoint = save_model(name, tmp_path / "base")
-    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton()), RankRule(tau=0.5))
+    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton()), EnergyShare(0.5))
     assert len(set(basis.ranks.values())) > 1, "one rank for all would hide a pattern that catches another's layer"
     customer = make_customer(checkpoint, basis, labels)
     export_peft(job_for(checkpoint, basis, tmp_path / "lora", customer))
@@ -151,9 +152,7 @@ def test_peft_answers_as_our_side_branch(name: str, labels: int, tmp_path: Path)
 def test_layer_1_does_not_take_the_rank_of_layer_11(tmp_path: Path) -> None:
     checkpoint = save_model("bert of 12 layers", tmp_path / "base")
     chosen = [f"bert.encoder.layer.{index}.attention.self.query" for index in (1, 11)]
-    parts = [
-        factorize(checkpoint, [name], RankRule(tau=None, rank=rank)) for name, rank in zip(chosen, (5, 9), strict=True)
-    ]
+    parts = [factorize(checkpoint, [name], FixedRank(rank)) for name, rank in zip(chosen, (5, 9), strict=True)]
     for first, second in (parts, parts[::-1]):
         basis = replace(first, targets=first.targets + second.targets)
         customer = make_customer(checkpoint, basis)
@@ -174,7 +173,7 @@ def test_layer_1_does_not_take_the_rank_of_layer_11(tmp_path: Path) -> None:
 
 def test_folding_in_by_peft_turns_conv1d_the_right_way(tmp_path: Path) -> None:
     checkpoint = save_model("gpt2, of Conv1D", tmp_path / "base")
-    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton(), ("c_attn", "c_fc")), RankRule(tau=0.5))
+    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton(), ("c_attn", "c_fc")), EnergyShare(0.5))
     customer = make_customer(checkpoint, basis)
     export_peft(job_for(checkpoint, basis, tmp_path / "lora", customer))
     assert json.loads((tmp_path / "lora/adapter_config.json").read_text("utf-8"))["fan_in_fan_out"] is True
@@ -259,7 +258,7 @@ def test_what_does_not_fit_is_refused_in_one_line(why: str, tiny_job: ExportJob)
 def test_target_inside_a_head_that_peft_keeps_whole_is_refused(tmp_path: Path) -> None:
     checkpoint = save_model("roberta", tmp_path / "base")
     basis = factorize(
-        checkpoint, choose_targets(checkpoint.skeleton(), ("query", "classifier.dense")), RankRule(tau=0.5)
+        checkpoint, choose_targets(checkpoint.skeleton(), ("query", "classifier.dense")), EnergyShare(0.5)
     )
     with pytest.raises(InputError, match="PEFT keeps classifier whole .* classifier.dense"):
         export_peft(job_for(checkpoint, basis, tmp_path / "lora", make_customer(checkpoint, basis)))

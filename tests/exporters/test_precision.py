@@ -22,7 +22,7 @@ from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.checkpoint import open_checkpoint
 from qrlora_deploy.models.targets import choose_targets
-from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.rank_rules.energy_share import EnergyShare
 from qrlora_deploy.runtime import SwitchableSession, open_bundle, open_session, verify
 from qrlora_deploy.runtime.verification.parity import BOUNDS, Case, check_parity, read_reference
 from qrlora_deploy.tasks.classification import Classification
@@ -95,7 +95,7 @@ def test_encoders_in_fp16(name: str, tmp_path: Path, texts: Examples) -> None:
         "distilbert": ("q_lin", "v_lin", "lin1", "lin2"),
         "mpnet": ("attn.q", "attn.v", "dense"),
     }.get(name, ("query", "value", "dense"))
-    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton(), patterns), RankRule(tau=0.5))
+    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton(), patterns), EnergyShare(0.5))
     parity = export_switchable(
         ExportJob(checkpoint, basis, tmp_path / "bundle", texts=texts, head_labels=6, precision="fp16")
     ).parity

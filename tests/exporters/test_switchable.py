@@ -32,7 +32,8 @@ from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.checkpoint import open_checkpoint
 from qrlora_deploy.models.targets import choose_targets
-from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.rank_rules.energy_share import EnergyShare
+from qrlora_deploy.rank_rules.fixed_rank import FixedRank
 from qrlora_deploy.runtime import open_bundle, verify
 from qrlora_deploy.runtime.verification.parity import read_reference
 from tests.tiny import build_tokenizer
@@ -81,7 +82,7 @@ def save_encoder(name: str, folder: Path, scale: float = 0.2, **changes: int) ->
 )
 def test_every_encoder_agrees_with_pytorch_on_all_linear_layers(name: str, tmp_path: Path, texts: Examples) -> None:
     checkpoint = open_checkpoint(str(save_encoder(name, tmp_path / "base")))
-    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton()), RankRule(tau=0.5))
+    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton()), EnergyShare(0.5))
     manifest = export_switchable(ExportJob(checkpoint, basis, tmp_path / "bundle", texts=texts, head_labels=6))
     assert manifest.parity.max_abs_error <= manifest.parity.bound < manifest.customer_effect / 10
     assert len(manifest.targets) >= 12
@@ -91,7 +92,7 @@ def test_every_encoder_agrees_with_pytorch_on_all_linear_layers(name: str, tmp_p
 def test_as_many_targets_as_a_deep_model_has(tmp_path: Path, texts: Examples) -> None:
     """ONNX Runtime reads the sizes of the targets' Split while it loads the graph, so they must be in it."""
     checkpoint = open_checkpoint(str(save_encoder("bert", tmp_path / "base", num_hidden_layers=7)))
-    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton()), RankRule(tau=None, rank=2))
+    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton()), FixedRank(2))
     manifest = export_switchable(ExportJob(checkpoint, basis, tmp_path / "bundle", texts=texts))
     assert len(manifest.targets) == 42 and manifest.parity.max_abs_error <= manifest.parity.bound
 
@@ -99,12 +100,12 @@ def test_as_many_targets_as_a_deep_model_has(tmp_path: Path, texts: Examples) ->
 def test_deberta_works_but_for_projections_of_positions(tmp_path: Path, texts: Examples) -> None:
     checkpoint = open_checkpoint(str(save_encoder("deberta-v2", tmp_path / "base")))
     skeleton = checkpoint.skeleton()
-    everything = factorize(checkpoint, choose_targets(skeleton, [r".*_proj"]), RankRule(tau=0.5))
+    everything = factorize(checkpoint, choose_targets(skeleton, [r".*_proj"]), EnergyShare(0.5))
     # Positions have no rows of a batch, so no customers either; unasked they are left out.
     with pytest.raises(InputError, match=r"pos_\w+_proj takes an input of shape \[1, \d+, 32\]"):
         export_switchable(ExportJob(checkpoint, everything, tmp_path / "bundle", texts=texts))
     assert not (tmp_path / "bundle").exists()
-    basis = factorize(checkpoint, choose_targets(skeleton), RankRule(tau=0.5))
+    basis = factorize(checkpoint, choose_targets(skeleton), EnergyShare(0.5))
     manifest = export_switchable(ExportJob(checkpoint, basis, tmp_path / "bundle", texts=texts))
     assert manifest.parity.max_abs_error <= manifest.parity.bound < manifest.customer_effect / 10
 
@@ -177,7 +178,7 @@ def test_a_slot_without_a_row_is_an_error_in_the_bare_graph(slot: int, switchabl
 
 def test_customers_that_move_nothing_are_named_and_not_refused(tmp_path: Path, texts: Examples) -> None:
     checkpoint = open_checkpoint(str(save_encoder("bert", tmp_path / "base", scale=1e-3)))
-    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton(), ("query",)), RankRule(tau=0.5))
+    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton(), ("query",)), EnergyShare(0.5))
     manifest = export_switchable(ExportJob(checkpoint, basis, tmp_path / "bundle", texts=texts))
     assert manifest.parity.not_shown == ("customers",) and manifest.parity.effect_correlation is None
     bundle = open_bundle(tmp_path / "bundle")

@@ -1,9 +1,11 @@
 """From a checkpoint to a basis: the same every time, true to the weights, refused elsewhere, and the same on a GPU."""
 
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -12,14 +14,18 @@ import torch
 from transformers import GPT2Config, GPT2Model
 
 from qrlora_deploy.errors import BasisMismatchError, InputError, ProviderError
-from qrlora_deploy.factorization.decomposition import factorize_weight, update
+from qrlora_deploy.factorization.decomposition import Factorization, factorize_weight, update
 from qrlora_deploy.factorization.from_checkpoint import factorize, read_weight
 from qrlora_deploy.formats.basis import Basis, read_basis, write_basis
 from qrlora_deploy.models.adapter import attach
 from qrlora_deploy.models.checkpoint import Checkpoint, check_basis_fits, open_checkpoint
 from qrlora_deploy.models.targets import choose_targets
 from qrlora_deploy.models.weight_files import SINGLE
-from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.rank_rules.base import RankRule
+from qrlora_deploy.rank_rules.energy_share import EnergyShare
+from qrlora_deploy.rank_rules.fixed_rank import FixedRank
+from qrlora_deploy.rank_rules.unknown import UnknownRule
+from tests.rank_rules.ranks import rank_of
 from tests.tolerances import BASIS_FP32
 
 FULL: dict[str, float] = {"rtol": 0.0, "atol": 2e-6}
@@ -44,18 +50,18 @@ def names_of(checkpoint: Checkpoint) -> list[str]:
 
 
 def test_the_same_weights_give_the_same_digest(bert: Checkpoint, tiny_basis: Basis, tmp_path: Path) -> None:
-    again = factorize(bert, tiny_basis.names, RankRule(tau=0.5))
+    again = factorize(bert, tiny_basis.names, EnergyShare(0.5))
     assert again.digest == tiny_basis.digest and again.versions == tiny_basis.versions
     write_basis(again, tmp_path / "basis.safetensors")
     assert read_basis(tmp_path / "basis.safetensors").digest == tiny_basis.digest
-    assert factorize(bert, tiny_basis.names[::-1], RankRule(tau=0.5)).digest != tiny_basis.digest
-    assert factorize(bert, tiny_basis.names, RankRule(tau=0.6)).digest != tiny_basis.digest
+    assert factorize(bert, tiny_basis.names[::-1], EnergyShare(0.5)).digest != tiny_basis.digest
+    assert factorize(bert, tiny_basis.names, EnergyShare(0.6)).digest != tiny_basis.digest
 
 
 @pytest.mark.parametrize("fixture", ["bert", "gpt2"])
 def test_all_directions_give_the_weights_back(fixture: str, request: pytest.FixtureRequest) -> None:
     checkpoint = request.getfixturevalue(fixture)
-    basis = factorize(checkpoint, names_of(checkpoint), RankRule(tau=1.0))
+    basis = factorize(checkpoint, names_of(checkpoint), EnergyShare(1.0))
     for target in basis.targets:
         weight = read_weight(checkpoint, target.name).double().numpy()
         assert (target.q.shape[0], target.r.shape[1]) == weight.shape
@@ -67,7 +73,7 @@ def test_all_directions_give_the_weights_back(fixture: str, request: pytest.Fixt
 def test_the_factors_are_those_of_lapack_rounded_once(bert: Checkpoint, tiny_basis: Basis) -> None:
     for target in tiny_basis.targets:
         expected = factorize_weight(read_weight(bert, target.name).double().numpy())
-        rank = RankRule(tau=0.5).ranks_of(expected.diagonal)
+        rank = rank_of(EnergyShare(0.5), expected.diagonal)
         assert target.rank == rank and 0.5 <= target.energy < 0.6
         np.testing.assert_allclose(target.q, expected.q[:, :rank], **BASIS_FP32)
         np.testing.assert_allclose(target.r, expected.r[:rank], **BASIS_FP32)
@@ -77,8 +83,91 @@ def test_the_factors_are_those_of_lapack_rounded_once(bert: Checkpoint, tiny_bas
 
 def test_progress_counts_every_weight(bert: Checkpoint, tiny_basis: Basis) -> None:
     seen: list[tuple[str, int, int]] = []
-    factorize(bert, tiny_basis.names, RankRule(), progress=lambda *step: seen.append(step))
+    factorize(bert, tiny_basis.names, EnergyShare(), progress=lambda *step: seen.append(step))
     assert seen == [("factorize", done, 4) for done in (1, 2, 3, 4)]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A rule that sees all targets: of all energies together, the largest `total` ones are kept."""
+
+    total: int
+
+    kind: ClassVar[str] = "budget"
+    per_target: ClassVar[bool] = False
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return {"total": self.total}
+
+    def choose(self, diagonals: Mapping[str, np.ndarray]) -> dict[str, int]:
+        everything = np.sort(np.concatenate([np.square(diagonal) for diagonal in diagonals.values()]))[::-1]
+        least = everything[self.total - 1]
+        return {name: max(1, int((np.square(diagonal) >= least).sum())) for name, diagonal in diagonals.items()}
+
+
+@dataclass(frozen=True)
+class Together(EnergyShare):
+    """As `EnergyShare`, asked about all targets at once."""
+
+    kind: ClassVar[str] = "together"
+    per_target: ClassVar[bool] = False
+
+
+def test_a_rule_may_see_all_targets_at_once(bert: Checkpoint, tiny_basis: Basis, tmp_path: Path) -> None:
+    basis = factorize(bert, tiny_basis.names, Budget(40))
+    wholes = [factorize_weight(read_weight(bert, name).double().numpy()) for name in tiny_basis.names]
+    energies = sorted((float(value) ** 2 for whole in wholes for value in whole.diagonal), reverse=True)
+    assert basis.total_rank == 40 and len(set(basis.ranks.values())) > 1
+    for target, whole in zip(basis.targets, wholes, strict=True):
+        # The next direction of no target is among the largest.
+        assert whole.diagonal[target.rank - 1] ** 2 >= energies[39] > whole.diagonal[target.rank] ** 2
+        np.testing.assert_allclose(target.q, whole.q[:, : target.rank], **BASIS_FP32)
+    basis.save(tmp_path / "budget.safetensors")
+    # Readers that do not have the rule say what it was.
+    assert str(read_basis(tmp_path / "budget.safetensors").rule) == 'budget {"total": 40}, unknown to this version'
+
+
+def test_two_passes_give_the_bits_of_one(bert: Checkpoint, gpt2: Checkpoint, tiny_basis: Basis) -> None:
+    for checkpoint, names in ((bert, tiny_basis.names), (gpt2, names_of(gpt2))):
+        seen: list[tuple[str, int]] = []
+        two = factorize(checkpoint, names, Together(0.5), progress=lambda *step, seen=seen: seen.append(step[:2]))
+        assert two.digest == factorize(checkpoint, names, EnergyShare(0.5)).digest
+        counted = range(1, len(names) + 1)
+        assert seen == [(what, done) for what in ("diagonals", "factorize") for done in counted]
+
+
+def test_a_rule_for_each_target_is_asked_once_and_factors_are_made_once(
+    bert: Checkpoint, tiny_basis: Basis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> np.ndarray:
+        raise AssertionError("a second pass")
+
+    monkeypatch.setattr("qrlora_deploy.factorization.from_checkpoint.diagonal_of", refuse)
+    assert factorize(bert, tiny_basis.names, EnergyShare(0.5)).digest == tiny_basis.digest
+
+
+def test_a_rule_of_another_release_cannot_be_computed(bert: Checkpoint, tiny_basis: Basis) -> None:
+    with pytest.raises(InputError, match="the rank rule 'budget' is unknown to this version"):
+        factorize(bert, tiny_basis.names, UnknownRule("budget", {}))
+
+
+def test_no_more_than_one_target_is_whole_at_a_time(
+    bert: Checkpoint, tiny_basis: Basis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Factorization]] = []
+
+    def watched(weight: np.ndarray) -> Factorization:
+        found = factorize_weight(weight)
+        made.append(weakref.ref(found))
+        most.append(sum(other() is not None for other in made))
+        return found
+
+    for rule in (EnergyShare(0.5), Together(0.5)):
+        most: list[int] = []
+        monkeypatch.setattr("qrlora_deploy.factorization.from_checkpoint.factorize_weight", watched)
+        factorize(bert, tiny_basis.names, rule)
+        assert len(most) == 4 and max(most) <= 2
 
 
 def changed(bert: Checkpoint, folder: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> Checkpoint:
@@ -96,7 +185,7 @@ def test_the_basis_of_other_weights_is_refused(bert: Checkpoint, tiny_basis: Bas
         BasisMismatchError, match=r"1 of 4 targets differ \(bert.encoder.layer.1.attention.self.value\)"
     ):
         check_basis_fits(other, tiny_basis)
-    basis = factorize(other, tiny_basis.names, RankRule(tau=0.5))
+    basis = factorize(other, tiny_basis.names, EnergyShare(0.5))
     assert basis.digest != tiny_basis.digest
     assert [basis.targets[index].weight_digest == tiny_basis.targets[index].weight_digest for index in range(4)] == [
         True,
@@ -128,12 +217,12 @@ def test_weights_that_cannot_be_factorized_are_named(
     bert: Checkpoint, tiny_basis: Basis, tmp_path: Path, change: Callable, message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        factorize(changed(bert, tmp_path / "bad", change), tiny_basis.names, RankRule())
+        factorize(changed(bert, tmp_path / "bad", change), tiny_basis.names, EnergyShare())
 
 
 def test_bf16_weights_are_factorized_as_they_are(bert: Checkpoint, tiny_basis: Basis, tmp_path: Path) -> None:
     half = changed(bert, tmp_path / "half", lambda weight: weight.bfloat16())
-    target = factorize(half, tiny_basis.names, RankRule(tau=1.0)).targets[3]
+    target = factorize(half, tiny_basis.names, EnergyShare(1.0)).targets[3]
     weight = half.read("bert.encoder.layer.1.attention.self.value.weight").double().numpy()
     np.testing.assert_allclose(target.q.astype(np.float64) @ target.r, weight, **FULL)
 
@@ -143,9 +232,9 @@ def test_devices_that_are_not_there_are_refused(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ProviderError, match="--device cuda was asked for, but PyTorch finds no CUDA device"):
-        factorize(bert, tiny_basis.names, RankRule(), device="cuda")
+        factorize(bert, tiny_basis.names, EnergyShare(), device="cuda")
     with pytest.raises(InputError, match="--device must be cpu or cuda, not tpu"):
-        factorize(bert, tiny_basis.names, RankRule(), device="tpu")
+        factorize(bert, tiny_basis.names, EnergyShare(), device="tpu")
 
 
 def test_weights_larger_than_the_gpu_are_factorized_on_the_host(
@@ -153,17 +242,17 @@ def test_weights_larger_than_the_gpu_are_factorized_on_the_host(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1000, 1000))
-    assert factorize(bert, tiny_basis.names, RankRule(tau=0.5), device="cuda").digest == tiny_basis.digest
+    assert factorize(bert, tiny_basis.names, EnergyShare(0.5), device="cuda").digest == tiny_basis.digest
 
 
 def test_a_missing_layer_is_named(bert: Checkpoint) -> None:
     with pytest.raises(InputError, match=r"no weight for the layer bert\.encoder\.layer\.5\.output\.dense"):
-        factorize(bert, ["bert.encoder.layer.5.output.dense"], RankRule())
+        factorize(bert, ["bert.encoder.layer.5.output.dense"], EnergyShare())
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("fixture", ["bert", "gpt2"])
-@pytest.mark.parametrize("rule", [RankRule(tau=0.5), RankRule(tau=1.0), RankRule(tau=None, rank=5)], ids=str)
+@pytest.mark.parametrize("rule", [EnergyShare(0.5), EnergyShare(1.0), FixedRank(5), Together(0.5), Budget(99)], ids=str)
 def test_a_gpu_gives_the_basis_of_the_cpu(fixture: str, rule: RankRule, request: pytest.FixtureRequest) -> None:
     checkpoint = request.getfixturevalue(fixture)
     names = names_of(checkpoint)

@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from qrlora_deploy.errors import FileFormatError, InputError, QrloraError
-from qrlora_deploy.formats.basis import FORMAT, FORMAT_VERSION, Basis, BasisTarget, read_basis, write_basis
+from qrlora_deploy.formats.basis import FORMAT, VERSIONS, Basis, BasisTarget, read_basis, write_basis
+from qrlora_deploy.inspection.describe import describe
 from qrlora_deploy.io.files import METADATA_KEY, digest_file
-from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.rank_rules.energy_share import EnergyShare
+from qrlora_deploy.rank_rules.fixed_rank import FixedRank
 from tests.forging import Change, forge
-from tests.golden.make import BASIS_FILE, golden_basis
+from tests.golden.make import BASIS_2_FILE, BASIS_FILE, golden_basis
 
 SAME_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -35,7 +37,7 @@ def bases(draw: st.DrawFn) -> Basis:
         shapes = ((out, rank), (rank, width), (min(out, width),))
         q, r, diagonal = (draw(hnp.arrays(np.float32, shape, elements=FINITE)) for shape in shapes)
         targets.append(BasisTarget(name, q, r, diagonal, draw(st.from_regex(r"[0-9a-f]{4}", fullmatch=True))))
-    rule = draw(st.sampled_from([RankRule(), RankRule(tau=1.0), RankRule(tau=None, rank=3)]))
+    rule = draw(st.sampled_from([EnergyShare(), EnergyShare(1.0), FixedRank(3)]))
     base_name = draw(st.text(st.characters(exclude_categories=["Cs"]), max_size=6))
     return Basis(tuple(targets), base_name, rule, {"torch": "2"})
 
@@ -64,8 +66,9 @@ def test_write_then_read_is_the_identity(tmp_path: Path, basis: Basis) -> None:
     assert_same(read_basis(tmp_path / "basis.safetensors"), basis)
 
 
-def test_golden_file_reads_to_known_values() -> None:
-    basis = read_basis(BASIS_FILE)
+@pytest.mark.parametrize("path", [BASIS_FILE, BASIS_2_FILE], ids=["version 1", "version 2"])
+def test_golden_files_read_to_known_values(path: Path) -> None:
+    basis = read_basis(path)
     assert_same(basis, golden_basis())
     assert basis.digest == "c633de833f9e4777ba7145a0c63619079662498bb7e8c9902901f9224e0a6005"
     assert basis.ranks == {"encoder.layer.0.query": 2, "encoder.layer.1.query": 1} and basis.total_rank == 3
@@ -75,13 +78,24 @@ def test_golden_file_reads_to_known_values() -> None:
 
 def test_golden_bytes_are_written_again(tmp_path: Path) -> None:
     write_basis(golden_basis(), tmp_path / "basis.safetensors")
-    assert (tmp_path / "basis.safetensors").read_bytes() == BASIS_FILE.read_bytes()
+    assert (tmp_path / "basis.safetensors").read_bytes() == BASIS_2_FILE.read_bytes()
+    assert digest_file(BASIS_2_FILE) == "aab23bc51011460c8b12d01dc7df6ef41fd7044b40df57634a927c480a840549"
     assert digest_file(BASIS_FILE) == "43efaf5eb0ddbb5d58959d7aea726b7ec42127970c54982498a4b8c605878915"
+
+
+def test_a_basis_with_a_rule_of_another_release_is_read_shown_and_kept(tmp_path: Path) -> None:
+    rule = {"kind": "budget", "total": 3}
+    path = forge(BASIS_2_FILE, tmp_path / "budget.safetensors", lambda m, t: m.update(rule=rule))
+    basis = read_basis(path)
+    assert basis.digest == golden_basis().digest and str(basis.rule) == 'budget {"total": 3}, unknown to this version'
+    write_basis(basis, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+    assert describe(path).facts["rule"] == str(basis.rule)
 
 
 def test_digest_depends_on_values_and_order_alone() -> None:
     basis = golden_basis()
-    other_facts = Basis(basis.targets, "elsewhere", RankRule(tau=None, rank=2), {})
+    other_facts = Basis(basis.targets, "elsewhere", FixedRank(2), {})
     assert other_facts.digest == basis.digest
     assert Basis(basis.targets[::-1], basis.base_name, basis.rule, {}).digest != basis.digest
     for part in ("q", "r", "diagonal"):
@@ -142,14 +156,15 @@ def test_a_giant_header_takes_no_memory(tmp_path: Path, length: int) -> None:
 
 NAME = "encoder.layer.0.query"
 FORGERIES: dict[str, tuple[Change, str]] = {
-    "newer version": (lambda m, t: m.update(format_version=2), "format version 2; this version reads 1"),
+    "newer version": (lambda m, t: m.update(format_version=3), "version 3; this version reads 1 and 2; update qrlora-"),
+    "version 0": (lambda m, t: m.update(format_version=0), "format version 0; this version reads 1 and 2$"),
     "no version": (lambda m, t: m.pop("format_version"), "format version None"),
     "other format": (lambda m, t: m.update(format="qrlora-coefficients"), "not a qrlora-basis file"),
     "wrong digest": (lambda m, t: m.update(basis_digest="0" * 64), "not those that the basis names"),
     "no digest": (lambda m, t: m.pop("basis_digest"), "basis_digest: Field required"),
     "digest of a number": (lambda m, t: m.update(basis_digest=5), "basis_digest: Input should be a valid string"),
-    "version true": (lambda m, t: m.update(format_version=True), "format version True; this version reads 1"),
-    "version 1.0": (lambda m, t: m.update(format_version=1.0), "format version 1.0; this version reads 1"),
+    "version true": (lambda m, t: m.update(format_version=True), "format version True; this version reads 1 and 2"),
+    "version 1.0": (lambda m, t: m.update(format_version=1.0), "format version 1.0; this version reads 1 and 2"),
     "rank true": (lambda m, t: m["targets"][1].update(rank=True), "targets.1.rank: Input should be a valid integer"),
     "rank 2.0": (lambda m, t: m["targets"][0].update(rank=2.0), "targets.0.rank: Input should be a valid integer"),
     "digest of null": (lambda m, t: m["targets"][0].update(weight_digest=None), "targets.0.weight_digest: Input"),
@@ -170,6 +185,9 @@ FORGERIES: dict[str, tuple[Change, str]] = {
     "rule of text": (lambda m, t: m["rule"].update(tau="x"), "incomplete"),
     "rule out of range": (lambda m, t: m["rule"].update(tau=2), "tau must be in"),
     "rule of more": (lambda m, t: m["rule"].update(more=2), "incomplete"),
+    "rule of neither": (lambda m, t: m["rule"].update(tau=None), "the rank rule has neither tau nor a rank"),
+    "rule of both": (lambda m, t: m["rule"].update(rank=2), "tau and rank exclude each other"),
+    "rule of version 2": (lambda m, t: m.update(rule={"kind": "energy-share", "tau": 0.5}), "incomplete"),
     "versions a list": (lambda m, t: m.update(versions=[1]), "incomplete"),
     "NaN": (lambda m, t: t[f"{NAME}.Q"].fill(np.nan), "not those|NaN"),
     "more tensors": (lambda m, t: t.update({"a.Q": np.ones((1, 1), np.float32)}), "not those that the basis names"),
@@ -181,6 +199,23 @@ FORGERIES: dict[str, tuple[Change, str]] = {
 }
 
 
+FORGED_RULES: dict[str, tuple[object, str]] = {
+    "none": (None, "rule: Input should be a valid dict"),
+    "of version 1": ({"tau": 0.5, "rank": None}, "rule.kind must name a rank rule, such as energy-share"),
+    "kind of a number": ({"kind": 1}, "rule.kind must name a rank rule"),
+    "tau true": ({"kind": "energy-share", "tau": True}, "energy-share: tau: Input should be a valid number"),
+    "tau of text": ({"kind": "energy-share", "tau": "x"}, "energy-share: tau: Input should be a valid number"),
+    "out of range": ({"kind": "energy-share", "tau": 2}, "tau must be in"),
+    "more": ({"kind": "fixed-rank", "rank": 2, "tau": 0.5}, "fixed-rank has the parameters rank, not rank, tau"),
+}
+
+
+@pytest.mark.parametrize("name", FORGED_RULES)
+def test_forged_rules_are_refused(tmp_path: Path, name: str) -> None:
+    rule, message = FORGED_RULES[name]
+    assert_refused(forge(BASIS_2_FILE, tmp_path / "forged.safetensors", lambda m, t: m.update(rule=rule)), message)
+
+
 @pytest.mark.parametrize("name", FORGERIES)
 def test_forged_files_are_refused(tmp_path: Path, name: str) -> None:
     change, message = FORGERIES[name]
@@ -190,7 +225,7 @@ def test_forged_files_are_refused(tmp_path: Path, name: str) -> None:
 def test_consistent_nan_is_refused(tmp_path: Path) -> None:
     first = golden_basis().targets[0]
     bad = BasisTarget(first.name, np.full_like(first.q, np.inf), first.r, first.diagonal, "")
-    write_basis(Basis((bad,), "b", RankRule(), {}), tmp_path / "bad.safetensors")
+    write_basis(Basis((bad,), "b", EnergyShare(), {}), tmp_path / "bad.safetensors")
     assert_refused(tmp_path / "bad.safetensors", f"{first.name} holds NaN or Inf")
 
 
@@ -209,6 +244,6 @@ def test_metadata_nested_to_any_depth_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "deep.safetensors"
     for depth in range(900, 1010, 3):
         nested = "[" * depth + "]" * depth
-        record = f'{{"format":"{FORMAT}","format_version":{FORMAT_VERSION},"versions":{nested}}}'
+        record = f'{{"format":"{FORMAT}","format_version":{VERSIONS.current},"versions":{nested}}}'
         path.write_bytes(safetensors.numpy.save({"a.Q": np.ones((1, 1), np.float32)}, {METADATA_KEY: record}))
         assert_refused(path)

@@ -1,7 +1,7 @@
-"""Writes the golden files beside it: `python -m tests.golden.make` in the repository root.
+"""Writes the golden files of today's format versions beside it: `python -m tests.golden.make` in the repository root.
 
-They were written once, by format version 1, and stay as they are: a reader that cannot read them
-breaks every file in the field. Write new ones, under new names, only for a new format version.
+Each was written once, by its own version, and stays as it is: a reader that cannot read it breaks every file in the
+field. Write new ones, under new names, only for a new format version; those of older versions have no writer any more.
 """
 
 from pathlib import Path
@@ -10,10 +10,13 @@ import numpy as np
 
 from qrlora_deploy.formats.basis import Basis, BasisTarget, write_basis
 from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
-from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.rank_rules.energy_share import EnergyShare
 
 FOLDER = Path(__file__).parent
 BASIS_FILE = FOLDER / "basis.safetensors"
+"""Of version 1."""
+
+BASIS_2_FILE = FOLDER / "basis_2.safetensors"
 COEFFICIENTS_FILE = FOLDER / "coefficients.safetensors"
 
 
@@ -33,7 +36,7 @@ def golden_basis() -> Basis:
         diagonal=np.array([3, 1], np.float32),
         weight_digest="22" * 32,
     )
-    return Basis((first, second), "acme/bäse", RankRule(tau=0.75), {"qrlora-deploy": "0.1.0"})
+    return Basis((first, second), "acme/bäse", EnergyShare(0.75), {"qrlora-deploy": "0.1.0"})
 
 
 def golden_coefficients() -> Coefficients:
@@ -55,5 +58,5 @@ def golden_coefficients() -> Coefficients:
 
 
 if __name__ == "__main__":
-    write_basis(golden_basis(), BASIS_FILE)
+    write_basis(golden_basis(), BASIS_2_FILE)
     write_coefficients(golden_coefficients(), COEFFICIENTS_FILE)

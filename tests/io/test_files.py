@@ -26,6 +26,7 @@ from qrlora_deploy.io.files import (
     write_json,
     write_tensors,
 )
+from qrlora_deploy.io.versions import Versions
 
 KIND = "qrlora-test"
 RECORD = {"format": KIND, "format_version": 1}
@@ -46,7 +47,7 @@ def anything(metadata: dict[str, Any], name: str, shape: tuple[int, ...]) -> boo
 
 
 def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    return read_tensors(path, KIND, 1, anything)
+    return read_tensors(path, KIND, Versions(1), anything)
 
 
 def sample(path: Path) -> Path:
@@ -162,7 +163,7 @@ def test_other_dtypes_and_unwanted_tensors_are_refused(tmp_path: Path) -> None:
         read(path)
     sample(path)
     with pytest.raises(FileFormatError, match=r"unexpected tensor 'b' F32\[2, 2\]"):
-        read_tensors(path, KIND, 1, lambda metadata, name, shape: name == "a")
+        read_tensors(path, KIND, Versions(1), lambda metadata, name, shape: name == "a")
 
 
 def test_missing_file_and_folder_are_input_errors(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from qrlora_deploy.merging.checkpoints import merge, merge_model, merged_weight,
 from qrlora_deploy.models.adapter import attach, set_coefficients
 from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.models.targets import choose_targets
-from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.rank_rules.energy_share import EnergyShare
 from tests.tolerances import EXACT, FP32_SIDE_BRANCH, ONE_ROUNDING
 
 BERT = {
@@ -88,14 +88,14 @@ def make_customer(base: Checkpoint, basis: Basis, **changes: Any) -> Coefficient
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     kind, dtype = request.param
     base = save_model(tmp_path_factory.mktemp(kind) / "base", kind, dtype)
-    basis = factorize(base, choose_targets(base.skeleton()), RankRule(tau=0.6))
+    basis = factorize(base, choose_targets(base.skeleton()), EnergyShare(0.6))
     return Case(base, basis, make_customer(base, basis))
 
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Case:
     base = save_model(tmp_path_factory.mktemp("bert") / "base", "bert")
-    basis = factorize(base, choose_targets(base.skeleton(), ["query", "value"]), RankRule(tau=0.6))
+    basis = factorize(base, choose_targets(base.skeleton(), ["query", "value"]), EnergyShare(0.6))
     return Case(base, basis, make_customer(base, basis))
 
 
@@ -180,7 +180,7 @@ def test_model_in_memory_is_merged_like_the_files(bert: Case, tmp_path: Path) ->
 
 def test_conv1d_in_memory(tmp_path: Path) -> None:
     base = save_model(tmp_path / "base", "gpt2")
-    basis = factorize(base, choose_targets(base.skeleton(), ["c_attn"]), RankRule(tau=0.6))
+    basis = factorize(base, choose_targets(base.skeleton(), ["c_attn"]), EnergyShare(0.6))
     case = Case(base, basis, make_customer(base, basis))
     model = base.load_model()
     merge_model(model, *case)
@@ -292,7 +292,7 @@ def test_merging_twice_is_refused(bert: Case, tmp_path: Path) -> None:
 
 def test_quantised_base_is_refused(tmp_path: Path) -> None:
     base = save_model(tmp_path / "base", "bert")
-    basis = factorize(base, choose_targets(base.skeleton(), ["query"]), RankRule())
+    basis = factorize(base, choose_targets(base.skeleton(), ["query"]), EnergyShare())
     config = json.loads((base.folder / "config.json").read_text())
     (base.folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(InputError, match="is quantised: .*config.json has a quantization_config"):
@@ -301,7 +301,7 @@ def test_quantised_base_is_refused(tmp_path: Path) -> None:
 
 def test_tied_weights_are_refused(tmp_path: Path) -> None:
     base = save_model(tmp_path / "base", "bert")
-    basis = factorize(base, choose_targets(base.skeleton(), ["query"]), RankRule())
+    basis = factorize(base, choose_targets(base.skeleton(), ["query"]), EnergyShare())
     attention = base.skeleton().bert.encoder.layer[0].attention.self
     attention.key.weight = attention.query.weight
     with pytest.raises(InputError, match=r"tied weights.*layer.0.attention.self.query \(with .*layer.0.*self.key\)"):
@@ -316,7 +316,7 @@ def test_a_model_that_writes_text_is_not_merged(tmp_path: Path) -> None:
     target = BasisTarget(layer, ones, ones.T, np.ones(16, np.float32), base.tensor_digest(f"{layer}.weight"))
     customer = Coefficients(np.ones(1, np.float32), "0", "base", base.digest, "text-classification", ("a", "b"))
     with pytest.raises(InputError, match="is a GPT2LMHeadModel without a task head; give it one with `warmup`"):
-        merge(base, Basis((target,), "base", RankRule(), {}), customer, tmp_path / "out")
+        merge(base, Basis((target,), "base", EnergyShare(), {}), customer, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

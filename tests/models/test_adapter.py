@@ -22,7 +22,10 @@ from qrlora_deploy.models.adapter import (
     set_coefficients,
 )
 from qrlora_deploy.models.targets import choose_targets, is_conv1d
-from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.rank_rules.base import RankRule
+from qrlora_deploy.rank_rules.energy_share import EnergyShare
+from qrlora_deploy.rank_rules.fixed_rank import FixedRank
+from tests.rank_rules.ranks import rank_of
 from tests.tolerances import EXACT, FP32_SIDE_BRANCH
 
 TOKENS = torch.tensor([[5, 9, 2, 7, 11, 3], [8, 4, 6, 1, 0, 0]])
@@ -55,7 +58,7 @@ def weight_of(layer: Any) -> np.ndarray:
 
 def target_of(layer: Any, name: str = "layer", rule: RankRule | None = None) -> BasisTarget:
     result = factorize_weight(weight_of(layer))
-    rank = (rule or RankRule(tau=0.5)).ranks_of(result.diagonal)
+    rank = rank_of(rule or EnergyShare(0.5), result.diagonal)
     parts = (result.q[:, :rank], result.r[:rank], result.diagonal)
     return BasisTarget(name, *(part.astype(np.float32) for part in parts), "0" * 64)
 
@@ -63,7 +66,7 @@ def target_of(layer: Any, name: str = "layer", rule: RankRule | None = None) -> 
 def basis_of(model: Any, patterns: tuple[str, ...] = (), rule: RankRule | None = None) -> Basis:
     names = choose_targets(model, patterns)
     targets = tuple(target_of(model.get_submodule(name), name, rule) for name in names)
-    return Basis(targets, "base", rule or RankRule(), {})
+    return Basis(targets, "base", rule or EnergyShare(), {})
 
 
 def values_for(basis: Basis) -> np.ndarray:
@@ -92,7 +95,7 @@ def test_forward_is_the_formula_in_fp64(layer: str, bias: bool) -> None:
     target = target_of(base)
     adapter = QRLoRALinear(base, target)
     c = np.random.default_rng(1).normal(0, 2, target.rank).astype(np.float32)
-    set_coefficients({target.name: adapter}, Basis((target,), "", RankRule(), {}), c)
+    set_coefficients({target.name: adapter}, Basis((target,), "", EnergyShare(), {}), c)
     x = torch.randn(2, 5, 6)
     b = 0.0 if base.bias is None else base.bias.detach().double().numpy()
     delta = target.q.astype(np.float64) @ np.diag(c.astype(np.float64)) @ target.r.astype(np.float64)
@@ -133,7 +136,7 @@ def test_side_branches_equal_the_updated_weights(model: Any) -> None:
 
 def test_detach_gives_back_the_very_modules(model: Any) -> None:
     before, output = dict(model.named_modules()), logits(model)
-    basis = basis_of(model, rule=RankRule(tau=None, rank=3))
+    basis = basis_of(model, rule=FixedRank(3))
     adapters = attach(model, basis)
     assert list(adapters) == basis.names and len(dict(model.named_modules())) > len(before)
     set_coefficients(adapters, basis, values_for(basis))
@@ -249,7 +252,7 @@ def test_the_prefix_of_the_model_may_be_missing_or_too_much() -> None:
     assert isinstance(model.bert.encoder.layer[0].attention.self.query, QRLoRALinear)
     detach(model)
     targets = (BasisTarget(**vars(target) | {"name": target.name.removeprefix("bert.")}) for target in basis.targets)
-    bare = Basis(tuple(targets), "base", RankRule(), {})
+    bare = Basis(tuple(targets), "base", EnergyShare(), {})
     assert list(attach(model, bare)) == bare.names
 
 
@@ -267,6 +270,6 @@ def test_a_model_that_does_not_fit_stays_as_it_is(name: str, error: type[Excepti
     wrong = BasisTarget(**vars(basis.targets[1]) | {"name": name})
     before = dict(model.named_modules())
     with pytest.raises(error, match=message):
-        attach(model, Basis((basis.targets[0], wrong), "base", RankRule(), {}))
+        attach(model, Basis((basis.targets[0], wrong), "base", EnergyShare(), {}))
     assert dict(model.named_modules()) == before
     assert all(parameter.requires_grad for parameter in model.parameters())

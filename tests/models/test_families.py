@@ -22,7 +22,7 @@ from qrlora_deploy.models.checkpoint import open_checkpoint
 from qrlora_deploy.models.families import FAMILIES
 from qrlora_deploy.models.support import check_padding, why_unsupported
 from qrlora_deploy.models.targets import choose_targets, left_out
-from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.rank_rules.fixed_rank import FixedRank
 from qrlora_deploy.training.settings import TrainSettings, WarmupSettings
 from qrlora_deploy.training.trainer import train
 from qrlora_deploy.training.warmup import warmup
@@ -141,7 +141,7 @@ def test_parameters_that_are_no_layers_are_named() -> None:
 
 def test_a_side_branch_has_the_attributes_of_its_layer(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(save_base(tmp_path / "base")))
-    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton(), ["intermediate.dense"]), RankRule(None, 2))
+    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton(), ["intermediate.dense"]), FixedRank(2))
     model = checkpoint.load_model()
     layer = model.bert.encoder.layer[0].intermediate.dense
     branch = next(iter(attach(model, basis).values()))
@@ -166,7 +166,7 @@ def token_too_many(tmp_path: Path) -> Path:
 
 def test_a_token_without_a_row_is_named_before_training(token_too_many: Path, tmp_path: Path) -> None:
     whole = open_checkpoint(str(save_base(tmp_path / "whole")))  # the same weights
-    basis = factorize(whole, choose_targets(whole.skeleton(), ["query"]), RankRule(None, 2))
+    basis = factorize(whole, choose_targets(whole.skeleton(), ["query"]), FixedRank(2))
     checkpoint = open_checkpoint(str(token_too_many))
     message = r"makes '<ticket>' token \d+, but its embedding has \d+ rows; .*resize_token_embeddings"
     with pytest.raises(InputError, match=message):

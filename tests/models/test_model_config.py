@@ -34,7 +34,7 @@ from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.merging.checkpoints import merge
 from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
-from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.rank_rules.energy_share import EnergyShare
 from qrlora_deploy.runtime.bundle.bundle import open_bundle
 from qrlora_deploy.tasks.classification import Classification
 from qrlora_deploy.tasks.names import label_index
@@ -106,7 +106,7 @@ def test_what_is_wrong_is_named_by_every_command(
     job = ExportJob(base, tiny_basis, tmp_path / "out", tiny_customer)
     settings = TrainSettings(epochs=1, max_length=16, device="cpu")
     for command in (
-        lambda: factorize(base, list(tiny_basis.names), RankRule()),
+        lambda: factorize(base, list(tiny_basis.names), EnergyShare()),
         lambda: train(base, tiny_basis, ROWS, None, settings, tmp_path / "out"),
         lambda: merge(base, tiny_basis, tiny_customer, tmp_path / "out"),
         lambda: export_merged(job),
@@ -172,7 +172,7 @@ def test_models_for_other_tasks_are_no_bases(
     make(tiny_base).save_pretrained(tmp_path / "other")
     other = open_checkpoint(str(tmp_path / "other"))
     with pytest.raises(InputError, match=message):
-        factorize(other, [], RankRule())
+        factorize(other, [], EnergyShare())
     with pytest.raises(InputError, match="without a task head|none of model type"):
         _ = other.task
 
@@ -207,7 +207,7 @@ def test_code_of_a_checkpoint_is_neither_run_nor_offered(
         base.check_base,
         lambda: base.labels,
         lambda: warmup(base, ROWS, None, tmp_path / "out", settings),
-        lambda: factorize(base, list(tiny_basis.names), RankRule()),
+        lambda: factorize(base, list(tiny_basis.names), EnergyShare()),
     ):
         with pytest.raises(InputError, match=message):
             command()

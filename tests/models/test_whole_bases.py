@@ -25,7 +25,8 @@ from qrlora_deploy.merging.checkpoints import merge, unmerge
 from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.models.targets import choose_targets
 from qrlora_deploy.models.weight_files import INDEX, SINGLE
-from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.rank_rules.energy_share import EnergyShare
+from qrlora_deploy.rank_rules.fixed_rank import FixedRank
 from qrlora_deploy.runtime.bundle.bundle import open_bundle
 from qrlora_deploy.training.fleet.options import FleetOptions
 from qrlora_deploy.training.fleet.plan import FleetSource
@@ -98,7 +99,7 @@ def test_every_command_names_what_is_missing(
     job = ExportJob(no_pooler, tiny_basis, tmp_path / "out", customer, texts=texts)
     merged = open_checkpoint(str(tmp_path / "merged"))
     commands: dict[str, Callable[[], object]] = {
-        "factorize": lambda: factorize(no_pooler, list(tiny_basis.names), RankRule()),
+        "factorize": lambda: factorize(no_pooler, list(tiny_basis.names), EnergyShare()),
         "train": lambda: train(no_pooler, tiny_basis, ROWS, None, settings, tmp_path / "out"),
         "train-fleet": lambda: train_fleet(
             no_pooler, tiny_basis, FleetSource(tmp_path / "data"), settings, FleetOptions(tmp_path / "out")
@@ -200,7 +201,7 @@ def test_an_encoder_without_a_head_can_be_factorized(
     BertModel.from_pretrained(tiny_base, add_pooling_layer=pooler).save_pretrained(tmp_path / "plain")
     encoder = rewritten(tmp_path / "plain", tmp_path / "encoder", prefixed(prefix))
     names = choose_targets(encoder.skeleton(), ["query"])
-    assert len(factorize(encoder, names, RankRule(None, 2)).targets) == 2
+    assert len(factorize(encoder, names, FixedRank(2)).targets) == 2
 
 
 def test_tied_weights_are_stored_once(tiny_base: Path, tmp_path: Path) -> None:
@@ -257,7 +258,7 @@ def test_names_that_transformers_converts_are_refused_before_the_warm_up(tmp_pat
     with pytest.raises(InputError, match=message):
         warmup(base, ROWS, None, tmp_path / "out", ONE_STEP)
     with pytest.raises(InputError, match=message):
-        factorize(base, choose_targets(base.skeleton()), RankRule(None, 1))
+        factorize(base, choose_targets(base.skeleton()), FixedRank(1))
 
 
 @pytest.fixture

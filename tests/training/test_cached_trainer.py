@@ -17,7 +17,7 @@ from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.models.targets import choose_targets
-from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.rank_rules.energy_share import EnergyShare
 from qrlora_deploy.training.settings import TrainSettings
 from qrlora_deploy.training.trainer import train
 from qrlora_deploy.training.trunk import memory as trunk_memory
@@ -61,7 +61,7 @@ def save(folder: Path, make: Any, config: Any, padding_side: str = "right") -> C
 
 
 def basis_of(checkpoint: Checkpoint, query: str, last_layers: int) -> Basis:
-    return factorize(checkpoint, choose_targets(checkpoint.skeleton(), [query], last_layers), RankRule(tau=0.5))
+    return factorize(checkpoint, choose_targets(checkpoint.skeleton(), [query], last_layers), EnergyShare(0.5))
 
 
 Trained = Callable[..., Coefficients]

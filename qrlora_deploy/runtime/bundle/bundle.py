@@ -1,5 +1,6 @@
 """The bundle: a folder that holds a model, its tokenizer and a manifest that seals both."""
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -7,10 +8,10 @@ from typing import Any
 
 from qrlora_deploy.errors import FileFormatError, InputError
 from qrlora_deploy.io.files import digest_file
-from qrlora_deploy.io.reading import check_version, is_file, parse_json, read_text
+from qrlora_deploy.io.reading import is_file, parse_json, read_text
 from qrlora_deploy.io.strict import from_json
 from qrlora_deploy.runtime.bundle.external_data import external_locations
-from qrlora_deploy.runtime.bundle.manifest import FORMAT_VERSION, Manifest
+from qrlora_deploy.runtime.bundle.manifest import VERSIONS, Manifest
 from qrlora_deploy.runtime.bundle.manifest_checks import manifest_problems
 from qrlora_deploy.runtime.bundle.records import ParityRecord, TargetRecord, TensorRecord
 from qrlora_deploy.runtime.bundle.row_layout import BASE_HEAD_FILE, TABLE
@@ -18,7 +19,6 @@ from qrlora_deploy.runtime.bundle.sealed_facts import CONFIG_FILE, REFERENCE_FIL
 
 __all__ = [
     "CONFIG_FILE",
-    "FORMAT_VERSION",
     "REFERENCE_FILE",
     "Bundle",
     "Manifest",
@@ -126,9 +126,10 @@ def _read_manifest(folder: Path) -> Manifest:
     if path.is_symlink():
         raise FileFormatError(f"{path} {IS_LINK}, {LINKS}")
     text = read_text(path, MAX_MANIFEST_BYTES)
+    what = f"{path} is not a manifest"
     record = parse_json(text, f"{path} is not JSON")
-    check_version(path, record.get("format_version") if isinstance(record, dict) else None, FORMAT_VERSION)
-    return from_json(Manifest, text, f"{path} is not a manifest")
+    record = VERSIONS.upgraded(path, record if isinstance(record, dict) else {}, what)
+    return from_json(Manifest, json.dumps(record), what)
 
 
 def _check(folder: Path, name: str, digest: str) -> str:

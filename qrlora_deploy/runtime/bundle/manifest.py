@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from qrlora_deploy.io.strict import Record
+from qrlora_deploy.io.versions import Versions
 from qrlora_deploy.runtime.bundle.records import (
     CalibrationRecord,
     ParityRecord,
@@ -23,7 +24,7 @@ from qrlora_deploy.runtime.bundle.row_layout import (
 )
 from qrlora_deploy.tasks.registry import BY_NAME
 
-FORMAT_VERSION = 1
+VERSIONS = Versions(1)
 
 UNSEALED = {"format_version", "base_name", "files", "parity", "customer_effect", "attention_nodes", "versions"}
 """Fields of a manifest that decide no answer: where it comes from and how it was checked."""
@@ -55,7 +56,7 @@ class Manifest(Record):
         truncation_side: where a longer text loses tokens.
     """
 
-    format_version: int = FORMAT_VERSION
+    format_version: int = VERSIONS.current
     kind: Literal["merged", "switchable"]
     task: Annotated[str, AfterValidator(_known_task)]
     labels: tuple[str, ...] = Field(min_length=1)

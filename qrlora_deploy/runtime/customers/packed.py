@@ -23,6 +23,7 @@ from qrlora_deploy.runtime.customers.packed_header import (
     STORED_DTYPES,
     PackedHeader,
     digest_piece,
+    facts_of,
     metadata_of,
     read_exactly,
     read_header,
@@ -85,14 +86,14 @@ def load_packed(session: SwitchableSession, path: str | os.PathLike[str], progre
 
 
 def _check_bundle(header: PackedHeader, path: Path, manifest: Manifest) -> None:
-    expected = metadata_of(manifest)
+    expected, stored = metadata_of(manifest), facts_of(header, path)
     for name in ("basis_digest", "base_digest"):
-        if header.metadata.get(name) != expected[name]:
-            found = str(header.metadata.get(name))[:12]
+        if stored.get(name) != expected[name]:
+            found = str(stored.get(name))[:12]
             raise BasisMismatchError(
                 f"{path} was packed for {name} {found}, but the bundle holds {expected[name][:12]}"
             )
-    if header.metadata != expected or header.total_rank != manifest.total_rank:
+    if stored != expected or header.total_rank != manifest.total_rank:
         raise MismatchError(f"{path} has another task, other labels or another number of coefficients than the bundle")
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import struct
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,13 @@ from pydantic import BaseModel, Field
 
 from qrlora_deploy.errors import FileFormatError
 from qrlora_deploy.io.files import MAX_METADATA_BYTES, METADATA_KEY
-from qrlora_deploy.io.reading import check_version, parse_json
+from qrlora_deploy.io.reading import parse_json
 from qrlora_deploy.io.strict import Record, from_value
+from qrlora_deploy.io.versions import Versions
 from qrlora_deploy.runtime.bundle.bundle import Manifest
 
 FORMAT = "qrlora-packed"
-FORMAT_VERSION = 2
+VERSIONS = Versions(2, remedy="pack it again")
 
 PIECE_BYTES = 4 * 2**20
 
@@ -90,6 +91,11 @@ class PackedHeader:
         """Customers of a piece."""
         return max(1, PIECE_BYTES // self.row_bytes)
 
+    @property
+    def size_bytes(self) -> int:
+        """Of the whole file."""
+        return len(self.to_bytes(NO_DIGEST)) + self.customers * (self.row_bytes + 1) + self.id_bytes
+
     def to_bytes(self, digest: str) -> bytes:
         """The file up to its tensors: the length, JSON, and spaces up to a size that `customers` does not change."""
         room = len(self._json(NO_DIGEST, WIDEST, WIDEST))
@@ -118,14 +124,24 @@ class PackedHeader:
 
 def metadata_of(manifest: Manifest) -> dict[str, Any]:
     """What a packed file says of the bundle for which it is."""
+    return metadata_for(manifest.basis_digest, manifest.base_digest, manifest.task, manifest.labels)
+
+
+def metadata_for(basis_digest: str, base_digest: str, task: str, labels: Sequence[str]) -> dict[str, Any]:
+    """What a packed file says of bundles of these."""
     return {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "basis_digest": manifest.basis_digest,
-        "base_digest": manifest.base_digest,
-        "task": manifest.task,
-        "labels": list(manifest.labels),
+        "format_version": VERSIONS.current,
+        "basis_digest": basis_digest,
+        "base_digest": base_digest,
+        "task": task,
+        "labels": list(labels),
     }
+
+
+def facts_of(header: PackedHeader, path: Path) -> dict[str, Any]:
+    """What `metadata_of` gave when the file was written, as the current version has it."""
+    return VERSIONS.upgraded(path, header.metadata, f"{path} is not a {FORMAT} file")
 
 
 def read_header(file: io.FileIO, path: Path) -> tuple[PackedHeader, str, int]:
@@ -146,7 +162,7 @@ def read_header(file: io.FileIO, path: Path) -> tuple[PackedHeader, str, int]:
     metadata = parse_json(stored.metadata.get(METADATA_KEY, ""), wrong)
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise FileFormatError(wrong)
-    check_version(path, metadata.get("format_version"), FORMAT_VERSION, "pack it again")
+    VERSIONS.check(path, metadata.get("format_version"))
     digest = from_value(_Metadata, metadata, wrong).content_digest
     del metadata["content_digest"]
     header = PackedHeader(metadata, *_sizes(stored, wrong), stored.coefficients.dtype)
@@ -157,7 +173,7 @@ def read_header(file: io.FileIO, path: Path) -> tuple[PackedHeader, str, int]:
     start = 8 + length
     if not canonical:
         raise FileFormatError(f"{path} was changed after it was written: its header is not as it was")
-    if size_bytes != start + header.customers * header.row_bytes + header.customers + header.id_bytes:
+    if size_bytes != header.size_bytes:
         raise FileFormatError(f"{path} is cut or has bytes too many")
     return header, digest, start
 

@@ -355,7 +355,7 @@ def stranger(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from qrlora_deploy.factorization.from_checkpoint import factorize
     from qrlora_deploy.models.checkpoint import open_checkpoint
     from qrlora_deploy.models.targets import choose_targets
-    from qrlora_deploy.rank_rules.rule import RankRule
+    from qrlora_deploy.rank_rules.energy_share import EnergyShare
 
     folder = tmp_path_factory.mktemp("stranger")
     base = Path(shutil.copytree(tiny_base, folder / "base"))
@@ -363,7 +363,7 @@ def stranger(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     changed = {name: (array * np.float32(1.25)).astype(np.float32) for name, array in weights.items()}
     safetensors.numpy.save_file(changed, base / "model.safetensors", {"format": "pt"})
     checkpoint = open_checkpoint(str(base))
-    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton(), ("query", "value")), RankRule(tau=0.5))
+    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton(), ("query", "value")), EnergyShare(0.5))
     examples = Examples(list(SENTENCES), None, ["travel"] * len(SENTENCES), "sentences")
     export_switchable(ExportJob(checkpoint, basis, folder / "bundle", texts=examples, head_labels=6))
     return folder / "bundle"

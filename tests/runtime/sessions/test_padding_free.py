@@ -16,7 +16,7 @@ from qrlora_deploy.exporting.registry import ExportJob
 from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.models.checkpoint import open_checkpoint
 from qrlora_deploy.models.targets import choose_targets
-from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.rank_rules.energy_share import EnergyShare
 from qrlora_deploy.runtime import Buckets, SwitchableSession, open_bundle, verify
 from qrlora_deploy.runtime.sessions.token_index import STEPS, kept_tokens, padded_tokens, write_kept_tokens
 from tests.exporters.test_switchable import save_encoder
@@ -34,7 +34,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     if not use_onnx_attention(checkpoint.load_model()):
         pytest.skip(f"this transformers gives {request.param} an attention of its own")
     targets = choose_targets(checkpoint.skeleton(), ("q", "v") if request.param == "mpnet" else ("q_lin", "v_lin"))
-    basis = factorize(checkpoint, targets, RankRule(tau=0.5))
+    basis = factorize(checkpoint, targets, EnergyShare(0.5))
     export_switchable(ExportJob(checkpoint, basis, folder / "bundle", texts=texts, head_labels=6, padding_free=True))
     return folder / "bundle"
 

@@ -1,0 +1,71 @@
+"""The rank rules there are, by kind, and how a file keeps one. A new rule is a module of its own and a line here."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from qrlora_deploy.errors import FileFormatError, InputError
+from qrlora_deploy.io.strict import from_json
+from qrlora_deploy.rank_rules.base import RankRule
+from qrlora_deploy.rank_rules.energy_share import EnergyShare
+from qrlora_deploy.rank_rules.fixed_rank import FixedRank
+from qrlora_deploy.rank_rules.unknown import UnknownRule
+
+BY_KIND: dict[str, type[RankRule]] = {rule.kind: rule for rule in (EnergyShare, FixedRank)}
+
+
+def rule_of(tau: float | None = None, rank: int | None = None) -> RankRule:
+    """The rule that `--tau` or `--rank` asks for; without either, half of the energy.
+
+    Raises:
+        InputError: both are given, or one is out of range.
+    """
+    if tau is not None and rank is not None:
+        raise InputError("tau and rank exclude each other; give one of them")
+    if rank is not None:
+        return FixedRank(rank)
+    return EnergyShare() if tau is None else EnergyShare(tau)
+
+
+def stored_rule(rule: RankRule) -> dict[str, Any]:
+    """What a file keeps of a rule: its kind, and its parameters beside it."""
+    return {"kind": rule.kind} | rule.parameters
+
+
+def read_rule(stored: Mapping[str, Any]) -> RankRule:
+    """The rule of a record that `stored_rule` made; one of an unknown kind is an `UnknownRule`.
+
+    Raises:
+        FileFormatError: it names no kind, or a known kind with parameters that are not its own.
+        InputError: a parameter is out of range.
+    """
+    kind = stored.get("kind")
+    if not isinstance(kind, str) or not kind:
+        raise FileFormatError(f"rule.kind must name a rank rule, such as {', '.join(BY_KIND)}")
+    parameters = {name: value for name, value in stored.items() if name != "kind"}
+    found = BY_KIND.get(kind)
+    if found is None:
+        return UnknownRule(kind, parameters)
+    known = {field.name for field in dataclasses.fields(found)}  # type: ignore[arg-type]  # a rule is a dataclass
+    if parameters.keys() != known:
+        given = ", ".join(sorted(parameters)) or "none"
+        raise FileFormatError(f"the rank rule {kind} has the parameters {', '.join(sorted(known))}, not {given}")
+    return from_json(found, json.dumps(parameters), f"the rank rule {kind}")
+
+
+def chosen_ranks(rule: RankRule, diagonals: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """The rule's rank of each target, in the order of `diagonals`, checked: a rule may be anybody's.
+
+    Raises:
+        InputError: the rule refuses, or leaves a target out, or gives a rank that the target cannot have.
+    """
+    ranks = rule.choose(diagonals)
+    if ranks.keys() != diagonals.keys():
+        raise InputError(f"the rank rule {rule.kind} must give one rank for each target, and no other")
+    for name, diagonal in diagonals.items():
+        if not 1 <= ranks[name] <= len(diagonal):
+            raise InputError(f"the rank rule {rule.kind} gives {name} rank {ranks[name]}, not 1 to {len(diagonal)}")
+    return {name: int(ranks[name]) for name in diagonals}
