@@ -35,7 +35,7 @@ from qrlora_deploy.bench.workload import Workload
 from qrlora_deploy.data.examples import Examples, TextRows, read_examples, read_texts
 from qrlora_deploy.data.sample import CUSTOMERS, general_file, held_out_file
 from qrlora_deploy.errors import CheckFailed, InputError
-from qrlora_deploy.export.registry import ExportJob
+from qrlora_deploy.exporting.registry import ExportJob
 from qrlora_deploy.formats.basis import Basis, read_basis
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.formats.customer_files import customer_ids, read_customer

@@ -262,7 +262,7 @@ def make_own(folder: Path) -> Bundle:
     from exporters.onnx import export_switchable
     from qrlora_deploy.data.examples import Examples
     from qrlora_deploy.data.sample import general_examples
-    from qrlora_deploy.export.registry import ExportJob
+    from qrlora_deploy.exporting.registry import ExportJob
     from qrlora_deploy.factorization.from_checkpoint import factorize
     from qrlora_deploy.models.checkpoint import open_checkpoint
     from qrlora_deploy.models.targets import choose_targets

@@ -9,7 +9,7 @@ import onnxruntime
 
 from exporters.onnx.customers import read_base_head
 from qrlora_deploy.errors import CheckFailed, InputError, QrloraError, first_line
-from qrlora_deploy.export.registry import ExportJob
+from qrlora_deploy.exporting.registry import ExportJob
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.io.files import atomic_file
 from qrlora_deploy.io.outputs import check_replaceable

@@ -15,7 +15,7 @@ import safetensors.numpy
 from torch import nn
 
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.export.registry import ExportJob
+from qrlora_deploy.exporting.registry import ExportJob
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.io.files import atomic_folder, write_json

@@ -56,7 +56,7 @@ def make_bundle(base: Path, basis: Basis, customer: Coefficients | None, output:
     """A merged bundle of the customer; without one a switchable bundle with room for heads of six labels."""
     from exporters.onnx import export_merged, export_switchable
     from qrlora_deploy.data.examples import Examples
-    from qrlora_deploy.export.registry import ExportJob
+    from qrlora_deploy.exporting.registry import ExportJob
     from qrlora_deploy.models.checkpoint import open_checkpoint
 
     texts = Examples(list(SENTENCES), None, ["travel"] * len(SENTENCES), "sentences")

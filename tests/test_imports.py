@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("qrlora_deploy", "exporters")
 
 ROOMS = (
+    "version",
     "errors",
     "deprecated.moved",
     "installation",
@@ -39,7 +40,7 @@ ROOMS = (
     "runtime",
     "inspection",
     "bench",
-    "export",
+    "exporting",
     "exporters",
     "quickstart",
     "cli",
@@ -159,7 +160,7 @@ def test_no_module_lies_outside_the_rooms() -> None:
         f"qrlora_deploy.{room}" for room in ROOMS if "." not in room and room != "exporters"
     }
     root = {path.stem for path in (ROOT / "qrlora_deploy").glob("*.py")}
-    assert root == {"__init__", "errors"}
+    assert root == {"__init__", "errors", "version"}
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "qrlora_deploy"])
@@ -187,7 +188,13 @@ def test_there_is_no_cycle() -> None:
 
 @pytest.mark.parametrize("name", [name for name in MODULES if inside(name, "qrlora_deploy.cli")])
 def test_commands_import_their_library_only_when_they_run(name: str) -> None:
-    light = {"qrlora_deploy", "qrlora_deploy.errors", "qrlora_deploy.tasks.options", "qrlora_deploy.installation.parts"}
+    light = {
+        "qrlora_deploy",
+        "qrlora_deploy.errors",
+        "qrlora_deploy.version",
+        "qrlora_deploy.tasks.options",
+        "qrlora_deploy.installation.parts",
+    }
     found = project(imports(MODULES[name], top_level_only=True))
     assert {other for other in found if not inside(other, "qrlora_deploy.cli")} <= light
 

@@ -14,7 +14,7 @@ from exporters.onnx import export_merged, export_switchable
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.data.sample import sample_texts
 from qrlora_deploy.errors import QrloraError, first_line
-from qrlora_deploy.export.registry import ExportJob
+from qrlora_deploy.exporting.registry import ExportJob
 from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients, read_coefficients, write_coefficients

@@ -11,7 +11,7 @@ from benchmarks.serving import LAST_LAYERS, save_base
 from exporters.onnx import export_switchable
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.data.sample import sample_texts
-from qrlora_deploy.export.registry import ExportJob
+from qrlora_deploy.exporting.registry import ExportJob
 from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.checkpoint import open_checkpoint

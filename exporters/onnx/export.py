@@ -22,7 +22,7 @@ from exporters.onnx.showing import not_shown
 from exporters.onnx.switchable import CustomerRows, make_switchable
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.export.registry import ExportJob
+from qrlora_deploy.exporting.registry import ExportJob
 from qrlora_deploy.io.files import atomic_folder
 from qrlora_deploy.io.outputs import check_free_folder
 from qrlora_deploy.merging.checkpoints import merge_model

@@ -8,8 +8,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from qrlora_deploy import __version__
 from qrlora_deploy.bench.record import Environment
+from qrlora_deploy.version import __version__
 
 PACKAGES = ("onnxruntime-gpu", "onnxruntime", "numpy", "tokenizers", "safetensors", "torch", "transformers", "peft")
 

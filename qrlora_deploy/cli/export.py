@@ -110,7 +110,7 @@ def command(
             "give --merge and --coefficients for a merged bundle, or neither of them for a switchable one"
         )
     from qrlora_deploy.data.examples import read_examples, read_texts
-    from qrlora_deploy.export.registry import FP32_ONLY, ExportJob, find_exporter
+    from qrlora_deploy.exporting.registry import FP32_ONLY, ExportJob, find_exporter
     from qrlora_deploy.io.outputs import check_free_folder
 
     if precision != "fp32" and format_name in FP32_ONLY:

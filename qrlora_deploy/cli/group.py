@@ -17,9 +17,9 @@ from typing import Any, NoReturn
 
 import click
 
-from qrlora_deploy import __version__
 from qrlora_deploy.cli.signals import Terminated, heard, raised_signals
 from qrlora_deploy.errors import QrloraError, first_line, shortened
+from qrlora_deploy.version import __version__
 
 COMMANDS = (
     "quickstart",

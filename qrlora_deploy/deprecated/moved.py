@@ -21,7 +21,6 @@ MOVED = {
     "qrlora_deploy.completeness": "qrlora_deploy.models.completeness",
     "qrlora_deploy.config_file": "qrlora_deploy.formats.config_file",
     "qrlora_deploy.doctor": "qrlora_deploy.inspection.doctor",
-    "qrlora_deploy.exporting": "qrlora_deploy.export.registry",
     "qrlora_deploy.factorizing": "qrlora_deploy.factorization.from_checkpoint",
     "qrlora_deploy.families": "qrlora_deploy.models.families",
     "qrlora_deploy.files": "qrlora_deploy.io.files",

@@ -7,13 +7,13 @@ from importlib.metadata import version
 import numpy as np
 import torch
 
-from qrlora_deploy import __version__
 from qrlora_deploy.errors import InputError, ProviderError
 from qrlora_deploy.factorization.decomposition import bytes_of_one, factorize_weight, pivoted_qr
 from qrlora_deploy.formats.basis import Basis, BasisTarget
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.models.targets import is_conv1d
 from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.version import __version__
 
 Progress = Callable[[str, int, int], None]
 

@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 
 from pydantic import ConfigDict
 
-from qrlora_deploy import __version__
 from qrlora_deploy.errors import FileFormatError, InputError
 from qrlora_deploy.io.files import write_json
 from qrlora_deploy.io.reading import check_version, is_file, parse_json, read_text
 from qrlora_deploy.io.strict import from_json
 from qrlora_deploy.tasks.registry import task_named
+from qrlora_deploy.version import __version__
 
 FILE_NAME = "qrlora.json"
 FORMAT = "qrlora-merge"

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from qrlora_deploy import __version__
 from qrlora_deploy.errors import FileFormatError, ProviderError, first_line
 from qrlora_deploy.installation.parts import NAMES, PARTS, lacking
 from qrlora_deploy.io.temporary import scratch_folder
+from qrlora_deploy.version import __version__
 
 PACKAGES = (
     "torch",

@@ -11,7 +11,7 @@ import torch
 
 from qrlora_deploy.data.sample import CUSTOMERS, general_examples, held_out_examples, train_examples
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.export.registry import ExportJob, find_exporter
+from qrlora_deploy.exporting.registry import ExportJob, find_exporter
 from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.formats.basis import Basis, write_basis
 from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients

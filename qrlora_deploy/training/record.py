@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from qrlora_deploy import __version__
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.training.settings import TrainSettings
+from qrlora_deploy.version import __version__
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import precision
 from qrlora_deploy.errors import CheckFailed, InputError
-from qrlora_deploy.export.registry import ExportJob
+from qrlora_deploy.exporting.registry import ExportJob
 from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
 from qrlora_deploy.runtime import Predictor, open_bundle
 from tests.tiny import LABELS, SENTENCES

@@ -7,11 +7,11 @@ from pathlib import Path
 import click
 import pytest
 
-from qrlora_deploy import __version__
 from qrlora_deploy.cli import cli
 from qrlora_deploy.cli.group import COMMANDS, describe_error
 from qrlora_deploy.cli.output import Output, cell, plain, size_text
 from qrlora_deploy.errors import CheckFailed, InputError
+from qrlora_deploy.version import __version__
 from tests.cli.running import ROOT, environment
 
 

@@ -9,7 +9,7 @@ from qrlora_deploy.bench.plan import Plan
 from qrlora_deploy.cli import cli
 from qrlora_deploy.cli.group import COMMANDS
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.export.registry import MAX_HEAD_LABELS, ExportJob
+from qrlora_deploy.exporting.registry import MAX_HEAD_LABELS, ExportJob
 from qrlora_deploy.models.targets import choose_targets
 from qrlora_deploy.rank_rules.rule import RankRule
 from qrlora_deploy.runtime.sessions.session import MAX_THREADS, open_session

@@ -10,6 +10,7 @@ from qrlora_deploy.deprecated.moved import MOVED
 
 FORMER_MODULES = {
     "qrlora_deploy.merging": "merge",
+    "qrlora_deploy.exporting": "find_exporter",
     "qrlora_deploy.factorization": "factorize_weight",
     "qrlora_deploy.runtime.table": "CoefficientTable",
     "qrlora_deploy.runtime.bundle": "open_bundle",

@@ -8,7 +8,7 @@ import pytest
 
 from exporters.onnx import export_merged, export_switchable
 from qrlora_deploy.data.examples import Examples
-from qrlora_deploy.export.registry import ExportJob
+from qrlora_deploy.exporting.registry import ExportJob
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.checkpoint import open_checkpoint

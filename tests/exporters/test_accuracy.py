@@ -12,7 +12,7 @@ from exporters.onnx import export_merged, export_switchable
 from exporters.onnx.accuracy import MAX_ROWS, Labelled, choose_labelled, measure_accuracy
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import CheckFailed, InputError
-from qrlora_deploy.export.registry import ExportJob
+from qrlora_deploy.exporting.registry import ExportJob
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.merging.checkpoints import merge_model

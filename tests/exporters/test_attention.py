@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from exporters.onnx import export_merged
 from exporters.onnx.attention import onnx_attention, onnx_mask
 from qrlora_deploy.data.examples import Examples
-from qrlora_deploy.export.registry import ExportJob
+from qrlora_deploy.exporting.registry import ExportJob
 from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.checkpoint import open_checkpoint

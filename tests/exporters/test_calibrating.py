@@ -15,7 +15,7 @@ from exporters.onnx import export_merged, export_switchable
 from exporters.onnx.calibrating import MAX_ROWS, calibration_inputs, calibration_record, choose_rows
 from qrlora_deploy.data.examples import Examples, TextRows
 from qrlora_deploy.errors import FileFormatError, InputError
-from qrlora_deploy.export.registry import ExportJob
+from qrlora_deploy.exporting.registry import ExportJob
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.checkpoint import open_checkpoint

@@ -14,7 +14,7 @@ from exporters.onnx import attention, export_merged, export_switchable
 from exporters.onnx.attention import onnx_attention
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import CheckFailed, InputError, ProviderError
-from qrlora_deploy.export.registry import ExportJob
+from qrlora_deploy.exporting.registry import ExportJob
 from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.capacity import max_tokens

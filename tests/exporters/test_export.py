@@ -12,7 +12,7 @@ from exporters.onnx import export_merged, verify_against
 from exporters.onnx.reference import Texts, build_reference
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import BasisMismatchError, CheckFailed, InputError, ProviderError
-from qrlora_deploy.export.registry import ExportJob
+from qrlora_deploy.exporting.registry import ExportJob
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.merging.checkpoints import merge_model

@@ -15,7 +15,7 @@ from onnx import numpy_helper
 
 from exporters.onnx_adapter import export_adapter
 from qrlora_deploy.errors import BasisMismatchError, CheckFailed, InputError, QrloraError
-from qrlora_deploy.export.registry import ExportJob, find_exporter
+from qrlora_deploy.exporting.registry import ExportJob, find_exporter
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
 from qrlora_deploy.models.adapter import attach, set_coefficients

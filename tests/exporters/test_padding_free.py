@@ -12,7 +12,7 @@ from exporters.onnx.attention import Heads, attend, use_onnx_attention
 from exporters.onnx.padding_free import Packing, pack_blocks
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.export.registry import ExportJob
+from qrlora_deploy.exporting.registry import ExportJob
 from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.checkpoint import open_checkpoint

@@ -28,7 +28,7 @@ from transformers import (
 from exporters.onnx.customers import base_customer
 from exporters.peft import export_peft
 from qrlora_deploy.errors import BasisMismatchError, InputError
-from qrlora_deploy.export.registry import ExportJob, find_exporter
+from qrlora_deploy.exporting.registry import ExportJob, find_exporter
 from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients

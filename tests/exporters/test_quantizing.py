@@ -18,7 +18,7 @@ from exporters.onnx.quantizing import quantize_graph
 from exporters.onnx.saturation import products_saturate
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import CheckFailed, InputError, QrloraError
-from qrlora_deploy.export.registry import ExportJob
+from qrlora_deploy.exporting.registry import ExportJob
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.checkpoint import open_checkpoint

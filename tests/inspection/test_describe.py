@@ -83,7 +83,7 @@ def test_a_merged_checkpoint(tiny_base: Path, tiny_basis: Basis, tiny_customer: 
 
 def test_a_bundle(tiny_base: Path, tiny_basis: Basis, tiny_customer: Coefficients, tmp_path: Path) -> None:
     from exporters.onnx import export_merged
-    from qrlora_deploy.export.registry import ExportJob
+    from qrlora_deploy.exporting.registry import ExportJob
 
     texts = Examples(list(SENTENCES), None, ["travel"] * len(SENTENCES), "sentences")
     export_merged(

@@ -12,10 +12,10 @@ import onnx
 import pytest
 import torch
 
-from qrlora_deploy import __version__
 from qrlora_deploy.errors import FileFormatError, InputError, ProviderError
 from qrlora_deploy.inspection import doctor
 from qrlora_deploy.inspection.doctor import Finding, devices, examine, providers, versions
+from qrlora_deploy.version import __version__
 
 HAS_GPU = torch.cuda.is_available()
 

@@ -27,7 +27,7 @@ from exporters.onnx import export_merged, export_switchable
 from exporters.onnx.accuracy import choose_labelled
 from qrlora_deploy.data.examples import Examples, read_examples
 from qrlora_deploy.errors import InputError, QrloraError
-from qrlora_deploy.export.registry import ExportJob
+from qrlora_deploy.exporting.registry import ExportJob
 from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients

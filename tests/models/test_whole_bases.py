@@ -17,7 +17,7 @@ from exporters.onnx.verifying import verify_against
 from exporters.peft import export_peft
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.export.registry import ExportJob
+from qrlora_deploy.exporting.registry import ExportJob
 from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients

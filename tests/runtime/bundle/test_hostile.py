@@ -351,7 +351,7 @@ def stranger(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("torch", reason="needs PyTorch to make another base's bundle")
     from exporters.onnx import export_switchable
     from qrlora_deploy.data.examples import Examples
-    from qrlora_deploy.export.registry import ExportJob
+    from qrlora_deploy.exporting.registry import ExportJob
     from qrlora_deploy.factorization.from_checkpoint import factorize
     from qrlora_deploy.models.checkpoint import open_checkpoint
     from qrlora_deploy.models.targets import choose_targets

@@ -12,7 +12,7 @@ from exporters.onnx import export_switchable
 from exporters.onnx.attention import use_onnx_attention
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import ProviderError
-from qrlora_deploy.export.registry import ExportJob
+from qrlora_deploy.exporting.registry import ExportJob
 from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.models.checkpoint import open_checkpoint
 from qrlora_deploy.models.targets import choose_targets

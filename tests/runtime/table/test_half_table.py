@@ -14,7 +14,7 @@ from exporters.onnx import export_switchable
 from exporters.onnx.verifying import verify_against
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import FileFormatError, InputError, ProviderError
-from qrlora_deploy.export.registry import ExportJob
+from qrlora_deploy.exporting.registry import ExportJob
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.checkpoint import open_checkpoint

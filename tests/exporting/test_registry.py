@@ -5,8 +5,8 @@ from importlib.metadata import EntryPoint, EntryPoints
 import pytest
 
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.export import registry as exporting
-from qrlora_deploy.export.registry import BUILT_IN, GROUP, find_exporter
+from qrlora_deploy.exporting import registry as exporting
+from qrlora_deploy.exporting.registry import BUILT_IN, GROUP, find_exporter
 
 
 class Package:

@@ -1,1 +1,0 @@
-"""Exporters and how they are found."""

@@ -1,0 +1,5 @@
+"""Exporters and how they are found."""
+
+from qrlora_deploy.deprecated.moved import names_of
+
+__getattr__ = names_of("qrlora_deploy.exporting.registry")
