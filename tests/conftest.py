@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with the longest tests first, by the markers `timeout` and `slow`: several processes end at one time."""
+    """Files with the longest tests first, by `timeout` and then `slow`: several processes end at about one time."""
     longest: dict[Path, tuple[float, bool]] = {}
     for item in items:
         limit = item.get_closest_marker("timeout")

@@ -42,6 +42,8 @@ ROOMS = (
     "bench",
     "exporting",
     "exporters",
+    "api",
+    "integrations",
     "quickstart",
     "cli",
     "deprecated",
@@ -188,13 +190,8 @@ def test_there_is_no_cycle() -> None:
 
 @pytest.mark.parametrize("name", [name for name in MODULES if inside(name, "qrlora_deploy.cli")])
 def test_commands_import_their_library_only_when_they_run(name: str) -> None:
-    light = {
-        "qrlora_deploy",
-        "qrlora_deploy.errors",
-        "qrlora_deploy.version",
-        "qrlora_deploy.tasks.options",
-        "qrlora_deploy.installation.parts",
-    }
+    names = ("errors", "version", "tasks.options", "installation.parts")
+    light = {"qrlora_deploy", *(f"qrlora_deploy.{name}" for name in names)}
     found = project(imports(MODULES[name], top_level_only=True))
     assert {other for other in found if not inside(other, "qrlora_deploy.cli")} <= light
 

@@ -17,19 +17,19 @@ SENTENCES = (
 LABELS = ("travel", "banking", "home", "kitchen")
 
 
-def save_base(folder: Path, labels: tuple[str, ...] = LABELS) -> Path:
-    """Write a seeded, random 2-layer, 32-wide BERT classifier in safetensors; returns `folder`."""
+def save_base(folder: Path, labels: tuple[str, ...] = LABELS, tokens: int = 64) -> Path:
+    """Write a seeded, random 2-layer, 32-wide BERT classifier of so many tokens in safetensors; returns `folder`."""
     import torch
     from transformers import BertConfig, BertForSequenceClassification
 
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(tokens)
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=4,
         intermediate_size=48,
-        max_position_embeddings=64,
+        max_position_embeddings=tokens,
         id2label=dict(enumerate(labels)),
         label2id={label: index for index, label in enumerate(labels)},
         pad_token_id=tokenizer.pad_token_id,
@@ -47,7 +47,7 @@ def save_base(folder: Path, labels: tuple[str, ...] = LABELS) -> Path:
     return folder
 
 
-def build_tokenizer():  # type: ignore[no-untyped-def]
+def build_tokenizer(tokens: int = 64):  # type: ignore[no-untyped-def]
     """A WordPiece tokenizer over the words of `SENTENCES`; other words fall apart into letters."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -63,7 +63,7 @@ def build_tokenizer():  # type: ignore[no-untyped-def]
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        model_max_length=64,
+        model_max_length=tokens,
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
         pad_token="[PAD]",
         unk_token="[UNK]",

@@ -33,6 +33,10 @@ FP32_SIDE_BRANCH: Tolerance = {"rtol": 1e-5, "atol": 1e-5}
 """Merged weights against the side branch through 2 to 12 layers of fp32: sums in another order,
 about eps * sqrt(width) per layer, 1e-6 at 32 columns, with a factor of ten for depth."""
 
+GRADIENT_OF_FP32: Tolerance = {"rtol": 2e-6, "atol": 1e-9}
+"""A gradient of fp32 coefficients in an fp64 model: one rounding each of the coefficients, the gradient and the scale,
+2^-24 = 6e-8, with a factor of ten for what the model makes of the first."""
+
 FP32_ONNX: Tolerance = {"rtol": 1e-4, "atol": 1e-4}
 """ONNX Runtime against PyTorch in fp32 with TF32 off: fused kernels use other exponentials and
 other sums. The same bound as the bundle's parity check: 1e-4 * max(1, max |logit|)."""

@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from exporters.onnx.prepared import Prepared
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.merging.arithmetic import check_head, plan_folds
-from qrlora_deploy.merging.checkpoints import set_head
 from qrlora_deploy.models.adapter import QRLoRALinear, attach, detach, set_coefficients
+from qrlora_deploy.models.head import set_head
 from qrlora_deploy.models.loading import quiet_transformers
 
 Inputs = dict[str, np.ndarray]
@@ -35,7 +36,7 @@ class SideBranches:
     def __init__(self, prepared: Prepared, basis: Basis, adapters: dict[str, QRLoRALinear]) -> None:
         self.prepared, self.basis = prepared, basis
         self._adapters = adapters
-        self._own_head: dict[str, np.ndarray] = {}
+        self._own_head: dict[str, nn.Parameter] = {}
 
     def check(self, customer: Coefficients) -> None:
         """Make sure that a customer belongs to this base.
@@ -64,8 +65,9 @@ class SideBranches:
         """Take a customer's own output layer; an empty one: the base's."""
         model = self.prepared.model
         for name in head.keys() - self._own_head.keys():
-            self._own_head[name] = model.get_parameter(name).detach().numpy().copy()
-        set_head(model, head or self._own_head)
+            self._own_head[name] = model.get_parameter(name)
+        own = {name: nn.Parameter(torch.from_numpy(array)) for name, array in head.items()}
+        set_head(model, own or self._own_head)
 
 
 @contextmanager

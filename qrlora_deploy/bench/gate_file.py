@@ -171,7 +171,8 @@ def read_gate(path: Path) -> GateRules:
     """Read a gate file.
 
     Raises:
-        InputError: it cannot be read. FileFormatError: it is no TOML, or has wrong or unknown keys,
+        InputError: it cannot be read.
+        FileFormatError: it is no TOML, or has wrong or unknown keys,
             all of which are named.
     """
     text = read_text(path)

@@ -46,9 +46,11 @@ class Plan:
             is no reference.
         customers: folder of coefficients files for the switchable ones.
         scenarios: in any order.
-        batches, lengths: every one with every other. No lengths: 32 and 128, or the model's most.
+        batches: rows, every number with every length.
+        lengths: tokens of a row; empty: 32 and 128, or the model's most.
         data: labelled file whose texts are the inputs instead, in their own lengths.
-        provider, threads: as for `open_session`.
+        provider: as for `open_session`.
+        threads: as for `open_session`.
         cuda_graph: "off", "on", or "both", which makes two subjects of each bundle.
         peers: measured beside the bundles, from the folder `base`.
         reference: a bundle to be measured in turn with the others, or an earlier report.json.
@@ -57,8 +59,10 @@ class Plan:
         seconds: bound of each measurement, for all subjects together.
         samples: of each subject before a measurement may end; 368 are enough for the p99.
         p99_budget_ms: for the scenario server; None: five times the slowest single run's median.
-        server_runs: rates that are tried. workers: threads that answer.
-        idle_seconds: of rest before a request. repeats: of rests and of cold starts.
+        server_runs: rates that are tried.
+        workers: threads that answer.
+        idle_seconds: of rest before a request.
+        repeats: of rests and of cold starts.
         swaps_per_s: in the scenario swap.
         seed: of every random choice.
     """

@@ -41,7 +41,8 @@ class Memory(Record):
     """Of a process that only opens the subject and runs its largest shape.
 
     Attributes:
-        host_peak_bytes: largest resident set; host_before_bytes: before the subject was opened,
+        host_peak_bytes: largest resident set.
+        host_before_bytes: before the subject was opened,
             with the libraries loaded.
         device_bytes: memory of the GPU that is in use more than before, at the end; None without one.
     """
@@ -98,17 +99,21 @@ class Measurement(Record):
     """One subject in one scenario and shape.
 
     Attributes:
-        subject: name. scenario: see `docs/bench.md`.
-        batch: rows of a run. length: tokens of a row; None where they are texts of the user.
+        subject: name.
+        scenario: see `docs/bench.md`.
+        batch: rows of a run.
+        length: tokens of a row; None where they are texts of the user.
         variant: what else tells measurements of a scenario apart, such as a rate or "with swaps".
         unit: of `samples` and all that is made from them: "ms", or "rows/s" in the scenario offline.
         samples: in the order in which they were taken, all of them.
         warmup: before them, not part of any figure.
         percentiles: by name; `refused`: of those that are missing, how many samples they need.
-        windows: median of each window. spread: of the last three; None where there are fewer.
+        windows: median of each window.
+        spread: of the last three; None where there are fewer.
         stable: whether those agree; None where a scenario has no windows.
         throughput_per_s: rows answered by the time spent in runs.
-        offered_per_s: in the scenario server: arrivals. saturated: the queue grew until it was cut off.
+        offered_per_s: in the scenario server: arrivals.
+        saturated: the queue grew until it was cut off.
     """
 
     subject: str
@@ -311,7 +316,8 @@ def read_report(path: Path) -> Report:
     """Read a report.
 
     Raises:
-        InputError: it cannot be read. FileFormatError: it is no report of this version.
+        InputError: it cannot be read.
+        FileFormatError: it is no report of this version.
     """
     text = read_text(path, MAX_REPORT_BYTES)
     record = parse_json(text, f"{path} is not JSON")

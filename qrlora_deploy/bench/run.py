@@ -64,7 +64,8 @@ def run_benchmark(plan: Plan, progress: Progress | None = None, data: dict[str, 
         The report without a gate.
 
     Raises:
-        InputError: a bundle, a file or a setting is wrong. QrloraError: a run failed.
+        InputError: a bundle, a file or a setting is wrong.
+        QrloraError: a run failed.
     """
     environment = describe_environment()
     earlier = read_report(plan.earlier) if plan.earlier is not None else None

@@ -156,10 +156,11 @@ class _Repeating:
     """Calls `work` in a thread, first at once and then so many times a second, while it is entered.
 
     Args:
-        work: gets the number of the call. per_s: None: never.
+        work: gets the number of the call.
+        per_s: None: never.
 
     Raises:
-        On leaving, what `work` raised.
+        BaseException: on leaving, what `work` raised.
     """
 
     def __init__(self, work: Callable[[int], None], per_s: float | None) -> None:

@@ -61,7 +61,7 @@ def offer(call: Call, arrivals_s: np.ndarray, workers: int, give_up_s: float) ->
         waited for longer than `give_up_s`.
 
     Raises:
-        Whatever `call` raises.
+        Exception: what `call` raises.
     """
     latencies = np.full(len(arrivals_s), np.nan)
     turns, lock = iter(range(len(arrivals_s))), threading.Lock()

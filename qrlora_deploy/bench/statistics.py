@@ -44,7 +44,8 @@ class Stability:
     """Whether the last windows agree.
 
     Attributes:
-        stable: they do. spread: largest distance of one of them from their mean, relative to it;
+        stable: they do.
+        spread: largest distance of one of them from their mean, relative to it.
             None with too few windows.
     """
 

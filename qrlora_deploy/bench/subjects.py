@@ -35,13 +35,15 @@ class Spec:
     """Which subject and how it is opened; it can be sent to another process.
 
     Attributes:
-        name: unique in a report. role: as in the report.
+        name: unique in a report.
+        role: as in the report.
         kind: "bundle", or a peer.
         path: the bundle's folder, or that of the peer's base.
         provider: "cpu", "cuda" or "tensorrt".
         threads: within an operator; None leaves the choice to the library.
         cuda_graph: run captured graphs of the benchmark's shapes.
-        folder: customers' files for a switchable bundle. customers: those that are loaded; None: all.
+        folder: customers' files for a switchable bundle.
+        customers: those that are loaded; None: all.
         mix: whose the rows of a batch are: different customers', one customer's, or the base's.
         targets: layers that the peer with PEFT adapts.
         precision: of a peer: "fp32", "fp16" or "bf16".

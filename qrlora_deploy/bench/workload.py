@@ -20,8 +20,10 @@ class Workload:
     """Batches of one shape.
 
     Attributes:
-        batch: rows. length: tokens of a row; None where they are texts.
-        texts: a batch per turn; pairs: the second texts of each, where the data has pairs.
+        batch: rows.
+        length: tokens of a row; None where they are texts.
+        texts: a batch per turn.
+        pairs: the second texts of each, where the data has pairs.
         seed: of the token ids.
     """
 

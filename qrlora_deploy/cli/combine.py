@@ -1,18 +1,13 @@
 """`qrlora-deploy combine`."""
 
 import math
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from qrlora_deploy.cli.options import common, output_option
 from qrlora_deploy.cli.output import Output, size_text
 from qrlora_deploy.errors import InputError
-
-if TYPE_CHECKING:
-    from qrlora_deploy.formats.coefficients import Coefficients
 
 
 @click.command("combine")
@@ -26,26 +21,23 @@ def command(parts: tuple[str, ...], output: Path) -> Output:
     combined customer is, only data can tell.
 
     \b
-    Example:
+    Examples:
       qrlora-deploy combine acme.safetensors:0.7 umbrella.safetensors:0.3 -o both.safetensors
     """
-    from qrlora_deploy.formats.coefficients import FORMAT, read_coefficients, write_coefficients
+    from qrlora_deploy.api.combining import combine
+    from qrlora_deploy.formats.coefficients import FORMAT
     from qrlora_deploy.io.files import has_format
     from qrlora_deploy.io.outputs import check_replaceable
-    from qrlora_deploy.merging.combining import combine
 
     check_replaceable(output, "coefficients file", has_format(FORMAT))
     chosen = [parse_part(part) for part in parts]
     if output.resolve() in [file.resolve() for file, _ in chosen]:
         raise InputError(f"{output} is one of the parts; give another --output")
-    customers = [(read_coefficients(file), weight) for file, weight in chosen]
-    combined = combine(customers, [str(file) for file, _ in chosen])
-    combined = replace(combined, basis_file=_basis_place(combined, chosen[0][0], output))
-    write_coefficients(combined, output)
+    combined = combine(chosen)
+    combined.save(output)
     size_bytes = output.stat().st_size
     made_of = [
-        {"file": file, "weight": weight, "digest": customer.digest}
-        for (file, weight), (customer, _) in zip(chosen, customers, strict=True)
+        {"file": file} | part for (file, _weight), part in zip(chosen, combined.training["combined"], strict=True)
     ]
     record = {"output": output, "size_bytes": size_bytes, "digest": combined.digest, "parts": made_of}
     facts = {"digest": combined.digest, "coefficients": len(combined.values), "size": size_text(size_bytes)}
@@ -72,12 +64,3 @@ def parse_part(text: str) -> tuple[Path, float]:
     if not math.isfinite(weight):
         raise InputError(f"{name}: the weight {number!r:.40} is not a finite number; write {name}:0.5")
     return Path(name), weight
-
-
-def _basis_place(combined: "Coefficients", file: Path, output: Path) -> str:
-    """Where the basis is, seen from the new file: a recorded place is relative to its own file's folder."""
-    from qrlora_deploy.io.reading import is_file
-    from qrlora_deploy.models.locating import recorded_place
-
-    place = file.parent / combined.basis_file
-    return recorded_place(place, output) if combined.basis_file and is_file(place) else combined.basis_file

@@ -13,7 +13,7 @@ def command() -> Output:
     """Versions, GPU, execution providers that really load, and what to do about those that do not.
 
     \b
-    Example:
+    Examples:
       qrlora-deploy doctor --json
     """
     from qrlora_deploy.inspection.doctor import examine

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from qrlora_deploy.cli.exporter_options import DEFAULT, FORMAT, ExportCommand, read_options
+from qrlora_deploy.cli.exporter_options import DEFAULT, FORMAT, ExportCommand
 from qrlora_deploy.cli.options import basis_option, coefficients_option, column_options, common, output_option
 from qrlora_deploy.cli.output import Output, progress_bar
 
 if TYPE_CHECKING:
-    from qrlora_deploy.exporting.exporter import Exporter
     from qrlora_deploy.formats.basis import Basis
     from qrlora_deploy.formats.coefficients import Coefficients
     from qrlora_deploy.models.checkpoint import Checkpoint
@@ -52,44 +51,26 @@ def command(
       qrlora-deploy export base --basis basis.safetensors --precision int8 --calibration texts.tsv -o bundle-int8
       qrlora-deploy export --merge --coefficients acme.safetensors -o acme-bundle
     """
+    from qrlora_deploy.exporting.choosing import check_customer, check_output, choose_options
     from qrlora_deploy.exporting.job import ExportJob
     from qrlora_deploy.exporting.registry import find_exporter
 
     exporter = find_exporter(format_name)
-    _check_customer(exporter, merge, coefficients is not None)
+    has_customer = coefficients is not None
+    check_customer(exporter, has_customer)
+    if (merge and not has_customer) or (exporter.needs_customer is None and merge != has_customer):
+        raise click.UsageError(
+            "give --merge and --coefficients for a merged bundle, or neither of them for a switchable one"
+        )
     source = click.get_current_context().get_parameter_source
     given = {name: value for name, value in options.items() if source(name) is ParameterSource.COMMANDLINE}
-    chosen = read_options(exporter, given, text_column, label_column)
-    _check_output(exporter, output)
+    chosen = choose_options(exporter, given, text_column, label_column)
+    check_output(exporter, output)
     checkpoint, frozen, customer = _open(base, basis, coefficients)
     with progress_bar() as progress:
         job = ExportJob(checkpoint, frozen, output, customer, progress)
         record = dict(exporter.export(job, chosen))
     return Output(record, f"wrote {output}", _shown(record, exporter.shown))
-
-
-def _check_customer(exporter: "Exporter", merge: bool, has_customer: bool) -> None:
-    """Refuse a customer where none is taken, and the lack of one where it is needed."""
-    name = f"{FORMAT} {exporter.name}"
-    if exporter.needs_customer and not has_customer:
-        raise click.UsageError(f"{name} writes one customer; give it by --coefficients")
-    if exporter.needs_customer is False and (merge or has_customer):
-        raise click.UsageError(f"{name} writes a form for all customers; leave --merge and --coefficients out")
-    if exporter.needs_customer is None and merge != has_customer:
-        raise click.UsageError(
-            "give --merge and --coefficients for one customer, such as a merged bundle, or neither of them for all, "
-            "such as a switchable one"
-        )
-
-
-def _check_output(exporter: "Exporter", output: Path) -> None:
-    from qrlora_deploy.io.outputs import check_free_file, check_free_folder
-
-    if exporter.output == "folder":
-        check_free_folder(output)
-    else:
-        # The exporter knows which file it may replace.
-        check_free_file(output)
 
 
 def _shown(record: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:

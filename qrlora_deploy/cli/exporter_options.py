@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qrlora_deploy.cli.options import ANY_PATH, FiniteRange
-from qrlora_deploy.errors import InputError
 
 if TYPE_CHECKING:
-    from qrlora_deploy.exporting.exporter import Exporter
     from qrlora_deploy.exporting.options import OptionFacts
 
 DEFAULT = "onnx"
@@ -65,32 +63,6 @@ def named_format(arguments: Sequence[str]) -> str:
         elif argument.startswith(f"{FORMAT}="):
             found = argument.partition("=")[2]
     return found
-
-
-def read_options(
-    exporter: "Exporter", given: dict[str, Any], text_column: str | None, label_column: str | None
-) -> "Any":
-    """An exporter's options from what was given on the command line; files of texts are read.
-
-    Raises:
-        InputError: the exporter has no such option, or a value or file is wrong.
-    """
-    from qrlora_deploy.data.examples import read_examples, read_texts
-    from qrlora_deploy.exporting.options import facts_of, make_options, option_name
-    from qrlora_deploy.exporting.registry import all_exporters
-
-    known = facts_of(exporter.options)
-    values = dict(given)
-    reading = [name for name in known if known[name].reads]
-    if (text_column or label_column) and not given.keys() & set(reading):
-        which = " or ".join(map(option_name, reading)) or f"data, of which {FORMAT} {exporter.name} reads none"
-        raise InputError(f"--text-column and --label-column name columns of {which}, which is not given")
-    for name in given.keys() & known.keys():
-        if known[name].reads == "examples":
-            values[name] = read_examples(given[name], text_column, label_column)
-        elif known[name].reads == "texts":
-            values[name] = read_texts(given[name], text_column)
-    return make_options(exporter, values, all_exporters())
 
 
 def _click_option(name: str, facts: "OptionFacts") -> click.Option:

@@ -21,7 +21,12 @@ COLUMNS = ("name", "rank", "energy", "condition")
 @click.command("factorize")
 @click.argument("base")
 @output_option("Basis file to write.")
-@click.option("--target", "targets", multiple=True, help="Layers: query,value or a regular expression; repeatable.")
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    help="Layers: query,key,value of any family, other names, or a regular expression; repeatable.",
+)
 @click.option("--last-layers", type=COUNT, help="Only the last N blocks.")
 @click.option("--tau", type=FiniteRange(0, 1, min_open=True), help="Share of the energy to keep, by default 0.5.")
 @click.option("--rank", type=COUNT, help="A fixed rank instead of --tau.")
@@ -41,34 +46,32 @@ def command(
     Without --target every linear layer of every block is taken, but for those that a switchable bundle cannot have.
 
     \b
-    Example:
+    Examples:
       qrlora-deploy factorize roberta-base -o basis.safetensors --target query --last-layers 4 --tau 0.5
     """
     if tau is not None and rank is not None:
         raise click.UsageError("--tau and --rank exclude each other; give one of them")
     patterns = split_targets(targets)
-    from qrlora_deploy.factorization.from_checkpoint import factorize
-    from qrlora_deploy.formats.basis import FORMAT, write_basis
+    from qrlora_deploy.api.factorizing import factorize
+    from qrlora_deploy.formats.basis import FORMAT
     from qrlora_deploy.inspection.describe import basis_rows
     from qrlora_deploy.io.files import has_format
     from qrlora_deploy.io.outputs import check_replaceable
     from qrlora_deploy.models.checkpoint import open_checkpoint
     from qrlora_deploy.models.support import shared_layers
-    from qrlora_deploy.models.targets import choose_targets, left_out
-    from qrlora_deploy.rank_rules.rule import RankRule
+    from qrlora_deploy.models.targets import left_out
 
     check_replaceable(output, "basis", has_format(FORMAT))
-    rule = RankRule(0.5 if tau is None and rank is None else tau, rank)
     checkpoint = open_checkpoint(base)
-    checkpoint.check_base()
-    names = choose_targets(checkpoint.skeleton(), patterns, last_layers)
+    with progress_bar() as progress:
+        basis = factorize(
+            checkpoint, targets=patterns, last_layers=last_layers, tau=tau, rank=rank, device=device, progress=progress
+        )
+    basis.save(output)
     missed = [] if patterns else left_out(checkpoint.skeleton())
-    shared = shared_layers(checkpoint.skeleton(), names)
+    shared = shared_layers(checkpoint.skeleton(), basis.names)
     if shared:
         print(f"Warning: {shared}; export a basis of them with --merge", file=sys.stderr)
-    with progress_bar() as progress:
-        basis = factorize(checkpoint, names, rule, device, progress)
-    write_basis(basis, output)
     rows = basis_rows(basis)
     facts = {"digest": basis.digest, "coefficients": basis.total_rank, "size": size_text(output.stat().st_size)}
     record = {"output": output, "digest": basis.digest, "total_rank": basis.total_rank, "targets": rows}

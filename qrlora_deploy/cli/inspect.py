@@ -19,7 +19,7 @@ def command(path: Path, basis: Path | None, plot: Path | None) -> Output:
     """What PATH is and what it holds: a basis, a coefficients file, a bundle or a checkpoint.
 
     \b
-    Example:
+    Examples:
       qrlora-deploy inspect basis.safetensors --plot energies.png
     """
     from qrlora_deploy.inspection.describe import describe

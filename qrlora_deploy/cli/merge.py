@@ -7,7 +7,6 @@ import click
 
 from qrlora_deploy.cli.options import basis_option, coefficients_option, common, output_option
 from qrlora_deploy.cli.output import Output, plain, progress_bar
-from qrlora_deploy.errors import InputError
 
 if TYPE_CHECKING:
     from qrlora_deploy.merging.checkpoints import MergeReport, UnmergeReport
@@ -31,29 +30,14 @@ def command(base: str | None, basis: Path | None, coefficients: Path, output: Pa
       qrlora-deploy merge base --basis basis.safetensors --coefficients acme.safetensors -o acme
       qrlora-deploy merge --unmerge acme --coefficients acme.safetensors -o base-again
     """
-    from qrlora_deploy.formats.coefficients import read_coefficients
-    from qrlora_deploy.io.outputs import check_free_folder
-    from qrlora_deploy.merging.checkpoints import merge, unmerge
-    from qrlora_deploy.models.checkpoint import open_checkpoint
-    from qrlora_deploy.models.locating import locate_base, locate_basis
+    from qrlora_deploy.api.merging import merge, unmerge
 
-    check_free_folder(output)
-    customer = read_coefficients(coefficients)
-    frozen = locate_basis(customer, coefficients, basis)
-    if merged is None:
-        checkpoint = locate_base(customer, coefficients, base)
-        with progress_bar() as progress:
-            done = merge(checkpoint, frozen, customer, output, progress)
-        return _output(done, output)
-    try:
-        pristine = locate_base(customer, coefficients, base)
-    except InputError:
-        if base is not None:
-            raise
-        pristine = None
     with progress_bar() as progress:
-        undone = unmerge(open_checkpoint(merged), frozen, customer, output, pristine, progress)
-    return _output(undone, output)
+        if merged is None:
+            done = merge(base, basis, coefficients, output, progress=progress)
+            return _output(done, output)
+        undone = unmerge(merged, basis, coefficients, output, base=base, progress=progress)
+        return _output(undone, output)
 
 
 def _output(report: "MergeReport | UnmergeReport", output: Path) -> Output:

@@ -28,7 +28,7 @@ def command(customers: Path, bundle: Path, output: Path, dtype: str | None) -> O
     leave them files of their own.
 
     \b
-    Example:
+    Examples:
       qrlora-deploy pack customers/ --bundle bundle -o customers.packed.safetensors
     """
     from qrlora_deploy.io.files import has_format

@@ -24,7 +24,7 @@ def command(output: Path | None, device: str, seed: int) -> Output:
     Needs the extra: pip install 'qrlora-deploy[quickstart]'.
 
     \b
-    Example:
+    Examples:
       qrlora-deploy quickstart --out quickstart
     """
     from qrlora_deploy.quickstart.run import run

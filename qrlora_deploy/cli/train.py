@@ -51,7 +51,7 @@ def command(
     """Train one customer's coefficients on BASE, a folder or hub name, with labelled text.
 
     \b
-    Example:
+    Examples:
       qrlora-deploy train base --basis basis.safetensors --data acme.tsv --eval acme-dev.tsv -o acme.safetensors
     """
     from qrlora_deploy.data.examples import read_examples

@@ -33,7 +33,7 @@ def command(
     """Fine-tune BASE, a folder or hub name, before factorizing: gives an encoder its task head.
 
     \b
-    Example:
+    Examples:
       qrlora-deploy warmup roberta-base --data all.tsv --eval dev.tsv -o base
     """
     from qrlora_deploy.data.examples import read_examples

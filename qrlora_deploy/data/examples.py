@@ -61,7 +61,9 @@ class TextRows:
     """Text without labels, in the order of the file; at least one row.
 
     Attributes:
-        texts, pairs, name: as of `Examples`.
+        texts: the text of each row, or the first one of a pair.
+        pairs: the second text of each row; None where the data has single texts.
+        name: file or hub name as it was given, for messages and records.
     """
 
     texts: list[str]
@@ -104,7 +106,8 @@ def read_texts(source: str | Path, text_column: str | None = None) -> TextRows:
     """Read the text of a file or hub data set, with labels or without.
 
     Raises:
-        As `read_examples`, but for what it says of labels.
+        InputError: nothing can be read there, the columns are not those, a row is ragged, the text is not UTF-8, or
+            there are no rows.
     """
     texts = _text_columns(str(source), _whole(_read(source, None)), text_column)
     return TextRows(texts[0], texts[1] if len(texts) == 2 else None, str(source))

@@ -1,8 +1,9 @@
 """The basis: frozen factors `Q`, `R` of every target weight, shared by all customers of a base."""
 
+import os
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import numpy as np
 from pydantic import BaseModel
 
 from qrlora_deploy.errors import FileFormatError, InputError
-from qrlora_deploy.io.files import digest_arrays, read_tensors, write_tensors
+from qrlora_deploy.io.files import digest_arrays, has_format, read_tensors, write_tensors
+from qrlora_deploy.io.outputs import prepare_file
 from qrlora_deploy.io.strict import Record, from_value
 from qrlora_deploy.rank_rules.rule import RankRule
 
@@ -83,12 +85,46 @@ class BasisTarget:
 
 @dataclass(frozen=True)
 class Basis:
-    """All targets of a base in a fixed order, which is the order of a customer's coefficients."""
+    """All targets of a base in a fixed order, which is the order of a customer's coefficients.
+
+    Attributes:
+        targets: the factors of each weight.
+        base_name: folder or hub name of the base, as it was given.
+        rule: how many directions were kept.
+        versions: of the tools that made it.
+        file: where it was read from or saved to, as an absolute path; None before that.
+    """
 
     targets: tuple[BasisTarget, ...]
     base_name: str
     rule: RankRule
     versions: dict[str, str]
+    file: Path | None = field(default=None, compare=False, repr=False)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Basis":
+        """Read a basis file, as `read_basis`.
+
+        Examples:
+            >>> qr.Basis.load("basis.safetensors").names[0]
+            'bert.encoder.layer.0.attention.self.query'
+        """
+        return read_basis(Path(path))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a basis file, replacing an older one in one step; folders that are missing are made.
+
+        Args:
+            path: the file, such as `basis.safetensors`.
+
+        Raises:
+            InputError: the file cannot be written, or is there and is no basis.
+            QrloraError: the disk is full.
+        """
+        place = prepare_file(path, "basis", has_format(FORMAT))
+        write_basis(self, place)
+        # Where it is is no part of what it is: customers trained from now on remember the place.
+        object.__setattr__(self, "file", place.absolute())
 
     @property
     def names(self) -> list[str]:
@@ -163,7 +199,8 @@ def read_basis(path: Path) -> Basis:
     stored = from_value(_Stored, metadata, f"{path}: the basis is incomplete or damaged")
     try:
         targets = tuple(_target(tensors, record) for record in stored.targets)
-        basis = Basis(targets, stored.base_name, RankRule(stored.rule.tau, stored.rule.rank), stored.versions)
+        rule = RankRule(stored.rule.tau, stored.rule.rank)
+        basis = Basis(targets, stored.base_name, rule, stored.versions, path.absolute())
     except InputError as error:
         raise FileFormatError(f"{path}: {error}") from error
     # A target named twice would have three tensors for two sets of coefficients.

@@ -1,5 +1,6 @@
 """A customer: the vector `c` of all targets, and its own output head where it has one."""
 
+import os
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,7 +12,8 @@ from pydantic import BaseModel
 
 from qrlora_deploy.errors import BasisMismatchError, FileFormatError, InputError
 from qrlora_deploy.formats.basis import Basis
-from qrlora_deploy.io.files import digest_arrays, read_tensors, write_tensors
+from qrlora_deploy.io.files import digest_arrays, has_format, read_tensors, write_tensors
+from qrlora_deploy.io.outputs import prepare_file
 from qrlora_deploy.io.strict import from_value
 
 FORMAT = "qrlora-coefficients"
@@ -51,7 +53,8 @@ class Coefficients:
         labels: names of the outputs.
         head: the customer's own output layer, by tensor name of the checkpoint; empty when the
             base's head is used.
-        basis_file: where the basis was, so that it need not be given again.
+        basis_file: where the basis was, so that it need not be given again: an absolute path, or one seen from the
+            folder of the customer's file. A file holds the latter.
         training: the training record (data digest, seed, steps, metrics), plain JSON values.
     """
 
@@ -71,6 +74,28 @@ class Coefficients:
         head = {HEAD + name: self.head[name] for name in sorted(self.head)}
         return digest_arrays({VALUES: self.values} | head)
 
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Coefficients":
+        """Read a coefficients file, as `read_coefficients`.
+
+        Examples:
+            >>> qr.Coefficients.load("customers/acme.safetensors").labels
+            ('travel', 'banking', 'home', 'kitchen')
+        """
+        return read_coefficients(Path(path))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a coefficients file, replacing an older one in one step; folders that are missing are made.
+
+        Args:
+            path: the file; a folder of customers names each `<customer>.safetensors`.
+
+        Raises:
+            InputError: a value is NaN or Inf, or the file cannot be written, or is there and is no coefficients file.
+            QrloraError: the disk is full.
+        """
+        write_coefficients(self, prepare_file(path, "coefficients file", has_format(FORMAT)))
+
     def check_fits(self, basis: Basis) -> None:
         """Make sure that the values belong to `basis`.
 
@@ -86,18 +111,30 @@ class Coefficients:
         basis.split(self.values)
 
 
+def recorded_place(path: Path, output: Path) -> str:
+    """`path` as it is written into the file `output`: relative to its folder, so that both can be
+    moved together and no layout of a disk is given away."""
+    try:
+        return Path(os.path.relpath(path.resolve(), output.resolve().parent)).as_posix()
+    except ValueError:  # Windows: another drive
+        return path.name
+
+
 def write_coefficients(coefficients: Coefficients, path: Path) -> None:
     """Write a coefficients file, replacing `path` in one step; an old file survives any failure.
+
+    A basis that is remembered by an absolute path is written as seen from the file's folder.
 
     Raises:
         InputError: a value is NaN or Inf.
     """
     _check_finite(path, coefficients)
+    basis_file = Path(coefficients.basis_file)
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "basis_digest": coefficients.basis_digest,
-        "basis_file": coefficients.basis_file,
+        "basis_file": recorded_place(basis_file, path) if basis_file.is_absolute() else coefficients.basis_file,
         "base_name": coefficients.base_name,
         "base_digest": coefficients.base_digest,
         "task": coefficients.task,
@@ -113,7 +150,8 @@ def read_coefficients(path: Path) -> Coefficients:
 
     Raises:
         FileFormatError: the file is cut, changed, of another format version, holds NaN, Inf or an
-            unknown tensor. InputError: it cannot be read.
+            unknown tensor.
+        InputError: it cannot be read.
     """
     tensors, metadata = read_tensors(path, FORMAT, FORMAT_VERSION, _allows)
     stored = from_value(_Stored, metadata, f"{path} is damaged")

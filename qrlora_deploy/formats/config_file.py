@@ -50,7 +50,8 @@ def read_model_config(path: Path) -> ModelConfig:
     """Read a `config.json`.
 
     Raises:
-        InputError: it cannot be read. FileFormatError: it is no JSON object, or a field has another type.
+        InputError: it cannot be read.
+        FileFormatError: it is no JSON object, or a field has another type.
     """
     value = parse_json(read_text(path, MAX_BYTES), f"{path} is not JSON")
     return from_value(ModelConfig, value, f"{path} cannot be used")

@@ -52,8 +52,10 @@ class Provenance:
     """Everything needed to check, and to take back, a merge.
 
     Attributes:
-        base_name: the base as it was named; base_digest: of all its tensors.
-        basis_digest: the basis; coefficients_digest: the customer's values and head.
+        base_name: the base as it was named.
+        base_digest: of all its tensors.
+        basis_digest: the basis.
+        coefficients_digest: the customer's values and head.
         task: name of the task.
         labels: in the order of the logits.
         head: tensors that the customer's own head replaced.
@@ -89,7 +91,8 @@ def read_provenance(folder: Path) -> Provenance:
     """Read `qrlora.json` of a merged checkpoint.
 
     Raises:
-        InputError: there is none. FileFormatError: it is damaged or of another version.
+        InputError: there is none.
+        FileFormatError: it is damaged or of another version.
     """
     path = folder / FILE_NAME
     if not is_file(path):
@@ -109,7 +112,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """`config.json` of a checkpoint as it is stored.
 
     Raises:
-        InputError: it is missing. FileFormatError: it is not a JSON object.
+        InputError: it is missing.
+        FileFormatError: it is not a JSON object.
     """
     path = folder / "config.json"
     if not is_file(path):

@@ -66,7 +66,8 @@ def describe(path: Path, basis_file: Path | None = None) -> Description:
         basis_file: for a coefficients file, where its own basis is not found.
 
     Raises:
-        InputError: there is nothing, or nothing that is known; FileFormatError: it is damaged.
+        InputError: there is nothing, or nothing that is known.
+        FileFormatError: it is damaged.
         BasisMismatchError: `basis_file` is another basis.
     """
     with readable(path):

@@ -48,9 +48,11 @@ class Finding:
     """One thing that was looked at.
 
     Attributes:
-        name: what; group: "version", "part", "resource", "device" or "provider".
+        name: what.
+        group: "version", "part", "resource", "device" or "provider".
         works: whether it can be used; None where that is no question, as for a version.
-        detail: what was found; advice: what to do, empty where nothing is.
+        detail: what was found.
+        advice: what to do, empty where nothing is.
     """
 
     group: str

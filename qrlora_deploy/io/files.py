@@ -219,7 +219,8 @@ def read_tensors(
 
     Raises:
         FileFormatError: the file is cut, changed, of another kind or version, or holds anything
-            that does not belong there. InputError: it cannot be read at all.
+            that does not belong there.
+        InputError: it cannot be read at all.
     """
     if not is_file(path):
         raise InputError(f"{path}: no such file")

@@ -4,6 +4,7 @@ A finished output is renamed into its place. That would put a plain file where a
 was, which is why nothing but plain files and empty folders is ever replaced.
 """
 
+import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +77,21 @@ def check_replaceable(path: Path, kind: str, is_kind: Callable[[Path], bool]) ->
     check_free_file(path)
     if path.is_file() and path.stat().st_size and not is_kind(path):
         raise InputError(f"{path} already exists and is no {kind}; remove it or give another --output")
+
+
+def prepare_file(path: str | os.PathLike[str], kind: str, is_kind: Callable[[Path], bool]) -> Path:
+    """The place of an output file whose folder is made where it is missing, as `check_replaceable` allows it.
+
+    Raises:
+        InputError: as `check_replaceable`, or the folder cannot be made.
+    """
+    place = Path(path)
+    try:
+        place.absolute().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{place} cannot be written: {error.strerror or error}") from error
+    check_replaceable(place, kind, is_kind)
+    return place
 
 
 def check_file(path: Path, with_parent: bool = True) -> None:

@@ -51,7 +51,8 @@ def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
     """The text of a file in UTF-8.
 
     Raises:
-        InputError: it cannot be read. FileFormatError: it has more than `limit` bytes, or is no text.
+        InputError: it cannot be read.
+        FileFormatError: it has more than `limit` bytes, or is no text.
     """
     content = bytearray()
     with readable(path), path.open("rb") as file:

@@ -4,12 +4,11 @@ Sums are formed in fp64 and rounded once to the stored type. A checkpoint is rew
 shard, so the memory needed is that of its largest shard.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from qrlora_deploy.errors import BasisMismatchError, InputError
@@ -41,8 +40,8 @@ from qrlora_deploy.merging.arithmetic import (
     round_once,
 )
 from qrlora_deploy.models.checkpoint import Checkpoint
+from qrlora_deploy.models.head import replace_head
 from qrlora_deploy.models.shards import copy_side_files, copy_weights, rewrite_shards
-from qrlora_deploy.tasks.registry import task_named
 
 __all__ = ["MergeReport", "UnmergeReport", "merge", "merge_model", "merged_weight", "unmerge"]
 
@@ -182,7 +181,10 @@ def merge_model(model: Any, checkpoint: Checkpoint, basis: Basis, coefficients: 
     the model is left as it was.
 
     Raises:
-        As `merge`.
+        InputError: the base is quantised, merged already or has no such head, or a target's weight is shared with
+            another layer.
+        BasisMismatchError: base, basis and coefficients do not belong together.
+        QrloraError: a sum does not fit the dtype.
     """
     folds = plan_folds(checkpoint, basis, coefficients, model)
     check_head(checkpoint, coefficients)
@@ -190,33 +192,8 @@ def merge_model(model: Any, checkpoint: Checkpoint, basis: Basis, coefficients: 
         for fold in folds.values():
             weight: Any = resolve_layer(model, fold.target.name)[1].weight
             weight.copy_(fold.merged(weight.detach()))
-    if coefficients.head:
-        set_head(model, coefficients.head)
-        _name_labels(model.config, coefficients)
-
-
-def set_head(model: Any, head: Mapping[str, np.ndarray]) -> None:
-    """Give a model an output layer's tensors in the place of its own, in its dtype and with as many outputs.
-
-    Args:
-        model: whose output layer has these tensors.
-        head: `[labels, width]` and `[labels]` fp32 by tensor name; all have the same number of labels.
-    """
-    for name, values in head.items():
-        path, _, attribute = name.rpartition(".")
-        module = model.get_submodule(path)
-        old = getattr(module, attribute)
-        setattr(module, attribute, torch.nn.Parameter(torch.from_numpy(values).to(old), old.requires_grad))
-        if isinstance(module, torch.nn.Linear):
-            module.out_features = len(values)
-        model.num_labels = len(values)
-
-
-def _name_labels(config: Any, coefficients: Coefficients) -> None:
-    config.problem_type = task_named(coefficients.task).problem_type
-    if coefficients.labels:
-        config.id2label = dict(enumerate(coefficients.labels))
-        config.label2id = {label: index for index, label in enumerate(coefficients.labels)}
+        if coefficients.head:
+            replace_head(model, coefficients)
 
 
 def unmerge(

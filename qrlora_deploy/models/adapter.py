@@ -84,8 +84,8 @@ class QRLoRALinear(SideBranch):
         return self.base(x) + functional.linear(projected * self.c.to(projected.dtype), self.q)
 
 
-def attach(model: Any, basis: Basis) -> dict[str, QRLoRALinear]:
-    """Put a side branch beside every target of `basis`; everything but `u` is frozen.
+def insert(model: Any, basis: Basis) -> dict[str, QRLoRALinear]:
+    """Put a side branch beside every target of `basis`.
 
     A basis made from a headless encoder fits the task model and the other way round: the model's
     prefix is added to or taken from the module paths as needed.
@@ -94,7 +94,8 @@ def attach(model: Any, basis: Basis) -> dict[str, QRLoRALinear]:
         The adapters by target name, in the order of the basis.
 
     Raises:
-        InputError: a layer is missing or is not a linear layer. BasisMismatchError: a shape
+        InputError: a layer is missing or is not a linear layer.
+        BasisMismatchError: a shape
             differs. The model is not changed then.
     """
     adapters, places = {}, []
@@ -104,6 +105,12 @@ def attach(model: Any, basis: Basis) -> dict[str, QRLoRALinear]:
         places.append(path)
     for path, adapter in zip(places, adapters.values(), strict=True):
         model.set_submodule(path, adapter)
+    return adapters
+
+
+def attach(model: Any, basis: Basis) -> dict[str, QRLoRALinear]:
+    """As `insert`, and everything but `u` is frozen."""
+    adapters = insert(model, basis)
     model.requires_grad_(False)
     for adapter in adapters.values():
         adapter.u.requires_grad_(True)
@@ -131,7 +138,7 @@ def set_coefficients(adapters: dict[str, QRLoRALinear], basis: Basis, values: np
 
 def get_coefficients(adapters: dict[str, QRLoRALinear]) -> np.ndarray:
     """The flat fp32 vector `[total_rank]` of `c` in the order of the adapters."""
-    return np.concatenate([adapter.c.detach().cpu().numpy() for adapter in adapters.values()])
+    return np.concatenate([adapter.c.detach().float().cpu().numpy() for adapter in adapters.values()])
 
 
 def precondition(adapters: dict[str, QRLoRALinear]) -> None:

@@ -17,7 +17,9 @@ class Attention:
     """Where a block has the layers of its attention, as paths from the block.
 
     Attributes:
-        query, key, value: the projections.
+        query: the projection of queries.
+        key: of keys.
+        value: of values.
         output: the layer behind the heads.
     """
 
@@ -33,7 +35,9 @@ class PostNorm:
 
     Attributes:
         attention_norm: behind the attention.
-        expand, activation, contract: the feed-forward part.
+        expand: the feed-forward part's first layer.
+        activation: between its layers.
+        contract: its second layer.
         norm: behind it.
     """
 

@@ -8,8 +8,10 @@ from torch import nn
 
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.formats.basis import Basis
+from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.models.targets import BLOCK
+from qrlora_deploy.tasks.registry import task_named
 
 
 def output_layer(model: Any) -> str:
@@ -86,3 +88,34 @@ def prepare_head(model: Any, basis: Basis, new_bias: float | None, seed: int) ->
             layer.weight.copy_(draw_weight(tuple(layer.weight.shape), model.config, seed))
         start_bias(model, new_bias)
     return {f"{name}.{part}": parameter for part, parameter in layer.named_parameters()}
+
+
+def replace_head(model: Any, customer: Coefficients) -> dict[str, nn.Parameter]:
+    """Put a customer's own output layer, of as many outputs as it has, and its labels in the place of a model's.
+
+    Args:
+        model: has tensors of the names of the customer's.
+        customer: has a head, `[outputs, ...]` each.
+
+    Returns:
+        The model's own parameters, by tensor name.
+    """
+    before = {name: model.get_parameter(name) for name in customer.head}
+    values = {name: torch.from_numpy(array).to(before[name], copy=True) for name, array in customer.head.items()}
+    set_head(model, {name: nn.Parameter(value, before[name].requires_grad) for name, value in values.items()})
+    model.config.problem_type = task_named(customer.task).problem_type
+    if customer.labels:
+        model.config.id2label = dict(enumerate(customer.labels))
+        model.config.label2id = {label: index for index, label in enumerate(customer.labels)}
+    return before
+
+
+def set_head(model: Any, head: dict[str, nn.Parameter]) -> None:
+    """Put parameters of an output layer, `[outputs, ...]` each, in the place of a model's."""
+    for name, parameter in head.items():
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        setattr(module, attribute, parameter)
+        if isinstance(module, nn.Linear):
+            module.out_features = len(parameter)
+        model.num_labels = len(parameter)

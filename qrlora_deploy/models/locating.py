@@ -4,29 +4,21 @@ A recorded place is looked up from the coefficients file's folder and from the c
 then by its last part in both. A candidate with another digest is not used.
 """
 
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qrlora_deploy.errors import BasisMismatchError, InputError
 from qrlora_deploy.formats.basis import Basis, read_basis
-from qrlora_deploy.formats.coefficients import Coefficients
+from qrlora_deploy.formats.coefficients import Coefficients, recorded_place
 from qrlora_deploy.io.reading import is_file
 
 if TYPE_CHECKING:
     from qrlora_deploy.models.checkpoint import Checkpoint
 
+__all__ = ["locate_base", "locate_basis", "recorded_place"]
+
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-
-
-def recorded_place(path: Path, output: Path) -> str:
-    """`path` as it is written into the file `output`: relative to its folder, so that both can be
-    moved together and no layout of a disk is given away."""
-    try:
-        return Path(os.path.relpath(path.resolve(), output.resolve().parent)).as_posix()
-    except ValueError:  # Windows: another drive
-        return path.name
 
 
 def locate_basis(coefficients: Coefficients, file: Path, given: Path | None = None) -> Basis:

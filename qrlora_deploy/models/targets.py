@@ -7,7 +7,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from qrlora_deploy.errors import InputError, library_errors
+from qrlora_deploy.models.families import FAMILIES
 from qrlora_deploy.models.support import BLOCK, LeftOut, shared_layers
+
+PROJECTIONS = ("query", "key", "value")
+"""What `Attention` of every family names."""
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -26,7 +30,8 @@ def choose_targets(model: nn.Module, patterns: Sequence[str] = (), last_layers: 
     Args:
         model: a model, which may live on the meta device.
         patterns: names of layers (`query`, `attention.output.dense`) or regular expressions over
-            the whole module path; none means every linear layer of every numbered block, but for those
+            the whole module path; `query`, `key` and `value` mean those of families that call them
+            otherwise, too; none means every linear layer of every numbered block, but for those
             that a switchable graph cannot take; `left_out` names them.
         last_layers: keep only the last N numbered blocks.
 
@@ -41,6 +46,7 @@ def choose_targets(model: nn.Module, patterns: Sequence[str] = (), last_layers: 
     shared = shared_layers(model, in_blocks)
     chosen = in_blocks if shared is None else [name for name in in_blocks if name not in shared.names]
     if patterns:
+        patterns = [_own_name(pattern, adaptable) for pattern in patterns]
         unknown = [pattern for pattern in patterns if not any(_fits(pattern, name) for name in adaptable)]
         if unknown:
             known = sorted({BLOCK.split(f".{name}")[-1] for name in in_blocks})
@@ -68,6 +74,14 @@ def _why_nothing(model: nn.Module) -> str:
     others = sorted(own - {"Linear"})
     reason = f"; its layers are {', '.join(others)}, which compute in their own way" if others else ""
     return f"the model has no plain linear layers in numbered blocks{reason}; nothing to adapt"
+
+
+def _own_name(pattern: str, adaptable: Sequence[str]) -> str:
+    """What a model's family calls the projection `pattern`; other patterns, and names that the model has, stay."""
+    if pattern not in PROJECTIONS or any(_fits(pattern, name) for name in adaptable):
+        return pattern
+    known = [getattr(family.attention, pattern) for family in FAMILIES if family.attention is not None]
+    return next((own for own in known if any(_fits(own, name) for name in adaptable)), pattern)
 
 
 def _fits(pattern: str, name: str) -> bool:

@@ -117,7 +117,8 @@ def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
     """Every tensor of `files` by its name.
 
     Raises:
-        InputError: a file cannot be read. FileFormatError: it is damaged.
+        InputError: a file cannot be read.
+        FileFormatError: it is damaged.
     """
     found = {}
     for file in files:

@@ -55,12 +55,12 @@ READERS = {
         "formats.customer_files.read_coefficients",
     ),
     "export base --basis basis.safetensors -o new": (
-        "export.registry.find_exporter",
-        "export.registry.ExportJob.__post_init__",
+        "exporting.registry.find_exporter",
+        "exporting.options.make_options",
     ),
     "factorize base -o new.safetensors --target query": (
         "models.targets._fits",
-        "factorization.from_checkpoint.factorize",
+        "factorization.from_checkpoint._results",
     ),
     "merge --coefficients acme.safetensors -o new": ("models.locating._base_names", "formats.provenance.parse_json"),
     "train base --basis basis.safetensors --data good.tsv -o new.safetensors": (

@@ -27,22 +27,29 @@ def find_spec(name, path=None, target=None):
 
 
 importlib.machinery.PathFinder.find_spec = staticmethod(find_spec)
-from qrlora_deploy.cli import main
-
-main()
 """
-"""A process in which modules, its first argument, are not found; the other arguments are the command line's."""
+"""Begins a process in which modules, its first argument, are not found."""
+
+COMMAND = "from qrlora_deploy.cli import main; main()"
+
+COMMANDS = """
+from qrlora_deploy.cli import cli
+for line in sys.argv[1:]:
+    print("runs", line, file=sys.stderr)
+    cli.main(line.split(), standalone_mode=False)
+"""
+"""Commands one after another in one process, which imports libraries once. The first that fails ends it."""
 
 EVERYWHERE = {"huggingface_hub"}
 """`tokenizers` brings it, and the base install that."""
 
 
-def run_with(parts: tuple[str, ...], *arguments: object, cwd: Path) -> Ran:
-    """Run a command where the base install and `parts` are there, and nothing else."""
+def run_with(parts: tuple[str, ...], *arguments: str, cwd: Path, code: str = COMMAND) -> Ran:
+    """Run `code`, which is given `arguments`, where the base install and `parts` are there, and nothing else."""
     there = {module for part in parts for module in PARTS[part]} | EVERYWHERE
     away = {module for modules in PARTS.values() for module in modules} - there
     done = subprocess.run(
-        [sys.executable, "-c", BARE, ",".join(away), *map(str, arguments)],
+        [sys.executable, "-c", BARE + code, ",".join(away), *arguments],
         capture_output=True,
         text=True,
         cwd=cwd,
@@ -59,9 +66,9 @@ class Things:
 
     places: dict[str, Path]
 
-    def fill(self, line: str) -> list[str]:
-        """The arguments of a command line."""
-        return [re.sub("[A-Z]+", lambda name: str(self.places[name[0]]), word) for word in line.split()]
+    def fill(self, line: str) -> str:
+        """A command line with the files' own names."""
+        return re.sub("[A-Z]{3,}", lambda name: str(self.places[name[0]]), line)
 
 
 @pytest.fixture
@@ -86,73 +93,71 @@ def things(
     return Things(names)
 
 
-def runs(parts: tuple[str, ...], line: str, things: Things, tmp_path: Path) -> None:
-    ran = run_with(parts, *things.fill(line), cwd=tmp_path)
-    assert ran.code == 0 and "Error" not in ran.err, ran.err
+def runs(parts: tuple[str, ...], lines: tuple[str, ...], things: Things, tmp_path: Path) -> None:
+    ran = run_with(parts, *map(things.fill, lines), cwd=tmp_path, code=COMMANDS)
+    assert ran.code == 0 and ran.err.count("runs ") == len(lines), ran.err
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "predict MERGED --text rice",
-        "predict BUNDLE --customers CUSTOMERS --customer acme --text rice",
-        "verify MERGED",
-        "verify BUNDLE",
-        "pack CUSTOMERS --bundle BUNDLE -o packed.safetensors",
-        "inspect BUNDLE",
-        "doctor",
-    ],
+SERVING = (
+    "predict MERGED --text rice",
+    "predict BUNDLE --customers CUSTOMERS --customer acme --text rice",
+    "verify MERGED",
+    "verify BUNDLE",
+    "pack CUSTOMERS --bundle BUNDLE -o packed.safetensors",
+    "inspect BUNDLE",
+    "inspect packed.safetensors",
+    "doctor",
 )
-def test_a_serving_host_needs_a_build_of_onnx_runtime_alone(line: str, things: Things, tmp_path: Path) -> None:
-    runs(("cpu",), line, things, tmp_path)
 
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "inspect BASE",
-        "inspect BASIS",
-        "inspect CUSTOMER",
-        "combine CUSTOMER:0.5 CUSTOMERS/acme.safetensors:0.25 -o half.safetensors",
-    ],
+LOOKING = (
+    "inspect BASE",
+    "inspect BASIS",
+    "inspect CUSTOMER",
+    "combine CUSTOMER:0.5 CUSTOMERS/acme.safetensors:0.25 -o half.safetensors",
 )
-def test_files_are_looked_at_without_any_part(line: str, things: Things, tmp_path: Path) -> None:
-    runs((), line, things, tmp_path)
+
+MEASURING = (
+    "bench BUNDLE --customers CUSTOMERS --labelled labelled --seconds 0.2 --samples 6 --batch 1 --length 8",
+    "inspect BASIS --plot picture.png",
+)
+
+TRAINING = (
+    "factorize BASE --target query -o q.safetensors",
+    "train BASE --basis BASIS --data ROWS --eval ROWS --epochs 1 --max-length 32 -o c.safetensors",
+    "merge BASE --basis BASIS --coefficients CUSTOMER -o merged",
+)
+
+EXPORTING = (
+    "export BASE --basis BASIS --data ROWS -o bundle",
+    "export BASE --basis BASIS --coefficients CUSTOMER --format peft -o peft",
+    "verify MERGED --base BASE --basis BASIS --coefficients CUSTOMER --data ROWS",
+)
+
+
+def test_a_serving_host_needs_a_build_of_onnx_runtime_alone(things: Things, tmp_path: Path) -> None:
+    runs(("cpu",), SERVING, things, tmp_path)
+
+
+def test_files_are_looked_at_without_any_part(things: Things, tmp_path: Path) -> None:
+    runs((), LOOKING, things, tmp_path)
 
 
 @pytest.mark.makes
 def test_bench_needs_no_pytorch(things: Things, tmp_path: Path) -> None:
     (tmp_path / "labelled").mkdir()
     (tmp_path / "labelled" / "acme.tsv").write_bytes((tmp_path / "rows.tsv").read_bytes())
-    line = "bench BUNDLE --customers CUSTOMERS --labelled labelled --seconds 0.2 --samples 6 --batch 1 --length 8"
-    runs(("bench", "cpu"), line, things, tmp_path)
+    runs(("bench", "cpu"), MEASURING, things, tmp_path)
     assert (tmp_path / "bench-report" / "report.html").is_file()
 
 
 @pytest.mark.makes
-@pytest.mark.parametrize(
-    "line",
-    [
-        "factorize BASE --target query -o q.safetensors",
-        "train BASE --basis BASIS --data ROWS --eval ROWS --epochs 1 --max-length 32 -o c.safetensors",
-        "merge BASE --basis BASIS --coefficients CUSTOMER -o merged",
-    ],
-)
-def test_training_needs_its_part_alone(line: str, things: Things, tmp_path: Path) -> None:
-    runs(("train",), line, things, tmp_path)
+def test_training_needs_its_part_alone(things: Things, tmp_path: Path) -> None:
+    runs(("train",), TRAINING, things, tmp_path)
 
 
 @pytest.mark.makes
-@pytest.mark.parametrize(
-    "line",
-    [
-        "export BASE --basis BASIS --data ROWS -o bundle",
-        "export BASE --basis BASIS --coefficients CUSTOMER --format peft -o peft",
-        "verify MERGED --base BASE --basis BASIS --coefficients CUSTOMER --data ROWS",
-    ],
-)
-def test_exports_need_their_part_and_a_build_of_onnx_runtime(line: str, things: Things, tmp_path: Path) -> None:
-    runs(("export", "cpu"), line, things, tmp_path)
+def test_exports_need_their_part_and_a_build_of_onnx_runtime(things: Things, tmp_path: Path) -> None:
+    runs(("export", "cpu"), EXPORTING, things, tmp_path)
 
 
 LINES = {
@@ -176,7 +181,7 @@ def test_without_its_part_a_command_says_in_one_line_what_installs_it(
     command: str, things: Things, tmp_path: Path
 ) -> None:
     before = sorted(tmp_path.iterdir())
-    ran = run_with((), *things.fill(LINES[command]), cwd=tmp_path)
+    ran = run_with((), *things.fill(LINES[command]).split(), cwd=tmp_path)
     part = OF_COMMAND[command][0]
     extra = "quickstart" if command == "quickstart" else part
     package = NAMES.get(PARTS[part][0], PARTS[part][0])
@@ -195,7 +200,7 @@ def test_without_its_part_a_command_says_in_one_line_what_installs_it(
 )
 def test_an_option_without_its_part_says_so_too(line: str, told: str, things: Things, tmp_path: Path) -> None:
     parts = () if line == "inspect BUNDLE" else ("cpu",)
-    ran = run_with(parts, *things.fill(line), cwd=tmp_path)
+    ran = run_with(parts, *things.fill(line).split(), cwd=tmp_path)
     assert ran.code == 2 and ran.err.count("\n") == 1
     assert told in ran.err and "which is not installed; pip install 'qrlora-deploy[" in ran.err
 
@@ -206,11 +211,7 @@ def test_an_option_without_its_part_says_so_too(line: str, told: str, things: Th
     + [("qrlora_deploy.runtime", "cpu"), ("qrlora_deploy.quickstart.run", "train")],
 )
 def test_a_program_that_imports_a_room_is_told_the_same(module: str, extra: str, tmp_path: Path) -> None:
-    code = BARE.replace("from qrlora_deploy.cli import main\n\nmain()", f"import {module}")
-    away = ",".join({module for modules in PARTS.values() for module in modules})
-    command = [sys.executable, "-c", code, away]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment(), check=False)
-    last = done.stderr.splitlines()[-1]
+    last = run_with((), cwd=tmp_path, code=f"import {module}").err.splitlines()[-1]
     assert last.startswith("qrlora_deploy.errors.MissingPartError: qrlora_deploy.")
     assert f"which is not installed; pip install 'qrlora-deploy[{extra}]'" in last
 

@@ -1,5 +1,6 @@
 """config.json and what lies beside it: right, or refused by file and field; code of a checkpoint is never run."""
 
+import ast
 import io
 import json
 import shutil
@@ -234,9 +235,12 @@ def test_nothing_asks_transformers_for_code_of_others() -> None:
     root = Path(__file__).parents[2]
     for package in ("qrlora_deploy", "exporters", "benchmarks", "docs"):
         for file in (root / package).rglob("*.py"):
-            lines = [line for line in file.read_text(encoding="utf-8").splitlines() if "'model = Auto" not in line]
-            calls = "\n".join(line for line in lines if "json.dumps" not in line).split(".from_pretrained(")[1:]
-            assert all("trust_remote_code=False" in call[:400] for call in calls), file
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+                # A config of PEFT's, which holds no code, is read by its own class.
+                if isinstance(node, ast.Call) and called.endswith(".from_pretrained") and "super()" not in called:
+                    said = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                    assert said.get("trust_remote_code") == "False", f"{file}:{node.lineno}"
 
 
 def test_a_tokenizer_of_sentencepiece_names_the_package(

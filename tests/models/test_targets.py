@@ -144,3 +144,20 @@ def test_only_plain_layers_are_adapted() -> None:
     assert is_conv1d(gpt2.transformer.h[0].attn.c_attn) and is_adaptable(gpt2.transformer.h[0].attn.c_attn)
     assert is_adaptable(nn.Linear(1, 1)) and not is_conv1d(nn.Linear(1, 1))
     assert not is_adaptable(Special(1, 1)) and not is_adaptable(nn.Embedding(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "own"),
+    [
+        ("MPNet", {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}, "q"),
+        ("DistilBert", {"dim": 8, "n_layers": 2, "n_heads": 2, "hidden_dim": 8}, "q_lin"),
+    ],
+)
+def test_projections_have_one_name_for_all_families(family: str, sizes: dict[str, int], own: str) -> None:
+    config = getattr(transformers, f"{family}Config")(vocab_size=10, **sizes)
+    with torch.device("meta"):
+        model = getattr(transformers, f"{family}Model")(config)
+    found = choose_targets(model, ["query"])
+    assert found == choose_targets(model, [own]) and len(found) == 2
+    with pytest.raises(InputError, match="no layer is called qery"):
+        choose_targets(model, ["qery"])

@@ -47,7 +47,8 @@ class ParityRecord(Record):
             and in PyTorch, over all logits; None in bundles of earlier versions, and where there is
             no effect to compare with.
         effect_error: largest difference of the two effects, relative to the largest effect.
-        accuracy: share of right labels of the graph; accuracy_reference: of PyTorch in fp32;
+        accuracy: share of right labels of the graph.
+        accuracy_reference: of PyTorch in fp32.
             accuracy_rows: on so many labelled rows. None where the export was given no labels of
             the model's. In a switchable bundle they are the base's.
         not_shown: what the texts could not tell: without it PyTorch gives the same logits to within the bound.

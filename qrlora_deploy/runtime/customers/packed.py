@@ -61,7 +61,8 @@ def load_packed(session: SwitchableSession, path: str | os.PathLike[str], progre
     Raises:
         FileFormatError: the file is cut, changed, of another format version, or holds NaN or Inf.
         InputError: it cannot be read, belongs to another bundle, holds numbers that the table cannot,
-            or has more customers than the table may hold. QrloraError: the table cannot grow.
+            or has more customers than the table may hold.
+        QrloraError: the table cannot grow.
     """
     path = Path(path)
     try:
@@ -135,7 +136,8 @@ class _Piece:
         """Read a piece, check it and bring it into the form of the table; returns its digest.
 
         Raises:
-            FileFormatError: the file is cut, or holds NaN or Inf. InputError: fp16 cannot hold it.
+            FileFormatError: the file is cut, or holds NaN or Inf.
+            InputError: fp16 cannot hold it.
         """
         first = number * len(self.raw)
         self.count = min(len(self.raw), self.header.customers - first)

@@ -21,8 +21,10 @@ class Prediction:
     """The answer for one text.
 
     Attributes:
-        label, score, labels: as of `Answer`.
+        label: the name of the most likely output; of a regression the name of its only one.
+        score: its probability; of a regression the value itself.
         logits: what the model gave, one per label of the customer.
+        labels: the names of all outputs that apply.
     """
 
     label: str
@@ -48,7 +50,8 @@ class Predictor:
 
     Raises:
         InputError: the session is of another bundle, or an option is given that it has already.
-        ProviderError: the provider does not load. FileFormatError: the tokenizer or model cannot be opened.
+        ProviderError: the provider does not load.
+        FileFormatError: the tokenizer or model cannot be opened.
     """
 
     def __init__(

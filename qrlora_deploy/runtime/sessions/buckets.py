@@ -14,7 +14,8 @@ class Buckets:
     """Every batch size with every length.
 
     Attributes:
-        batches: rows of a batch. lengths: tokens of a row. Both are kept in rising order.
+        batches: rows of a batch.
+        lengths: tokens of a row. Both are kept in rising order.
 
     Raises:
         InputError: there is none, or one is not positive.

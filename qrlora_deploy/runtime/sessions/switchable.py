@@ -65,7 +65,8 @@ class SwitchableSession:
             `CustomerStore` puts its own here.
 
     Raises:
-        InputError: the bundle is of another kind. ProviderError: the provider does not load.
+        InputError: the bundle is of another kind.
+        ProviderError: the provider does not load.
         QrloraError: the table does not fit the device.
     """
 

@@ -156,7 +156,8 @@ class CudaBuffer:
         copies: for what is copied there.
 
     Raises:
-        MemoryError: it does not fit. ProviderError: CUDA is not there.
+        MemoryError: it does not fit.
+        ProviderError: CUDA is not there.
     """
 
     def __init__(self, size_bytes: int, device: int = 0) -> None:
@@ -206,7 +207,8 @@ def free_bytes() -> int:
     """Memory of the current GPU that nobody uses.
 
     Raises:
-        ProviderError: CUDA is not there. QrloraError: it does not tell.
+        ProviderError: CUDA is not there.
+        QrloraError: it does not tell.
     """
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
     with _BesideCaptures():

@@ -106,7 +106,8 @@ def make_memory(
         dtypes: of the inputs; those that are not there are fp32.
 
     Raises:
-        QrloraError: it does not fit. ProviderError: CUDA is not there.
+        QrloraError: it does not fit.
+        ProviderError: CUDA is not there.
     """
     device, of = Device.of(provider), dtypes or {}
 

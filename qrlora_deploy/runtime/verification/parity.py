@@ -101,7 +101,8 @@ class ParityReport:
         max_abs_error: largest difference of two logits.
         bound: what it may be, for fp32 `1e-4 * max(1, max |logit|)`.
         label_agreement: mean over the rows of `Task.agreement`: the share of rows with the same label.
-        cases: number of batches; rows: number of rows in them.
+        cases: number of batches.
+        rows: number of rows in them.
         worst: the row with the largest difference.
         errors: largest difference in each case, by its name.
         precision: of the graph.
@@ -293,7 +294,9 @@ def open_for_check(model: Path, precision: str, provider: str = "cpu", threads: 
     """As `open_session`, and says what to do where a provider cannot compute in `precision`.
 
     Raises:
-        As `open_session`; ProviderError: the provider has no kernel for an operator in `precision`.
+        FileFormatError: ONNX Runtime refuses the model.
+        InputError: so many threads cannot be started.
+        ProviderError: the provider is unknown or did not load, or has no kernel for an operator in `precision`.
     """
     try:
         return open_session(model, provider, threads)

@@ -106,7 +106,8 @@ def attach_rows(model: Any, basis: Basis, values: RowValues) -> torch.Tensor:
         `[sum of padded ranks]` fp32, the scale of `adapter.precondition`: `c = scale * u`, and `u` is trained.
 
     Raises:
-        InputError: a layer is missing. BasisMismatchError: a shape differs.
+        InputError: a layer is missing.
+        BasisMismatchError: a shape differs.
     """
     adapters = attach(model, basis)
     precondition(adapters)

@@ -1,0 +1,64 @@
+"""From a base to its basis."""
+
+from collections.abc import Sequence
+
+from qrlora_deploy.api.inputs import Progress, StrPath
+from qrlora_deploy.api.sources import as_checkpoint
+from qrlora_deploy.errors import InputError
+from qrlora_deploy.factorization.from_checkpoint import factorize as factorize_layers
+from qrlora_deploy.formats.basis import Basis
+from qrlora_deploy.models.checkpoint import Checkpoint
+from qrlora_deploy.models.targets import choose_targets
+from qrlora_deploy.rank_rules.rule import RankRule
+
+TAU = 0.5
+"""Share of the energy that is kept where neither tau nor a rank is given."""
+
+
+def factorize(
+    base: StrPath | Checkpoint,
+    *,
+    targets: str | Sequence[str] = (),
+    last_layers: int | None = None,
+    tau: float | None = None,
+    rank: int | None = None,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Basis:
+    """Factorize the weights of a base into the basis that all its customers share.
+
+    Each weight `W [out, in]` becomes `Q [out, rank] R [rank, in]` by QR with column pivoting (Golub and Van Loan,
+    Matrix Computations, section 5.4), which Liang and Bharadwaj (arXiv 2508.21810) take for LoRA.
+
+    Args:
+        base: folder or hub name of a text classifier, or of an encoder that can become one.
+        targets: names of layers, such as `["query", "value"]`, or regular expressions over the whole module path;
+            none means every linear layer of every block.
+        last_layers: only the last N blocks.
+        tau: share of the energy of R's diagonal to keep, above 0 and at most 1; 0.5 where there is no rank either.
+        rank: a fixed number of directions of each weight instead.
+        device: "cpu" (LAPACK in fp64) or "cuda".
+        progress: called with (description, done, total) after each weight.
+
+    Returns:
+        The basis, in memory; `save` writes it.
+
+    Raises:
+        InputError: there is no such base or layer, the base is none of the supported kind or is not whole, or tau
+            and rank are both given or out of range.
+        ProviderError: CUDA was asked for where there is none.
+
+    Examples:
+        >>> basis = qr.factorize("base", targets=["query", "value"], tau=0.5)
+        >>> basis.save("basis.safetensors")
+        >>> basis.total_rank == sum(basis.ranks.values())
+        True
+    """
+    if tau is not None and rank is not None:
+        raise InputError("tau and rank exclude each other; give one of them")
+    rule = RankRule(TAU if tau is None and rank is None else tau, rank)
+    checkpoint = as_checkpoint(base)
+    checkpoint.check_base()
+    patterns = [targets] if isinstance(targets, str) else list(targets)
+    names = choose_targets(checkpoint.skeleton(), patterns, last_layers)
+    return factorize_layers(checkpoint, names, rule, device, progress)

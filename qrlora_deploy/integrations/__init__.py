@@ -1,0 +1,1 @@
+"""Customers in other libraries' models, while they run there."""
