@@ -154,7 +154,7 @@ def test_the_last_line_says_what_was_kept(
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("qrlora_deploy.merging.checkpoints.merge", end)
+    monkeypatch.setattr("qrlora_deploy.api.merging.merge", end)
     merge = ["merge", str(tiny_base), "--basis", str(tiny_basis_file), "--coefficients", str(tiny_customer_file)]
     assert interrupted([*merge, "-o", "out"], capsys) == (143, "Interrupted; out was not written")
 
