@@ -42,6 +42,20 @@ def command(
     label_column: str | None,
     provider: str,
 ) -> Output:
+    """Check BUNDLE: every file's digest, and its logits against PyTorch's on real text.
+
+    PyTorch's logits are those that the bundle carries. With --coefficients they are computed anew
+    from the base, the basis and the customer, on --data where that is given. With --format BUNDLE is
+    what another exporter wrote, and its own check runs.
+    Exit code 1 when an error is out of bounds.
+
+    \b
+    Examples:
+      qrlora-deploy verify acme-bundle --provider cuda
+      qrlora-deploy verify acme-bundle --coefficients acme.safetensors --data acme-test.tsv
+    """
+    if coefficients is None and (basis or base or data):
+        raise click.UsageError("--basis, --base and --data need --coefficients, the customer to compare with")
     from qrlora_deploy.exporting.exporter import Verifier
     from qrlora_deploy.exporting.registry import find_exporter
 

@@ -56,7 +56,7 @@ READERS = {
     ),
     "export base --basis basis.safetensors -o new": (
         "exporting.registry.find_exporter",
-        "exporting.options.make_options",
+        "exporting.choosing.choose_options",
     ),
     "factorize base -o new.safetensors --target query": (
         "models.targets._fits",

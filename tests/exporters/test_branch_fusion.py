@@ -20,7 +20,7 @@ from qrlora_deploy.models.targets import choose_targets
 from qrlora_deploy.rank_rules.rule import RankRule
 from qrlora_deploy.runtime.bundle.row_layout import SLOT, TABLE
 from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX, kept_tokens
-from tests.exporters.test_biases import IDS, MASK, load
+from tests.exporters.test_bias_folding import IDS, MASK, load
 from tests.tolerances import FP32_SIDE_BRANCH
 
 RANK = 8

@@ -45,7 +45,7 @@ def bundles(
 ) -> dict[str, Path]:
     """A calibrated bundle of each kind."""
     folder, checkpoint = tmp_path_factory.mktemp("calibrated"), open_checkpoint(str(tiny_base))
-    common = {"texts": texts, "precision": "int8", "calibration": TEXTS}
+    common = {"data": texts, "precision": "int8", "calibration": TEXTS}
     export_merged(ExportJob(checkpoint, tiny_basis, folder / "merged", tiny_customer), OnnxOptions(**common))
     export_switchable(ExportJob(checkpoint, tiny_basis, folder / "switchable"), OnnxOptions(head_labels=6, **common))
     return {kind: folder / kind for kind in ("merged", "switchable")}
