@@ -32,8 +32,8 @@ from benchmarks.graph_parts.shapes import SIZES, Inputs, make_basis, make_inputs
 from benchmarks.graph_parts.variants import ALL, GROUPS, fuse_projections
 from benchmarks.records import environment, summary
 from exporters.onnx.attention import ATTEND
+from exporters.onnx.branch_fusion import fuse_branches
 from exporters.onnx.graph import write_graph
-from exporters.onnx.joining import join_branches
 from exporters.onnx.precision import cast_inside
 from exporters.onnx.switchable import make_switchable
 from qrlora_deploy.io.files import write_json
@@ -111,7 +111,7 @@ def _export(name: str, place: Path, arguments: argparse.Namespace) -> tuple[Path
             setattr(module, ATTEND, variant.attend)
     cast_inside(model, rows, arguments.precision)
     packing = variant.packing() if variant.packing else None
-    finish = None if rows is None or variant.apart else functools.partial(join_branches, model, rows)
+    finish = None if rows is None or variant.apart else functools.partial(fuse_branches, model, rows)
     write_graph(model, tuple(make_inputs(arguments.shape, 1, 8)), place, rows, packing, finish)
     return place / "model.onnx", table
 

@@ -26,6 +26,7 @@ import numpy as np
 from benchmarks.records import environment, summary
 from exporters.onnx import export_merged, export_switchable
 from exporters.onnx.calibrating import calibration_record
+from exporters.onnx.options import OnnxOptions
 from qrlora_deploy.bench.environment import CPU_INFO, describe_environment
 from qrlora_deploy.bench.labelled import labelled_files
 from qrlora_deploy.bench.rounds import rest, seconds_of, warm_up
@@ -35,7 +36,7 @@ from qrlora_deploy.bench.workload import Workload
 from qrlora_deploy.data.examples import Examples, TextRows, read_examples, read_texts
 from qrlora_deploy.data.sample import CUSTOMERS, general_file, held_out_file
 from qrlora_deploy.errors import CheckFailed, InputError
-from qrlora_deploy.exporting.registry import ExportJob
+from qrlora_deploy.exporting.job import ExportJob
 from qrlora_deploy.formats.basis import Basis, read_basis
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.formats.customer_files import customer_ids, read_customer
@@ -142,12 +143,10 @@ def _export(material: Material, name: str, output: Path) -> str:
         material.basis,
         output,
         material.customers[material.merged] if merged else None,
-        precision=precision,
-        calibration=texts,
-        head_labels=0 if merged else _head_labels(material),
     )
+    options = OnnxOptions(0 if merged else _head_labels(material), precision, texts)
     try:
-        export_merged(job) if merged else export_switchable(job)
+        export_merged(job, options) if merged else export_switchable(job, options)
     except CheckFailed as error:
         return str(error)
     return ""

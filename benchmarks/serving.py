@@ -8,10 +8,11 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, RobertaConfig
 
 from exporters.onnx import export_merged, export_switchable
-from exporters.onnx.customers import base_customer
+from exporters.onnx.options import OnnxOptions
+from exporters.onnx.synthetic_customers import base_customer
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.data.sample import sample_texts
-from qrlora_deploy.exporting.registry import ExportJob
+from qrlora_deploy.exporting.job import ExportJob
 from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
@@ -55,18 +56,12 @@ def prepare(folder: Path, model: str, count: int, rule: RankRule, provider: str,
     }
     texts = Examples(sample_texts()[:8], None, ["0"] * 8, "samples")
     export_merged(
-        ExportJob(
-            checkpoint,
-            basis,
-            folder / "merged",
-            customers["customer-0"],
-            texts=texts,
-            provider=provider,
-            precision=precision,
-        )
+        ExportJob(checkpoint, basis, folder / "merged", customers["customer-0"]),
+        OnnxOptions(data=texts, provider=provider, precision=precision),
     )
     export_switchable(
-        ExportJob(checkpoint, basis, folder / "switchable", texts=texts, provider=provider, precision=precision)
+        ExportJob(checkpoint, basis, folder / "switchable"),
+        OnnxOptions(data=texts, provider=provider, precision=precision),
     )
     return Serving(checkpoint, basis, open_bundle(folder / "merged"), open_bundle(folder / "switchable"), customers)
 

@@ -260,9 +260,10 @@ def make_own(folder: Path) -> Bundle:
     os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     # Imported here: serving needs none of these.
     from exporters.onnx import export_switchable
+    from exporters.onnx.options import OnnxOptions
     from qrlora_deploy.data.examples import Examples
     from qrlora_deploy.data.sample import general_examples
-    from qrlora_deploy.exporting.registry import ExportJob
+    from qrlora_deploy.exporting.job import ExportJob
     from qrlora_deploy.factorization.from_checkpoint import factorize
     from qrlora_deploy.models.checkpoint import open_checkpoint
     from qrlora_deploy.models.targets import choose_targets
@@ -280,7 +281,8 @@ def make_own(folder: Path) -> Bundle:
     base = open_checkpoint(str(folder / "base"))
     basis = factorize(base, choose_targets(base.skeleton(), ("query", "value"), 3), EnergyShare(0.5))
     export_switchable(
-        ExportJob(base, basis, folder / "bundle", texts=Examples(list(TEXTS), None, few.labels[: len(TEXTS)], "texts"))
+        ExportJob(base, basis, folder / "bundle"),
+        OnnxOptions(data=Examples(list(TEXTS), None, few.labels[: len(TEXTS)], "texts")),
     )
     (folder / "customers").mkdir()
     for seed, name in enumerate(("acme", "bolt")):

@@ -55,16 +55,17 @@ def make_customer(base: Path, basis: Basis, basis_file: Path) -> Coefficients:
 def make_bundle(base: Path, basis: Basis, customer: Coefficients | None, output: Path) -> Path:
     """A merged bundle of the customer; without one a switchable bundle with room for heads of six labels."""
     from exporters.onnx import export_merged, export_switchable
+    from exporters.onnx.options import OnnxOptions
     from qrlora_deploy.data.examples import Examples
-    from qrlora_deploy.exporting.registry import ExportJob
+    from qrlora_deploy.exporting.job import ExportJob
     from qrlora_deploy.models.checkpoint import open_checkpoint
 
     texts = Examples(list(SENTENCES), None, ["travel"] * len(SENTENCES), "sentences")
     checkpoint = open_checkpoint(str(base))
     if customer is not None:
-        export_merged(ExportJob(checkpoint, basis, output, customer, texts=texts))
+        export_merged(ExportJob(checkpoint, basis, output, customer), OnnxOptions(data=texts))
     else:
-        export_switchable(ExportJob(checkpoint, basis, output, texts=texts, head_labels=6))
+        export_switchable(ExportJob(checkpoint, basis, output), OnnxOptions(data=texts, head_labels=6))
     return output
 
 

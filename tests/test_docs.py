@@ -33,7 +33,8 @@ def test_every_option_that_a_page_names_is_there(page: Path) -> None:
     for words in commands(page):
         command = cli.get_command(context, words[0])
         assert command is not None, f"{page.name}: no command {words[0]}"
-        known = {name for parameter in command.params for name in parameter.opts}
+        parameters = command.get_params(click.Context(command))
+        known = {name for parameter in parameters for name in parameter.opts}
         named = {word.partition("=")[0] for word in words if word.startswith("-") and len(word) > 1}
         assert named <= known | {"--help"}, f"{page.name}: {words}"
 

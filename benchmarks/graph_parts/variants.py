@@ -8,7 +8,7 @@ from torch import nn
 
 from benchmarks.graph_parts.shapes import Setup
 from exporters.onnx.attention import Heads, attend
-from exporters.onnx.biases import fold_attention_biases
+from exporters.onnx.bias_folding import fold_attention_biases
 from exporters.onnx.padding_free import Packing
 
 PAPER = Setup(("query", "q"), last_layers=4, rank=160, spread=10.0)

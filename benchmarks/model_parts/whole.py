@@ -11,10 +11,11 @@ from transformers.pytorch_utils import Conv1D
 
 from benchmarks.model_parts.families import Family
 from exporters.onnx import export_merged, export_switchable
+from exporters.onnx.options import OnnxOptions
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.data.sample import sample_texts
 from qrlora_deploy.errors import QrloraError, first_line
-from qrlora_deploy.exporting.registry import ExportJob
+from qrlora_deploy.exporting.job import ExportJob
 from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients, read_coefficients, write_coefficients
@@ -225,7 +226,7 @@ class _Whole:
 
     def _switchable(self, name: str, **options: Any) -> float:
         output = self.folder / name
-        export_switchable(ExportJob(self.checkpoint, self.basis, output, **options))
+        export_switchable(ExportJob(self.checkpoint, self.basis, output), OnnxOptions(**options))
         session = SwitchableSession(open_bundle(output), threads=1)
         for customer in ("one", "two"):
             session.load(customer, self.folder / f"{customer}.safetensors")

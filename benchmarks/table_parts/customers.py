@@ -2,16 +2,16 @@
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.serving import LAST_LAYERS, save_base
 from exporters.onnx import export_switchable
+from exporters.onnx.options import OnnxOptions
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.data.sample import sample_texts
-from qrlora_deploy.exporting.registry import ExportJob
+from qrlora_deploy.exporting.job import ExportJob
 from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.checkpoint import open_checkpoint
@@ -94,8 +94,8 @@ def make_bundle(folder: Path, model: str, rank: int, provider: str, precision: s
     targets = choose_targets(checkpoint.skeleton(), ["query"], LAST_LAYERS)
     basis = factorize(checkpoint, targets, FixedRank(rank))
     texts = Examples(sample_texts()[:8], None, ["0"] * 8, "samples")
-    job = ExportJob(checkpoint, basis, folder / "bundle", texts=texts, provider=provider)
-    export_switchable(replace(job, precision=precision, table_dtype="fp16"))
+    options = OnnxOptions(data=texts, provider=provider, precision=precision, table_dtype="fp16")
+    export_switchable(ExportJob(checkpoint, basis, folder / "bundle"), options)
     return open_bundle(folder / "bundle")
 
 

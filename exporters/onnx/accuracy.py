@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from exporters.onnx.graph import input_names
+from exporters.onnx.prepared import Prepared
 from qrlora_deploy.data.cutting import cut_texts
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.models.capacity import max_tokens
 from qrlora_deploy.runtime.bundle.row_layout import SLOT
 from qrlora_deploy.runtime.verification.parity import run_logits
 from qrlora_deploy.tasks.base import Task
@@ -96,26 +95,26 @@ def choose_labelled(examples: Examples | None, task: Task, labels: Sequence[str]
 
 
 def answer_in_pytorch(
-    model: Any, tokenizer: Any, examples: Examples, task: Task, labels: Sequence[str], progress: Progress | None
+    prepared: Prepared, examples: Examples, task: Task, labels: Sequence[str], progress: Progress | None
 ) -> Labelled:
-    """Batches of `examples`, and how many rows `model` answers right.
+    """Batches of `examples`, and how many rows the model answers right.
 
     Args:
-        model: in fp32, with the customer folded in, or the base.
+        prepared: whose model is in fp32, with the customer folded in, or the base.
         task: of the model.
         labels: of the model, in the order of its logits; all of the examples' are among them.
     """
     expected = np.array(task.encode(examples, labels))
-    names, length = input_names(model, tokenizer), max_tokens(model, tokenizer)
+    tokenizer, length = prepared.tokenizer, prepared.max_tokens
     batches, targets, right = [], [], 0
     for start in range(0, len(examples), BATCH):
         rows = slice(start, start + BATCH)
         pairs = examples.pairs[rows] if examples.pairs is not None else None
         texts, pairs = cut_texts(tokenizer, examples.texts[rows], pairs, length, examples.name)
         encoded = tokenizer(texts, pairs, truncation=True, max_length=length, padding=True, return_tensors="pt")
-        inputs = {name: encoded[name] for name in names}
+        inputs = {name: encoded[name] for name in prepared.input_names}
         with torch.no_grad():
-            found = model(**inputs).logits.float().numpy()
+            found = prepared.model(**inputs).logits.float().numpy()
         batches.append({name: tensor.numpy() for name, tensor in inputs.items()})
         targets.append(expected[rows])
         right += int(task.right(found, targets[-1]).sum())

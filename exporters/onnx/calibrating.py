@@ -3,14 +3,12 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
-from exporters.onnx.graph import input_names
+from exporters.onnx.prepared import Prepared
 from qrlora_deploy.data.cutting import cut_texts
 from qrlora_deploy.data.examples import TextRows
-from qrlora_deploy.models.capacity import max_tokens
 from qrlora_deploy.runtime.bundle.records import CalibrationRecord
 from qrlora_deploy.runtime.bundle.row_layout import HEAD_TABLE, SLOT, TABLE
 
@@ -40,8 +38,7 @@ def calibration_record(texts: TextRows) -> CalibrationRecord:
 
 
 def calibration_inputs(
-    model: Any,
-    tokenizer: Any,
+    prepared: Prepared,
     texts: TextRows,
     customers: Mapping[str, np.ndarray],
     progress: Callable[[str, int, int], None] | None = None,
@@ -51,19 +48,20 @@ def calibration_inputs(
     Nothing is padded, because nobody attends to padding, and its activations would widen the ranges.
 
     Args:
+        prepared: the base.
         texts: at least one.
         customers: inputs of a batch that the graph is checked with. Of a switchable graph its tables
             are taken, and each text belongs to the next customer in them; a merged one has none.
         progress: called with a description, the rows done and all rows.
     """
-    names, length = input_names(model, tokenizer), max_tokens(model, tokenizer)
+    tokenizer, length = prepared.tokenizer, prepared.max_tokens
     tables = {name: customers[name] for name in (TABLE, HEAD_TABLE) if name in customers}
     rows = choose_rows(texts)
     for index, text in enumerate(rows.texts):
         pair = [rows.pairs[index]] if rows.pairs is not None else None
         first, pair = cut_texts(tokenizer, [text], pair, length)
         encoded = tokenizer(first, pair, truncation=True, max_length=length, return_tensors="np")
-        inputs = {name: encoded[name].astype(np.int64) for name in names}
+        inputs = {name: encoded[name].astype(np.int64) for name in prepared.input_names}
         if tables:
             inputs |= tables | {SLOT: np.array([index % len(tables[TABLE])], dtype=np.int64)}
         yield inputs

@@ -15,7 +15,7 @@ from onnxscript.optimizer import optimize_ir
 from optimum.utils import DummyTextInputGenerator, NormalizedTextConfig
 
 from exporters.onnx.attention import HEADS, use_onnx_attention
-from exporters.onnx.biases import fold_attention_biases
+from exporters.onnx.bias_folding import fold_attention_biases
 from exporters.onnx.padding_free import Packing, pack_blocks
 from exporters.onnx.quantizing import base_products
 from qrlora_deploy.errors import InputError, QrloraError, first_line

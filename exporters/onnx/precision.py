@@ -5,36 +5,11 @@ from typing import Any
 import torch
 
 from exporters.onnx.switchable import CustomerRows
-from qrlora_deploy.errors import InputError, ProviderError, QrloraError
+from qrlora_deploy.errors import QrloraError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float32}
-"""What weights, factors and activations are when the graph is traced, by the name of the precision;
+"""What weights, factors and activations are when the graph is traced, by the name of each of `options.PRECISIONS`;
 int8 quantises the fp32 graph."""
-
-
-def check_precision(precision: str, provider: str, calibrated: bool = False) -> None:
-    """Make sure that the precision is a known one, and that the provider is made for it.
-
-    Args:
-        calibrated: whether texts to calibrate on were given.
-
-    Raises:
-        InputError: it is not; the message lists those that are. Or int8 was asked for on a GPU, or
-            there is nothing to calibrate.
-        ProviderError: bf16 was asked for on the CPU.
-    """
-    if precision not in DTYPES:
-        raise InputError(f"unknown precision {precision!r}; choose from {', '.join(DTYPES)}")
-    if precision == "int8" and provider != "cpu":
-        # ONNX Runtime's GPU providers have no kernel for its products and would copy to the CPU for each.
-        raise InputError(f"int8 is for the CPU, not --provider {provider}; choose --precision fp16 there")
-    if precision == "bf16" and provider == "cpu":
-        raise ProviderError(
-            "cpu cannot run a graph in bf16: ONNX Runtime has no kernels for it there; export and verify it with "
-            "--provider cuda"
-        )
-    if calibrated and precision != "int8":
-        raise InputError(f"--calibration belongs to --precision int8; {precision} has no scales to find")
 
 
 def cast_inside(model: Any, rows: CustomerRows | None, precision: str) -> None:

@@ -31,7 +31,7 @@ import numpy as np
 import onnx_ir
 from torch import nn
 
-from exporters.onnx.saturation import products_saturate
+from exporters.onnx.vnni_check import products_saturate
 from qrlora_deploy.errors import CheckFailed, QrloraError, first_line
 from qrlora_deploy.models.targets import BLOCK, is_conv1d
 

@@ -206,6 +206,25 @@ class HeadBranch(nn.Module):
         return torch.matmul(self.rows.weight, x.float().unsqueeze(2)).squeeze(2) + self.rows.bias
 
 
+def plan_head(model: Any, basis: Basis, head_labels: int) -> HeadLayout | None:
+    """Columns of the head table; None where all customers use the model's output layer.
+
+    Args:
+        model: of a task.
+        basis: the factors.
+        head_labels: most labels that a customer's own output layer may have; 0: all use the model's.
+
+    Raises:
+        InputError: there is no output layer, or the basis adapts it.
+    """
+    if not head_labels:
+        return None
+    path = output_layer(model)
+    if path in [resolve_layer(model, target.name)[0] for target in basis.targets]:
+        raise InputError(f"the basis adapts the output layer {path}, so --head-labels cannot replace it")
+    return HeadLayout(head_labels, model.get_submodule(path).in_features)
+
+
 def make_switchable(model: Any, basis: Basis, head_labels: int = 0, table_dtype: str = "fp32") -> CustomerRows:
     """Put a `TableBranch` beside every target of `basis`, in place.
 
@@ -222,16 +241,14 @@ def make_switchable(model: Any, basis: Basis, head_labels: int = 0, table_dtype:
         InputError: a layer is missing or is not a linear layer, or the basis adapts the output
             layer. BasisMismatchError: a shape differs. The model is not changed then.
     """
-    head_path = output_layer(model) if head_labels else ""
-    head = HeadLayout(head_labels, model.get_submodule(head_path).in_features) if head_labels else None
+    head = plan_head(model, basis, head_labels)
     rows = CustomerRows(TableLayout(list(basis.ranks.values()), table_dtype), head)
     replaced: dict[str, nn.Module] = {}
     for index, target in enumerate(basis.targets):
         path, layer = resolve_layer(model, target.name)
         replaced[path] = TableBranch(layer, target, index, rows)
     if head is not None:
-        if head_path in replaced:
-            raise InputError(f"the basis adapts the output layer {head_path}, so --head-labels cannot replace it")
+        head_path = output_layer(model)
         replaced[head_path] = HeadBranch(head_path, rows)
     for path, branch in replaced.items():
         model.set_submodule(path, branch)

@@ -1,7 +1,9 @@
 """A bundle that lies on the disk, against PyTorch."""
 
-from exporters.onnx.customers import mixed_reference
-from exporters.onnx.reference import SideBranches, build_reference, choose_texts
+from exporters.onnx.prepared import Prepared, choose_texts
+from exporters.onnx.reference import build_reference
+from exporters.onnx.side_branches import side_branches
+from exporters.onnx.synthetic_customers import mixed_reference
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import BasisMismatchError, CheckFailed, InputError
 from qrlora_deploy.formats.basis import Basis
@@ -41,14 +43,14 @@ def verify_against(
     if wrong:
         raise BasisMismatchError(f"{bundle.folder} was exported from others: {'; '.join(wrong)} as in the bundle")
     session = open_for_check(bundle.model, manifest.precision, provider)
-    chosen, task = choose_texts(texts), task_named(manifest.task)
+    prepared, task = Prepared(checkpoint, checkpoint.tokenizer(), choose_texts(texts)), task_named(manifest.task)
     if manifest.kind == "merged":
-        return check_parity(session, build_reference(checkpoint, basis, coefficients, chosen), task, manifest.precision)
+        return check_parity(session, build_reference(prepared, basis, coefficients), task, manifest.precision)
     head = HeadLayout(manifest.head_labels, manifest.head_features) if manifest.head_labels else None
     if coefficients.head and head is None:
         raise InputError(f"the customer has a head of its own; {bundle.folder} was exported without --head-labels")
-    side = SideBranches(checkpoint, basis, chosen)
-    reference = mixed_reference(side, [coefficients], head, manifest.table_dtype)
+    with side_branches(prepared, basis) as side:
+        reference = mixed_reference(side, [coefficients], head, manifest.table_dtype)
     if not shows_customers(reference):
         raise CheckFailed(
             "the customer does not move the logits on these texts, so agreement proves nothing; choose other --data"

@@ -1,19 +1,14 @@
 """`qrlora-deploy export`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from qrlora_deploy.cli.options import (
-    COUNT,
-    basis_option,
-    coefficients_option,
-    column_options,
-    common,
-    output_option,
-    provider_option,
-)
+from qrlora_deploy.cli.exporter_options import DEFAULT, FORMAT, ExportCommand
+from qrlora_deploy.cli.options import basis_option, coefficients_option, column_options, common, output_option
 from qrlora_deploy.cli.output import Output, progress_bar
 
 if TYPE_CHECKING:
@@ -21,58 +16,15 @@ if TYPE_CHECKING:
     from qrlora_deploy.formats.coefficients import Coefficients
     from qrlora_deploy.models.checkpoint import Checkpoint
 
-SHOWN = ("kind", "task", "labels", "precision", "calibration", "opset", "head_labels", "parity", "customer_effect")
-"""What of an exporter's answer is shown without `--json`."""
 
-
-@click.command("export")
+@click.command("export", cls=ExportCommand)
 @click.argument("base", required=False)
 @basis_option(required=False)
 @coefficients_option(required=False)
-@output_option("Folder to write, a bundle.")
+@output_option("File or folder to write; of an ONNX bundle a folder.")
 @click.option("--merge", is_flag=True, help="One customer as plain weights; needs --coefficients.")
-@click.option("--format", "format_name", default="onnx", show_default=True, help="Name of an exporter.")
-@click.option(
-    "--head-labels",
-    type=COUNT,
-    help="Switchable: customers may have a head of their own, with at most this many labels.",
-)
-@click.option(
-    "--precision",
-    type=click.Choice(["fp32", "fp16", "bf16", "int8"]),
-    default="fp32",
-    show_default=True,
-    help="Of weights and activations; inputs and logits stay as they are. bf16 needs --provider cuda; "
-    "int8 is for the CPU, and customers of a switchable bundle stay in fp32.",
-)
-@click.option(
-    "--calibration",
-    metavar="DATA",
-    help="int8: texts like those that will be served, labelled or not; scales of activations are found on up to 128 "
-    "of them, and an answer no longer depends on its batch. By default they are found while the graph runs, which "
-    "keeps a little more of a customer's effect.",
-)
-@click.option(
-    "--table-dtype",
-    type=click.Choice(["fp32", "fp16"]),
-    default="fp32",
-    show_default=True,
-    help="Switchable: of the customers' coefficients on the device. fp16 takes half the memory; files stay fp32.",
-)
-@click.option(
-    "--padding-free",
-    is_flag=True,
-    help="The linear layers of an encoder compute on text alone, not on padding; for batches of uneven lengths. The "
-    "graph gets one more input, token_index, which this project's sessions fill in.",
-)
-@click.option(
-    "--data",
-    help="Texts of the parity check, by default ones of this project. Where its labels are the model's, accuracy is "
-    "measured too, on up to 512 rows, in PyTorch in fp32 and in the export; switchable: the base's. Where none of "
-    "them is the model's, or for switchable not all, only the texts are used.",
-)
+@click.option(FORMAT, "format_name", default=DEFAULT, show_default=True, help="Name of an exporter.")
 @column_options
-@provider_option
 @common
 def command(
     base: str | None,
@@ -81,15 +33,9 @@ def command(
     output: Path,
     merge: bool,
     format_name: str,
-    head_labels: int | None,
-    precision: str,
-    calibration: str | None,
-    table_dtype: str,
-    padding_free: bool,
-    data: str | None,
     text_column: str | None,
     label_column: str | None,
-    provider: str,
+    **options: Any,
 ) -> Output:
     """Write a form of BASE that runs without it: by default an ONNX bundle, switchable or merged.
 
@@ -105,54 +51,36 @@ def command(
       qrlora-deploy export base --basis basis.safetensors --precision int8 --calibration texts.tsv -o bundle-int8
       qrlora-deploy export --merge --coefficients acme.safetensors -o acme-bundle
     """
-    if format_name == "onnx" and merge != (coefficients is not None):
+    from qrlora_deploy.exporting.choosing import check_customer, check_output, choose_options
+    from qrlora_deploy.exporting.job import ExportJob
+    from qrlora_deploy.exporting.registry import find_exporter
+
+    exporter = find_exporter(format_name)
+    has_customer = coefficients is not None
+    check_customer(exporter, has_customer)
+    if (merge and not has_customer) or (exporter.needs_customer is None and merge != has_customer):
         raise click.UsageError(
             "give --merge and --coefficients for a merged bundle, or neither of them for a switchable one"
         )
-    from qrlora_deploy.data.examples import read_examples, read_texts
-    from qrlora_deploy.exporting.registry import FP32_ONLY, ExportJob, find_exporter
-    from qrlora_deploy.io.outputs import check_free_folder
-
-    if precision != "fp32" and format_name in FP32_ONLY:
-        raise click.UsageError(f"--precision belongs to --format onnx; what {format_name} writes is fp32")
-    if table_dtype != "fp32" and format_name in FP32_ONLY:
-        raise click.UsageError(f"--table-dtype belongs to --format onnx; what {format_name} writes is fp32")
-    if calibration is not None and precision != "int8":
-        raise click.UsageError(f"--calibration belongs to --precision int8; {precision} has no scales to find")
-    if padding_free and format_name in FP32_ONLY:
-        raise click.UsageError(f"--padding-free belongs to --format onnx; {format_name} writes no graph")
-    exporter = find_exporter(format_name)
-    check_free_folder(output)
+    source = click.get_current_context().get_parameter_source
+    given = {name: value for name, value in options.items() if source(name) is ParameterSource.COMMANDLINE}
+    chosen = choose_options(exporter, given, text_column, label_column)
+    check_output(exporter, output)
     checkpoint, frozen, customer = _open(base, basis, coefficients)
-    texts = read_examples(data, text_column, label_column) if data else None
-    unlabelled = read_texts(calibration, text_column) if calibration else None
     with progress_bar() as progress:
-        job = ExportJob(
-            checkpoint,
-            frozen,
-            output,
-            customer,
-            head_labels or 0,
-            texts,
-            provider,
-            progress,
-            precision,
-            table_dtype,
-            unlabelled,
-            padding_free,
-        )
-        record = dict(exporter(job))
-    return Output(record, f"wrote {output}", _shown(record))
+        job = ExportJob(checkpoint, frozen, output, customer, progress)
+        record = dict(exporter.export(job, chosen))
+    return Output(record, f"wrote {output}", _shown(record, exporter.shown))
 
 
-def _shown(record: "dict[str, Any]") -> "dict[str, Any]":
-    """What is shown of an exporter's answer: no calibration where there is none, and of parity what was measured."""
-    shown = {name: record[name] for name in record if name in SHOWN}
-    if shown.get("calibration") is None:
-        shown.pop("calibration", None)
-    if isinstance(shown.get("parity"), dict):
-        shown["parity"] = {name: value for name, value in shown["parity"].items() if value not in (None, [], ())}
-    return shown
+def _shown(record: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """What is shown of an exporter's answer, without what there is none of: nothing calibrated, nothing measured."""
+    shown = {name: record[name] for name in record if name in names and record[name] is not None}
+    return {name: _present(value) if isinstance(value, dict) else value for name, value in shown.items()}
+
+
+def _present(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if value not in (None, [], ())}
 
 
 def _open(

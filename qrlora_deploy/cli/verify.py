@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qrlora_deploy.cli.exporter_options import DEFAULT, FORMAT
 from qrlora_deploy.cli.options import (
     basis_option,
     coefficients_option,
@@ -13,20 +14,20 @@ from qrlora_deploy.cli.options import (
     provider_option,
 )
 from qrlora_deploy.cli.output import Output, plain
-from qrlora_deploy.errors import CheckFailed
+from qrlora_deploy.errors import InputError
 from qrlora_deploy.installation.parts import need
 
 if TYPE_CHECKING:
-    from qrlora_deploy.runtime.bundle.bundle import Bundle
-    from qrlora_deploy.runtime.verification.parity import ParityReport
+    from qrlora_deploy.exporting.job import Original
 
 
 @click.command("verify")
-@click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("bundle", type=click.Path(exists=True, path_type=Path))
 @coefficients_option(required=False)
 @basis_option(required=False)
 @click.option("--base", help="With --coefficients: the base, a folder or hub name.")
 @click.option("--data", help="With --coefficients: texts of your own to compare on.")
+@click.option(FORMAT, "format_name", default=DEFAULT, show_default=True, help="Name of the exporter that wrote BUNDLE.")
 @column_options
 @provider_option
 @common
@@ -36,6 +37,7 @@ def command(
     basis: Path | None,
     base: str | None,
     data: str | None,
+    format_name: str,
     text_column: str | None,
     label_column: str | None,
     provider: str,
@@ -43,7 +45,8 @@ def command(
     """Check BUNDLE: every file's digest, and its logits against PyTorch's on real text.
 
     PyTorch's logits are those that the bundle carries. With --coefficients they are computed anew
-    from the base, the basis and the customer, on --data where that is given.
+    from the base, the basis and the customer, on --data where that is given. With --format BUNDLE is
+    what another exporter wrote, and its own check runs.
     Exit code 1 when an error is out of bounds.
 
     \b
@@ -53,43 +56,32 @@ def command(
     """
     if coefficients is None and (basis or base or data):
         raise click.UsageError("--basis, --base and --data need --coefficients, the customer to compare with")
-    from qrlora_deploy.runtime.bundle.bundle import open_bundle
-    from qrlora_deploy.runtime.verification.parity import verify
+    from qrlora_deploy.exporting.exporter import Verifier
+    from qrlora_deploy.exporting.registry import find_exporter
 
-    opened = open_bundle(bundle)
-    if coefficients is None:
-        report = verify(opened, provider)
-    else:
-        report = _verify_anew(opened, coefficients, basis, base, data, (text_column, label_column), provider)
-    return _output(report, bundle)
+    exporter = find_exporter(format_name)
+    if not isinstance(exporter, Verifier):
+        raise InputError(f"{FORMAT} {format_name}: this exporter has no check of what it wrote, so there is no verify")
+    original = None
+    if coefficients is not None:
+        original = _original(coefficients, basis, base, data, (text_column, label_column))
+    verdict = exporter.verify(bundle, original, provider)
+    passed = verdict.failure is None
+    facts = plain(verdict.facts)
+    headline = f"{bundle}: {'passed' if passed else 'FAILED'}"
+    return Output(facts | {"passed": passed}, headline, facts, failure=verdict.failure)
 
 
-def _verify_anew(
-    bundle: "Bundle",
-    coefficients: Path,
-    basis: Path | None,
-    base: str | None,
-    data: str | None,
-    columns: tuple[str | None, str | None],
-    provider: str,
-) -> "ParityReport":
+def _original(
+    coefficients: Path, basis: Path | None, base: str | None, data: str | None, columns: tuple[str | None, str | None]
+) -> "Original":
     need("export", "`verify --coefficients`")
-    from exporters.onnx.verifying import verify_against
     from qrlora_deploy.data.examples import read_examples
+    from qrlora_deploy.exporting.job import Original
     from qrlora_deploy.formats.coefficients import read_coefficients
     from qrlora_deploy.models.locating import locate_base, locate_basis
 
     texts = read_examples(data, *columns) if data else None
     customer = read_coefficients(coefficients)
     frozen = locate_basis(customer, coefficients, basis)
-    return verify_against(bundle, locate_base(customer, coefficients, base), frozen, customer, texts, provider)
-
-
-def _output(report: "ParityReport", bundle: Path) -> Output:
-    failure = None
-    try:
-        report.raise_if_failed()
-    except CheckFailed as error:
-        failure = error
-    verdict = "FAILED" if failure else "passed"
-    return Output(plain(report) | {"passed": failure is None}, f"{bundle}: {verdict}", plain(report), failure=failure)
+    return Original(locate_base(customer, coefficients, base), frozen, customer, texts)

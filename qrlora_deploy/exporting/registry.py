@@ -1,107 +1,97 @@
-"""Exporters are found by name in an entry-point group, so that another package can add one."""
+"""Exporters are found by name: those of this project, and those that other packages register as entry points."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import dataclasses
 from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qrlora_deploy.errors import InputError, library_errors
+from qrlora_deploy.errors import InputError, QrloraError, library_errors
+from qrlora_deploy.exporting.options import RESERVED, option_name
 
 if TYPE_CHECKING:
-    from qrlora_deploy.data.examples import Examples, TextRows
-    from qrlora_deploy.formats.basis import Basis
-    from qrlora_deploy.formats.coefficients import Coefficients
-    from qrlora_deploy.models.checkpoint import Checkpoint
+    from qrlora_deploy.exporting.exporter import Exporter
 
 GROUP = "qrlora_deploy.exporters"
+"""The entry-point group of other packages."""
+
 OWN_PACKAGE = "qrlora-deploy"
 
 BUILT_IN = (
-    EntryPoint("onnx", "exporters.onnx:export_bundle", GROUP),
-    EntryPoint("onnx-adapter", "exporters.onnx_adapter:export_adapter", GROUP),
-    EntryPoint("peft", "exporters.peft:export_peft", GROUP),
+    EntryPoint("onnx", "exporters.onnx.exporter:EXPORTER", GROUP),
+    EntryPoint("onnx-adapter", "exporters.onnx_adapter.exporter:EXPORTER", GROUP),
+    EntryPoint("peft", "exporters.peft.exporter:EXPORTER", GROUP),
 )
-"""Also registered by pyproject.toml; named here so that a checkout works without being installed."""
+"""This project's own. They are registered here alone, so that a checkout works without being installed."""
 
-MAX_HEAD_LABELS = 2**20
-"""A customer with more labels has another task; each label takes a row of the output layer in every row of a table."""
-
-FP32_ONLY = frozenset({"onnx-adapter", "peft"})
-"""Exporters of coefficients, which are fp32 beside a graph of any precision."""
+PARTS = ("name", "options", "output", "needs_customer", "shown", "export")
+"""What every exporter has."""
 
 
-@dataclass(frozen=True)
-class ExportJob:
-    """What an exporter is asked for.
-
-    Attributes:
-        checkpoint: the base.
-        basis: of that base.
-        output: a new file or folder.
-        coefficients: the customer, or None for a form that serves all customers.
-        head_labels: most labels that a customer's own head may have, in a form for all customers.
-        texts: texts of the check that ends the export; None: what comes with the project.
-        provider: execution provider of that check.
-        precision: of weights and activations, such as "fp32".
-        table_dtype: of the coefficient table in a form for all customers, "fp32" or "fp16".
-        calibration: texts that int8 finds the scales of its activations on; None: while the graph runs.
-        padding_free: the ONNX graph computes on the tokens that take part, given by one more input.
-        progress: called with a description, the steps done and all steps.
-    """
-
-    checkpoint: "Checkpoint"
-    basis: "Basis"
-    output: Path
-    coefficients: "Coefficients | None" = None
-    head_labels: int = 0
-    texts: "Examples | None" = None
-    provider: str = "cpu"
-    progress: Callable[[str, int, int], None] | None = None
-    precision: str = "fp32"
-    table_dtype: str = "fp32"
-    calibration: "TextRows | None" = None
-    padding_free: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse a table that no memory holds.
-
-        Raises:
-            InputError: naming the option.
-        """
-        if not 0 <= self.head_labels <= MAX_HEAD_LABELS:
-            raise InputError(f"--head-labels must be between 0 and {MAX_HEAD_LABELS}, not {self.head_labels}")
-
-
-Exporter = Callable[[ExportJob], Mapping[str, Any]]
-"""Writes `output` whole or not at all, and returns plain JSON values that say what was written."""
-
-
-def find_exporter(name: str) -> Exporter:
+def find_exporter(name: str) -> "Exporter":
     """The exporter registered under `name`.
 
     Raises:
         InputError: there is none, and the message lists those there are; two packages register the
-            name, which are both named; or another package's exporter cannot be loaded.
+            name, which are both named; or another package's exporter cannot be loaded or is none.
     """
-    registered = (*BUILT_IN, *entry_points(group=GROUP))
-    # What this package registers itself is BUILT_IN once more.
-    found = {point.value: point for point in reversed(registered) if point.name == name}
+    registered = _registered()
+    found = [point for point in registered if point.name == name]
     if not found:
         names = sorted({point.name for point in registered})
         raise InputError(f"--format {name}: no such exporter; there are {', '.join(names)}")
     if len(found) > 1:
-        owners = sorted({f"{_package(point)} ({point.value})" for point in found.values()})
+        owners = sorted(f"{_package(point)} ({point.value})" for point in found)
         raise InputError(f"--format {name} is registered more than once, by {' and '.join(owners)}; remove one of them")
-    (point,) = found.values()
+    return _load(found[0])
+
+
+def all_exporters() -> "list[Exporter]":
+    """Every exporter that can be used, in the order of their names; what is wrong with others, `find_exporter` says."""
+    usable = []
+    for name in sorted({point.name for point in _registered()}):
+        try:
+            usable.append(find_exporter(name))
+        except QrloraError:
+            continue
+    return usable
+
+
+def _registered() -> list[EntryPoint]:
+    # An older installation of this project registers its own ones too.
+    others = [point for point in entry_points(group=GROUP) if _package(point) != OWN_PACKAGE]
+    return [*BUILT_IN, *others]
+
+
+def _load(point: EntryPoint) -> "Exporter":
+    exporter: Any
     if point in BUILT_IN:
-        exporter: Exporter = point.load()
-        return exporter
-    with library_errors(f"--format {name}: the exporter of {_package(point)} cannot be loaded", InputError):
         exporter = point.load()
-    if not callable(exporter):
-        raise InputError(f"--format {name}: what {_package(point)} registers ({point.value}) is no exporter")
+        return exporter
+    who = f"--format {point.name}: the exporter of {_package(point)}"
+    with library_errors(f"{who} cannot be loaded", InputError):
+        exporter = point.load()
+    problem = _problem(exporter, point.name)
+    if problem:
+        raise InputError(f"{who} ({point.value}) {problem}; see docs/extending.md")
     return exporter
+
+
+def _problem(exporter: Any, name: str) -> str | None:
+    """What keeps an object from being the exporter `name`."""
+    missing = [part for part in PARTS if not hasattr(exporter, part)]
+    if isinstance(exporter, type) or missing:
+        return f"is no exporter: it has no {', '.join(missing)}" if missing else "is a class, not an instance of it"
+    if exporter.name != name:
+        return f"calls itself {exporter.name!r}"
+    if exporter.output not in ("file", "folder"):
+        return f"writes {exporter.output!r}, which is neither file nor folder"
+    if not (isinstance(exporter.options, type) and dataclasses.is_dataclass(exporter.options)):
+        return "has options that are no dataclass"
+    fields = dataclasses.fields(exporter.options)
+    wrong = [field.name for field in fields if "option" not in field.metadata or field.default is dataclasses.MISSING]
+    if wrong:
+        return f"has options that were not made by `option`: {', '.join(wrong)}"
+    taken = [option_name(field.name) for field in fields if field.name in RESERVED]
+    return f"has options that `export` has itself: {', '.join(taken)}" if taken else None
 
 
 def _package(point: EntryPoint) -> str:

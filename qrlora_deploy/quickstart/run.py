@@ -11,7 +11,9 @@ import torch
 
 from qrlora_deploy.data.sample import CUSTOMERS, general_examples, held_out_examples, train_examples
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.exporting.registry import ExportJob, find_exporter
+from qrlora_deploy.exporting.job import ExportJob
+from qrlora_deploy.exporting.options import make_options
+from qrlora_deploy.exporting.registry import find_exporter
 from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.formats.basis import Basis, write_basis
 from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
@@ -205,8 +207,9 @@ def _export(
     progress: Progress | None,
 ) -> Bundle:
     output = folder / f"{name}-bundle"
-    job = ExportJob(base, basis, output, customer, provider=device, progress=progress)
-    find_exporter("onnx")(job)
+    exporter = find_exporter("onnx")
+    job = ExportJob(base, basis, output, customer, progress)
+    exporter.export(job, make_options(exporter, {"provider": device}))
     return open_bundle(output)
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from benchmarks import precision
+from exporters.onnx.options import OnnxOptions
 from qrlora_deploy.errors import CheckFailed, InputError
-from qrlora_deploy.exporting.registry import ExportJob
+from qrlora_deploy.exporting.job import ExportJob
 from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
 from qrlora_deploy.runtime import Predictor, open_bundle
 from tests.tiny import LABELS, SENTENCES
@@ -47,7 +48,7 @@ def test_record_of_bundles(
     for form in ("fp32", "other"):
         shutil.copytree(switchable, kept / f"switchable {form}")
 
-    def refuse(_job: ExportJob) -> None:
+    def refuse(_job: ExportJob, _options: OnnxOptions) -> None:
         raise CheckFailed("labels are not PyTorch's")
 
     monkeypatch.setattr(precision, "export_merged", refuse)

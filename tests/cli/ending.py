@@ -18,9 +18,9 @@ from contextlib import suppress
 from typing import Any
 
 WARM = (
-    "exporters.onnx",
-    "exporters.onnx_adapter",
-    "exporters.peft",
+    "exporters.onnx.export",
+    "exporters.onnx_adapter.adapter_file",
+    "exporters.peft.lora_folder",
     "qrlora_deploy.bench.run",
     "qrlora_deploy.cli.group",
     "qrlora_deploy.inspection.plots",

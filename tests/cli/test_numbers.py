@@ -5,11 +5,12 @@ from pathlib import Path
 import click
 import pytest
 
+from exporters.head_labels import MAX_HEAD_LABELS
+from exporters.onnx.options import OnnxOptions
 from qrlora_deploy.bench.plan import Plan
 from qrlora_deploy.cli import cli
 from qrlora_deploy.cli.group import COMMANDS
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.exporting.registry import MAX_HEAD_LABELS, ExportJob
 from qrlora_deploy.models.targets import choose_targets
 from qrlora_deploy.rank_rules.registry import rule_of
 from qrlora_deploy.runtime.sessions.session import MAX_THREADS, open_session
@@ -42,7 +43,7 @@ def command_of(name: str) -> click.Command:
 NUMBERS = [
     (name, parameter.opts[0])
     for name in COMMANDS
-    for parameter in command_of(name).params
+    for parameter in command_of(name).get_params(click.Context(command_of(name)))
     if isinstance(parameter.type, click.types.IntParamType | click.types.FloatParamType)
 ]
 
@@ -127,7 +128,7 @@ def test_tables_and_sessions_of_absurd_sizes() -> None:
             open_session(Path("nowhere.onnx"), threads=threads)
     for labels in (-1, MAX_HEAD_LABELS + 1, 10**18):
         with pytest.raises(InputError, match="--head-labels must be"):
-            ExportJob(None, None, Path("new"), head_labels=labels)  # type: ignore[arg-type]
+            OnnxOptions(head_labels=labels)
 
 
 def test_no_expression_is_too_deep_for_the_library(tiny_base: Path) -> None:

@@ -56,7 +56,7 @@ READERS = {
     ),
     "export base --basis basis.safetensors -o new": (
         "exporting.registry.find_exporter",
-        "exporting.registry.ExportJob.__post_init__",
+        "exporting.choosing.choose_options",
     ),
     "factorize base -o new.safetensors --target query": (
         "models.targets._fits",

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from exporters.onnx import export_merged, export_switchable
+from exporters.onnx.options import OnnxOptions
 from qrlora_deploy.data.examples import Examples
-from qrlora_deploy.exporting.registry import ExportJob
+from qrlora_deploy.exporting.job import ExportJob
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.checkpoint import open_checkpoint
@@ -31,10 +32,12 @@ def in_precision(
         output = tmp_path_factory.mktemp(precision) / kind
         checkpoint = open_checkpoint(str(tiny_base))
         if kind == "merged":
-            export_merged(ExportJob(checkpoint, tiny_basis, output, tiny_customer, texts=texts, precision=precision))
+            export_merged(
+                ExportJob(checkpoint, tiny_basis, output, tiny_customer), OnnxOptions(data=texts, precision=precision)
+            )
         else:
             export_switchable(
-                ExportJob(checkpoint, tiny_basis, output, texts=texts, head_labels=6, precision=precision)
+                ExportJob(checkpoint, tiny_basis, output), OnnxOptions(data=texts, head_labels=6, precision=precision)
             )
         return output
 

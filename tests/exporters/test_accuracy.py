@@ -10,9 +10,10 @@ import torch
 
 from exporters.onnx import export_merged, export_switchable
 from exporters.onnx.accuracy import MAX_ROWS, Labelled, choose_labelled, measure_accuracy
+from exporters.onnx.options import OnnxOptions
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import CheckFailed, InputError
-from qrlora_deploy.exporting.registry import ExportJob
+from qrlora_deploy.exporting.job import ExportJob
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.merging.checkpoints import merge_model
@@ -47,14 +48,8 @@ def test_accuracy_of_a_merged_customer(
     examples = labelled_by(checkpoint, model, wrong=10)
     steps: list[tuple[str, int, int]] = []
     parity = export_merged(
-        ExportJob(
-            checkpoint,
-            tiny_basis,
-            tmp_path / "acme",
-            tiny_customer,
-            texts=examples,
-            progress=lambda *step: steps.append(step),
-        )
+        ExportJob(checkpoint, tiny_basis, tmp_path / "acme", tiny_customer, progress=lambda *step: steps.append(step)),
+        OnnxOptions(data=examples),
     ).parity
     assert (parity.accuracy, parity.accuracy_reference, parity.accuracy_rows) == (0.75, 0.75, ROWS)
     for description in ("accuracy in PyTorch", "accuracy of the graph"):
@@ -65,7 +60,7 @@ def test_accuracy_of_a_switchable_bundle_is_the_bases(tiny_base: Path, tiny_basi
     checkpoint = open_checkpoint(str(tiny_base))
     examples = labelled_by(checkpoint, checkpoint.load_model(), wrong=4)
     parity = export_switchable(
-        ExportJob(checkpoint, tiny_basis, tmp_path / "bundle", texts=examples, head_labels=6)
+        ExportJob(checkpoint, tiny_basis, tmp_path / "bundle"), OnnxOptions(data=examples, head_labels=6)
     ).parity
     assert (parity.accuracy, parity.accuracy_reference, parity.accuracy_rows) == (0.9, 0.9, ROWS)
 

@@ -11,8 +11,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from exporters.onnx import export_merged
 from exporters.onnx.attention import onnx_attention, onnx_mask
+from exporters.onnx.options import OnnxOptions
 from qrlora_deploy.data.examples import Examples
-from qrlora_deploy.exporting.registry import ExportJob
+from qrlora_deploy.exporting.job import ExportJob
 from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.checkpoint import open_checkpoint
@@ -71,7 +72,7 @@ def test_other_architectures_export(family: str, tmp_path: Path, texts: Examples
     customer = Coefficients(
         values, basis.digest, str(base), checkpoint.digest, "text-classification", checkpoint.labels
     )
-    manifest = export_merged(ExportJob(checkpoint, basis, tmp_path / "bundle", customer, texts=texts))
+    manifest = export_merged(ExportJob(checkpoint, basis, tmp_path / "bundle", customer), OnnxOptions(data=texts))
     assert manifest.customer_effect > 100 * manifest.parity.bound
     assert manifest.max_length == 64
     # MPNet has a position bias and does not use the registry; its attention is replaced.

@@ -12,9 +12,10 @@ import torch
 
 from exporters.onnx import attention, export_merged, export_switchable
 from exporters.onnx.attention import onnx_attention
+from exporters.onnx.options import OnnxOptions
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import CheckFailed, InputError, ProviderError
-from qrlora_deploy.exporting.registry import ExportJob
+from qrlora_deploy.exporting.job import ExportJob
 from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.capacity import max_tokens
@@ -68,7 +69,9 @@ def save_family(name: str, folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def make_job(name: str, folder: Path, texts: Examples, kind: str = "switchable", **options: Any) -> ExportJob:
+def make_job(
+    name: str, folder: Path, texts: Examples, kind: str = "switchable", **options: Any
+) -> tuple[ExportJob, OnnxOptions]:
     changes = options.pop("changes", {})
     checkpoint = open_checkpoint(str(save_family(name, folder / "base", **changes)))
     basis = factorize(checkpoint, choose_targets(checkpoint.skeleton()), EnergyShare(0.5))
@@ -78,7 +81,7 @@ def make_job(name: str, folder: Path, texts: Examples, kind: str = "switchable",
         customer = Coefficients(
             values, basis.digest, checkpoint.name, checkpoint.digest, checkpoint.task, checkpoint.labels
         )
-    return ExportJob(checkpoint, basis, folder / "bundle", customer, texts=texts, **options)
+    return ExportJob(checkpoint, basis, folder / "bundle", customer), OnnxOptions(data=texts, **options)
 
 
 def pytorch_logits(job: ExportJob, inputs: dict[str, np.ndarray]) -> np.ndarray:
@@ -92,8 +95,8 @@ def pytorch_logits(job: ExportJob, inputs: dict[str, np.ndarray]) -> np.ndarray:
     "name", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in FAMILIES]
 )
 def test_a_customer_in_each_row_of_every_family(name: str, tmp_path: Path, texts: Examples) -> None:
-    job = make_job(name, tmp_path, texts)
-    manifest = export_switchable(job)
+    job, options = make_job(name, tmp_path, texts)
+    manifest = export_switchable(job, options)
     # Left padding, masks with holes and texts of several windows are among the cases.
     assert manifest.parity.max_abs_error <= manifest.parity.bound < manifest.customer_effect / 10
     assert manifest.parity.not_shown == ()
@@ -122,24 +125,24 @@ def test_a_customer_in_each_row_of_every_family(name: str, tmp_path: Path, texts
 @pytest.mark.parametrize("name", ["llama", "gemma2", "modernbert"])
 def test_other_precisions(name: str, precision: str, tmp_path: Path, texts: Examples) -> None:
     # A cap far below the scores leaves a softmax whose weights are nearly equal, which suits rounding.
-    manifest = export_merged(make_job(name, tmp_path, texts, "merged", precision=precision))
+    manifest = export_merged(*make_job(name, tmp_path, texts, "merged", precision=precision))
     assert manifest.parity.max_abs_error <= manifest.parity.bound
 
 
 def test_a_graph_without_its_cap_or_its_window_is_caught(
     tmp_path: Path, texts: Examples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = make_job("gemma2", tmp_path, texts, "merged")
+    job, options = make_job("gemma2", tmp_path, texts, "merged")
     whole = attention.attend
     monkeypatch.setattr(attention, "attend", lambda *a, **k: whole(*a[:4], replace(a[4], softcap=None), *a[5:], **k))
     with pytest.raises(CheckFailed, match="logits differ from PyTorch"):
-        export_merged(job)
+        export_merged(job, options)
     assert not job.output.exists()
 
 
 def test_what_the_texts_cannot_tell_is_named(tmp_path: Path, texts: Examples) -> None:
     changes = {"attn_logit_softcapping": 1e5, "sliding_window": 100}
-    manifest = export_merged(make_job("gemma2", tmp_path, texts, "merged", changes=changes))
+    manifest = export_merged(*make_job("gemma2", tmp_path, texts, "merged", changes=changes))
     assert manifest.parity.not_shown == ("attention window", "soft cap")
     assert open_bundle(tmp_path / "bundle").manifest.parity.not_shown == manifest.parity.not_shown
 
@@ -184,7 +187,7 @@ def test_texts_beyond_the_first_table_of_angles_are_cut() -> None:
 
 def test_padding_free_is_refused_for_rotary_positions(tmp_path: Path, texts: Examples) -> None:
     with pytest.raises(InputError, match=r"rotary positions|its attention is its own"):
-        export_switchable(make_job("modernbert", tmp_path, texts, padding_free=True))
+        export_switchable(*make_job("modernbert", tmp_path, texts, padding_free=True))
 
 
 def test_models_that_cannot_be_exported_say_why() -> None:
@@ -228,7 +231,7 @@ def test_a_padding_token_is_asked_for_in_both_places(
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "modernbert"])
 def test_rotary_models_on_a_gpu(name: str, precision: str, tmp_path: Path, texts: Examples) -> None:
     try:
-        manifest = export_switchable(make_job(name, tmp_path, texts, provider="cuda", precision=precision))
+        manifest = export_switchable(*make_job(name, tmp_path, texts, provider="cuda", precision=precision))
     except ProviderError as error:
         pytest.skip(f"no CUDA execution provider here: {error}")
     assert manifest.parity.provider == "cuda"

@@ -9,10 +9,12 @@ import pytest
 
 from exporters.onnx import export as export_module
 from exporters.onnx import export_merged, verify_against
-from exporters.onnx.reference import Texts, build_reference
+from exporters.onnx.options import OnnxOptions
+from exporters.onnx.prepared import Prepared, Texts
+from exporters.onnx.reference import build_reference
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import BasisMismatchError, CheckFailed, InputError, ProviderError
-from qrlora_deploy.exporting.registry import ExportJob
+from qrlora_deploy.exporting.job import ExportJob
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.merging.checkpoints import merge_model
@@ -35,7 +37,9 @@ CASES = {
 @pytest.fixture(scope="module")
 def reference(tiny_base: Path, tiny_basis: Basis, tiny_customer: Coefficients) -> list[Case]:
     """Logits of the side branch."""
-    return build_reference(open_checkpoint(str(tiny_base)), tiny_basis, tiny_customer, Texts(SENTENCES))
+    checkpoint = open_checkpoint(str(tiny_base))
+    prepared = Prepared(checkpoint, checkpoint.tokenizer(), Texts(SENTENCES))
+    return build_reference(prepared, tiny_basis, tiny_customer)
 
 
 def test_onnx_equals_side_branch(exported: Path, reference: list[Case]) -> None:
@@ -104,7 +108,8 @@ def test_failed_parity_leaves_nothing(
     monkeypatch.setattr(export_module, "merge_model", lambda *_: None)
     with pytest.raises(CheckFailed, match="logits differ from PyTorch: max abs error"):
         export_merged(
-            ExportJob(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "acme", tiny_customer, texts=texts)
+            ExportJob(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "acme", tiny_customer),
+            OnnxOptions(data=texts),
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -114,7 +119,9 @@ def test_existing_output_is_kept(
 ) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(InputError, match="already exists"):
-        export_merged(ExportJob(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path, tiny_customer, texts=texts))
+        export_merged(
+            ExportJob(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path, tiny_customer), OnnxOptions(data=texts)
+        )
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
@@ -123,7 +130,9 @@ def test_wrong_basis_is_refused(
 ) -> None:
     stranger = replace(tiny_customer, basis_digest="0" * 64)
     with pytest.raises(BasisMismatchError, match="000000000000"):
-        export_merged(ExportJob(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "acme", stranger, texts=texts))
+        export_merged(
+            ExportJob(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "acme", stranger), OnnxOptions(data=texts)
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -132,9 +141,8 @@ def test_missing_provider_leaves_nothing(
 ) -> None:
     with pytest.raises(ProviderError, match="warp"):
         export_merged(
-            ExportJob(
-                open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "a", tiny_customer, texts=texts, provider="warp"
-            )
+            ExportJob(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "a", tiny_customer),
+            OnnxOptions(data=texts, provider="warp"),
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -149,7 +157,7 @@ def test_own_head_travels_into_the_bundle(
     }
     customer = replace(tiny_customer, head=head, labels=("no", "yes"))
     checkpoint = open_checkpoint(str(tiny_base))
-    manifest = export_merged(ExportJob(checkpoint, tiny_basis, tmp_path / "acme", customer, texts=texts))
+    manifest = export_merged(ExportJob(checkpoint, tiny_basis, tmp_path / "acme", customer), OnnxOptions(data=texts))
     assert manifest.labels == ("no", "yes") and manifest.outputs[0].shape == ("batch", 2)
     assert verify(open_bundle(tmp_path / "acme")).passed
 
@@ -164,7 +172,7 @@ def test_a_model_of_longer_texts_than_the_check_has_opens(
 ) -> None:
     monkeypatch.setattr("exporters.onnx.reference.LONGEST", 24)
     checkpoint = open_checkpoint(str(tiny_base))
-    export_merged(ExportJob(checkpoint, tiny_basis, tmp_path / "acme", tiny_customer, texts=texts))
+    export_merged(ExportJob(checkpoint, tiny_basis, tmp_path / "acme", tiny_customer), OnnxOptions(data=texts))
     assert open_bundle(tmp_path / "acme").manifest.max_length == 64
     longest = max(
         case.inputs["input_ids"].shape[1] for case in read_reference(tmp_path / "acme" / "reference.safetensors")

@@ -13,9 +13,11 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from exporters.onnx_adapter import export_adapter
+from exporters.onnx_adapter.adapter_file import export_adapter
+from exporters.onnx_adapter.exporter import EXPORTER, AdapterOptions
 from qrlora_deploy.errors import BasisMismatchError, CheckFailed, InputError, QrloraError
-from qrlora_deploy.exporting.registry import ExportJob, find_exporter
+from qrlora_deploy.exporting.job import ExportJob
+from qrlora_deploy.exporting.registry import find_exporter
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
 from qrlora_deploy.models.adapter import attach, set_coefficients
@@ -24,15 +26,16 @@ from tests.cli.running import run_here, succeed_here
 from tests.tiny import SENTENCES
 from tests.tolerances import EXACT, FP32_ONNX
 
+WITH_HEADS = AdapterOptions(head_labels=6)
+"""As the fixture `switchable` has it."""
+
 TABLES = ("coefficient_table", "head_table")
 
 
 @pytest.fixture
 def job(tiny_base: Path, tiny_basis: Basis, tiny_customer: Coefficients, tmp_path: Path) -> ExportJob:
-    """The tiny customer, with room for heads as the fixture `switchable` has it."""
-    return ExportJob(
-        open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "acme.onnx_adapter", tiny_customer, head_labels=6
-    )
+    """The tiny customer."""
+    return ExportJob(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "acme.onnx_adapter", tiny_customer)
 
 
 def with_head(customer: Coefficients, labels: int) -> Coefficients:
@@ -94,7 +97,7 @@ def test_onnx_runtime_answers_as_our_side_branch(labels: int, switchable: Path, 
     assert customer is not None
     if labels:
         customer = with_head(customer, labels)
-    export_adapter(replace(job, coefficients=customer))
+    export_adapter(replace(job, coefficients=customer), WITH_HEADS)
     expected = side_branch_logits(job.checkpoint, job.basis, customer)
     base = side_branch_logits(job.checkpoint, job.basis, replace(customer, values=customer.values * 0))
     assert np.abs(expected - base).max() > 0.05, "a customer that changes nothing would hide every mistake"
@@ -104,7 +107,7 @@ def test_onnx_runtime_answers_as_our_side_branch(labels: int, switchable: Path, 
 
 
 def test_code_of_the_documentation_runs(switchable: Path, job: ExportJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    export_adapter(job)
+    export_adapter(job, WITH_HEADS)
     page = (Path(__file__).parents[2] / "docs" / "interop.md").read_text("utf-8")
     code = next(part for part in page.split("```python\n") if "add_active_adapter" in part).split("```")[0]
     (job.output.parent / "bundle").symlink_to(switchable)
@@ -117,14 +120,14 @@ def test_code_of_the_documentation_runs(switchable: Path, job: ExportJob, monkey
 
 def test_row_0_is_the_base(switchable: Path, job: ExportJob) -> None:
     assert job.coefficients is not None
-    export_adapter(replace(job, coefficients=with_head(job.coefficients, 6)))
+    export_adapter(replace(job, coefficients=with_head(job.coefficients, 6)), WITH_HEADS)
     nobody = replace(job.coefficients, values=job.coefficients.values * 0)
     found = adapter_logits(switchable, job.output, job.checkpoint, row=0)
     np.testing.assert_allclose(found[:, :4], side_branch_logits(job.checkpoint, job.basis, nobody), **FP32_ONNX)
 
 
 def test_file_holds_the_tables_of_the_contract(job: ExportJob) -> None:
-    written = export_adapter(job)
+    written = export_adapter(job, WITH_HEADS)
     json.dumps(written)
     width = sum(-(-rank // 8) * 8 for rank in job.basis.ranks.values())
     shapes = {"coefficient_table": [2, width], "head_table": [2, 6 * 33]}
@@ -140,7 +143,7 @@ def test_file_holds_the_tables_of_the_contract(job: ExportJob) -> None:
 
 
 def test_without_head_labels_there_is_no_head_table(job: ExportJob) -> None:
-    export_adapter(replace(job, head_labels=0))
+    export_adapter(job)
     assert read_tables(job.output).keys() == {"coefficient_table"}
 
 
@@ -175,18 +178,21 @@ def test_file_is_replaced_whole_or_not_at_all(job: ExportJob, monkeypatch: pytes
         with monkeypatch.context() as patched:
             patched.setattr(onnxruntime, "AdapterFormat", wrong)
             with pytest.raises(error, match=message):
-                export_adapter(job)
+                export_adapter(job, WITH_HEADS)
         assert job.output.read_bytes() == OLD
         assert list(job.output.parent.iterdir()) == [job.output]
-    export_adapter(job)
+    export_adapter(job, WITH_HEADS)
     assert read_tables(job.output).keys() == set(TABLES)
 
 
 Change = Callable[[ExportJob], ExportJob]
+HEAD_LABELS = {"an own head without room": 0, "too little room for the base": 3}
+"""Room for heads in the cases below, where it is not 6."""
+
 REFUSED: dict[str, tuple[Change, type[InputError], str]] = {
     "no customer": (lambda job: replace(job, coefficients=None), InputError, "--coefficients"),
     "an own head without room": (
-        lambda job: replace(job, coefficients=with_head(job.coefficients, 6), head_labels=0),  # type: ignore[arg-type]
+        lambda job: replace(job, coefficients=with_head(job.coefficients, 6)),  # type: ignore[arg-type]
         InputError,
         "--head-labels N",
     ),
@@ -196,7 +202,7 @@ REFUSED: dict[str, tuple[Change, type[InputError], str]] = {
         "--head-labels 6 is less than the customer's 7 labels",
     ),
     "too little room for the base": (
-        lambda job: replace(job, head_labels=3),
+        lambda job: job,
         InputError,
         "--head-labels 3 is less than the .* 4 labels",
     ),
@@ -222,13 +228,13 @@ REFUSED: dict[str, tuple[Change, type[InputError], str]] = {
 def test_what_does_not_fit_is_refused_in_one_line(why: str, job: ExportJob) -> None:
     change, error, message = REFUSED[why]
     with pytest.raises(error, match=message) as caught:
-        export_adapter(change(job))
+        export_adapter(change(job), AdapterOptions(HEAD_LABELS.get(why, 6)))
     assert "\n" not in str(caught.value)
     assert list(job.output.parent.iterdir()) == []
 
 
 def test_command_line_writes_a_file(switchable: Path, job: ExportJob, tmp_path: Path) -> None:
-    assert find_exporter("onnx-adapter") is export_adapter
+    assert find_exporter("onnx-adapter") is EXPORTER
     assert job.coefficients is not None
     customer = with_head(job.coefficients, 5)
     write_coefficients(customer, tmp_path / "acme.safetensors")

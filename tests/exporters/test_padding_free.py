@@ -9,10 +9,11 @@ import torch
 
 from exporters.onnx import export_merged, export_switchable
 from exporters.onnx.attention import Heads, attend, use_onnx_attention
+from exporters.onnx.options import OnnxOptions
 from exporters.onnx.padding_free import Packing, pack_blocks
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.exporting.registry import ExportJob
+from qrlora_deploy.exporting.job import ExportJob
 from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.checkpoint import open_checkpoint
@@ -33,24 +34,24 @@ MASKS = {
 }
 
 
-def make_job(name: str, folder: Path, texts: Examples, **options: object) -> ExportJob:
+def make_job(name: str, folder: Path, texts: Examples, **options: object) -> tuple[ExportJob, OnnxOptions]:
     """All linear layers of a small encoder."""
     checkpoint = open_checkpoint(str(save_encoder(name, folder / "base")))
     basis = factorize(checkpoint, choose_targets(checkpoint.skeleton()), EnergyShare(0.5))
-    return ExportJob(checkpoint, basis, folder / "bundle", texts=texts, padding_free=True, **options)  # type: ignore[arg-type]
+    return ExportJob(checkpoint, basis, folder / "bundle"), OnnxOptions(data=texts, padding_free=True, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     "name", ["bert", "mpnet", *(pytest.param(name, marks=pytest.mark.slow) for name in ("roberta", "distilbert"))]
 )
 def test_every_encoder_agrees_with_pytorch(name: str, tmp_path: Path, texts: Examples) -> None:
-    job = make_job(name, tmp_path, texts, head_labels=6)
+    job, options = make_job(name, tmp_path, texts, head_labels=6)
     probe = job.checkpoint.load_model()
     if not use_onnx_attention(probe):
         with pytest.raises(InputError, match=r"cannot be made padding-free: its attention is its own"):
-            export_switchable(job)
+            export_switchable(job, options)
         return
-    manifest = export_switchable(job)
+    manifest = export_switchable(job, options)
     # Left padding and masks with holes are among the batches of the reference, and each has one error.
     assert manifest.parity.max_abs_error <= manifest.parity.bound < manifest.customer_effect / 10
     assert manifest.attention_nodes == 2
@@ -68,7 +69,7 @@ def test_every_encoder_agrees_with_pytorch(name: str, tmp_path: Path, texts: Exa
     ],
 )
 def test_other_precisions(name: str, precision: str, tmp_path: Path, texts: Examples) -> None:
-    job = make_job(name, tmp_path, texts, precision=precision)
+    job, options = make_job(name, tmp_path, texts, precision=precision)
     if not use_onnx_attention(job.checkpoint.load_model()):
         pytest.skip("this transformers gives DistilBERT an attention of its own")
     values = np.random.default_rng(5).uniform(0.3, 1.0, job.basis.total_rank).astype(np.float32)
@@ -77,14 +78,15 @@ def test_other_precisions(name: str, precision: str, tmp_path: Path, texts: Exam
         values, job.basis.digest, checkpoint.name, checkpoint.digest, checkpoint.task, checkpoint.labels
     )
     manifest = export_merged(
-        ExportJob(checkpoint, job.basis, job.output, customer, texts=texts, precision=precision, padding_free=True)
+        ExportJob(checkpoint, job.basis, job.output, customer),
+        OnnxOptions(data=texts, precision=precision, padding_free=True),
     )
     assert manifest.parity.max_abs_error <= manifest.parity.bound
 
 
 def test_every_product_of_the_blocks_is_on_tokens(tmp_path: Path, texts: Examples) -> None:
-    job = make_job("mpnet", tmp_path, texts)
-    export_switchable(job)
+    job, options = make_job("mpnet", tmp_path, texts)
+    export_switchable(job, options)
     graph = onnx.shape_inference.infer_shapes(onnx.load(job.output / "model.onnx")).graph
     shapes = {
         value.name: [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
@@ -96,10 +98,10 @@ def test_every_product_of_the_blocks_is_on_tokens(tmp_path: Path, texts: Example
 
 
 def test_a_row_without_any_text_disturbs_no_other(tmp_path: Path, texts: Examples) -> None:
-    job = make_job("distilbert", tmp_path, texts)
+    job, options = make_job("distilbert", tmp_path, texts)
     if not use_onnx_attention(job.checkpoint.load_model()):
         pytest.skip("this transformers gives DistilBERT an attention of its own")
-    export_switchable(job)
+    export_switchable(job, options)
     session = open_session(job.output / "model.onnx", threads=1)
     width = next(value.shape[1] for value in session.get_inputs() if value.name == "coefficient_table")
     mask = np.array([[0] * 6, [1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1]], dtype=np.int64)
@@ -135,8 +137,8 @@ def test_lengths_and_a_mask_attend_alike(kind: str) -> None:
 
 @pytest.fixture(scope="module")
 def mpnet_graph(tmp_path_factory: pytest.TempPathFactory, texts: Examples) -> Path:
-    job = make_job("mpnet", tmp_path_factory.mktemp("mpnet"), texts)
-    export_switchable(job)
+    job, options = make_job("mpnet", tmp_path_factory.mktemp("mpnet"), texts)
+    export_switchable(job, options)
     return job.output / "model.onnx"
 
 
@@ -178,13 +180,13 @@ def test_packing_and_unpacking(kind: str) -> None:
 
 
 def test_what_cannot_be_padding_free_is_refused(tmp_path: Path, texts: Examples) -> None:
-    job = make_job("deberta-v2", tmp_path, texts)
+    job, options = make_job("deberta-v2", tmp_path, texts)
     with pytest.raises(InputError, match=r"DebertaV2\w+ cannot be made padding-free: its attention is its own"):
-        export_switchable(job)
+        export_switchable(job, options)
     checkpoint = open_checkpoint(str(save_classifier("GPT2", tmp_path / "gpt2")))
     basis = factorize(checkpoint, choose_targets(checkpoint.skeleton()), FixedRank(2))
     with pytest.raises(InputError, match=r"--padding-free is for encoders"):
-        export_switchable(ExportJob(checkpoint, basis, tmp_path / "bundle", texts=texts, padding_free=True))
+        export_switchable(ExportJob(checkpoint, basis, tmp_path / "bundle"), OnnxOptions(data=texts, padding_free=True))
     with pytest.raises(InputError, match=r"one list of numbered blocks"):
         pack_blocks(torch.nn.Linear(2, 2), Packing())
     assert not (tmp_path / "bundle").exists()

@@ -25,10 +25,12 @@ from transformers import (
     XLMForSequenceClassification,
 )
 
-from exporters.onnx.customers import base_customer
-from exporters.peft import export_peft
+from exporters.onnx.synthetic_customers import base_customer
+from exporters.peft.exporter import EXPORTER
+from exporters.peft.lora_folder import export_peft
 from qrlora_deploy.errors import BasisMismatchError, InputError
-from qrlora_deploy.exporting.registry import ExportJob, find_exporter
+from qrlora_deploy.exporting.job import ExportJob
+from qrlora_deploy.exporting.registry import find_exporter
 from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
@@ -274,7 +276,7 @@ def test_folder_that_is_in_use_is_left_alone(tiny_job: ExportJob) -> None:
 
 
 def test_command_line_writes_a_folder(tiny_customer_file: Path, tiny_job: ExportJob, tmp_path: Path) -> None:
-    assert find_exporter("peft") is export_peft
+    assert find_exporter("peft") is EXPORTER
     options = ["export", "--format", "peft", "--coefficients", tiny_customer_file, "-o", "lora"]
     assert succeed_here(options, tmp_path)["kind"] == "peft"
     expected = side_branch_logits(tiny_job.checkpoint, tiny_job.basis, tiny_job.coefficients)  # type: ignore[arg-type]

@@ -13,10 +13,11 @@ import torch
 
 from exporters.onnx import export as export_module
 from exporters.onnx import export_merged, export_switchable, verify_against
+from exporters.onnx.options import OnnxOptions
 from exporters.onnx.precision import cast_inside
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import CheckFailed, InputError, ProviderError, QrloraError
-from qrlora_deploy.exporting.registry import ExportJob
+from qrlora_deploy.exporting.job import ExportJob
 from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
@@ -97,7 +98,7 @@ def test_encoders_in_fp16(name: str, tmp_path: Path, texts: Examples) -> None:
     }.get(name, ("query", "value", "dense"))
     basis = factorize(checkpoint, choose_targets(checkpoint.skeleton(), patterns), EnergyShare(0.5))
     parity = export_switchable(
-        ExportJob(checkpoint, basis, tmp_path / "bundle", texts=texts, head_labels=6, precision="fp16")
+        ExportJob(checkpoint, basis, tmp_path / "bundle"), OnnxOptions(data=texts, head_labels=6, precision="fp16")
     ).parity
     assert parity.max_abs_error <= parity.bound
     assert parity.effect_correlation is not None and parity.effect_correlation >= 0.999
@@ -176,7 +177,8 @@ def test_graph_without_the_customers_is_refused_by_its_effect(
     monkeypatch.setattr(export_module, "cast_inside", forget)
     with pytest.raises(CheckFailed, match=r"effect is not PyTorch's: correlation 0\.0000 < 0\.99 \(fp16, .*worst: row"):
         export_switchable(
-            ExportJob(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "bundle", texts=texts, precision="fp16")
+            ExportJob(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "bundle"),
+            OnnxOptions(data=texts, precision="fp16"),
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -194,7 +196,8 @@ def test_merged_graph_without_the_customer_is_refused_by_its_effect(
     checkpoint = open_checkpoint(str(tiny_base))
     with pytest.raises(CheckFailed, match="the customers' effect is not PyTorch's"):
         export_merged(
-            ExportJob(checkpoint, tiny_basis, tmp_path / "acme", tiny_customer, texts=texts, precision="fp16")
+            ExportJob(checkpoint, tiny_basis, tmp_path / "acme", tiny_customer),
+            OnnxOptions(data=texts, precision="fp16"),
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -242,7 +245,8 @@ def test_weights_out_of_range_are_named(tiny_base: Path) -> None:
 def test_unknown_precision_lists_the_known(tiny_base: Path, tiny_basis: Basis, texts: Examples, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="unknown precision 'fp8'; choose from fp32, fp16, bf16"):
         export_switchable(
-            ExportJob(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "b", texts=texts, precision="fp8")
+            ExportJob(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "b"),
+            OnnxOptions(data=texts, precision="fp8"),
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -266,7 +270,8 @@ def test_bf16_says_which_provider_it_needs(
     checkpoint = open_checkpoint(str(tiny_base))
     with pytest.raises(ProviderError, match=r"cpu cannot run a graph in bf16: .*--provider cuda$") as caught:
         export_merged(
-            ExportJob(checkpoint, tiny_basis, tmp_path / "acme", tiny_customer, texts=texts, precision="bf16")
+            ExportJob(checkpoint, tiny_basis, tmp_path / "acme", tiny_customer),
+            OnnxOptions(data=texts, precision="bf16"),
         )
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
@@ -280,26 +285,12 @@ def test_low_precision_on_cuda(
     checkpoint = open_checkpoint(str(tiny_base))
     try:
         merged = export_merged(
-            ExportJob(
-                checkpoint,
-                tiny_basis,
-                tmp_path / "acme",
-                tiny_customer,
-                texts=texts,
-                provider="cuda",
-                precision=precision,
-            )
+            ExportJob(checkpoint, tiny_basis, tmp_path / "acme", tiny_customer),
+            OnnxOptions(data=texts, provider="cuda", precision=precision),
         )
         switchable = export_switchable(
-            ExportJob(
-                checkpoint,
-                tiny_basis,
-                tmp_path / "all",
-                texts=texts,
-                provider="cuda",
-                head_labels=6,
-                precision=precision,
-            )
+            ExportJob(checkpoint, tiny_basis, tmp_path / "all"),
+            OnnxOptions(data=texts, provider="cuda", head_labels=6, precision=precision),
         )
     except ProviderError as error:
         if "cannot run a graph" in str(error):

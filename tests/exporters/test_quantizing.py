@@ -14,11 +14,12 @@ from onnx import numpy_helper
 from exporters.onnx import export as export_module
 from exporters.onnx import export_switchable, quantizing, verify_against
 from exporters.onnx.graph import write_graph
+from exporters.onnx.options import OnnxOptions
 from exporters.onnx.quantizing import quantize_graph
-from exporters.onnx.saturation import products_saturate
+from exporters.onnx.vnni_check import products_saturate
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import CheckFailed, InputError, QrloraError
-from qrlora_deploy.exporting.registry import ExportJob
+from qrlora_deploy.exporting.job import ExportJob
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.checkpoint import open_checkpoint
@@ -168,7 +169,8 @@ def test_wrong_scale_of_a_weight_is_refused(
     monkeypatch.setattr(export_module, "quantize_graph", wrong)
     with pytest.raises(CheckFailed, match=r"max abs error .* > .*int8"):
         export_switchable(
-            ExportJob(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "bundle", texts=texts, precision="int8")
+            ExportJob(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "bundle"),
+            OnnxOptions(data=texts, precision="int8"),
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -187,7 +189,8 @@ def test_lost_customers_are_refused_by_their_effect(
     monkeypatch.setattr(export_module, "quantize_graph", coarse)
     with pytest.raises(CheckFailed, match=r"effect is not PyTorch's: correlation -?0\.\d+ < 0\.95 \(int8"):
         export_switchable(
-            ExportJob(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "bundle", texts=texts, precision="int8")
+            ExportJob(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "bundle"),
+            OnnxOptions(data=texts, precision="int8"),
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -216,9 +219,8 @@ def test_nothing_to_quantise_and_a_gpu_are_errors(
         quantize_graph(exported / "model.onnx", (), 2**14)
     with pytest.raises(InputError, match="int8 is for the CPU, not --provider cuda"):
         export_switchable(
-            ExportJob(
-                open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "bundle", provider="cuda", precision="int8"
-            )
+            ExportJob(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "bundle"),
+            OnnxOptions(provider="cuda", precision="int8"),
         )
     assert list(tmp_path.iterdir()) == []
 

@@ -23,10 +23,11 @@ from transformers import (
 
 from exporters.onnx import export as export_module
 from exporters.onnx import export_switchable, verify_against
-from exporters.onnx.customers import base_customer
+from exporters.onnx.options import OnnxOptions
+from exporters.onnx.synthetic_customers import base_customer
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import BasisMismatchError, CheckFailed, InputError
-from qrlora_deploy.exporting.registry import ExportJob
+from qrlora_deploy.exporting.job import ExportJob
 from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
@@ -83,7 +84,9 @@ def save_encoder(name: str, folder: Path, scale: float = 0.2, **changes: int) ->
 def test_every_encoder_agrees_with_pytorch_on_all_linear_layers(name: str, tmp_path: Path, texts: Examples) -> None:
     checkpoint = open_checkpoint(str(save_encoder(name, tmp_path / "base")))
     basis = factorize(checkpoint, choose_targets(checkpoint.skeleton()), EnergyShare(0.5))
-    manifest = export_switchable(ExportJob(checkpoint, basis, tmp_path / "bundle", texts=texts, head_labels=6))
+    manifest = export_switchable(
+        ExportJob(checkpoint, basis, tmp_path / "bundle"), OnnxOptions(data=texts, head_labels=6)
+    )
     assert manifest.parity.max_abs_error <= manifest.parity.bound < manifest.customer_effect / 10
     assert len(manifest.targets) >= 12
     assert verify(open_bundle(tmp_path / "bundle")).passed
@@ -93,7 +96,7 @@ def test_as_many_targets_as_a_deep_model_has(tmp_path: Path, texts: Examples) ->
     """ONNX Runtime reads the sizes of the targets' Split while it loads the graph, so they must be in it."""
     checkpoint = open_checkpoint(str(save_encoder("bert", tmp_path / "base", num_hidden_layers=7)))
     basis = factorize(checkpoint, choose_targets(checkpoint.skeleton()), FixedRank(2))
-    manifest = export_switchable(ExportJob(checkpoint, basis, tmp_path / "bundle", texts=texts))
+    manifest = export_switchable(ExportJob(checkpoint, basis, tmp_path / "bundle"), OnnxOptions(data=texts))
     assert len(manifest.targets) == 42 and manifest.parity.max_abs_error <= manifest.parity.bound
 
 
@@ -103,10 +106,10 @@ def test_deberta_works_but_for_projections_of_positions(tmp_path: Path, texts: E
     everything = factorize(checkpoint, choose_targets(skeleton, [r".*_proj"]), EnergyShare(0.5))
     # Positions have no rows of a batch, so no customers either; unasked they are left out.
     with pytest.raises(InputError, match=r"pos_\w+_proj takes an input of shape \[1, \d+, 32\]"):
-        export_switchable(ExportJob(checkpoint, everything, tmp_path / "bundle", texts=texts))
+        export_switchable(ExportJob(checkpoint, everything, tmp_path / "bundle"), OnnxOptions(data=texts))
     assert not (tmp_path / "bundle").exists()
     basis = factorize(checkpoint, choose_targets(skeleton), EnergyShare(0.5))
-    manifest = export_switchable(ExportJob(checkpoint, basis, tmp_path / "bundle", texts=texts))
+    manifest = export_switchable(ExportJob(checkpoint, basis, tmp_path / "bundle"), OnnxOptions(data=texts))
     assert manifest.parity.max_abs_error <= manifest.parity.bound < manifest.customer_effect / 10
 
 
@@ -157,7 +160,9 @@ def test_a_graph_that_ignores_the_slot_is_caught(
 
     monkeypatch.setattr(export_module, "make_switchable", wrong)
     with pytest.raises(CheckFailed, match="logits differ from PyTorch"):
-        export_switchable(ExportJob(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "bundle", texts=texts))
+        export_switchable(
+            ExportJob(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "bundle"), OnnxOptions(data=texts)
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -179,7 +184,7 @@ def test_a_slot_without_a_row_is_an_error_in_the_bare_graph(slot: int, switchabl
 def test_customers_that_move_nothing_are_named_and_not_refused(tmp_path: Path, texts: Examples) -> None:
     checkpoint = open_checkpoint(str(save_encoder("bert", tmp_path / "base", scale=1e-3)))
     basis = factorize(checkpoint, choose_targets(checkpoint.skeleton(), ("query",)), EnergyShare(0.5))
-    manifest = export_switchable(ExportJob(checkpoint, basis, tmp_path / "bundle", texts=texts))
+    manifest = export_switchable(ExportJob(checkpoint, basis, tmp_path / "bundle"), OnnxOptions(data=texts))
     assert manifest.parity.not_shown == ("customers",) and manifest.parity.effect_correlation is None
     bundle = open_bundle(tmp_path / "bundle")
     assert verify(bundle).passed
@@ -191,7 +196,7 @@ def test_customers_that_move_nothing_are_named_and_not_refused(tmp_path: Path, t
 def test_another_base_is_refused(tiny_basis: Basis, texts: Examples, tmp_path: Path) -> None:
     other = open_checkpoint(str(save_encoder("bert", tmp_path / "other")))
     with pytest.raises((BasisMismatchError, InputError)):
-        export_switchable(ExportJob(other, tiny_basis, tmp_path / "bundle", texts=texts))
+        export_switchable(ExportJob(other, tiny_basis, tmp_path / "bundle"), OnnxOptions(data=texts))
     assert not (tmp_path / "bundle").exists()
 
 
@@ -200,7 +205,8 @@ def test_room_for_fewer_labels_than_the_base_is_refused(
 ) -> None:
     with pytest.raises(InputError, match="--head-labels 3"):
         export_switchable(
-            ExportJob(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "bundle", texts=texts, head_labels=3)
+            ExportJob(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "bundle"),
+            OnnxOptions(data=texts, head_labels=3),
         )
 
 

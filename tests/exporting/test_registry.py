@@ -1,65 +1,87 @@
 """Exporters by name: ours, those of other packages, and two of one name, which are refused."""
 
-from importlib.metadata import EntryPoint, EntryPoints
+import sys
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.exporting import registry as exporting
-from qrlora_deploy.exporting.registry import BUILT_IN, GROUP, find_exporter
+from qrlora_deploy.exporting import registry
+from qrlora_deploy.exporting.registry import BUILT_IN, GROUP, all_exporters, find_exporter
+from tests.exporting.installed import install
 
+MODULE = """
+from dataclasses import dataclass
+from qrlora_deploy.exporting.options import option
 
-class Package:
-    """A distribution, as far as an entry point tells of it."""
+@dataclass(frozen=True)
+class Options:
+    depth: int = option(1, "How deep.")
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+@dataclass(frozen=True)
+class Taken:
+    text_column: str = option("", "Of something else.")
 
+@dataclass(frozen=True)
+class Bare:
+    depth: int = 1
 
-def point(name: str, value: str, package: str) -> EntryPoint:
-    made = EntryPoint(name, value, GROUP)
-    vars(made)["dist"] = Package(package)
-    return made
+class Flat:
+    name, options, output, needs_customer, shown = "flat", Options, "file", True, ()
+    def export(self, job, options):
+        return {}
+
+def changed(**parts):
+    return type("Other", (Flat,), parts)()
+
+FLAT = Flat()
+OTHER_NAME, OTHER_OUTPUT = changed(name="round"), changed(output="pipe")
+NO_DATACLASS, TAKEN, BARE = changed(options=dict), changed(options=Taken), changed(options=Bare)
+"""
 
 
 @pytest.fixture
-def register(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
-    """Makes the system know entry points beside this package's own."""
-
-    def install(*points: EntryPoint) -> None:
-        own = [point(built_in.name, built_in.value, "qrlora-deploy") for built_in in BUILT_IN]
-        monkeypatch.setattr(exporting, "entry_points", lambda group: EntryPoints([*own, *points]))
-
-    return install
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of `sys.path` that a test installs packages into, with the module `flat_exporters`."""
+    (tmp_path / "flat_exporters.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    sys.modules.pop("flat_exporters", None)
 
 
-def test_what_this_package_registers_itself_is_no_second_one(register) -> None:  # type: ignore[no-untyped-def]
-    register()
-    from exporters.onnx import export_bundle
+def test_our_own_are_found_however_the_project_is_installed(packages: Path) -> None:
+    """An older release registered itself too, under other values."""
+    install(packages, "qrlora-deploy", {"onnx": "exporters.onnx:export_bundle"})
+    from exporters.onnx.exporter import EXPORTER
 
-    assert find_exporter("onnx") is export_bundle
+    assert find_exporter("onnx") is EXPORTER
+    assert [exporter.name for exporter in all_exporters()] == ["onnx", "onnx-adapter", "peft"]
 
 
-def test_another_package_cannot_take_the_place_of_an_exporter_of_ours(register) -> None:  # type: ignore[no-untyped-def]
-    register(point("onnx", "json:dumps", "other-exporters"))
+def test_another_package_cannot_take_the_place_of_an_exporter_of_ours(packages: Path) -> None:
+    install(packages, "other-exporters", {"onnx": "flat_exporters:FLAT"})
     with pytest.raises(InputError) as caught:
         find_exporter("onnx")
-    assert "--format onnx is registered more than once" in str(caught.value)
-    assert "qrlora-deploy (exporters.onnx:export_bundle)" in str(caught.value)
-    assert "other-exporters (json:dumps)" in str(caught.value)
+    assert str(caught.value) == (
+        "--format onnx is registered more than once, by other-exporters (flat_exporters:FLAT) and qrlora-deploy "
+        "(exporters.onnx.exporter:EXPORTER); remove one of them"
+    )
+    assert "onnx" not in [exporter.name for exporter in all_exporters()]
+    assert find_exporter("peft").name == "peft"
 
 
-def test_two_other_packages_of_one_name_are_both_named(register) -> None:  # type: ignore[no-untyped-def]
-    register(point("flat", "json:dumps", "first"), point("flat", "json:loads", "second"))
-    with pytest.raises(InputError, match=r"by first \(json:dumps\) and second \(json:loads\); remove one of them"):
+def test_two_other_packages_of_one_name_are_both_named(packages: Path) -> None:
+    install(packages, "first", {"flat": "flat_exporters:FLAT"})
+    install(packages, "second", {"flat": "flat_exporters:FLAT"})
+    with pytest.raises(InputError, match=r"by first \(.*\) and second \(.*\); remove one of them"):
         find_exporter("flat")
 
 
-def test_an_exporter_of_another_package_is_found(register) -> None:  # type: ignore[no-untyped-def]
-    import json
-
-    register(point("flat", "json:dumps", "other-exporters"))
-    assert find_exporter("flat") is json.dumps  # type: ignore[comparison-overlap]
+def test_an_exporter_of_another_package_is_found(packages: Path) -> None:
+    install(packages, "other-exporters", {"flat": "flat_exporters:FLAT"})
+    assert find_exporter("flat").options().depth == 1
     with pytest.raises(InputError, match="no such exporter; there are flat, onnx, onnx-adapter, peft"):
         find_exporter("nothing")
 
@@ -67,20 +89,31 @@ def test_an_exporter_of_another_package_is_found(register) -> None:  # type: ign
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("no_such_module:run", "the exporter of broken cannot be loaded: No module named 'no_such_module'"),
-        ("json:nothing", "the exporter of broken cannot be loaded"),
-        ("json:__name__", "is no exporter"),
+        ("no_such_module:run", "cannot be loaded: No module named 'no_such_module'"),
+        ("json:nothing", "cannot be loaded"),
+        ("json:dumps", "is no exporter: it has no name, options, output, needs_customer, shown, export"),
+        ("flat_exporters:Flat", "is a class, not an instance of it"),
+        ("flat_exporters:OTHER_NAME", "calls itself 'round'"),
+        ("flat_exporters:OTHER_OUTPUT", "writes 'pipe', which is neither file nor folder"),
+        ("flat_exporters:NO_DATACLASS", "has options that are no dataclass"),
+        ("flat_exporters:BARE", "has options that were not made by `option`: depth"),
+        ("flat_exporters:TAKEN", "has options that `export` has itself: --text-column"),
     ],
 )
-def test_an_exporter_that_cannot_be_loaded_names_its_package(register, value: str, message: str) -> None:  # type: ignore[no-untyped-def]
-    register(point("flat", value, "broken"))
-    with pytest.raises(InputError, match="--format flat") as caught:
+def test_what_is_no_exporter_names_its_package(packages: Path, value: str, message: str) -> None:
+    install(packages, "broken", {"flat": value})
+    with pytest.raises(InputError, match="--format flat: the exporter of broken") as caught:
         find_exporter("flat")
-    assert message in str(caught.value) and "broken" in str(caught.value)
+    assert message in str(caught.value)
+    assert "flat" not in [exporter.name for exporter in all_exporters()], "it must not keep others from being used"
 
 
-def test_a_fault_of_our_own_exporter_is_no_bad_input(register, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    register()
-    monkeypatch.setattr(exporting, "BUILT_IN", (EntryPoint("ours", "no_such_module:run", GROUP),))
+def test_a_fault_of_our_own_exporter_is_no_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "BUILT_IN", (EntryPoint("ours", "no_such_module:run", GROUP),))
     with pytest.raises(ModuleNotFoundError):
         find_exporter("ours")
+
+
+def test_our_exporters_are_what_we_ask_of_others() -> None:
+    for point in BUILT_IN:
+        assert registry._problem(point.load(), point.name) is None

@@ -83,11 +83,13 @@ def test_a_merged_checkpoint(tiny_base: Path, tiny_basis: Basis, tiny_customer: 
 
 def test_a_bundle(tiny_base: Path, tiny_basis: Basis, tiny_customer: Coefficients, tmp_path: Path) -> None:
     from exporters.onnx import export_merged
-    from qrlora_deploy.exporting.registry import ExportJob
+    from exporters.onnx.options import OnnxOptions
+    from qrlora_deploy.exporting.job import ExportJob
 
     texts = Examples(list(SENTENCES), None, ["travel"] * len(SENTENCES), "sentences")
     export_merged(
-        ExportJob(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "bundle", tiny_customer, texts=texts)
+        ExportJob(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "bundle", tiny_customer),
+        OnnxOptions(data=texts),
     )
     found = describe(tmp_path / "bundle")
     assert found.kind == "bundle" and found.facts["bundle_kind"] == "merged"

@@ -13,7 +13,7 @@ from exporters.onnx import export_switchable
 from qrlora_deploy.cli import cli
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.exporting.registry import ExportJob
+from qrlora_deploy.exporting.job import ExportJob
 from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.formats.basis import write_basis
 from qrlora_deploy.models.adapter import attach

@@ -26,9 +26,10 @@ from transformers import (
 
 from exporters.onnx import export_merged, export_switchable
 from exporters.onnx.accuracy import choose_labelled
+from exporters.onnx.options import OnnxOptions
 from qrlora_deploy.data.examples import Examples, read_examples
 from qrlora_deploy.errors import InputError, QrloraError
-from qrlora_deploy.exporting.registry import ExportJob
+from qrlora_deploy.exporting.job import ExportJob
 from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
@@ -262,7 +263,7 @@ def test_blanks_around_names_are_nobodys(
     )
     rows = read_examples(tmp_path / "rows.tsv")
     assert base.labels == LABELS and task_named(base.task).encode(rows, base.labels) == [0, 1, 2, 3]
-    export_switchable(ExportJob(base, tiny_basis, tmp_path / "bundle", texts=rows))
+    export_switchable(ExportJob(base, tiny_basis, tmp_path / "bundle"), OnnxOptions(data=rows))
     assert open_bundle(tmp_path / "bundle").manifest.labels == LABELS
 
 

@@ -13,11 +13,12 @@ import transformers
 from transformers import BertForMaskedLM, BertModel
 
 from exporters.onnx import export_merged, export_switchable
+from exporters.onnx.options import OnnxOptions
 from exporters.onnx.verifying import verify_against
-from exporters.peft import export_peft
+from exporters.peft.lora_folder import export_peft
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.exporting.registry import ExportJob
+from qrlora_deploy.exporting.job import ExportJob
 from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
@@ -96,7 +97,8 @@ def test_every_command_names_what_is_missing(
     merge(open_checkpoint(str(tiny_base)), tiny_basis, tiny_customer, tmp_path / "merged")
     (tmp_path / "data").mkdir()
     settings = TrainSettings(epochs=1, max_length=16, device="cpu")
-    job = ExportJob(no_pooler, tiny_basis, tmp_path / "out", customer, texts=texts)
+    job = ExportJob(no_pooler, tiny_basis, tmp_path / "out", customer)
+    options = OnnxOptions(data=texts)
     merged = open_checkpoint(str(tmp_path / "merged"))
     commands: dict[str, Callable[[], object]] = {
         "factorize": lambda: factorize(no_pooler, list(tiny_basis.names), EnergyShare()),
@@ -106,8 +108,8 @@ def test_every_command_names_what_is_missing(
         ),
         "merge": lambda: merge(no_pooler, tiny_basis, customer, tmp_path / "out"),
         "unmerge": lambda: unmerge(merged, tiny_basis, tiny_customer, tmp_path / "out", no_pooler),
-        "export merged": lambda: export_merged(job),
-        "export switchable": lambda: export_switchable(replace(job, coefficients=None)),
+        "export merged": lambda: export_merged(job, options),
+        "export switchable": lambda: export_switchable(replace(job, coefficients=None), options),
         "export peft": lambda: export_peft(job),
         "verify": lambda: verify_against(bundle, no_pooler, tiny_basis, customer, texts),
     }

@@ -350,8 +350,9 @@ def stranger(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A switchable bundle of the same shapes: all weights of its base are other ones, and so is its basis."""
     pytest.importorskip("torch", reason="needs PyTorch to make another base's bundle")
     from exporters.onnx import export_switchable
+    from exporters.onnx.options import OnnxOptions
     from qrlora_deploy.data.examples import Examples
-    from qrlora_deploy.exporting.registry import ExportJob
+    from qrlora_deploy.exporting.job import ExportJob
     from qrlora_deploy.factorization.from_checkpoint import factorize
     from qrlora_deploy.models.checkpoint import open_checkpoint
     from qrlora_deploy.models.targets import choose_targets
@@ -365,7 +366,7 @@ def stranger(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint = open_checkpoint(str(base))
     basis = factorize(checkpoint, choose_targets(checkpoint.skeleton(), ("query", "value")), EnergyShare(0.5))
     examples = Examples(list(SENTENCES), None, ["travel"] * len(SENTENCES), "sentences")
-    export_switchable(ExportJob(checkpoint, basis, folder / "bundle", texts=examples, head_labels=6))
+    export_switchable(ExportJob(checkpoint, basis, folder / "bundle"), OnnxOptions(data=examples, head_labels=6))
     return folder / "bundle"
 
 

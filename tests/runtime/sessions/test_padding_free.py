@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from exporters.onnx import export_switchable
 from exporters.onnx.attention import use_onnx_attention
+from exporters.onnx.options import OnnxOptions
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import ProviderError
-from qrlora_deploy.exporting.registry import ExportJob
+from qrlora_deploy.exporting.job import ExportJob
 from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.models.checkpoint import open_checkpoint
 from qrlora_deploy.models.targets import choose_targets
@@ -35,7 +36,9 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         pytest.skip(f"this transformers gives {request.param} an attention of its own")
     targets = choose_targets(checkpoint.skeleton(), ("q", "v") if request.param == "mpnet" else ("q_lin", "v_lin"))
     basis = factorize(checkpoint, targets, EnergyShare(0.5))
-    export_switchable(ExportJob(checkpoint, basis, folder / "bundle", texts=texts, head_labels=6, padding_free=True))
+    export_switchable(
+        ExportJob(checkpoint, basis, folder / "bundle"), OnnxOptions(data=texts, head_labels=6, padding_free=True)
+    )
     return folder / "bundle"
 
 

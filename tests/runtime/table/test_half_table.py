@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exporters.onnx import export_switchable
+from exporters.onnx.options import OnnxOptions
 from exporters.onnx.verifying import verify_against
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import FileFormatError, InputError, ProviderError
-from qrlora_deploy.exporting.registry import ExportJob
+from qrlora_deploy.exporting.job import ExportJob
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.checkpoint import open_checkpoint
@@ -29,7 +30,9 @@ from tests.tolerances import FP16_TABLE, FP32_ONNX, ONE_ROUNDING
 def folder(tiny_base: Path, tiny_basis: Basis, texts: Examples, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("bundles") / "half"
     checkpoint = open_checkpoint(str(tiny_base))
-    export_switchable(ExportJob(checkpoint, tiny_basis, output, texts=texts, head_labels=6, table_dtype="fp16"))
+    export_switchable(
+        ExportJob(checkpoint, tiny_basis, output), OnnxOptions(data=texts, head_labels=6, table_dtype="fp16")
+    )
     return output
 
 

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -12,10 +11,9 @@ import tokenizers
 
 from exporters.onnx.accuracy import Accuracy
 from exporters.onnx.graph import Graph
+from exporters.onnx.prepared import Prepared
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.provenance import tool_versions
-from qrlora_deploy.models.capacity import max_tokens
-from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.runtime.bundle.bundle import (
     MANIFEST_FILE,
     REFERENCE_FILE,
@@ -77,15 +75,15 @@ class Checked:
     """A graph that was written and agrees with PyTorch.
 
     Attributes:
-        model: it was made from; tokenizer: of the base.
-        reference: PyTorch's logits; report: the comparison with them, on `provider`.
+        graph: what was written.
+        reference: PyTorch's logits.
+        report: the comparison with them.
+        provider: execution provider of the comparison.
         accuracy: on labelled rows, where there are any.
         calibration: what the constant scales of an int8 graph come from; None: it has none.
         not_shown: what the comparison would not have noticed the lack of.
     """
 
-    model: Any
-    tokenizer: Any
     graph: Graph
     reference: list[Case]
     report: ParityReport
@@ -95,9 +93,9 @@ class Checked:
     not_shown: tuple[str, ...] = ()
 
 
-def write_side_files(folder: Path, content: Content, checked: Checked) -> None:
+def write_side_files(folder: Path, prepared: Prepared, content: Content, checked: Checked) -> None:
     """Config, tokenizer, the base's head and a README."""
-    model, tokenizer = checked.model, checked.tokenizer
+    model, tokenizer = prepared.model, prepared.tokenizer
     model.config.id2label = dict(enumerate(content.labels))
     model.config.label2id = {label: index for index, label in enumerate(content.labels)}
     model.config.to_json_file(folder / "config.json")
@@ -128,9 +126,9 @@ def _axes(record: TensorRecord) -> str:
     return ", ".join(map(str, record.shape))
 
 
-def seal(folder: Path, checkpoint: Checkpoint, basis: Basis, content: Content, checked: Checked) -> Manifest:
+def seal(folder: Path, prepared: Prepared, basis: Basis, content: Content, checked: Checked) -> Manifest:
     """Write the reference logits and the manifest, last of all: it holds the digests of the other files."""
-    model, tokenizer, graph = checked.model, checked.tokenizer, checked.graph
+    checkpoint, tokenizer, graph = prepared.checkpoint, prepared.tokenizer, checked.graph
     manifest = Manifest(
         kind=content.kind,  # type: ignore[arg-type]  # pydantic checks both
         task=content.task,
@@ -154,7 +152,7 @@ def seal(folder: Path, checkpoint: Checkpoint, basis: Basis, content: Content, c
         parity=_parity_record(checked),
         customer_effect=customer_effect(checked.reference),
         attention_nodes=graph.attention_nodes,
-        max_length=max_tokens(model, tokenizer),
+        max_length=prepared.max_tokens,
         pad_token_id=tokenizer.pad_token_id,
         padding_side=tokenizer.padding_side,
         pad_token_type_id=tokenizer.pad_token_type_id,

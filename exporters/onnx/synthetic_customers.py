@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from exporters.onnx.reference import SideBranches
+from exporters.onnx.reference import reference_batches
+from exporters.onnx.side_branches import Inputs, SideBranches
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.checkpoint import Checkpoint
@@ -14,10 +15,10 @@ from qrlora_deploy.models.head import output_layer
 from qrlora_deploy.runtime.bundle.row_layout import HEAD_TABLE, SLOT, TABLE, HeadLayout, TableLayout, head_arrays
 from qrlora_deploy.runtime.verification.parity import Case
 
-MADE_UP = 3
+SYNTHETIC = 3
 """Customers beside the base: with fewer, a swap of two rows could go unseen."""
 
-STRENGTH = 0.25
+MIN_EFFECT = 0.25
 """What a made-up customer's effect on the logits is at least, as a share of the base's logits (root mean
 squares over all texts). Trained customers have 0.19 to 0.26. How far a precision turns the effect
 depends on its size, so a weaker customer would be refused for what no user loses, and a stronger
@@ -43,31 +44,30 @@ def base_customer(checkpoint: Checkpoint, basis: Basis) -> Coefficients:
     )
 
 
-def made_up_customers(side: SideBranches, head: HeadLayout | None) -> list[Coefficients]:
+def synthetic_customers(side: SideBranches, head: HeadLayout | None) -> list[Coefficients]:
     """Customers with seeded coefficients that all differ from zero, about as strong as trained ones.
 
     With `head` all but the last have an output layer of their own: one of full width and one
     with fewer labels.
     """
     random = np.random.default_rng(20)
-    base = base_customer(side.checkpoint, side.basis)
-    signs = random.choice([-1.0, 1.0], (MADE_UP, side.basis.total_rank))
-    values = _strengthen(side, signs * random.uniform(0.5, 1.5, signs.shape))
-    return [
-        replace(base, values=row, **_own_head(side.checkpoint, head, index, random)) for index, row in enumerate(values)
-    ]
+    checkpoint = side.prepared.checkpoint
+    base = base_customer(checkpoint, side.basis)
+    signs = random.choice([-1.0, 1.0], (SYNTHETIC, side.basis.total_rank))
+    inputs = reference_batches(side.prepared)[ALL_TEXTS]
+    values = _strengthen(side, signs * random.uniform(0.5, 1.5, signs.shape), inputs)
+    return [replace(base, values=row, **_own_head(checkpoint, head, index, random)) for index, row in enumerate(values)]
 
 
-def _strengthen(side: SideBranches, values: np.ndarray) -> list[np.ndarray]:
-    """Each row of `values` by the first of `SCALES` with which it has `STRENGTH`, else by the last.
+def _strengthen(side: SideBranches, values: np.ndarray, inputs: Inputs) -> list[np.ndarray]:
+    """Each row of `values` by the first of `SCALES` with which it has `MIN_EFFECT` on `inputs`, else by the last.
 
     A larger scale has a larger effect, so the first one is found by halving.
     """
-    inputs = side.batches[ALL_TEXTS]
     base = side.logits(np.zeros(side.basis.total_rank, dtype=np.float32), inputs)
 
     def is_weak(scaled: np.ndarray) -> bool:
-        return bool(np.linalg.norm(side.logits(scaled, inputs) - base) < STRENGTH * np.linalg.norm(base))
+        return bool(np.linalg.norm(side.logits(scaled, inputs) - base) < MIN_EFFECT * np.linalg.norm(base))
 
     chosen = []
     for row in values:
@@ -84,7 +84,7 @@ def _own_head(
     checkpoint: Checkpoint, head: HeadLayout | None, index: int, random: np.random.Generator
 ) -> dict[str, Any]:
     """The fields `head` and `labels` of customer `index`; empty where it has the base's."""
-    if head is None or index == MADE_UP - 1:
+    if head is None or index == SYNTHETIC - 1:
         return {}
     labels = head.labels if index == 0 else max(1, head.labels // 2)
     layer = output_layer(checkpoint.skeleton())
@@ -118,14 +118,20 @@ def mixed_reference(
     rounding of its rows to `table_dtype`. A customer answers the rows that are its own, no others.
 
     Raises:
-        As `SideBranches.check`.
+        InputError, BasisMismatchError: as `SideBranches.check`.
     """
-    everyone = [base_customer(side.checkpoint, side.basis), *customers]
+    checkpoint = side.prepared.checkpoint
+    everyone = [base_customer(checkpoint, side.basis), *customers]
     for customer in everyone:
         side.check(customer)
-    tables = _tables(side.checkpoint, side.basis, everyone, head, table_dtype)
-    width = head.labels if head is not None else len(side.checkpoint.labels)
-    return [_mixed(side, everyone, index, name, tables, width) for index, name in enumerate(side.batches)]
+    tables = _tables(checkpoint, side.basis, everyone, head, table_dtype)
+    width = head.labels if head is not None else len(checkpoint.labels)
+    batches = reference_batches(side.prepared)
+    return [
+        Case(name, inputs | tables | slots, *_mixed_answers(side, everyone, slots[SLOT], inputs, width))
+        for index, (name, inputs) in enumerate(batches.items())
+        for slots in [_slots(index, inputs, len(everyone))]
+    ]
 
 
 def _tables(
@@ -139,23 +145,21 @@ def _tables(
     return tables
 
 
-def _mixed(
-    side: SideBranches,
-    everyone: Sequence[Coefficients],
-    index: int,
-    name: str,
-    tables: dict[str, np.ndarray],
-    width: int,
-) -> Case:
-    """One case whose rows belong to the customers in turn."""
-    inputs = side.batches[name]
+def _slots(index: int, inputs: Inputs, customers: int) -> Inputs:
+    """The slot of each row of the case `index`: the customers in turn."""
     rows = len(next(iter(inputs.values())))
     # Another beginning in every case: one with a single row must not always be the base's.
-    slot = (np.arange(rows) + index + 1) % len(everyone)
-    logits, base_logits = (np.full((rows, width), -np.inf, dtype=np.float32) for _ in range(2))
+    return {SLOT: ((np.arange(rows) + index + 1) % customers).astype(np.int64)}
+
+
+def _mixed_answers(
+    side: SideBranches, everyone: Sequence[Coefficients], slot: np.ndarray, inputs: Inputs, width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits `[batch, width]` of the customer of each row, and of the base with that customer's head."""
+    logits, base_logits = (np.full((len(slot), width), -np.inf, dtype=np.float32) for _ in range(2))
     for owner in np.unique(slot):
         own = np.flatnonzero(slot == owner)
         answers = side.answers(everyone[owner], {name: array[own] for name, array in inputs.items()})
         for kept, found in zip((logits, base_logits), answers, strict=True):
             kept[own, : found.shape[1]] = found
-    return Case(name, inputs | tables | {SLOT: slot.astype(np.int64)}, logits, base_logits)
+    return logits, base_logits

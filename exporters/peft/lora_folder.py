@@ -15,7 +15,7 @@ import safetensors.numpy
 from torch import nn
 
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.exporting.registry import ExportJob
+from qrlora_deploy.exporting.job import ExportJob
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.io.files import atomic_folder, write_json
@@ -37,16 +37,14 @@ def export_peft(job: ExportJob) -> Mapping[str, Any]:
     """The exporter "peft": adapter_config.json, adapter_model.safetensors and a README in a new folder.
 
     Raises:
-        InputError: there is no customer, `job.head_labels` was given, the base has no task head,
-            PEFT cannot hold a target, or `job.output` exists.
+        InputError: there is no customer, the base has no task head, PEFT cannot hold a target, or
+            `job.output` exists.
         BasisMismatchError: base, basis and customer do not belong together.
         QrloraError: the disk is full.
     """
     customer = job.coefficients
     if customer is None:
         raise InputError("--format peft writes one customer; give it by --coefficients")
-    if job.head_labels:
-        raise InputError("--head-labels belongs to switchable bundles; --format peft takes the customer's own head")
     check_free_folder(job.output)
     checkpoint, basis = job.checkpoint, job.basis
     checkpoint.require_task_head()

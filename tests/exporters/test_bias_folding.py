@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from exporters.onnx.biases import fold_attention_biases
+from exporters.onnx.bias_folding import fold_attention_biases
 from exporters.onnx.switchable import make_switchable
 from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.models.checkpoint import open_checkpoint

@@ -7,14 +7,17 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from exporters.onnx.customers import read_base_head
+from exporters.onnx.synthetic_customers import read_base_head
+from exporters.onnx_adapter.exporter import AdapterOptions
 from qrlora_deploy.errors import CheckFailed, InputError, QrloraError, first_line
-from qrlora_deploy.exporting.registry import ExportJob
+from qrlora_deploy.exporting.job import ExportJob
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.io.files import atomic_file
 from qrlora_deploy.io.outputs import check_replaceable
 from qrlora_deploy.merging.arithmetic import check_head, plan_folds
 from qrlora_deploy.runtime.bundle.row_layout import HEAD_TABLE, TABLE, HeadLayout, TableLayout, head_arrays
+
+DEFAULTS = AdapterOptions()
 
 IDENTIFIER = b"TORT"
 """Of ONNX Runtime's adapters, behind the first four bytes of the flatbuffer."""
@@ -26,10 +29,10 @@ MODEL_VERSION = 1
 """Version of the switchable graph's inputs; likewise."""
 
 
-def export_adapter(job: ExportJob) -> Mapping[str, Any]:
+def export_adapter(job: ExportJob, options: AdapterOptions = DEFAULTS) -> Mapping[str, Any]:
     """The exporter "onnx-adapter": tables of two rows, the base in row 0 and the customer in row 1.
 
-    The file holds `coefficient_table [2, width]` fp32, and with `job.head_labels` also
+    The file holds `coefficient_table [2, width]` fp32, and with `options.head_labels` also
     `head_table [2, head width]` fp32, under the names of the switchable graph's inputs. It is read
     back and compared before it takes the place of `job.output`.
 
@@ -48,7 +51,7 @@ def export_adapter(job: ExportJob) -> Mapping[str, Any]:
     checkpoint.require_task_head()
     plan_folds(checkpoint, basis, customer, checkpoint.skeleton())
     check_head(checkpoint, customer)
-    tables = _tables(job, customer)
+    tables = _tables(job, customer, options.head_labels)
     with atomic_file(job.output) as temporary:
         _write(tables, temporary)
         _check_written(tables, temporary)
@@ -56,7 +59,7 @@ def export_adapter(job: ExportJob) -> Mapping[str, Any]:
         "kind": "onnx-adapter",
         "task": customer.task,
         "labels": list(customer.labels or checkpoint.labels),
-        "head_labels": job.head_labels,
+        "head_labels": options.head_labels,
         "parameters": {name: list(table.shape) for name, table in tables.items()},
         "base_digest": checkpoint.digest,
         "basis_digest": basis.digest,
@@ -64,10 +67,10 @@ def export_adapter(job: ExportJob) -> Mapping[str, Any]:
     }
 
 
-def _tables(job: ExportJob, customer: Coefficients) -> dict[str, np.ndarray]:
+def _tables(job: ExportJob, customer: Coefficients, head_labels: int) -> dict[str, np.ndarray]:
     layout = TableLayout(list(job.basis.ranks.values()))
     tables = {TABLE: np.stack([np.zeros(layout.width, dtype=np.float32), layout.row(customer.values)])}
-    if not job.head_labels:
+    if not head_labels:
         if customer.head:
             raise InputError(
                 "the customer has a head of its own; give --head-labels N, the number the switchable bundle "
@@ -77,10 +80,10 @@ def _tables(job: ExportJob, customer: Coefficients) -> dict[str, np.ndarray]:
     base_weight, base_bias = head_arrays(read_base_head(job.checkpoint))
     own_weight, own_bias = head_arrays(customer.head) if customer.head else (base_weight, base_bias)
     most = max(len(base_weight), len(own_weight))
-    if job.head_labels < most:
+    if head_labels < most:
         whose = "customer" if len(own_weight) == most else "base"
-        raise InputError(f"--head-labels {job.head_labels} is less than the {whose}'s {most} labels")
-    head = HeadLayout(job.head_labels, base_weight.shape[1])
+        raise InputError(f"--head-labels {head_labels} is less than the {whose}'s {most} labels")
+    head = HeadLayout(head_labels, base_weight.shape[1])
     rows = [head.row(base_weight, base_bias), head.row(own_weight, own_bias)]
     return tables | {HEAD_TABLE: np.stack(rows)}
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from exporters.onnx.attention import use_onnx_attention
-from exporters.onnx.biases import fold_attention_biases
+from exporters.onnx.bias_folding import fold_attention_biases
+from exporters.onnx.branch_fusion import FusedBranch, fuse_branches, fuses
 from exporters.onnx.graph import write_graph
-from exporters.onnx.joining import JoinedBranch, join_branches, joins
 from exporters.onnx.padding_free import Packing
 from exporters.onnx.switchable import CustomerRows, TableBranch, _runs, make_switchable
 from qrlora_deploy.factorization.from_checkpoint import factorize
@@ -20,7 +20,7 @@ from qrlora_deploy.models.targets import choose_targets
 from qrlora_deploy.rank_rules.fixed_rank import FixedRank
 from qrlora_deploy.runtime.bundle.row_layout import SLOT, TABLE
 from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX, kept_tokens
-from tests.exporters.test_biases import IDS, MASK, load
+from tests.exporters.test_bias_folding import IDS, MASK, load
 from tests.tolerances import FP32_SIDE_BRANCH
 
 RANK = 8
@@ -57,7 +57,7 @@ def test_joined_branches_give_the_same_logits(
     model, rows, table = switchable(name, targets, tmp_path)
     fold_attention_biases(model)
     expected = answer(model, rows, table)
-    join_branches(model, rows)
+    fuse_branches(model, rows)
     assert rows.parts == parts
     np.testing.assert_allclose(answer(model, rows, table), expected, **FP32_SIDE_BRANCH)
     assert np.abs(answer(model, rows, table * 0) - expected).max() > 0.01, "the customers have no effect"
@@ -72,7 +72,7 @@ def test_a_layer_that_reads_something_else_is_no_neighbour(tmp_path: Path) -> No
     first.value.register_forward_pre_hook(lambda _module, inputs: (inputs[0] + 0,))
     hooked = answer(model, rows, table)
     np.testing.assert_array_equal(hooked, expected)
-    join_branches(model, rows)
+    fuse_branches(model, rows)
     assert rows.parts == (8, 8, 16)
     np.testing.assert_allclose(answer(model, rows, table), expected, **FP32_SIDE_BRANCH)
 
@@ -81,7 +81,7 @@ def test_a_layer_that_did_not_run_is_no_neighbour(tmp_path: Path) -> None:
     model, rows, table = switchable("bert", ("query", "value"), tmp_path)
     expected = answer(model, rows, table)
     del rows.inputs[0], rows.inputs[1]
-    join_branches(model, rows)
+    fuse_branches(model, rows)
     assert rows.parts == (8, 8, 16)
     np.testing.assert_allclose(answer(model, rows, table), expected, **FP32_SIDE_BRANCH)
 
@@ -102,9 +102,9 @@ def test_the_graph_agrees_with_pytorch_and_has_three_operators_more_for_a_block(
     expected = answer(model, rows, table)
     if packed and not use_onnx_attention(load(name, tmp_path / "probe")[1]):
         pytest.skip(f"{name}'s attention is its own in transformers 4")
-    finish = partial(join_branches, model, rows)
+    finish = partial(fuse_branches, model, rows)
     write_graph(model, ("input_ids", "attention_mask"), tmp_path, rows, Packing() if packed else None, finish)
-    assert sum(isinstance(module, JoinedBranch) for module in model.modules()) == 4
+    assert sum(isinstance(module, FusedBranch) for module in model.modules()) == 4
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     slot = np.array([2, 1])
     feeds = {"input_ids": IDS.numpy(), "attention_mask": MASK.numpy(), TABLE: table.numpy(), SLOT: slot}
@@ -130,8 +130,8 @@ def operators(folder: Path) -> dict[str, int]:
 
 
 def test_branches_are_joined_where_a_gpu_is_meant() -> None:
-    assert joins("fp16", "cpu") and joins("bf16", "cuda") and joins("fp32", "cuda")
-    assert not joins("fp32", "cpu") and not joins("int8", "cpu")
+    assert fuses("fp16", "cpu") and fuses("bf16", "cuda") and fuses("fp32", "cuda")
+    assert not fuses("fp32", "cpu") and not fuses("int8", "cpu")
 
 
 @pytest.mark.parametrize(

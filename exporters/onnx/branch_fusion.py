@@ -21,7 +21,7 @@ from exporters.onnx.switchable import CustomerRows, TableBranch
 from qrlora_deploy.models.targets import is_conv1d
 
 
-class _WideInput(nn.Module):
+class _ConcatenatedInput(nn.Module):
     """`x [..., in]` to `[x, c_1 * (x R_1), ...] [..., in + ranks]`, for neighbours that read the same `x`."""
 
     r: torch.Tensor
@@ -36,7 +36,7 @@ class _WideInput(nn.Module):
         return torch.cat([x, (x @ self.r) * c], -1)
 
 
-class JoinedBranch(nn.Module):
+class FusedBranch(nn.Module):
     """`y = [x, c * (x R)] [W; Q] + b`, the same as `TableBranch` to rounding.
 
     Args:
@@ -47,7 +47,7 @@ class JoinedBranch(nn.Module):
 
     weight: torch.Tensor
 
-    def __init__(self, branch: TableBranch, wide: _WideInput, before: int) -> None:
+    def __init__(self, branch: TableBranch, wide: _ConcatenatedInput, before: int) -> None:
         super().__init__()
         self.wide = wide
         weight = branch.base.get_parameter("weight").detach()
@@ -68,13 +68,13 @@ class JoinedBranch(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def joins(precision: str, provider: str) -> bool:
-    """Whether branches are joined in a graph of this precision, made for this provider."""
+def fuses(precision: str, provider: str) -> bool:
+    """Whether branches are fused in a graph of this precision, made for this provider."""
     return provider != "cpu" or precision in ("fp16", "bf16")
 
 
-def join_branches(model: Any, rows: CustomerRows) -> None:
-    """Replace every `TableBranch` of `model` by a `JoinedBranch`, in place; the table stays what it is.
+def fuse_branches(model: Any, rows: CustomerRows) -> None:
+    """Replace every `TableBranch` of `model` by a `FusedBranch`, in place; the table stays what it is.
 
     Call it after a run, which tells what reads the same input, and after biases were folded.
     """
@@ -84,10 +84,10 @@ def join_branches(model: Any, rows: CustomerRows) -> None:
     # A layer that the model does not run has read nothing, and no neighbour.
     for part, (_, group) in enumerate(groupby(branches, lambda item: id(rows.inputs.get(item[1].index, item[1])))):
         neighbours = list(group)
-        wide = _WideInput([branch for _, branch in neighbours], part)
+        wide = _ConcatenatedInput([branch for _, branch in neighbours], part)
         before = 0
         for path, branch in neighbours:
-            model.set_submodule(path, JoinedBranch(branch, wide, before))
+            model.set_submodule(path, FusedBranch(branch, wide, before))
             before += len(branch.q)
         parts.append(before)
     rows.parts = tuple(parts)

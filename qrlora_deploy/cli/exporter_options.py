@@ -1,0 +1,94 @@
+"""Options of exporters as options of the command line: one declaration, the dataclass of each exporter."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qrlora_deploy.cli.options import ANY_PATH, FiniteRange
+
+if TYPE_CHECKING:
+    from qrlora_deploy.exporting.options import OptionFacts
+
+DEFAULT = "onnx"
+FORMAT = "--format"
+CHOSEN = "qrlora_deploy.chosen_exporter"
+"""Where a context keeps the name of the exporter that the arguments name."""
+
+
+class ExportCommand(click.Command):
+    """A command that has the options of every exporter beside its own.
+
+    Those of the exporter that `--format` names are read as it declares them; others are read to be refused by name.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Find the exporter first: which options there are depends on it."""
+        ctx.meta[CHOSEN] = named_format(args)
+        return super().parse_args(ctx, args)
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """The command's own parameters, and each option of an exporter once."""
+        from qrlora_deploy.exporting.options import facts_of
+        from qrlora_deploy.exporting.registry import all_exporters
+
+        chosen = ctx.meta.get(CHOSEN, DEFAULT)
+        # The chosen one comes last: its declaration of an option is the one that counts.
+        exporters = sorted(all_exporters(), key=lambda exporter: exporter.name == chosen)
+        found = {
+            name: _click_option(name, facts)
+            for exporter in exporters
+            for name, facts in facts_of(exporter.options).items()
+        }
+        return [*super().get_params(ctx), *found.values()]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The command's own options, then those of each exporter under its name."""
+        from qrlora_deploy.exporting.options import facts_of
+        from qrlora_deploy.exporting.registry import all_exporters
+
+        _write(formatter, "Options", super().get_params(ctx), ctx)
+        for exporter in all_exporters():
+            options = [_click_option(name, facts) for name, facts in facts_of(exporter.options).items()]
+            _write(formatter, f"Options of {FORMAT} {exporter.name}", options, ctx)
+
+
+def named_format(arguments: Sequence[str]) -> str:
+    """The name that `--format` gives, the last one where there are several, before anything is parsed."""
+    found = DEFAULT
+    for argument, following in zip(arguments, [*arguments[1:], DEFAULT], strict=True):
+        if argument == FORMAT:
+            found = following
+        elif argument.startswith(f"{FORMAT}="):
+            found = argument.partition("=")[2]
+    return found
+
+
+def _click_option(name: str, facts: "OptionFacts") -> click.Option:
+    from qrlora_deploy.exporting.options import option_name
+
+    shown = None if facts.default in (None, 0) else str(facts.default)
+    if facts.kind is bool:
+        return click.Option([option_name(name), name], is_flag=True, help=facts.help)
+    metavar = "DATA" if facts.reads else None
+    return click.Option(
+        [option_name(name), name], type=_click_type(facts), metavar=metavar, help=facts.help, show_default=shown
+    )
+
+
+def _click_type(facts: "OptionFacts") -> Any:
+    if facts.choices:
+        return click.Choice(facts.choices)
+    if facts.kind is int:
+        return click.IntRange(facts.least, facts.most)  # type: ignore[arg-type]  # whole numbers
+    if facts.kind is float:
+        return FiniteRange(facts.least, facts.most)
+    return ANY_PATH if facts.kind is Path else str
+
+
+def _write(formatter: click.HelpFormatter, title: str, options: Sequence[click.Parameter], ctx: click.Context) -> None:
+    records = [record for option in options if (record := option.get_help_record(ctx)) is not None]
+    if records:
+        with formatter.section(title):
+            formatter.write_dl(records)
