@@ -19,8 +19,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from benchmarks.records import environment
-from benchmarks.serving import prepare
+from benchmarks.common.measuring import environment
+from benchmarks.common.serving import prepare
 from qrlora_deploy.bench.measurements import difference, measurement_of
 from qrlora_deploy.bench.rounds import Bounds, measure_latency
 from qrlora_deploy.bench.statistics import PERCENTILES, ratio, ratio_in_rounds

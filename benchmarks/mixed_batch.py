@@ -22,8 +22,8 @@ import onnxruntime
 import torch
 from peft import LoraConfig, get_peft_model
 
-from benchmarks.records import environment, summary
-from benchmarks.serving import Serving, make_inputs, prepare
+from benchmarks.common.measuring import environment, summary
+from benchmarks.common.serving import Serving, make_inputs, prepare
 from qrlora_deploy.io.files import write_json
 from qrlora_deploy.rank_rules.rule import RankRule
 from qrlora_deploy.runtime import Buckets, SwitchableSession, open_session

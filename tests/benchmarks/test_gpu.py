@@ -1,7 +1,7 @@
 """The GPU benchmark: its table says what the records say, and no part that fails or hangs costs another."""
 
 import argparse
-import importlib
+import importlib.util
 import json
 import math
 import os
@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu
-from benchmarks.gpu_parts import bars, figures
-from benchmarks.gpu_parts.bars import Aim, Bar, make_bar
-from benchmarks.gpu_parts.plan import Part, failed_checks, make_parts
-from benchmarks.gpu_parts.work import Ledger
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import aims, figures
+from benchmarks.gpu.aims import Aim, Bar, make_bar
+from benchmarks.gpu.parts import Part, failed_checks, make_parts
+from benchmarks.gpu.running import Ledger
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -70,7 +70,7 @@ def runs(folder: Path) -> list[str]:
 def stored(kind: str, name: str) -> tuple[dict[str, Any], list[Bar]]:
     """A record that is published, and its bars."""
     record = json.loads((RESULTS / f"{name}.json").read_text())
-    return record, list(bars.READERS[kind](record))
+    return record, list(aims.READERS[kind](record))
 
 
 def found(rows: list[Bar], *words: str) -> Bar:
@@ -122,7 +122,7 @@ def test_bars_of_the_graphs() -> None:
     # Without the graph that it is about, a line says so.
     for means in record["geometric_means"]["device_ms"].values():
         means.pop("paper, padded", None)
-    row = found(list(bars.READERS["switchable"](record)), "query of the last 4", ", padded")
+    row = found(list(aims.READERS["switchable"](record)), "query of the last 4", ", padded")
     assert (row.value, row.met, row.aim) == (None, None, "at most 1.01")
 
 
@@ -164,7 +164,7 @@ def test_bars_of_fleets(name: str) -> None:
         assert row.value == pytest.approx(median(one["seconds"] for one in others[peer]["runs"]) / seconds, rel=1e-12)
         assert row.met is True and row.aim == "at least 20 times"
     others[peers[0]]["fleet_times"] = 19.9
-    missed, other = bars.READERS["fleet"](record)
+    missed, other = aims.READERS["fleet"](record)
     assert missed.met is False and "docs/fleets.md" in missed.why and other.met is True
 
 
@@ -285,6 +285,13 @@ def test_failed_checks_are_those_of_what_the_product_writes() -> None:
     assert failed_checks(part, {"subjects": subjects}) == ["a: max abs error 2.0e-01 > 1.0e-02"]
 
 
+def script(module: str) -> str:
+    """The module that `python -m` runs."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None
+    return f"{module}.__main__" if spec.submodule_search_locations else module
+
+
 @pytest.mark.parametrize(("device", "quick"), [("cuda", False), ("cuda", True), ("cpu", True)])
 def test_the_scripts_take_their_options(device: str, quick: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     class Parsed(Exception):
@@ -304,7 +311,7 @@ def test_the_scripts_take_their_options(device: str, quick: bool, monkeypatch: p
         command = part.command(Path("out"))
         monkeypatch.setattr(sys, "argv", command[2:])
         with pytest.raises(Parsed) as parsed:
-            importlib.import_module(part.module).main()
+            importlib.import_module(script(part.module)).main()
         options = vars(parsed.value.args[0])
         assert device == (options.get("provider") or options["device"])
         assert Path("out") in (options.get("out", options.get("output")) or Path()).parents
@@ -344,7 +351,7 @@ def quick_factorization(folder: Path, device: str) -> None:
     samples = record["cases"]["2x96 gaussian"]["samples_ms"]
     ratio = median(samples["torch.linalg.svd"]) / median(samples["pivoted_qr"])
     table = (folder / "gpu.md").read_text()
-    assert f"2 × 96², fp64: faster than `torch.linalg.svd` on the same device | {bars.number(ratio)} times" in table
+    assert f"2 × 96², fp64: faster than `torch.linalg.svd` on the same device | {aims.number(ratio)} times" in table
     assert "2 projections of 128²" in table and "table: ten million customers in a session | not measured" in table
     part = make_parts(device, True)[0]
     assert Ledger(folder).done(part)

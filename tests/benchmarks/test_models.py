@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.model_parts.families import FAMILIES
-from benchmarks.model_parts.page import write_page
-from benchmarks.model_parts.whole import STEPS, try_family
-from benchmarks.models import read_results, result_file
+from benchmarks.models.families import FAMILIES
+from benchmarks.models.page import write_page
+from benchmarks.models.results import read_results, result_file
+from benchmarks.models.whole import STEPS, try_family
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "models"
