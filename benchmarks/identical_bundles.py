@@ -12,6 +12,7 @@ import argparse
 import json
 import shutil
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -130,12 +131,7 @@ def _ratios(samples: list[float], reference: list[float], seed: int) -> dict[str
         pair = np.array(samples), np.array(reference)
         estimate = ratio_in_rounds(*pair, seed) if name == "p50" else ratio(*pair, PERCENTILES[name], True, seed)
         if estimate is not None:
-            found[name] = {
-                "value": estimate.value,
-                "low": estimate.low,
-                "high": estimate.high,
-                "difference": difference(estimate),
-            }
+            found[name] = asdict(estimate) | {"difference": difference(estimate)}
     return found
 
 

@@ -30,10 +30,10 @@ SHOWN = ("torch", "transformers", "onnxruntime-gpu", "peft")
 
 
 def machine_of(record: dict[str, Any]) -> Machine:
-    """From any of the records: those of `bench` name their GPUs otherwise, those of fleets have no part of its own."""
+    """From any of the records: those of `bench` name all GPUs, those of fleets have no part of its own."""
     found = record.get("environment", record)
-    gpus = found.get("gpus")
-    device = ", ".join(gpu["name"] for gpu in gpus) if gpus else found.get("device", "cpu")
+    gpus = ", ".join(gpu["name"] for gpu in found.get("gpus", ()))
+    device = found.get("device") or gpus or "cpu"
     versions = found.get("versions", {})
     return Machine(device, found["date"][:10], tuple((name, versions[name]) for name in SHOWN if name in versions))
 

@@ -18,12 +18,13 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.common.measuring import environment, summary
+from benchmarks.common.measuring import environment, in_turn, summary
 from benchmarks.gpu_graph.exporting import OPTIMIZER, export_all
 from benchmarks.gpu_graph.running import Graph, torch_contender
 from benchmarks.gpu_graph.shapes import SIZES, Inputs, make_inputs, make_model
@@ -59,7 +60,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "device": arguments.device,
         "threads": arguments.threads,
         "batches": found,
-        "geometric_means": _geometric_means(found),
+        "geometric_means": geometric_means(found),
         "environment": environment("cuda" if arguments.device == "cuda" else "cpu"),
     }
 
@@ -124,25 +125,18 @@ def _measure_batch(
 
 
 def _rounds(runs: dict[str, Callable[[], Any]], arguments: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of every run: rounds in a random order until the time is spent."""
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    random = np.random.default_rng(4)
+    """Seconds of every run: rounds until the time is spent, and never less than `--least-runs`."""
     end = time.perf_counter() + arguments.seconds
-    while time.perf_counter() < end or len(next(iter(samples.values()))) < arguments.least_runs:
-        for name in random.permutation(list(runs)):
-            # What ran before leaves its threads and caches; the second run counts.
-            runs[name]()
-            start = time.perf_counter()
-            runs[name]()
-            samples[name].append(time.perf_counter() - start)
-    return samples
+    return in_turn(
+        runs, np.random.default_rng(4), lambda count: time.perf_counter() < end or count < arguments.least_runs
+    )
 
 
 def _medians(batch: dict[str, Any], column: str) -> dict[str, float]:
     return {name: figures["p50"] for name, figures in batch[column].items()}
 
 
-def _geometric_means(batches: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+def geometric_means(batches: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
     """Ratios to torch.compile and to the padded and padding-free merged graph, over the batches that both ran in."""
     means: dict[str, dict[str, dict[str, float]]] = {}
     for column in ("device_ms", "whole_ms"):
@@ -154,9 +148,7 @@ def _geometric_means(batches: Sequence[dict[str, Any]]) -> dict[str, dict[str, d
                 for name in sorted({name for found in medians for name in found})
             }
             means[column][reference] = {
-                name: float(np.exp(np.log(values).mean()))
-                for name, values in ratios.items()
-                if len(values) == len(medians)
+                name: geometric_mean(values) for name, values in ratios.items() if len(values) == len(medians)
             }
     return means
 

@@ -14,6 +14,7 @@ import argparse
 import itertools
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +226,7 @@ def _time_crowds(stage: Stage) -> dict[str, Any]:
 def _ratio(samples: np.ndarray, reference: np.ndarray) -> dict[str, float] | None:
     """The median of the ratios, with its 95 % interval; None with too few rounds."""
     found = ratio_in_rounds(samples, reference)
-    return None if found is None else {"value": found.value, "low": found.low, "high": found.high}
+    return None if found is None else asdict(found)
 
 
 def main() -> None:

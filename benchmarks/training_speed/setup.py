@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.common.layers import LAST_LAYERS, TAU, targets_of
 from benchmarks.common.shapes import SHAPES, random_classifier
+from qrlora_deploy.bench.statistics import PERCENTILES, quantile
 from qrlora_deploy.data.examples import read_examples
 from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.formats.basis import Basis
@@ -103,7 +104,7 @@ def token_figures(setup: Setup) -> dict[str, float]:
     places = lengths.max(axis=1).sum() * lengths.shape[1]
     return {
         "mean": float(lengths.mean()),
-        "p95": float(np.percentile(lengths, 95)),
+        "p95": quantile(lengths.ravel(), PERCENTILES["p95"]),
         "longest": int(lengths.max()),
         "tokens_of_places": float(lengths.sum() / places),
     }
