@@ -12,7 +12,7 @@ import torch
 from benchmarks.gpu_graph.shapes import Inputs
 from qrlora_deploy.runtime.bundle.row_layout import SLOT, TABLE
 from qrlora_deploy.runtime.sessions.session import open_session
-from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX, kept_tokens, padded_tokens, write_kept_tokens
+from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX, kept_tokens, padded_tokens, write_tokens
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class BoundGraph:
         for name, values in self.batch.items():
             self.host[name].numpy()[:] = values
         if TOKEN_INDEX in self.host:
-            write_kept_tokens(self.host[TOKEN_INDEX].numpy(), self.batch["attention_mask"])
+            write_tokens(self.host[TOKEN_INDEX].numpy(), kept_tokens(self.batch["attention_mask"]))
         for name, tensor in self.host.items():
             if name != TABLE:
                 self.place[name].copy_(tensor, non_blocking=True)

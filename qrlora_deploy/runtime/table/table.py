@@ -140,16 +140,6 @@ class CoefficientTable:
                     self._notes[row] = note
                 self._retire(self._directory.put(customer, row))
 
-    def publish_many(self, customers: Sequence[str], blocks: Iterable[dict[str, np.ndarray]], note: Any = None) -> None:
-        """`publish_bulk` of customers whose names are there, each once.
-
-        Raises:
-            InputError: also where a name is no customer id.
-        """
-        if customers:
-            index = IdIndex.of(customers)
-            self.publish_bulk(len(index), blocks, lambda: index, note)
-
     def publish_bulk(
         self, count: int, blocks: Iterable[dict[str, np.ndarray]], index: Callable[[], IdIndex], note: Any = None
     ) -> None:
