@@ -3,12 +3,28 @@
 import heapq
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 Signature = int
 
 NEWEST = 256
 """Entries that are looked at before all others: more hardly change in the seconds before a store starts."""
+
+
+@dataclass(frozen=True)
+class Again:
+    """A file to look at again: when its signature changes, or at any rate where that is None.
+
+    Attributes:
+        signature: the file's when it was read.
+        message: what was wrong with it; empty where nothing was.
+        after_s: look at it when `time.monotonic` says this, whatever its signature.
+    """
+
+    signature: Signature | None
+    message: str = ""
+    after_s: float | None = None
 
 
 def status_of(path: "Path | str") -> os.stat_result | None:
@@ -28,6 +44,11 @@ def signature_of(status: os.stat_result | None) -> Signature | None:
     if status is None:
         return None
     return hash((status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino, status.st_dev))
+
+
+def changed_s(status: os.stat_result) -> float:
+    """When a file was last changed or came to its place, in seconds since 1970."""
+    return max(status.st_mtime, status.st_ctime)
 
 
 def newest_first(folder: Path) -> Iterator[str]:

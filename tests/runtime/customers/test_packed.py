@@ -394,7 +394,7 @@ def test_bulks_grow_once_and_threads_never_see_a_mixture() -> None:
     stop.set()
     for thread in others:
         thread.join()
-    assert wrong == [] and table._holders == {} and table._retired == set()
+    assert wrong == [] and table._use.holders == {} and table._use.retired == set()
     assert len(table._free) == table.memory.rows - 1 - 300
     held, _ = table.hold(names)
     assert len(set(table._free) | set(held.values())) == table.memory.rows - 1

@@ -98,7 +98,7 @@ def test_a_copy_that_is_refused_is_an_error_and_leaves_the_thread_as_it_was(
         patch.setattr(fake, "_streamquery", lambda *_: INVALID)
         with pytest.raises(QrloraError, match=r"CUDA refused .* \(error 1\)"):
             table.hold(["a"])
-    assert fake.mode == 0 and table._holders == {}
+    assert fake.mode == 0 and table._use.holders == {}
     held, _ = table.hold(["a"])
     assert table.memory.parts[TABLE].read_rows(held["a"], 1).all()
 

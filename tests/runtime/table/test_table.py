@@ -86,7 +86,7 @@ class TableModel(RuleBasedStateMachine):
     def the_base_is_zero_and_no_row_is_lost(self) -> None:
         memory = self.table.memory
         assert not array_of(memory)[BASE_ROW].any()
-        used = len(self.table) + len(self.table._retired) + len(self.table._free) + 1
+        used = len(self.table) + len(self.table._use.retired) + len(self.table._free) + 1
         assert used == memory.rows
         assert sorted(self.table.customers()) == sorted(self.expected)
         assert len(set(self.table._free)) == len(self.table._free)
@@ -179,7 +179,7 @@ def test_threads_never_see_a_mixture() -> None:
     for thread in writers:
         thread.join()
     assert wrong == []
-    assert table._holders == {} and table._retired == set()
+    assert table._use.holders == {} and table._use.retired == set()
 
 
 def test_layout_pads_every_target() -> None:
