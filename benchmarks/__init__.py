@@ -1,1 +1,1 @@
-"""Scripts that reproduce published figures: `python -m benchmarks.NAME --help`."""
+"""Programs that reproduce published figures: `python -m benchmarks.NAME --help`."""

@@ -8,14 +8,10 @@ Needs about 2.6 kB of disk and 3 kB of memory per customer.
 """
 
 import os
-import platform
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from datetime import UTC, datetime
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -23,6 +19,7 @@ from typing import Any
 import click
 import numpy as np
 
+from qrlora_deploy.bench.environment import describe_environment, host_memory_bytes
 from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
 from qrlora_deploy.io.files import write_json
 from qrlora_deploy.runtime.bundle.bundle import Manifest, TargetRecord
@@ -86,7 +83,7 @@ def load(path: Path, coefficients: int, cold: bool) -> dict[str, Any]:
     """Load the packed file into an empty table; `cold`: none of it is in the system's memory."""
     _settle([path], cold)
     session = make_session(coefficients)
-    before_bytes = _memory_bytes("VmHWM")
+    before_bytes = host_memory_bytes(peak=True)
     start = time.perf_counter()
     count = load_packed(session, path)
     elapsed_s = time.perf_counter() - start
@@ -94,7 +91,7 @@ def load(path: Path, coefficients: int, cold: bool) -> dict[str, Any]:
         "customers": count,
         "seconds": round(elapsed_s, 3),
         "gigabytes_per_second": round(path.stat().st_size / elapsed_s / 1e9, 3),
-        "peak_rss_bytes": _memory_bytes("VmHWM"),
+        "peak_rss_bytes": host_memory_bytes(peak=True),
         "rss_before_bytes": before_bytes,
         "table_bytes": 4 * session.table.memory.rows * session.layout.width,
     }
@@ -122,7 +119,7 @@ def fetch_files(folder: Path, coefficients: int, cold: bool) -> dict[str, Any]:
         "customers": len(names),
         "seconds": round(elapsed_s, 3),
         "microseconds_each": round(1e6 * elapsed_s / len(names), 1),
-        "peak_rss_bytes": _memory_bytes("VmHWM"),
+        "peak_rss_bytes": host_memory_bytes(peak=True),
     }
 
 
@@ -136,14 +133,6 @@ def _settle(paths: list[Path], cold: bool) -> None:
             else:
                 while file.read(2**24):
                     pass
-
-
-def _memory_bytes(name: str) -> int:
-    """A line of the process's status; the peak there is this program's alone, unlike that of `getrusage`."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return 1024 * int(line.split()[1])
-    raise click.ClickException("this benchmark needs Linux")
 
 
 def alone(function: Callable[..., dict[str, Any]], *arguments: object) -> dict[str, Any]:
@@ -168,6 +157,8 @@ def repeated(function: Callable[..., dict[str, Any]], *arguments: object) -> dic
 @click.option("--json", "output", type=click.Path(path_type=Path), help="JSON file to write.")
 def main(customers: int, coefficients: int, files: int, folder: Path | None, output: Path | None) -> None:
     """Measure all stages, and write the record where asked."""
+    if not host_memory_bytes(peak=True):
+        raise click.ClickException("this benchmark needs Linux")
     with tempfile.TemporaryDirectory(dir=folder) as place:
         packed, single = Path(place) / "packed.safetensors", Path(place) / "single"
         single.mkdir()
@@ -184,11 +175,7 @@ def main(customers: int, coefficients: int, files: int, folder: Path | None, out
         record["fetch_files_cold"] = repeated(fetch_files, single, coefficients, True)
     for name in ("fetch_files", "fetch_files_cold"):
         record[f"{name}_extrapolated_seconds"] = round(customers * record[name]["seconds"] / files, 1)
-    record["versions"] = {name: version(name) for name in ("numpy", "onnxruntime-gpu", "safetensors")} | {
-        "python": platform.python_version()
-    }
-    record["machine"] = {"architecture": platform.machine(), "system": sys.platform, "cpu_count": os.cpu_count()}
-    record["date"] = datetime.now(UTC).date().isoformat()
+    record["environment"] = describe_environment().model_dump(mode="json")
     if output:
         write_json(output, record)
 

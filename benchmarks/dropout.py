@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.records import environment
+from benchmarks.common.measuring import environment
 from qrlora_deploy.data.sample import CUSTOMERS, general_examples, held_out_examples, train_examples
 from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.io.files import write_json

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.fleet_parts.shards import Shards, save_shape
-from benchmarks.records import environment
+from benchmarks.common.measuring import environment
+from benchmarks.fleet.shards import Shards, save_shape
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.data.sample import sample_texts
 from qrlora_deploy.factorization.from_checkpoint import factorize

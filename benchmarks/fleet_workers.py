@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.fleet_parts.agreement import BOUND, relative_difference
-from benchmarks.fleet_parts.shards import read_shards, save_shape
-from benchmarks.layers import LAST_LAYERS, TAU, targets_of
-from benchmarks.records import environment
+from benchmarks.common.layers import LAST_LAYERS, TAU, targets_of
+from benchmarks.common.measuring import environment
+from benchmarks.fleet.agreement import BOUND, relative_difference
+from benchmarks.fleet.shards import read_shards, save_shape
 from qrlora_deploy.data.sample import FOLDER
 from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.formats.basis import write_basis

@@ -19,7 +19,7 @@ import numpy as np
 import scipy.linalg
 import torch
 
-from benchmarks.records import environment
+from benchmarks.common.measuring import environment
 from qrlora_deploy.factorization.decomposition import BatchFactorization, pivoted_qr
 from qrlora_deploy.io.files import write_json
 from qrlora_deploy.rank_rules.energy_share import EnergyShare

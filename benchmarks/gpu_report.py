@@ -11,7 +11,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.serving import prepare
+from benchmarks.common.serving import prepare
 from qrlora_deploy.bench.page import render_page
 from qrlora_deploy.bench.plan import Plan
 from qrlora_deploy.bench.record import Report, write_report

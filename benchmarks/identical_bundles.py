@@ -12,6 +12,7 @@ import argparse
 import json
 import shutil
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from benchmarks.records import environment
-from benchmarks.serving import prepare
+from benchmarks.common.measuring import environment
+from benchmarks.common.serving import prepare
 from qrlora_deploy.bench.measurements import difference, measurement_of
 from qrlora_deploy.bench.rounds import Bounds, measure_latency
 from qrlora_deploy.bench.statistics import PERCENTILES, ratio, ratio_in_rounds
@@ -130,12 +131,7 @@ def _ratios(samples: list[float], reference: list[float], seed: int) -> dict[str
         pair = np.array(samples), np.array(reference)
         estimate = ratio_in_rounds(*pair, seed) if name == "p50" else ratio(*pair, PERCENTILES[name], True, seed)
         if estimate is not None:
-            found[name] = {
-                "value": estimate.value,
-                "low": estimate.low,
-                "high": estimate.high,
-                "difference": difference(estimate),
-            }
+            found[name] = asdict(estimate) | {"difference": difference(estimate)}
     return found
 
 

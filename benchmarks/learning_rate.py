@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.records import environment
+from benchmarks.common.measuring import environment
 from qrlora_deploy.data.examples import Examples, read_examples
 from qrlora_deploy.data.sample import general_examples, held_out_examples, train_examples
 from qrlora_deploy.factorization.from_checkpoint import factorize

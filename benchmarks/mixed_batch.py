@@ -12,7 +12,6 @@ are compared with runs of their own, and the first customer's with the merged gr
 
 import argparse
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ import onnxruntime
 import torch
 from peft import LoraConfig, get_peft_model
 
-from benchmarks.records import environment, summary
-from benchmarks.serving import Serving, make_inputs, prepare
+from benchmarks.common.measuring import environment, in_turn, summary
+from benchmarks.common.serving import Serving, make_inputs, prepare
 from qrlora_deploy.io.files import write_json
 from qrlora_deploy.rank_rules.energy_share import EnergyShare
 from qrlora_deploy.rank_rules.fixed_rank import FixedRank
@@ -56,24 +55,17 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def _measure_shape(serving: Serving, arguments: argparse.Namespace, batch: int, length: int) -> dict[str, Any]:
     runs, error = _runs(serving, arguments, batch, length)
-    samples: dict[str, list[float]] = {name: [] for name in runs}
     for name in runs:
         for _ in range(arguments.warmup):
             runs[name]()
-    random = np.random.default_rng(2)
-    for _ in range(arguments.runs):
-        for name in random.permutation(list(runs)):
-            # Threads of the one before may still spin and its data fill the caches: the second run counts.
-            runs[name]()
-            start = time.perf_counter()
-            runs[name]()
-            samples[name].append(time.perf_counter() - start)
-    median = {name: float(np.median(values)) for name, values in samples.items()}
+    samples = in_turn(runs, np.random.default_rng(2), lambda count: count < arguments.runs)
+    latency = {name: summary(values) for name, values in samples.items()}
+    median = {name: figures["p50"] for name, figures in latency.items()}
     return {
         "batch": batch,
         "length": length,
         "max_abs_error": error,
-        "latency_ms": {name: summary(values) for name, values in samples.items()},
+        "latency_ms": latency,
         "ratio_to_merged": {name: value / median["merged"] for name, value in median.items()},
         "peft_over_mixed": median["peft mixed"] / median["switchable, all different"],
     }

@@ -6,13 +6,12 @@ Expected: 158 + 163 + 163 + 157 = 641 coefficients. Exits with 1 where the ranks
 """
 
 import argparse
-import platform
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from qrlora_deploy.bench.environment import describe_environment
 from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.io.files import write_json
 from qrlora_deploy.models.checkpoint import open_checkpoint
@@ -49,9 +48,7 @@ def measure(checkpoint_folder: str) -> dict[str, Any]:
         "expected_ranks": EXPECTED_RANKS,
         "as_expected": [target.rank for target in basis.targets] == EXPECTED_RANKS,
         "elapsed_s": round(elapsed_s, 3),
-        "versions": {name: version(name) for name in ("numpy", "scipy", "torch")}
-        | {"python": platform.python_version()},
-        "machine": platform.machine(),
+        "environment": describe_environment().model_dump(mode="json"),
     }
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.records import environment, summary
+from benchmarks.common.measuring import environment, summary
 from exporters.onnx import export_merged, export_switchable
 from exporters.onnx.calibrating import calibration_record
 from exporters.onnx.options import OnnxOptions

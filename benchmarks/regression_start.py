@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from benchmarks.glue_parts.starts import WARMUP_RATE, WARMUP_SHARE, Models
-from benchmarks.glue_parts.tasks import TASKS, Rows, read_tokens, write_tokens
-from benchmarks.records import environment
+from benchmarks.common.measuring import environment
+from benchmarks.glue.starts import WARMUP_RATE, WARMUP_SHARE, Models
+from benchmarks.glue.tasks import TASKS, Rows, read_tokens, write_tokens
 from qrlora_deploy.io.files import write_json
 from qrlora_deploy.models.checkpoint import open_checkpoint
 

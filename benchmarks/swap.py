@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.records import environment, summary
-from benchmarks.serving import Serving, make_inputs, prepare
+from benchmarks.common.measuring import environment, summary
+from benchmarks.common.serving import Serving, make_inputs, prepare
 from qrlora_deploy.formats.coefficients import write_coefficients
 from qrlora_deploy.io.files import write_json
 from qrlora_deploy.rank_rules.energy_share import EnergyShare

@@ -29,7 +29,7 @@ from qrlora_deploy.runtime.bundle.external_data import external_locations
 from qrlora_deploy.runtime.customers.packed_check import check_packed
 from qrlora_deploy.runtime.customers.packed_writer import write_packed
 from qrlora_deploy.runtime.prediction.requests import read_requests
-from qrlora_deploy.runtime.verification.parity import read_reference
+from qrlora_deploy.runtime.verification.reference import read_reference
 from tests.bench.fixed import good_report
 from tests.damaging import damage_value, damaged_bytes, damaged_header, damaged_json, same
 from tests.forging import forge, reseal

@@ -53,6 +53,17 @@ def test_every_test_that_a_page_names_is_there(page: Path) -> None:
         assert (ROOT / name).exists(), f"{page.name}: {name}"
 
 
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_every_benchmark_that_a_page_names_is_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(r"python -m (benchmarks\.\w+)", text):
+        script = ROOT / name.replace(".", "/")
+        runs = script.is_dir() and (script / "__main__.py").is_file()
+        assert name == "benchmarks.NAME" or runs or script.with_suffix(".py").is_file(), f"{page.name}: {name}"
+    for path in re.findall(r"(?:^|\s|[`(]|\.\./)(benchmarks/[\w/.-]+\.\w+)", text):
+        assert (ROOT / path).is_file(), f"{page.name}: {path}"
+
+
 def test_every_page_is_in_the_index_and_on_the_site() -> None:
     index, site = (ROOT / "docs" / "index.md").read_text("utf-8"), (ROOT / "mkdocs.yml").read_text("utf-8")
     for page in PAGES[1:]:

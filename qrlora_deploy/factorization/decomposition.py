@@ -5,7 +5,6 @@ For `W [out, in]`, QR with column pivoting gives `W P = Q R` with `|R_11| >= |R_
 `W`, so `W = Q @ R`. Source of the method: Liang and Bharadwaj, "QR-LoRA", arXiv 2508.21810.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -46,17 +45,6 @@ class Factorization:
     pivots: np.ndarray
     diagonal: np.ndarray
 
-    def energy_of(self, rank: int) -> float:
-        """Share of `||R_diag||^2` in the first `rank` directions; 1 for a zero weight."""
-        energies = np.square(self.diagonal)
-        total = float(energies.sum())
-        return float(energies[:rank].sum()) / total if total else 1.0
-
-    def condition_of(self, rank: int) -> float:
-        """`|R_11| / |R_rr|`, infinite where the last kept direction is zero."""
-        last = float(self.diagonal[rank - 1])
-        return float(self.diagonal[0]) / last if last else math.inf
-
 
 def factorize_weight(weight: np.ndarray) -> Factorization:
     """Pivoted QR of `weight [out, in]` by LAPACK's geqp3 in fp64.
@@ -94,17 +82,6 @@ def diagonals_of(weights: torch.Tensor) -> np.ndarray:
     """
     _check_weight(tuple(weights.shape[1:]), bool(weights.isfinite().all()))
     return pivot_order(weights.to(torch.float64), min(weights.shape[1:]))[1].cpu().numpy()
-
-
-def factorize_weights(weights: torch.Tensor) -> list[Factorization]:
-    """Full pivoted QR of `weights [batch, out, in]` on their device, in fp64.
-
-    Raises:
-        InputError: as `factorize_weight`.
-    """
-    found = pivoted_qr(weights)
-    parts = (found.q, found.r, found.pivots, found.diagonal)
-    return [Factorization(*each) for each in zip(*(part.cpu().numpy() for part in parts), strict=True)]
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ import safetensors
 import torch
 from torch import nn
 
-from qrlora_deploy.errors import BasisMismatchError, InputError, first_line, library_errors
+from qrlora_deploy.errors import BasisMismatchError, InputError, library_errors
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.models.capacity import check_ids
 from qrlora_deploy.models.completeness import is_head
+from qrlora_deploy.models.hub import fetch_snapshot
 from qrlora_deploy.models.loading import check_whole, load_weights, make_skeleton
 from qrlora_deploy.models.model_config import (
     CLASSIFIER,
@@ -273,15 +274,7 @@ def open_checkpoint(name: str) -> Checkpoint:
         return Checkpoint(folder, name)
     if name.count("/") > 1 or name.startswith((".", "/")) or folder.is_file():
         raise InputError(f"{name}: no such folder")
-    # Imported here: most bases are folders.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model"]
-    try:
-        return Checkpoint(Path(snapshot_download(name, allow_patterns=patterns)), name)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(f"{name} is neither a folder nor a reachable hub repository: {first_line(error)}") from error
+    return Checkpoint(fetch_snapshot(name), name)
 
 
 def check_basis_fits(checkpoint: Checkpoint, basis: Basis) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fleet_parts.profile import STAGES, Split, StepView, lines
+from benchmarks.fleet.profile import STAGES, Split, StepView, lines
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.models.checkpoint import open_checkpoint
 from qrlora_deploy.training.fleet.options import FleetOptions
@@ -20,7 +20,7 @@ def test_every_stage_is_a_function_of_the_fleet() -> None:
 
 def test_a_stage_counts_its_own_seconds_and_threads_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr("benchmarks.fleet_parts.profile.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("benchmarks.fleet.profile.time.perf_counter", lambda: clock[0])
     split = Split("cpu")
 
     def pass_by(seconds: float) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.fleet import TARGETS
+from benchmarks.common.layers import targets_of
+from benchmarks.common.shapes import random_classifier
+from benchmarks.fleet.setup import TARGETS
 from benchmarks.fleet_workers import BOUNDS, check
-from benchmarks.layers import targets_of
-from benchmarks.shapes import random_classifier
 from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
 from qrlora_deploy.models.checkpoint import open_checkpoint
 

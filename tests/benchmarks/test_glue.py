@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.glue_parts.loop import OutOfTime, Schedule, factor, predict, train_model
-from benchmarks.glue_parts.methods import METHODS, head_names, prepare
-from benchmarks.glue_parts.plan import WARM_UP, Choice, Place, make_plan
-from benchmarks.glue_parts.records import (
+from benchmarks.glue.loop import OutOfTime, Schedule, factor, predict, train_model
+from benchmarks.glue.methods import METHODS, head_names, prepare
+from benchmarks.glue.records import (
     append_record,
     check_settings,
     claimed,
@@ -25,10 +24,11 @@ from benchmarks.glue_parts.records import (
     read_records,
     set_aside,
 )
-from benchmarks.glue_parts.report import plot_curves, render_table
-from benchmarks.glue_parts.starts import PRETRAINED, WARMED, Models
-from benchmarks.glue_parts.tasks import TASKS, Task, read_part, read_tokens, scores, write_tokens
-from benchmarks.glue_parts.work import Job, Settings, Worker, is_current
+from benchmarks.glue.report import plot_curves, render_table
+from benchmarks.glue.runs import WARM_UP, Choice, Place, make_plan
+from benchmarks.glue.starts import PRETRAINED, WARMED, Models
+from benchmarks.glue.tasks import TASKS, Task, read_part, read_tokens, scores, write_tokens
+from benchmarks.glue.work import Job, Settings, Worker, is_current
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.formats.basis import Basis

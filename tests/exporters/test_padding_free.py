@@ -21,7 +21,7 @@ from qrlora_deploy.models.targets import choose_targets
 from qrlora_deploy.rank_rules.energy_share import EnergyShare
 from qrlora_deploy.rank_rules.fixed_rank import FixedRank
 from qrlora_deploy.runtime import open_bundle, open_session, verify
-from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX, kept_tokens, write_kept_tokens
+from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX, kept_tokens, write_tokens
 from tests.exporters.test_attention import save_classifier
 from tests.exporters.test_switchable import save_encoder
 from tests.tolerances import FP32_ONNX, FP32_SIDE_BRANCH
@@ -156,7 +156,7 @@ def test_a_token_that_is_computed_twice_changes_nothing(kind: str, mpnet_graph: 
     }
     kept = kept_tokens(mask)
     more = np.full(len(kept) + 5, 99)
-    write_kept_tokens(more, mask)
+    write_tokens(more, kept)
     expected = session.run(None, inputs | {TOKEN_INDEX: kept})[0]
     np.testing.assert_allclose(session.run(None, inputs | {TOKEN_INDEX: more})[0], expected, **FP32_SIDE_BRANCH)
     everything = np.arange(mask.size)

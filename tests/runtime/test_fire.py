@@ -36,7 +36,7 @@ def write_in_place(session: SwitchableSession) -> None:
             publish(customer, values, note)
         else:
             table.memory.write(held[customer], values)
-            table._notes[held[customer]] = note
+            table._use._notes[held[customer]] = note
 
     table.publish = overwrite  # type: ignore[method-assign]
 

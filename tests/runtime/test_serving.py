@@ -11,7 +11,8 @@ import pytest
 
 from qrlora_deploy.errors import CheckFailed, FileFormatError, InputError, ProviderError
 from qrlora_deploy.runtime import Predictor, open_bundle, open_session, verify
-from qrlora_deploy.runtime.verification.parity import check_parity, customer_effect, read_reference
+from qrlora_deploy.runtime.verification.parity import check_parity, customer_effect
+from qrlora_deploy.runtime.verification.reference import read_reference
 from qrlora_deploy.tasks.classification import Classification
 from tests.tiny import LABELS, SENTENCES
 from tests.tolerances import FP32_ONNX

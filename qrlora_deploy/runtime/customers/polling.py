@@ -3,6 +3,7 @@
 import heapq
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -13,6 +14,21 @@ NEWEST = 256
 
 STEP = 1000
 """Entries whose status is asked for in one go, which takes a few milliseconds on a local disk."""
+
+
+@dataclass(frozen=True)
+class Again:
+    """A file to look at again: when its signature changes, or at any rate where that is None.
+
+    Attributes:
+        signature: the file's when it was read.
+        message: what was wrong with it; empty where nothing was.
+        after_s: look at it when `time.monotonic` says this, whatever its signature.
+    """
+
+    signature: Signature | None
+    message: str = ""
+    after_s: float | None = None
 
 
 def status_of(path: "Path | str") -> os.stat_result | None:
@@ -32,6 +48,11 @@ def signature_of(status: os.stat_result | None) -> Signature | None:
     if status is None:
         return None
     return hash((status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino, status.st_dev))
+
+
+def changed_s(status: os.stat_result) -> float:
+    """When a file was last changed or came to its place, in seconds since 1970."""
+    return max(status.st_mtime, status.st_ctime)
 
 
 def newest_first(folder: Path) -> Iterator[str]:

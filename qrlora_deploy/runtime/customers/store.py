@@ -4,7 +4,6 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from qrlora_deploy.errors import InputError, QrloraError
@@ -18,7 +17,7 @@ from qrlora_deploy.formats.customer_files import (
 )
 from qrlora_deploy.runtime.customers.backlog import Backlog
 from qrlora_deploy.runtime.customers.events import Report, StoreEvent, event_of, is_refusal, tell
-from qrlora_deploy.runtime.customers.polling import Signature, newest_first, signature_of, status_of
+from qrlora_deploy.runtime.customers.polling import Again, Signature, changed_s, newest_first, signature_of, status_of
 from qrlora_deploy.runtime.customers.watching import FolderWatcher
 from qrlora_deploy.runtime.host.forking import survive_forks
 from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
@@ -34,21 +33,6 @@ whole seconds only, so a second change within one would not be seen."""
 
 BUSY_S = 1.0
 """What is only compared with the table waits so long at most for a comparison of the folder's files."""
-
-
-@dataclass(frozen=True)
-class _Again:
-    """A file to look at again: when its signature changes, or at any rate where that is None.
-
-    Attributes:
-        signature: the file's when it was read.
-        message: what was wrong with it; empty where nothing was.
-        after_s: look at it when `time.monotonic` says this, whatever its signature.
-    """
-
-    signature: Signature | None
-    message: str = ""
-    after_s: float | None = None
 
 
 class CustomerStore:
@@ -93,7 +77,7 @@ class CustomerStore:
         # never be published after it.
         self._locks = _new_locks()
         self._read: dict[str, tuple[bytes, Signature | None]] = {}
-        self._again: dict[str, _Again] = {}
+        self._again: dict[str, Again] = {}
         self._links: set[str] = set()
         self._backlog = Backlog(self._refresh, self._catch_up, self._due, self._complain)
         self._watcher = FolderWatcher(self.folder, self._compare, self._follow, self._complain, poll)
@@ -182,7 +166,7 @@ class CustomerStore:
                 self.session.load(customer, coefficients)
         except Exception as error:
             self._look_again(
-                customer, _Again(signature if is_refusal(error) else None, event_of(customer, error).message)
+                customer, Again(signature if is_refusal(error) else None, event_of(customer, error).message)
             )
             raise
         linked = path.is_symlink()
@@ -190,11 +174,11 @@ class CustomerStore:
         if linked or known is not None or not there:
             # Of millions that came from a packed file nothing is kept here.
             self._read[customer] = (version, signature)
-        fresh = self._watcher.polls and status is not None and _changed_s(status) > time.time() - SETTLE_S
-        self._look_again(customer, _Again(signature, after_s=time.monotonic() + SETTLE_S) if fresh else None)
+        fresh = self._watcher.polls and status is not None and changed_s(status) > time.time() - SETTLE_S
+        self._look_again(customer, Again(signature, after_s=time.monotonic() + SETTLE_S) if fresh else None)
         return None if there else StoreEvent("loaded", customer, f"{path} is live", coefficients.digest)
 
-    def _look_again(self, customer: str, again: _Again | None) -> None:
+    def _look_again(self, customer: str, again: Again | None) -> None:
         # Without a watcher nobody would look; `start` looks at everything.
         if again is not None and self._watcher.running:
             self._again[customer] = again
@@ -300,8 +284,3 @@ class CustomerStore:
 
 def _new_locks() -> tuple[threading.Lock, ...]:
     return tuple(threading.Lock() for _ in range(LOCKS))
-
-
-def _changed_s(status: os.stat_result) -> float:
-    """When a file was last changed or came to its place, in seconds since 1970."""
-    return max(status.st_mtime, status.st_ctime)

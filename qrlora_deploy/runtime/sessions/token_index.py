@@ -52,11 +52,6 @@ def write_tokens(target: np.ndarray, kept: np.ndarray) -> None:
     target[len(kept) :] = 0
 
 
-def write_kept_tokens(target: np.ndarray, mask: np.ndarray) -> None:
-    """`write_tokens` of those that `mask` keeps."""
-    write_tokens(target, kept_tokens(mask))
-
-
 def padded_tokens(tokens: int, batch: int, length: int) -> int:
     """How many tokens a bucket of `batch` rows of `length` computes on where `tokens` are kept.
 

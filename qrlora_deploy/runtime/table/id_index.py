@@ -88,15 +88,6 @@ class IdIndex:
         self._views = self._starts.data, self._keys.data, self._offsets.data
         self._check_twice()
 
-    @classmethod
-    def of(cls, names: "Sequence[str] | np.ndarray") -> "IdIndex":
-        """From names, each once, as text or as an array of bytes.
-
-        Raises:
-            InputError: as above.
-        """
-        return cls(*encode_ids(names))
-
     def __len__(self) -> int:
         return len(self._keys)
 

@@ -21,6 +21,7 @@ from qrlora_deploy.runtime.table.directory import Bulk, Directory
 from qrlora_deploy.runtime.table.free_rows import FreeRows
 from qrlora_deploy.runtime.table.id_index import IdIndex
 from qrlora_deploy.runtime.table.memory import TableMemory
+from qrlora_deploy.runtime.table.row_use import RowUse
 
 BASE_ROW = 0
 """Zeros: the base model."""
@@ -66,10 +67,8 @@ class CoefficientTable:
         # While a bulk takes the place of what is older.
         self._flipping = threading.Lock()
         self._directory = Directory()
-        self._holders: dict[int, int] = {}
-        self._retired: set[int] = set()
-        self._notes: dict[int, Any] = {}
         self._free = FreeRows(BASE_ROW + 1, rows)
+        self._use = RowUse(self._free)
         survive_forks(self)
 
     def before_fork(self) -> None:
@@ -107,9 +106,9 @@ class CoefficientTable:
         """Whether `customer` has a row with exactly the bytes of `values`, and this note. It does not count as use."""
         with self._lock:
             row = self._directory.find(customer)
-            if row is None or self._notes.get(row) != note:
+            if row is None or self._use.note_of(row) != note:
                 return False
-            self._holders[row] = self._holders.get(row, 0) + 1
+            self._use.hold(row)
             memory = self.memory
         try:
             return memory.holds(row, values)
@@ -137,18 +136,8 @@ class CoefficientTable:
                 raise
             with self._lock:
                 if note is not None:
-                    self._notes[row] = note
-                self._retire(self._directory.put(customer, row))
-
-    def publish_many(self, customers: Sequence[str], blocks: Iterable[dict[str, np.ndarray]], note: Any = None) -> None:
-        """`publish_bulk` of customers whose names are there, each once.
-
-        Raises:
-            InputError: also where a name is no customer id.
-        """
-        if customers:
-            index = IdIndex.of(customers)
-            self.publish_bulk(len(index), blocks, lambda: index, note)
+                    self._use.note([row], note)
+                self._use.retire(self._directory.put(customer, row))
 
     def publish_bulk(
         self, count: int, blocks: Iterable[dict[str, np.ndarray]], index: Callable[[], IdIndex], note: Any = None
@@ -185,7 +174,7 @@ class CoefficientTable:
         with self._flipping:
             with self._lock:
                 if note is not None:
-                    self._notes.update(dict.fromkeys(rows.tolist(), note))
+                    self._use.note(rows.tolist(), note)
                 older, names = self._directory.add(bulk), self._directory.entries()
             self._supersede(bulk, older, names)
 
@@ -193,7 +182,7 @@ class CoefficientTable:
         """Take a customer out; runs that hold it are not disturbed. False where there is none."""
         with self._lock:
             rows = self._directory.take_out(customer)
-            self._retire(rows)
+            self._use.retire(rows)
         return bool(rows)
 
     def hold(self, customers: Iterable[str | None]) -> tuple[dict[str | None, int], list[str]]:
@@ -215,9 +204,9 @@ class CoefficientTable:
                     continue
                 held[customer] = row
                 if customer is not None:
-                    self._holders[row] = self._holders.get(row, 0) + 1
+                    self._use.hold(row)
                     if self.max_rows is not None:
-                        self._retire(self._directory.use(customer))
+                        self._use.retire(self._directory.use(customer))
         try:
             # The rows that were found are written, but may still be on their way to the device.
             self.memory.settle()
@@ -229,45 +218,25 @@ class CoefficientTable:
     def release(self, rows: Iterable[int]) -> None:
         """Give back rows from `hold`, once for every time they were held."""
         with self._lock:
-            for row in rows:
-                if row == BASE_ROW:
-                    continue
-                self._holders[row] -= 1
-                if self._holders[row] == 0:
-                    del self._holders[row]
-                    if row in self._retired:
-                        self._retired.remove(row)
-                        self._set_free(row)
+            self._use.release(row for row in rows if row != BASE_ROW)
 
     def note_of(self, row: int) -> Any:
         """What was published with the version in a row that is held; None for the base."""
-        return self._notes.get(row)
+        return self._use.note_of(row)
 
     def _supersede(self, bulk: Bulk, older: Sequence[Bulk], names: Sequence[str]) -> None:
         """Take the customers of a new bulk out of everything older, in steps that keep no run waiting."""
         for first in range(0, len(names), FLIP_CUSTOMERS):
             with self._lock:
                 for name in names[first : first + FLIP_CUSTOMERS]:
-                    self._retire(self._directory.give_up_entry(name, bulk))
+                    self._use.retire(self._directory.give_up_entry(name, bulk))
         for other in older:
             places = np.flatnonzero(other.index.places_in(bulk.index) >= 0)
             for first in range(0, len(places), FLIP_CUSTOMERS):
                 with self._lock:
-                    self._retire(other.take_out_many(places[first : first + FLIP_CUSTOMERS]))
+                    self._use.retire(other.take_out_many(places[first : first + FLIP_CUSTOMERS]))
         with self._lock:
             self._directory.drop_empty()
-
-    def _retire(self, rows: Iterable[int]) -> None:
-        """Rows that nobody has any more: free, or else when the last run lets go. Called under the lock."""
-        for row in rows:
-            if row in self._holders:
-                self._retired.add(row)
-            else:
-                self._set_free(row)
-
-    def _set_free(self, row: int) -> None:
-        self._notes.pop(row, None)
-        self._free.give_back(row)
 
     def _take_row(self) -> int:
         """A row that nobody reads. Called by the one writer."""
@@ -315,9 +284,9 @@ class CoefficientTable:
                 self.memory.write_rows(first, part)
 
     def _evict(self) -> int:
-        row = self._directory.give_way(self._holders)
+        row = self._directory.give_way(self._use.holders)
         if row is not None:
-            self._notes.pop(row, None)
+            self._use.forget(row)
             return row
         raise TableFullError(f"all {self.max_rows} rows of the table are in use; open it with more rows")
 

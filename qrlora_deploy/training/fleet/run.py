@@ -1,59 +1,20 @@
-"""Training a fleet: customers enter, train side by side, are written when they are done, and leave."""
+"""Training a fleet: what is checked and planned before its loop, and reported after it."""
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 from qrlora_deploy.errors import InputError, QrloraError
 from qrlora_deploy.formats.basis import Basis
-from qrlora_deploy.models.capacity import segment_rows
 from qrlora_deploy.models.checkpoint import Checkpoint, check_basis_fits
-from qrlora_deploy.training.fleet.engine import Engine, free_share
-from qrlora_deploy.training.fleet.model import FleetModel
+from qrlora_deploy.training.fleet.loop import Fleet, Progress
 from qrlora_deploy.training.fleet.options import FleetOptions, FleetReport
-from qrlora_deploy.training.fleet.plan import Customer, FleetSource, Plan, plan_fleet
-from qrlora_deploy.training.fleet.schedule import Schedule
-from qrlora_deploy.training.fleet.scoring import score_answers
+from qrlora_deploy.training.fleet.plan import FleetSource, plan_fleet
 from qrlora_deploy.training.fleet.summary import (
-    FAILED,
-    Line,
-    finished_line,
-    run_digest,
     summary_file,
     write_summary,
 )
-from qrlora_deploy.training.fleet.tokens import RowEncoder, TokenRows, TokensAhead
-from qrlora_deploy.training.fleet.writing import Origin, Trained, Writer
-from qrlora_deploy.training.record import Ran
 from qrlora_deploy.training.settings import TrainSettings, choose_device
-from qrlora_deploy.training.trunk.memory import free_bytes
-
-Progress = Callable[[int, int, int], None]
-
-
-@dataclass
-class _Active:
-    """A customer in training.
-
-    Attributes:
-        customer: who.
-        metric: chooses the best epoch.
-        baseline: metrics before training.
-        metrics: of the best epoch so far.
-        waited: epochs since then.
-        loss: mean of the last epoch.
-    """
-
-    customer: Customer
-    metric: str
-    baseline: dict[str, float] = field(default_factory=dict)
-    metrics: dict[str, float] = field(default_factory=dict)
-    waited: int = 0
-    loss: float = 0.0
 
 
 def train_fleet(
@@ -91,7 +52,7 @@ def train_fleet(
     start = time.perf_counter()
     plan = plan_fleet(source, checkpoint, settings, options.shard)
     options.open_output(plan.customers)
-    fleet = _Fleet(checkpoint, basis, settings, options, plan, device)
+    fleet = Fleet(checkpoint, basis, settings, options, plan, device)
     summary = summary_file(options.output, options.shard)
     try:
         fleet.run(progress)
@@ -110,211 +71,3 @@ def _device(settings: TrainSettings, local_rank: int) -> torch.device:
         raise InputError(f"worker {local_rank} of this machine has no GPU of its own: there are {count}")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
-
-
-class _Fleet:
-    """The loop and what it knows of each active customer."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        basis: Basis,
-        settings: TrainSettings,
-        options: FleetOptions,
-        plan: Plan,
-        device: torch.device,
-    ) -> None:
-        self.settings, self.options, self.device = settings, options, device
-        self.origin = Origin(checkpoint.name, checkpoint.digest, basis.digest, options.basis_file)
-        self.lines = {name: Line(name, FAILED, reason) for name, reason in plan.refused.items()}
-        self.failed = len(self.lines)
-        waiting = [customer for customer in plan.customers if not self._is_done(customer)]
-        self.total = len(plan.customers) + len(plan.refused)
-        # The longest first: at the end few would be left to train beside each other.
-        self.queue = deque(sorted(waiting, key=lambda customer: -len(customer.train)))
-        self.ready: TokenRows | None = None
-        self.active: dict[int, _Active] = {}
-        self.slots = options.slots(device.type, settings.batch_size, len(waiting))
-        self.tokens: TokensAhead | None = None
-        if waiting:
-            labels = max(len(customer.outputs.labels) for customer in waiting)
-            model = FleetModel(checkpoint, basis, settings, self.slots, labels, device)
-            free = free_bytes("device" if device.type == "cuda" else "host", device, options.output)
-            self.engine = Engine(model, self.slots, settings, free_share(free))
-            self.schedule = Schedule(self.slots, settings)
-            segments = segment_rows(model.model, model.tokenizer)
-            encoder = RowEncoder(model.tokenizer, list(model.pad), settings.max_length, segments)
-            self.tokens = TokensAhead(encoder, list(self.queue), 2 * self.slots)
-        self.writer = Writer(settings, self.origin)
-
-    def run(self, progress: Progress | None) -> None:
-        """Train until nobody is left."""
-        try:
-            self._report(progress)
-            while self.queue or self.active:
-                known = len(self.lines)
-                self._admit()
-                if self.active:
-                    self._step()
-                self._note(self.writer.written())
-                if len(self.lines) != known:
-                    self._report(progress)
-            self._note(self.writer.written(wait=True))
-            self._report(progress)
-        finally:
-            try:
-                if self.tokens:
-                    self.tokens.close()
-            finally:
-                # A second signal may come in between, and what is being written must become whole.
-                self.writer.close()
-
-    def _step(self) -> None:
-        rows, rates = self.schedule.next_rows(), self.schedule.rates()
-        ended = self.schedule.advance()
-        self.engine.train_step(rows, rates, self.schedule.step)
-        if len(ended):
-            self._end_epochs(ended)
-
-    def _note(self, lines: Iterable[Line]) -> None:
-        for line in lines:
-            self.lines[line.customer] = line
-
-    def _report(self, progress: Progress | None) -> None:
-        if progress:
-            progress(len(self.lines), self.failed, self.total)
-
-    def _is_done(self, customer: Customer) -> bool:
-        if not self.options.resume:
-            return False
-        wanted = run_digest(customer, self.settings, self.origin.digests)
-        line = finished_line(customer, self.options.file_of(customer.name), wanted)
-        if line is not None:
-            self.lines[customer.name] = line
-        return line is not None
-
-    def _admit(self) -> None:
-        """Let customers in where a good part of the slots is free, so that the trunk runs over many at once."""
-        free = self.schedule.free
-        if not self.queue or len(free) < max(1, self.slots // 8):
-            return
-        entering: list[tuple[int, Customer, TokenRows]] = []
-        tokens = 0
-        for slot in free.tolist():
-            rows = self._next_rows()
-            if rows is None:
-                break
-            tokens += int(rows.lengths.sum())
-            if not self.engine.has_room(tokens) and (self.active or entering):
-                self.ready = rows  # until somebody has left
-                break
-            entering.append((slot, self.queue.popleft(), rows))
-        if not entering:
-            return
-        slots, customers, parts = (list(column) for column in zip(*entering, strict=True))
-        self.engine.enter(slots, customers, parts)
-        for slot, customer in zip(slots, customers, strict=True):
-            self.schedule.enter(slot, len(customer.train))
-            self.active[slot] = _Active(customer, self.settings.metric_of(customer.outputs.task))
-        judged = [slot for slot in slots if self.active[slot].customer.evaluation]
-        known = [slot for slot in judged if not self.active[slot].customer.outputs.new]
-        for slot, metrics in self._scores(known).items():
-            self.active[slot].baseline = _rounded(metrics)
-
-    def _next_rows(self) -> TokenRows | None:
-        """Tokens of the first in the queue; customers without usable rows have left it. None where nobody is left."""
-        rows, self.ready = self.ready, None
-        while rows is None and self.queue and self.tokens:
-            found = self.tokens.take()
-            if isinstance(found, InputError):
-                self._fail(self.queue.popleft(), str(found))
-            else:
-                rows = found
-        return rows
-
-    def _end_epochs(self, ended: np.ndarray) -> None:
-        losses = self.engine.take_losses(ended) / self.schedule.per_epoch[ended]
-        for slot, loss in zip(ended.tolist(), losses.tolist(), strict=True):
-            self.active[slot].loss = loss
-            if not np.isfinite(loss):
-                epoch = int(self.schedule.epoch[slot])
-                self._drop(slot, f"the loss became {loss} in epoch {epoch}; try a smaller --learning-rate")
-        left = [slot for slot in ended.tolist() if slot in self.active]
-        judged = [slot for slot in left if self.active[slot].customer.evaluation]
-        self._judge(judged)
-        left = [slot for slot in left if slot in self.active]
-        done = [slot for slot in left if self._is_over(slot)]
-        last = [slot for slot in done if not self.active[slot].customer.evaluation]
-        if last:
-            self.engine.model.keep(last)
-        self._finish(done)
-        self.schedule.next_epoch([slot for slot in left if slot in self.active])
-
-    def _is_over(self, slot: int) -> bool:
-        epochs = int(self.schedule.epoch[slot])
-        return epochs == self.settings.epochs or self.active[slot].waited >= self.settings.patience
-
-    def _judge(self, slots: list[int]) -> None:
-        """Score some customers, and remember those whose epoch was their best."""
-        better = []
-        for slot, metrics in self._scores(slots).items():
-            active = self.active[slot]
-            if not active.metrics or metrics[active.metric] > active.metrics[active.metric]:
-                active.metrics, active.waited = metrics, 0
-                better.append(slot)
-            else:
-                active.waited += 1
-        if better:
-            self.engine.model.keep(better)
-
-    def _scores(self, slots: list[int]) -> dict[int, dict[str, float]]:
-        """Metrics of some customers; those whose answers are no numbers are dropped."""
-        if not slots:
-            return {}
-        found = score_answers(self.engine.answer_held_out(slots), self.engine.regression)
-        for slot in set(slots) - found.keys():
-            self._drop(slot, "the model answers NaN or Inf: training diverged; try a smaller --learning-rate")
-        return found
-
-    def _finish(self, slots: list[int]) -> None:
-        """Customers that are done are written, and leave."""
-        if not slots:
-            return
-        learnt = self.engine.model.best(slots, [self.active[slot].customer.outputs for slot in slots])
-        for slot, found in zip(slots, learnt, strict=True):
-            customer = self.active[slot].customer
-            if not found.is_finite:
-                self._drop(slot, "training diverged: a coefficient is NaN or Inf; try a smaller --learning-rate")
-                continue
-            self.writer.write(Trained(customer, self._ran(slot), found), self.options.file_of(customer.name))
-            self._forget(slot)
-
-    def _ran(self, slot: int) -> Ran:
-        active = self.active[slot]
-        return Ran(
-            steps=int(self.schedule.step[slot]),
-            epochs=float(self.schedule.epoch[slot]),
-            metric=active.metric,
-            metrics=_rounded(active.metrics),
-            baseline=active.baseline,
-            loss=round(active.loss, 6),
-            device=self.device.type,
-            remark=active.customer.outputs.remark,
-        )
-
-    def _drop(self, slot: int, reason: str) -> None:
-        self._fail(self.active[slot].customer, reason)
-        self._forget(slot)
-
-    def _fail(self, customer: Customer, reason: str) -> None:
-        self.failed += 1
-        self.lines[customer.name] = Line(customer.name, FAILED, reason, rows=len(customer.train))
-
-    def _forget(self, slot: int) -> None:
-        del self.active[slot]
-        self.engine.leave(slot)
-        self.schedule.leave(slot)
-
-
-def _rounded(metrics: dict[str, float]) -> dict[str, float]:
-    return {name: round(value, 6) for name, value in metrics.items()}

@@ -28,6 +28,7 @@ from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
 from qrlora_deploy.runtime.table.id_index import IdIndex
 from qrlora_deploy.runtime.table.memory import HostMemory, make_memory
 from qrlora_deploy.runtime.table.table import CoefficientTable, TableFullError, rows_of
+from tests.runtime.bulks import publish_many
 from tests.runtime.customers.test_store import ALLOWED
 from tests.runtime.place import INPUTS
 
@@ -309,7 +310,7 @@ def block(*numbers: float) -> dict[str, np.ndarray]:
 
 def test_a_bulk_that_fails_changes_nothing() -> None:
     table = new_table(rows=8)
-    table.publish_many(["a", "b"], [block(1, 2)], note="n")
+    publish_many(table, ["a", "b"], [block(1, 2)], note="n")
     free = sorted(table._free)
 
     def breaks() -> Any:
@@ -324,7 +325,7 @@ def test_a_bulk_that_fails_changes_nothing() -> None:
         (["a"], [{TABLE: np.zeros((1, WIDTH + 1), np.float32)}], ValueError),
     ):
         with pytest.raises(error):
-            table.publish_many(names, blocks)
+            publish_many(table, names, blocks)
     assert sorted(table._free) == free and table.customers() == ["a", "b"]
     held, _ = table.hold(["a", "b"])
     part = table.memory.parts[TABLE]
@@ -339,14 +340,13 @@ def test_a_bulk_uses_the_gaps_and_never_pushes_out() -> None:
     for name in "bdf":
         table.remove(name)
     with pytest.raises(TableFullError, match="4 customers need as many free rows, .* no more than 8, 4 of them in use"):
-        table.publish_many(list("wxyz"), [block(1, 2, 3, 4)])
-    table.publish_many(list("xyz"), [block(1), block(), block(2, 3)])
+        publish_many(table, list("wxyz"), [block(1, 2, 3, 4)])
+    publish_many(table, list("xyz"), [block(1), block(), block(2, 3)])
     assert sorted(table.customers()) == list("acegxyz") and list(table._free) == []
     held, _ = table.hold("axyz")
     part = table.memory.parts[TABLE]
     assert isinstance(part, HostMemory)
     assert part.array[rows_of("axyz", held)][:, 0].tolist() == [0, 1, 2, 3]
-    table.publish_many([], [])
 
 
 def test_bulks_grow_once_and_threads_never_see_a_mixture() -> None:
@@ -364,7 +364,7 @@ def test_bulks_grow_once_and_threads_never_see_a_mixture() -> None:
     def bulk(version: int) -> None:
         for turn in range(8):
             number = version * 100 + turn
-            table.publish_many(names, (block(*[number] * 50) for _ in range(6)), note=number)
+            publish_many(table, names, (block(*[number] * 50) for _ in range(6)), note=number)
 
     def single() -> None:
         number = 0
@@ -394,7 +394,7 @@ def test_bulks_grow_once_and_threads_never_see_a_mixture() -> None:
     stop.set()
     for thread in others:
         thread.join()
-    assert wrong == [] and table._holders == {} and table._retired == set()
+    assert wrong == [] and table._use.holders == {} and table._use.retired == set()
     assert len(table._free) == table.memory.rows - 1 - 300
     held, _ = table.hold(names)
     assert len(set(table._free) | set(held.values())) == table.memory.rows - 1
@@ -425,7 +425,7 @@ def test_names_are_listed_while_nobody_waits(monkeypatch: pytest.MonkeyPatch) ->
     """A list of millions takes seconds; the table's lock is free meanwhile, and changes do not reach it."""
     table = new_table(rows=16)
     table.publish("z", {TABLE: np.zeros(WIDTH, np.float32)})
-    table.publish_many(["a", "b", "c"], [block(1, 2, 3)])
+    publish_many(table, ["a", "b", "c"], [block(1, 2, 3)])
     name, listed = IdIndex.name, []
 
     def looks(index: IdIndex, place: int) -> str:

@@ -110,7 +110,7 @@ def test_a_row_is_told_from_another_by_every_bit_and_by_its_labels(place: Place)
 
 
 def test_labels_are_kept_once(place: Place, tmp_path: Path) -> None:
-    notes = place.session.table._notes
+    notes = place.session.table._use._notes
     place.put("acme", 1)
     place.session.load("acme", place.path("acme"))
     assert notes == {}, "the base's are the bundle's"

@@ -19,7 +19,7 @@ from qrlora_deploy.models.checkpoint import open_checkpoint
 from qrlora_deploy.models.targets import choose_targets
 from qrlora_deploy.rank_rules.energy_share import EnergyShare
 from qrlora_deploy.runtime import Buckets, SwitchableSession, open_bundle, verify
-from qrlora_deploy.runtime.sessions.token_index import STEPS, kept_tokens, padded_tokens, write_kept_tokens
+from qrlora_deploy.runtime.sessions.token_index import STEPS, kept_tokens, padded_tokens, write_tokens
 from tests.exporters.test_switchable import save_encoder
 from tests.runtime.fire import made_up_customer, made_up_inputs
 from tests.tolerances import FP32_ONNX
@@ -101,7 +101,7 @@ def test_kept_tokens_are_those_of_the_mask_and_the_first_of_each_row(rows: list[
     expected = [5 * row + place for row in range(len(rows)) for place in range(5) if place == 0 or rows[row][place]]
     assert kept_tokens(mask).tolist() == expected and (mask == before).all()
     target = np.full(len(expected) + more, 77)
-    write_kept_tokens(target, mask)
+    write_tokens(target, kept_tokens(mask))
     assert target.tolist() == expected + [0] * more
 
 

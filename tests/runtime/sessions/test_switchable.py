@@ -313,7 +313,7 @@ def test_unknown_customer_is_refused_in_one_line(served: SwitchableSession, inpu
         served.predict(rows(inputs, [0, 1, 2]), ["c0", "nob\ndy", None])
     assert "\n" not in str(caught.value)
     # What the batch held before is given back.
-    assert served.table._holders == {}
+    assert served.table._use.holders == {}
 
 
 def test_an_unloaded_customer_is_unknown(session: SwitchableSession, bundle: Bundle, inputs: Inputs) -> None:
@@ -347,7 +347,7 @@ def test_inputs_that_do_not_fit_are_refused(served: SwitchableSession, inputs: I
         with pytest.raises(InputError, match=message) as caught:
             served.predict(batch, ["c0", "c1", None])
         assert "\n" not in str(caught.value)
-    assert served.table._holders == {}
+    assert served.table._use.holders == {}
 
 
 def test_an_empty_batch_is_refused(served: SwitchableSession, inputs: Inputs) -> None:

@@ -10,7 +10,7 @@ from qrlora_deploy.errors import ProviderError
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.runtime import Buckets, Predictor, SwitchableSession, open_bundle, open_session, verify
 from qrlora_deploy.runtime.prediction.tokenizing import TextEncoder
-from qrlora_deploy.runtime.verification.parity import read_reference
+from qrlora_deploy.runtime.verification.reference import read_reference
 from tests.runtime.fire import fire
 from tests.tiny import SENTENCES
 from tests.tolerances import FP32_ONNX

@@ -11,6 +11,7 @@ from qrlora_deploy.runtime.bundle.row_layout import HEAD_TABLE, TABLE, TABLE_DTY
 from qrlora_deploy.runtime.table import cuda
 from qrlora_deploy.runtime.table.memory import LEAVING, CudaMemory, HostMemory, make_memory
 from qrlora_deploy.runtime.table.table import CoefficientTable, rows_of
+from tests.runtime.bulks import publish_many
 from tests.runtime.fake_cuda import INVALID, FakeCuda
 
 WIDTHS = {TABLE: 24, HEAD_TABLE: 10}
@@ -38,7 +39,7 @@ def fill(provider: str) -> dict[str, np.ndarray]:
         {part: random.normal(size=(count, width)).astype(np.float32) for part, width in WIDTHS.items()}
         for count in (1, 40, 3)
     ]
-    table.publish_many([f"d{number}" for number in range(44)], iter(blocks))
+    publish_many(table, [f"d{number}" for number in range(44)], iter(blocks))
     return {part: memory.read_rows(0, memory.rows) for part, memory in table.memory.parts.items()}
 
 
@@ -97,7 +98,7 @@ def test_a_copy_that_is_refused_is_an_error_and_leaves_the_thread_as_it_was(
         patch.setattr(fake, "_streamquery", lambda *_: INVALID)
         with pytest.raises(QrloraError, match=r"CUDA refused .* \(error 1\)"):
             table.hold(["a"])
-    assert fake.mode == 0 and table._holders == {}
+    assert fake.mode == 0 and table._use.holders == {}
     held, _ = table.hold(["a"])
     assert table.memory.parts[TABLE].read_rows(held["a"], 1).all()
 

@@ -11,6 +11,7 @@ from qrlora_deploy.runtime.table import id_index
 from qrlora_deploy.runtime.table.directory import Bulk
 from qrlora_deploy.runtime.table.free_rows import FreeRows
 from qrlora_deploy.runtime.table.id_index import IdIndex, encode_ids
+from tests.runtime.bulks import index_of
 from tests.runtime.customers.test_store import ALLOWED
 
 IDS = st.text(ALLOWED, min_size=1, max_size=MAX_ID_CHARACTERS).filter(lambda name: name[0] != ".")
@@ -28,7 +29,7 @@ def test_it_finds_what_a_dictionary_finds(names: list[str], others: list[str], p
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(id_index, "PRIME", prime)
         patch.setattr(id_index, "CHUNK", 7)
-        index = IdIndex.of(names)
+        index = index_of(names)
         expected = {name: place for place, name in enumerate(names)}
         for name in [*names, *others, *(f"{name}x" for name in names), *(name[1:] for name in names), "é" * 3, "a\0"]:
             assert index.find(name) == expected.get(name)
@@ -46,7 +47,7 @@ def test_places_in_another_index(left: list[str], right: list[str], prime: int) 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(id_index, "PRIME", prime)
         patch.setattr(id_index, "CHUNK", 7)
-        found = IdIndex.of(left).places_in(IdIndex.of(right))
+        found = index_of(left).places_in(index_of(right))
     assert found.tolist() == [right.index(name) if name in right else -1 for name in left]
 
 
@@ -58,7 +59,7 @@ def test_an_id_that_occurs_twice_is_named(names: list[str], data: st.DataObject,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(id_index, "PRIME", prime)
         with pytest.raises(InputError, match="occurs twice") as caught:
-            IdIndex.of(names)
+            index_of(names)
     assert str(caught.value) == f"the customer {again} occurs twice"
 
 
@@ -101,12 +102,12 @@ def test_names_as_an_array_of_bytes_are_the_same(names: list[str]) -> None:
     assert plain[1] == fast[1] and plain[0].dtype == fast[0].dtype == np.uint8
     for wrong in (["../a"], ["a" * 129]):
         with pytest.raises(InputError, match="is no customer id"):
-            IdIndex.of(np.array(wrong, dtype=np.bytes_))
+            index_of(np.array(wrong, dtype=np.bytes_))
 
 
 def test_ids_that_are_counted_on_are_spread() -> None:
     """Their remainders are not: a look-up would compare with hundreds."""
-    index = IdIndex.of(np.array([f"customer-{number:08d}" for number in range(50_000)], dtype=np.bytes_))
+    index = index_of(np.array([f"customer-{number:08d}" for number in range(50_000)], dtype=np.bytes_))
     filled = np.diff(index._starts.astype(np.int64))
     assert filled.max() < 30 and (filled**2).sum() < 4 * len(index)
     assert index.size_bytes < 45 * len(index)
@@ -147,7 +148,7 @@ def test_free_rows_against_a_set(steps: list[tuple[str, int]]) -> None:
 
 
 def test_a_bulk_gives_each_row_once() -> None:
-    bulk = Bulk(IdIndex.of(["a", "b", "c", "d"]), np.array([7, 8, 9, 12]))
+    bulk = Bulk(index_of(["a", "b", "c", "d"]), np.array([7, 8, 9, 12]))
     assert bulk.row_of("c") == 9 and bulk.row_of("x") is None
     assert bulk.take_out("b") == 8 and bulk.take_out("b") is None and bulk.take_out("x") is None
     assert bulk.take_out_first() == 7 and bulk.take_out_many(np.array([1, 3])) == [12]

@@ -12,6 +12,7 @@ from qrlora_deploy.errors import InputError
 from qrlora_deploy.runtime.bundle.row_layout import TABLE, TableLayout
 from qrlora_deploy.runtime.table.memory import HostMemory, TableMemory, make_memory
 from qrlora_deploy.runtime.table.table import BASE_ROW, CoefficientTable, rows_of
+from tests.runtime.bulks import publish_many
 
 WIDTH = 16
 NAMES = st.sampled_from(["acme", "bolt", "cargo", "delta", "echo", "fox"])
@@ -49,11 +50,11 @@ class TableModel(RuleBasedStateMachine):
         self.table.publish(customer, version(self.count), note=self.count)
         self.expected[customer] = self.count
 
-    @rule(customers=st.lists(NAMES, unique=True, max_size=6))
+    @rule(customers=st.lists(NAMES, unique=True, min_size=1, max_size=6))
     def publish_many(self, customers: list[str]) -> None:
         self.count += 1
         rows = {TABLE: np.full((len(customers), WIDTH), self.count, dtype=np.float32)}
-        self.table.publish_many(customers, [rows], note=self.count)
+        publish_many(self.table, customers, [rows], note=self.count)
         self.expected.update(dict.fromkeys(customers, self.count))
 
     @rule(customer=NAMES)
@@ -85,7 +86,7 @@ class TableModel(RuleBasedStateMachine):
     def the_base_is_zero_and_no_row_is_lost(self) -> None:
         memory = self.table.memory
         assert not array_of(memory)[BASE_ROW].any()
-        used = len(self.table) + len(self.table._retired) + len(self.table._free) + 1
+        used = len(self.table) + len(self.table._use.retired) + len(self.table._free) + 1
         assert used == memory.rows
         assert sorted(self.table.customers()) == sorted(self.expected)
         assert len(set(self.table._free)) == len(self.table._free)
@@ -116,7 +117,7 @@ def test_a_full_table_forgets_what_was_not_used_for_longest() -> None:
 def test_of_a_bulk_those_who_were_not_used_give_way_first() -> None:
     table = new_table(rows=5, max_rows=5)
     table.publish("old", version(9))
-    table.publish_many(list("abc"), [{TABLE: np.arange(1, 4, dtype=np.float32)[:, None].repeat(WIDTH, axis=1)}])
+    publish_many(table, list("abc"), [{TABLE: np.arange(1, 4, dtype=np.float32)[:, None].repeat(WIDTH, axis=1)}])
     assert "a" in table
     held, _ = table.hold(["b"])
     for name, left in (("d", "bcdold"), ("e", "bdeold"), ("f", "bdef"), ("g", "befg")):
@@ -178,7 +179,7 @@ def test_threads_never_see_a_mixture() -> None:
     for thread in writers:
         thread.join()
     assert wrong == []
-    assert table._holders == {} and table._retired == set()
+    assert table._use.holders == {} and table._use.retired == set()
 
 
 def test_layout_pads_every_target() -> None:

@@ -18,9 +18,9 @@ from qrlora_deploy.io.temporary import lock_folder, temporary_folder
 from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.tasks.classification import Classification
 from qrlora_deploy.training.fleet import engine as fleet_engine
+from qrlora_deploy.training.fleet import loop as fleet_loop
 from qrlora_deploy.training.fleet import model as fleet_model
 from qrlora_deploy.training.fleet import pool as fleet_pool
-from qrlora_deploy.training.fleet import run as fleet_run
 from qrlora_deploy.training.fleet import writing
 from qrlora_deploy.training.fleet.branch import RowLinear
 from qrlora_deploy.training.fleet.engine import CHUNK_TOKENS, Engine
@@ -123,7 +123,7 @@ def test_customers_wait_until_there_is_room(
 ) -> None:
     names, settings = write_folders(tmp_path), settings_of(epochs=2)
     # Room for the hidden states of about one customer: the others wait, and nobody is forgotten.
-    monkeypatch.setattr(fleet_run, "free_share", lambda _: 300 * 32 * 4)
+    monkeypatch.setattr(fleet_loop, "free_share", lambda _: 300 * 32 * 4)
     most: list[int] = []
     step = Engine.train_step
 

@@ -1,0 +1,1 @@
+"""What several benchmarks share: bases, layers, bundles, and what every record holds."""

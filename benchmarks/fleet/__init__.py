@@ -1,0 +1,1 @@
+"""Parts of `benchmarks.fleet`: the set-up, the rows, the peers, and where the seconds go."""

@@ -1,0 +1,1 @@
+"""Parts of `benchmarks.glue`: data, methods, starts, runs and their records, the training loop, and the report."""

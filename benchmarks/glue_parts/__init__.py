@@ -1,1 +1,0 @@
-"""The parts of `benchmarks/glue.py`: data, methods, starts, the training loop, records, and the report."""

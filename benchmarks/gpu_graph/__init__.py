@@ -1,0 +1,1 @@
+"""Parts of `benchmarks.gpu_graph`: shapes, graphs, and how they are run."""

@@ -1,0 +1,149 @@
+"""Bound sessions and PyTorch peers, timed from inputs on the device and from inputs on the host."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+
+from benchmarks.gpu_graph.shapes import Inputs
+from qrlora_deploy.runtime.bundle.row_layout import SLOT, TABLE
+from qrlora_deploy.runtime.sessions.session import open_session
+from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX, kept_tokens, padded_tokens, write_tokens
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something that answers one batch.
+
+    Attributes:
+        device: runs with inputs and logits on the device.
+        whole: the same from numpy inputs to numpy logits.
+        tokens: that its blocks compute on.
+    """
+
+    name: str
+    device: Callable[[], None]
+    whole: Callable[[], np.ndarray]
+    tokens: int
+
+
+class Graph:
+    """An ONNX file, opened when it is first needed and once.
+
+    Args:
+        path: of the file.
+        table: `[slots, width]` fp32 of a switchable graph; row r of a batch gets slot r + 1.
+    """
+
+    def __init__(self, path: Path, table: np.ndarray | None) -> None:
+        self.path, self.table = path, table
+        self._session: Any = None
+        self._bound = 0
+
+    def bind(self, inputs: Inputs, device: str, threads: int | None = None) -> "BoundGraph":
+        """The graph with one batch, which on CUDA is captured as a graph of its own."""
+        if self._session is None:
+            self._session = open_session(self.path, device, threads, cuda_graph=device == "cuda")
+        self._bound += 1
+        return BoundGraph(self._session, inputs, device, self.table, str(self._bound))
+
+
+class BoundGraph:
+    """A session with one set of fixed inputs, so that CUDA can capture it.
+
+    Args:
+        session: of the graph.
+        inputs: the batch, on the host.
+        device: "cpu" or "cuda".
+        table: of a switchable graph.
+        number: `gpu_graph_id`.
+    """
+
+    def __init__(self, session: Any, inputs: Inputs, device: str, table: np.ndarray | None, number: str) -> None:
+        self.device = device
+        self.session = session
+        self.batch = inputs
+        batch, length = inputs["attention_mask"].shape
+        feeds: dict[str, np.ndarray] = dict(inputs)
+        names = {value.name for value in self.session.get_inputs()}
+        self.tokens = batch * length
+        if TOKEN_INDEX in names:
+            self.tokens = padded_tokens(len(kept_tokens(inputs["attention_mask"])), batch, length)
+            feeds[TOKEN_INDEX] = np.zeros(self.tokens, dtype=np.int64)
+        if table is not None:
+            feeds |= {TABLE: table, SLOT: np.arange(1, batch + 1, dtype=np.int64)}
+        self.host = {name: _pinned(feeds[name], device) for name in names}
+        self.place = {name: tensor.to(device).contiguous() for name, tensor in self.host.items()}
+        outputs = int(self.session.get_outputs()[0].shape[1])
+        self.logits = torch.zeros(batch, outputs, dtype=torch.float32, device=device)
+        self.options = onnxruntime.RunOptions()
+        if device == "cuda":
+            self.options.add_run_config_entry("gpu_graph_id", number)
+        self.binding = self.session.io_binding()
+        for name, tensor in self.place.items():
+            dtype = np.int64 if tensor.dtype == torch.int64 else np.float32
+            self.binding.bind_input(name, device, 0, dtype, list(tensor.shape), tensor.data_ptr())
+        self.binding.bind_output("logits", device, 0, np.float32, list(self.logits.shape), self.logits.data_ptr())
+
+    def run(self) -> None:
+        """One run on what is on the device; done when it returns."""
+        self.session.run_with_iobinding(self.binding, self.options)
+
+    def whole(self) -> np.ndarray:
+        """What a server does with a batch: count the tokens, copy, run, copy back."""
+        for name, values in self.batch.items():
+            self.host[name].numpy()[:] = values
+        if TOKEN_INDEX in self.host:
+            write_tokens(self.host[TOKEN_INDEX].numpy(), kept_tokens(self.batch["attention_mask"]))
+        for name, tensor in self.host.items():
+            if name != TABLE:
+                self.place[name].copy_(tensor, non_blocking=True)
+        _wait(self.device)
+        self.run()
+        logits: np.ndarray = self.logits.cpu().numpy()
+        return logits
+
+    def contender(self, name: str) -> Contender:
+        """To be timed."""
+        return Contender(name, self.run, self.whole, self.tokens)
+
+
+def torch_contender(name: str, model: Any, inputs: Inputs, device: str, compiled: bool) -> Contender:
+    """PyTorch on the padded batch; compiled with CUDA graphs on a GPU."""
+    batch, length = inputs["attention_mask"].shape
+    host = {key: _pinned(values, device) for key, values in inputs.items()}
+    place = {key: tensor.to(device) for key, tensor in host.items()}
+    mode = "reduce-overhead" if device == "cuda" else "default"
+    call = torch.compile(model, mode=mode, dynamic=False) if compiled else model
+
+    def answer() -> torch.Tensor:
+        with torch.no_grad():
+            logits: torch.Tensor = call(**place).logits
+        _wait(device)
+        return logits
+
+    def whole() -> np.ndarray:
+        for key, values in inputs.items():
+            host[key].numpy()[:] = values
+            place[key].copy_(host[key], non_blocking=True)
+        logits: np.ndarray = answer().float().cpu().numpy()
+        return logits
+
+    def run() -> None:
+        answer()
+
+    return Contender(name, run, whole, batch * length)
+
+
+def _pinned(values: np.ndarray, device: str) -> torch.Tensor:
+    tensor = torch.from_numpy(np.array(values))
+    return tensor.pin_memory() if device == "cuda" else tensor
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()

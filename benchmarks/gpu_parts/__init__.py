@@ -1,1 +1,0 @@
-"""What benchmarks/gpu.py runs, how, and what it reads from the records."""

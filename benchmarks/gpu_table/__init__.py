@@ -1,0 +1,1 @@
+"""Parts of `benchmarks.gpu_table`: customers, loading them, busy sessions, and what was aimed at."""

@@ -1,0 +1,1 @@
+"""Parts of `benchmarks.training_speed`: what the subjects share, and the subjects."""

@@ -1,0 +1,62 @@
+"""Opening a graph that is to be checked, and its logits for one batch."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from qrlora_deploy.errors import CheckFailed, FileFormatError, ProviderError, first_line
+from qrlora_deploy.runtime.sessions.running import is_padding_free
+from qrlora_deploy.runtime.sessions.session import open_session
+from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX, kept_tokens
+from qrlora_deploy.runtime.verification.reference import LOGITS
+
+WHERE_IT_RUNS = {
+    "fp16": "export and verify it with --provider cuda",
+    "bf16": "export and verify it with --provider cuda",
+    "int8": "install ONNX Runtime 1.24 or newer, or export without --calibration",
+}
+"""What to do where a kernel is missing; 1.23 has none for the scales of a calibrated graph."""
+
+
+def open_for_check(model: Path, precision: str, provider: str = "cpu", threads: int | None = None) -> Any:
+    """As `open_session`, and says what to do where a provider cannot compute in `precision`.
+
+    Raises:
+        FileFormatError: ONNX Runtime refuses the model.
+        InputError: so many threads cannot be started.
+        ProviderError: the provider is unknown or did not load, or has no kernel for an operator in `precision`.
+    """
+    try:
+        return open_session(model, provider, threads)
+    except FileFormatError as error:
+        reason = str(error)
+        if precision == "fp32" or "NOT_IMPLEMENTED" not in reason:
+            raise
+        kernel = reason.rpartition("NOT_IMPLEMENTED : ")[2]
+        raise ProviderError(
+            f"{provider} cannot run a graph in {precision}: {kernel}; {WHERE_IT_RUNS[precision]}"
+        ) from error
+
+
+def run_logits(session: Any, inputs: dict[str, np.ndarray], what: str) -> np.ndarray:
+    """Logits `[batch, outputs]` of a session for one batch; `what` names the batch in an error.
+
+    Raises:
+        CheckFailed: the model does not run on it.
+    """
+    if is_padding_free(session):
+        inputs = inputs | {TOKEN_INDEX: kept_tokens(inputs["attention_mask"])}
+    try:
+        return np.asarray(session.run([LOGITS], inputs, _quiet())[0])
+    # ONNX Runtime's exceptions share no base class of their own.
+    except Exception as error:
+        raise CheckFailed(f"the model does not run on {what}: {first_line(error)}") from error
+
+
+def _quiet() -> Any:
+    """Options of a run that logs nothing: what goes wrong in it is raised, and told in one line."""
+    options = onnxruntime.RunOptions()
+    options.log_severity_level = 4
+    return options
