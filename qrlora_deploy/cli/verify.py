@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @coefficients_option(required=False)
 @basis_option(required=False)
-@click.option("--base", help="With --coefficients: the base, a folder or hub name.")
+@click.option("--base", help="With --coefficients: the base, a folder or hub name. May be left out where the one that the file names is found.")
 @click.option("--data", help="With --coefficients: texts of your own to compare on.")
 @column_options
 @provider_option
