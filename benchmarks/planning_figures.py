@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.shapes import SHAPES, random_classifier
+from benchmarks.common.shapes import SHAPES, random_classifier
 from qrlora_deploy.inspection.recorded import FILE, Recorded
 from qrlora_deploy.io.files import write_json
 from qrlora_deploy.models.targets import choose_targets

@@ -47,17 +47,7 @@ from qrlora_deploy.data.sample import FOLDER
 from qrlora_deploy.formats.coefficients import Coefficients, read_coefficients
 from qrlora_deploy.io.files import write_json
 from qrlora_deploy.models.adapter import resolve_layer
-<<<<<<< HEAD:benchmarks/fleet.py
-from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
-from qrlora_deploy.rank_rules.energy_share import EnergyShare
-from qrlora_deploy.training.fleet.grouping import read_groups
-from qrlora_deploy.training.fleet.options import ROWS_PER_STEP, FleetOptions
-from qrlora_deploy.training.fleet.plan import FleetSource
-from qrlora_deploy.training.fleet.run import train_fleet
-from qrlora_deploy.training.settings import TrainSettings
-=======
 from qrlora_deploy.training.fleet.options import ROWS_PER_STEP
->>>>>>> E:benchmarks/fleet/__main__.py
 from qrlora_deploy.training.trainer import train
 
 LOOP, TRAINER, ALONE = "PEFT LoRA, plain loop", "PEFT LoRA, transformers' Trainer", "train"
@@ -186,21 +176,6 @@ def compare(customers: int, fleet: list[Cost], others: dict[str, list[Cost]]) ->
     return {"fleet": {"runs": runs, "customers_an_hour": 3600 / seconds}, "others_extrapolated_from_samples": peers}
 
 
-<<<<<<< HEAD:benchmarks/fleet.py
-def build(options: argparse.Namespace, folder: Path) -> Bench:
-    """Base and basis."""
-    shards = read_shards(options.data)
-    if options.model is None:
-        save_shape(folder / "base", options.shape, shards)
-    checkpoint = open_checkpoint(str(options.model or folder / "base"))
-    targets = targets_of(checkpoint.skeleton(), *TARGETS[options.targets])
-    basis = factorize(checkpoint, targets, EnergyShare(TAU))
-    settings = TrainSettings(epochs=options.epochs, batch_size=options.batch_size, max_length=64, device=options.device)
-    return Bench(checkpoint, basis, shards, settings, options.customers, options.rows, options.rows_per_step, folder)
-
-
-=======
->>>>>>> E:benchmarks/fleet/__main__.py
 def plain(value: object) -> str:
     """An option for the record, which need not know where this machine keeps its folders."""
     return value.name if isinstance(value, Path) else str(value)

@@ -11,7 +11,7 @@ from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
-from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.rank_rules.energy_share import EnergyShare
 from qrlora_deploy.training.fleet.grouping import read_groups
 from qrlora_deploy.training.fleet.options import FleetOptions
 from qrlora_deploy.training.fleet.plan import FleetSource
@@ -79,6 +79,6 @@ def build(options: argparse.Namespace, folder: Path) -> Bench:
         save_shape(folder / "base", options.shape, shards)
     checkpoint = open_checkpoint(str(options.model or folder / "base"))
     targets = targets_of(checkpoint.skeleton(), *TARGETS[options.targets])
-    basis = factorize(checkpoint, targets, RankRule(tau=TAU))
+    basis = factorize(checkpoint, targets, EnergyShare(TAU))
     settings = TrainSettings(epochs=options.epochs, batch_size=options.batch_size, max_length=64, device=options.device)
     return Bench(checkpoint, basis, shards, settings, options.customers, options.rows, options.rows_per_step, folder)

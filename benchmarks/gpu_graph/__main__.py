@@ -24,24 +24,11 @@ from typing import Any
 import numpy as np
 import torch
 
-<<<<<<< HEAD:benchmarks/gpu_graph.py
-from benchmarks.graph_parts.optimizer import optimizer_graph
-from benchmarks.graph_parts.running import Graph, torch_contender
-from benchmarks.graph_parts.shapes import SIZES, Inputs, make_basis, make_inputs, make_model
-from benchmarks.graph_parts.variants import ALL, GROUPS, fuse_projections
-from benchmarks.records import environment, summary
-from exporters.onnx.attention import ATTEND
-from exporters.onnx.branch_fusion import fuse_branches
-from exporters.onnx.graph import write_graph
-from exporters.onnx.precision import cast_inside
-from exporters.onnx.switchable import make_switchable
-=======
 from benchmarks.common.measuring import environment, in_turn, summary
 from benchmarks.gpu_graph.exporting import OPTIMIZER, export_all
 from benchmarks.gpu_graph.running import Graph, torch_contender
 from benchmarks.gpu_graph.shapes import SIZES, Inputs, make_inputs, make_model
 from benchmarks.gpu_graph.variants import ALL, GROUPS
->>>>>>> E:benchmarks/gpu_graph/__main__.py
 from qrlora_deploy.io.files import write_json
 
 BATCHES = ((1, 128), (8, 128), (64, 128), (64, 384))
@@ -78,53 +65,6 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
-<<<<<<< HEAD:benchmarks/gpu_graph.py
-def _export_all(arguments: argparse.Namespace, folder: Path) -> dict[str, Graph]:
-    """Every graph by its name, exported in processes of their own."""
-    made: dict[str, Graph] = {}
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(arguments.workers, mp_context=context) as pool:
-        tasks = {
-            name: pool.submit(_export, name, folder / str(number), arguments)
-            for number, name in enumerate(arguments.variants)
-        }
-        for name, task in tasks.items():
-            try:
-                made[name] = Graph(*task.result())
-            except Exception as error:  # one graph that cannot be made must not cost the others
-                print(f"{name}: not exported: {type(error).__name__}: {str(error)[:300]}", flush=True)
-    if arguments.device == "cpu" and SIZES[arguments.shape][0] == "Bert":
-        names = tuple(make_inputs(arguments.shape, 1, 8))
-        made[OPTIMIZER] = Graph(optimizer_graph(make_model(arguments.shape), names, folder), None)
-    return made
-
-
-def _export(name: str, place: Path, arguments: argparse.Namespace) -> tuple[Path, np.ndarray | None]:
-    """Path and table of one graph."""
-    variant, model = ALL[name], make_model(arguments.shape)
-    place.mkdir()
-    rows = table = None
-    if variant.setup is not None:
-        rows = make_switchable(model, make_basis(model, variant.setup))
-        most = max(batch for batch, _length in arguments.batches)
-        table = (
-            np.random.default_rng(3).normal(0, variant.setup.spread, (most + 1, rows.layout.width)).astype(np.float32)
-        )
-        table[0] = 0
-    if variant.fused:
-        fuse_projections(model)
-    if variant.attend is not None:
-        for module in model.modules():
-            setattr(module, ATTEND, variant.attend)
-    cast_inside(model, rows, arguments.precision)
-    packing = variant.packing() if variant.packing else None
-    finish = None if rows is None or variant.apart else functools.partial(fuse_branches, model, rows)
-    write_graph(model, tuple(make_inputs(arguments.shape, 1, 8)), place, rows, packing, finish)
-    return place / "model.onnx", table
-
-
-=======
->>>>>>> E:benchmarks/gpu_graph/__main__.py
 def _measure_batch(
     arguments: argparse.Namespace, graphs: dict[str, Graph], peer: Any, inputs: Inputs
 ) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from benchmarks.gpu_graph.shapes import SIZES, make_basis, make_inputs, make_mod
 from benchmarks.gpu_graph.variants import ALL, fuse_projections
 from exporters.onnx.attention import ATTEND
 from exporters.onnx.graph import write_graph
-from exporters.onnx.joining import join_branches
+from exporters.onnx.branch_fusion import join_branches
 from exporters.onnx.precision import cast_inside
 from exporters.onnx.switchable import make_switchable
 

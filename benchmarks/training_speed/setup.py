@@ -15,7 +15,8 @@ from qrlora_deploy.data.examples import read_examples
 from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
-from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.rank_rules.energy_share import EnergyShare
+from qrlora_deploy.rank_rules.fixed_rank import FixedRank
 from qrlora_deploy.training.loop import Rows, no_dropout, training_arguments
 from qrlora_deploy.training.settings import TrainSettings
 
@@ -75,7 +76,7 @@ def save_base(folder: Path, shape: str) -> Path:
 def prepare(arguments: argparse.Namespace, data: str, folder: Path) -> Setup:
     """Everything the subjects share, with as many rows as the steps of a round need."""
     checkpoint = open_checkpoint(str(arguments.model or save_base(folder / "base", arguments.shape)))
-    rule = RankRule(tau=TAU) if arguments.model else RankRule(tau=None, rank=RANK)
+    rule = EnergyShare(TAU) if arguments.model else FixedRank(RANK)
     basis = factorize(checkpoint, targets_of(checkpoint.skeleton(), ["query"], LAST_LAYERS), rule)
     settings = TrainSettings(
         epochs=1,

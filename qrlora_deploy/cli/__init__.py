@@ -24,6 +24,17 @@ def main() -> None:
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
         warnings.simplefilter("ignore")
-        logging.basicConfig(level=logging.ERROR)
+        _log_errors_once()
     prepare_streams()
     cli()
+
+
+def _log_errors_once() -> None:
+    handler = logging.StreamHandler()
+    handler.addFilter(_has_no_handler_of_its_own)
+    logging.basicConfig(level=logging.ERROR, handlers=[handler])
+
+
+def _has_no_handler_of_its_own(record: logging.LogRecord) -> bool:
+    """Whether the library of a record leaves showing it to us: huggingface_hub shows its records and passes them on."""
+    return not logging.getLogger(record.name.partition(".")[0]).handlers

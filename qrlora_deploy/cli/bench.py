@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from qrlora_deploy.cli.options import COUNT, EXISTING_FILE, FiniteRange, common, provider_option, seed_option
+from qrlora_deploy.cli.options import (
+    COUNT,
+    EXISTING_FILE,
+    FiniteRange,
+    common,
+    provider_option,
+    refuse_idle,
+    seed_option,
+)
 from qrlora_deploy.cli.output import Output, Table, progress_bar
 from qrlora_deploy.errors import CheckFailed, InputError
 
@@ -20,6 +28,14 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 SCENARIOS = ("single-stream", "offline", "server", "idle-gap", "cold-start", "swap")
 PEERS = ("torch-eager", "torch-compile", "peft")
+
+IDLE_WITHOUT = {
+    ("p99_budget_ms", "server_runs", "workers"): ("server",),
+    ("idle_seconds",): ("idle-gap",),
+    ("repeats",): ("idle-gap", "cold-start"),
+    ("swaps_per_s",): ("swap",),
+}
+"""Parameters that mean something in one of these scenarios alone."""
 
 SHOWN = 5
 """Tables in the terminal; the files have all of them."""
@@ -162,6 +178,7 @@ def command(bundles: tuple[Path, ...], gate: Path | None, output: Path, **settin
     from qrlora_deploy.io.outputs import check_report_folder
 
     plan = Plan(bundles=bundles, **settings)
+    _refuse_idle(settings)
     rules, data = None, dict[str, Path]()
     if gate is not None:
         rules = read_gate(gate)
@@ -174,6 +191,15 @@ def command(bundles: tuple[Path, ...], gate: Path | None, output: Path, **settin
     if rules is not None and gate is not None:
         report = report.model_copy(update={"gate": judge(report, rules, gate.name)})
     return _output(report, _write(report, output))
+
+
+def _refuse_idle(settings: dict[str, Any]) -> None:
+    measured = set(settings["scenarios"])
+    for names, scenarios in IDLE_WITHOUT.items():
+        needed = " or ".join(f"--scenario {name}" for name in scenarios)
+        refuse_idle(names, not measured.isdisjoint(scenarios), f"there is {needed}")
+    refuse_idle(["base"], bool(settings["peers"]), "there is --peer, of which it is the checkpoint")
+    refuse_idle(["mix"], settings["customers"] is not None, "there are --customers")
 
 
 def _check_measured(rules: "GateRules", plan: "Plan", data: dict[str, Path]) -> None:

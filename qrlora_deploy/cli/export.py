@@ -41,8 +41,9 @@ def command(
 
     A switchable bundle takes any customer of the basis in any row of a batch, from coefficients
     files; with --merge one customer is folded in. Ends with a check against PyTorch on real text;
-    what fails it is not left. BASE and --basis may be left out where those that the coefficients
-    file remembers are found.
+    what fails it is not left. BASE and --basis may be left out with --coefficients: the file names
+    them, and they are looked for beside it and in the current folder; a BASE with the name of a hub
+    repository, there too.
 
     \b
     Examples:

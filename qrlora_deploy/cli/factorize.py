@@ -70,6 +70,9 @@ def command(
     basis.save(output)
     missed = [] if patterns else left_out(checkpoint.skeleton())
     shared = shared_layers(checkpoint.skeleton(), basis.names)
+    if rank is not None and (below := [kept for kept in basis.ranks.values() if kept < rank]):
+        lesser = f"{len(below)} of {len(basis.ranks)} layers have fewer directions than --rank {rank}"
+        click.echo(f"Note: {lesser} and keep all of theirs, {min(below)} or more", err=True)
     if shared:
         print(f"Warning: {shared}; export a basis of them with --merge", file=sys.stderr)
     rows = basis_rows(basis)

@@ -29,6 +29,8 @@ def command(path: Path, basis: Path | None, plot: Path | None) -> Output:
         need("bench", "`inspect --plot`", ["matplotlib"])
         check_free_file(plot)
     found = describe(path, basis)
+    if basis is not None and found.coefficients is None:
+        raise InputError(f"--basis belongs to a coefficients file, and {path} is a {found.kind}; leave it out")
     if plot is not None:
         from qrlora_deploy.inspection.plots import plot_basis, plot_coefficients
 

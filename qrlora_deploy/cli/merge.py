@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 def command(base: str | None, basis: Path | None, coefficients: Path, output: Path, merged: str | None) -> Output:
     """Fold a customer into BASE: a plain Hugging Face checkpoint. With --unmerge, take it out.
 
-    BASE and --basis may be left out where those that the coefficients file remembers are found.
+    BASE and --basis may be left out: the coefficients file names them, and they are looked for beside it and in
+    the current folder; a BASE with the name of a hub repository, there too.
     --unmerge copies the base where it is found, and subtracts where it is not.
 
     \b

@@ -4,12 +4,13 @@ import functools
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from qrlora_deploy.cli.output import Output, show
 from qrlora_deploy.errors import InputError
@@ -115,9 +116,15 @@ def seed_option(function: Command) -> Command:
     )(function)
 
 
+FOUND = (
+    "May be left out with a coefficients file, which names its basis: a file of that name is looked for beside it and "
+    "in the current folder."
+)
+
+
 def basis_option(required: bool) -> Callable[[Command], Command]:
     """`--basis`; where it is not required, the coefficients file remembers it."""
-    remembered = "" if required else " May be left out where the coefficients file's own is found."
+    remembered = "" if required else f" {FOUND}"
     return click.option("--basis", type=EXISTING_FILE, required=required, help=f"Basis file.{remembered}")
 
 
@@ -185,6 +192,32 @@ def _together(options: list[Callable[[Any], Any]]) -> Callable[[Command], Comman
         return function
 
     return decorate
+
+
+def refuse_idle(names: Sequence[str], used: bool, unless: str) -> None:
+    """Refuse options that the user gave and that would do nothing, since other options leave no use for them.
+
+    Args:
+        names: parameters of the running command.
+        used: whether they do something.
+        unless: says when they would: "there is --eval".
+
+    Raises:
+        InputError: one was given; the line says when it does something.
+    """
+    context = click.get_current_context()
+    # A parameter that was left out is no mistake, whatever its default.
+    idle = [name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if idle and not used:
+        options = [parameter.opts[0] for parameter in context.command.params if parameter.name in idle]
+        verb = "does" if len(options) == 1 else "do"
+        raise InputError(f"{' and '.join(options)} {verb} nothing unless {unless}")
+
+
+def refuse_idle_training(evaluation: str | None, head: str) -> None:
+    """`refuse_idle` for what `train` and `train-fleet` have in common."""
+    refuse_idle(["metric", "patience"], evaluation is not None, "there is --eval, which says what epoch is the best")
+    refuse_idle(["head_learning_rate"], head == "output", "the head is trained, by --head output")
 
 
 def split_targets(values: tuple[str, ...]) -> list[str]:

@@ -153,16 +153,26 @@ def progress_bar() -> Iterator[Progress | None]:
 
 
 def _lines() -> Progress:
-    shown = time.monotonic()
+    lines = TimedLines()
+    return lambda description, done, total: lines.show(f"{one_line(description)}: {done} of {total}")
 
-    def advance(description: str, done: int, total: int) -> None:
-        nonlocal shown
+
+class TimedLines:
+    """Lines of progress on stderr, one every `LINE_SECONDS` at most.
+
+    Attributes:
+        start: when it was made, of `time.monotonic`.
+    """
+
+    def __init__(self) -> None:
+        self.start = self._shown = time.monotonic()
+
+    def show(self, line: str, last: bool = False) -> None:
+        """Show a line if it is time for one, the last one at any rate."""
         now = time.monotonic()
-        if now - shown >= LINE_SECONDS:
-            shown = now
-            click.echo(f"{one_line(description)}: {done} of {total}", err=True)
-
-    return advance
+        if last or now - self._shown >= LINE_SECONDS:
+            self._shown = now
+            click.echo(line, err=True)
 
 
 def size_text(size_bytes: int) -> str:

@@ -12,11 +12,11 @@ from qrlora_deploy.cli.options import (
     common,
     customer_options,
     output_option,
+    refuse_idle_training,
     tell_if_interrupted,
     training_options,
 )
 from qrlora_deploy.cli.output import Output, progress_bar, show_remark, size_text
-from qrlora_deploy.errors import InputError
 
 
 @click.command("train")
@@ -59,21 +59,22 @@ def command(
     from qrlora_deploy.formats.coefficients import FORMAT, write_coefficients
     from qrlora_deploy.io.files import has_format
     from qrlora_deploy.io.outputs import check_replaceable
-    from qrlora_deploy.models.checkpoint import open_checkpoint
-    from qrlora_deploy.models.locating import recorded_place
-    from qrlora_deploy.training.checkpoints import run_folder
     from qrlora_deploy.training.settings import TrainSettings, choose_device
-    from qrlora_deploy.training.trainer import train
 
-    if settings.get("metric") is not None and evaluation is None:
-        raise InputError("--metric chooses the best epoch on --eval; give --eval, or leave --metric out")
+    refuse_idle_training(evaluation, settings["head"])
     check_replaceable(output, "coefficients file", has_format(FORMAT))
     # What was not given is left to the library's defaults, its own for each method.
     chosen = TrainSettings(**{name: value for name, value in settings.items() if value is not None})
-    choose_device(chosen.device)
     examples = read_examples(data, text_column, label_column)
     held_out = read_examples(evaluation, text_column, label_column) if evaluation else None
     frozen = read_basis(basis)
+    choose_device(chosen.device)
+    # Imported here: the seconds that PyTorch and transformers take are not waited for by who named a wrong file.
+    from qrlora_deploy.models.checkpoint import open_checkpoint
+    from qrlora_deploy.models.locating import recorded_place
+    from qrlora_deploy.training.checkpoints import run_folder
+    from qrlora_deploy.training.trainer import train
+
     checkpoint = open_checkpoint(base)
     place = recorded_place(basis, output)
     with run_folder(output, resume) as folder, progress_bar() as progress:

@@ -15,13 +15,13 @@ from qrlora_deploy.cli.options import (
     common,
     customer_options,
     output_option,
+    refuse_idle_training,
     tell_if_interrupted,
     training_options,
 )
-from qrlora_deploy.cli.output import Output, Table
+from qrlora_deploy.cli.output import Output, Table, TimedLines
 from qrlora_deploy.errors import InputError, QrloraError
 
-REPORT_SECONDS = 10
 SHOWN_FAILURES = 20
 LAUNCHER = "TORCHELASTIC_RUN_ID"
 """Set by torchrun and accelerate, which end every worker as soon as one ends with an error."""
@@ -72,6 +72,7 @@ def command(
     from qrlora_deploy.training.fleet.run import train_fleet
     from qrlora_deploy.training.settings import TrainSettings, choose_device
 
+    refuse_idle_training(evaluation, settings["head"])
     index, count = parse_shard(shard)
     # What was not given is left to the library's defaults, its own for each method.
     chosen = TrainSettings(**{name: value for name, value in settings.items() if value is not None})
@@ -80,7 +81,7 @@ def command(
     source = FleetSource(Path(data), held_out, customer_column, text_column, label_column)
     place = recorded_place(basis, output / "customer")
     local = int(os.environ.get("LOCAL_RANK", 0)) if shard is None else 0
-    options = FleetOptions(output, resume, rows_per_step, Shard(index, count), local, place)
+    options = FleetOptions(output, resume, rows_per_step, Shard(index, count), local, place, _tell)
     meter = Meter()
     tell_if_interrupted(lambda: _finished(output, meter.total))
     report = train_fleet(open_checkpoint(base), read_basis(basis), source, chosen, options, meter)
@@ -97,6 +98,10 @@ def command(
     tables = [Table(["customer", "reason"], rows, "failed")] if rows else []
     record = facts | {"output": output, "summary": report.summary}
     return Output(record, f"wrote {report.summary}", facts, tables, _failure(len(failed), report.summary))
+
+
+def _tell(line: str) -> None:
+    click.echo(line, err=True)
 
 
 def _finished(folder: Path, total: int) -> str:
@@ -137,11 +142,10 @@ def _failure(count: int, summary: Path) -> QrloraError | None:
 
 
 class Meter:
-    """Prints how many customers are done, and how many a minute, every ten seconds on stderr."""
+    """Prints how many customers are done, and how many a minute, now and then on stderr."""
 
     def __init__(self) -> None:
-        self.start = time.monotonic()
-        self.shown = self.start
+        self.lines = TimedLines()
         self.before: int | None = None
         self.total = 0
 
@@ -150,9 +154,6 @@ class Meter:
         self.total = total
         if self.before is None:
             self.before = done  # skipped or refused: none of this run's time went into them
-        now = time.monotonic()
-        if now - self.shown < REPORT_SECONDS and done < total:
-            return
-        self.shown = now
-        rate = 60 * (done - self.before) / max(now - self.start, 1e-9)
-        click.echo(f"{done} of {total} customers, {rate:.1f} a minute, {failed} failed", err=True)
+        rate = 60 * (done - self.before) / max(time.monotonic() - self.lines.start, 1e-9)
+        line = f"{done} of {total} customers, {rate:.1f} a minute, {failed} failed"
+        self.lines.show(line, last=done >= total)

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 @click.argument("bundle", type=click.Path(exists=True, path_type=Path))
 @coefficients_option(required=False)
 @basis_option(required=False)
-@click.option("--base", help="With --coefficients: the base, a folder or hub name.")
+@click.option(
+    "--base",
+    help="With --coefficients: the base, a folder or hub name. May be left out where the one of that name is found.",
+)
 @click.option("--data", help="With --coefficients: texts of your own to compare on.")
 @click.option(FORMAT, "format_name", default=DEFAULT, show_default=True, help="Name of the exporter that wrote BUNDLE.")
 @column_options

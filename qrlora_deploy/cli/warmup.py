@@ -38,15 +38,17 @@ def command(
     """
     from qrlora_deploy.data.examples import read_examples
     from qrlora_deploy.io.outputs import check_free_folder
-    from qrlora_deploy.models.checkpoint import open_checkpoint
     from qrlora_deploy.training.settings import WarmupSettings, choose_device
-    from qrlora_deploy.training.warmup import warmup
 
     check_free_folder(output)
     chosen = WarmupSettings(**{name: value for name, value in settings.items() if value is not None})
-    choose_device(chosen.device)
     train = read_examples(data, text_column, label_column)
     held_out = read_examples(evaluation, text_column, label_column) if evaluation else None
+    choose_device(chosen.device)
+    # Imported here: the seconds that PyTorch and transformers take are not waited for by who named a wrong file.
+    from qrlora_deploy.models.checkpoint import open_checkpoint
+    from qrlora_deploy.training.warmup import warmup
+
     checkpoint = open_checkpoint(base)
     with progress_bar() as progress:
         report = warmup(checkpoint, train, held_out, output, chosen, progress)

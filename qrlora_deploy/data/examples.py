@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qrlora_deploy.data.labels import Label, column_labels, is_unicode, rows_text
+from qrlora_deploy.data.lines import place_of
 from qrlora_deploy.data.readers import READERS, Columns, Table, read_table, unique_names
 from qrlora_deploy.errors import InputError, library_errors
 
@@ -217,10 +218,11 @@ def _texts(source: str, name: str, values: Sequence[Any]) -> list[str]:
     wrong = [row for row, value in enumerate(values, start=1) if not isinstance(value, str)]
     if wrong:
         verb = "has" if len(wrong) == 1 else "have"
-        raise InputError(f"{source}: {rows_text(wrong)} {verb} no text in the column {name}")
+        raise InputError(f"{place_of(source, wrong[0])}: {rows_text(wrong)} {verb} no text in the column {name}")
     broken = [row for row, value in enumerate(values, start=1) if not is_unicode(value)]
     if broken:
-        raise InputError(f"{source}: {rows_text(broken)}: the text is not valid Unicode (half a surrogate pair)")
+        place = place_of(source, broken[0])
+        raise InputError(f"{place}: {rows_text(broken)}: the text is not valid Unicode (half a surrogate pair)")
     return list(values)
 
 

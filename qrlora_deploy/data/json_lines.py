@@ -48,7 +48,11 @@ def _parse(line: bytes) -> dict[str, Any]:
     with library_errors("is not UTF-8", InputError):
         text = line.decode()
     with library_errors("is not JSON", InputError):
-        row = json.loads(text, object_pairs_hook=unique_names)
+        try:
+            row = json.loads(text, object_pairs_hook=unique_names)
+        except json.JSONDecodeError as error:
+            # Its own message says "line 1", as if this line were the file.
+            raise InputError(f"is not JSON: {error.msg} at column {error.colno}") from error
     if not isinstance(row, dict):
         raise InputError("is not a JSON object; one object a line is read")
     return row

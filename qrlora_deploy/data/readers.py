@@ -1,9 +1,10 @@
 """Tables of text from files: what is wrong with one row is told, with its number, and costs no other row."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,14 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from qrlora_deploy.data.json_lines import read_objects
+from qrlora_deploy.data.lines import lines_of
 from qrlora_deploy.data.row_scan import check_rows, count_columns, header_of, marked_text, without_marks
 from qrlora_deploy.errors import InputError, first_line, library_errors
 
 Columns = dict[str, Sequence[Any]]
+
+Faults = dict[str, tuple[int, str]]
+"""By customer, the first row of its that could not be read, and what is wrong with it."""
 
 NOBODY = ""
 """Stands for the customer of a row whose id cannot be read, and of all rows where there is no such column."""
@@ -98,7 +103,8 @@ def _read_delimited(path: Path, customer_column: str | None) -> Table:
     # Bytes that are no text are written out, and their rows refused one by one: Arrow would refuse the file.
     content, mark = (None, "") if is_text else marked_text(path)
     buffer = None if content is None else pyarrow.py_buffer(content.encode())
-    faults: dict[str, str] = {}
+    faults: Faults = {}
+    passed_over: set[int] = set()
     names: list[str] = []
 
     def skip(row: Any) -> str:
@@ -106,8 +112,9 @@ def _read_delimited(path: Path, customer_column: str | None) -> Table:
         place = names.index(customer_column) if customer_column in names else len(cells)
         whose = cells[place].strip() if place < len(cells) else NOBODY
         cells_text = f"{row.actual_columns} column{'s' if row.actual_columns != 1 else ''}"
-        found = f"row {row.number - 1} has {cells_text} instead of {row.expected_columns}"
-        faults.setdefault(without_marks(whose, mark) if mark else whose, f"{path}: {found}")
+        passed_over.add(row.number - 1)
+        found = f"has {cells_text} instead of {row.expected_columns}"
+        faults.setdefault(without_marks(whose, mark) if mark else whose, (row.number - 1, found))
         return "skip"
 
     options: dict[str, Any] = {"quote_char": False, "double_quote": False} if delimiter == "\t" else {}
@@ -134,7 +141,8 @@ def _read_delimited(path: Path, customer_column: str | None) -> Table:
         if table.column_names != stored:
             raise InputError(f"{path}: its header cannot be read; write plain names with {delimiter!r} between them")
         columns = {name: table[name].to_pylist() for name in stored}
-    return _without_marked(path, Table(columns, faults), customer_column, mark) if mark else Table(columns, faults)
+    found = Table(columns, _told(path, faults))
+    return _without_marked(path, found, customer_column, mark, passed_over) if mark else found
 
 
 @contextmanager
@@ -153,26 +161,42 @@ def _parsing(path: Path) -> Iterator[None]:
             raise InputError(f"{path} cannot be read as {kind}: {first_line(error)}") from error
 
 
-def _without_marked(path: Path, table: Table, customer_column: str | None, mark: str) -> Table:
-    """The rows in which nothing is marked as no text."""
+def _without_marked(
+    path: Path, table: Table, customer_column: str | None, mark: str, passed_over: Container[int]
+) -> Table:
+    """The rows in which nothing is marked as no text. The table has none of the rows `passed_over`."""
     broken = [any(mark in cell for cell in row) for row in zip(*table.columns.values(), strict=True)]
-    return _without(path, table, customer_column, broken, lambda cell: without_marks(cell, mark))
+    numbers = (number for number in count(1) if number not in passed_over)
+    return _without(path, table, customer_column, broken, lambda cell: without_marks(cell, mark), numbers)
 
 
 def _without(
-    path: Path, table: Table, customer_column: str | None, broken: list[bool], shown: Callable[[Any], str]
+    path: Path,
+    table: Table,
+    customer_column: str | None,
+    broken: list[bool],
+    shown: Callable[[Any], str],
+    numbers: Iterator[int],
 ) -> Table:
-    """The rows that are not broken; of the others it is told that they are not UTF-8."""
-    faults = dict(table.faults)
+    """The rows that are not broken; of the others, by their `numbers`, it is told that they are not UTF-8."""
+    faults: Faults = {}
     ids = next((values for name, values in table.columns.items() if name.strip() == customer_column), None)
-    for row in (row for row, wrong in enumerate(broken) if wrong):
-        whose = NOBODY if ids is None else shown(ids[row]).strip()
-        faults.setdefault(whose, f"{path}: row {row + 1} is not UTF-8")
+    for row, (wrong, number) in enumerate(zip(broken, numbers, strict=False)):
+        if wrong:
+            whose = NOBODY if ids is None else shown(ids[row]).strip()
+            faults.setdefault(whose, (number, "is not UTF-8"))
     columns: Columns = {
         name: [value for value, wrong in zip(values, broken, strict=True) if not wrong]
         for name, values in table.columns.items()
     }
-    return Table(columns, faults)
+    return Table(columns, _told(path, faults) | table.faults)
+
+
+def _told(path: Path, faults: Faults) -> dict[str, str]:
+    """What is said of each customer's first faulty row; the file is read once more for all of them together."""
+    lines = lines_of(path, {row for row, _ in faults.values()})
+    places = {row: f"{path} line {line}" for row, line in lines.items()}
+    return {whose: f"{places.get(row, path)}: row {row} {wrong}" for whose, (row, wrong) in faults.items()}
 
 
 def _read_json_lines(path: Path, _: str | None) -> Table:
@@ -199,7 +223,7 @@ def _read_parquet(path: Path, customer_column: str | None) -> Table:
         for row in wrong:
             broken[row] = True
     found = Table(columns)
-    return _without(path, found, customer_column, broken, str) if any(broken) else found
+    return _without(path, found, customer_column, broken, str, count(1)) if any(broken) else found
 
 
 def _values(column: Any) -> tuple[list[Any], list[int]]:

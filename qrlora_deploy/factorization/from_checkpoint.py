@@ -20,6 +20,7 @@ from qrlora_deploy.formats.basis import Basis, BasisTarget
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.models.targets import is_conv1d
 from qrlora_deploy.rank_rules.base import RankRule
+from qrlora_deploy.rank_rules.fixed_rank import FixedRank
 from qrlora_deploy.rank_rules.registry import chosen_ranks
 from qrlora_deploy.version import __version__
 
@@ -56,6 +57,7 @@ def factorize(
     if device not in ("cpu", "cuda"):
         raise InputError(f"--device must be cpu or cuda, not {device}")
     checkpoint.check_base()
+    _check_rank(checkpoint, names, rule)
     done: dict[str, BasisTarget] = {}
     for name, q, r, diagonal in _results(checkpoint, names, rule, device, progress):
         digest = checkpoint.tensor_digest(checkpoint.tensor_of(name))
@@ -64,6 +66,15 @@ def factorize(
             progress("factorize", len(done), len(names))
     versions = {"qrlora-deploy": __version__} | {name: version(name) for name in ("torch", "scipy", "numpy")}
     return Basis(tuple(done[name] for name in names), checkpoint.name, rule, versions | {"device": device})
+
+
+def _check_rank(checkpoint: Checkpoint, names: list[str], rule: RankRule) -> None:
+    """Refuse, by an InputError, a rank that no layer has."""
+    if not isinstance(rule, FixedRank):
+        return
+    most = max(min(checkpoint.skeleton().get_parameter(f"{name}.weight").shape) for name in names)
+    if rule.rank > most:
+        raise InputError(f"--rank {rule.rank} is more than the chosen layers allow; give {most} at most, or --tau")
 
 
 Factors = tuple[str, np.ndarray, np.ndarray, np.ndarray]

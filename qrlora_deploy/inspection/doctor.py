@@ -36,6 +36,10 @@ PACKAGES = (
 
 PROVIDERS = ("cpu", "cuda", "tensorrt")
 
+INSTALL_GPU = "pip install 'qrlora-deploy[gpu]'"
+
+REINSTALL_TORCH = "pip install --force-reinstall torch brings the build with CUDA on Linux"
+
 LITTLE_BYTES = 2 * 10**9
 """Less free memory or disk than this is worth a word: an encoder's checkpoint and bundle take half of it."""
 
@@ -92,7 +96,7 @@ def versions() -> list[Finding]:
     installed = {name: version for name in PACKAGES if (version := _version(name))}
     found += [Finding("version", name, None, version) for name, version in installed.items()]
     if {"onnxruntime", "onnxruntime-gpu"} <= installed.keys():
-        advice = "pip uninstall -y onnxruntime onnxruntime-gpu, then install one of them"
+        advice = f"pip uninstall -y onnxruntime onnxruntime-gpu && {INSTALL_GPU} (or [cpu] where there is no GPU)"
         detail = "both onnxruntime and onnxruntime-gpu are installed and overwrite each other's files"
         found.append(Finding("version", "onnxruntime twice", False, detail, advice))
     return found
@@ -104,9 +108,13 @@ def parts() -> list[Finding]:
     for part, modules in PARTS.items():
         missing = lacking(modules)
         detail = f"not installed: {', '.join(NAMES.get(name, name) for name in missing)}" if missing else "installed"
-        advice = f"pip install 'qrlora-deploy[{part}]'" if missing else ""
+        advice = _install(part) if missing else ""
         found.append(Finding("part", f"part {part}", not missing, detail, advice))
     return found
+
+
+def _install(*parts: str) -> str:
+    return f"pip install 'qrlora-deploy[{','.join(parts)}]'"
 
 
 def _version(name: str) -> str:
@@ -155,13 +163,13 @@ def devices() -> list[Finding]:
     try:
         torch = importlib.import_module("torch")
     except ImportError as error:
-        advice = "only needed to train, factorize, merge and export: pip install 'qrlora-deploy[train,export]'"
+        advice = f"only needed to train, factorize, merge and export: {_install('train', 'export')}"
         return [*found, Finding("device", "torch cuda", False, first_line(error), advice)]
     if torch.cuda.is_available():
         detail = f"{torch.cuda.get_device_name(0)}, CUDA {torch.version.cuda}"
         return [*found, Finding("device", "torch cuda", True, detail)]
     if torch.version.cuda is None:
-        detail, advice = f"torch {torch.__version__} is built for the CPU", "install a CUDA build of torch"
+        detail, advice = f"torch {torch.__version__} is built for the CPU", REINSTALL_TORCH
     else:
         detail, advice = f"torch needs CUDA {torch.version.cuda} and finds no device", "update the NVIDIA driver"
     return [*found, Finding("device", "torch cuda", False, detail, advice if gpus else "")]
@@ -184,7 +192,7 @@ def providers() -> list[Finding]:
     try:
         from qrlora_deploy.runtime.sessions.session import open_session
     except ImportError as error:
-        advice = "pip install 'qrlora-deploy[gpu]', or [cpu] where there is no GPU"
+        advice = f"{INSTALL_GPU} (or [cpu] where there is no GPU)"
         return [Finding("provider", name, False, first_line(error), advice) for name in PROVIDERS]
     found = []
     with scratch_folder() as folder:
@@ -195,7 +203,7 @@ def providers() -> list[Finding]:
                 with _silent_stderr():
                     open_session(model, name)
             except (ProviderError, FileFormatError) as error:
-                advice = "" if name != "cpu" else "install onnxruntime again"
+                advice = f"pip install --force-reinstall 'qrlora-deploy[{name}]'" if name == "cpu" else ""
                 found.append(Finding("provider", name, False, first_line(error), advice))
             else:
                 found.append(Finding("provider", name, True, "loads and opens a model"))

@@ -54,8 +54,8 @@ class Speed:
 
     Attributes:
         measured: the record.
-        rows_per_s: an estimate: the measured rate by the ratio of the linear layers' weights, where the base has more of
-            them; never more than was measured, for what a run takes at least does not shrink with the base.
+        rows_per_s: an estimate: the measured rate by the ratio of the linear layers' weights, where the base has more
+            of them; never more than was measured, for what a run takes at least does not shrink with the base.
     """
 
     measured: Rate

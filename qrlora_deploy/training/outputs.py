@@ -99,3 +99,29 @@ def own_outputs(checkpoint: Checkpoint, examples: Examples, wanted: str = "auto"
     remark = "; ".join(filter(None, (replaced, f"a {guess.task.option}: {guess.reason}" if guess.reason else "")))
     head = guess.task.new_head(examples)
     return Outputs(guess.task, head.labels, new=True, bias=head.bias, remark=remark)
+
+
+def encode_rows(
+    outputs: Outputs, train: Examples, evaluation: Examples | None, frozen: bool = False
+) -> tuple[list[Any], list[Any]]:
+    """The targets of both, as `Task.encode`; empty where there are no held-out examples.
+
+    Args:
+        outputs: what the model answers.
+        train: the training examples.
+        evaluation: the held-out ones, or None.
+        frozen: whether the base's head stays, whatever the labels.
+
+    Raises:
+        InputError: a label is none of the outputs; the line names its row and what can be done.
+    """
+    try:
+        targets = outputs.task.encode(train, outputs.labels)
+    except InputError as error:
+        way = "leave such rows out, or train a head for the labels of --data by --head output"
+        raise InputError(f"{error}; {way}" if frozen else str(error)) from error
+    try:
+        return targets, outputs.task.encode(evaluation, outputs.labels) if evaluation else []
+    except InputError as error:
+        more = "" if frozen else ", or give --data examples of it"
+        raise InputError(f"{error}; leave such rows out of --eval{more}") from error

@@ -38,7 +38,7 @@ from qrlora_deploy.training.loop import (
     trainer_parts,
     training_arguments,
 )
-from qrlora_deploy.training.outputs import Outputs, frozen_outputs, own_outputs
+from qrlora_deploy.training.outputs import Outputs, encode_rows, frozen_outputs, own_outputs
 from qrlora_deploy.training.record import Ran, training_record
 from qrlora_deploy.training.settings import TrainSettings, choose_device, fingerprint
 
@@ -148,7 +148,7 @@ def _prepare(
 ) -> _Job:
     check_alike(train, evaluation)
     parts = [part for part in (train, evaluation) if part is not None]
-    targets = [outputs.task.encode(part, outputs.labels) for part in parts]
+    targets = encode_rows(outputs, train, evaluation, settings.head == "frozen")
     model = checkpoint.load_model(**outputs.options, **({} if settings.dropout else no_dropout(checkpoint.config)))
     tokenizer = load_tokenizer(checkpoint, model, settings.max_length, train.pairs is not None)
     new_bias = outputs.bias if outputs.new else None
@@ -158,7 +158,7 @@ def _prepare(
     precondition(adapters)
     for parameter in head.values():
         parameter.requires_grad_(True)
-    rows = [build_rows(tokenizer, *pair, settings.max_length) for pair in zip(parts, targets, strict=True)]
+    rows = [build_rows(tokenizer, *pair, settings.max_length) for pair in zip(parts, targets, strict=False)]
     return _Job(model, adapters, head, tokenizer, rows[0], rows[1] if evaluation else None, outputs, settings)
 
 

@@ -26,7 +26,7 @@ from qrlora_deploy.training.loop import (
     trainer_parts,
     training_arguments,
 )
-from qrlora_deploy.training.outputs import Outputs, own_outputs
+from qrlora_deploy.training.outputs import Outputs, encode_rows, own_outputs
 from qrlora_deploy.training.settings import WarmupSettings, choose_device
 
 
@@ -65,14 +65,14 @@ def warmup(
     outputs = own_outputs(checkpoint, train, settings.task)
     check_alike(train, evaluation)
     parts = [part for part in (train, evaluation) if part is not None]
-    targets = [outputs.task.encode(part, outputs.labels) for part in parts]
+    targets = encode_rows(outputs, train, evaluation)
     torch.manual_seed(settings.seed)  # of the new head
     model = _load(checkpoint, outputs)
     if outputs.new and outputs.bias:
         start_bias(model, outputs.bias)
     tokenizer = load_tokenizer(checkpoint, model, settings.max_length, train.pairs is not None, new_padding=True)
     trained = _choose_parameters(model, settings.mode)
-    rows = [build_rows(tokenizer, *pair, settings.max_length) for pair in zip(parts, targets, strict=True)]
+    rows = [build_rows(tokenizer, *pair, settings.max_length) for pair in zip(parts, targets, strict=False)]
     with explained_failures(output), scratch_folder() as scratch:
         trainer = SmallTrainer(
             model=model,

@@ -24,7 +24,7 @@ from qrlora_deploy.models.checkpoint import open_checkpoint
 from qrlora_deploy.models.head import output_layer
 from qrlora_deploy.models.targets import choose_targets
 from qrlora_deploy.models.weight_files import StoredTensor
-from qrlora_deploy.rank_rules.rule import RankRule
+from qrlora_deploy.rank_rules.energy_share import EnergyShare
 from tests.exporters.test_switchable import save_encoder
 from tests.tiny import LABELS, SENTENCES
 
@@ -81,7 +81,7 @@ def test_everything_is_read_once(
 @pytest.mark.parametrize("name", ["bert", "mpnet"])
 def test_the_lent_model_comes_back_to_the_bit(name: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(save_encoder(name, tmp_path / "base")))
-    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton()), RankRule(tau=0.5))
+    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton()), EnergyShare(0.5))
     prepared = prepare(checkpoint, None)
     model = prepared.model
     before = {key: value.clone() for key, value in model.state_dict().items()}

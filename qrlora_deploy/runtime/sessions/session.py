@@ -14,7 +14,7 @@ from qrlora_deploy.runtime.host.devices import PROVIDERS, Device
 from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX, check_runtime
 from qrlora_deploy.runtime.table.cuda import device_count
 
-__all__ = ["PROVIDERS", "open_session"]
+__all__ = ["PROVIDERS", "check_provider", "open_session"]
 
 QUIET = 4
 """ONNX Runtime's severity of what a session logs that asked for a GPU: our one line says it all."""
@@ -51,13 +51,8 @@ def open_session(
         InputError: so many threads cannot be started.
     """
     model, device = Path(model), Device.of(provider)
+    check_provider(device)
     name = PROVIDERS[device.provider]
-    if name not in onnxruntime.get_available_providers():
-        raise ProviderError(
-            f"{name} was asked for, but this build of ONNX Runtime has no such provider: "
-            f"pip uninstall -y onnxruntime && pip install 'qrlora-deploy[gpu]' brings the one that has it, or pass "
-            f"--provider cpu"
-        )
     options = onnxruntime.SessionOptions()
     if threads is not None and not 0 <= threads <= MAX_THREADS:
         raise InputError(f"threads must be between 0 and {MAX_THREADS}, not {threads}")
@@ -65,10 +60,6 @@ def open_session(
         options.intra_op_num_threads = threads
     if device.on_gpu:
         options.log_severity_level = QUIET
-        _preload()
-        reason = _why_no_gpu(device)
-        if reason:
-            raise _not_loaded(name, reason)
     if device.configure is not None:
         device.configure(options)
     session, reason = _create(model, options, device, cuda_graph)
@@ -77,6 +68,27 @@ def open_session(
     if any(taken.name == TOKEN_INDEX for taken in session.get_inputs()):
         check_runtime()
     return session
+
+
+def check_provider(provider: str | Device) -> None:
+    """Make sure, as far as that is known without a model, that a session can be opened on a device.
+
+    Raises:
+        ProviderError: the provider is unknown, this ONNX Runtime does not have it, or there is no such GPU.
+    """
+    device = Device.of(provider)
+    name = PROVIDERS[device.provider]
+    if name not in onnxruntime.get_available_providers():
+        raise ProviderError(
+            f"{name} was asked for, but this build of ONNX Runtime has no such provider: "
+            f"pip uninstall -y onnxruntime && pip install 'qrlora-deploy[gpu]' brings the one that has it, or pass "
+            f"--provider cpu"
+        )
+    if device.on_gpu:
+        _preload()
+        reason = _why_no_gpu(device)
+        if reason:
+            raise _not_loaded(name, reason)
 
 
 def _not_loaded(name: str, reason: str) -> ProviderError:

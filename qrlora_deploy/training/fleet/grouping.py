@@ -57,7 +57,8 @@ def read_groups(
             continue
         part: Columns = {column: [values[row] for row in rows] for column, values in columns.items()}
         try:
-            groups.examples[name] = examples_of(f"{name} in {place}", Table(part), text_column, label_column)
+            source = f"the rows of {name} in {place}"
+            groups.examples[name] = examples_of(source, Table(part), text_column, label_column)
         except InputError as error:
             groups.refused[name] = str(error)
     return groups

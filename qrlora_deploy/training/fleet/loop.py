@@ -1,7 +1,7 @@
 """The loop of a fleet: customers enter, train side by side, are written when they are done, and leave."""
 
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,6 +21,7 @@ from qrlora_deploy.training.fleet.summary import (
     FAILED,
     Line,
     finished_line,
+    resumed_text,
     run_digest,
 )
 from qrlora_deploy.training.fleet.tokens import RowEncoder, TokenRows, TokensAhead
@@ -69,7 +70,7 @@ class Fleet:
         self.origin = Origin(checkpoint.name, checkpoint.digest, basis.digest, options.basis_file)
         self.lines = {name: Line(name, FAILED, reason) for name, reason in plan.refused.items()}
         self.failed = len(self.lines)
-        waiting = [customer for customer in plan.customers if not self._is_done(customer)]
+        waiting = self._waiting(plan.customers) if options.resume else plan.customers
         self.total = len(plan.customers) + len(plan.refused)
         # The longest first: at the end few would be left to train beside each other.
         self.queue = deque(sorted(waiting, key=lambda customer: -len(customer.train)))
@@ -125,14 +126,21 @@ class Fleet:
         if progress:
             progress(len(self.lines), self.failed, self.total)
 
-    def _is_done(self, customer: Customer) -> bool:
-        if not self.options.resume:
-            return False
-        wanted = run_digest(customer, self.settings, self.origin.digests)
-        line = finished_line(customer, self.options.file_of(customer.name), wanted)
-        if line is not None:
-            self.lines[customer.name] = line
-        return line is not None
+    def _waiting(self, customers: Sequence[Customer]) -> list[Customer]:
+        """Those that a resumed run trains; the others get their line."""
+        waiting, again = [], Counter[str]()
+        for customer in customers:
+            wanted = run_digest(customer, self.settings, self.origin.digests)
+            found = finished_line(customer, self.options.file_of(customer.name), wanted)
+            if isinstance(found, Line):
+                self.lines[customer.name] = found
+                continue
+            waiting.append(customer)
+            again.update([found] if found else [])
+        if self.options.tell is not None:
+            kept, new = len(customers) - len(waiting), len(waiting) - again.total()
+            self.options.tell(resumed_text(kept, again, new))
+        return waiting
 
     def _admit(self) -> None:
         """Let customers in where a good part of the slots is free, so that the trunk runs over many at once."""

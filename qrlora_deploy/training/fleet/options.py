@@ -1,6 +1,6 @@
 """How a fleet runs, and what became of it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +26,7 @@ class FleetOptions:
         shard: whose customers are trained.
         local_rank: which of several GPUs is used.
         basis_file: where the basis is, for the records.
+        tell: called with a line that says what a resumed run keeps and what it trains again.
 
     Raises:
         InputError: a value is out of range.
@@ -37,6 +38,7 @@ class FleetOptions:
     shard: Shard = field(default_factory=Shard)
     local_rank: int = 0
     basis_file: str = ""
+    tell: Callable[[str], None] | None = None
 
     def __post_init__(self) -> None:
         if self.rows_per_step is not None and self.rows_per_step < 1:

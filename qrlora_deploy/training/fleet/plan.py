@@ -12,7 +12,7 @@ from qrlora_deploy.formats.coefficients import CUSTOMER_ID
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.tasks.regression import Regression
 from qrlora_deploy.training.fleet.grouping import Groups, read_groups
-from qrlora_deploy.training.outputs import Outputs, base_outputs, frozen_outputs, own_outputs
+from qrlora_deploy.training.outputs import Outputs, base_outputs, encode_rows, frozen_outputs, own_outputs
 from qrlora_deploy.training.settings import TrainSettings
 
 Targets = Sequence[int] | Sequence[float]
@@ -127,7 +127,7 @@ def plan_fleet(source: FleetSource, checkpoint: Checkpoint, settings: TrainSetti
                 raise InputError(reason)
             outputs = base if frozen else own_outputs(checkpoint, groups.examples[name], settings.task)
             settings.metric_of(outputs.task)
-            customers.append(_customer(name, groups.examples[name], evaluation, outputs))
+            customers.append(_customer(name, groups.examples[name], evaluation, outputs, frozen))
         except InputError as error:
             refused[name] = str(error)
     if not frozen and settings.task == "auto":
@@ -169,10 +169,8 @@ def _bad_id(name: str) -> str | None:
     return "no customer id: 1 to 128 of A-Z a-z 0-9 . _ - are allowed, and no dot at the start"
 
 
-def _customer(name: str, train: Examples, evaluation: Examples | None, outputs: Outputs) -> Customer:
+def _customer(name: str, train: Examples, evaluation: Examples | None, outputs: Outputs, frozen: bool) -> Customer:
     check_alike(train, evaluation)
     if not outputs.task.trains_in_fleets:
         raise InputError(f"a fleet trains no {outputs.task.name}; train this customer by `train`")
-    targets = outputs.task.encode(train, outputs.labels)
-    held_out = outputs.task.encode(evaluation, outputs.labels) if evaluation else []
-    return Customer(name, train, evaluation, outputs, targets, held_out)
+    return Customer(name, train, evaluation, outputs, *encode_rows(outputs, train, evaluation, frozen))

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,11 @@ from qrlora_deploy.training.settings import TrainSettings, fingerprint
 TRAINED, SKIPPED, FAILED = "trained", "skipped", "failed"
 RUN = "run_digest"
 """Key in a customer's training record: data, settings, base and basis in one digest."""
+
+OTHER_DATA = "whose data changed"
+OTHER_SETTINGS = "with other settings, base or basis"
+DAMAGED = "whose file is damaged"
+"""Why a customer with a file is trained again."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +79,38 @@ def run_digest(customer: Customer, settings: TrainSettings, origin: dict[str, st
     return hashlib.sha256(json.dumps(marks, sort_keys=True).encode()).hexdigest()
 
 
-def finished_line(customer: Customer, path: Path, wanted: str) -> Line | None:
-    """The line of a customer whose file is whole and comes from the same data and settings; else None."""
+def finished_line(customer: Customer, path: Path, wanted: str) -> Line | str:
+    """The line of a customer whose file is whole and comes from the same data and settings; else why it is none.
+
+    Args:
+        customer: the customer.
+        path: its file.
+        wanted: what `run_digest` gives.
+    """
     if not path.is_file():
-        return None
+        return ""
     try:
         record = read_coefficients(path).training
     except InputError:
-        return None  # cut, of another kind: it is trained again, and its file replaced when that is done
-    return trained_line(customer.name, path, record, SKIPPED) if record.get(RUN) == wanted else None
+        return DAMAGED  # cut, of another kind: it is trained again, and its file replaced when that is done
+    if record.get(RUN) == wanted:
+        return trained_line(customer.name, path, record, SKIPPED)
+    held_out = customer.evaluation.digest if customer.evaluation else None
+    same = record.get("data_digest") == customer.train.digest and record.get("evaluation_digest") == held_out
+    return OTHER_SETTINGS if same else OTHER_DATA
+
+
+def resumed_text(kept: int, again: Mapping[str, int], new: int) -> str:
+    """What a resumed run makes of the customers, in one line.
+
+    Args:
+        kept: customers whose file stays.
+        again: customers that are trained again, by the reason.
+        new: customers without a file.
+    """
+    reasons = ", ".join(f"{count} {reason}" for reason, count in again.items())
+    more = f" ({reasons})" if again else ""
+    return f"--resume: {kept} kept, {sum(again.values())} trained again{more}, {new} new"
 
 
 def trained_line(name: str, path: Path, record: dict[str, Any], status: str = TRAINED) -> Line:

@@ -11,6 +11,7 @@ import numpy as np
 
 from qrlora_deploy.data.cutting import cut_texts
 from qrlora_deploy.data.examples import Examples
+from qrlora_deploy.data.lines import place_of
 from qrlora_deploy.errors import InputError, first_line
 from qrlora_deploy.io.threads import finish
 from qrlora_deploy.models.capacity import check_segments
@@ -74,7 +75,7 @@ class RowEncoder:
     def _problem(self, customer: Customer, rows: TokenRows) -> InputError | None:
         empty = np.flatnonzero(rows.lengths == 0)
         if len(empty):
-            return InputError(f"row {int(empty[0]) + 1} has no text that the tokenizer knows")
+            return InputError(_without_text(customer, int(empty[0])))
         try:
             check_segments(customer.train.name, self.segments, rows.values.get("token_type_ids", np.zeros(0)))
         except InputError as error:
@@ -160,6 +161,14 @@ class TokensAhead:
                 rows += sum(len(examples) for examples in _parts(self.customers[self._begun]))
                 self._begun += 1
             self._pending.append(self._thread.submit(self.encoder, self.customers[start : self._begun]))
+
+
+def _without_text(customer: Customer, row: int) -> str:
+    """What is said of a row from 0, the held-out ones last, that gives no token."""
+    part, number = customer.train, row + 1
+    if customer.evaluation is not None and row >= len(part):
+        part, number = customer.evaluation, number - len(part)
+    return f"{place_of(part.name, number)}: row {number} has no text that the tokenizer knows"
 
 
 def _parts(customer: Customer) -> list[Examples]:

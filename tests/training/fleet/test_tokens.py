@@ -76,7 +76,7 @@ def test_customers_without_a_token_or_with_broken_text_stop_no_other() -> None:
     ]
     found = RowEncoder(tokenizer, ["input_ids"], 12)(customers)
     assert isinstance(found[0], TokenRows) and isinstance(found[3], TokenRows)
-    assert str(found[1]) == "row 2 has no text that the tokenizer knows"
+    assert str(found[1]) == "empty: row 2 has no text that the tokenizer knows"
     assert str(found[2]).startswith("broken: the tokenizer cannot read the texts")
 
 
