@@ -14,7 +14,7 @@ from benchmarks.gpu_graph.shapes import SIZES, make_basis, make_inputs, make_mod
 from benchmarks.gpu_graph.variants import ALL, fuse_projections
 from exporters.onnx.attention import ATTEND
 from exporters.onnx.graph import write_graph
-from exporters.onnx.branch_fusion import join_branches
+from exporters.onnx.branch_fusion import fuse_branches
 from exporters.onnx.precision import cast_inside
 from exporters.onnx.switchable import make_switchable
 
@@ -60,6 +60,6 @@ def _export(name: str, place: Path, arguments: argparse.Namespace) -> tuple[Path
             setattr(module, ATTEND, variant.attend)
     cast_inside(model, rows, arguments.precision)
     packing = variant.packing() if variant.packing else None
-    finish = None if rows is None or variant.apart else functools.partial(join_branches, model, rows)
+    finish = None if rows is None or variant.apart else functools.partial(fuse_branches, model, rows)
     write_graph(model, tuple(make_inputs(arguments.shape, 1, 8)), place, rows, packing, finish)
     return place / "model.onnx", table
