@@ -13,8 +13,8 @@ from benchmarks.gpu_graph.running import Graph
 from benchmarks.gpu_graph.shapes import SIZES, make_basis, make_inputs, make_model
 from benchmarks.gpu_graph.variants import ALL, fuse_projections
 from exporters.onnx.attention import ATTEND
-from exporters.onnx.graph import write_graph
 from exporters.onnx.branch_fusion import fuse_branches
+from exporters.onnx.graph import write_graph
 from exporters.onnx.precision import cast_inside
 from exporters.onnx.switchable import make_switchable
 
