@@ -89,8 +89,8 @@ def tagged_columns(
         return None if tags is None else (words, tags)
     if label_column is None and any(name in columns for name in LABEL_COLUMNS):
         return None
-    names = SPAN_COLUMNS if label_column is None else (label_column.strip(),)
-    spans = next((name for name in names if name in columns and _has_spans(name, columns[name])), None)
+    named = SPAN_COLUMNS if label_column is None else (label_column.strip(),)
+    spans = next((name for name in named if name in columns and _has_spans(name, columns[name])), None)
     return None if spans is None else (None, spans)
 
 

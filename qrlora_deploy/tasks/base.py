@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 AUTO_MODEL = "AutoModel"
 
+IGNORED = -100
+"""The target of a token that has none: padding, special tokens and all but the first one of a word."""
+
 
 @dataclass(frozen=True)
 class Span:
@@ -83,6 +86,8 @@ class Task(ABC):
         problem_type: what `config.json` calls it; None where the model's class alone says it.
         model_class: transformers' class of its models.
         output_shape: axes of the logits; the last one are the outputs.
+        pipeline: what the Hub calls its models.
+        peft_type: what PEFT calls it.
         metrics: names of what `score` gives; the first one chooses the best checkpoint.
         signal: the metric that is exactly 0 where answers say nothing of the labels.
         trains_in_fleets: whether many customers can be trained together.
@@ -94,6 +99,8 @@ class Task(ABC):
     problem_type: ClassVar[str | None]
     model_class: ClassVar[str] = "AutoModelForSequenceClassification"
     output_shape: ClassVar[tuple[str, ...]] = ("batch", "labels")
+    pipeline: ClassVar[str] = "text-classification"
+    peft_type: ClassVar[str] = "SEQ_CLS"
     metrics: ClassVar[tuple[str, ...]]
     signal: ClassVar[str]
     trains_in_fleets: ClassVar[bool] = True

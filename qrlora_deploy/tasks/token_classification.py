@@ -8,7 +8,7 @@ import numpy as np
 from qrlora_deploy.data.labels import quoted
 from qrlora_deploy.data.lines import place_of
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.tasks.base import Answer, NewHead, Span, Task
+from qrlora_deploy.tasks.base import IGNORED, Answer, NewHead, Span, Task
 from qrlora_deploy.tasks.entities import OUTSIDE, entities, f1_of
 from qrlora_deploy.tasks.names import label_index, label_names, output_of
 from qrlora_deploy.tokenization.words import NO_TOKEN, LocatedWords
@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     import torch
 
     from qrlora_deploy.data.examples import Examples
-
-IGNORED = -100
-"""The target of a token that has none: padding, special tokens and all but the first one of a word."""
 
 
 class TokenClassification(Task):
@@ -30,6 +27,8 @@ class TokenClassification(Task):
     problem_type = None
     model_class = "AutoModelForTokenClassification"
     output_shape = ("batch", "sequence", "labels")
+    pipeline = "token-classification"
+    peft_type = "TOKEN_CLS"
     metrics = ("f1", "accuracy")
     signal = "f1"
     trains_in_fleets = False

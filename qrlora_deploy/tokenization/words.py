@@ -74,6 +74,18 @@ def locate(text: str, places: Sequence[Place], offsets: Sequence[Place]) -> Loca
     return LocatedWords(text, places, first)
 
 
+def shift_of(text: str, cut: str) -> int | None:
+    """By how many characters the places of a cut text are before those of the whole one; None where it is no part."""
+    if text.startswith(cut):
+        return 0
+    return len(text) - len(cut) if text.endswith(cut) else None
+
+
+def moved(offsets: Sequence[Place], shift: int) -> Sequence[Place]:
+    """Places of tokens further on in a text; empty ones stay empty."""
+    return [(start + shift, end + shift) for start, end in offsets] if shift else offsets
+
+
 def _begin(text: str, offset: Place) -> int:
     """Where a token begins without the blanks that some tokenizers count to it."""
     start, end = offset

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.tasks.base import Task
+from qrlora_deploy.tasks.base import IGNORED, Task
 from qrlora_deploy.training.loop import Progress, Rows, SmallTrainer, halve_frozen, has_bf16, mixed_precision
 from qrlora_deploy.training.trunk.cache import TrunkCache, fill_cache
 from qrlora_deploy.training.trunk.cuda_graph import GraphedStep, step_gradients
@@ -200,9 +201,14 @@ def numbered(rows: Rows, start: int) -> Rows:
     return [{"number": start + index, "labels": row["labels"]} for index, row in enumerate(rows)]
 
 
-def collate_numbers(rows: Rows) -> dict[str, Any]:
-    """Numbers `[n]` as numpy, which stay on the CPU, and labels `[n]` as a tensor."""
-    return {
-        "number": np.array([row["number"] for row in rows], dtype=np.int64),
-        "labels": torch.tensor([row["labels"] for row in rows]),
-    }
+def collate_numbers(rows: Rows, padding_side: str = "right") -> dict[str, Any]:
+    """Numbers `[n]` as numpy, which stay on the CPU, and labels as a tensor: `[n]`, or `[n, ...]` padded as tokens."""
+    numbers = np.array([row["number"] for row in rows], dtype=np.int64)
+    labels = [torch.tensor(row["labels"]) for row in rows]
+    longest = max(label.numel() for label in labels)
+    if any(label.numel() < longest for label in labels):
+        gaps = [longest - label.numel() for label in labels]
+        sides = [(gap, 0) if padding_side == "left" else (0, gap) for gap in gaps]
+        pairs = zip(labels, sides, strict=True)
+        labels = [functional.pad(label, side, value=IGNORED) for label, side in pairs]
+    return {"number": numbers, "labels": torch.stack(labels)}

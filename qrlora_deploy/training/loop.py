@@ -10,10 +10,16 @@ import numpy as np
 import safetensors.torch
 import torch
 from torch import nn
-from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_callback import PrinterCallback
 
-from qrlora_deploy.data.cutting import cut_texts
+from qrlora_deploy.data.cutting import cut_texts, encode_words
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import InputError, QrloraError, library_errors
 from qrlora_deploy.models.adapter import QRLoRALinear
@@ -155,12 +161,38 @@ def training_arguments(folder: Path, settings: RunSettings, rate: float, rows: i
     return arguments
 
 
-def build_rows(tokenizer: Any, examples: Examples, targets: Sequence[Any], max_length: int) -> Rows:
-    """Token ids of every example with its target; padding is left to the batch."""
+def build_rows(
+    tokenizer: Any, examples: Examples, targets: Sequence[Any], max_length: int, task: Task | None = None
+) -> Rows:
+    """Token ids of every example with its target; padding is left to the batch.
+
+    Args:
+        tokenizer: of the base.
+        examples: the rows.
+        targets: of the rows, from `Task.encode`.
+        max_length: tokens of a row.
+        task: places targets at the tokens of tagged words; needed for these alone.
+
+    Raises:
+        InputError: a text gives too few tokens for its length, or words are tagged and the tokenizer cannot say
+            where its tokens are.
+    """
+    if task is not None and task.answers_words:
+        return _tagged_rows(tokenizer, examples, targets, max_length, task)
     texts, pairs = cut_texts(tokenizer, examples.texts, examples.pairs, max_length, examples.name)
     encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length)
     names = list(encoded)
     return [{name: encoded[name][row] for name in names} | {"labels": target} for row, target in enumerate(targets)]
+
+
+def _tagged_rows(tokenizer: Any, examples: Examples, targets: Sequence[Any], max_length: int, task: Task) -> Rows:
+    encoded, located = encode_words(tokenizer, examples, max_length)
+    names = list(encoded)
+    return [
+        {name: encoded[name][row] for name in names}
+        | {"labels": task.place_target(target, words, len(encoded["input_ids"][row]))}
+        for row, (target, words) in enumerate(zip(targets, located, strict=True))
+    ]
 
 
 def load_tokenizer(
@@ -193,11 +225,12 @@ def load_tokenizer(
     return tokenizer
 
 
-def trainer_parts(task: Task, tokenizer: Any) -> dict[str, Any]:
-    """Batching and scoring, as arguments of a Trainer."""
+def trainer_parts(task: Task, tokenizer: Any, names: Sequence[str] = ()) -> dict[str, Any]:
+    """Batching and scoring, as arguments of a Trainer; `names` are those of the outputs."""
+    collator = DataCollatorForTokenClassification if task.answers_words else DataCollatorWithPadding
     return {
-        "data_collator": DataCollatorWithPadding(tokenizer),
-        "compute_metrics": lambda result: task.score(_finite(result.predictions), result.label_ids),
+        "data_collator": collator(tokenizer),
+        "compute_metrics": lambda result: task.score(_finite(result.predictions), result.label_ids, names),
         # Some models return hidden states after the logits.
         "preprocess_logits_for_metrics": lambda out, _: out[0] if isinstance(out, (tuple, list)) else out,
     }
