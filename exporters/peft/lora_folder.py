@@ -31,7 +31,7 @@ PREFIX = "base_model.model"
 """What PEFT puts before every module path of the base: its own model, and its tuner inside."""
 
 ALWAYS_SAVED = ("classifier", "score")
-"""PEFT adds these to `modules_to_save` for both tasks (SEQ_CLS, TOKEN_CLS), so it demands their weights where they exist."""
+"""PEFT adds these to `modules_to_save` for its tasks SEQ_CLS and TOKEN_CLS, and demands their weights if they exist."""
 
 
 def export_peft(job: ExportJob) -> Mapping[str, Any]:
