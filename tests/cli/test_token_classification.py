@@ -195,11 +195,11 @@ def test_a_cached_trunk_trains_as_the_whole_model_does(place: Path, tmp_path: Pa
     succeed_here(made, place)
     options = ["--data", "train.jsonl", "--epochs", 3, "--learning-rate", 0.1, "--batch-size", 8, "--max-length", 48]
     found = []
-    for cache in ("host", "off"):
-        output = tmp_path / f"{cache}.safetensors"
-        command = ["train", "base", "--basis", tmp_path / "last", *options, "--trunk-cache", cache, "-o", output]
+    for where in ("host", "off"):
+        output = tmp_path / f"{where}.safetensors"
+        command = ["train", "base", "--basis", tmp_path / "last", *options, "--trunk-cache", where, "-o", output]
         training = succeed_here(command, place)["training"]
-        assert training["trunk_cache"] == cache
+        assert training["trunk_cache"] == where
         found.append(training["loss"])
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
