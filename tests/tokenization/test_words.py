@@ -9,7 +9,7 @@ from qrlora_deploy.tokenization.words import NO_TOKEN, joined, locate, moved, sh
 from tests.tiny import SENTENCES, build_tokenizer
 
 BLANK = "\u0120"
-LETTERS = st.text("abcxyzé1", min_size=1, max_size=6)
+LETTERS = st.text("abcxyzé", min_size=1, max_size=6)
 
 
 def byte_level(trims: bool) -> Tokenizer:
