@@ -19,8 +19,6 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from qrlora_deploy.data.cutting import cut_texts, encode_words
-from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import InputError, QrloraError, library_errors
 from qrlora_deploy.models.adapter import QRLoRALinear
 from qrlora_deploy.models.capacity import check_ids, max_tokens
@@ -30,7 +28,6 @@ from qrlora_deploy.tasks.base import Task
 from qrlora_deploy.training.settings import RunSettings, choose_device
 
 Progress = Callable[[str, int, int], None]
-Rows = list[dict[str, Any]]
 
 TRAINABLE = "trainable.safetensors"
 UNREADABLE = "cannot be resumed from, by these versions of the libraries; remove its folder and start again"
@@ -159,40 +156,6 @@ def training_arguments(folder: Path, settings: RunSettings, rate: float, rows: i
     # With several GPUs the Trainer would split batches by DataParallel, which changes batch_size.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
-
-
-def build_rows(
-    tokenizer: Any, examples: Examples, targets: Sequence[Any], max_length: int, task: Task | None = None
-) -> Rows:
-    """Token ids of every example with its target; padding is left to the batch.
-
-    Args:
-        tokenizer: of the base.
-        examples: the rows.
-        targets: of the rows, from `Task.encode`.
-        max_length: tokens of a row.
-        task: places targets at the tokens of tagged words; needed for these alone.
-
-    Raises:
-        InputError: a text gives too few tokens for its length, or words are tagged and the tokenizer cannot say
-            where its tokens are.
-    """
-    if task is not None and task.answers_words:
-        return _tagged_rows(tokenizer, examples, targets, max_length, task)
-    texts, pairs = cut_texts(tokenizer, examples.texts, examples.pairs, max_length, examples.name)
-    encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length)
-    names = list(encoded)
-    return [{name: encoded[name][row] for name in names} | {"labels": target} for row, target in enumerate(targets)]
-
-
-def _tagged_rows(tokenizer: Any, examples: Examples, targets: Sequence[Any], max_length: int, task: Task) -> Rows:
-    encoded, located = encode_words(tokenizer, examples, max_length)
-    names = list(encoded)
-    return [
-        {name: encoded[name][row] for name in names}
-        | {"labels": task.place_target(target, words, len(encoded["input_ids"][row]))}
-        for row, (target, words) in enumerate(zip(targets, located, strict=True))
-    ]
 
 
 def load_tokenizer(

@@ -28,10 +28,8 @@ from qrlora_deploy.training.cached_trainer import (
 from qrlora_deploy.training.checkpoints import STATE, Sealing, open_work_dir
 from qrlora_deploy.training.loop import (
     Progress,
-    Rows,
     SmallTrainer,
     Watch,
-    build_rows,
     evaluate,
     explained_failures,
     load_tokenizer,
@@ -41,6 +39,7 @@ from qrlora_deploy.training.loop import (
 )
 from qrlora_deploy.training.outputs import Outputs, customer_outputs, encode_rows
 from qrlora_deploy.training.record import Ran, training_record
+from qrlora_deploy.training.rows import Rows, build_rows
 from qrlora_deploy.training.settings import TrainSettings, choose_device, fingerprint
 
 
@@ -210,7 +209,9 @@ def _build_trainer(
     if cached is None:
         return SmallTrainer(**parts)
     evaluation = numbered(job.evaluation, len(job.rows)) if job.evaluation else None
-    collate = partial(collate_numbers, padding_side=job.tokenizer.padding_side)
+    # Without padding in the upper part, what there is comes behind the texts.
+    side = job.tokenizer.padding_side if cached.upper is None else "right"
+    collate = partial(collate_numbers, padding_side=side)
     parts |= {"train_dataset": numbered(job.rows, 0), "eval_dataset": evaluation, "data_collator": collate}
     return CachedTrainer(**parts, cached=cached)
 

@@ -18,7 +18,6 @@ from qrlora_deploy.training.loop import (
     Progress,
     SmallTrainer,
     Watch,
-    build_rows,
     check_trained,
     evaluate,
     explained_failures,
@@ -27,6 +26,7 @@ from qrlora_deploy.training.loop import (
     training_arguments,
 )
 from qrlora_deploy.training.outputs import Outputs, encode_rows, own_outputs
+from qrlora_deploy.training.rows import build_rows
 from qrlora_deploy.training.settings import WarmupSettings, choose_device
 
 

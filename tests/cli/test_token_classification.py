@@ -13,10 +13,12 @@ import transformers
 
 from qrlora_deploy.data.examples import read_examples
 from qrlora_deploy.errors import MalformedInputError
+from qrlora_deploy.formats.coefficients import read_coefficients
 from qrlora_deploy.runtime import Buckets, Predictor, open_bundle
 from tests.cli.running import run_here, succeed_here
 from tests.tiny import SENTENCES, build_tokenizer, save_base
 from tests.tolerances import FP32_ONNX
+from tests.training.test_cached_trainer import TRAINED
 
 TAGS = ("O", "B-PLACE", "B-THING", "I-THING")
 PLACES = {"boston", "denver", "paris"}
@@ -190,8 +192,12 @@ def test_a_graph_without_padding_and_buckets_give_the_same_spans(place: Path, tm
             np.testing.assert_allclose(np.array(answer.logits), logits, **FP32_ONNX)
 
 
-def test_a_cached_trunk_trains_as_the_whole_model_does(place: Path, tmp_path: Path) -> None:
-    made = ["factorize", "base", "--target", "query", "--tau", 0.6, "--last-layers", 1, "-o", tmp_path / "last"]
+@pytest.mark.parametrize(("family", "layers"), [("Bert", 1), ("Bert", 2), ("DistilBert", 2), ("Roberta", 1)])
+def test_a_cached_trunk_trains_as_the_whole_model_does(
+    ready: Callable[[str], Path], family: str, layers: int, tmp_path: Path
+) -> None:
+    place, target = ready(family), FAMILIES[family][0]
+    made = ["factorize", "base", "--target", target, "--tau", 0.6, "--last-layers", layers, "-o", tmp_path / "last"]
     succeed_here(made, place)
     options = ["--data", "train.jsonl", "--epochs", 3, "--learning-rate", 0.1, "--batch-size", 8, "--max-length", 48]
     found = []
@@ -200,8 +206,9 @@ def test_a_cached_trunk_trains_as_the_whole_model_does(place: Path, tmp_path: Pa
         command = ["train", "base", "--basis", tmp_path / "last", *options, "--trunk-cache", where, "-o", output]
         training = succeed_here(command, place)["training"]
         assert training["trunk_cache"] == where
-        found.append(training["loss"])
-    assert found[0] == pytest.approx(found[1], rel=1e-4)
+        found.append((training["loss"], read_coefficients(output).values))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
+    np.testing.assert_allclose(found[0][1], found[1][1], **TRAINED)
 
 
 def test_long_texts_are_cut_and_their_last_words_are_outside(place: Path) -> None:
