@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import accuracy_score, f1_score
 from transformers import BertConfig, BertForSequenceClassification
 
 from qrlora_deploy.data.examples import Examples
@@ -78,6 +79,18 @@ def test_scores_by_hand() -> None:
     assert found == pytest.approx(expected, rel=0, abs=1e-12) and tuple(found) == TASK.metrics
     assert TASK.right(logits, targets).tolist() == [False, False, True]
     assert not TASK.says_nothing(found) and TASK.says_nothing(TASK.score(-np.abs(logits), targets))
+
+
+@pytest.mark.parametrize("labels", [1, 2, 6])
+def test_scores_are_those_of_scikit_learn(labels: int) -> None:
+    random = np.random.default_rng(labels)
+    logits, targets = random.normal(size=(40, labels)), (random.random((40, labels)) < 0.3).astype(np.float64)
+    found, chosen = TASK.score(logits, targets), logits >= 0
+    # Of decisions that were laid out in a row: a table of one column would be taken for classes.
+    assert found["f1_micro"] == pytest.approx(f1_score(targets.ravel() > 0.5, chosen.ravel()), rel=0, abs=1e-12)
+    each = [f1_score(targets[:, label] > 0.5, chosen[:, label]) for label in range(labels)]
+    assert found["f1_macro"] == pytest.approx(np.mean(each), rel=0, abs=1e-12)
+    assert found["accuracy"] == pytest.approx(accuracy_score(targets > 0.5, chosen), rel=0, abs=1e-12)
 
 
 def test_answers_name_all_labels_that_apply() -> None:

@@ -220,7 +220,7 @@ class Fleet:
         """Metrics of some customers; those whose answers are no numbers are dropped."""
         if not slots:
             return {}
-        found = score_answers(self.engine.answer_held_out(slots), self.engine.regression)
+        found = score_answers(self.engine.answer_held_out(slots))
         for slot in set(slots) - found.keys():
             self._drop(slot, "the model answers NaN or Inf: training diverged; try a smaller --learning-rate")
         return found
