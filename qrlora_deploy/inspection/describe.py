@@ -148,6 +148,7 @@ def _describe_coefficients(path: Path, basis_file: Path | None) -> Description:
         "digest": customer.digest,
         "task": customer.task,
         "labels": list(customer.labels),
+        **({"thresholds": list(customer.thresholds)} if customer.thresholds else {}),
         "coefficients": len(values),
         "norm": float(np.linalg.norm(values)),
         "largest": float(np.abs(values).max()),

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
@@ -45,7 +45,7 @@ class NewHead:
 
 
 class Task(ABC):
-    """A kind of question that a model answers about a text; its implementations hold no state.
+    """A kind of question that a model answers about a text; its implementations hold nothing but how they decide.
 
     An implementation needs no PyTorch to be imported, since a serving host has none: `loss` alone uses it.
 
@@ -90,10 +90,28 @@ class Task(ABC):
         """
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other)
+        return type(self) is type(other) and vars(self) == vars(other)
 
     def __hash__(self) -> int:
         return hash(type(self))
+
+    def deciding_at(self, thresholds: Sequence[float]) -> Self:
+        """The task as a customer with thresholds of its own has it; itself where there are none to decide by.
+
+        Args:
+            thresholds: for each label the probability from which on it applies; empty: 0.5 for all of them. Tasks
+                that do not `judges_labels` pass them over.
+        """
+        return self
+
+    def best_thresholds(self, logits: np.ndarray, targets: np.ndarray) -> tuple[float, ...]:
+        """The thresholds that are best for F1 on held-out rows; empty where the task has none.
+
+        Args:
+            logits: `[n, labels]`.
+            targets: `[n, labels]`, from `encode`.
+        """
+        return ()
 
     def names_in(self, label: Label) -> tuple[str, ...]:
         """The names of outputs that a row's label consists of."""

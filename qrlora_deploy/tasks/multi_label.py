@@ -10,6 +10,7 @@ from qrlora_deploy.errors import InputError
 from qrlora_deploy.tasks.base import Answer, NewHead, Task
 from qrlora_deploy.tasks.counting import divided, named_scores
 from qrlora_deploy.tasks.names import first_row, label_index, label_names, output_of
+from qrlora_deploy.tasks.thresholds import best_thresholds, cuts_of
 
 if TYPE_CHECKING:
     import torch
@@ -19,12 +20,13 @@ if TYPE_CHECKING:
 SEPARATOR = "|"
 """Between the labels of a row in a column of texts."""
 
-THRESHOLD = 0.5
-"""The probability from which on a label applies."""
-
 
 class MultiLabel(Task):
-    """Every text has any number of labels: a list in JSON lines or Parquet, or `a|b` in a table of texts."""
+    """Every text has any number of labels: a list in JSON lines or Parquet, or `a|b` in a table of texts.
+
+    Args:
+        thresholds: for each label the probability from which on it applies; empty: 0.5 for all of them.
+    """
 
     name = "text-multi-label"
     option = "multi-label"
@@ -32,6 +34,22 @@ class MultiLabel(Task):
     metrics = ("f1_micro", "f1_macro", "accuracy")
     signal = "f1_micro"
     judges_labels = True
+
+    def __init__(self, thresholds: Sequence[float] = ()) -> None:
+        self.thresholds = tuple(thresholds)
+
+    def deciding_at(self, thresholds: Sequence[float]) -> "MultiLabel":
+        """As `Task.deciding_at`."""
+        return MultiLabel(thresholds) if thresholds else self
+
+    def best_thresholds(self, logits: np.ndarray, targets: np.ndarray) -> tuple[float, ...]:
+        """As `Task.best_thresholds`."""
+        return best_thresholds(logits, targets)
+
+    def applies(self, logits: np.ndarray) -> np.ndarray:
+        """Whether each label of logits `[..., labels]` applies: its probability is its threshold or more."""
+        found: np.ndarray = np.asarray(logits) >= (cuts_of(self.thresholds) if self.thresholds else 0.0)
+        return found
 
     def recognise(self, examples: "Examples") -> str | None:
         """A row has a list of labels, as `Task.recognise`."""
@@ -92,7 +110,7 @@ class MultiLabel(Task):
     ) -> list[dict[str, float]]:
         """The metrics of many customers counted at once, as `Task.score_each`."""
         present = ~np.isneginf(decisive)
-        chosen, expected = applies(decisive), targets > 0.5
+        chosen, expected = self.applies(decisive), targets > 0.5
 
         def count(decisions: np.ndarray) -> np.ndarray:
             counts = np.zeros((customers, decisions.shape[1]))
@@ -110,23 +128,17 @@ class MultiLabel(Task):
     def answer(self, logits: np.ndarray, names: Sequence[str]) -> Answer:
         """The most likely label with its probability, and all labels that apply, in the order of the outputs."""
         best = int(logits.argmax())
-        chosen = tuple(name for name, yes in zip(names, applies(logits), strict=True) if yes)
+        chosen = tuple(name for name, yes in zip(names, self.applies(logits), strict=True) if yes)
         return Answer(names[best], float(1 / (1 + np.exp(-np.float64(logits[best])))), chosen)
 
     def agreement(self, logits: np.ndarray, others: np.ndarray) -> np.ndarray:
         """The share of labels that apply in both or in neither, of those that the customer has."""
         present = np.isfinite(others)
-        equal = (applies(logits) == applies(others)) & present
+        equal = (self.applies(logits) == self.applies(others)) & present
         found: np.ndarray = equal.sum(axis=1) / np.maximum(present.sum(axis=1), 1)
         return found
 
     def right(self, logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Whether all labels of the row apply and no others."""
-        found: np.ndarray = (applies(logits) == (np.asarray(targets) > 0.5)).all(axis=1)
+        found: np.ndarray = (self.applies(logits) == (np.asarray(targets) > 0.5)).all(axis=1)
         return found
-
-
-def applies(logits: np.ndarray) -> np.ndarray:
-    """Whether each label of logits `[..., labels]` applies: its probability is `THRESHOLD` or more."""
-    found: np.ndarray = np.asarray(logits) >= np.log(THRESHOLD / (1 - THRESHOLD))
-    return found
