@@ -112,6 +112,7 @@ def plan_fleet(source: FleetSource, checkpoint: Checkpoint, settings: TrainSetti
     base = frozen_outputs(checkpoint, settings.task) if frozen else base_outputs(checkpoint)
     if frozen:
         settings.metric_of(base.task)
+        settings.check_tuning(base.task, source.evaluation is not None)
     groups = _read(source, source.data, shard)
     held_out = _read(source, source.evaluation, shard) if source.evaluation else Groups()
     refused = {

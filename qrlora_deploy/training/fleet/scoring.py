@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qrlora_deploy.tasks.base import Task
+from qrlora_deploy.training.tuning import Tuned, tune
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,11 @@ class Answers:
     decisive: np.ndarray
     targets: np.ndarray
     finite: np.ndarray
+
+    def tuned(self, slot: int, labels: int) -> Tuned:
+        """The best thresholds of a customer, of a task that `judges_labels`, for these answers."""
+        own = self.slots == slot
+        return tune(self.task, self.decisive[own, :labels], self.targets[own, :labels])
 
 
 def score_answers(answers: Iterable[Answers]) -> dict[int, dict[str, float]]:
