@@ -47,8 +47,14 @@ class MultiLabel(Task):
         return best_thresholds(logits, targets)
 
     def applies(self, logits: np.ndarray) -> np.ndarray:
-        """Whether each label of logits `[..., labels]` applies: its probability is its threshold or more."""
-        found: np.ndarray = np.asarray(logits) >= (cuts_of(self.thresholds) if self.thresholds else 0.0)
+        """Whether each label of logits `[..., labels]` applies: its probability is its threshold or more.
+
+        Behind the labels that have a threshold it is 0.5.
+        """
+        logits = np.asarray(logits)
+        cuts = np.zeros(logits.shape[-1])
+        cuts[: len(self.thresholds)] = cuts_of(self.thresholds)
+        found: np.ndarray = logits >= cuts
         return found
 
     def recognise(self, examples: "Examples") -> str | None:
