@@ -194,6 +194,8 @@ def _check_fits(name: str, coefficients: Coefficients, manifest: Manifest) -> No
         raise InputError(
             f"{name} has a head of its own, for which a packed file has no room; leave it a file of its own"
         )
+    if coefficients.thresholds:
+        raise InputError(f"{name} has thresholds, for which a packed file has no room; leave it a file of its own")
     if coefficients.labels != manifest.labels:
         raise InputError(f"{name} has other labels than the bundle")
 

@@ -146,6 +146,40 @@ def test_multi_label_customers_share_a_frozen_head(
         check_same(customer, alone(base, tiny_basis, tmp_path, name, settings))
 
 
+def test_thresholds_are_those_of_the_best_epoch_alone_too(
+    still_base: Checkpoint, tiny_basis: Basis, tmp_path: Path
+) -> None:
+    names = write_folders(tmp_path)
+    make_multi_label(tmp_path, {names[0]: "abcdefg", names[1]: "xyz"})
+    (tmp_path / "held-out" / f"{names[2]}.tsv").unlink()
+    settings = settings_of(head="output", tune_thresholds=True)
+    report = run(still_base, tiny_basis, tmp_path, settings)
+    assert [line.status for line in report.lines] == ["trained"] * len(names)
+    for name in names[:2]:
+        customer = read_coefficients(tmp_path / "out" / f"{name}.safetensors")
+        assert set(customer.thresholds) != {0.5} and len(customer.thresholds) == len(customer.labels)
+        # Each label's F1 is the best that a threshold gives, so their mean is no worse.
+        before, after = (customer.training[key]["f1_macro"] for key in ("metrics", "tuned_metrics"))
+        assert after > before
+        check_same(customer, alone(still_base, tiny_basis, tmp_path, name, settings))
+    for name in names[2:]:
+        other = read_coefficients(tmp_path / "out" / f"{name}.safetensors")
+        assert not other.thresholds and "tuned_metrics" not in other.training
+    with pytest.raises(InputError, match="--tune-thresholds chooses them on held-out rows; give --eval"):
+        run(still_base, tiny_basis, tmp_path, settings, held_out=False)
+
+
+@pytest.mark.parametrize(("held_out", "reason"), [(True, "decides without thresholds"), (False, "give --eval")])
+def test_thresholds_are_refused_before_training_where_there_are_none(
+    still_base: Checkpoint, tiny_basis: Basis, tmp_path: Path, held_out: bool, reason: str
+) -> None:
+    name, *_ = write_folders(tmp_path)
+    with pytest.raises(InputError, match=f"--tune-thresholds.*{reason}"):
+        alone(still_base, tiny_basis, tmp_path, name, settings_of(tune_thresholds=True), held_out)
+    with pytest.raises(InputError, match=f"--tune-thresholds.*{reason}"):
+        run(still_base, tiny_basis, tmp_path, settings_of(tune_thresholds=True), held_out)
+
+
 def ship_by_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a CPU get its records as a GPU does: as views of one copy."""
 
