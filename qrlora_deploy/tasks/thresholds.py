@@ -7,8 +7,8 @@ import numpy as np
 THRESHOLD = 0.5
 """The probability from which on a label applies where nothing else is said."""
 
-LARGEST_LOGIT = 30.0
-"""Cuts are kept between minus and plus this, where a probability in fp64 still tells neighbours apart."""
+LOWEST_CUT, HIGHEST_CUT = -700.0, 30.0
+"""Cuts are kept between these, where a probability in fp64 is not 0 and still tells neighbours below 1 apart."""
 
 BEYOND = 0.5
 """How far below the lowest logit a cut lies that lets a label apply to every row."""
@@ -46,7 +46,7 @@ def best_thresholds(logits: np.ndarray, targets: np.ndarray) -> tuple[float, ...
     """
     columns = zip(np.asarray(logits, dtype=np.float64).T, np.asarray(targets).T > 0.5, strict=True)
     cuts = np.array([_best_cut(values, expected) for values, expected in columns])
-    return tuple((1 / (1 + np.exp(-np.clip(cuts, -LARGEST_LOGIT, LARGEST_LOGIT)))).tolist())
+    return tuple((1 / (1 + np.exp(-np.clip(cuts, LOWEST_CUT, HIGHEST_CUT)))).tolist())
 
 
 def _best_cut(logits: np.ndarray, expected: np.ndarray) -> float:

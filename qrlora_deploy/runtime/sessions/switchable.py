@@ -127,7 +127,7 @@ class SwitchableSession:
         coefficients = source if isinstance(source, Coefficients) else read_customer_file(Path(source))
         place = f"{customer}" if isinstance(source, Coefficients) else f"{source}"
         check_customer_fits(coefficients, self.manifest, place)
-        self.table.publish(customer, self._row(coefficients, place), self._own_answering(coefficients))
+        self.table.publish(customer, self._row(coefficients, place), self._note(coefficients))
 
     def holds(self, customer: str, coefficients: Coefficients) -> bool:
         """Whether `customer` is in the table with exactly these coefficients, head, labels and thresholds.
@@ -139,7 +139,7 @@ class SwitchableSession:
             return False
         self._check_usable()
         check_customer_fits(coefficients, self.manifest, customer)
-        return self.table.holds(customer, self._row(coefficients, customer), self._own_answering(coefficients))
+        return self.table.holds(customer, self._row(coefficients, customer), self._note(coefficients))
 
     def unload(self, customer: str) -> bool:
         """Forget a customer; runs that hold it end undisturbed. False where there is none."""
@@ -227,9 +227,11 @@ class SwitchableSession:
             if inputs[name].min() < 0:
                 raise MalformedInputError(f"the input {name} has a negative number")
 
-    def _own_answering(self, coefficients: Coefficients) -> Answering | None:
-        """Labels and thresholds that are not the base's; customers with the same ones share them."""
-        found = Answering(coefficients.labels, coefficients.thresholds)
+    def _note(self, coefficients: Coefficients) -> Answering | None:
+        return self.own_answering(Answering(coefficients.labels, coefficients.thresholds))
+
+    def own_answering(self, found: Answering) -> Answering | None:
+        """What the table notes of a customer: None where it decides as the base; those who decide alike share it."""
         if found == self.manifest.answering:
             return None
         if len(self._answerings) >= SHARED_ANSWERINGS:
