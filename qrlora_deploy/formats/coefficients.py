@@ -19,10 +19,20 @@ from qrlora_deploy.io.versions import Versions
 from qrlora_deploy.tasks.thresholds import check_thresholds
 
 FORMAT = "qrlora-coefficients"
-VERSIONS = Versions(1)
 VALUES = "coefficients"
 HEAD = "head."
 THRESHOLDS = "thresholds"
+
+
+def _without_thresholds(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of version 1, which knew none, as version 2 has it."""
+    return {name: value for name, value in record.items() if name != THRESHOLDS}
+
+
+VERSIONS = Versions(2, {1: _without_thresholds})
+WITHOUT_THRESHOLDS = 1
+"""The version that a customer without thresholds is written in, so that every release can read it. An older release
+would decide otherwise than one with thresholds was meant, and refuses it by its version."""
 
 SUFFIX = ".safetensors"
 MAX_ID_CHARACTERS = 128
@@ -139,7 +149,7 @@ def write_coefficients(coefficients: Coefficients, path: Path) -> None:
     basis_file = Path(coefficients.basis_file)
     metadata = {
         "format": FORMAT,
-        "format_version": VERSIONS.current,
+        "format_version": VERSIONS.current if coefficients.thresholds else WITHOUT_THRESHOLDS,
         "basis_digest": coefficients.basis_digest,
         "basis_file": recorded_place(basis_file, path) if basis_file.is_absolute() else coefficients.basis_file,
         "base_name": coefficients.base_name,

@@ -21,7 +21,7 @@ READERS = {
         "io.files._content_digest",
         "io.files.digest_arrays",
         "formats.coefficients._allows",
-        "formats.coefficients._check_finite",
+        "formats.coefficients._check",
         "formats.coefficients.from_value",
         "inspection.describe._kind",
         "models.locating._places",

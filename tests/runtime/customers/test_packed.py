@@ -460,13 +460,20 @@ def test_rows_are_spread_like_single_ones() -> None:
 def test_the_format_is_pinned(session: SwitchableSession, sample: Path) -> None:
     whole = sample.read_bytes()
     header = json.loads(whole[8 : 8 + struct.unpack("<Q", whole[:8])[0]])
-    assert list(header) == ["__metadata__", "coefficients", "id_lengths", "id_bytes"]
+    assert list(header) == [
+        "__metadata__",
+        "coefficients",
+        "id_lengths",
+        "id_bytes",
+        "threshold_rows",
+        "thresholds",
+    ]
     record = json.loads(header["__metadata__"]["qrlora"])
     assert len(record.pop("content_digest")) == 64
     assert (
         record == metadata_of(session.manifest)
         and record["format"] == "qrlora-packed"
-        and record["format_version"] == 2
+        and record["format_version"] == 3
     )
 
 
