@@ -215,7 +215,7 @@ def deep(levels: int) -> dict[str, Any]:
 
 
 FORGERIES: dict[str, tuple[Change, str]] = {
-    "newer version": (lambda m, t: m.update(format_version=2), "format version 2; this version reads 1"),
+    "newer version": (lambda m, t: m.update(format_version=3), "format version 3; this version reads 1 and 2"),
     "version of text": (lambda m, t: m.update(format_version="1"), "format version '1'"),
     "other format": (lambda m, t: m.update(format="qrlora-basis"), "not a qrlora-coefficients file"),
     "no values": (lambda m, t: t.pop("coefficients"), "the tensor 'coefficients' is missing"),
