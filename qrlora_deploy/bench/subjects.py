@@ -131,13 +131,11 @@ class BundleSubject:
         for rows in batches(texts, pairs, ANSWER_BATCH):
             inputs = self._encoder.encode([texts[row] for row in rows], [pairs[row] for row in rows] if pairs else None)
             if self.switchable is None:
-                logits, labels = self._runner.run(inputs), [self.bundle.manifest.labels] * len(rows)
+                logits, answering = self._runner.run(inputs), [self.bundle.manifest.answering] * len(rows)
             else:
-                logits, labels = self.switchable.predict(inputs, [customer] * len(rows))
-            # Behind its own labels a customer has -inf.
+                logits, answering = self.switchable.run(inputs, [customer] * len(rows))
             found.update(
-                (row, task.answer(values[: len(names)], names).labels)
-                for row, values, names in zip(rows, logits, labels, strict=True)
+                (row, one.answer(task, values).labels) for row, values, one in zip(rows, logits, answering, strict=True)
             )
         return [found[row] for row in range(len(texts))]
 

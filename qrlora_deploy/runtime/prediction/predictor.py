@@ -13,6 +13,7 @@ from qrlora_deploy.runtime.sessions.bucket_runner import make_runner
 from qrlora_deploy.runtime.sessions.buckets import Buckets
 from qrlora_deploy.runtime.sessions.session import open_session
 from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
+from qrlora_deploy.tasks.answering import Answering
 from qrlora_deploy.tasks.registry import task_named
 
 
@@ -114,26 +115,25 @@ class Predictor:
         for rows in batches(texts, pairs, batch_size):
             seconds = [pairs[row] for row in rows] if pairs is not None else None
             inputs = self.encoder.encode([texts[row] for row in rows], seconds, rows)
-            logits, labels = self._answer(inputs, [owners[row] for row in rows])
-            found.update((row, self._prediction(*answer)) for row, *answer in zip(rows, logits, labels, strict=True))
+            logits, answering = self._answer(inputs, [owners[row] for row in rows])
+            found.update((row, self._prediction(*one)) for row, *one in zip(rows, logits, answering, strict=True))
         return [found[index] for index in range(len(texts))]
 
     def _answer(
         self, inputs: dict[str, np.ndarray], owners: Sequence[str | None]
-    ) -> tuple[np.ndarray, Sequence[tuple[str, ...]]]:
+    ) -> tuple[np.ndarray, Sequence[Answering]]:
         if self.switchable is not None:
-            return self.switchable.predict(inputs, owners)
+            return self.switchable.run(inputs, owners)
         if any(owner is not None for owner in owners):
             raise UnknownCustomerError(
                 f"{self.bundle.folder} is a merged bundle: it holds one customer, who has no name in it"
             )
-        return self._merged.run(inputs), [self.bundle.manifest.labels] * len(owners)
+        return self._merged.run(inputs), [self.bundle.manifest.answering] * len(owners)
 
-    def _prediction(self, logits: np.ndarray, labels: tuple[str, ...]) -> Prediction:
-        # Behind its own labels a customer has -inf.
-        own = logits[: len(labels)]
-        answer = self.task.answer(own, labels)
-        return Prediction(answer.label, answer.score, tuple(float(value) for value in own), answer.labels)
+    def _prediction(self, logits: np.ndarray, answering: Answering) -> Prediction:
+        answer = answering.answer(self.task, logits)
+        own = tuple(float(value) for value in answering.own(logits))
+        return Prediction(answer.label, answer.score, own, answer.labels)
 
 
 def _check_session(bundle: Bundle, session: SwitchableSession, options: Mapping[str, object]) -> None:
