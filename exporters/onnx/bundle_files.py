@@ -40,7 +40,7 @@ A {kind} bundle in {precision}, written by qrlora-deploy: {what}
     qrlora-deploy predict . {option}--text "..."
 
 `manifest.json` says what it was made from and seals every file. `model.onnx` takes {inputs}
-and gives `logits [batch, labels]`; it runs in ONNX Runtime {runtime} or newer (opset {opset}).
+and gives `logits [{answer}]`; it runs in ONNX Runtime {runtime} or newer (opset {opset}).
 """
 RUNTIMES = {23: "1.23", 24: FIRST_RUNTIME}
 """The first ONNX Runtime that computes the operators of each opset as they are used here."""
@@ -59,7 +59,7 @@ class Content:
         kind: "merged" or "switchable".
         labels: of the customer, or of the base.
         thresholds: of the labels; empty where there are none.
-        outputs: columns of the logits.
+        outputs: size of the last axis of the logits.
         coefficients_digest: the customer of a merged bundle.
         head: columns of the head table, where customers may have a head of their own.
         base_head: weight `[labels, features]` and bias `[labels]` of the base, where there is `head`.
@@ -128,6 +128,7 @@ def write_side_files(folder: Path, prepared: Prepared, content: Content, checked
         opset=checked.graph.opset,
         what=WHAT[content.kind],
         option="" if content.kind == "merged" else "--customers FOLDER --customer acme ",
+        answer=", ".join(task_named(content.task).output_shape),
         inputs=", ".join(f"`{record.name}` {record.dtype} [{_axes(record)}]" for record in checked.graph.inputs),
     )
     (folder / "README.md").write_text(readme, encoding="utf-8")
@@ -159,7 +160,7 @@ def seal(folder: Path, prepared: Prepared, basis: Basis, content: Content, check
             TargetRecord(name=name, rank=rank, padded_rank=padded_rank(rank)) for name, rank in basis.ranks.items()
         ),
         inputs=graph.inputs,
-        outputs=(TensorRecord(name="logits", dtype="float32", shape=("batch", content.outputs)),),
+        outputs=(TensorRecord(name="logits", dtype="float32", shape=task_named(content.task).axes(content.outputs)),),
         files={},
         parity=_parity_record(checked),
         customer_effect=customer_effect(checked.reference),

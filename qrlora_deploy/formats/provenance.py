@@ -173,7 +173,8 @@ def tool_versions() -> dict[str, str]:
 
 def model_card(provenance: Provenance) -> str:
     """The README.md of a merged checkpoint, with the metadata block that the Hub reads."""
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-classification"]
+    task = task_named(provenance.task)
+    lines = ["---", "library_name: transformers", f"pipeline_tag: {task.pipeline}"]
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", provenance.base_name) and not Path(provenance.base_name).exists():
         lines.append(f"base_model: {provenance.base_name}")
     lines += ["tags:", "- qr-lora", "- qrlora-deploy", "---", ""]
@@ -188,9 +189,9 @@ def model_card(provenance: Provenance) -> str:
         f"Task: {provenance.task}. The licence is that of the base model.",
         "",
         "```python",
-        "from transformers import AutoModelForSequenceClassification",
+        f"from transformers import {task.model_class}",
         "",
-        'model = AutoModelForSequenceClassification.from_pretrained("path/to/this/folder")',
+        f'model = {task.model_class}.from_pretrained("path/to/this/folder")',
         "```",
         "",
     ]

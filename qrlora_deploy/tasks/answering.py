@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qrlora_deploy.tasks.base import Answer, Task
+from qrlora_deploy.tokenization.words import LocatedWords
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,9 @@ class Answering:
     thresholds: tuple[float, ...] = ()
 
     def own(self, logits: np.ndarray) -> np.ndarray:
-        """Of logits `[outputs]` the customer's: behind its own labels a customer has -inf."""
-        return logits[: len(self.labels)]
+        """Of logits `[outputs]` or `[tokens, outputs]` the customer's: behind its own labels a customer has -inf."""
+        return logits[..., : len(self.labels)]
 
-    def answer(self, task: Task, logits: np.ndarray) -> Answer:
-        """What logits `[outputs]` of a row say of its text."""
-        return task.deciding_at(self.thresholds).answer(self.own(logits), self.labels)
+    def answer(self, task: Task, logits: np.ndarray, words: LocatedWords | None = None) -> Answer:
+        """What the logits of a row say of its text; `words` of the text, where each has an answer."""
+        return task.deciding_at(self.thresholds).answer(self.own(logits), self.labels, words)

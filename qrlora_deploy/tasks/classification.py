@@ -10,6 +10,7 @@ from qrlora_deploy.errors import InputError
 from qrlora_deploy.tasks.base import Answer, NewHead, Task
 from qrlora_deploy.tasks.counting import divided, named_scores
 from qrlora_deploy.tasks.names import first_row, label_index, label_names, output_of
+from qrlora_deploy.tokenization.words import LocatedWords
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +59,7 @@ class Classification(Task):
 
         return functional.cross_entropy(logits.float(), targets.long(), reduction="none")
 
-    def score(self, logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    def score(self, logits: np.ndarray, targets: np.ndarray, names: Sequence[str] = ()) -> dict[str, float]:
         """Accuracy, f1 (the mean over the classes) and matthews."""
         # Imported here: scikit-learn takes a second, and labels are checked before it is needed.
         from sklearn import metrics
@@ -95,7 +96,7 @@ class Classification(Task):
         spread = (rows**2 - (answered**2).sum(1)) * (rows**2 - (expected**2).sum(1))
         return named_scores(self.metrics, right.sum(1) / rows, f1, divided(covariance, np.sqrt(spread)))
 
-    def answer(self, logits: np.ndarray, names: Sequence[str]) -> Answer:
+    def answer(self, logits: np.ndarray, names: Sequence[str], words: LocatedWords | None = None) -> Answer:
         """The most likely class and its probability."""
         odds = np.exp(logits.astype(np.float64) - logits.max())
         best = int(logits.argmax())

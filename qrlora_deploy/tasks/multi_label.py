@@ -11,6 +11,7 @@ from qrlora_deploy.tasks.base import Answer, NewHead, Task
 from qrlora_deploy.tasks.counting import divided, named_scores
 from qrlora_deploy.tasks.names import first_row, label_index, label_names, output_of
 from qrlora_deploy.tasks.thresholds import best_thresholds, cuts_of
+from qrlora_deploy.tokenization.words import LocatedWords
 
 if TYPE_CHECKING:
     import torch
@@ -106,7 +107,7 @@ class MultiLabel(Task):
         losses = functional.binary_cross_entropy_with_logits(finite, targets.float(), reduction="none")
         return losses.masked_fill(absent, 0.0).sum(1) / (~absent).sum(1)
 
-    def score(self, logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    def score(self, logits: np.ndarray, targets: np.ndarray, names: Sequence[str] = ()) -> dict[str, float]:
         """F1 over all decisions together and as the mean over the labels, and the share of rows that are all right."""
         owners = np.zeros(len(logits), dtype=np.int64)
         return self.score_each(owners, np.asarray(logits), np.asarray(targets), 1)[0]
@@ -131,7 +132,7 @@ class MultiLabel(Task):
         accuracy = count(whole)[:, 0] / np.bincount(owners, minlength=customers)
         return named_scores(self.metrics, f1_micro, f1_macro, accuracy)
 
-    def answer(self, logits: np.ndarray, names: Sequence[str]) -> Answer:
+    def answer(self, logits: np.ndarray, names: Sequence[str], words: LocatedWords | None = None) -> Answer:
         """The most likely label with its probability, and all labels that apply, in the order of the outputs."""
         best = int(logits.argmax())
         chosen = tuple(name for name, yes in zip(names, self.applies(logits), strict=True) if yes)

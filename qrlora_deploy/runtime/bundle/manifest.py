@@ -126,7 +126,7 @@ class Manifest(Record):
             str, TABLE_DTYPES.values()
         ):
             raise ValueError("a table is of another dtype than float32, or float16 for the coefficients")
-        answer = ("logits", ("batch", self.head_labels or len(self.labels)))
+        answer = ("logits", BY_NAME[self.task].axes(self.head_labels or len(self.labels)))
         if [(record.name, record.shape) for record in self.outputs] != [answer]:
             raise ValueError(f"the output is not {answer[0]} [{', '.join(map(str, answer[1]))}]")
         return self

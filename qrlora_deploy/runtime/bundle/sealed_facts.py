@@ -81,7 +81,7 @@ def read_config_facts(path: Path) -> ConfigFacts:
     return ConfigFacts(
         labels,
         tuple(config.qrlora_thresholds or ()),
-        task_of_config(config.problem_type, len(labels)),
+        task_of_config(config.problem_type, len(labels), config.architecture),
         _rows(config.vocab_size),
         _rows(config.type_vocab_size),
     )

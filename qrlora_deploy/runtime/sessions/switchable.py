@@ -164,8 +164,8 @@ class SwitchableSession:
             customers: one per row; None is the base.
 
         Returns:
-            Logits `[batch, outputs]` fp32, and how those of each row become an answer: a customer with fewer
-            labels than outputs has -inf behind them.
+            Logits `[batch, outputs]` or `[batch, length, outputs]` fp32, and how those of each row become an answer: a
+            customer with fewer labels than outputs has -inf behind them.
 
         Raises:
             MalformedInputError: inputs are missing, no int64 arrays `[rows, length]`, or negative.
