@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -28,6 +29,8 @@ from qrlora_deploy.runtime.bundle.records import CalibrationRecord
 from qrlora_deploy.runtime.bundle.row_layout import BASE_HEAD_FILE, HeadLayout, padded_rank
 from qrlora_deploy.runtime.sessions.token_index import FIRST_RUNTIME
 from qrlora_deploy.runtime.verification.parity import Case, ParityReport, customer_effect, write_reference
+from qrlora_deploy.tasks.base import TASK_FIELD
+from qrlora_deploy.tasks.registry import task_named, task_of_config
 
 README = """# {task}, {labels} labels
 
@@ -98,6 +101,7 @@ def write_side_files(folder: Path, prepared: Prepared, content: Content, checked
     model, tokenizer = prepared.model, prepared.tokenizer
     model.config.id2label = dict(enumerate(content.labels))
     model.config.label2id = {label: index for index, label in enumerate(content.labels)}
+    _name_task(model.config, content)
     model.config.to_json_file(folder / "config.json")
     tokenizer.save_pretrained(folder)
     # What padding and truncation were left on by earlier calls is no part of the tokenizer.
@@ -120,6 +124,13 @@ def write_side_files(folder: Path, prepared: Prepared, content: Content, checked
         inputs=", ".join(f"`{record.name}` {record.dtype} [{_axes(record)}]" for record in checked.graph.inputs),
     )
     (folder / "README.md").write_text(readme, encoding="utf-8")
+
+
+def _name_task(config: Any, content: Content) -> None:
+    """Have a config say the task of the bundle, where it says another one or leaves it open."""
+    task = task_named(content.task)
+    if task_of_config(config.problem_type, len(content.labels), getattr(config, TASK_FIELD, None)) != task:
+        config.update(task.config_fields)
 
 
 def _axes(record: TensorRecord) -> str:

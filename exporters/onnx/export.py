@@ -1,7 +1,7 @@
 """A model as an ONNX bundle: one customer folded in, or any customer in any row."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -28,13 +28,13 @@ from qrlora_deploy.exporting.job import ExportJob
 from qrlora_deploy.io.files import atomic_folder
 from qrlora_deploy.io.outputs import check_free_folder
 from qrlora_deploy.merging.checkpoints import merge_model
-from qrlora_deploy.models.checkpoint import check_basis_fits
+from qrlora_deploy.models.checkpoint import Checkpoint, check_basis_fits
 from qrlora_deploy.runtime.bundle.bundle import MODEL_FILE, Manifest
 from qrlora_deploy.runtime.bundle.row_layout import head_arrays
 from qrlora_deploy.runtime.sessions.token_index import check_runtime
 from qrlora_deploy.runtime.verification.parity import Case, check_parity, open_for_check
 from qrlora_deploy.tasks.base import Task
-from qrlora_deploy.tasks.registry import task_named
+from qrlora_deploy.tasks.registry import BY_OPTION, task_named
 
 DEFAULTS = OnnxOptions()
 
@@ -84,6 +84,8 @@ def export_merged(job: ExportJob, options: OnnxOptions = DEFAULTS) -> Manifest:
         raise InputError("--head-labels belongs to a switchable bundle; a merged one has its customer's own head")
     if options.table_dtype != "fp32":
         raise InputError("--table-dtype belongs to a switchable bundle; a merged one has no table")
+    if options.task is not None:
+        raise InputError("--task belongs to a switchable bundle; a merged one has its customer's task")
 
     def plan(prepared: Prepared) -> _Plan:
         labels, task = customer.labels or checkpoint.labels, task_named(customer.task)
@@ -108,6 +110,9 @@ def export_switchable(job: ExportJob, options: OnnxOptions = DEFAULTS) -> Manife
         labels than `options.head_labels`.
     """
     checkpoint, basis, head_labels = job.checkpoint, job.basis, options.head_labels
+    if options.task is not None:
+        checkpoint = _taken_for(checkpoint, options.task)
+        job = replace(job, checkpoint=checkpoint)
     if job.coefficients is not None:
         raise InputError("a switchable bundle serves all customers; coefficients belong to a merged one")
     if head_labels and head_labels < len(checkpoint.labels):
@@ -130,6 +135,18 @@ def export_switchable(job: ExportJob, options: OnnxOptions = DEFAULTS) -> Manife
         return _Plan(content, reference, rows, tables, answered)
 
     return _export(job, options, plan)
+
+
+def _taken_for(checkpoint: Checkpoint, option: str) -> Checkpoint:
+    """The base taken for a task.
+
+    Raises:
+        InputError: its config says that it is for another one.
+    """
+    taken, task = checkpoint.taken_for(BY_OPTION[option].name), BY_OPTION[option]
+    if taken.task != task.name:
+        raise InputError(f"--task {option}: the head of {checkpoint.name} is for {taken.task}")
+    return taken
 
 
 def _answer(

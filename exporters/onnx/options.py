@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from exporters.head_labels import check_head_labels, head_labels_option
 from qrlora_deploy.errors import InputError, ProviderError
 from qrlora_deploy.exporting.options import option
+from qrlora_deploy.tasks.options import OPTIONS
 
 if TYPE_CHECKING:
     from qrlora_deploy.data.examples import Examples, TextRows
@@ -21,6 +22,7 @@ class OnnxOptions:
 
     Attributes:
         head_labels: most labels that a customer's own head may have, in a switchable bundle; 0: all use the base's.
+        task: what the base is for, by what `--task` calls it, in a switchable bundle; None: what its config says.
         precision: of weights and activations, one of `PRECISIONS`.
         calibration: texts that int8 finds the scales of its activations on; None: while the graph runs.
         table_dtype: of the coefficient table of a switchable bundle, one of `TABLE_DTYPES`.
@@ -31,6 +33,12 @@ class OnnxOptions:
 
     head_labels: int = head_labels_option(
         "Switchable: customers may have a head of their own, with at most this many labels."
+    )
+    task: str | None = option(
+        None,
+        "Switchable: what the base is for, where its config.json leaves that open: one output may be a number or a "
+        "reranker's score. A customer's file says it by itself.",
+        choices=tuple(OPTIONS),
     )
     precision: str = option(
         "fp32",
@@ -77,6 +85,8 @@ class OnnxOptions:
         """
         check_head_labels(self.head_labels)
         check_precision(self.precision, self.provider, self.calibration is not None)
+        if self.task is not None and self.task not in OPTIONS:
+            raise InputError(f"unknown --task {self.task!r}; choose from {', '.join(OPTIONS)}")
         if self.table_dtype not in TABLE_DTYPES:
             raise InputError(f"unknown --table-dtype {self.table_dtype!r}; choose from {', '.join(TABLE_DTYPES)}")
         if self.padding_free and self.calibration is not None:

@@ -5,8 +5,10 @@ from pathlib import Path
 
 from qrlora_deploy.bench.record import Accuracy
 from qrlora_deploy.bench.subjects import BundleSubject
+from qrlora_deploy.data.labels import Label
 from qrlora_deploy.errors import InputError, QrloraError
 from qrlora_deploy.formats.coefficients import CUSTOMER_ID
+from qrlora_deploy.tasks.base import Task
 from qrlora_deploy.tasks.names import label_index, output_of
 from qrlora_deploy.tasks.registry import task_named
 
@@ -72,25 +74,23 @@ def _measure(subject: BundleSubject, customer: str, file: Path) -> Accuracy:
         from qrlora_deploy.data.examples import read_examples
 
         examples = read_examples(file)
-        expected = [task.names_in(label) for label in examples.labels]
         index = label_index(subject.bundle.manifest.labels)
         answers = subject.answer(examples.texts, examples.pairs, customer)
         # A customer with labels of its own answers with those.
         names = {name for answer in answers for name in answer}
-        own = _share(answers, expected, index if names <= index.keys() else label_index(sorted(names)))
+        own = _share(answers, task, examples.labels, index if names <= index.keys() else label_index(sorted(names)))
         base = None
         if subject.switchable is not None and not task.unknown(examples, subject.bundle.manifest.labels):
-            base = _share(subject.answer(examples.texts, examples.pairs, None), expected, index)
+            base = _share(subject.answer(examples.texts, examples.pairs, None), task, examples.labels, index)
         return nothing.model_copy(update={"rows": len(examples), "accuracy": own, "base_accuracy": base})
     except QrloraError as error:
         return nothing.model_copy(update={"error": str(error)})
 
 
-def _share(found: Sequence[Names], expected: Sequence[Names], index: Mapping[str, int]) -> float:
-    """Of answers that mean the same outputs as the expected ones; `index` is of all answers, from `label_index`."""
-
-    def outputs(names: Names) -> set[int | None]:
-        return {output_of(index, name) for name in names}
-
-    right = [outputs(one) == outputs(other) for one, other in zip(found, expected, strict=True)]
-    return sum(right) / len(expected)
+def _share(found: Sequence[Names], task: Task, labels: Sequence[Label], index: Mapping[str, int]) -> float:
+    """Of answers that mean the same outputs as the labels; `index` is of all answers, from `label_index`."""
+    right = [
+        {output_of(index, name) for name in names} == task.meant(label, index)
+        for names, label in zip(found, labels, strict=True)
+    ]
+    return sum(right) / len(labels)

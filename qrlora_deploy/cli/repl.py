@@ -87,7 +87,7 @@ def _obey(
     elif word.startswith("/"):
         raise InputError(f"there is no {word}. {HELP}")
     elif line:
-        answer = predictor.predict([line], customers=[customer])[0]
+        answer = predictor.predict(*_question(predictor, line), customers=[customer])[0]
         stdout.write(f"{one_line(', '.join(answer.labels) or 'none')}\t{answer.score:.4f}\n")
         stdout.flush()
     return customer
@@ -95,7 +95,21 @@ def _obey(
 
 def _make_sure(predictor: "Predictor", customer: str) -> None:
     """Raise unless the customer is there: an answer that nobody reads."""
-    predictor.predict(["-"], customers=[customer])
+    predictor.predict(["-"], ["-"] if predictor.task.needs_pairs else None, customers=[customer])
+
+
+def _question(predictor: "Predictor", line: str) -> tuple[list[str], list[str] | None]:
+    """The text of a line, or the two of a pair.
+
+    Raises:
+        InputError: a pair is needed, and the line has no tab.
+    """
+    if not predictor.task.needs_pairs:
+        return [line], None
+    first, tab, second = line.partition("\t")
+    if not tab:
+        raise InputError(f"a bundle for {predictor.task.name} scores pairs: type both texts with a tab between them")
+    return [first.strip()], [second.strip()]
 
 
 def _list(predictor: "Predictor", store: "CustomerStore | None") -> str:

@@ -19,6 +19,8 @@ PAIR_COLUMNS = (
     ("premise", "hypothesis"),
     ("question1", "question2"),
     ("question", "sentence"),
+    ("text", "text_pair"),
+    ("query", "passage"),
 )
 TEXT_COLUMNS = ("text", "sentence")
 LABEL_COLUMNS = ("label", "labels")

@@ -15,6 +15,7 @@ from qrlora_deploy.io.files import write_json
 from qrlora_deploy.io.reading import is_file, parse_json, read_text
 from qrlora_deploy.io.strict import from_json
 from qrlora_deploy.io.versions import Versions
+from qrlora_deploy.tasks.base import TASK_FIELD
 from qrlora_deploy.tasks.registry import task_named
 from qrlora_deploy.version import __version__
 
@@ -25,7 +26,7 @@ VERSIONS = Versions(1)
 MAX_BYTES = 16 * 2**20
 """A provenance file is a few kB; a larger one is refused before it is read."""
 
-LABEL_KEYS = ("id2label", "label2id", "problem_type", "num_labels")
+LABEL_KEYS = ("id2label", "label2id", "problem_type", "num_labels", TASK_FIELD)
 """Entries of config.json that a customer's labels change."""
 
 
@@ -136,8 +137,10 @@ def with_labels(config: dict[str, Any], task: str, labels: tuple[str, ...], outp
     changed = config | {
         "id2label": {str(index): name for index, name in enumerate(names)},
         "label2id": {name: index for index, name in enumerate(names)},
-        "problem_type": task_named(task).problem_type,
     }
+    fields = task_named(task).config_fields
+    changed = {key: value for key, value in changed.items() if key not in ("problem_type", TASK_FIELD)}
+    changed |= {key: value for key, value in fields.items() if value is not None}
     if "num_labels" in config:
         changed["num_labels"] = outputs
     return changed
@@ -167,7 +170,7 @@ def tool_versions() -> dict[str, str]:
 
 def model_card(provenance: Provenance) -> str:
     """The README.md of a merged checkpoint, with the metadata block that the Hub reads."""
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-classification"]
+    lines = ["---", "library_name: transformers", f"pipeline_tag: {task_named(provenance.task).pipeline}"]
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", provenance.base_name) and not Path(provenance.base_name).exists():
         lines.append(f"base_model: {provenance.base_name}")
     lines += ["tags:", "- qr-lora", "- qrlora-deploy", "---", ""]

@@ -26,6 +26,7 @@ from qrlora_deploy.models.adapter import (
 from qrlora_deploy.models.checkpoint import Checkpoint, check_basis_fits
 from qrlora_deploy.models.head import check_stored, prepare_head
 from qrlora_deploy.models.targets import is_conv1d
+from qrlora_deploy.tasks.base import TASK_FIELD
 from qrlora_deploy.tasks.registry import task_of_config
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -295,4 +296,5 @@ def _head_of(model: nn.Module, state: _Attached, checkpoint: Checkpoint) -> dict
 
 
 def _task_of(model: Any) -> str:
-    return task_of_config(model.config.problem_type, len(labels_of(model))).name
+    named = getattr(model.config, TASK_FIELD, None)
+    return task_of_config(model.config.problem_type, len(labels_of(model)), named).name

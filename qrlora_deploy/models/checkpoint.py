@@ -1,7 +1,7 @@
 """A base model on disk: its config, its tensors one at a time, and their digests."""
 
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from qrlora_deploy.models.output_names import output_names
 from qrlora_deploy.models.support import check_head, check_padding, check_supported
 from qrlora_deploy.models.tokenizer_files import has_tokenizer, read_tokenizer
 from qrlora_deploy.models.weight_files import StoredTensor, digest_of, read_headers, weight_files
+from qrlora_deploy.tasks.base import TASK_FIELD
 from qrlora_deploy.tasks.registry import task_of_config
 
 
@@ -38,10 +39,16 @@ class Checkpoint:
     Attributes:
         folder: where the files are.
         name: folder or hub name as the user gave it.
+        wanted: name of the task that the model is taken for where its config leaves that open; empty: nobody said so.
     """
 
     folder: Path
     name: str
+    wanted: str = ""
+
+    def taken_for(self, task: str) -> "Checkpoint":
+        """The same, taken for a task where its config leaves the task open; nothing of it has been read yet."""
+        return replace(self, wanted=task)
 
     @cached_property
     def config(self) -> Any:
@@ -90,7 +97,8 @@ class Checkpoint:
             InputError: there is none, or another one than is supported.
         """
         self.require_task_head()
-        return task_of_config(self.config.problem_type, len(self.labels)).name
+        named = self.wanted or getattr(self.config, TASK_FIELD, None)
+        return task_of_config(self.config.problem_type, len(self.labels), named).name
 
     def require_task_head(self) -> None:
         """Make sure that there is a task head, and one that is supported.

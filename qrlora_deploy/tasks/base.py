@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from qrlora_deploy.data.examples import Examples
 
 
+TASK_FIELD = "qrlora_task"
+"""Entry of `config.json` for tasks that transformers has no `problem_type` for; transformers keeps it as it is."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a model answers to one text.
@@ -52,7 +56,10 @@ class Task(ABC):
     Attributes:
         name: what files call it, such as "text-classification".
         option: what `--task` calls it, such as "classification".
-        problem_type: what `config.json` calls it.
+        problem_type: what `config.json` calls it; None: transformers has no name for it, and the field
+            `TASK_FIELD` has this project's.
+        pipeline: what the hub calls models of it.
+        needs_pairs: whether a question is a pair of texts.
         metrics: names of what `score` gives; the first one chooses the best checkpoint.
         signal: the metric that is exactly 0 where answers say nothing of the labels.
         trains_in_fleets: whether many customers can be trained together.
@@ -61,7 +68,9 @@ class Task(ABC):
 
     name: ClassVar[str]
     option: ClassVar[str]
-    problem_type: ClassVar[str]
+    problem_type: ClassVar[str | None]
+    pipeline: ClassVar[str] = "text-classification"
+    needs_pairs: ClassVar[bool] = False
     metrics: ClassVar[tuple[str, ...]]
     signal: ClassVar[str]
     trains_in_fleets: ClassVar[bool] = True
@@ -91,6 +100,16 @@ class Task(ABC):
     def __hash__(self) -> int:
         return hash(type(self))
 
+    @property
+    def config_fields(self) -> dict[str, str | None]:
+        """What `config.json` says of the task; None: nothing. `TASK_FIELD` beside a `problem_type` is not looked at."""
+        fields: dict[str, str | None] = {"problem_type": self.problem_type}
+        return fields if self.problem_type is not None else fields | {TASK_FIELD: self.name}
+
+    def fits_head(self, problem_type: str | None, outputs: int) -> bool:
+        """Whether a head may be this task's where `TASK_FIELD` or the user says so."""
+        return False
+
     def names_in(self, label: Label) -> tuple[str, ...]:
         """The names of outputs that a row's label consists of."""
         return (label,) if isinstance(label, str) else label
@@ -98,6 +117,13 @@ class Task(ABC):
     def named(self, examples: "Examples") -> list[str]:
         """All names of outputs in the labels of `examples`, as often as they occur, in the order of the rows."""
         return [name for label in examples.labels for name in self.names_in(label)]
+
+    def meant(self, label: Label, index: Mapping[str, int]) -> set[int | None]:
+        """The outputs that apply to a row with this label, by an index from `label_index`; None: one that is not there.
+
+        What an `Answer` has in `labels` means the outputs of these names.
+        """
+        return {output_of(index, name) for name in self.names_in(label)}
 
     def unknown(self, examples: "Examples", names: Sequence[str]) -> list[str]:
         """The labels in `examples` that no output called `names` is meant by, sorted."""

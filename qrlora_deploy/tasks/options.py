@@ -7,5 +7,6 @@ OPTIONS = {
     "classification": "one name a row",
     "regression": "one number a row",
     "multi-label": "a list of names a row, or a|b",
+    "reranker": "a number from 0 to 1 for a pair of texts",
 }
 """By what `--task` calls a task, what its labels are."""

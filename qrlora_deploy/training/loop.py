@@ -35,11 +35,12 @@ class SmallTrainer(Trainer):
     """A Trainer whose checkpoints hold the trainable parameters alone, in safetensors.
 
     The base is frozen and on disk already. Parameters named in `rates` get a learning rate of
-    their own; the others share that of the arguments.
+    their own; the others share that of the arguments. The loss is the task's, which transformers may not have.
     """
 
-    def __init__(self, *args: Any, rates: dict[str, float] | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, task: Task, rates: dict[str, float] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.task = task
         self.rates = rates or {}
         # It prints to stdout, which belongs to the command's result.
         self.remove_callback(PrinterCallback)
@@ -60,6 +61,15 @@ class SmallTrainer(Trainer):
             fused = True if self.args.device.type == "cuda" else None
             self.optimizer = torch.optim.AdamW(parts, lr=self.args.learning_rate, weight_decay=0.0, fused=fused)
         return self.optimizer
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The mean loss of a batch, and the logits where they are wanted."""
+        batch = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+        logits = model(**batch).logits
+        loss = self.task.loss(logits, inputs["labels"])
+        return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the trainable parameters into `output_dir`."""
@@ -196,6 +206,7 @@ def load_tokenizer(
 def trainer_parts(task: Task, tokenizer: Any) -> dict[str, Any]:
     """Batching and scoring, as arguments of a Trainer."""
     return {
+        "task": task,
         "data_collator": DataCollatorWithPadding(tokenizer),
         "compute_metrics": lambda result: task.score(_finite(result.predictions), result.label_ids),
         # Some models return hidden states after the logits.

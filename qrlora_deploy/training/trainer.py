@@ -38,7 +38,7 @@ from qrlora_deploy.training.loop import (
     trainer_parts,
     training_arguments,
 )
-from qrlora_deploy.training.outputs import Outputs, encode_rows, frozen_outputs, own_outputs
+from qrlora_deploy.training.outputs import Outputs, encode_rows, frozen_outputs, own_outputs, taken_for
 from qrlora_deploy.training.record import Ran, training_record
 from qrlora_deploy.training.settings import TrainSettings, choose_device, fingerprint
 
@@ -93,6 +93,7 @@ def train(
         QrloraError: the loss diverged, or the disk or the memory is full.
     """
     device = choose_device(settings.device)
+    checkpoint = taken_for(checkpoint, settings.task)
     check_basis_fits(checkpoint, basis)
     settings = settings.resolved(basis.total_rank)
     if settings.head == "output":

@@ -78,7 +78,7 @@ def read_config_facts(path: Path) -> ConfigFacts:
     labels = tuple(label_names(config, path))
     return ConfigFacts(
         labels,
-        task_of_config(config.problem_type, len(labels)),
+        task_of_config(config.problem_type, len(labels), config.qrlora_task),
         _rows(config.vocab_size),
         _rows(config.type_vocab_size),
     )

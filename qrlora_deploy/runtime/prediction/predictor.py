@@ -92,7 +92,7 @@ class Predictor:
 
         Args:
             texts: the texts, or the first ones of the pairs.
-            pairs: the second texts, one per text.
+            pairs: the second texts, one per text; a task such as text-ranking needs them.
             batch_size: rows per run. Texts of similar length share a batch, so little is padded.
             customers: of a switchable bundle, one per text, None being the base; all base if None.
 
@@ -104,6 +104,8 @@ class Predictor:
         """
         texts = as_texts(texts, "texts")
         pairs = None if pairs is None else as_texts(pairs, "pairs")
+        if self.task.needs_pairs and pairs is None:
+            raise MalformedInputError(f"a bundle for {self.task.name} scores pairs of texts; give the second texts too")
         owners = [None] * len(texts) if customers is None else _owners(customers)
         if len(owners) != len(texts):
             raise MalformedInputError(f"there are {len(texts)} texts but {len(owners)} customers")
