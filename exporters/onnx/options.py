@@ -22,23 +22,17 @@ class OnnxOptions:
 
     Attributes:
         head_labels: most labels that a customer's own head may have, in a switchable bundle; 0: all use the base's.
-        task: what the base is for, by what `--task` calls it, in a switchable bundle; None: what its config says.
         precision: of weights and activations, one of `PRECISIONS`.
         calibration: texts that int8 finds the scales of its activations on; None: while the graph runs.
         table_dtype: of the coefficient table of a switchable bundle, one of `TABLE_DTYPES`.
         padding_free: the graph computes on the tokens that take part, given by one more input.
         data: texts of the check that ends the export; None: what comes with the project.
         provider: execution provider of that check, one of `PROVIDERS`.
+        task: what the base is for, by what `--task` calls it, in a switchable bundle; None: what its config says.
     """
 
     head_labels: int = head_labels_option(
         "Switchable: customers may have a head of their own, with at most this many labels."
-    )
-    task: str | None = option(
-        None,
-        "Switchable: what the base is for, where its config.json leaves that open: one output may be a number or a "
-        "reranker's score. A customer's file says it by itself.",
-        choices=tuple(OPTIONS),
     )
     precision: str = option(
         "fp32",
@@ -74,6 +68,12 @@ class OnnxOptions:
         "cpu",
         "Execution provider of ONNX Runtime; refused, not replaced, where it does not load.",
         choices=PROVIDERS,
+    )
+    task: str | None = option(
+        None,
+        "Switchable: what the base is for, where its config.json leaves that open: one output may be a number or a "
+        "reranker's score. A customer's file says it by itself.",
+        choices=tuple(OPTIONS),
     )
 
     def __post_init__(self) -> None:

@@ -97,8 +97,11 @@ class Checkpoint:
             InputError: there is none, or another one than is supported.
         """
         self.require_task_head()
-        named = self.wanted or getattr(self.config, TASK_FIELD, None)
-        return task_of_config(self.config.problem_type, len(self.labels), named).name
+        said = getattr(self.config, TASK_FIELD, None)
+        found = task_of_config(self.config.problem_type, len(self.labels), said)
+        if found.name != said:
+            found = task_of_config(self.config.problem_type, len(self.labels), self.wanted)
+        return found.name
 
     def require_task_head(self) -> None:
         """Make sure that there is a task head, and one that is supported.
