@@ -114,7 +114,7 @@ def answer_in_pytorch(
         encoded = tokenizer(texts, pairs, truncation=True, max_length=length, padding=True, return_tensors="pt")
         inputs = {name: encoded[name] for name in prepared.input_names}
         with torch.no_grad():
-            found = prepared.model(**inputs).logits.float().numpy()
+            found = prepared.task.forward(prepared.model, inputs).float().numpy()
         batches.append({name: tensor.numpy() for name, tensor in inputs.items()})
         targets.append(expected[rows])
         right += int(task.right(found, targets[-1]).sum())

@@ -32,7 +32,7 @@ from qrlora_deploy.runtime.verification.parity import Case, ParityReport, custom
 from qrlora_deploy.tasks.base import TASK_FIELD
 from qrlora_deploy.tasks.registry import task_named, task_of_config
 
-README = """# {task}, {labels} labels
+README = """# {task}, {columns}
 
 A {kind} bundle in {precision}, written by qrlora-deploy: {what}
 
@@ -40,7 +40,7 @@ A {kind} bundle in {precision}, written by qrlora-deploy: {what}
     qrlora-deploy predict . {option}--text "..."
 
 `manifest.json` says what it was made from and seals every file. `model.onnx` takes {inputs}
-and gives `logits [batch, labels]`; it runs in ONNX Runtime {runtime} or newer (opset {opset}).
+and gives `{answer}`; it runs in ONNX Runtime {runtime} or newer (opset {opset}).
 """
 RUNTIMES = {23: "1.23", 24: FIRST_RUNTIME}
 """The first ONNX Runtime that computes the operators of each opset as they are used here."""
@@ -99,8 +99,9 @@ class Checked:
 def write_side_files(folder: Path, prepared: Prepared, content: Content, checked: Checked) -> None:
     """Config, tokenizer, the base's head and a README."""
     model, tokenizer = prepared.model, prepared.tokenizer
-    model.config.id2label = dict(enumerate(content.labels))
-    model.config.label2id = {label: index for index, label in enumerate(content.labels)}
+    if content.labels:
+        model.config.id2label = dict(enumerate(content.labels))
+        model.config.label2id = {label: index for index, label in enumerate(content.labels)}
     _name_task(model.config, content)
     model.config.to_json_file(folder / "config.json")
     tokenizer.save_pretrained(folder)
@@ -114,7 +115,8 @@ def write_side_files(folder: Path, prepared: Prepared, content: Content, checked
         (folder / BASE_HEAD_FILE).write_bytes(safetensors.numpy.save({"weight": weight, "bias": bias}))
     readme = README.format(
         task=content.task,
-        labels=len(content.labels),
+        columns=f"{len(content.labels)} labels" if content.labels else f"{content.outputs} numbers a text",
+        answer=f"{task_named(content.task).output_name} [batch, {'labels' if content.labels else content.outputs}]",
         kind=content.kind,
         precision=checked.report.precision,
         runtime=RUNTIMES[checked.graph.opset],
@@ -158,7 +160,7 @@ def seal(folder: Path, prepared: Prepared, basis: Basis, content: Content, check
             TargetRecord(name=name, rank=rank, padded_rank=padded_rank(rank)) for name, rank in basis.ranks.items()
         ),
         inputs=graph.inputs,
-        outputs=(TensorRecord(name="logits", dtype="float32", shape=("batch", content.outputs)),),
+        outputs=(TensorRecord(name=task_named(content.task).output_name, dtype="float32", shape=("batch", content.outputs)),),
         files={},
         parity=_parity_record(checked),
         customer_effect=customer_effect(checked.reference),

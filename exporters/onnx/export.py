@@ -87,12 +87,16 @@ def export_merged(job: ExportJob, options: OnnxOptions = DEFAULTS) -> Manifest:
     if options.task is not None:
         raise InputError("--task belongs to a switchable bundle; a merged one has its customer's task")
 
+    job = replace(job, checkpoint=checkpoint.taken_for(customer.task))
+    checkpoint = job.checkpoint
+
     def plan(prepared: Prepared) -> _Plan:
         labels, task = customer.labels or checkpoint.labels, task_named(customer.task)
         labelled = choose_labelled(options.data, task, labels, strict=True)
         reference = build_reference(prepared, job.basis, customer)
         merge_model(prepared.model, checkpoint, job.basis, customer)
-        content = Content("merged", customer.task, labels, len(labels), customer.digest)
+        outputs = reference[0].logits.shape[1]
+        content = Content("merged", customer.task, labels, outputs, customer.digest)
         return _Plan(content, reference, labelled=_answer(job, prepared, labelled, task, labels))
 
     return _export(job, options, plan)
@@ -115,6 +119,8 @@ def export_switchable(job: ExportJob, options: OnnxOptions = DEFAULTS) -> Manife
         job = replace(job, checkpoint=checkpoint)
     if job.coefficients is not None:
         raise InputError("a switchable bundle serves all customers; coefficients belong to a merged one")
+    if head_labels and not task_named(checkpoint.task).has_labels:
+        raise InputError(f"--head-labels belongs to bases with an output layer; {checkpoint.task} has none")
     if head_labels and head_labels < len(checkpoint.labels):
         raise InputError(f"--head-labels {head_labels} is less than the base's {len(checkpoint.labels)} labels")
 
@@ -129,7 +135,7 @@ def export_switchable(job: ExportJob, options: OnnxOptions = DEFAULTS) -> Manife
         rows = make_switchable(prepared.model, basis, head_labels, options.table_dtype)
         base_head = head_arrays(read_base_head(checkpoint)) if head else None
         content = Content(
-            "switchable", checkpoint.task, labels, head_labels or len(labels), head=head, base_head=base_head
+            "switchable", task.name, labels, reference[0].logits.shape[1], head=head, base_head=base_head
         )
         tables = base_tables(checkpoint, basis, head, options.table_dtype)
         return _Plan(content, reference, rows, tables, answered)
@@ -179,7 +185,7 @@ def _export(job: ExportJob, options: OnnxOptions, make_plan: Callable[[Prepared]
         accuracy = measure_accuracy(session, labelled, plan.tables, job.progress) if labelled else None
         step(3)
         calibration = calibration_record(options.calibration) if options.calibration is not None else None
-        unseen = not_shown(graph.traced, plan.reference, report.bound)
+        unseen = not_shown(graph.traced, plan.reference, report.bound, prepared.task.least_size)
         checked = Checked(graph, plan.reference, report, options.provider, accuracy, calibration, unseen)
         write_side_files(folder, prepared, plan.content, checked)
         manifest = seal(folder, prepared, job.basis, plan.content, checked)
@@ -195,7 +201,7 @@ def _write_graph(job: ExportJob, options: OnnxOptions, prepared: Prepared, plan:
     finish = None
     if rows is not None and fuses(options.precision, options.provider):
         finish = partial(fuse_branches, model, rows)
-    graph = write_graph(model, prepared.input_names, folder, rows, packing, finish)
+    graph = write_graph(model, prepared.input_names, folder, rows, packing, finish, prepared.task)
     if options.precision == "int8":
         texts, customers = options.calibration, plan.reference[0].inputs
         calibration = calibration_inputs(prepared, texts, customers, job.progress) if texts is not None else None

@@ -21,6 +21,7 @@ PAIR_COLUMNS = (
     ("question", "sentence"),
     ("text", "text_pair"),
     ("query", "passage"),
+    ("anchor", "positive"),
 )
 TEXT_COLUMNS = ("text", "sentence")
 LABEL_COLUMNS = ("label", "labels")
@@ -37,7 +38,7 @@ class Examples:
     Attributes:
         texts: the text of each row, or the first one of a pair.
         pairs: the second text of each row; None where the data has single texts.
-        labels: as written in the data; a text is never empty, a list may be.
+        labels: as written in the data; a text is never empty, a list may be. Empty where there is no column of them.
         name: file or hub name as it was given, for messages and records.
     """
 
@@ -85,7 +86,11 @@ def check_alike(train: Examples, evaluation: Examples | None) -> None:
 
 
 def read_examples(
-    source: str | Path, text_column: str | None = None, label_column: str | None = None, split: str | None = None
+    source: str | Path,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    split: str | None = None,
+    labelled: bool = True,
 ) -> Examples:
     """Read labelled text.
 
@@ -97,12 +102,13 @@ def read_examples(
             names, `text` and `sentence` are found without it.
         label_column: the column of the labels; `label` and `labels` are found without it.
         split: the part of a hub data set, "train" if not given.
+        labelled: whether there must be labels; else pairs of texts may have no column of them: theirs are empty.
 
     Raises:
         InputError: nothing can be read there, the columns are not those, a row is ragged or has no
             label, the text is not UTF-8, or there are no rows.
     """
-    return examples_of(str(source), _whole(_read(source, split)), text_column, label_column)
+    return examples_of(str(source), _whole(_read(source, split)), text_column, label_column, labelled)
 
 
 def read_texts(source: str | Path, text_column: str | None = None) -> TextRows:
@@ -138,7 +144,9 @@ def _whole(table: Table) -> Table:
     return table
 
 
-def examples_of(source: str, table: Table, text_column: str | None, label_column: str | None) -> Examples:
+def examples_of(
+    source: str, table: Table, text_column: str | None, label_column: str | None, labelled: bool = True
+) -> Examples:
     """Examples from a table that was read, as `read_examples` gives them.
 
     Args:
@@ -146,11 +154,14 @@ def examples_of(source: str, table: Table, text_column: str | None, label_column
         table: the rows; its faults are not looked at.
         text_column: as in `read_examples`.
         label_column: as in `read_examples`.
+        labelled: as in `read_examples`.
 
     Raises:
         InputError: as `read_examples`, but for the file itself.
     """
     texts = _text_columns(source, table, text_column)
+    if not labelled and label_column is None and len(texts) == 2 and not set(LABEL_COLUMNS) & table.columns.keys():
+        return Examples(texts[0], texts[1], [""] * len(texts[0]), source)
     name = label_name_of(source, table.columns, label_column)
     _check_as_stored(source, table, name)
     labels = column_labels(source, name, table.columns[name])

@@ -134,14 +134,14 @@ def _read_object(path: Path) -> dict[str, Any]:
 def with_labels(config: dict[str, Any], task: str, labels: tuple[str, ...], outputs: int) -> dict[str, Any]:
     """A copy of `config` for `outputs` logits named `labels`; without labels only the count changes."""
     names = labels or tuple(f"LABEL_{index}" for index in range(outputs))
-    changed = config | {
-        "id2label": {str(index): name for index, name in enumerate(names)},
-        "label2id": {name: index for index, name in enumerate(names)},
-    }
+    changed = dict(config)
+    if names:
+        changed["id2label"] = {str(index): name for index, name in enumerate(names)}
+        changed["label2id"] = {name: index for index, name in enumerate(names)}
     fields = task_named(task).config_fields
     changed = {key: value for key, value in changed.items() if key not in ("problem_type", TASK_FIELD)}
     changed |= {key: value for key, value in fields.items() if value is not None}
-    if "num_labels" in config:
+    if names and "num_labels" in config:
         changed["num_labels"] = outputs
     return changed
 
@@ -170,6 +170,7 @@ def tool_versions() -> dict[str, str]:
 
 def model_card(provenance: Provenance) -> str:
     """The README.md of a merged checkpoint, with the metadata block that the Hub reads."""
+    kind = task_named(provenance.task).model_class
     lines = ["---", "library_name: transformers", f"pipeline_tag: {task_named(provenance.task).pipeline}"]
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", provenance.base_name) and not Path(provenance.base_name).exists():
         lines.append(f"base_model: {provenance.base_name}")
@@ -185,9 +186,9 @@ def model_card(provenance: Provenance) -> str:
         f"Task: {provenance.task}. The licence is that of the base model.",
         "",
         "```python",
-        "from transformers import AutoModelForSequenceClassification",
+        f"from transformers import {kind}",
         "",
-        'model = AutoModelForSequenceClassification.from_pretrained("path/to/this/folder")',
+        f'model = {kind}.from_pretrained("path/to/this/folder")',
         "```",
         "",
     ]

@@ -25,11 +25,13 @@ from qrlora_deploy.models.model_config import (
     model_class,
 )
 from qrlora_deploy.models.output_names import output_names
+from qrlora_deploy.models.sentence_modules import read_pooling
 from qrlora_deploy.models.support import check_head, check_padding, check_supported
 from qrlora_deploy.models.tokenizer_files import has_tokenizer, read_tokenizer
 from qrlora_deploy.models.weight_files import StoredTensor, digest_of, read_headers, weight_files
 from qrlora_deploy.tasks.base import TASK_FIELD
-from qrlora_deploy.tasks.registry import task_of_config
+from qrlora_deploy.tasks.pooling import Pooling
+from qrlora_deploy.tasks.registry import BY_NAME, task_of_config
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,8 @@ class Checkpoint:
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
-        """Names of the outputs."""
-        return output_names(self.folder / CONFIG, self.config.id2label)
+        """Names of the outputs; none where there is no task head."""
+        return output_names(self.folder / CONFIG, self.config.id2label) if self.has_task_head else ()
 
     @property
     def task(self) -> str:
@@ -97,23 +99,39 @@ class Checkpoint:
             InputError: there is none, or another one than is supported.
         """
         self.require_task_head()
+        if not self.has_task_head:
+            return self.wanted
         said = getattr(self.config, TASK_FIELD, None)
         found = task_of_config(self.config.problem_type, len(self.labels), said)
         if found.name != said:
             found = task_of_config(self.config.problem_type, len(self.labels), self.wanted)
         return found.name
 
-    def require_task_head(self) -> None:
-        """Make sure that there is a task head, and one that is supported.
+    def require_task_head(self, task: str = "") -> None:
+        """Make sure that there is a supported task head, or that an encoder without is what a task needs.
+
+        Args:
+            task: name of the task; empty: the one that the model is taken for.
 
         Raises:
-            InputError: there is none, with the way to one, or it answers with several numbers a text.
+            InputError: there is none, with the way to one, or it answers with several numbers a text; or there is one
+                and the task has none.
         """
         self._check_kind()
-        if not self.has_task_head:
+        task = task or self.wanted
+        headless = task in BY_NAME and not BY_NAME[task].has_labels
+        if self.has_task_head and headless:
+            raise InputError(f"{self.name} is a {self.architecture} with a task head; {task} needs an encoder without")
+        if not self.has_task_head and not (headless and is_encoder(self.architecture)):
             raise InputError(
-                f"{self.name} is a {self.architecture} without a task head; give it one with `warmup` first"
+                f"{self.name} is a {self.architecture} without a task head; give it one with `warmup` first, or take "
+                f"it for embeddings by --task embedding"
             )
+
+    @cached_property
+    def pooling(self) -> Pooling:
+        """How an encoder without a head makes one vector of a text, as `read_pooling`."""
+        return read_pooling(self.folder)
 
     def check_base(self) -> None:
         """Make sure that a basis of these weights can be used: a text classifier, or an encoder that can become one.
@@ -163,10 +181,14 @@ class Checkpoint:
 
     @cached_property
     def _check_complete(self) -> None:
+        self.check_holds(self.skeleton(), self._unused)
+
+    @property
+    def _unused(self) -> list[str]:
+        """Tensors that may be missing: nobody uses another head than a task's, and encoders are often saved without
+        their pooler."""
         model = self.skeleton()
-        # Nobody uses another head than a classifier's, and encoders are often saved without their pooler.
-        unused = [] if self.has_task_head else [name for name in model.state_dict() if is_head(model, name)]
-        self.check_holds(model, unused)
+        return [] if self.has_task_head else [name for name in model.state_dict() if is_head(model, name)]
 
     def check_holds(self, model: Any, meant: Container[str] = ()) -> None:
         """Make sure that the files hold every tensor of a model, by their headers.
@@ -258,7 +280,9 @@ class Checkpoint:
             InputError: the base is quantised, or tensors are missing or have other shapes.
         """
         self.check_usable()
-        return load_weights(self.folder, self.config, self.model_class, **options)
+        if not self.has_task_head:
+            options = self.pooling.config_fields() | options
+        return load_weights(self.folder, self.config, self.model_class, self._unused, **options)
 
     def tokenizer(self) -> Any:
         """The tokenizer saved with the model, as `read_tokenizer` reads it."""

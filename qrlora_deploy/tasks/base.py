@@ -58,8 +58,14 @@ class Task(ABC):
         option: what `--task` calls it, such as "classification".
         problem_type: what `config.json` calls it; None: transformers has no name for it, and the field
             `TASK_FIELD` has this project's.
+        model_class: transformers' class of its models.
         pipeline: what the hub calls models of it.
+        output_name: of the graph's output.
+        has_labels: whether outputs have names, which an output layer and the labels of data give; else a model has no
+            head, and data no labels.
         needs_pairs: whether a question is a pair of texts.
+        pairs_apart: whether the texts of a pair are read each by itself, and pairs are for training alone.
+        least_size: an error of an answer is measured by the largest number in the answers, or by this if that is less.
         metrics: names of what `score` gives; the first one chooses the best checkpoint.
         signal: the metric that is exactly 0 where answers say nothing of the labels.
         trains_in_fleets: whether many customers can be trained together.
@@ -69,8 +75,13 @@ class Task(ABC):
     name: ClassVar[str]
     option: ClassVar[str]
     problem_type: ClassVar[str | None]
+    model_class: ClassVar[str] = "AutoModelForSequenceClassification"
     pipeline: ClassVar[str] = "text-classification"
+    output_name: ClassVar[str] = "logits"
+    has_labels: ClassVar[bool] = True
     needs_pairs: ClassVar[bool] = False
+    pairs_apart: ClassVar[bool] = False
+    least_size: ClassVar[float] = 1.0
     metrics: ClassVar[tuple[str, ...]]
     signal: ClassVar[str]
     trains_in_fleets: ClassVar[bool] = True
@@ -137,6 +148,15 @@ class Task(ABC):
         Raises:
             InputError: labels that the outputs cannot mean; all of them are counted, the first ones named.
         """
+
+    def forward(self, model: Any, batch: Mapping[str, "torch.Tensor"]) -> "torch.Tensor":
+        """What a model answers to a batch of its own inputs, with a gradient: logits `[n, labels]`, or embeddings."""
+        answers: torch.Tensor = model(**batch).logits
+        return answers
+
+    def by_row(self, answers: "torch.Tensor") -> "torch.Tensor":
+        """What `forward` gave for a batch of data, with all answers to a row of data in one row."""
+        return answers
 
     @abstractmethod
     def loss(self, logits: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":

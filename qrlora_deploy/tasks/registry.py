@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.tasks.base import Task
 from qrlora_deploy.tasks.classification import Classification
+from qrlora_deploy.tasks.embedding import Embedding
 from qrlora_deploy.tasks.multi_label import MultiLabel
 from qrlora_deploy.tasks.options import AUTO
 from qrlora_deploy.tasks.regression import Regression
@@ -14,7 +15,7 @@ from qrlora_deploy.tasks.reranking import Reranking
 if TYPE_CHECKING:
     from qrlora_deploy.data.examples import Examples
 
-TASKS: tuple[Task, ...] = (MultiLabel(), Reranking(), Regression(), Classification())
+TASKS: tuple[Task, ...] = (MultiLabel(), Reranking(), Embedding(), Regression(), Classification())
 """In the order in which they are asked whether labels are theirs; the last one takes what is left."""
 
 BY_NAME = {task.name: task for task in TASKS}

@@ -21,6 +21,7 @@ from qrlora_deploy.models.capacity import check_ids, max_tokens
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.models.support import check_padding
 from qrlora_deploy.tasks.base import Task
+from qrlora_deploy.training.pairs import FIRST, SECOND, collate_pairs
 from qrlora_deploy.training.settings import RunSettings, choose_device
 
 Progress = Callable[[str, int, int], None]
@@ -67,7 +68,9 @@ class SmallTrainer(Trainer):
     ) -> Any:
         """The mean loss of a batch, and the logits where they are wanted."""
         batch = {name: tensor for name, tensor in inputs.items() if name != "labels"}
-        logits = model(**batch).logits
+        # Embeddings are made by a part of the model, whose forward the Trainer did not prepare.
+        with mixed_precision(self.args.device):
+            logits = self.task.forward(model, batch)
         loss = self.task.loss(logits, inputs["labels"])
         return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
 
@@ -154,6 +157,8 @@ def training_arguments(folder: Path, settings: RunSettings, rate: float, rows: i
         bf16=has_bf16(device),
         dataloader_pin_memory=device == "cuda",
         remove_unused_columns=False,
+        # A model without a head takes none, and the Trainer would not score it.
+        label_names=["labels"],
         logging_strategy="epoch",
         logging_nan_inf_filter=False,
         report_to="none",
@@ -165,12 +170,32 @@ def training_arguments(folder: Path, settings: RunSettings, rate: float, rows: i
     return arguments
 
 
-def build_rows(tokenizer: Any, examples: Examples, targets: Sequence[Any], max_length: int) -> Rows:
-    """Token ids of every example with its target; padding is left to the batch."""
-    texts, pairs = cut_texts(tokenizer, examples.texts, examples.pairs, max_length, examples.name)
-    encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length)
+def build_rows(
+    tokenizer: Any, examples: Examples, targets: Sequence[Any], max_length: int, apart: bool = False
+) -> Rows:
+    """Token ids of every example with its target; padding is left to the batch.
+
+    Args:
+        apart: whether the texts of a pair are read each by itself.
+    """
+    if apart:
+        firsts, seconds = (
+            _token_rows(tokenizer, texts, None, max_length, examples.name)
+            for texts in (examples.texts, examples.pairs or examples.texts)
+        )
+        rows = [{FIRST: first, SECOND: second} for first, second in zip(firsts, seconds, strict=True)]
+    else:
+        rows = _token_rows(tokenizer, examples.texts, examples.pairs, max_length, examples.name)
+    return [row | {"labels": target} for row, target in zip(rows, targets, strict=True)]
+
+
+def _token_rows(
+    tokenizer: Any, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int, name: str
+) -> Rows:
+    first, second = cut_texts(tokenizer, texts, pairs, max_length, name)
+    encoded = tokenizer(first, second, truncation=True, max_length=max_length)
     names = list(encoded)
-    return [{name: encoded[name][row] for name in names} | {"labels": target} for row, target in enumerate(targets)]
+    return [{name: encoded[name][row] for name in names} for row in range(len(texts))]
 
 
 def load_tokenizer(
@@ -205,12 +230,13 @@ def load_tokenizer(
 
 def trainer_parts(task: Task, tokenizer: Any) -> dict[str, Any]:
     """Batching and scoring, as arguments of a Trainer."""
+    pad = DataCollatorWithPadding(tokenizer)
     return {
         "task": task,
-        "data_collator": DataCollatorWithPadding(tokenizer),
+        "data_collator": collate_pairs(pad) if task.pairs_apart else pad,
         "compute_metrics": lambda result: task.score(_finite(result.predictions), result.label_ids),
         # Some models return hidden states after the logits.
-        "preprocess_logits_for_metrics": lambda out, _: out[0] if isinstance(out, (tuple, list)) else out,
+        "preprocess_logits_for_metrics": lambda out, _: task.by_row(out[0] if isinstance(out, (tuple, list)) else out),
     }
 
 

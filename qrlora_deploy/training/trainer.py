@@ -39,6 +39,7 @@ from qrlora_deploy.training.loop import (
     training_arguments,
 )
 from qrlora_deploy.training.outputs import Outputs, encode_rows, frozen_outputs, own_outputs, taken_for
+from qrlora_deploy.training.pairs import texts_of
 from qrlora_deploy.training.record import Ran, training_record
 from qrlora_deploy.training.settings import TrainSettings, choose_device, fingerprint
 
@@ -151,7 +152,8 @@ def _prepare(
     parts = [part for part in (train, evaluation) if part is not None]
     targets = encode_rows(outputs, train, evaluation, settings.head == "frozen")
     model = checkpoint.load_model(**outputs.options, **({} if settings.dropout else no_dropout(checkpoint.config)))
-    tokenizer = load_tokenizer(checkpoint, model, settings.max_length, train.pairs is not None)
+    apart = outputs.task.pairs_apart
+    tokenizer = load_tokenizer(checkpoint, model, settings.max_length, train.pairs is not None and not apart)
     new_bias = outputs.bias if outputs.new else None
     head = prepare_head(model, basis, new_bias, settings.seed) if settings.head == "output" else {}
     check_stored(head, checkpoint)
@@ -159,7 +161,7 @@ def _prepare(
     precondition(adapters)
     for parameter in head.values():
         parameter.requires_grad_(True)
-    rows = [build_rows(tokenizer, *pair, settings.max_length) for pair in zip(parts, targets, strict=False)]
+    rows = [build_rows(tokenizer, *pair, settings.max_length, apart) for pair in zip(parts, targets, strict=False)]
     return _Job(model, adapters, head, tokenizer, rows[0], rows[1] if evaluation else None, outputs, settings)
 
 
@@ -173,7 +175,8 @@ def _cache_trunk(job: _Job, wish: CacheWish) -> tuple[CachedModel | None, str]:
     if job.settings.dropout or wish.wanted == "off":
         return None, "off"
     targets = [path for path, module in job.model.named_modules() if isinstance(module, QRLoRALinear)]
-    texts = Texts(job.rows + (job.evaluation or []), DataCollatorWithPadding(job.tokenizer), job.tokenizer.padding_side)
+    rows = [text for row in job.rows + (job.evaluation or []) for text in texts_of(row)]
+    texts = Texts(rows, DataCollatorWithPadding(job.tokenizer), job.tokenizer.padding_side)
     try:
         cached = build_cached(job.model, targets, texts, job.outputs.task, wish)
         return cached, cached.cache.place
@@ -210,7 +213,8 @@ def _build_trainer(
     }
     if cached is None:
         return SmallTrainer(**parts)
-    evaluation = numbered(job.evaluation, len(job.rows)) if job.evaluation else None
+    start = sum(len(texts_of(row)) for row in job.rows)
+    evaluation = numbered(job.evaluation, start) if job.evaluation else None
     parts |= {"train_dataset": numbered(job.rows, 0), "eval_dataset": evaluation, "data_collator": collate_numbers}
     return CachedTrainer(**parts, cached=cached)
 

@@ -76,9 +76,10 @@ def read_config_facts(path: Path) -> ConfigFacts:
     """
     config = read_model_config(path)
     labels = tuple(label_names(config, path))
+    task = task_of_config(config.problem_type, len(labels), config.qrlora_task)
     return ConfigFacts(
-        labels,
-        task_of_config(config.problem_type, len(labels), config.qrlora_task),
+        labels if task.has_labels else (),
+        task,
         _rows(config.vocab_size),
         _rows(config.type_vocab_size),
     )

@@ -149,7 +149,7 @@ def _check_upper(upper: Upper, split: SplitModel) -> None:
     try:
         hidden = split.trunk(batch)
         with torch.no_grad():
-            whole = split.model(**batch).logits
+            whole = split.forward(split.model, batch)
             found = upper(hidden.flatten(0, 1), padded_layout(batch["attention_mask"].sum(1), length))
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise InputError(f"{type(split.model).__name__} has a head of another kind than BERT's") from error
