@@ -142,6 +142,7 @@ def _axes(record: TensorRecord) -> str:
 def seal(folder: Path, prepared: Prepared, basis: Basis, content: Content, checked: Checked) -> Manifest:
     """Write the reference logits and the manifest, last of all: it holds the digests of the other files."""
     checkpoint, tokenizer, graph = prepared.checkpoint, prepared.tokenizer, checked.graph
+    answer = task_named(content.task).output_name
     manifest = Manifest(
         kind=content.kind,  # type: ignore[arg-type]  # pydantic checks both
         task=content.task,
@@ -160,7 +161,7 @@ def seal(folder: Path, prepared: Prepared, basis: Basis, content: Content, check
             TargetRecord(name=name, rank=rank, padded_rank=padded_rank(rank)) for name, rank in basis.ranks.items()
         ),
         inputs=graph.inputs,
-        outputs=(TensorRecord(name=task_named(content.task).output_name, dtype="float32", shape=("batch", content.outputs)),),
+        outputs=(TensorRecord(name=answer, dtype="float32", shape=("batch", content.outputs)),),
         files={},
         parity=_parity_record(checked),
         customer_effect=customer_effect(checked.reference),

@@ -11,7 +11,7 @@ from exporters.onnx.ablation import not_shown
 from exporters.onnx.accuracy import Labelled, answer_in_pytorch, choose_labelled, measure_accuracy
 from exporters.onnx.branch_fusion import fuse_branches, fuses
 from exporters.onnx.bundle_files import Checked, Content, seal, write_side_files
-from exporters.onnx.calibrating import calibration_inputs, calibration_record
+from exporters.onnx.calibrating import calibration_inputs, calibration_record, texts_to_calibrate
 from exporters.onnx.graph import SMALLEST_EXTERNAL_BYTES, Graph, write_graph
 from exporters.onnx.options import OnnxOptions
 from exporters.onnx.padding_free import Packing
@@ -134,9 +134,7 @@ def export_switchable(job: ExportJob, options: OnnxOptions = DEFAULTS) -> Manife
             reference = mixed_reference(side, synthetic_customers(side, head), head, options.table_dtype)
         rows = make_switchable(prepared.model, basis, head_labels, options.table_dtype)
         base_head = head_arrays(read_base_head(checkpoint)) if head else None
-        content = Content(
-            "switchable", task.name, labels, reference[0].logits.shape[1], head=head, base_head=base_head
-        )
+        content = Content("switchable", task.name, labels, reference[0].logits.shape[1], head=head, base_head=base_head)
         tables = base_tables(checkpoint, basis, head, options.table_dtype)
         return _Plan(content, reference, rows, tables, answered)
 
@@ -184,7 +182,8 @@ def _export(job: ExportJob, options: OnnxOptions, make_plan: Callable[[Prepared]
         labelled = plan.labelled
         accuracy = measure_accuracy(session, labelled, plan.tables, job.progress) if labelled else None
         step(3)
-        calibration = calibration_record(options.calibration) if options.calibration is not None else None
+        texts = texts_to_calibrate(options.calibration, prepared.task)
+        calibration = calibration_record(texts) if texts is not None else None
         unseen = not_shown(graph.traced, plan.reference, report.bound, prepared.task.least_size)
         checked = Checked(graph, plan.reference, report, options.provider, accuracy, calibration, unseen)
         write_side_files(folder, prepared, plan.content, checked)
@@ -203,7 +202,7 @@ def _write_graph(job: ExportJob, options: OnnxOptions, prepared: Prepared, plan:
         finish = partial(fuse_branches, model, rows)
     graph = write_graph(model, prepared.input_names, folder, rows, packing, finish, prepared.task)
     if options.precision == "int8":
-        texts, customers = options.calibration, plan.reference[0].inputs
+        texts, customers = texts_to_calibrate(options.calibration, prepared.task), plan.reference[0].inputs
         calibration = calibration_inputs(prepared, texts, customers, job.progress) if texts is not None else None
         quantize_graph(folder / MODEL_FILE, graph.products, SMALLEST_EXTERNAL_BYTES, calibration)
     return graph

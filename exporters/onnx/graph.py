@@ -169,7 +169,12 @@ class _AnswersOnly(torch.nn.Module):
     """Takes tensors by position and gives the answers of a task, fp32 whatever the model's dtype."""
 
     def __init__(
-        self, model: torch.nn.Module, task: Task, names: tuple[str, ...], rows: RowInputs | None, packing: Packing | None
+        self,
+        model: torch.nn.Module,
+        task: Task,
+        names: tuple[str, ...],
+        rows: RowInputs | None,
+        packing: Packing | None,
     ) -> None:
         super().__init__()
         self.model = model

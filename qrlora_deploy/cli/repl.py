@@ -87,15 +87,22 @@ def _obey(
     elif word.startswith("/"):
         raise InputError(f"there is no {word}. {HELP}")
     elif line:
-        answer = predictor.predict(*_question(predictor, line), customers=[customer])[0]
-        stdout.write(f"{one_line(', '.join(answer.labels) or 'none')}\t{answer.score:.4f}\n")
+        stdout.write(f"{_answer(predictor, line, customer)}\n")
         stdout.flush()
     return customer
 
 
 def _make_sure(predictor: "Predictor", customer: str) -> None:
     """Raise unless the customer is there: an answer that nobody reads."""
-    predictor.predict(["-"], ["-"] if predictor.task.needs_pairs else None, customers=[customer])
+    _answer(predictor, "-\t-" if predictor.task.needs_pairs else "-", customer)
+
+
+def _answer(predictor: "Predictor", line: str, customer: str | None) -> str:
+    """The labels and the score, or the numbers of an embedding, with tabs between them."""
+    if not predictor.task.has_labels:
+        return "\t".join(f"{value:.6f}" for value in predictor.embed([line], customers=[customer])[0])
+    answer = predictor.predict(*_question(predictor, line), customers=[customer])[0]
+    return f"{one_line(', '.join(answer.labels) or 'none')}\t{answer.score:.4f}"
 
 
 def _question(predictor: "Predictor", line: str) -> tuple[list[str], list[str] | None]:

@@ -99,9 +99,9 @@ class Checkpoint:
             InputError: there is none, or another one than is supported.
         """
         self.require_task_head()
-        if not self.has_task_head:
-            return self.wanted
         said = getattr(self.config, TASK_FIELD, None)
+        if not self.has_task_head:
+            return self.wanted or str(said)
         found = task_of_config(self.config.problem_type, len(self.labels), said)
         if found.name != said:
             found = task_of_config(self.config.problem_type, len(self.labels), self.wanted)
@@ -118,7 +118,7 @@ class Checkpoint:
                 and the task has none.
         """
         self._check_kind()
-        task = task or self.wanted
+        task = task or self.wanted or str(getattr(self.config, TASK_FIELD, ""))
         headless = task in BY_NAME and not BY_NAME[task].has_labels
         if self.has_task_head and headless:
             raise InputError(f"{self.name} is a {self.architecture} with a task head; {task} needs an encoder without")

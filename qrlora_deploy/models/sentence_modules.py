@@ -51,9 +51,7 @@ def _mode(folder: Path, path: str) -> str:
     found += [key.removeprefix(PREFIX) for key, value in settings.items() if key.startswith(PREFIX) and value is True]
     modes = {MODES.get(name) for name in found}
     if len(modes) != 1 or None in modes:
-        raise InputError(
-            f"{file}: pools by {', '.join(found) or 'nothing'}; mean or cls is supported"
-        )
+        raise InputError(f"{file}: pools by {', '.join(found) or 'nothing'}; mean or cls is supported")
     return MODES[found[0]]
 
 

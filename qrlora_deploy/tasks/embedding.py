@@ -25,7 +25,7 @@ DEPTH = 10
 BLOCK = 1024
 """Rows whose cosines with all second texts are in memory at once."""
 
-NO_HEAD = "embeddings have no output layer: `train --task embedding` takes an encoder as it is, without warmup or --head"
+NO_HEAD = "embeddings have no output layer: `train --task embedding` takes an encoder as it is; no warmup, no --head"
 
 
 class Embedding(Task):

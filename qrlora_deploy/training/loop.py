@@ -189,9 +189,7 @@ def build_rows(
     return [row | {"labels": target} for row, target in zip(rows, targets, strict=True)]
 
 
-def _token_rows(
-    tokenizer: Any, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int, name: str
-) -> Rows:
+def _token_rows(tokenizer: Any, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int, name: str) -> Rows:
     first, second = cut_texts(tokenizer, texts, pairs, max_length, name)
     encoded = tokenizer(first, second, truncation=True, max_length=max_length)
     names = list(encoded)

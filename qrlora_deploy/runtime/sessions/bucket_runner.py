@@ -124,10 +124,8 @@ class BucketRunner:
         for name, its_shape in {**shapes, LOGITS: (batch, self._outputs)}.items():
             arrays[name] = arrays[name].reshape(its_shape)
             bind = binding.bind_output if name == LOGITS else binding.bind_input
-            graph_name = self._answer if name == LOGITS else name
-            bind(
-                graph_name, buffers.device_type, self._gpu or 0, _dtype(name), its_shape, buffers.pointer + places[name].start
-            )
+            known, pointer = self._answer if name == LOGITS else name, buffers.pointer + places[name].start
+            bind(known, buffers.device_type, self._gpu or 0, _dtype(name), its_shape, pointer)
         if memory is not None:
             memory.bind(binding)
         self._graphs += 1
