@@ -1,7 +1,7 @@
 """One family from `factorize` to the last bundle, each answer held against a merge of this module's own."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,13 @@ class _Whole:
             str(len(text) % 7 / 7 * shift) if self.family.numbers else f"LABEL_{(index * shift + len(text)) % 3}"
             for index, text in enumerate(sample_texts()[:ROWS])
         ]
-        return Examples(sample_texts()[:ROWS], None, labels, f"{name}.tsv")
+        # Pairs of texts that follow each other, where the task is about pairs; nothing is known of them but that.
+        pairs = None if self.family.task == "auto" else sample_texts()[shift : ROWS + shift]
+        if self.family.task == "embedding":
+            labels = [""] * ROWS
+        if self.family.task == "reranker":
+            labels = [str(abs(shift - 1 - len(text) % 7 / 7)) for text in sample_texts()[:ROWS]]
+        return Examples(sample_texts()[:ROWS], pairs, labels, f"{name}.tsv")
 
     def _train(self) -> float:
         for name in ("one", "two"):
@@ -149,7 +155,7 @@ class _Whole:
         return float(np.abs(self.customers["one"].values).max())
 
     def _coefficients(self, name: str, cache: str) -> Coefficients:
-        settings = TrainSettings(**{**SETTINGS.__dict__, "trunk_cache": cache})
+        settings = replace(SETTINGS, trunk_cache=cache, task=self.family.task)
         work = self.folder / f"work-{name}-{cache}"
         return train(self.checkpoint, self.basis, self._examples(name), None, settings, work)
 
@@ -171,7 +177,8 @@ class _Whole:
             part = self._examples(name)
             rows = ["text\tlabel", *(f"{text}\t{label}" for text, label in zip(part.texts, part.labels, strict=True))]
             (data / f"{name}.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
-        report = train_fleet(self.checkpoint, self.basis, FleetSource(data), SETTINGS, FleetOptions(output))
+        settings = replace(SETTINGS, task=self.family.task)
+        report = train_fleet(self.checkpoint, self.basis, FleetSource(data), settings, FleetOptions(output))
         failed = [line.reason for line in report.lines if line.reason]
         if failed:
             raise QrloraError(failed[0])
@@ -226,7 +233,8 @@ class _Whole:
 
     def _switchable(self, name: str, **options: Any) -> float:
         output = self.folder / name
-        export_switchable(ExportJob(self.checkpoint, self.basis, output), OnnxOptions(**options))
+        task = None if self.family.task == "auto" else self.family.task
+        export_switchable(ExportJob(self.checkpoint, self.basis, output), OnnxOptions(task=task, **options))
         session = SwitchableSession(open_bundle(output), threads=1)
         for customer in ("one", "two"):
             session.load(customer, self.folder / f"{customer}.safetensors")
@@ -235,9 +243,15 @@ class _Whole:
 
 
 def _logits(model: Any, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    """Logits, or of a model without a head the mean of its states over the attention mask."""
     with torch.no_grad():
-        found: np.ndarray = model(**{name: torch.from_numpy(array) for name, array in inputs.items()}).logits.numpy()
-    return found
+        answer = model(**{name: torch.from_numpy(array) for name, array in inputs.items()})
+    if "logits" in answer:
+        logits: np.ndarray = answer.logits.numpy()
+        return logits
+    states, mask = answer.last_hidden_state.double().numpy(), inputs["attention_mask"][:, :, None]
+    means: np.ndarray = (states * mask).sum(1) / mask.sum(1)
+    return means
 
 
 def _error(found: np.ndarray, expected: np.ndarray) -> float:

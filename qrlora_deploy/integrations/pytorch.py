@@ -28,6 +28,7 @@ from qrlora_deploy.models.head import check_stored, prepare_head
 from qrlora_deploy.models.targets import is_conv1d
 from qrlora_deploy.tasks.base import TASK_FIELD
 from qrlora_deploy.tasks.registry import task_of_config
+from qrlora_deploy.training.outputs import taken_for
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -106,6 +107,7 @@ def coefficients_of(
     *,
     base: StrPath | Checkpoint | None = None,
     training: Mapping[str, Any] | None = None,
+    task: str = "auto",
 ) -> Coefficients:
     """Take a customer out of a model with side branches; the model is not changed.
 
@@ -113,6 +115,7 @@ def coefficients_of(
         model: after `attach` or `load_customer`; may be wrapped, as for several GPUs.
         base: folder or hub name that the model was loaded from; None: the one that its config names.
         training: what the customer's file shall say of its training, plain JSON values.
+        task: what the model was trained for where its config leaves that open: "embedding", or "reranker".
 
     Returns:
         The customer: values `[total_rank]` fp32, and its output layer where that was trained; `save` writes it.
@@ -127,7 +130,7 @@ def coefficients_of(
         raise InputError("the model has no side branches; give it some by attach first")
     inner = _inner(model)
     _check_nothing_else(inner, state)
-    checkpoint = as_checkpoint(_name_of(inner) if base is None else base)
+    checkpoint = taken_for(as_checkpoint(_name_of(inner) if base is None else base), task)
     check_basis_fits(checkpoint, state.basis)
     head = _head_of(inner, state, checkpoint)
     values = get_coefficients(state.adapters)

@@ -13,7 +13,7 @@ import qrlora_deploy as qr
 from tests.cli.running import run_here, succeed_here
 from tests.models.test_sentence_modules import save_modules
 from tests.tiny import SENTENCES, save_base
-from tests.tolerances import FP32_ONNX
+from tests.tolerances import FP32_ONNX, FP32_SIDE_BRANCH
 
 # The next sentence turned around, which the bases do not find.
 QUESTIONS = [" ".join(sentence.split()[::-1]) for sentence in (*SENTENCES[1:], SENTENCES[0])]
@@ -39,7 +39,8 @@ def save_encoder(folder: Path, kind: str) -> None:
         save_file({name.removeprefix("bert."): value for name, value in kept.items()}, file, {"format": "pt"})
         return
     AutoModel.from_pretrained(folder).save_pretrained(folder)
-    settings = {"pooling_mode_cls_token": kind == "first", "pooling_mode_mean_tokens": kind == "mean"}
+    modes = {"pooling_mode_cls_token": kind == "first", "pooling_mode_mean_tokens": kind == "mean"}
+    settings = {"word_embedding_dimension": 32} | modes
     save_modules(folder, settings, *(["Normalize"] if kind == "mean" else []))
 
 
@@ -190,3 +191,28 @@ def test_what_does_not_fit_is_refused_in_one_line(place: Path, tmp_path: Path) -
     assert "--head-labels belongs to bases with an output layer" in refused(
         *export, "--task", "embedding", "--head-labels", 3
     )
+
+
+@pytest.mark.parametrize("kind", ["mean", "first"])
+def test_sentence_transformers_opens_what_was_merged(place: Path, kind: str, tmp_path: Path) -> None:
+    library = pytest.importorskip("sentence_transformers")
+    customer = ["--coefficients", place / f"{kind}-customers" / "acme.safetensors"]
+    succeed_here(["merge", *customer, "-o", tmp_path / "merged"], place)
+    found = library.SentenceTransformer(str(tmp_path / "merged"), device="cpu").encode(list(SENTENCES))
+    np.testing.assert_allclose(found, pooled(tmp_path / "merged", kind, list(SENTENCES)), **EMBEDDING)
+
+
+def test_a_model_in_pytorch_takes_an_embeddings_customer_and_gives_it_back(place: Path, tmp_path: Path) -> None:
+    customer, basis = place / "mean-customers" / "acme.safetensors", place / "mean.safetensors"
+    qr.merge(place / "mean", basis, customer, tmp_path / "merged")
+    ids = AutoTokenizer.from_pretrained(place / "mean")(SENTENCES[0], return_tensors="pt")
+    with torch.no_grad():
+        expected = AutoModel.from_pretrained(tmp_path / "merged").eval()(**ids).last_hidden_state
+        model = AutoModel.from_pretrained(place / "mean").eval()
+        before = model(**ids).last_hidden_state
+        found = qr.load_customer(model, basis, customer)(**ids).last_hidden_state
+    torch.testing.assert_close(found, expected, **FP32_SIDE_BRANCH)
+    assert (found - before).abs().max() > 0.1
+    again = qr.coefficients_of(model, task="embedding")
+    assert again.task == "feature-extraction" and again.labels == ()
+    np.testing.assert_allclose(again.values, qr.Coefficients.load(customer).values, rtol=1e-6, atol=0)
