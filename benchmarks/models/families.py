@@ -52,6 +52,11 @@ class Family:
     vocabulary: bool = True
     task: str = "auto"
 
+    @property
+    def tags(self) -> bool:
+        """Whether the data are tags of words."""
+        return self.head == "ForTokenClassification"
+
     def save(self, folder: Path) -> None:
         """Write the model and a tokenizer.
 
@@ -148,6 +153,8 @@ FAMILIES = (
     Family("BART", "Bart", {"d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "pad_token_id": 0} | PARTS),
     Family("Llama, causal LM", "Llama", GROUPED, head="ForCausalLM"),
     Family("BERT, token classification", "Bert", SMALL, head="ForTokenClassification"),
+    Family("RoBERTa, token classification", "Roberta", SMALL | {"pad_token_id": 0}, head="ForTokenClassification"),
+    Family("MPNet, token classification", "MPNet", SMALL | {"pad_token_id": 0}, head="ForTokenClassification"),
     Family("BERT, multi-label", "Bert", SMALL | {"problem_type": "multi_label_classification"}),
     Family("BERT, a reranker", "Bert", SMALL | {"num_labels": 1}, task="reranker"),
     Family("BERT, embeddings", "Bert", SMALL, head="Model", task="embedding"),

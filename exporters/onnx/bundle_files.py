@@ -58,7 +58,7 @@ class Content:
     Attributes:
         kind: "merged" or "switchable".
         labels: of the customer, or of the base.
-        outputs: columns of the logits.
+        outputs: size of the last axis of the logits.
         coefficients_digest: the customer of a merged bundle.
         head: columns of the head table, where customers may have a head of their own.
         base_head: weight `[labels, features]` and bias `[labels]` of the base, where there is `head`.
@@ -116,7 +116,7 @@ def write_side_files(folder: Path, prepared: Prepared, content: Content, checked
     readme = README.format(
         task=content.task,
         columns=f"{len(content.labels)} labels" if content.labels else f"{content.outputs} numbers a text",
-        answer=f"{task_named(content.task).output_name} [batch, {'labels' if content.labels else content.outputs}]",
+        answer=_answer_text(content),
         kind=content.kind,
         precision=checked.report.precision,
         runtime=RUNTIMES[checked.graph.opset],
@@ -128,10 +128,18 @@ def write_side_files(folder: Path, prepared: Prepared, content: Content, checked
     (folder / "README.md").write_text(readme, encoding="utf-8")
 
 
+def _answer_text(content: Content) -> str:
+    """The graph's output and its axes."""
+    task = task_named(content.task)
+    shape = task.output_shape if content.labels else task.axes(content.outputs)
+    return f"{task.output_name} [{', '.join(map(str, shape))}]"
+
+
 def _name_task(config: Any, content: Content) -> None:
     """Have a config say the task of the bundle, where it says another one or leaves it open."""
     task = task_named(content.task)
-    if task_of_config(config.problem_type, len(content.labels), getattr(config, TASK_FIELD, None)) != task:
+    said, architecture = getattr(config, TASK_FIELD, None), str((config.architectures or [""])[0])
+    if task_of_config(config.problem_type, len(content.labels), architecture, said) != task:
         config.update(task.config_fields)
 
 
@@ -142,7 +150,7 @@ def _axes(record: TensorRecord) -> str:
 def seal(folder: Path, prepared: Prepared, basis: Basis, content: Content, checked: Checked) -> Manifest:
     """Write the reference logits and the manifest, last of all: it holds the digests of the other files."""
     checkpoint, tokenizer, graph = prepared.checkpoint, prepared.tokenizer, checked.graph
-    answer = task_named(content.task).output_name
+    task = task_named(content.task)
     manifest = Manifest(
         kind=content.kind,  # type: ignore[arg-type]  # pydantic checks both
         task=content.task,
@@ -161,7 +169,7 @@ def seal(folder: Path, prepared: Prepared, basis: Basis, content: Content, check
             TargetRecord(name=name, rank=rank, padded_rank=padded_rank(rank)) for name, rank in basis.ranks.items()
         ),
         inputs=graph.inputs,
-        outputs=(TensorRecord(name=answer, dtype="float32", shape=("batch", content.outputs)),),
+        outputs=(TensorRecord(name=task.output_name, dtype="float32", shape=task.axes(content.outputs)),),
         files={},
         parity=_parity_record(checked),
         customer_effect=customer_effect(checked.reference),

@@ -99,7 +99,8 @@ def write_graph(
     The model's attention implementation is switched in place, and biases that it does not need are folded.
 
     Args:
-        model: gives `logits [batch, outputs]`, or what `task` makes of it; the graph computes in its dtype.
+        model: gives `logits [batch, outputs]` or `[batch, sequence, outputs]`, or what `task` makes of it; the graph
+            computes in its dtype.
         names: its text inputs, int64 `[batch, sequence]` each.
         folder: where the files go.
         rows: further inputs, and who takes them.

@@ -8,6 +8,7 @@ from typing import IO, TYPE_CHECKING
 
 import click
 
+from qrlora_deploy.cli.output import in_words
 from qrlora_deploy.errors import InputError, QrloraError, one_line, shortened
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def _answer(predictor: "Predictor", line: str, customer: str | None) -> str:
     if not predictor.task.has_labels:
         return "\t".join(f"{value:.6f}" for value in predictor.embed([line], customers=[customer])[0])
     answer = predictor.predict(*_question(predictor, line), customers=[customer])[0]
-    return f"{one_line(', '.join(answer.labels) or 'none')}\t{answer.score:.4f}"
+    return f"{one_line(in_words(answer, predictor.task.answers_words))}\t{answer.score:.4f}"
 
 
 def _question(predictor: "Predictor", line: str) -> tuple[list[str], list[str] | None]:

@@ -7,13 +7,12 @@ from pydantic import BaseModel, Field
 from qrlora_deploy.errors import FileFormatError
 from qrlora_deploy.io.reading import parse_json, read_text
 from qrlora_deploy.io.strict import from_value
+from qrlora_deploy.tasks.registry import has_task_head
 
 MAX_BYTES = 16 * 2**20
 
 DEFAULT_OUTPUTS = 2
 """Outputs of a config that names none: transformers leaves its own defaults out of the file."""
-
-TASK_HEAD = "ForSequenceClassification"
 
 
 class ModelConfig(BaseModel):
@@ -45,7 +44,7 @@ class ModelConfig(BaseModel):
     @property
     def has_task_head(self) -> bool:
         """Whether the checkpoint can classify or regress as it is."""
-        return self.architecture.endswith(TASK_HEAD)
+        return has_task_head(self.architecture)
 
 
 def read_model_config(path: Path) -> ModelConfig:

@@ -170,8 +170,8 @@ def tool_versions() -> dict[str, str]:
 
 def model_card(provenance: Provenance) -> str:
     """The README.md of a merged checkpoint, with the metadata block that the Hub reads."""
-    kind = task_named(provenance.task).model_class
-    lines = ["---", "library_name: transformers", f"pipeline_tag: {task_named(provenance.task).pipeline}"]
+    task = task_named(provenance.task)
+    lines = ["---", "library_name: transformers", f"pipeline_tag: {task.pipeline}"]
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", provenance.base_name) and not Path(provenance.base_name).exists():
         lines.append(f"base_model: {provenance.base_name}")
     lines += ["tags:", "- qr-lora", "- qrlora-deploy", "---", ""]
@@ -186,9 +186,9 @@ def model_card(provenance: Provenance) -> str:
         f"Task: {provenance.task}. The licence is that of the base model.",
         "",
         "```python",
-        f"from transformers import {kind}",
+        f"from transformers import {task.model_class}",
         "",
-        f'model = {kind}.from_pretrained("path/to/this/folder")',
+        f'model = {task.model_class}.from_pretrained("path/to/this/folder")',
         "```",
         "",
     ]

@@ -300,4 +300,4 @@ def _head_of(model: nn.Module, state: _Attached, checkpoint: Checkpoint) -> dict
 
 def _task_of(model: Any) -> str:
     named = getattr(model.config, TASK_FIELD, None)
-    return task_of_config(model.config.problem_type, len(labels_of(model)), named).name
+    return task_of_config(model.config.problem_type, len(labels_of(model)), type(model).__name__, named).name

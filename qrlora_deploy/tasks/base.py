@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from qrlora_deploy.data.labels import Label
+from qrlora_deploy.errors import InputError
 from qrlora_deploy.tasks.names import label_index, output_of
+from qrlora_deploy.tokenization.words import LocatedWords
 
 if TYPE_CHECKING:
     import torch
@@ -19,20 +21,48 @@ if TYPE_CHECKING:
 TASK_FIELD = "qrlora_task"
 """Entry of `config.json` for tasks that transformers has no `problem_type` for; transformers keeps it as it is."""
 
+AUTO_MODEL = "AutoModel"
+
+IGNORED = -100
+"""The target of a token that has none: padding, special tokens and all but the first one of a word."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """A part of a text that a model found.
+
+    Attributes:
+        text: the part itself.
+        label: what it is.
+        start: its first character in the whole text.
+        end: the character behind it.
+        score: the mean probability of the tags of its words.
+    """
+
+    text: str
+    label: str
+    start: int
+    end: int
+    score: float
+
 
 @dataclass(frozen=True)
 class Answer:
     """What a model answers to one text.
 
     Attributes:
-        label: the name of the most likely output; of a regression the name of its only one.
+        label: the name of the most likely output; of a regression the name of its only one; of tagged words that of the
+            surest span.
         score: its probability; of a regression the value itself.
-        labels: the names of all outputs that apply: one of a classification, any number of a multi-label task.
+        labels: the names of all outputs that apply: one of a classification, any number of a multi-label task, one for
+            each word where words are tagged.
+        spans: what was found in the text, where words are tagged.
     """
 
     label: str
     score: float
     labels: tuple[str, ...]
+    spans: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,11 +86,13 @@ class Task(ABC):
     Attributes:
         name: what files call it, such as "text-classification".
         option: what `--task` calls it, such as "classification".
-        problem_type: what `config.json` calls it; None: transformers has no name for it, and the field
-            `TASK_FIELD` has this project's.
+        problem_type: what `config.json` calls it; None: transformers has no name for it, and the model's class says it,
+            or the field `TASK_FIELD`.
         model_class: transformers' class of its models.
-        pipeline: what the hub calls models of it.
+        output_shape: axes of the answer; the last one are the outputs.
         output_name: of the graph's output.
+        pipeline: what the Hub calls its models.
+        peft_type: what PEFT calls it.
         has_labels: whether outputs have names, which an output layer and the labels of data give; else a model has no
             head, and data no labels.
         needs_pairs: whether a question is a pair of texts.
@@ -76,8 +108,10 @@ class Task(ABC):
     option: ClassVar[str]
     problem_type: ClassVar[str | None]
     model_class: ClassVar[str] = "AutoModelForSequenceClassification"
-    pipeline: ClassVar[str] = "text-classification"
+    output_shape: ClassVar[tuple[str, ...]] = ("batch", "labels")
     output_name: ClassVar[str] = "logits"
+    pipeline: ClassVar[str] = "text-classification"
+    peft_type: ClassVar[str] = "SEQ_CLS"
     has_labels: ClassVar[bool] = True
     needs_pairs: ClassVar[bool] = False
     pairs_apart: ClassVar[bool] = False
@@ -105,6 +139,35 @@ class Task(ABC):
             InputError: the labels are not this task's, or there is nothing to tell apart.
         """
 
+    @property
+    def answers_words(self) -> bool:
+        """Whether a model answers every token of a text, and not the text as a whole."""
+        return "sequence" in self.output_shape
+
+    @property
+    def architecture_end(self) -> str:
+        """The end of the names of its models' classes, such as "ForSequenceClassification"."""
+        return self.model_class.removeprefix(AUTO_MODEL)
+
+    def axes(self, outputs: int) -> tuple[str | int, ...]:
+        """`output_shape` of a graph with so many outputs."""
+        return (*self.output_shape[:-1], outputs)
+
+    def check_rows(self, examples: "Examples") -> None:
+        """Make sure that rows are of the task's kind: labels of texts, or tags of words.
+
+        Raises:
+            InputError: they are of the other kind.
+        """
+        if self.answers_words == (examples.words is not None):
+            return
+        if self.answers_words:
+            raise InputError(
+                f"{examples.name}: its texts have labels, a {self.name} needs tags of words: the columns tokens and "
+                f"tags, or text and spans"
+            )
+        raise InputError(f"{examples.name}: its words have tags, a {self.name} needs one label a text")
+
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other)
 
@@ -129,13 +192,6 @@ class Task(ABC):
         """All names of outputs in the labels of `examples`, as often as they occur, in the order of the rows."""
         return [name for label in examples.labels for name in self.names_in(label)]
 
-    def meant(self, label: Label, index: Mapping[str, int]) -> set[int | None]:
-        """The outputs that apply to a row with this label, by an index from `label_index`; None: one that is not there.
-
-        What an `Answer` has in `labels` means the outputs of these names.
-        """
-        return {output_of(index, name) for name in self.names_in(label)}
-
     def unknown(self, examples: "Examples", names: Sequence[str]) -> list[str]:
         """The labels in `examples` that no output called `names` is meant by, sorted."""
         index = label_index(names)
@@ -143,11 +199,19 @@ class Task(ABC):
 
     @abstractmethod
     def encode(self, examples: "Examples", names: Sequence[str]) -> list[Any]:
-        """The targets of training, one a row, for outputs called `names`.
+        """The targets of training, one a row, for outputs called `names`; `place_target` makes a row's ready.
 
         Raises:
             InputError: labels that the outputs cannot mean; all of them are counted, the first ones named.
         """
+
+    def place_target(self, target: Any, words: LocatedWords, tokens: int) -> Any:
+        """The target of a row by its `tokens`, where words have targets.
+
+        Raises:
+            NotImplementedError: the task is about whole texts.
+        """
+        raise NotImplementedError(f"{self.name} is about whole texts")
 
     def forward(self, model: Any, batch: Mapping[str, "torch.Tensor"]) -> "torch.Tensor":
         """What a model answers to a batch of its own inputs, with a gradient: logits `[n, labels]`, or embeddings."""
@@ -163,31 +227,50 @@ class Task(ABC):
         """The mean loss of a batch, as transformers' own forward computes it.
 
         Args:
-            logits: `[n, labels]`.
-            targets: `[n]` or `[n, labels]`, from `encode`.
+            logits: `[n, labels]`, or `[n, tokens, labels]`.
+            targets: `[n]` or `[n, labels]`, from `encode`; or `[n, tokens]`, from `place_target`.
 
         Returns:
             A scalar, fp32.
         """
 
     @abstractmethod
-    def score(self, logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    def score(self, logits: np.ndarray, targets: np.ndarray, names: Sequence[str] = ()) -> dict[str, float]:
         """The `metrics`, all of them finite where the logits are.
 
         Args:
-            logits: `[n, labels]`.
-            targets: `[n]` or `[n, labels]`, from `encode`.
+            logits: as in `loss`.
+            targets: as in `loss`.
+            names: of the outputs; the words of a text need them, to know which tags belong together.
         """
 
     @abstractmethod
-    def answer(self, logits: np.ndarray, names: Sequence[str]) -> Answer:
-        """What logits `[labels]` say of a text, by the names of the outputs."""
+    def answer(self, logits: np.ndarray, names: Sequence[str], words: LocatedWords | None = None) -> Answer:
+        """What the logits of a row say of a text.
+
+        Args:
+            logits: `[labels]`, or `[tokens, labels]`.
+            names: of the outputs.
+            words: of the text, where each has an answer.
+        """
+
+    def matches(self, found: Sequence[str], expected: Sequence[str], names: Sequence[str]) -> bool:
+        """Whether the `labels` of an `Answer` are those of a row, in the spelling of either.
+
+        Args:
+            found: of an answer.
+            expected: of a row of data.
+            names: of the outputs, in their order.
+        """
+        index = label_index(names)
+        return {output_of(index, name) for name in found} == {output_of(index, name) for name in expected}
 
     @abstractmethod
     def agreement(self, logits: np.ndarray, others: np.ndarray) -> np.ndarray:
-        """`[n]` fp64, from 0 to 1: the share of equal decisions in each row of two `[n, labels]`.
+        """`[n]` fp64, from 0 to 1: the share of equal decisions in each row of two `[n, labels]` or
+        `[n, tokens, labels]`.
 
-        Labels that a customer does not have are -inf in both.
+        Labels that a customer does not have, and tokens that are padding, are -inf in both.
         """
 
     def right(self, logits: np.ndarray, targets: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from qrlora_deploy.data.labels import quoted
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.tasks.base import Answer, NewHead, Task
 from qrlora_deploy.tasks.names import first_row, label_index, label_names, output_of
+from qrlora_deploy.tokenization.words import LocatedWords
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +54,7 @@ class Classification(Task):
 
         return functional.cross_entropy(logits.float(), targets)
 
-    def score(self, logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    def score(self, logits: np.ndarray, targets: np.ndarray, names: Sequence[str] = ()) -> dict[str, float]:
         """Accuracy, f1 (the mean over the classes) and matthews."""
         # Imported here: scikit-learn takes a second, and labels are checked before it is needed.
         from sklearn import metrics
@@ -65,7 +66,7 @@ class Classification(Task):
             "matthews": float(metrics.matthews_corrcoef(targets, chosen)),
         }
 
-    def answer(self, logits: np.ndarray, names: Sequence[str]) -> Answer:
+    def answer(self, logits: np.ndarray, names: Sequence[str], words: LocatedWords | None = None) -> Answer:
         """The most likely class and its probability."""
         odds = np.exp(logits.astype(np.float64) - logits.max())
         best = int(logits.argmax())

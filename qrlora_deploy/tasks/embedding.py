@@ -10,6 +10,7 @@ from qrlora_deploy.errors import InputError
 from qrlora_deploy.tasks.base import Answer, NewHead, Task
 from qrlora_deploy.tasks.names import check_pairs, first_row
 from qrlora_deploy.tasks.pooling import pool, pooling_of
+from qrlora_deploy.tokenization.words import LocatedWords
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +41,7 @@ class Embedding(Task):
     problem_type = None
     model_class = "AutoModel"
     pipeline = "feature-extraction"
+    output_shape = ("batch", "width")
     output_name = "embeddings"
     has_labels = False
     pairs_apart = True
@@ -105,7 +107,7 @@ class Embedding(Task):
         first, second = functional.normalize(logits.float(), dim=1).chunk(2)
         return functional.cross_entropy(SCALE * first @ second.T, torch.arange(len(first), device=logits.device))
 
-    def score(self, logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    def score(self, logits: np.ndarray, targets: np.ndarray, names: Sequence[str] = ()) -> dict[str, float]:
         """How well first texts find their second ones among those of all rows, by cosine.
 
         `accuracy_at_1` is the share found at the first place, `mrr_at_10` the mean of 1 / place where that is at most
@@ -129,7 +131,7 @@ class Embedding(Task):
             "accuracy_at_1": float((places == 1).mean()),
         }
 
-    def answer(self, logits: np.ndarray, names: Sequence[str]) -> Answer:
+    def answer(self, logits: np.ndarray, names: Sequence[str], words: LocatedWords | None = None) -> Answer:
         """There are no names to answer with.
 
         Raises:

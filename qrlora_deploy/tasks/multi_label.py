@@ -9,6 +9,7 @@ from qrlora_deploy.data.labels import Label, quoted
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.tasks.base import Answer, NewHead, Task
 from qrlora_deploy.tasks.names import first_row, label_index, label_names, output_of
+from qrlora_deploy.tokenization.words import LocatedWords
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +74,7 @@ class MultiLabel(Task):
 
         return functional.binary_cross_entropy_with_logits(logits.float(), targets.float())
 
-    def score(self, logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    def score(self, logits: np.ndarray, targets: np.ndarray, names: Sequence[str] = ()) -> dict[str, float]:
         """F1 over all decisions together and as the mean over the labels, and the share of rows that are all right."""
         from sklearn import metrics
 
@@ -84,7 +85,7 @@ class MultiLabel(Task):
             "accuracy": float((chosen == expected).all(axis=1).mean()),
         }
 
-    def answer(self, logits: np.ndarray, names: Sequence[str]) -> Answer:
+    def answer(self, logits: np.ndarray, names: Sequence[str], words: LocatedWords | None = None) -> Answer:
         """The most likely label with its probability, and all labels that apply, in the order of the outputs."""
         best = int(logits.argmax())
         chosen = tuple(name for name, yes in zip(names, applies(logits), strict=True) if yes)

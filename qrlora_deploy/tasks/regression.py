@@ -9,6 +9,7 @@ from qrlora_deploy.data.labels import DECIMAL_COMMA, is_fraction, number_of, quo
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.tasks.base import Answer, NewHead, Task
 from qrlora_deploy.tasks.names import first_row
+from qrlora_deploy.tokenization.words import LocatedWords
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +74,7 @@ class Regression(Task):
 
         return functional.mse_loss(logits.float().squeeze(-1), targets.float())
 
-    def score(self, logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    def score(self, logits: np.ndarray, targets: np.ndarray, names: Sequence[str] = ()) -> dict[str, float]:
         """Pearson and spearman; 0 where the predictions or targets are constant and no correlation is defined."""
         from scipy import stats
 
@@ -86,7 +87,7 @@ class Regression(Task):
             "spearman": float(stats.spearmanr(predicted, expected).statistic),
         }
 
-    def answer(self, logits: np.ndarray, names: Sequence[str]) -> Answer:
+    def answer(self, logits: np.ndarray, names: Sequence[str], words: LocatedWords | None = None) -> Answer:
         """The number itself."""
         return Answer(names[0], float(logits[0]), (names[0],))
 

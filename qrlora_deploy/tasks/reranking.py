@@ -1,6 +1,6 @@
 """One score a pair of texts: how well the second answers the first."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,6 +9,7 @@ from qrlora_deploy.data.labels import Label, number_of, quoted
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.tasks.base import Answer, NewHead, Task
 from qrlora_deploy.tasks.names import check_pairs, first_row
+from qrlora_deploy.tokenization.words import LocatedWords
 
 if TYPE_CHECKING:
     import torch
@@ -61,11 +62,6 @@ class Reranking(Task):
         """The labels that are no number from 0 to 1, sorted."""
         return sorted({str(label) for label in examples.labels if _relevance(label) is None})
 
-    def meant(self, label: Label, index: Mapping[str, int]) -> set[int | None]:
-        """The only output where the pair is relevant, as `Task.meant`."""
-        value = _relevance(label)
-        return {None} if value is None else {0} if value >= RELEVANT else set()
-
     def encode(self, examples: "Examples", names: Sequence[str]) -> list[float]:
         """The labels as numbers, as `Task.encode`."""
         check_pairs(examples, self.option)
@@ -84,7 +80,7 @@ class Reranking(Task):
 
         return functional.binary_cross_entropy_with_logits(logits.float().squeeze(-1), targets.float())
 
-    def score(self, logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    def score(self, logits: np.ndarray, targets: np.ndarray, names: Sequence[str] = ()) -> dict[str, float]:
         """Average precision of the order of all pairs, the share of right decisions, and spearman.
 
         Average precision is 0 where no pair is relevant, and spearman where scores or labels are constant.
@@ -101,10 +97,15 @@ class Reranking(Task):
             "spearman": 0.0 if constant else float(stats.spearmanr(scores, expected).statistic),
         }
 
-    def answer(self, logits: np.ndarray, names: Sequence[str]) -> Answer:
+    def answer(self, logits: np.ndarray, names: Sequence[str], words: LocatedWords | None = None) -> Answer:
         """The score from 0 to 1; the only output applies where it is `RELEVANT` or more."""
         score = float(1 / (1 + np.exp(-np.float64(logits[0]))))
         return Answer(names[0], score, (names[0],) if score >= RELEVANT else ())
+
+    def matches(self, found: Sequence[str], expected: Sequence[str], names: Sequence[str]) -> bool:
+        """Whether a decision is that of a label, as `Task.matches`; `expected` is the label's number."""
+        value = _relevance(expected[0])
+        return value is not None and bool(found) == (value >= RELEVANT)
 
     def agreement(self, logits: np.ndarray, others: np.ndarray) -> np.ndarray:
         """1 where both say the pair is relevant, or both that it is not."""

@@ -10,22 +10,25 @@ import numpy as np
 import safetensors.torch
 import torch
 from torch import nn
-from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_callback import PrinterCallback
 
-from qrlora_deploy.data.cutting import cut_texts
-from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import InputError, QrloraError, library_errors
 from qrlora_deploy.models.adapter import QRLoRALinear
 from qrlora_deploy.models.capacity import check_ids, max_tokens
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.models.support import check_padding
 from qrlora_deploy.tasks.base import Task
-from qrlora_deploy.training.pairs import FIRST, SECOND, collate_pairs
+from qrlora_deploy.training.rows import collate_pairs
 from qrlora_deploy.training.settings import RunSettings, choose_device
 
 Progress = Callable[[str, int, int], None]
-Rows = list[dict[str, Any]]
 
 TRAINABLE = "trainable.safetensors"
 UNREADABLE = "cannot be resumed from, by these versions of the libraries; remove its folder and start again"
@@ -170,32 +173,6 @@ def training_arguments(folder: Path, settings: RunSettings, rate: float, rows: i
     return arguments
 
 
-def build_rows(
-    tokenizer: Any, examples: Examples, targets: Sequence[Any], max_length: int, apart: bool = False
-) -> Rows:
-    """Token ids of every example with its target; padding is left to the batch.
-
-    Args:
-        apart: whether the texts of a pair are read each by itself.
-    """
-    if apart:
-        firsts, seconds = (
-            _token_rows(tokenizer, texts, None, max_length, examples.name)
-            for texts in (examples.texts, examples.pairs or examples.texts)
-        )
-        rows = [{FIRST: first, SECOND: second} for first, second in zip(firsts, seconds, strict=True)]
-    else:
-        rows = _token_rows(tokenizer, examples.texts, examples.pairs, max_length, examples.name)
-    return [row | {"labels": target} for row, target in zip(rows, targets, strict=True)]
-
-
-def _token_rows(tokenizer: Any, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int, name: str) -> Rows:
-    first, second = cut_texts(tokenizer, texts, pairs, max_length, name)
-    encoded = tokenizer(first, second, truncation=True, max_length=max_length)
-    names = list(encoded)
-    return [{name: encoded[name][row] for name in names} for row in range(len(texts))]
-
-
 def load_tokenizer(
     checkpoint: Checkpoint, model: Any, max_length: int, pairs: bool = False, new_padding: bool = False
 ) -> Any:
@@ -226,13 +203,14 @@ def load_tokenizer(
     return tokenizer
 
 
-def trainer_parts(task: Task, tokenizer: Any) -> dict[str, Any]:
-    """Batching and scoring, as arguments of a Trainer."""
-    pad = DataCollatorWithPadding(tokenizer)
+def trainer_parts(task: Task, tokenizer: Any, names: Sequence[str] = ()) -> dict[str, Any]:
+    """Batching and scoring, as arguments of a Trainer; `names` are those of the outputs."""
+    collator = DataCollatorForTokenClassification if task.answers_words else DataCollatorWithPadding
+    pad = collator(tokenizer)
     return {
         "task": task,
         "data_collator": collate_pairs(pad) if task.pairs_apart else pad,
-        "compute_metrics": lambda result: task.score(_finite(result.predictions), result.label_ids),
+        "compute_metrics": lambda result: task.score(_finite(result.predictions), result.label_ids, names),
         # Some models return hidden states after the logits.
         "preprocess_logits_for_metrics": lambda out, _: task.by_row(out[0] if isinstance(out, (tuple, list)) else out),
     }

@@ -1,6 +1,7 @@
 """Training a customer: the coefficients `c`, and the output layer where that is asked for."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,8 @@ from qrlora_deploy.training.cached_trainer import (
 from qrlora_deploy.training.checkpoints import STATE, Sealing, open_work_dir
 from qrlora_deploy.training.loop import (
     Progress,
-    Rows,
     SmallTrainer,
     Watch,
-    build_rows,
     evaluate,
     explained_failures,
     load_tokenizer,
@@ -38,9 +37,9 @@ from qrlora_deploy.training.loop import (
     trainer_parts,
     training_arguments,
 )
-from qrlora_deploy.training.outputs import Outputs, encode_rows, frozen_outputs, own_outputs, taken_for
-from qrlora_deploy.training.pairs import texts_of
+from qrlora_deploy.training.outputs import Outputs, customer_outputs, encode_rows, taken_for
 from qrlora_deploy.training.record import Ran, training_record
+from qrlora_deploy.training.rows import Rows, build_rows, texts_of
 from qrlora_deploy.training.settings import TrainSettings, choose_device, fingerprint
 
 
@@ -97,10 +96,7 @@ def train(
     checkpoint = taken_for(checkpoint, settings.task)
     check_basis_fits(checkpoint, basis)
     settings = settings.resolved(basis.total_rank)
-    if settings.head == "output":
-        outputs = own_outputs(checkpoint, train, settings.task)
-    else:
-        outputs = frozen_outputs(checkpoint, settings.task)
+    outputs = customer_outputs(checkpoint, train, settings.head, settings.task)
     metric = settings.metric_of(outputs.task)
     job = _prepare(checkpoint, basis, train, evaluation, outputs, settings)
     job.model.to(device)
@@ -161,7 +157,9 @@ def _prepare(
     precondition(adapters)
     for parameter in head.values():
         parameter.requires_grad_(True)
-    rows = [build_rows(tokenizer, *pair, settings.max_length, apart) for pair in zip(parts, targets, strict=False)]
+    rows = [
+        build_rows(tokenizer, *pair, settings.max_length, outputs.task) for pair in zip(parts, targets, strict=False)
+    ]
     return _Job(model, adapters, head, tokenizer, rows[0], rows[1] if evaluation else None, outputs, settings)
 
 
@@ -209,13 +207,16 @@ def _build_trainer(
         "eval_dataset": job.evaluation,
         "callbacks": callbacks,
         "rates": dict.fromkeys(job.head, settings.head_learning_rate),
-        **trainer_parts(job.outputs.task, job.tokenizer),
+        **trainer_parts(job.outputs.task, job.tokenizer, job.outputs.labels),
     }
     if cached is None:
         return SmallTrainer(**parts)
     start = sum(len(texts_of(row)) for row in job.rows)
     evaluation = numbered(job.evaluation, start) if job.evaluation else None
-    parts |= {"train_dataset": numbered(job.rows, 0), "eval_dataset": evaluation, "data_collator": collate_numbers}
+    # Without padding in the upper part, what there is comes behind the texts.
+    side = job.tokenizer.padding_side if cached.upper is None else "right"
+    collate = partial(collate_numbers, padding_side=side)
+    parts |= {"train_dataset": numbered(job.rows, 0), "eval_dataset": evaluation, "data_collator": collate}
     return CachedTrainer(**parts, cached=cached)
 
 

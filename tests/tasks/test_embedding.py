@@ -23,8 +23,8 @@ def pairs(*labels: str) -> Examples:
 def test_the_option_alone_makes_embeddings() -> None:
     assert guess_task(pairs("1", "0")).task == Classification()
     assert guess_task(pairs("1", "1"), "embedding").task == TASK
-    assert task_of_config(None, 2, TASK.name) == TASK
-    assert task_of_config("single_label_classification", 2, TASK.name) == Classification()
+    assert task_of_config(None, 2, named=TASK.name) == TASK
+    assert task_of_config("single_label_classification", 2, named=TASK.name) == Classification()
 
 
 def test_pairs_that_belong_together_are_taken_and_others_refused_by_their_row() -> None:

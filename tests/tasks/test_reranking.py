@@ -13,7 +13,6 @@ from qrlora_deploy.errors import InputError
 from qrlora_deploy.tasks.base import Answer
 from qrlora_deploy.tasks.classification import Classification
 from qrlora_deploy.tasks.multi_label import MultiLabel
-from qrlora_deploy.tasks.names import label_index
 from qrlora_deploy.tasks.registry import guess_task, task_of_config
 from qrlora_deploy.tasks.regression import Regression
 from qrlora_deploy.tasks.reranking import Reranking
@@ -33,11 +32,11 @@ def test_the_option_alone_makes_a_reranker() -> None:
 
 def test_a_config_is_a_rerankers_where_it_says_so_and_names_no_other_problem() -> None:
     assert task_of_config(None, 1) == Regression()
-    assert task_of_config(None, 1, TASK.name) == TASK
-    assert task_of_config("regression", 1, TASK.name) == Regression()
-    assert task_of_config(None, 2, TASK.name) == Classification()
-    assert task_of_config("multi_label_classification", 1, TASK.name) == MultiLabel()
-    assert task_of_config(None, 1, "of another program") == Regression()
+    assert task_of_config(None, 1, named=TASK.name) == TASK
+    assert task_of_config("regression", 1, named=TASK.name) == Regression()
+    assert task_of_config(None, 2, named=TASK.name) == Classification()
+    assert task_of_config("multi_label_classification", 1, named=TASK.name) == MultiLabel()
+    assert task_of_config(None, 1, named="of another program") == Regression()
 
 
 def test_targets_are_numbers_from_0_to_1() -> None:
@@ -90,6 +89,7 @@ def test_answers_and_what_labels_mean() -> None:
         "score", pytest.approx(1 / (1 + math.exp(-1.0))), ("score",)
     )
     assert TASK.answer(np.array([-1.0], dtype=np.float32), ("score",)).labels == ()
-    index = label_index(("score",))
-    assert [TASK.meant(label, index) for label in ("1", "0.5", "0.49", "other")] == [{0}, {0}, set(), {None}]
+    relevant = [TASK.matches(("score",), (label,), ("score",)) for label in ("1", "0.5", "0.49", "other")]
+    others = [TASK.matches((), (label,), ("score",)) for label in ("1", "0.5", "0.49", "other")]
+    assert relevant == [True, True, False, False] and others == [False, False, True, False]
     np.testing.assert_array_equal(TASK.agreement(np.array([[1.0], [-0.1]]), np.array([[2.0], [0.1]])), [1.0, 0.0])

@@ -123,7 +123,7 @@ class Manifest(Record):
         ):
             raise ValueError("a table is of another dtype than float32, or float16 for the coefficients")
         columns = self.head_labels or len(self.labels) or self.width
-        answer = (BY_NAME[self.task].output_name, ("batch", columns))
+        answer = (BY_NAME[self.task].output_name, BY_NAME[self.task].axes(columns))
         if [(record.name, record.shape) for record in self.outputs] != [answer]:
             raise ValueError(f"the output is not {answer[0]} [{', '.join(map(str, answer[1]))}]")
         return self

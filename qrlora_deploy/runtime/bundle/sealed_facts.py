@@ -76,7 +76,7 @@ def read_config_facts(path: Path) -> ConfigFacts:
     """
     config = read_model_config(path)
     labels = tuple(label_names(config, path))
-    task = task_of_config(config.problem_type, len(labels), config.qrlora_task)
+    task = task_of_config(config.problem_type, len(labels), config.architecture, config.qrlora_task)
     return ConfigFacts(
         labels if task.has_labels else (),
         task,

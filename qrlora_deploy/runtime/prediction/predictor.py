@@ -13,7 +13,9 @@ from qrlora_deploy.runtime.sessions.bucket_runner import make_runner
 from qrlora_deploy.runtime.sessions.buckets import Buckets
 from qrlora_deploy.runtime.sessions.session import open_session
 from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
+from qrlora_deploy.tasks.base import Span
 from qrlora_deploy.tasks.registry import task_named
+from qrlora_deploy.tokenization.words import NO_TOKEN, LocatedWords
 
 
 @dataclass(frozen=True)
@@ -21,16 +23,20 @@ class Prediction:
     """The answer for one text.
 
     Attributes:
-        label: the name of the most likely output; of a regression the name of its only one.
+        label: the name of the most likely output; of a regression the name of its only one; of tagged words that of the
+            surest span.
         score: its probability; of a regression the value itself.
-        logits: what the model gave, one per label of the customer.
-        labels: the names of all outputs that apply.
+        logits: what the model gave, one per label of the customer; of tagged words so many for each word, none for one
+            that was cut off.
+        labels: the names of all outputs that apply; of tagged words the tag of each.
+        spans: what was found in the text, where words are tagged.
     """
 
     label: str
     score: float
-    logits: tuple[float, ...]
+    logits: tuple[float, ...] | tuple[tuple[float, ...], ...]
     labels: tuple[str, ...] = ()
+    spans: tuple[Span, ...] = ()
 
 
 class Predictor:
@@ -108,8 +114,10 @@ class Predictor:
         pairs = None if pairs is None else as_texts(pairs, "pairs")
         if self.task.needs_pairs and pairs is None:
             raise MalformedInputError(f"a bundle for {self.task.name} scores pairs of texts; give the second texts too")
+        if pairs is not None and self.task.answers_words:
+            raise MalformedInputError(f"a {self.task.name} tags the words of one text and takes no pairs")
         rows = self._rows(texts, pairs, batch_size, customers)
-        found = {row: self._prediction(logits, labels) for row, logits, labels in rows}
+        found = {row: self._prediction(logits, labels, words) for row, logits, labels, words in rows}
         return [found[index] for index in range(len(texts))]
 
     def embed(
@@ -133,7 +141,7 @@ class Predictor:
             raise MalformedInputError(f"{self.bundle.folder} answers with labels, not embeddings; call predict()")
         texts = as_texts(texts, "texts")
         found = np.empty((len(texts), self.bundle.manifest.width), dtype=np.float32)
-        for row, embedding, _ in self._rows(texts, None, batch_size, customers):
+        for row, embedding, *_ in self._rows(texts, None, batch_size, customers):
             found[row] = embedding
         return found
 
@@ -143,8 +151,9 @@ class Predictor:
         pairs: Sequence[str] | None,
         batch_size: int,
         customers: Iterable[str | None] | None,
-    ) -> Iterator[tuple[int, np.ndarray, tuple[str, ...]]]:
-        """The number of each text, what the model gave, and its customer's labels; rows of similar length together."""
+    ) -> Iterator[tuple[int, np.ndarray, tuple[str, ...], LocatedWords | None]]:
+        """The number of each text, what the model gave, its customer's labels and its words where these are answered;
+        rows of similar length together."""
         owners = [None] * len(texts) if customers is None else _owners(customers)
         if len(owners) != len(texts):
             raise MalformedInputError(f"there are {len(texts)} texts but {len(owners)} customers")
@@ -152,9 +161,13 @@ class Predictor:
         check_texts(texts, range(len(texts)), "text")
         check_texts(pairs or (), range(len(texts)), "pair")
         for rows in batches(texts, pairs, batch_size):
-            seconds = [pairs[row] for row in rows] if pairs is not None else None
-            inputs = self.encoder.encode([texts[row] for row in rows], seconds, rows)
-            yield from zip(rows, *self._answer(inputs, [owners[row] for row in rows]), strict=True)
+            firsts = [texts[row] for row in rows]
+            words: Sequence[LocatedWords | None] = [None] * len(rows)
+            if self.task.answers_words:
+                inputs, words = self.encoder.encode_words(firsts, rows)
+            else:
+                inputs = self.encoder.encode(firsts, None if pairs is None else [pairs[row] for row in rows], rows)
+            yield from zip(rows, *self._answer(inputs, [owners[row] for row in rows]), words, strict=True)
 
     def _answer(
         self, inputs: dict[str, np.ndarray], owners: Sequence[str | None]
@@ -167,11 +180,20 @@ class Predictor:
             )
         return self._merged.run(inputs), [self.bundle.manifest.labels] * len(owners)
 
-    def _prediction(self, logits: np.ndarray, labels: tuple[str, ...]) -> Prediction:
+    def _prediction(self, logits: np.ndarray, labels: tuple[str, ...], words: LocatedWords | None) -> Prediction:
         # Behind its own labels a customer has -inf.
-        own = logits[: len(labels)]
-        answer = self.task.answer(own, labels)
-        return Prediction(answer.label, answer.score, tuple(float(value) for value in own), answer.labels)
+        own = logits[..., : len(labels)]
+        answer = self.task.answer(own, labels, words)
+        shown = _floats(own) if words is None else _of_words(own, words)
+        return Prediction(answer.label, answer.score, shown, answer.labels, answer.spans)
+
+
+def _of_words(logits: np.ndarray, words: LocatedWords) -> tuple[tuple[float, ...], ...]:
+    return tuple(() if token == NO_TOKEN else _floats(logits[token]) for token in words.tokens)
+
+
+def _floats(logits: np.ndarray) -> tuple[float, ...]:
+    return tuple(float(value) for value in logits.reshape(-1))
 
 
 def _check_session(bundle: Bundle, session: SwitchableSession, options: Mapping[str, object]) -> None:

@@ -22,7 +22,7 @@ class Runner(Protocol):
     """Runs batches of one session. Safe for many threads."""
 
     def run(self, inputs: Inputs, slot: np.ndarray | None = None) -> np.ndarray:
-        """Logits `[batch, outputs]` fp32, or the embeddings of an encoder.
+        """Logits `[batch, outputs]` or `[batch, length, outputs]` fp32, or embeddings `[batch, width]`.
 
         Args:
             inputs: the text inputs, int64 `[batch, length]` each.

@@ -158,8 +158,8 @@ class SwitchableSession:
             customers: one per row; None is the base.
 
         Returns:
-            Logits `[batch, outputs]` fp32, and the labels of each row: a customer with fewer labels
-            than outputs has -inf behind them.
+            Logits `[batch, outputs]` or `[batch, length, outputs]` fp32, and the labels of each row: a customer with
+            fewer labels than outputs has -inf behind them.
 
         Raises:
             MalformedInputError: inputs are missing, no int64 arrays `[rows, length]`, or negative.

@@ -13,7 +13,14 @@ from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.tasks.registry import BY_OPTION
 from qrlora_deploy.tasks.regression import Regression
 from qrlora_deploy.training.fleet.grouping import Groups, read_groups
-from qrlora_deploy.training.outputs import Outputs, base_outputs, encode_rows, frozen_outputs, own_outputs, taken_for
+from qrlora_deploy.training.outputs import (
+    Outputs,
+    base_outputs,
+    customer_outputs,
+    encode_rows,
+    frozen_outputs,
+    taken_for,
+)
 from qrlora_deploy.training.settings import TrainSettings
 
 Targets = Sequence[int] | Sequence[float]
@@ -129,7 +136,9 @@ def plan_fleet(source: FleetSource, checkpoint: Checkpoint, settings: TrainSetti
             reason = _bad_id(name) or held_out.refused.get(name)
             if reason:
                 raise InputError(reason)
-            outputs = base if frozen else own_outputs(checkpoint, groups.examples[name], settings.task)
+            outputs = (
+                base if frozen else customer_outputs(checkpoint, groups.examples[name], settings.head, settings.task)
+            )
             settings.metric_of(outputs.task)
             customers.append(_customer(name, groups.examples[name], evaluation, outputs, frozen))
         except InputError as error:
