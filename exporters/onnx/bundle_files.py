@@ -15,6 +15,7 @@ from exporters.onnx.graph import Graph
 from exporters.onnx.prepared import Prepared
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.provenance import tool_versions
+from qrlora_deploy.models.head import set_thresholds
 from qrlora_deploy.runtime.bundle.bundle import (
     MANIFEST_FILE,
     REFERENCE_FILE,
@@ -29,7 +30,7 @@ from qrlora_deploy.runtime.bundle.records import CalibrationRecord
 from qrlora_deploy.runtime.bundle.row_layout import BASE_HEAD_FILE, HeadLayout, padded_rank
 from qrlora_deploy.runtime.sessions.token_index import FIRST_RUNTIME
 from qrlora_deploy.runtime.verification.parity import Case, ParityReport, customer_effect, write_reference
-from qrlora_deploy.tasks.base import TASK_FIELD
+from qrlora_deploy.tasks.base import TASK_FIELD, Task
 from qrlora_deploy.tasks.registry import task_named, task_of_config
 
 README = """# {task}, {columns}
@@ -58,6 +59,7 @@ class Content:
     Attributes:
         kind: "merged" or "switchable".
         labels: of the customer, or of the base.
+        thresholds: of the labels; empty where there are none.
         outputs: size of the last axis of the logits.
         coefficients_digest: the customer of a merged bundle.
         head: columns of the head table, where customers may have a head of their own.
@@ -71,6 +73,12 @@ class Content:
     coefficients_digest: str | None = None
     head: HeadLayout | None = None
     base_head: tuple[np.ndarray, np.ndarray] | None = None
+    thresholds: tuple[float, ...] = ()
+
+    @property
+    def deciding_task(self) -> Task:
+        """The task, which decides by the thresholds."""
+        return task_named(self.task).deciding_at(self.thresholds)
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,7 @@ def write_side_files(folder: Path, prepared: Prepared, content: Content, checked
         model.config.id2label = dict(enumerate(content.labels))
         model.config.label2id = {label: index for index, label in enumerate(content.labels)}
     _name_task(model.config, content)
+    set_thresholds(model.config, content.thresholds)
     model.config.to_json_file(folder / "config.json")
     tokenizer.save_pretrained(folder)
     # What padding and truncation were left on by earlier calls is no part of the tokenizer.
@@ -155,6 +164,7 @@ def seal(folder: Path, prepared: Prepared, basis: Basis, content: Content, check
         kind=content.kind,  # type: ignore[arg-type]  # pydantic checks both
         task=content.task,
         labels=content.labels,
+        thresholds=content.thresholds or None,
         precision=checked.report.precision,  # type: ignore[arg-type]
         calibration=checked.calibration,
         opset=graph.opset,

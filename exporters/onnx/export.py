@@ -91,12 +91,13 @@ def export_merged(job: ExportJob, options: OnnxOptions = DEFAULTS) -> Manifest:
     checkpoint = job.checkpoint
 
     def plan(prepared: Prepared) -> _Plan:
-        labels, task = customer.labels or checkpoint.labels, task_named(customer.task)
+        labels = customer.labels or checkpoint.labels
+        task = task_named(customer.task).deciding_at(customer.thresholds)
         labelled = choose_labelled(options.data, task, labels, strict=True)
         reference = build_reference(prepared, job.basis, customer)
         merge_model(prepared.model, checkpoint, job.basis, customer)
-        outputs = reference[0].logits.shape[1]
-        content = Content("merged", customer.task, labels, outputs, customer.digest)
+        outputs = reference[0].logits.shape[-1]
+        content = Content("merged", customer.task, labels, outputs, customer.digest, thresholds=customer.thresholds)
         return _Plan(content, reference, labelled=_answer(job, prepared, labelled, task, labels))
 
     return _export(job, options, plan)
@@ -177,7 +178,7 @@ def _export(job: ExportJob, options: OnnxOptions, make_plan: Callable[[Prepared]
         graph = _write_graph(job, options, prepared, plan, folder)
         step(2)
         session = open_for_check(folder / MODEL_FILE, options.precision, options.provider)
-        report = check_parity(session, plan.reference, task_named(plan.content.task), options.precision)
+        report = check_parity(session, plan.reference, plan.content.deciding_task, options.precision)
         report.raise_if_failed()
         labelled = plan.labelled
         accuracy = measure_accuracy(session, labelled, plan.tables, job.progress) if labelled else None

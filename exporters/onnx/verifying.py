@@ -43,7 +43,9 @@ def verify_against(
     if wrong:
         raise BasisMismatchError(f"{bundle.folder} was exported from others: {'; '.join(wrong)} as in the bundle")
     session = open_for_check(bundle.model, manifest.precision, provider)
-    task, checkpoint = task_named(manifest.task), checkpoint.taken_for(manifest.task)
+    checkpoint = checkpoint.taken_for(manifest.task)
+    # The customer's thresholds for the base's rows too: whether two decisions are alike is asked of any.
+    task = task_named(manifest.task).deciding_at(coefficients.thresholds)
     prepared = Prepared(checkpoint, checkpoint.tokenizer(), choose_texts(texts, task.pairs_apart))
     if manifest.kind == "merged":
         return check_parity(session, build_reference(prepared, basis, coefficients), task, manifest.precision)

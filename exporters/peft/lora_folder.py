@@ -74,6 +74,7 @@ def export_peft(job: ExportJob) -> Mapping[str, Any]:
         "kind": "peft",
         "task": customer.task,
         "labels": list(customer.labels or checkpoint.labels),
+        **({"thresholds": list(customer.thresholds)} if customer.thresholds else {}),
         "targets": paths,
         "ranks": list(basis.ranks.values()),
         "modules_to_save": saved,

@@ -151,13 +151,12 @@ class BundleSubject:
             else:
                 inputs = self._encoder.encode(firsts, [pairs[row] for row in rows] if pairs else None)
             if self.switchable is None:
-                logits, labels = self._runner.run(inputs), [self.bundle.manifest.labels] * len(rows)
+                logits, answering = self._runner.run(inputs), [self.bundle.manifest.answering] * len(rows)
             else:
-                logits, labels = self.switchable.predict(inputs, [customer] * len(rows))
-            # Behind its own labels a customer has -inf.
+                logits, answering = self.switchable.run(inputs, [customer] * len(rows))
             found.update(
-                (row, task.answer(values[..., : len(names)], names, own_words).labels)
-                for row, values, names, own_words in zip(rows, logits, labels, words, strict=True)
+                (row, one.answer(task, values, own_words).labels)
+                for row, values, one, own_words in zip(rows, logits, answering, words, strict=True)
             )
         return [found[row] for row in range(len(texts))]
 

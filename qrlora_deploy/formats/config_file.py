@@ -14,6 +14,9 @@ MAX_BYTES = 16 * 2**20
 DEFAULT_OUTPUTS = 2
 """Outputs of a config that names none: transformers leaves its own defaults out of the file."""
 
+THRESHOLDS_KEY = "qrlora_thresholds"
+"""Where a merged checkpoint keeps its customer's thresholds; transformers leaves the entry as it is."""
+
 
 class ModelConfig(BaseModel):
     """The fields that this project looks at; a model has many others.
@@ -23,6 +26,7 @@ class ModelConfig(BaseModel):
         id2label: names of the outputs by their number.
         num_labels: number of outputs, where they have no names.
         qrlora_task: the task, where transformers has no `problem_type` for it.
+        qrlora_thresholds: for each output of a multi-label head the probability from which on it applies.
     """
 
     model_type: str | None = None
@@ -34,6 +38,7 @@ class ModelConfig(BaseModel):
     vocab_size: int | None = None
     type_vocab_size: int | None = None
     hidden_size: int | None = None
+    qrlora_thresholds: list[float] | None = None
     num_hidden_layers: int | None = None
 
     @property

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from pydantic import ConfigDict
 
 from qrlora_deploy.errors import FileFormatError, InputError
+from qrlora_deploy.formats.config_file import THRESHOLDS_KEY
 from qrlora_deploy.io.files import write_json
 from qrlora_deploy.io.reading import is_file, parse_json, read_text
 from qrlora_deploy.io.strict import from_json
@@ -26,7 +27,7 @@ VERSIONS = Versions(1)
 MAX_BYTES = 16 * 2**20
 """A provenance file is a few kB; a larger one is refused before it is read."""
 
-LABEL_KEYS = ("id2label", "label2id", "problem_type", "num_labels", TASK_FIELD)
+LABEL_KEYS = ("id2label", "label2id", "problem_type", "num_labels", TASK_FIELD, THRESHOLDS_KEY)
 """Entries of config.json that a customer's labels change."""
 
 
@@ -131,7 +132,9 @@ def _read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def with_labels(config: dict[str, Any], task: str, labels: tuple[str, ...], outputs: int) -> dict[str, Any]:
+def with_labels(
+    config: dict[str, Any], task: str, labels: tuple[str, ...], outputs: int, thresholds: tuple[float, ...] = ()
+) -> dict[str, Any]:
     """A copy of `config` for `outputs` logits named `labels`; without labels only the count changes."""
     names = labels or tuple(f"LABEL_{index}" for index in range(outputs))
     changed = dict(config)
@@ -139,8 +142,10 @@ def with_labels(config: dict[str, Any], task: str, labels: tuple[str, ...], outp
         changed["id2label"] = {str(index): name for index, name in enumerate(names)}
         changed["label2id"] = {name: index for index, name in enumerate(names)}
     fields = task_named(task).config_fields
-    changed = {key: value for key, value in changed.items() if key not in ("problem_type", TASK_FIELD)}
+    changed = {key: value for key, value in changed.items() if key not in ("problem_type", TASK_FIELD, THRESHOLDS_KEY)}
     changed |= {key: value for key, value in fields.items() if value is not None}
+    if thresholds:
+        changed[THRESHOLDS_KEY] = list(thresholds)
     if names and "num_labels" in config:
         changed["num_labels"] = outputs
     return changed

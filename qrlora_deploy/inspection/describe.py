@@ -149,6 +149,7 @@ def _describe_coefficients(path: Path, basis_file: Path | None) -> Description:
         "digest": customer.digest,
         "task": customer.task,
         "labels": list(customer.labels),
+        **({"thresholds": list(customer.thresholds)} if customer.thresholds else {}),
         "coefficients": len(values),
         "norm": float(np.linalg.norm(values)),
         "largest": float(np.abs(values).max()),
@@ -218,6 +219,7 @@ def _describe_packed(path: Path) -> Description:
         "customers": header.customers,
         "coefficients": header.total_rank,
         "dtype": str(STORED_DTYPES[header.stored]),
+        **({"with thresholds": header.tuned} if header.tuned else {}),
         **{name: stored[name] for name in ("task", "labels", "base_digest", "basis_digest")},
     }
     return Description("packed customers", path, path.stat().st_size, facts)

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
@@ -79,7 +79,7 @@ class NewHead:
 
 
 class Task(ABC):
-    """A kind of question that a model answers about a text; its implementations hold no state.
+    """A kind of question that a model answers about a text; its implementations hold nothing but how they decide.
 
     An implementation needs no PyTorch to be imported, since a serving host has none: `loss` alone uses it.
 
@@ -102,6 +102,8 @@ class Task(ABC):
         signal: the metric that is exactly 0 where answers say nothing of the labels.
         trains_in_fleets: whether many customers can be trained together.
         has_accuracy: whether an answer is right or wrong.
+        is_number: whether a row's label is a number.
+        judges_labels: whether a row's target has a value for every label; else it is one value.
     """
 
     name: ClassVar[str]
@@ -120,6 +122,8 @@ class Task(ABC):
     signal: ClassVar[str]
     trains_in_fleets: ClassVar[bool] = True
     has_accuracy: ClassVar[bool] = True
+    is_number: ClassVar[bool] = False
+    judges_labels: ClassVar[bool] = False
 
     @abstractmethod
     def recognise(self, examples: "Examples") -> str | None:
@@ -169,7 +173,7 @@ class Task(ABC):
         raise InputError(f"{examples.name}: its words have tags, a {self.name} needs one label a text")
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other)
+        return type(self) is type(other) and vars(self) == vars(other)
 
     def __hash__(self) -> int:
         return hash(type(self))
@@ -183,6 +187,24 @@ class Task(ABC):
     def fits_head(self, problem_type: str | None, outputs: int) -> bool:
         """Whether a head may be this task's where `TASK_FIELD` or the user says so."""
         return False
+
+    def deciding_at(self, thresholds: Sequence[float]) -> Self:
+        """The task as a customer with thresholds of its own has it; itself where there are none to decide by.
+
+        Args:
+            thresholds: for each label the probability from which on it applies; empty: 0.5 for all of them. Tasks
+                that do not `judges_labels` pass them over.
+        """
+        return self
+
+    def best_thresholds(self, logits: np.ndarray, targets: np.ndarray) -> tuple[float, ...]:
+        """The thresholds that are best for F1 on held-out rows; empty where the task has none.
+
+        Args:
+            logits: `[n, labels]`.
+            targets: `[n, labels]`, from `encode`.
+        """
+        return ()
 
     def names_in(self, label: Label) -> tuple[str, ...]:
         """The names of outputs that a row's label consists of."""
@@ -234,6 +256,21 @@ class Task(ABC):
             A scalar, fp32.
         """
 
+    def row_losses(self, logits: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
+        """The loss of each row, whose mean over the rows of one customer is `loss`; rows may be of many customers.
+
+        Args:
+            logits: `[n, labels]`; -inf for labels that a row's customer does not have.
+            targets: `[n]`, or `[n, labels]` where the task `judges_labels`, of any float or integer type.
+
+        Returns:
+            `[n]` fp32.
+
+        Raises:
+            NotImplementedError: the task does not train in fleets.
+        """
+        raise NotImplementedError(f"{self.name} does not train in fleets")
+
     @abstractmethod
     def score(self, logits: np.ndarray, targets: np.ndarray, names: Sequence[str] = ()) -> dict[str, float]:
         """The `metrics`, all of them finite where the logits are.
@@ -243,6 +280,24 @@ class Task(ABC):
             targets: as in `loss`.
             names: of the outputs; the words of a text need them, to know which tags belong together.
         """
+
+    def decisive(self, logits: "torch.Tensor") -> "torch.Tensor":
+        """`[n, width]` of logits `[n, labels]`: what `score_each` needs of them; -inf as in `row_losses`."""
+        return logits
+
+    def score_each(
+        self, owners: np.ndarray, decisive: np.ndarray, targets: np.ndarray, customers: int
+    ) -> list[dict[str, float]]:
+        """The `metrics` of many customers, as `score` gives them for one.
+
+        Args:
+            owners: `[n]`, whose row each is, from 0 to `customers` - 1.
+            decisive: `[n, width]`, of the rows' logits.
+            targets: `[n]`, or `[n, labels]` where the task `judges_labels`.
+            customers: how many there are; each has one row at least.
+        """
+        rows = [owners == customer for customer in range(customers)]
+        return [self.score(decisive[own], targets[own]) for own in rows]
 
     @abstractmethod
     def answer(self, logits: np.ndarray, names: Sequence[str], words: LocatedWords | None = None) -> Answer:

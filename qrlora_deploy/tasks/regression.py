@@ -28,6 +28,7 @@ class Regression(Task):
     metrics = ("pearson", "spearman")
     signal = "pearson"
     has_accuracy = False
+    is_number = True
 
     def recognise(self, examples: "Examples") -> str | None:
         """Every label is a number and one is written with a decimal point, as `Task.recognise`.
@@ -70,9 +71,15 @@ class Regression(Task):
 
     def loss(self, logits: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
         """The mean squared error, targets `[n]`."""
-        from torch.nn import functional
+        return self.row_losses(logits, targets).mean()
 
-        return functional.mse_loss(logits.float().squeeze(-1), targets.float())
+    def row_losses(self, logits: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
+        """The squared error of each row, as `Task.row_losses`."""
+        return (logits[:, 0].float() - targets.float()) ** 2
+
+    def decisive(self, logits: "torch.Tensor") -> "torch.Tensor":
+        """The number."""
+        return logits[:, :1]
 
     def score(self, logits: np.ndarray, targets: np.ndarray, names: Sequence[str] = ()) -> dict[str, float]:
         """Pearson and spearman; 0 where the predictions or targets are constant and no correlation is defined."""

@@ -240,6 +240,12 @@ def evaluate(trainer: Trainer, task: Task) -> dict[str, float]:
     return {name: round(result[f"eval_{name}"], 6) for name in task.metrics}
 
 
+def held_out_logits(trainer: Trainer) -> tuple[np.ndarray, np.ndarray]:
+    """Logits `[n, labels]` of the trainer's evaluation data, and their targets."""
+    found = trainer.predict(trainer.eval_dataset)  # type: ignore[arg-type]
+    return np.asarray(found.predictions), np.asarray(found.label_ids)
+
+
 def no_dropout(config: Any) -> dict[str, float]:
     """Options of `from_pretrained` for a model that drops nothing out, by its config's own names."""
     numbers = {name: value for name, value in config.to_dict().items() if isinstance(value, float)}

@@ -32,6 +32,7 @@ from qrlora_deploy.training.loop import (
     Watch,
     evaluate,
     explained_failures,
+    held_out_logits,
     load_tokenizer,
     no_dropout,
     trainer_parts,
@@ -41,6 +42,7 @@ from qrlora_deploy.training.outputs import Outputs, customer_outputs, encode_row
 from qrlora_deploy.training.record import Ran, training_record
 from qrlora_deploy.training.rows import Rows, build_rows, texts_of
 from qrlora_deploy.training.settings import TrainSettings, choose_device, fingerprint
+from qrlora_deploy.training.tuning import Tuned, tune
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ def train(
     settings = settings.resolved(basis.total_rank)
     outputs = customer_outputs(checkpoint, train, settings.head, settings.task)
     metric = settings.metric_of(outputs.task)
+    settings.check_tuning(outputs.task, evaluation is not None)
     job = _prepare(checkpoint, basis, train, evaluation, outputs, settings)
     job.model.to(device)
     data = {"data_digest": train.digest, "evaluation_digest": evaluation.digest if evaluation else None}
@@ -109,6 +112,7 @@ def train(
         baseline = evaluate(trainer, outputs.task) if job.evaluation and not outputs.new else {}
         loss = _run(trainer, last, settings)
         metrics = evaluate(trainer, outputs.task) if job.evaluation else {}
+        tuned = tune(outputs.task, *held_out_logits(trainer)) if settings.tune_thresholds else Tuned()
     values = get_coefficients(job.adapters)
     head = {name: parameter.detach().float().cpu().numpy() for name, parameter in job.head.items()}
     if not all(np.isfinite(array).all() for array in (values, *head.values())):
@@ -123,6 +127,7 @@ def train(
         device=device,
         trunk_cache=cache_place,
         remark=outputs.remark,
+        tuned=tuned,
     )
     return Coefficients(
         values=values,
@@ -132,7 +137,9 @@ def train(
         head=head,
         basis_file=basis_file,
         training=training_record(train, evaluation, settings, ran),
-        **origin,
+        thresholds=tuned.thresholds,
+        basis_digest=basis.digest,
+        base_digest=checkpoint.digest,
     )
 
 

@@ -11,7 +11,7 @@ from qrlora_deploy.io.outputs import check_free_folder
 from qrlora_deploy.io.temporary import scratch_folder
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.models.completeness import compare, is_head
-from qrlora_deploy.models.head import start_bias
+from qrlora_deploy.models.head import set_thresholds, start_bias
 from qrlora_deploy.models.loading import LOADING, load_weights, make_skeleton
 from qrlora_deploy.models.targets import choose_targets
 from qrlora_deploy.training.loop import (
@@ -105,6 +105,7 @@ def warmup(
         "device": device,
     }
     with atomic_folder(output) as folder:
+        set_thresholds(model.config, ())  # of another head, where the base is a merged customer
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False).cpu().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_json(folder / "warmup.json", report)

@@ -13,6 +13,7 @@ from qrlora_deploy.runtime.sessions.bucket_runner import make_runner
 from qrlora_deploy.runtime.sessions.buckets import Buckets
 from qrlora_deploy.runtime.sessions.session import open_session
 from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
+from qrlora_deploy.tasks.answering import Answering
 from qrlora_deploy.tasks.base import Span
 from qrlora_deploy.tasks.registry import task_named
 from qrlora_deploy.tokenization.words import NO_TOKEN, LocatedWords
@@ -151,8 +152,8 @@ class Predictor:
         pairs: Sequence[str] | None,
         batch_size: int,
         customers: Iterable[str | None] | None,
-    ) -> Iterator[tuple[int, np.ndarray, tuple[str, ...], LocatedWords | None]]:
-        """The number of each text, what the model gave, its customer's labels and its words where these are answered;
+    ) -> Iterator[tuple[int, np.ndarray, Answering, LocatedWords | None]]:
+        """The number of each text, what the model gave, how that is answered, and its words where these are;
         rows of similar length together."""
         owners = [None] * len(texts) if customers is None else _owners(customers)
         if len(owners) != len(texts):
@@ -171,19 +172,18 @@ class Predictor:
 
     def _answer(
         self, inputs: dict[str, np.ndarray], owners: Sequence[str | None]
-    ) -> tuple[np.ndarray, Sequence[tuple[str, ...]]]:
+    ) -> tuple[np.ndarray, Sequence[Answering]]:
         if self.switchable is not None:
-            return self.switchable.predict(inputs, owners)
+            return self.switchable.run(inputs, owners)
         if any(owner is not None for owner in owners):
             raise UnknownCustomerError(
                 f"{self.bundle.folder} is a merged bundle: it holds one customer, who has no name in it"
             )
-        return self._merged.run(inputs), [self.bundle.manifest.labels] * len(owners)
+        return self._merged.run(inputs), [self.bundle.manifest.answering] * len(owners)
 
-    def _prediction(self, logits: np.ndarray, labels: tuple[str, ...], words: LocatedWords | None) -> Prediction:
-        # Behind its own labels a customer has -inf.
-        own = logits[..., : len(labels)]
-        answer = self.task.answer(own, labels, words)
+    def _prediction(self, logits: np.ndarray, answering: Answering, words: LocatedWords | None) -> Prediction:
+        answer = answering.answer(self.task, logits, words)
+        own = answering.own(logits)
         shown = _floats(own) if words is None else _of_words(own, words)
         return Prediction(answer.label, answer.score, shown, answer.labels, answer.spans)
 

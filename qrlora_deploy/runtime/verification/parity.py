@@ -13,7 +13,6 @@ from qrlora_deploy.runtime.verification.bounds import BOUNDS, Bounds
 from qrlora_deploy.runtime.verification.reference import Case, read_reference, without_padding, write_reference
 from qrlora_deploy.runtime.verification.running import open_for_check, run_logits
 from qrlora_deploy.tasks.base import Task
-from qrlora_deploy.tasks.registry import task_named
 
 __all__ = [
     "BOUNDS",
@@ -213,4 +212,4 @@ def verify(bundle: Bundle, provider: str = "cpu", threads: int | None = None) ->
     precision = bundle.manifest.precision
     session = open_for_check(bundle.model, precision, provider, threads)
     reference = read_reference(bundle.folder / REFERENCE_FILE)
-    return check_parity(session, reference, task_named(bundle.manifest.task), precision)
+    return check_parity(session, reference, bundle.manifest.deciding_task, precision)

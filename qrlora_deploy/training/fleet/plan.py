@@ -11,7 +11,6 @@ from qrlora_deploy.errors import InputError
 from qrlora_deploy.formats.coefficients import CUSTOMER_ID
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.tasks.registry import BY_OPTION
-from qrlora_deploy.tasks.regression import Regression
 from qrlora_deploy.training.fleet.grouping import Groups, read_groups
 from qrlora_deploy.training.outputs import (
     Outputs,
@@ -23,7 +22,7 @@ from qrlora_deploy.training.outputs import (
 )
 from qrlora_deploy.training.settings import TrainSettings
 
-Targets = Sequence[int] | Sequence[float]
+Targets = Sequence[float] | Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -124,6 +123,7 @@ def plan_fleet(source: FleetSource, checkpoint: Checkpoint, settings: TrainSetti
     base = frozen_outputs(checkpoint, settings.task) if frozen else base_outputs(checkpoint)
     if frozen:
         settings.metric_of(base.task)
+        settings.check_tuning(base.task, source.evaluation is not None)
     groups = _read(source, source.data, shard)
     held_out = _read(source, source.evaluation, shard) if source.evaluation else Groups()
     refused = {
@@ -157,7 +157,7 @@ def _read(source: FleetSource, place: Path, shard: Shard) -> Groups:
 
 def _unclear(customers: list[Customer]) -> dict[str, str]:
     """By name, why customers of whole numbers may be meant otherwise: others in the same data have fractions."""
-    fractions = [customer.name for customer in customers if customer.outputs.new and _is_number(customer)]
+    fractions = [customer.name for customer in customers if customer.outputs.new and customer.outputs.task.is_number]
     if not fractions:
         return {}
     reason = f"its labels are whole numbers, those of {fractions[0]} fractions; say what they are by --task"
@@ -165,13 +165,9 @@ def _unclear(customers: list[Customer]) -> dict[str, str]:
         customer.name: reason
         for customer in customers
         if customer.outputs.new
-        and not _is_number(customer)
-        and all(WHOLE.fullmatch(label) for label in customer.outputs.labels)
+        and not customer.outputs.task.is_number
+        and all(isinstance(label, str) and WHOLE.fullmatch(label) for label in customer.train.labels)
     }
-
-
-def _is_number(customer: Customer) -> bool:
-    return isinstance(customer.outputs.task, Regression)
 
 
 def _bad_id(name: str) -> str | None:
