@@ -26,8 +26,7 @@ from qrlora_deploy.models.adapter import (
 from qrlora_deploy.models.checkpoint import Checkpoint, check_basis_fits
 from qrlora_deploy.models.head import check_stored, prepare_head
 from qrlora_deploy.models.targets import is_conv1d
-from qrlora_deploy.tasks.base import TASK_FIELD
-from qrlora_deploy.tasks.registry import task_of_config
+from qrlora_deploy.models.task_head import task_of
 from qrlora_deploy.training.outputs import taken_for
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -175,8 +174,7 @@ def load_customer(model: Model, basis: StrPath | Basis, coefficients: StrPath | 
         >>> model = qr.load_customer(model, "basis.safetensors", "customers/acme.safetensors")
         >>> model = qr.remove_customer(model)
     """
-    frozen = as_basis(basis)
-    customer = as_coefficients(coefficients)
+    frozen, customer = as_basis(basis), as_coefficients(coefficients)
     customer.check_fits(frozen)
     state = _state_of(model)
     if state is not None and state.basis.digest != frozen.digest:
@@ -299,5 +297,4 @@ def _head_of(model: nn.Module, state: _Attached, checkpoint: Checkpoint) -> dict
 
 
 def _task_of(model: Any) -> str:
-    named = getattr(model.config, TASK_FIELD, None)
-    return task_of_config(model.config.problem_type, len(labels_of(model)), type(model).__name__, named).name
+    return task_of(model.config, type(model).__name__, len(labels_of(model)), "")

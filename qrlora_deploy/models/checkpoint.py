@@ -10,8 +10,8 @@ import safetensors
 import torch
 from torch import nn
 
-from qrlora_deploy.errors import BasisMismatchError, InputError, library_errors
-from qrlora_deploy.formats.basis import Basis
+from qrlora_deploy.errors import InputError, library_errors
+from qrlora_deploy.models.basis_fit import check_basis_fits
 from qrlora_deploy.models.capacity import check_ids
 from qrlora_deploy.models.completeness import is_head
 from qrlora_deploy.models.hub import fetch_snapshot
@@ -26,11 +26,13 @@ from qrlora_deploy.models.model_config import (
 from qrlora_deploy.models.output_names import output_names
 from qrlora_deploy.models.sentence_modules import read_pooling
 from qrlora_deploy.models.support import check_head, check_padding, check_supported
+from qrlora_deploy.models.task_head import check_task_head, task_of
 from qrlora_deploy.models.tokenizer_files import has_tokenizer, read_tokenizer
 from qrlora_deploy.models.weight_files import StoredTensor, digest_of, read_headers, weight_files
-from qrlora_deploy.tasks.base import TASK_FIELD, Task
-from qrlora_deploy.tasks.pooling import Pooling
-from qrlora_deploy.tasks.registry import BY_NAME, TASKS, has_task_head, task_of_config
+from qrlora_deploy.tasks.base import Task
+from qrlora_deploy.tasks.registry import TASKS, has_task_head
+
+__all__ = ["Checkpoint", "check_basis_fits", "open_checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -98,13 +100,7 @@ class Checkpoint:
             InputError: there is none, or another one than is supported.
         """
         self.require_task_head()
-        said = getattr(self.config, TASK_FIELD, None)
-        if not self.has_task_head:
-            return self.wanted or str(said)
-        found = task_of_config(self.config.problem_type, len(self.labels), self.architecture, said)
-        if found.name != said:
-            found = task_of_config(self.config.problem_type, len(self.labels), self.architecture, self.wanted)
-        return found.name
+        return task_of(self.config, self.architecture, len(self.labels), self.wanted)
 
     def require_task_head(self, task: str = "") -> None:
         """Make sure that there is a supported task head, or that an encoder without is what a task needs.
@@ -113,24 +109,10 @@ class Checkpoint:
             task: name of the task; empty: the one that the model is taken for.
 
         Raises:
-            InputError: there is none, with the way to one, or it answers with several numbers a text; or there is one
-                and the task has none.
+            InputError: as `check_task_head`, or the head answers with several numbers a text.
         """
         self._check_kind()
-        task = task or self.wanted or str(getattr(self.config, TASK_FIELD, ""))
-        headless = task in BY_NAME and not BY_NAME[task].has_labels
-        if self.has_task_head and headless:
-            raise InputError(f"{self.name} is a {self.architecture} with a task head; {task} needs an encoder without")
-        if not self.has_task_head and not (headless and is_encoder(self.architecture)):
-            raise InputError(
-                f"{self.name} is a {self.architecture} without a task head; give it one with `warmup` first, or take "
-                f"it for embeddings by --task embedding"
-            )
-
-    @cached_property
-    def pooling(self) -> Pooling:
-        """How an encoder without a head makes one vector of a text, as `read_pooling`."""
-        return read_pooling(self.folder)
+        check_task_head(self.name, self.config, self.architecture, task or self.wanted)
 
     def check_base(self) -> None:
         """Make sure that a basis of these weights can be used: a model of a task, or an encoder that can become one.
@@ -284,7 +266,7 @@ class Checkpoint:
         """
         self.check_usable()
         if not self.has_task_head:
-            options = self.pooling.config_fields() | options
+            options = read_pooling(self.folder).config_fields() | options
         return load_weights(self.folder, self.config, self.model_class, self._unused, **options)
 
     def tokenizer(self) -> Any:
@@ -313,23 +295,3 @@ def open_checkpoint(name: str) -> Checkpoint:
     if name.count("/") > 1 or name.startswith((".", "/")) or folder.is_file():
         raise InputError(f"{name}: no such folder")
     return Checkpoint(fetch_snapshot(name), name)
-
-
-def check_basis_fits(checkpoint: Checkpoint, basis: Basis) -> None:
-    """Make sure that a basis was made from the weights of this checkpoint.
-
-    Raises:
-        BasisMismatchError: some weights differ; all of them are counted, the first ones named.
-        InputError: the checkpoint has no such layer, or is not usable as it is.
-    """
-    checkpoint.check_usable()
-    wrong = [
-        target.name
-        for target in basis.targets
-        if checkpoint.tensor_digest(checkpoint.tensor_of(target.name)) != target.weight_digest
-    ]
-    if wrong:
-        raise BasisMismatchError(
-            f"the basis was made from other weights than {checkpoint.name}: {len(wrong)} of "
-            f"{len(basis.targets)} targets differ ({', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''})"
-        )

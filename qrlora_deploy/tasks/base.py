@@ -2,13 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
 from qrlora_deploy.data.labels import Label
 from qrlora_deploy.errors import InputError
+from qrlora_deploy.tasks.answers import Answer, NewHead, Span
 from qrlora_deploy.tasks.names import label_index, output_of
 from qrlora_deploy.tokenization.words import LocatedWords
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from qrlora_deploy.data.examples import Examples
 
+__all__ = ["AUTO_MODEL", "IGNORED", "TASK_FIELD", "Answer", "NewHead", "Span", "Task"]
 
 TASK_FIELD = "qrlora_task"
 """Entry of `config.json` for tasks that transformers has no `problem_type` for; transformers keeps it as it is."""
@@ -25,57 +26,6 @@ AUTO_MODEL = "AutoModel"
 
 IGNORED = -100
 """The target of a token that has none: padding, special tokens and all but the first one of a word."""
-
-
-@dataclass(frozen=True)
-class Span:
-    """A part of a text that a model found.
-
-    Attributes:
-        text: the part itself.
-        label: what it is.
-        start: its first character in the whole text.
-        end: the character behind it.
-        score: the mean probability of the tags of its words.
-    """
-
-    text: str
-    label: str
-    start: int
-    end: int
-    score: float
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a model answers to one text.
-
-    Attributes:
-        label: the name of the most likely output; of a regression the name of its only one; of tagged words that of the
-            surest span.
-        score: its probability; of a regression the value itself.
-        labels: the names of all outputs that apply: one of a classification, any number of a multi-label task, one for
-            each word where words are tagged.
-        spans: what was found in the text, where words are tagged.
-    """
-
-    label: str
-    score: float
-    labels: tuple[str, ...]
-    spans: tuple[Span, ...] = ()
-
-
-@dataclass(frozen=True)
-class NewHead:
-    """Outputs that are made for training data.
-
-    Attributes:
-        labels: their names, in the order of the logits.
-        bias: where the bias of the output layer starts.
-    """
-
-    labels: tuple[str, ...]
-    bias: float = 0.0
 
 
 class Task(ABC):
