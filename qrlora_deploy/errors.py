@@ -1,4 +1,4 @@
-"""The error hierarchy, how text from outside becomes one safe line of a message, and how a message names an argument."""
+"""The error hierarchy, how text from outside becomes one safe line of a message, and how one names an argument."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,7 +32,7 @@ _option_of: Callable[[str], str] | None = None
 
 
 def argument(name: str, value: object = None) -> str:
-    """An argument in a message: what a caller passes, `rank` or `head='output'`; in a command `--rank`, `--head output`.
+    """An argument in a message: `rank` or `head='output'` to a caller; in a command `--rank` or `--head output`.
 
     Args:
         name: of the argument, as Python's functions call it.

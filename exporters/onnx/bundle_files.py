@@ -34,7 +34,7 @@ README = """# {task}, {labels} labels
 A {kind} bundle in {precision}, written by qrlora-deploy: {what}
 
     qrlora-deploy verify .
-    qrlora-deploy predict . {option}--text "..."
+    {predict}
 
 `manifest.json` says what it was made from and seals every file. `model.onnx` takes {inputs}
 and gives `logits [batch, labels]`; it runs in ONNX Runtime {runtime} or newer (opset {opset}).
@@ -45,6 +45,11 @@ RUNTIMES = {23: "1.23", 24: FIRST_RUNTIME}
 WHAT = {
     "merged": "one customer folded into its base, as plain ONNX.",
     "switchable": "any customer of its base in any row of a batch.",
+}
+
+PREDICT = {
+    "merged": 'qrlora-deploy predict . --text "..."',
+    "switchable": 'qrlora-deploy predict . --customers FOLDER --customer acme --text "..."',
 }
 
 
@@ -116,7 +121,7 @@ def write_side_files(folder: Path, prepared: Prepared, content: Content, checked
         runtime=RUNTIMES[checked.graph.opset],
         opset=checked.graph.opset,
         what=WHAT[content.kind],
-        option="" if content.kind == "merged" else "--customers FOLDER --customer acme ",
+        predict=PREDICT[content.kind],
         inputs=", ".join(f"`{record.name}` {record.dtype} [{_axes(record)}]" for record in checked.graph.inputs),
     )
     (folder / "README.md").write_text(readme, encoding="utf-8")

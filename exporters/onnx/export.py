@@ -23,7 +23,7 @@ from exporters.onnx.side_branches import side_branches
 from exporters.onnx.switchable import CustomerRows, make_switchable, plan_head
 from exporters.onnx.synthetic_customers import base_tables, mixed_reference, read_base_head, synthetic_customers
 from qrlora_deploy.data.examples import Examples
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.exporting.job import ExportJob
 from qrlora_deploy.io.files import atomic_folder
 from qrlora_deploy.io.outputs import check_free_folder
@@ -81,9 +81,11 @@ def export_merged(job: ExportJob, options: OnnxOptions = DEFAULTS) -> Manifest:
     if customer is None:
         raise InputError("a merged bundle needs the coefficients of its customer; without them it is a switchable one")
     if options.head_labels:
-        raise InputError("--head-labels belongs to a switchable bundle; a merged one has its customer's own head")
+        raise InputError(
+            f"{argument('head_labels')} belongs to a switchable bundle; a merged one has its customer's own head"
+        )
     if options.table_dtype != "fp32":
-        raise InputError("--table-dtype belongs to a switchable bundle; a merged one has no table")
+        raise InputError(f"{argument('table_dtype')} belongs to a switchable bundle; a merged one has no table")
 
     def plan(prepared: Prepared) -> _Plan:
         labels, task = customer.labels or checkpoint.labels, task_named(customer.task)
@@ -111,7 +113,9 @@ def export_switchable(job: ExportJob, options: OnnxOptions = DEFAULTS) -> Manife
     if job.coefficients is not None:
         raise InputError("a switchable bundle serves all customers; coefficients belong to a merged one")
     if head_labels and head_labels < len(checkpoint.labels):
-        raise InputError(f"--head-labels {head_labels} is less than the base's {len(checkpoint.labels)} labels")
+        raise InputError(
+            f"{argument('head_labels', head_labels)} is less than the base's {len(checkpoint.labels)} labels"
+        )
 
     def plan(prepared: Prepared) -> _Plan:
         check_basis_fits(checkpoint, basis)

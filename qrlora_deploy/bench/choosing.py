@@ -7,7 +7,7 @@ from qrlora_deploy.bench.plan import Plan
 from qrlora_deploy.bench.record import Report
 from qrlora_deploy.bench.subjects import Spec, with_graphs
 from qrlora_deploy.bench.workload import Workload, shaped_workloads, text_workloads
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.runtime.bundle.bundle import Bundle, open_bundle
 
 DEFAULT_LENGTHS = (32, 128)
@@ -46,7 +46,7 @@ def make_specs(plan: Plan, bundles: dict[Path, Bundle]) -> list[Spec]:
         )
         specs += [spec, with_graphs(spec)] if plan.cuda_graph == "both" else [spec]
     if plan.customers is not None and not any(spec.folder for spec in specs):
-        raise InputError("--customers is for switchable bundles, and none of these is one")
+        raise InputError(f"{argument('customers')} is for switchable bundles, and none of these is one")
     first = bundles[plan.bundles[0]].manifest
     targets = tuple(target.name for target in first.targets)
     precision = first.precision if first.precision in ("fp16", "bf16") else "fp32"

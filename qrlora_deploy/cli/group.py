@@ -91,7 +91,7 @@ class LazyGroup(click.Group):
         return _load(cmd_name)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command, whose messages name options. An EOFError of a library is no Ctrl-D, for which click takes it."""
+        """Run the command; messages name options. An EOFError of a library is no Ctrl-D, for which click takes it."""
         try:
             with options_for_arguments(lambda name: option_of(name, ctx.invoked_subcommand)):
                 return super().invoke(ctx)
@@ -140,7 +140,8 @@ def option_of(argument: str, running: str | None = None) -> str:
         for parameter in _load(command).params:
             if parameter.name == argument:
                 # Some have a short form beside, such as `-o`.
-                return max(parameter.opts, key=len) if isinstance(parameter, click.Option) else parameter.human_readable_name
+                positional = isinstance(parameter, click.Argument)
+                return parameter.human_readable_name if positional else max(parameter.opts, key=len)
     from qrlora_deploy.exporting.options import option_name
 
     return option_name(argument)  # of an exporter, whose options have no other names

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, argument
 
 if TYPE_CHECKING:
     from qrlora_deploy.exporting.exporter import Exporter
@@ -88,9 +88,9 @@ def make_options(exporter: "Exporter", given: Mapping[str, Any], others: Iterabl
     """
     for name in given:
         if name not in facts_of(exporter.options):
-            having = [f"--format {other.name}" for other in others if name in facts_of(other.options)]
+            having = [argument("format", other.name) for other in others if name in facts_of(other.options)]
             raise InputError(
-                f"{option_name(name)} is no option of --format {exporter.name}; "
+                f"{argument(name)} is no option of {argument('format', exporter.name)}; "
                 + (f"it belongs to {' and '.join(having)}" if having else "no exporter has it")
             )
     return exporter.options(**given)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.models.capacity import segment_rows
 from qrlora_deploy.models.checkpoint import Checkpoint
@@ -187,7 +187,7 @@ class Fleet:
             self.active[slot].loss = loss
             if not np.isfinite(loss):
                 epoch = int(self.schedule.epoch[slot])
-                self._drop(slot, f"the loss became {loss} in epoch {epoch}; try a smaller --learning-rate")
+                self._drop(slot, f"the loss became {loss} in epoch {epoch}; try a smaller {argument('learning_rate')}")
         left = [slot for slot in ended.tolist() if slot in self.active]
         judged = [slot for slot in left if self.active[slot].customer.evaluation]
         self._judge(judged)
@@ -222,7 +222,9 @@ class Fleet:
             return {}
         found = score_answers(self.engine.answer_held_out(slots), self.engine.regression)
         for slot in set(slots) - found.keys():
-            self._drop(slot, "the model answers NaN or Inf: training diverged; try a smaller --learning-rate")
+            self._drop(
+                slot, f"the model answers NaN or Inf: training diverged; try a smaller {argument('learning_rate')}"
+            )
         return found
 
     def _finish(self, slots: list[int]) -> None:
@@ -233,7 +235,9 @@ class Fleet:
         for slot, found in zip(slots, learnt, strict=True):
             customer = self.active[slot].customer
             if not found.is_finite:
-                self._drop(slot, "training diverged: a coefficient is NaN or Inf; try a smaller --learning-rate")
+                self._drop(
+                    slot, f"training diverged: a coefficient is NaN or Inf; try a smaller {argument('learning_rate')}"
+                )
                 continue
             self.writer.write(Trained(customer, self._ran(slot), found), self.options.file_of(customer.name))
             self._forget(slot)

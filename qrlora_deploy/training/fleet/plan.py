@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qrlora_deploy.data.examples import Examples, check_alike
 from qrlora_deploy.data.labels import WHOLE
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.formats.coefficients import CUSTOMER_ID
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.tasks.regression import Regression
@@ -31,7 +31,9 @@ class Shard:
 
     def __post_init__(self) -> None:
         if not 0 <= self.index < self.count:
-            raise InputError(f"--shard {self.index}/{self.count}: give I/N with I from 0 to N - 1, such as 0/4")
+            raise InputError(
+                f"{argument('shard')} {self.index}/{self.count}: give part I of N with I from 0 to N - 1, such as 0/4"
+            )
 
     def holds(self, name: str) -> bool:
         """Whether a customer belongs here; the same on every machine, whoever else is in the data."""
@@ -147,7 +149,7 @@ def _unclear(customers: list[Customer]) -> dict[str, str]:
     fractions = [customer.name for customer in customers if customer.outputs.new and _is_number(customer)]
     if not fractions:
         return {}
-    reason = f"its labels are whole numbers, those of {fractions[0]} fractions; say what they are by --task"
+    reason = f"its labels are whole numbers, those of {fractions[0]} fractions; say what they are by {argument('task')}"
     return {
         customer.name: reason
         for customer in customers

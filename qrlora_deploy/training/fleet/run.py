@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from qrlora_deploy.errors import InputError, QrloraError
+from qrlora_deploy.errors import InputError, QrloraError, argument
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.models.checkpoint import Checkpoint, check_basis_fits
 from qrlora_deploy.training.fleet.loop import Fleet, Progress
@@ -57,7 +57,9 @@ def train_fleet(
     try:
         fleet.run(progress)
     except torch.OutOfMemoryError as error:
-        raise QrloraError("out of GPU memory; try a smaller --rows-per-step or --max-length") from error
+        raise QrloraError(
+            f"out of GPU memory; try a smaller {argument('rows_per_step')} or {argument('max_length')}"
+        ) from error
     finally:
         write_summary(fleet.lines.values(), summary)
     return FleetReport(list(fleet.lines.values()), plan.strangers, time.perf_counter() - start, summary)
