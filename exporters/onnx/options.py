@@ -83,7 +83,8 @@ class OnnxOptions:
             )
         if self.padding_free and self.calibration is not None:
             raise InputError(
-                f"{argument('calibration')} runs padded batches, which a padding-free graph does not take; leave one out"
+                f"{argument('calibration')} runs padded batches, which a padding-free graph does not take; "
+                "leave one out"
             )
 
 
