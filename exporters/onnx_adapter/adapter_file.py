@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime
 
 from exporters.onnx.synthetic_customers import read_base_head
-from exporters.onnx_adapter.exporter import AdapterOptions
+from exporters.onnx_adapter.options import AdapterOptions
 from qrlora_deploy.errors import CheckFailed, InputError, QrloraError, argument, first_line
 from qrlora_deploy.exporting.job import ExportJob
 from qrlora_deploy.formats.coefficients import Coefficients

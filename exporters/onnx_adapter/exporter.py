@@ -1,26 +1,10 @@
 """The exporter "onnx-adapter": a customer for a switchable graph in plain ONNX Runtime."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
-from exporters.head_labels import check_head_labels, head_labels_option
+from exporters.onnx_adapter.options import AdapterOptions
 from qrlora_deploy.exporting.job import ExportJob
-
-
-@dataclass(frozen=True)
-class AdapterOptions:
-    """Options of the exporter "onnx-adapter".
-
-    Attributes:
-        head_labels: the number that the switchable bundle was exported with; 0: none.
-    """
-
-    head_labels: int = head_labels_option("The number that the switchable bundle was exported with.")
-
-    def __post_init__(self) -> None:
-        """Refuse a table that no memory holds, by an InputError."""
-        check_head_labels(self.head_labels)
 
 
 class AdapterExporter:

@@ -53,7 +53,7 @@ def export(
         CheckFailed: the export's answers are not those of PyTorch.
         QrloraError: the disk or the memory is full.
 
-    Example:
+    Examples:
         >>> record = qr.export("base", "basis.safetensors", "switchable")
         >>> record["kind"], record["parity"]["max_abs_error"] < 1e-3
         ('switchable', True)

@@ -63,8 +63,6 @@ def command(
     if names and requests is not None:
         raise click.UsageError("--customer and --requests exclude each other: each request names its own")
     refuse_idle(["batch_size"], not repl, "the texts are given: --repl answers them one by one")
-    if customers is not None and texts and not names:
-        raise click.UsageError("--customers says where customers are; say whose the texts are by --customer")
     if repl and click.get_current_context().params["as_json"]:
         raise click.UsageError("--repl prints a line per answer and no --json; give --requests a file for that")
     from qrlora_deploy.runtime.bundle.bundle import open_bundle

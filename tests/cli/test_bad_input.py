@@ -286,7 +286,7 @@ def test_a_table_under_the_name_of_another_kind_is_told(place: Path) -> None:
 
 
 def test_options_that_would_do_nothing_are_refused(place: Path) -> None:
-    refuse(place, f"{TRAIN} good.tsv --metric f1", "--metric chooses the best epoch on --eval; give --eval")
+    refuse(place, f"{TRAIN} good.tsv --metric f1", "--metric does nothing unless there is --eval")
     bf16 = "export base --basis basis.safetensors --precision bf16 -o new"
     refuse(place, bf16, "cpu cannot run a graph in bf16", "--provider cuda")
 

@@ -41,7 +41,7 @@ READERS = {
         "runtime.bundle.sealed_facts.label_names",
         "runtime.bundle.sealed_facts._read_reference",
     ),
-    "verify bundle": ("runtime.verification.parity._case", "runtime.bundle.manifest_checks._config_problems"),
+    "verify bundle": ("runtime.verification.reference._case", "runtime.bundle.manifest_checks._config_problems"),
     "inspect base": ("inspection.describe.label_names", "formats.config_file.parse_json"),
     "predict bundle --requests requests.jsonl": ("runtime.prediction.requests._parse",),
     "bench bundle --gate gate.toml": ("bench.gate_file.from_value", "bench.gate_file.read_text"),

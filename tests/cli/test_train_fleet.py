@@ -94,7 +94,10 @@ def test_bad_customers_are_named_and_the_others_done(place: Path) -> None:
         (["--data", "void"], ["holds no .tsv"]),
         (["--data", "all.tsv", "--customer-column", "id", "--shard", "3/3"], ["--shard 3/3", "0/4"]),
         (["--data", "all.tsv", "--customer-column", "id", "--shard", "one"], ["--shard one", "0/4"]),
-        (["--data", "all.tsv", "--customer-column", "id", "--metric", "bleu"], ["bleu", "accuracy"]),
+        (
+            ["--data", "all.tsv", "--customer-column", "id", "--eval", "all.tsv", "--metric", "bleu"],
+            ["bleu", "accuracy"],
+        ),
         (["--data", "all.tsv", "--customer-column", "id", "--label-column", "tag"], ["tag"]),
     ],
 )

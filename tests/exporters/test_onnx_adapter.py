@@ -14,7 +14,8 @@ import torch
 from onnx import numpy_helper
 
 from exporters.onnx_adapter.adapter_file import export_adapter
-from exporters.onnx_adapter.exporter import EXPORTER, AdapterOptions
+from exporters.onnx_adapter.exporter import EXPORTER
+from exporters.onnx_adapter.options import AdapterOptions
 from qrlora_deploy.errors import BasisMismatchError, CheckFailed, InputError, QrloraError
 from qrlora_deploy.exporting.job import ExportJob
 from qrlora_deploy.exporting.registry import find_exporter

@@ -14,7 +14,7 @@ import torch
 
 from qrlora_deploy.errors import FileFormatError, InputError, ProviderError
 from qrlora_deploy.inspection import doctor
-from qrlora_deploy.inspection.doctor import Finding, devices, examine, providers, versions
+from qrlora_deploy.inspection.doctor import REINSTALL_TORCH, Finding, devices, examine, providers, versions
 from qrlora_deploy.version import __version__
 
 HAS_GPU = torch.cuda.is_available()
@@ -89,7 +89,9 @@ def test_a_cpu_provider_that_fails_makes_the_machine_unusable(
     health = examine()
     found = by_name(list(health.findings))
     assert health.usable is False
-    assert found["cpu"] == Finding("provider", "cpu", False, "cpu is broken more", "install onnxruntime again")
+    assert found["cpu"] == Finding(
+        "provider", "cpu", False, "cpu is broken more", "pip install --force-reinstall 'qrlora-deploy[cpu]'"
+    )
     assert found["cuda"].advice == ""
 
 
@@ -104,9 +106,7 @@ def test_a_missing_torch_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(HAS_GPU, reason="this machine has a GPU")
-@pytest.mark.parametrize(
-    ("build", "advice"), [(None, "install a CUDA build of torch"), ("13.0", "update the NVIDIA driver")]
-)
+@pytest.mark.parametrize(("build", "advice"), [(None, REINSTALL_TORCH), ("13.0", "update the NVIDIA driver")])
 def test_a_gpu_that_torch_does_not_reach_has_advice(
     monkeypatch: pytest.MonkeyPatch, build: str | None, advice: str
 ) -> None:

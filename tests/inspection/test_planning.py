@@ -16,9 +16,10 @@ from onnx import numpy_helper
 
 from benchmarks.planning_figures import figures
 from exporters.onnx.export import export_switchable
+from exporters.onnx.options import OnnxOptions
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import BasisMismatchError, InputError
-from qrlora_deploy.exporting.registry import ExportJob
+from qrlora_deploy.exporting.job import ExportJob
 from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.formats.basis import Basis, write_basis
 from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
@@ -186,8 +187,8 @@ def test_output_layers_of_customers(
     tiny_base: Path, tiny_basis_file: Path, tiny_basis: Basis, texts: Examples, tmp_path: Path
 ) -> None:
     checkpoint = open_checkpoint(str(tiny_base))
-    job = ExportJob(checkpoint, tiny_basis, tmp_path / "b", texts=texts, head_labels=6, table_dtype="fp16")
-    export_switchable(job)
+    options = OnnxOptions(data=texts, head_labels=6, table_dtype="fp16")
+    export_switchable(ExportJob(checkpoint, tiny_basis, tmp_path / "b"), options)
     plan = make_plan(tiny_base, 99, basis=tiny_basis_file, labels=6)
     session = SwitchableSession(open_bundle(tmp_path / "b"), rows=100, threads=1)
     memory = sizes(plan, "memory")

@@ -1,0 +1,91 @@
+"""What a front asks of an engine, wherever that runs."""
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol
+
+from qrlora_deploy.runtime.bundle.manifest import Manifest
+from qrlora_deploy.serving.engine.rows import Load, Row, RowAnswer
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counters of an engine since its start, and what it holds now.
+
+    Attributes:
+        rows: answered.
+        batches: run; rows / batches is how full they were.
+        queued_rows: waiting now.
+        queued_tokens: waiting now.
+        tokenised_rows: rows that were given to `submit`.
+        rejected: refusals by the error's kind.
+        queue_s: sum of the seconds that answered rows waited.
+        run_s: sum of the seconds of all runs.
+        resident: customers in the table.
+        draining: no new request is taken.
+    """
+
+    rows: int = 0
+    batches: int = 0
+    queued_rows: int = 0
+    queued_tokens: int = 0
+    tokenised_rows: int = 0
+    rejected: tuple[tuple[str, int], ...] = ()
+    queue_s: float = 0.0
+    run_s: float = 0.0
+    resident: int = 0
+    draining: bool = False
+
+
+class Ticket(Protocol):
+    """A request's reserved place in the queue. Give it to `submit`, or `release` it."""
+
+    load: Load
+
+
+class Engine(Protocol):
+    """Answers rows of any customers in batches. Safe for many threads and for an event loop: nothing here waits.
+
+    Attributes:
+        manifest: of the bundle that is served.
+    """
+
+    manifest: Manifest
+
+    def admit(self, load: Load, customers: Sequence[str | None], deadline_s: float | None = None) -> Ticket:
+        """Reserve room for a request, before it is tokenised.
+
+        Args:
+            load: the most that it may take.
+            customers: whose rows they are, one for each row.
+            deadline_s: a time of `time.monotonic` after which nobody waits for the answer.
+
+        Raises:
+            OverloadedError: the queue, or a customer's share of it, is full.
+            QuotaError: a customer has used up its rows.
+            DrainingError: the engine ends or does not answer yet.
+            TooLargeError: the request would not fit an empty queue.
+            DeadlineError: the deadline has passed.
+        """
+
+    def release(self, ticket: Ticket) -> None:
+        """Give a reserved place back, such as of texts that could not be tokenised. Twice is no error."""
+
+    def submit(self, ticket: Ticket, rows: Sequence[Row]) -> "Future[list[RowAnswer]]":
+        """Queue rows; the place that was reserved becomes as large as they are.
+
+        Returns:
+            Done when every row is answered, in the order of `rows`; or it raises the first `QrloraError` of a row:
+            `UnknownCustomerError`, `DeadlineError`, `MalformedInputError` and so on. A request that is cancelled
+            is not run where it still waits.
+        """
+
+    def stats(self) -> EngineStats:
+        """Counters of now."""
+
+    def drain(self, timeout_s: float) -> bool:
+        """Take no new request and wait for those that are queued; whether all were answered. This one waits."""
+
+    def close(self) -> None:
+        """End. What still waits is refused by a `DrainingError`."""

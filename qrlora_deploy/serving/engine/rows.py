@@ -1,0 +1,67 @@
+"""What goes through an engine: the size of a request, its rows, and their answers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Load:
+    """How much a request takes of an engine.
+
+    Attributes:
+        rows: texts.
+        tokens: of all rows, without padding; before the texts are tokenised the most that they can be.
+        size_bytes: of the texts.
+    """
+
+    rows: int
+    tokens: int
+    size_bytes: int
+
+    @classmethod
+    def of_texts(cls, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int) -> "Load":
+        """The most that texts can take, without tokenising them: no tokenizer makes more tokens than bytes, but for
+        the few special ones, and none more than `max_length`."""
+        sizes = [len(text.encode("utf-8", "surrogatepass")) for text in texts]
+        for row, pair in enumerate(pairs or ()):
+            sizes[row] += len(pair.encode("utf-8", "surrogatepass"))
+        return cls(len(sizes), sum(min(size + SPECIAL_TOKENS, max_length) for size in sizes), sum(sizes))
+
+
+SPECIAL_TOKENS = 4
+"""Tokens that a tokenizer may put around a text or a pair."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A text, tokenised, and whose it is.
+
+    Attributes:
+        inputs: the graph's text inputs by name, int64 `[length]` each, without padding.
+        customer: whose row it is; None: the base's.
+    """
+
+    inputs: Mapping[str, np.ndarray]
+    customer: str | None
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return len(next(iter(self.inputs.values())))
+
+
+@dataclass(frozen=True)
+class RowAnswer:
+    """What the model gave for a row.
+
+    Attributes:
+        logits: fp32, `[labels of the customer]`.
+        labels: names of the customer's outputs.
+        digest: of the content of the customer that answered, as `Coefficients.digest`; empty for the base.
+    """
+
+    logits: np.ndarray
+    labels: tuple[str, ...]
+    digest: str

@@ -1,0 +1,101 @@
+"""Why a server answers a request by no answer, and the status that each reason has over HTTP and gRPC."""
+
+from dataclasses import dataclass
+
+from qrlora_deploy.errors import QrloraError
+
+
+class RefusalError(QrloraError):
+    """A request that was understood is not answered.
+
+    Attributes:
+        retry_after_s: when it is worth another try; None where another try ends alike.
+    """
+
+    kind = "refused"
+    retry_after_s: float | None = None
+
+
+class OverloadedError(RefusalError):
+    """The queue is full, or this customer's share of it."""
+
+    kind = "overloaded"
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class QuotaError(OverloadedError):
+    """The customer has used up its rows of this second."""
+
+    kind = "quota"
+
+
+class DrainingError(RefusalError):
+    """The server ends, or does not answer yet."""
+
+    kind = "not_ready"
+    retry_after_s = 1.0
+
+
+class DeadlineError(RefusalError):
+    """The time that the client gave has passed; what still waited was not run."""
+
+    kind = "deadline"
+
+
+class TooLargeError(RefusalError):
+    """A body, or a number of rows, is over its bound."""
+
+    kind = "too_large"
+
+
+class UnauthenticatedError(RefusalError):
+    """No key, or one that is not known or has expired."""
+
+    kind = "unauthenticated"
+
+
+class ForbiddenError(RefusalError):
+    """The key is known and does not allow this."""
+
+    kind = "forbidden"
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a kind of error looks from outside.
+
+    Attributes:
+        http: status code.
+        grpc: name of a member of `grpc.StatusCode`.
+    """
+
+    http: int
+    grpc: str
+
+
+FAILED = Status(500, "INTERNAL")
+
+STATUS: dict[str, Status] = {
+    "malformed_input": Status(400, "INVALID_ARGUMENT"),
+    "invalid": Status(422, "INVALID_ARGUMENT"),
+    "bad_file": Status(422, "INVALID_ARGUMENT"),
+    "mismatch": Status(422, "FAILED_PRECONDITION"),
+    "unauthenticated": Status(401, "UNAUTHENTICATED"),
+    "forbidden": Status(403, "PERMISSION_DENIED"),
+    "unknown_customer": Status(404, "NOT_FOUND"),
+    "not_found": Status(404, "NOT_FOUND"),
+    "too_large": Status(413, "INVALID_ARGUMENT"),
+    "overloaded": Status(429, "RESOURCE_EXHAUSTED"),
+    "quota": Status(429, "RESOURCE_EXHAUSTED"),
+    "not_ready": Status(503, "UNAVAILABLE"),
+    "deadline": Status(504, "DEADLINE_EXCEEDED"),
+}
+"""By `QrloraError.kind`; the place of what the server says of each."""
+
+
+def status_of(error: BaseException) -> Status:
+    """The status of an error; what is none of ours is a failure of the server."""
+    return STATUS.get(error.kind, FAILED) if isinstance(error, QrloraError) else FAILED
