@@ -204,16 +204,16 @@ def test_an_earlier_report_is_a_reference(plan: Plan, measured: Report, tmp_path
 def test_wrong_plans_name_the_option(plan: Plan, exported: Path) -> None:
     for change, message in (
         ({"bundles": ()}, "at least one bundle"),
-        ({"batches": (0,)}, "--batch must be at least 1"),
-        ({"cuda_graph": "on"}, "--cuda-graph on needs --provider cuda"),
-        ({"peers": ("peft",)}, "--peer peft needs --base"),
-        ({"data": exported}, "--length and --data exclude each other"),
+        ({"batches": (0,)}, "batches must be at least 1"),
+        ({"cuda_graph": "on"}, "cuda_graph='on' needs provider='cuda'"),
+        ({"peers": ("peft",)}, r"peers=\('peft',\) needs base"),
+        ({"data": exported}, "lengths and data exclude each other"),
     ):
         with pytest.raises(InputError, match=message):
             replace(plan, **change)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="takes at most 64 tokens"):
         run_benchmark(replace(plan, lengths=(65,)))
-    with pytest.raises(InputError, match="--customers is for switchable bundles"):
+    with pytest.raises(InputError, match="customers is for switchable bundles"):
         run_benchmark(replace(plan, bundles=plan.bundles[:1]))
 
 

@@ -35,7 +35,7 @@ def test_the_help_tells_the_numbers_of_the_library() -> None:
 def test_a_rate_that_is_not_known_yet_is_not_guessed() -> None:
     with pytest.raises(RuntimeError, match="depends on the basis"):
         _ = TrainSettings().rate
-    with pytest.raises(InputError, match="--learning-rate must be above 0"):
+    with pytest.raises(InputError, match="learning_rate must be above 0"):
         TrainSettings(learning_rate=0.0)
 
 

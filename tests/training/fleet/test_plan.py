@@ -155,7 +155,7 @@ def test_a_fleet_of_numbers_is_no_mixture(tmp_path: Path, checkpoint: Checkpoint
         "d": Classification(),
     }
     assert "row 2 has no label" in plan.refused["b"]
-    assert plan.refused["c"] == "its labels are whole numbers, those of a fractions; say what they are by --task"
+    assert plan.refused["c"] == "its labels are whole numbers, those of a fractions; say what they are by task"
     said = plan_fleet(source, checkpoint, settings_of(head="output", task="regression"), Shard())
     assert {item.name: item.outputs.task for item in said.customers} == dict.fromkeys("ac", Regression())
     assert "a regression needs numbers as labels, not 'x', 'y'" in said.refused["d"]

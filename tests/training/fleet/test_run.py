@@ -223,7 +223,7 @@ def test_a_customer_that_diverges_is_dropped_alone(
     monkeypatch.setattr(Engine, "_row_losses", spoil)
     report = run(still_base, tiny_basis, tmp_path, settings)
     failed = [line for line in report.lines if line.status == "failed"]
-    assert [line.reason for line in failed] == ["the loss became inf in epoch 1; try a smaller --learning-rate"]
+    assert [line.reason for line in failed] == ["the loss became inf in epoch 1; try a smaller learning_rate"]
     for name in set(names) - {failed[0].customer}:
         one, two = (read_coefficients(tmp_path / place / f"{name}.safetensors") for place in ("out", "before"))
         check_same(one, two)
@@ -233,7 +233,7 @@ def test_a_rate_that_is_too_large_for_all_fails_all(still_base: Checkpoint, tiny
     write_folders(tmp_path)
     report = run(still_base, tiny_basis, tmp_path, settings_of(learning_rate=1e30, epochs=2))
     assert {line.status for line in report.lines} == {"failed"}
-    assert all("try a smaller --learning-rate" in line.reason for line in report.lines)
+    assert all("try a smaller learning_rate" in line.reason for line in report.lines)
     assert list((tmp_path / "out").iterdir()) == [report.summary]
 
 
