@@ -142,7 +142,7 @@ def option_of(argument: str, running: str | None = None) -> str:
                 # Some have a short form beside, such as `-o`.
                 positional = isinstance(parameter, click.Argument)
                 return parameter.human_readable_name if positional else max(parameter.opts, key=len)
-    from qrlora_deploy.exporting.options import option_name
+    from qrlora_deploy.cli.exporter_options import option_name
 
     return option_name(argument)  # of an exporter, whose options have no other names
 

@@ -70,11 +70,6 @@ def facts_of(options: type[Any]) -> dict[str, OptionFacts]:
     return {field.name: field.metadata["option"] for field in dataclasses.fields(options)}
 
 
-def option_name(field: str) -> str:
-    """How the command line calls a field."""
-    return f"--{field.replace('_', '-')}"
-
-
 def make_options(exporter: "Exporter", given: Mapping[str, Any], others: Iterable["Exporter"] = ()) -> Any:
     """An exporter's options from those that were given; the rest have their defaults.
 

@@ -5,7 +5,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
 from qrlora_deploy.errors import InputError, QrloraError, argument, library_errors
-from qrlora_deploy.exporting.options import RESERVED, option_name
+from qrlora_deploy.exporting.options import RESERVED
 
 if TYPE_CHECKING:
     from qrlora_deploy.exporting.exporter import Exporter
@@ -92,7 +92,7 @@ def _problem(exporter: Any, name: str) -> str | None:
     wrong = [field.name for field in fields if "option" not in field.metadata or field.default is dataclasses.MISSING]
     if wrong:
         return f"has options that were not made by `option`: {', '.join(wrong)}"
-    taken = [option_name(field.name) for field in fields if field.name in RESERVED]
+    taken = [argument(field.name) for field in fields if field.name in RESERVED]
     return f"has options that `export` has itself: {', '.join(taken)}" if taken else None
 
 

@@ -80,7 +80,7 @@ def own_outputs(checkpoint: Checkpoint, examples: Examples, wanted: str = "auto"
     Args:
         checkpoint: the base.
         examples: the training data.
-        wanted: "auto", or what `--task` calls a task.
+        wanted: "auto", or the option of a task.
 
     Raises:
         InputError: the labels are all the same, or it is not clear what they are.

@@ -34,7 +34,7 @@ class RunSettings:
         max_length: tokens a row; longer rows are cut.
         seed: of the order of the rows, dropout and a new head.
         device: "auto" (CUDA where there is one), "cpu" or "cuda". CUDA runs in bf16 where it can.
-        task: what the labels are, by what `--task` calls it, or "auto": what they look like.
+        task: what the labels are, by the option of a task, or "auto": what they look like.
 
     Raises:
         InputError: a value is out of range.

@@ -97,7 +97,7 @@ def test_an_exporter_of_another_package_is_found(packages: Path) -> None:
         ("flat_exporters:OTHER_OUTPUT", "writes 'pipe', which is neither file nor folder"),
         ("flat_exporters:NO_DATACLASS", "has options that are no dataclass"),
         ("flat_exporters:BARE", "has options that were not made by `option`: depth"),
-        ("flat_exporters:TAKEN", "has options that `export` has itself: --text-column"),
+        ("flat_exporters:TAKEN", "has options that `export` has itself: text_column"),
     ],
 )
 def test_what_is_no_exporter_names_its_package(packages: Path, value: str, message: str) -> None:
