@@ -56,7 +56,7 @@ def make_session(coefficients: int) -> SwitchableSession:
         inputs=(),
     )
     session.layout, session.head, session.base_head, session.fetch = TableLayout(ranks), None, None, None
-    session._labels = {}
+    session._answerings = {}
     widths = {TABLE: session.layout.width}
     session.table = CoefficientTable(lambda rows: make_memory(widths, rows, "cpu"))
     return session

@@ -36,11 +36,12 @@ from qrlora_deploy.runtime.sessions.running import text_inputs
 from qrlora_deploy.runtime.sessions.session import open_session
 from qrlora_deploy.runtime.table.memory import make_memory
 from qrlora_deploy.runtime.table.table import BASE_ROW, CoefficientTable, rows_of
+from qrlora_deploy.tasks.answering import Answering
 
 FETCH_ATTEMPTS = 8
 """Rounds of fetching customers for one batch, while others push them out of a full table again."""
 
-SHARED_LABELS = 4096
+SHARED_ANSWERINGS = 4096
 """Different labels of customers that are remembered, so that those who have the same ones share them."""
 
 
@@ -89,7 +90,7 @@ class SwitchableSession:
         self.manifest = manifest
         self.layout = TableLayout([target.rank for target in manifest.targets], manifest.table_dtype)
         self.fetch: Callable[[str], Coefficients | None] | None = None
-        self._labels: dict[tuple[str, ...], tuple[str, ...]] = {}
+        self._answerings: dict[Answering, Answering] = {}
         self._on_gpu = Device.of(provider).on_gpu
         self.session = open_session(bundle.model, provider, threads, cuda_graph=buckets is not None)
         check_graph(self.session, bundle)
@@ -127,10 +128,10 @@ class SwitchableSession:
         coefficients = source if isinstance(source, Coefficients) else read_customer_file(Path(source))
         place = f"{customer}" if isinstance(source, Coefficients) else f"{source}"
         check_customer_fits(coefficients, self.manifest, place)
-        self.table.publish(customer, self._row(coefficients, place), self._own_labels(coefficients))
+        self.table.publish(customer, self._row(coefficients, place), self._note(coefficients))
 
     def holds(self, customer: str, coefficients: Coefficients) -> bool:
-        """Whether `customer` is in the table with exactly these coefficients, head and labels.
+        """Whether `customer` is in the table with exactly these coefficients, head, labels and thresholds.
 
         Raises:
             InputError: they fit another bundle, as for `load`.
@@ -139,7 +140,7 @@ class SwitchableSession:
             return False
         self._check_usable()
         check_customer_fits(coefficients, self.manifest, customer)
-        return self.table.holds(customer, self._row(coefficients, customer), self._own_labels(coefficients))
+        return self.table.holds(customer, self._row(coefficients, customer), self._note(coefficients))
 
     def unload(self, customer: str) -> bool:
         """Forget a customer; runs that hold it end undisturbed. False where there is none."""
@@ -152,6 +153,11 @@ class SwitchableSession:
     def predict(
         self, inputs: dict[str, np.ndarray], customers: Sequence[str | None]
     ) -> tuple[np.ndarray, list[tuple[str, ...]]]:
+        """The logits of a batch, each row for its customer, and the labels of each row; `run` also says more of it."""
+        logits, answering = self.run(inputs, customers)
+        return logits, [row.labels for row in answering]
+
+    def run(self, inputs: dict[str, np.ndarray], customers: Sequence[str | None]) -> tuple[np.ndarray, list[Answering]]:
         """Answer a batch, each row for its customer.
 
         Args:
@@ -159,8 +165,8 @@ class SwitchableSession:
             customers: one per row; None is the base.
 
         Returns:
-            Logits `[batch, outputs]` fp32, and the labels of each row: a customer with fewer labels
-            than outputs has -inf behind them.
+            Logits `[batch, outputs]` or `[batch, length, outputs]` fp32, and how those of each row become an answer: a
+            customer with fewer labels than outputs has -inf behind them.
 
         Raises:
             MalformedInputError: inputs are missing, no int64 arrays `[rows, length]`, or negative.
@@ -176,10 +182,11 @@ class SwitchableSession:
             self._hold(customers, held)
             slot = rows_of(customers, held)
             logits = self._runner.run(inputs, slot)
-            labels = [self.table.note_of(int(row)) or self.manifest.labels for row in slot]
+            base = self.manifest.answering
+            answering = [self.table.note_of(int(row)) or base for row in slot]
         finally:
             self.table.release(held.values())
-        return logits, labels
+        return logits, answering
 
     def _hold(self, customers: Sequence[str | None], held: dict[str | None, int]) -> None:
         """Hold the row of every customer, fetching those that are not in the table."""
@@ -221,13 +228,16 @@ class SwitchableSession:
             if inputs[name].min() < 0:
                 raise MalformedInputError(f"the input {name} has a negative number")
 
-    def _own_labels(self, coefficients: Coefficients) -> tuple[str, ...] | None:
-        """Labels that are not the base's; customers with the same ones share them."""
-        if coefficients.labels == self.manifest.labels:
+    def _note(self, coefficients: Coefficients) -> Answering | None:
+        return self.own_answering(Answering(coefficients.labels, coefficients.thresholds))
+
+    def own_answering(self, found: Answering) -> Answering | None:
+        """What the table notes of a customer: None where it decides as the base; those who decide alike share it."""
+        if found == self.manifest.answering:
             return None
-        if len(self._labels) >= SHARED_LABELS:
-            self._labels = {}
-        return self._labels.setdefault(coefficients.labels, coefficients.labels)
+        if len(self._answerings) >= SHARED_ANSWERINGS:
+            self._answerings = {}
+        return self._answerings.setdefault(found, found)
 
     def _row(self, coefficients: Coefficients, place: str) -> dict[str, np.ndarray]:
         """The row of a customer that fits, by input; refuses a head or labels that do not."""

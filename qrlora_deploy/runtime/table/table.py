@@ -9,7 +9,7 @@ each; one that is published by itself afterwards gets an entry in a dictionary.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -140,7 +140,12 @@ class CoefficientTable:
                 self._use.retire(self._directory.put(customer, row))
 
     def publish_bulk(
-        self, count: int, blocks: Iterable[dict[str, np.ndarray]], index: Callable[[], IdIndex], note: Any = None
+        self,
+        count: int,
+        blocks: Iterable[dict[str, np.ndarray]],
+        index: Callable[[], IdIndex],
+        note: Any = None,
+        notes: Callable[[], Mapping[int, Any]] = dict,
     ) -> None:
         """Publish many customers at once: the table grows once, and blocks of rows are copied whole.
 
@@ -154,6 +159,7 @@ class CoefficientTable:
                 one is asked for.
             index: gives their names, in the order of the rows; called after the last block.
             note: goes with every one of these versions.
+            notes: gives what goes with some of them instead, by the number of their row; called after `index`.
 
         Raises:
             InputError: there are more or fewer rows or names than `count`.
@@ -166,7 +172,7 @@ class CoefficientTable:
             found = index()
             if len(found) != count:
                 raise InputError(f"there are {len(found)} names for {count} customers")
-            bulk = Bulk(found, rows)
+            bulk, own = Bulk(found, rows), notes()
         except BaseException:
             with self._lock:
                 self._free.give_back_many(rows)
@@ -175,6 +181,8 @@ class CoefficientTable:
             with self._lock:
                 if note is not None:
                     self._use.note(rows.tolist(), note)
+                for number, special in own.items():
+                    self._use.note([int(rows[number])], special)
                 older, names = self._directory.add(bulk), self._directory.entries()
             self._supersede(bulk, older, names)
 

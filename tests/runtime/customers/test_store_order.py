@@ -18,6 +18,7 @@ from qrlora_deploy.runtime.customers import store as store_module
 from qrlora_deploy.runtime.customers.backlog import Backlog
 from qrlora_deploy.runtime.customers.packed_writer import write_packed
 from qrlora_deploy.runtime.customers.store import CustomerStore
+from qrlora_deploy.tasks.answering import Answering
 from tests.runtime.place import DEADLINE_S, Place, until
 
 NAMES = [f"c{number:02d}" for number in range(40)]
@@ -120,7 +121,12 @@ def test_labels_are_kept_once(place: Place, tmp_path: Path) -> None:
         write_coefficients(own, tmp_path / name)
         place.session.load(name, tmp_path / name)
     first, second = notes.values()
-    assert first == ("a", "b") and first is second
+    assert first == Answering(("a", "b")) and first is second
+    # Customers of the base's labels are noted where they decide otherwise; they share that too.
+    for name in ("x", "y"):
+        place.session.load(name, replace(place.version(1), thresholds=(0.25, 0.5, 0.5, 0.75)))
+    first, second = notes.values()
+    assert first.thresholds == (0.25, 0.5, 0.5, 0.75) and first is second
 
 
 def test_a_session_has_one_store(place: Place) -> None:
