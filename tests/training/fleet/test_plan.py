@@ -174,7 +174,7 @@ def test_customers_of_several_labels_a_row_train_beside_the_others(tmp_path: Pat
     assert plan.customers[1].targets == [[1.0, 1.0], [0.0, 0.0]]
     judged = plan_fleet(source, checkpoint, settings_of(head="output", metric="f1_micro"), Shard())
     assert [item.name for item in judged.customers] == ["b"]
-    assert "--metric must be one of accuracy, f1, matthews for text-classification" in judged.refused["a"]
+    assert "metric must be one of accuracy, f1, matthews for text-classification" in judged.refused["a"]
 
 
 def test_a_column_that_was_written_in_two_ways_is_one_for_all_customers(tmp_path: Path, checkpoint: Checkpoint) -> None:

@@ -165,18 +165,18 @@ def test_thresholds_are_those_of_the_best_epoch_alone_too(
     for name in names[2:]:
         other = read_coefficients(tmp_path / "out" / f"{name}.safetensors")
         assert not other.thresholds and "tuned_metrics" not in other.training
-    with pytest.raises(InputError, match="--tune-thresholds chooses them on held-out rows; give --eval"):
+    with pytest.raises(InputError, match="tune_thresholds chooses them on held-out rows; give evaluation"):
         run(still_base, tiny_basis, tmp_path, settings, held_out=False)
 
 
-@pytest.mark.parametrize(("held_out", "reason"), [(True, "decides without thresholds"), (False, "give --eval")])
+@pytest.mark.parametrize(("held_out", "reason"), [(True, "decides without thresholds"), (False, "give evaluation")])
 def test_thresholds_are_refused_before_training_where_there_are_none(
     still_base: Checkpoint, tiny_basis: Basis, tmp_path: Path, held_out: bool, reason: str
 ) -> None:
     name, *_ = write_folders(tmp_path)
-    with pytest.raises(InputError, match=f"--tune-thresholds.*{reason}"):
+    with pytest.raises(InputError, match=f"tune_thresholds.*{reason}"):
         alone(still_base, tiny_basis, tmp_path, name, settings_of(tune_thresholds=True), held_out)
-    with pytest.raises(InputError, match=f"--tune-thresholds.*{reason}"):
+    with pytest.raises(InputError, match=f"tune_thresholds.*{reason}"):
         run(still_base, tiny_basis, tmp_path, settings_of(tune_thresholds=True), held_out)
 
 
