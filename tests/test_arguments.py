@@ -11,7 +11,7 @@ import pytest
 
 import qrlora_deploy as qr
 from qrlora_deploy.api.options import FleetTrainOptions, TrainOptions, WarmupOptions
-from qrlora_deploy.bench.plan import Plan
+from qrlora_deploy.bench.settings import BenchSettings
 from qrlora_deploy.cli.group import COMMANDS, cli, option_of
 from qrlora_deploy.errors import InputError, argument, options_for_arguments
 from qrlora_deploy.exporting.options import facts_of
@@ -33,7 +33,7 @@ JOBS = (
     qr.unmerge,
     qr.warmup,
 )
-KEYWORDS = (TrainOptions, FleetTrainOptions, WarmupOptions, Plan)
+KEYWORDS = (TrainOptions, FleetTrainOptions, WarmupOptions, BenchSettings)
 """What the public functions take as `**settings`, and the settings of a benchmark."""
 
 

@@ -25,7 +25,7 @@ from qrlora_deploy.runtime.bundle.bundle import (
     TensorRecord,
     digest_files,
 )
-from qrlora_deploy.runtime.bundle.records import CalibrationRecord
+from qrlora_deploy.runtime.bundle.manifest_parts import CalibrationRecord
 from qrlora_deploy.runtime.bundle.row_layout import BASE_HEAD_FILE, HeadLayout, padded_rank
 from qrlora_deploy.runtime.sessions.token_index import FIRST_RUNTIME
 from qrlora_deploy.runtime.verification.parity import Case, ParityReport, customer_effect, write_reference

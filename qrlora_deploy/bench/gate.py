@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from typing import Literal
 
 from qrlora_deploy.bench.gate_file import CapacityRule, GateRules, LatencyRule, ThroughputRule
-from qrlora_deploy.bench.record import Comparison, Gate, Interval, Measurement, Report, Subject, Verdict
+from qrlora_deploy.bench.report import Report
+from qrlora_deploy.bench.report_parts import Comparison, Gate, Interval, Measurement, Subject, Verdict
 from qrlora_deploy.errors import argument
 
 Outcome = Literal["passed", "failed", "unknown"]

@@ -1,6 +1,7 @@
 """What a reader must know before believing the figures of a report."""
 
-from qrlora_deploy.bench.record import Environment, Report, Settings
+from qrlora_deploy.bench.report import Report
+from qrlora_deploy.bench.report_parts import Environment, Settings
 from qrlora_deploy.errors import argument
 
 BUSY_LOAD = 0.5

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from qrlora_deploy.bench.record import Kind
-from qrlora_deploy.bench.record import Subject as SubjectRecord
+from qrlora_deploy.bench.report_parts import Kind
+from qrlora_deploy.bench.report_parts import Subject as SubjectRecord
 from qrlora_deploy.bench.subjects import Call, Spec, folder_bytes
 from qrlora_deploy.bench.workload import Workload, token_inputs
 from qrlora_deploy.data.cutting import cut_texts

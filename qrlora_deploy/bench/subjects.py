@@ -7,8 +7,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from qrlora_deploy.bench.record import Kind
-from qrlora_deploy.bench.record import Subject as SubjectRecord
+from qrlora_deploy.bench.report_parts import Kind
+from qrlora_deploy.bench.report_parts import Subject as SubjectRecord
 from qrlora_deploy.bench.workload import LENGTHS, Workload, token_inputs
 from qrlora_deploy.errors import InputError, ProviderError, argument
 from qrlora_deploy.formats.coefficients import SUFFIX

@@ -7,7 +7,7 @@ import pytest
 
 from exporters.head_labels import MAX_HEAD_LABELS
 from exporters.onnx.options import OnnxOptions
-from qrlora_deploy.bench.plan import Plan
+from qrlora_deploy.bench.settings import BenchSettings
 from qrlora_deploy.cli import cli
 from qrlora_deploy.cli.group import COMMANDS
 from qrlora_deploy.errors import InputError
@@ -116,7 +116,7 @@ def test_the_library_has_the_same_bounds(tiny_base: Path, tmp_path: Path) -> Non
     for name in ("seconds", "p99_budget_ms", "idle_seconds", "swaps_per_s"):
         for value in (nan, inf, 0.0):
             with pytest.raises(InputError, match=f"{name} must be above 0"):
-                Plan(bundles=(tmp_path,), **{name: value})  # type: ignore[arg-type]
+                BenchSettings(bundles=(tmp_path,), **{name: value})  # type: ignore[arg-type]
 
 
 def test_tables_and_sessions_of_absurd_sizes() -> None:

@@ -11,8 +11,8 @@ from qrlora_deploy.errors import InputError
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import read_coefficients
 from qrlora_deploy.models.checkpoint import open_checkpoint
+from qrlora_deploy.training.fleet.customers import FleetSource
 from qrlora_deploy.training.fleet.options import FleetOptions
-from qrlora_deploy.training.fleet.plan import FleetSource
 from qrlora_deploy.training.fleet.run import train_fleet
 from qrlora_deploy.training.settings import LARGEST_DEFAULT_RATE, STEP_LENGTH, TrainSettings, default_rate
 from qrlora_deploy.training.trainer import train

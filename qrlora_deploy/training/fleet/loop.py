@@ -11,10 +11,10 @@ from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.models.capacity import segment_rows
 from qrlora_deploy.models.checkpoint import Checkpoint
+from qrlora_deploy.training.fleet.customers import Customer, FleetCustomers
 from qrlora_deploy.training.fleet.engine import Engine, free_share
 from qrlora_deploy.training.fleet.model import FleetModel
 from qrlora_deploy.training.fleet.options import FleetOptions
-from qrlora_deploy.training.fleet.plan import Customer, Plan
 from qrlora_deploy.training.fleet.schedule import Schedule
 from qrlora_deploy.training.fleet.scoring import Answers, score_answers
 from qrlora_deploy.training.fleet.summary import (
@@ -66,15 +66,15 @@ class Fleet:
         basis: Basis,
         settings: TrainSettings,
         options: FleetOptions,
-        plan: Plan,
+        chosen: FleetCustomers,
         device: torch.device,
     ) -> None:
         self.settings, self.options, self.device = settings, options, device
         self.origin = Origin(checkpoint.name, checkpoint.digest, basis.digest, options.basis_file)
-        self.lines = {name: Line(name, FAILED, reason) for name, reason in plan.refused.items()}
+        self.lines = {name: Line(name, FAILED, reason) for name, reason in chosen.refused.items()}
         self.failed = len(self.lines)
-        waiting = self._waiting(plan.customers) if options.resume else plan.customers
-        self.total = len(plan.customers) + len(plan.refused)
+        waiting = self._waiting(chosen.customers) if options.resume else chosen.customers
+        self.total = len(chosen.customers) + len(chosen.refused)
         # The longest first: at the end few would be left to train beside each other.
         self.queue = deque(sorted(waiting, key=lambda customer: -len(customer.train)))
         self.ready: TokenRows | None = None

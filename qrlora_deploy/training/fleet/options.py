@@ -8,7 +8,7 @@ from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.formats.coefficients import SUFFIX
 from qrlora_deploy.io.outputs import check_file, check_report_folder
 from qrlora_deploy.io.temporary import remove_dead
-from qrlora_deploy.training.fleet.plan import Customer, Shard
+from qrlora_deploy.training.fleet.customers import Customer, Shard
 from qrlora_deploy.training.fleet.summary import TRAINED, Line, summary_file
 
 ROWS_PER_STEP = {"cpu": 256, "cuda": 4096}

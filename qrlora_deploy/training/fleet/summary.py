@@ -10,7 +10,7 @@ from typing import Any
 from qrlora_deploy.errors import InputError, argument, shortened
 from qrlora_deploy.formats.coefficients import read_coefficients
 from qrlora_deploy.io.files import atomic_file
-from qrlora_deploy.training.fleet.plan import Customer, Shard
+from qrlora_deploy.training.fleet.customers import Customer, Shard
 from qrlora_deploy.training.settings import TrainSettings, fingerprint
 
 TRAINED, SKIPPED, FAILED = "trained", "skipped", "failed"

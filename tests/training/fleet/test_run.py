@@ -25,10 +25,10 @@ from qrlora_deploy.training.fleet import model as fleet_model
 from qrlora_deploy.training.fleet import pool as fleet_pool
 from qrlora_deploy.training.fleet import writing
 from qrlora_deploy.training.fleet.branch import RowLinear
+from qrlora_deploy.training.fleet.customers import Customer, FleetSource
 from qrlora_deploy.training.fleet.engine import CHUNK_TOKENS, Chunk, Engine
 from qrlora_deploy.training.fleet.model import FleetModel
 from qrlora_deploy.training.fleet.options import FleetOptions, FleetReport
-from qrlora_deploy.training.fleet.plan import Customer, FleetSource
 from qrlora_deploy.training.fleet.run import train_fleet
 from qrlora_deploy.training.fleet.schedule import StepRows
 from qrlora_deploy.training.fleet.shipping import in_one_copy

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from qrlora_deploy.bench.record import SCENARIOS, Scenario
+from qrlora_deploy.bench.report_parts import SCENARIOS, Scenario
 from qrlora_deploy.bench.subjects import Mix
 from qrlora_deploy.errors import InputError, argument
 
@@ -38,7 +38,7 @@ USUAL_LENGTH = 128
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchSettings:
     """Settings of one benchmark.
 
     Attributes:

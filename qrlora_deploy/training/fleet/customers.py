@@ -83,7 +83,7 @@ class Customer:
 
 
 @dataclass(frozen=True)
-class Plan:
+class FleetCustomers:
     """The customers of a shard.
 
     Attributes:
@@ -97,7 +97,9 @@ class Plan:
     strangers: int = 0
 
 
-def plan_fleet(source: FleetSource, checkpoint: Checkpoint, settings: TrainSettings, shard: Shard) -> Plan:
+def choose_customers(
+    source: FleetSource, checkpoint: Checkpoint, settings: TrainSettings, shard: Shard
+) -> FleetCustomers:
     """Read the data and sort the customers into those that can be trained and those that cannot.
 
     Args:
@@ -108,7 +110,7 @@ def plan_fleet(source: FleetSource, checkpoint: Checkpoint, settings: TrainSetti
 
     Raises:
         InputError: a file or folder as a whole cannot be read, or the base has no usable head; what
-            is wrong with one customer alone is in the plan instead.
+            is wrong with one customer alone is in the answer instead.
     """
     frozen = settings.head == "frozen"
     base = frozen_outputs(checkpoint, settings.task) if frozen else base_outputs(checkpoint)
@@ -139,7 +141,7 @@ def plan_fleet(source: FleetSource, checkpoint: Checkpoint, settings: TrainSetti
         customers = [customer for customer in customers if customer.name not in unclear]
         refused |= unclear
     strangers = (held_out.examples.keys() | held_out.refused.keys()) - groups.examples.keys() - groups.refused.keys()
-    return Plan(customers, refused, len(strangers))
+    return FleetCustomers(customers, refused, len(strangers))
 
 
 def _read(source: FleetSource, place: Path, shard: Shard) -> Groups:
