@@ -58,10 +58,15 @@ def literals(path: Path) -> list[tuple[int, str]]:
     ]
 
 
+def calls_of_argument(tree: ast.AST) -> list[ast.Call]:
+    """The calls `argument(...)` in a module."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return [node for node in calls if isinstance(node.func, ast.Name) and node.func.id == "argument"]
+
+
 def arguments(path: Path) -> set[str]:
     """The names that a module writes as `argument("name")`."""
-    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
-    named = [node.args[0] for node in calls if isinstance(node.func, ast.Name) and node.func.id == "argument"]
+    named = [node.args[0] for node in calls_of_argument(ast.parse(path.read_text(encoding="utf-8")))]
     return {node.value for node in named if isinstance(node, ast.Constant)}
 
 
@@ -85,6 +90,15 @@ def test_what_messages_name_is_an_argument_and_an_option() -> None:
     taken |= {name for exporter in all_exporters() for name in facts_of(exporter.options)}
     assert len(named) > 30 and named - taken == set()
     assert {option_of(name) for name in named} - options() == set()
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_a_message_is_made_when_it_is_needed(name: str) -> None:
+    # One that is made with the module speaks to whoever imports it first.
+    module = ast.parse(LIBRARY[name].read_text(encoding="utf-8"))
+    functions = [node for node in ast.walk(module) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    later = {id(inner) for function in functions for inner in ast.walk(function)}
+    assert [node.lineno for node in calls_of_argument(module) if id(node) not in later] == []
 
 
 def test_a_caller_reads_of_arguments_and_a_user_of_options() -> None:
