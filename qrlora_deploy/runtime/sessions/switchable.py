@@ -191,6 +191,10 @@ class SwitchableSession:
             self.table.release(held.values())
         return logits, versions
 
+    def lacks(self, customers: Sequence[str | None]) -> list[str]:
+        """Those of `customers` that are not in the table now."""
+        return [name for name in dict.fromkeys(customers) if name is not None and name not in self.table]
+
     def bring(self, customers: Sequence[str | None]) -> None:
         """Make sure that customers are in the table; those that are not are fetched.
 
