@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qrlora_deploy.errors import InputError, MalformedInputError
-from qrlora_deploy.serving.engine.admission import Admission, Place
+from qrlora_deploy.serving.engine.admission import Admission, Held, Place
 from qrlora_deploy.serving.engine.limits import Limits
 from qrlora_deploy.serving.engine.pace import LONGEST_S, SHORTEST_S, UNKNOWN_S, Pace
 from qrlora_deploy.serving.engine.rows import Load
@@ -47,7 +47,7 @@ def test_bounds_hold_and_everything_comes_back(steps: list[tuple[list[str | None
         assert all(load.rows <= 12 and load.tokens <= 180 for load in admission.by_customer.values())
     for place in held:
         admission.release(place)
-    assert admission.held == Load(0, 0, 0) and admission.by_customer == {}
+    assert admission.held == Held() and admission.by_customer == {}
 
 
 def test_what_is_refused_says_when_to_come_again() -> None:

@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qrlora_deploy.errors import InputError
+from qrlora_deploy.serving.engine.admission import Held
 from qrlora_deploy.serving.engine.local import LocalEngine
 from qrlora_deploy.serving.engine.quotas import SWEEP, Quotas
-from qrlora_deploy.serving.engine.rows import Load
 from qrlora_deploy.serving.refusals import QuotaError, TooLargeError
 from tests.serving.engine.place import WatchedSession, a_row, ask
 
@@ -91,7 +91,7 @@ def test_an_engine_keeps_quotas(session: WatchedSession) -> None:
         ask(engine, [a_row(5, "c1")] * 2).result(30)
         with pytest.raises(QuotaError):
             ask(engine, [a_row(5, "c1")])
-        assert engine._admission.held == Load(0, 0, 0)
+        assert engine._admission.held == Held()
         ask(engine, [a_row(5, "c2")] * 9).result(30)
         clock.now += 1
         ask(engine, [a_row(5, "c1")]).result(30)
