@@ -32,6 +32,8 @@ class BatchRunner:
         batches: that were run.
         run_s: how long they took together.
         queue_s: how long the rows that were answered had waited, together.
+        tokens: of those rows.
+        padded_tokens: rows x length of the runs, as they were padded.
     """
 
     def __init__(self, model: Model, shapes: Shapes, pace: Pace, clock: Callable[[], float] = time.monotonic) -> None:
@@ -39,6 +41,8 @@ class BatchRunner:
         self.batches = 0
         self.run_s = 0.0
         self.queue_s = 0.0
+        self.tokens = 0
+        self.padded_tokens = 0
         self._model, self._shapes, self._pace, self._clock = model, shapes, pace, clock
         rows = getattr(model.table, "max_rows", None)
         # One row is the base's, and some are held by those who fetch customers meanwhile.
@@ -83,7 +87,10 @@ class BatchRunner:
     def _count(self, rows: Sequence[WaitingRow], start_s: float) -> None:
         seconds = self._clock() - start_s
         length = self._shapes.length(max(row.length for row in rows))
-        self._pace.ran(len(rows), len(rows) * length, seconds)
+        padded = self._shapes.rows(len(rows), length) * length
+        self._pace.ran(len(rows), padded, seconds)
+        self.tokens += sum(row.length for row in rows)
+        self.padded_tokens += padded
         self.batches += 1
         self.run_s += seconds
         self.queue_s += sum(start_s - row.request.queued_s for row in rows)
