@@ -32,6 +32,7 @@ from qrlora_deploy.runtime.customers.packed_header import (
 )
 from qrlora_deploy.runtime.customers.packed_tail import PackedTail
 from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
+from qrlora_deploy.runtime.sessions.versions import Version
 from qrlora_deploy.tasks.answering import Answering
 
 MOST_THREADS = 8
@@ -83,9 +84,9 @@ def load_packed(session: SwitchableSession, path: str | os.PathLike[str], progre
             blocks = _blocks(session, source, tail.content, expected, progress)
             labels = session.manifest.labels
 
-            def notes() -> dict[int, Answering | None]:
+            def notes() -> dict[int, Version | None]:
                 found = tail.thresholds().items()
-                return {row: session.own_answering(Answering(labels, values)) for row, values in found}
+                return {row: session.versions.without_digest(Answering(labels, values)) for row, values in found}
 
             session.table.publish_bulk(header.customers, blocks, index.result, notes=notes)
     except OSError as error:
