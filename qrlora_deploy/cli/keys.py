@@ -38,7 +38,7 @@ def add(
     """Make a key and show it once; FILE is made where it is missing.
 
     \b
-    Example:
+    Examples:
       qrlora-deploy keys add keys.json --customer acme --customer bolt --expires 2027-12-31
     """
     from qrlora_deploy.serving.keys_file import empty_keys, read_keys, with_key, write_keys
@@ -60,7 +60,7 @@ def show(file: Path) -> Output:
     """The keys of FILE, without what would let anybody use them.
 
     \b
-    Example:
+    Examples:
       qrlora-deploy keys list keys.json --json
     """
     from qrlora_deploy.serving.keys_file import read_keys
@@ -81,7 +81,7 @@ def revoke(file: Path, key_id: str) -> Output:
     """Take a key out of FILE; a server that runs refuses it some seconds later.
 
     \b
-    Example:
+    Examples:
       qrlora-deploy keys revoke keys.json 3f9a01c2b7d4
     """
     from qrlora_deploy.serving.keys_file import read_keys, without_key, write_keys
