@@ -5,11 +5,11 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qrlora_deploy.errors import QrloraError, UnknownCustomerError
+from qrlora_deploy.errors import QrloraError
 from qrlora_deploy.runtime.customers.polling import Signature, signature_of, status_of
 from qrlora_deploy.serving.keys_file import ANYONE, KeysFile, Quota, StoredKey, hash_of, id_of, read_keys
 from qrlora_deploy.serving.refusals import ForbiddenError, UnauthenticatedError
@@ -35,24 +35,13 @@ class Access:
     admin: bool = False
 
     def allows(self, customer: str | None) -> bool:
-        """Whether it may ask for a customer, which need not exist. The base, None, is everyone's."""
+        """Whether it may ask for a customer, which need not exist. The base, None, is everyone's.
+
+        Ask this before anything is looked up, and answer no as if there were no such customer.
+        """
         if customer is None or self.customers is None:
             return True
         return any(customer in names for names in self.customers)
-
-    def check(self, customers: Sequence[str | None]) -> None:
-        """Make sure that it may ask for each of these. Call it before anything is looked up.
-
-        Raises:
-            UnknownCustomerError: it may not; nothing tells whether the customer exists.
-        """
-        if self.customers is not None and not all(map(self.allows, customers)):
-            raise unknown_customer()
-
-    def told(self, error: QrloraError) -> QrloraError:
-        """What it may read of an error: of a customer that does not exist as much as of one that is not its own."""
-        hidden = self.customers is not None and isinstance(error, UnknownCustomerError)
-        return unknown_customer() if hidden else error
 
     def check_admin(self) -> None:
         """Make sure that it may use the admin API.
@@ -68,11 +57,6 @@ class Access:
 
 open_access = Access()
 """Where no keys are asked for: every customer, and no admin API."""
-
-
-def unknown_customer() -> UnknownCustomerError:
-    """The one answer for customers that do not exist and for those that a key may not ask for."""
-    return UnknownCustomerError("a customer of the request is not known, or this key may not ask for it")
 
 
 def key_of(authorization: str | None) -> str | None:

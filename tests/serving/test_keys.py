@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qrlora_deploy.errors import FileFormatError, MismatchError, QrloraError, UnknownCustomerError
+from qrlora_deploy.errors import FileFormatError, QrloraError
 from qrlora_deploy.serving import access
-from qrlora_deploy.serving.access import Keys, key_of, open_access, unknown_customer
+from qrlora_deploy.serving.access import Keys, key_of, open_access
 from qrlora_deploy.serving.keys_file import KeysFile, Quota, empty_keys, read_keys, with_key, write_keys
 from qrlora_deploy.serving.refusals import ForbiddenError, UnauthenticatedError, status_of
 from tests.cli.running import run_here, succeed_here
@@ -96,23 +96,6 @@ def test_the_file_holds_salted_hashes_alone(place: tuple[Path, dict[str, str]]) 
     salted = hashlib.sha256(bytes.fromhex(stored["salt"]) + made["acme"].encode()).hexdigest()
     assert stored["keys"][0]["hash"] == salted
     assert stored["salt"] != filled()[0].salt
-
-
-def test_who_may_not_ask_reads_what_is_read_of_nobody(place: tuple[Path, dict[str, str]]) -> None:
-    path, made = place
-    one = Keys.open(path).access(made["acme"])
-    with pytest.raises(UnknownCustomerError) as theirs:
-        one.check(["acme", None, "bolt"])
-    with pytest.raises(UnknownCustomerError) as nobodys:
-        one.check(["never-heard-of"])
-    gone = one.told(UnknownCustomerError("/srv/customers holds no customer 'acme'"))
-    assert str(theirs.value) == str(nobodys.value) == str(gone) == str(unknown_customer())
-    one.check(["acme", None])
-    other = MismatchError("another one")
-    assert one.told(other) is other
-    open_access.check(["anyone"])
-    plain = UnknownCustomerError("no customer is called 'x'")
-    assert open_access.told(plain) is plain
 
 
 def test_a_header_brings_a_key() -> None:
