@@ -1,6 +1,7 @@
 """What Prometheus reads: counters of requests, and those of each model's engine at the moment of the scrape."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -30,6 +31,15 @@ class Served(Protocol):
         """Whose counters are read."""
 
 
+@dataclass(frozen=True)
+class _Counted:
+    """Where requests of a route and a code are counted."""
+
+    requests: Counter
+    seconds: Histogram
+    rows: Counter
+
+
 class Metrics:
     """Metrics of a server, in a registry of its own.
 
@@ -41,7 +51,7 @@ class Metrics:
 
     def __init__(self, models: Iterable[Served], customers: Iterable[str] = ()) -> None:
         self._customers = frozenset(customers)
-        self._routes: set[str] = set()
+        self._counted: dict[tuple[str, int], _Counted] = {}
         self.registry = registry = CollectorRegistry()
         self._requests = Counter(
             "qrlora_requests", "Requests that were answered.", ["route", "code"], registry=registry
@@ -76,11 +86,11 @@ class Metrics:
             rows: that it had.
             customers: of its rows, one for each.
         """
-        route = self._bounded(route)
-        self._requests.labels(route, str(code)).inc()
-        self._seconds.labels(route).observe(seconds)
+        counted = self._counted.get((route, code)) or self._count_new(route, code)
+        counted.requests.inc()
+        counted.seconds.observe(seconds)
         if code < 400:
-            self._asked.labels(route).inc(rows)
+            counted.rows.inc(rows)
             self._count(customers)
 
     def _count(self, customers: Sequence[str | None]) -> None:
@@ -89,13 +99,16 @@ class Metrics:
                 if name in self._customers:
                     self._by_customer.labels(name).inc()
 
-    def _bounded(self, route: str) -> str:
-        if route in self._routes:
-            return route
-        if len(self._routes) >= MAX_ROUTES:
-            return OTHER
-        self._routes.add(route)
-        return route
+    def _count_new(self, route: str, code: int) -> "_Counted":
+        # Finding a label's value takes longer than counting.
+        routes = {name for name, _ in self._counted}
+        known = route if route in routes or len(routes) < MAX_ROUTES else OTHER
+        counted = _Counted(
+            self._requests.labels(known, str(code)), self._seconds.labels(known), self._asked.labels(known)
+        )
+        if known == route:
+            self._counted[route, code] = counted
+        return counted
 
     def text(self) -> bytes:
         """All metrics in Prometheus' text format, UTF-8."""
