@@ -100,7 +100,7 @@ class AsyncClient:
         url = f"{self._settings.url}/v2/health/ready"
         try:
             return (await self._http.get(url, timeout=self._settings.health_s)).is_success
-        except httpx.TransportError:
+        except httpx.RequestError:
             return False
 
     async def _ask(self, call: Call, deadline_s: float | None) -> tuple[bytes, httpx.Headers]:
@@ -109,7 +109,7 @@ class AsyncClient:
             try:
                 reply = await self._try(call, tries)
                 error = error_of(reply, reply.content)
-            except httpx.TransportError as broken:
+            except httpx.RequestError as broken:
                 error = transport_error(broken, self._settings.url)
             if error is None:
                 return reply.content, reply.headers

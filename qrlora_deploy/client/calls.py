@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 
 from qrlora_deploy.client.answers import parse_object
-from qrlora_deploy.client.errors import BadAnswerError, ServerError, TimeoutError, UnreachableError, error_class
+from qrlora_deploy.client.errors import BadAnswerError, DeadlineError, ServerError, UnreachableError, error_class
 from qrlora_deploy.client.tensors import Input, as_array, datatype_of, to_binary
 from qrlora_deploy.errors import MalformedInputError, first_line
 
@@ -53,7 +53,7 @@ def classify_call(
     """
     if isinstance(texts, str) or isinstance(pairs, str):
         raise MalformedInputError("texts must be a list of texts, not one text")
-    fields = {"texts": list(texts), "customer": customer, "model": model}
+    fields: dict[str, Any] = {"texts": list(texts), "customer": customer, "model": model}
     fields["customers"] = None if customers is None else list(customers)
     fields["pairs"] = None if pairs is None else list(pairs)
     body = _json({name: value for name, value in fields.items() if value is not None})
@@ -138,10 +138,12 @@ def retry_after(text: str | None) -> float | None:
     return max(0.0, seconds) if math.isfinite(seconds) else None
 
 
-def transport_error(error: httpx.TransportError, url: str) -> ServerError:
+def transport_error(error: httpx.RequestError, url: str) -> ServerError:
     """What httpx says of a connection, as one of ours."""
+    if not isinstance(error, httpx.TransportError):
+        return BadAnswerError(f"the answer of {url} cannot be read: {first_line(error)}")
     if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
-        return TimeoutError(f"{url} did not answer in time; give more by deadline_s")
+        return DeadlineError(f"{url} did not answer in time; give more by deadline_s")
     if isinstance(error, httpx.UnsupportedProtocol | httpx.ProxyError):
         return ServerError(f"{url} cannot be asked: {first_line(error)}")
     return UnreachableError(f"{url} cannot be reached: {first_line(error)}")

@@ -69,7 +69,7 @@ class UnavailableError(ServerError):
     again = True
 
 
-class TimeoutError(ServerError):
+class DeadlineError(ServerError):
     """The time that was given has passed, here or at the server: 504."""
 
     kind = "deadline"
@@ -94,7 +94,7 @@ BY_STATUS: dict[int, type[ServerError]] = {
     429: OverloadedError,
     502: UnavailableError,
     503: UnavailableError,
-    504: TimeoutError,
+    504: DeadlineError,
 }
 
 

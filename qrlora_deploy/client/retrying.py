@@ -4,7 +4,7 @@ import random
 import time
 from dataclasses import dataclass
 
-from qrlora_deploy.client.errors import ServerError, TimeoutError
+from qrlora_deploy.client.errors import DeadlineError, ServerError
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Tries:
         """Seconds that are left; None: no bound.
 
         Raises:
-            TimeoutError: none are.
+            DeadlineError: none are.
         """
         if self._end is None:
             return None
@@ -65,9 +65,9 @@ class Tries:
             raise self.too_late()
         return left
 
-    def too_late(self) -> TimeoutError:
+    def too_late(self) -> DeadlineError:
         """The error of a request whose time has passed."""
-        return TimeoutError(f"no answer within {self._deadline_s:g} s; give more by deadline_s")
+        return DeadlineError(f"no answer within {self._deadline_s:g} s; give more by deadline_s")
 
     def wait_s(self, error: ServerError) -> float:
         """Seconds to wait after an error.

@@ -128,7 +128,7 @@ class Client:
         """Whether the server takes requests; also False where nobody listens."""
         try:
             return self._http.get(f"{self._settings.url}/v2/health/ready", timeout=self._settings.health_s).is_success
-        except httpx.TransportError:
+        except httpx.RequestError:
             return False
 
     def _ask(self, call: Call, deadline_s: float | None) -> tuple[bytes, httpx.Headers]:
@@ -137,7 +137,7 @@ class Client:
             try:
                 reply, body = self._try(call, tries)
                 error = error_of(reply, body)
-            except httpx.TransportError as broken:
+            except httpx.RequestError as broken:
                 error = transport_error(broken, self._settings.url)
             if error is None:
                 return body, reply.headers

@@ -43,7 +43,8 @@ def as_array(name: str, value: Input) -> np.ndarray:
         array = np.asarray(value)
     except ValueError as error:
         raise MalformedInputError(f"the input {name!r} has rows of several lengths; pad them") from error
-    if array.dtype.kind in "UTO" or array.size == 0 and array.dtype.kind == "f":
+    # An empty list has no type; texts are what most inputs are.
+    if array.dtype.kind in "UTO" or (array.size == 0 and not isinstance(value, np.ndarray)):
         return _texts(name, np.asarray(value, dtype=object))
     little = array.dtype.newbyteorder("<")
     if little not in NAMES:
@@ -112,11 +113,11 @@ def from_json(datatype: str, shape: Sequence[int], data: Any) -> np.ndarray:
             raise ValueError("a text is none")
         return _objects(texts, shape)
     array = np.asarray(data)
-    if array.size and (array.dtype.kind == "b") != (datatype == "BOOL"):
+    dtype = np.dtype(DTYPES[datatype])
+    allowed = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}[dtype.kind]
+    if array.size and array.dtype.kind not in allowed:
         raise ValueError("a number is none")
-    if array.size and array.dtype.kind not in "biuf":
-        raise ValueError("a number is none")
-    return array.astype(DTYPES[datatype]).reshape(shape)
+    return array.astype(dtype).reshape(shape)
 
 
 def _objects(texts: list[str], shape: Sequence[int]) -> np.ndarray:
