@@ -47,6 +47,7 @@ class CoefficientTable:
         rows: rows at the start, with the base's.
         max_rows: rows at most; then a customer of a bulk that was never used gives way, or the one
             that was not used for longest. None: no bound.
+        nothing: the note of the base, and of versions that are published without one.
 
     Attributes:
         loads: versions of customers that were published since the start.
@@ -57,7 +58,9 @@ class CoefficientTable:
         QrloraError: the memory does not fit the device.
     """
 
-    def __init__(self, make: Callable[[int], TableMemory], rows: int = 64, max_rows: int | None = None) -> None:
+    def __init__(
+        self, make: Callable[[int], TableMemory], rows: int = 64, max_rows: int | None = None, nothing: Any = None
+    ) -> None:
         if rows < 2 or (max_rows is not None and max_rows < rows):
             raise InputError(f"a table needs at least 2 rows and no more than its bound, not {rows} of {max_rows}")
         if rows > MOST_ROWS:
@@ -73,7 +76,8 @@ class CoefficientTable:
         self._flipping = threading.Lock()
         self._directory = Directory()
         self._free = FreeRows(BASE_ROW + 1, rows)
-        self._use = RowUse(self._free)
+        self._use = RowUse(self._free, nothing)
+        self._nothing = nothing
         survive_forks(self)
 
     def before_fork(self) -> None:
@@ -111,7 +115,7 @@ class CoefficientTable:
         """Whether `customer` has a row with exactly the bytes of `values`, and this note. It does not count as use."""
         with self._lock:
             row = self._directory.find(customer)
-            if row is None or self._use.note_of(row) != note:
+            if row is None or self._use.note_of(row) != (self._nothing if note is None else note):
                 return False
             self._use.hold(row)
             memory = self.memory
@@ -228,7 +232,7 @@ class CoefficientTable:
             self._use.release(row for row in rows if row != BASE_ROW)
 
     def note_of(self, row: int) -> Any:
-        """What was published with the version in a row that is held; None for the base."""
+        """What was published with the version in a row that is held."""
         return self._use.note_of(row)
 
     def _supersede(self, bulk: Bulk, older: Sequence[Bulk], names: Sequence[str]) -> None:
