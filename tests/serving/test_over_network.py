@@ -74,9 +74,7 @@ def test_answers_are_those_of_the_predictor(
         inferences = [client.infer("tiny", texts, binary=binary, request_id="r-1") for binary in (True, False)]
         one = client.infer("tiny", {"text": list(SENTENCES)}, "acme", outputs=["label", "logits"])
     assert [answer.label for answer in answers] == [answer.label for answer in expected]
-    np.testing.assert_allclose(
-        [answer.score for answer in answers], [answer.score for answer in expected], **FP32_ONNX
-    )
+    np.testing.assert_allclose([answer.score for answer in answers], [answer.score for answer in expected], **FP32_ONNX)
     assert [answer.customer for answer in answers] == CUSTOMERS
     assert len({answer.customer_digest for answer in answers}) == 5
     for inference in inferences:
