@@ -35,6 +35,7 @@ COMMANDS = (
     "verify",
     "predict",
     "pack",
+    "serve",
     "bench",
     "keys",
     "doctor",

@@ -1,11 +1,12 @@
 """What a server says of itself: the shapes of the protocol and of Triton, keys, errors, OpenAPI."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 
+from qrlora_deploy.serving.access import Access
 from qrlora_deploy.serving.http.app import make_app
 from qrlora_deploy.serving.http.front import Front
 from qrlora_deploy.serving.http.openapi import openapi
@@ -19,22 +20,14 @@ from starlette.testclient import TestClient
 ASK = {"texts": [SENTENCES[0]], "customer": "acme"}
 
 
-class Only:
-    """A key of acme."""
-
-    @staticmethod
-    def allows(customer: str) -> bool:
-        return customer == "acme"
-
-
 class Keys:
     """One key."""
 
     @staticmethod
-    def access(key: str | None) -> Only:
+    def access(key: str | None) -> Access:
         if key != "secret":
             raise UnauthenticatedError("give a key that is known: Authorization: Bearer KEY")
-        return Only()
+        return Access("id", (frozenset({"acme"}),))
 
 
 class Counted:
@@ -43,8 +36,8 @@ class Counted:
     def __init__(self) -> None:
         self.seen: list[tuple[str, int, int]] = []
 
-    def observe(self, route: str, code: int, seconds: float, rows: int) -> None:
-        assert seconds > 0
+    def observe(self, route: str, code: int, seconds: float, rows: int, customers: Sequence[str | None] = ()) -> None:
+        assert seconds > 0 and len(customers) == rows
         self.seen.append((route, code, rows))
 
     def text(self) -> bytes:

@@ -1,7 +1,7 @@
 """The routes of the HTTP front."""
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -10,7 +10,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from qrlora_deploy.errors import MalformedInputError
-from qrlora_deploy.serving.answering import Allows, Question, answer
+from qrlora_deploy.serving.access import Access, key_of, open_access
+from qrlora_deploy.serving.answering import Question, answer
 from qrlora_deploy.serving.engine.rows import RowAnswer
 from qrlora_deploy.serving.http.classify import classify_answer, parse_classify
 from qrlora_deploy.serving.http.describing import (
@@ -24,6 +25,7 @@ from qrlora_deploy.serving.http.openapi import openapi
 from qrlora_deploy.serving.http.protocol import InferAnswer, InferRequest, parse_infer, parse_object, write_answer
 from qrlora_deploy.serving.http.questions import deadline_of, question_of
 from qrlora_deploy.serving.http.replies import JSON, error_reply, json_reply, reply_to_error
+from qrlora_deploy.serving.json_log import log_request
 from qrlora_deploy.serving.life import Life
 from qrlora_deploy.serving.outputs import OUTPUTS
 from qrlora_deploy.serving.refusals import DrainingError
@@ -35,10 +37,10 @@ BINARY = "application/octet-stream"
 METRICS = "text/plain; version=0.0.4; charset=utf-8"
 
 
-class Keys(Protocol):
-    """Who may ask."""
+class AsksForKeys(Protocol):
+    """Who may ask; `Keys` does."""
 
-    def access(self, key: str | None) -> Allows:
+    def access(self, key: str | None) -> Access:
         """What a key may do.
 
         Raises:
@@ -46,17 +48,17 @@ class Keys(Protocol):
         """
 
 
-class Metrics(Protocol):
-    """Counts requests."""
+class Counts(Protocol):
+    """Counts requests; `Metrics` does."""
 
     def text(self) -> bytes:
         """What Prometheus reads."""
 
-    def observe(self, route: str, code: int, seconds: float, rows: int) -> None:
+    def observe(self, route: str, code: int, seconds: float, rows: int, customers: Sequence[str | None] = ()) -> None:
         """Count a request."""
 
 
-Handler = Callable[[Request, Allows | None], Awaitable[Response]]
+Handler = Callable[[Request, Access], Awaitable[Response]]
 
 
 @dataclass
@@ -72,8 +74,8 @@ class Front:
 
     models: Models
     life: Life = field(default_factory=Life)
-    keys: Keys | None = None
-    metrics: Metrics | None = None
+    keys: AsksForKeys | None = None
+    metrics: Counts | None = None
 
     def routes(self) -> list[Route]:
         """All of them. Health and the description of the interface need no key."""
@@ -107,79 +109,82 @@ class Front:
         """A route with what all have in common: the key, errors as replies, and counting."""
 
         async def endpoint(request: Request) -> Response:
-            start = time.perf_counter()
+            start, access = time.perf_counter(), open_access
             try:
-                reply = await handler(request, None if is_open else self._access(request))
+                access = open_access if is_open else self._access(request)
+                reply = await handler(request, access)
             except Exception as error:
-                reply = reply_to_error(error, getattr(request.state, "request_id", "-"))
-            if self.metrics is not None:
-                rows = getattr(request.state, "rows", 0)
-                self.metrics.observe(path, reply.status_code, time.perf_counter() - start, rows)
+                reply = reply_to_error(error, _request_id(request))
+            self._tell(request, path, reply.status_code, time.perf_counter() - start, access.key_id)
             return reply
 
         return Route(path, endpoint, methods=[method])
 
-    def _access(self, request: Request) -> Allows | None:
-        if self.keys is None:
-            return None
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        return self.keys.access(key.strip() if scheme.lower() == "bearer" and key else None)
+    def _access(self, request: Request) -> Access:
+        return open_access if self.keys is None else self.keys.access(key_of(request.headers.get("authorization")))
+
+    def _tell(self, request: Request, route: str, code: int, seconds: float, key_id: str) -> None:
+        """Count a request and log it."""
+        customers: Sequence[str | None] = getattr(request.state, "customers", ())
+        if self.metrics is not None:
+            self.metrics.observe(route, code, seconds, len(customers), customers)
+        log_request(_request_id(request), request.method, route, code, seconds, len(customers), key_id)
 
     def _model(self, request: Request) -> ServedModel:
         return self.models.find(request.path_params["model"], request.path_params.get("version"))
 
-    async def live(self, request: Request, access: Allows | None) -> Response:
+    async def live(self, request: Request, access: Access) -> Response:
         """The process runs."""
         return json_reply({"live": True})
 
-    async def ready(self, request: Request, access: Allows | None) -> Response:
+    async def ready(self, request: Request, access: Access) -> Response:
         """Requests are welcome."""
         ready = self.life.ready and all(model.ready for model in self.models)
         return json_reply({"ready": ready}, 200 if ready else 503)
 
-    async def model_ready(self, request: Request, access: Allows | None) -> Response:
+    async def model_ready(self, request: Request, access: Access) -> Response:
         """The same for a model."""
         model = self._model(request)
         ready = self.life.ready and model.ready
         return json_reply({"name": model.name, "ready": ready}, 200 if ready else 503)
 
-    async def describe(self, request: Request, access: Allows | None) -> Response:
+    async def describe(self, request: Request, access: Access) -> Response:
         """What people and tools read to use this."""
         return json_reply(openapi())
 
-    async def server(self, request: Request, access: Allows | None) -> Response:
+    async def server(self, request: Request, access: Access) -> Response:
         """Name, version, extensions."""
         return json_reply(server_metadata())
 
-    async def model(self, request: Request, access: Allows | None) -> Response:
+    async def model(self, request: Request, access: Access) -> Response:
         """A model's inputs and outputs."""
         return json_reply(model_metadata(self._model(request)))
 
-    async def config(self, request: Request, access: Allows | None) -> Response:
+    async def config(self, request: Request, access: Access) -> Response:
         """The same as Triton's tools want it."""
         return json_reply(model_config(self._model(request)))
 
-    async def stats(self, request: Request, access: Allows | None) -> Response:
+    async def stats(self, request: Request, access: Access) -> Response:
         """Counters of a model's engine."""
         return json_reply({"model_stats": [model_stats(self._model(request))]})
 
-    async def all_stats(self, request: Request, access: Allows | None) -> Response:
+    async def all_stats(self, request: Request, access: Access) -> Response:
         """Counters of all engines."""
         return json_reply({"model_stats": [model_stats(model) for model in self.models]})
 
-    async def index(self, request: Request, access: Allows | None) -> Response:
+    async def index(self, request: Request, access: Access) -> Response:
         """All models; those that are ready, where the body asks so."""
         body = await request.body()
         record = parse_object(body) if body else {}
         found = repository_index(self.models, self.life.ready)
         return json_reply([model for model in found if model["state"] == "READY"] if record.get("ready") else found)
 
-    async def scrape(self, request: Request, access: Allows | None) -> Response:
+    async def scrape(self, request: Request, access: Access) -> Response:
         """For Prometheus."""
         assert self.metrics is not None
         return Response(self.metrics.text(), headers={"content-type": METRICS})
 
-    async def classify(self, request: Request, access: Allows | None) -> Response:
+    async def classify(self, request: Request, access: Access) -> Response:
         """Texts in plain JSON."""
         question, customers, name = parse_classify(parse_object(await request.body()))
         model = self.models.first if name is None else self.models.find(name)
@@ -187,7 +192,7 @@ class Front:
         answers = await self._answer(request, model, question, customers, deadline_s, access)
         return json_reply(classify_answer(model, customers, answers))
 
-    async def infer(self, request: Request, access: Allows | None) -> Response:
+    async def infer(self, request: Request, access: Access) -> Response:
         """The protocol's inference."""
         model = self._model(request)
         asked = parse_infer(await request.body(), _header_length(request))
@@ -203,9 +208,9 @@ class Front:
         question: Question,
         customers: list[str | None],
         deadline_s: float | None,
-        access: Allows | None,
+        access: Access,
     ) -> list[RowAnswer]:
-        request.state.rows = len(question)
+        request.state.customers = customers
         # While it drains a server still answers who has not heard of it yet; before it is ready it cannot.
         if not (self.life.ready or self.life.draining):
             raise DrainingError("the server is not ready yet; try again soon")
@@ -219,6 +224,10 @@ async def not_found(request: Request, error: Exception) -> Response:
     reply = error_reply(f"{request.url.path[:120]!a} {what}; GET /openapi.json lists what is", code)
     reply.headers.update(getattr(error, "headers", None) or {})
     return reply
+
+
+def _request_id(request: Request) -> str:
+    return getattr(request.state, "request_id", "-")
 
 
 def _header_length(request: Request) -> int | None:
