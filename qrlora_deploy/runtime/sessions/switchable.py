@@ -127,8 +127,19 @@ class SwitchableSession:
             raise MalformedInputError(f"a customer is called by a text that is not empty, not {customer!r:.40}")
         coefficients = source if isinstance(source, Coefficients) else read_customer_file(Path(source))
         place = f"{customer}" if isinstance(source, Coefficients) else f"{source}"
-        check_customer_fits(coefficients, self.manifest, place)
-        self.table.publish(customer, self._row(coefficients, place), self._versions.of(coefficients))
+        self.table.publish(customer, self._fitting_row(coefficients, place), self._versions.of(coefficients))
+
+    def check(self, coefficients: Coefficients, place: str) -> None:
+        """Make sure that `load` would take a customer; nothing is changed.
+
+        Args:
+            coefficients: the customer.
+            place: its name or file, for the message.
+
+        Raises:
+            InputError: as `load`.
+        """
+        self._fitting_row(coefficients, place)
 
     def holds(self, customer: str, coefficients: Coefficients) -> bool:
         """Whether `customer` is in the table with exactly these coefficients, head and labels.
@@ -139,8 +150,7 @@ class SwitchableSession:
         if customer not in self.table:
             return False
         self._check_usable()
-        check_customer_fits(coefficients, self.manifest, customer)
-        row, version = self._row(coefficients, customer), self._versions.of(coefficients)
+        row, version = self._fitting_row(coefficients, customer), self._versions.of(coefficients)
         # Of what came from a packed file no digest is known.
         return any(self.table.holds(customer, row, note) for note in (version, Version(version.labels)))
 
@@ -250,6 +260,11 @@ class SwitchableSession:
             # The graph takes them for rows from the end of its table, without an error.
             if inputs[name].min() < 0:
                 raise MalformedInputError(f"the input {name} has a negative number")
+
+    def _fitting_row(self, coefficients: Coefficients, place: str) -> dict[str, np.ndarray]:
+        """The row of a customer, which may not fit at all."""
+        check_customer_fits(coefficients, self.manifest, place)
+        return self._row(coefficients, place)
 
     def _row(self, coefficients: Coefficients, place: str) -> dict[str, np.ndarray]:
         """The row of a customer that fits, by input; refuses a head or labels that do not."""

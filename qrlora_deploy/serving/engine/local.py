@@ -123,6 +123,8 @@ class LocalEngine:
                 queue_s=runner.queue_s,
                 run_s=runner.run_s,
                 resident=len(self._model.table),
+                loads=self._model.table.loads,
+                evictions=self._model.table.evictions,
                 draining=self._draining,
             )
 
