@@ -21,8 +21,10 @@ class Health:
         self._servicer = health.aio.HealthServicer()
         self._names = ("", SERVICE, *models)
 
-    def add_to(self, server: grpc.aio.Server) -> None:
-        """Offer it."""
+    async def add_to(self, server: grpc.aio.Server) -> None:
+        """Offer it; it says NOT_SERVING until `serving`."""
+        for name in self._names:
+            await self._servicer.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
         health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
 
     async def serving(self) -> None:

@@ -23,6 +23,12 @@ def value_of(context: grpc.aio.ServicerContext, name: str) -> str | None:
     return None
 
 
+def key_of_call(context: grpc.aio.ServicerContext) -> str | None:
+    """The key in `authorization: Bearer KEY`; None where there is none."""
+    scheme, _, key = (value_of(context, "authorization") or "").partition(" ")
+    return key.strip() or None if scheme.lower() == "bearer" else None
+
+
 def deadline_of(context: grpc.aio.ServicerContext) -> float | None:
     """The time of `time.monotonic` after which the client does not wait; None where it gave none."""
     remaining = context.time_remaining()
