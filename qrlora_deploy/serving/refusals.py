@@ -1,7 +1,6 @@
 """Why a server answers a request by no answer, and the status that each reason has over HTTP and gRPC."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from qrlora_deploy.errors import QrloraError
 
