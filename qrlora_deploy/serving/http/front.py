@@ -232,11 +232,16 @@ def _header_length(request: Request) -> int | None:
 
 def _written(model: ServedModel, asked: InferRequest, answers: list[RowAnswer]) -> InferAnswer:
     values = [(wanted, OUTPUTS[wanted.name](answers, model.task)) for wanted in asked.wanted]
+    return write_answer(model.name, VERSION, asked.id, values, answer_parameters(model, answers))
+
+
+def answer_parameters(model: ServedModel, answers: list[RowAnswer]) -> dict[str, str]:
+    """What has answered: digests of the base, and of the customer where all rows are of one."""
     digests = {answer.digest for answer in answers}
     parameters = {"base_digest": model.bundle.manifest.base_digest}
     if len(digests) == 1:
         parameters["customer_digest"] = digests.pop()
-    return write_answer(model.name, VERSION, asked.id, values, parameters)
+    return parameters
 
 
 def _infer_reply(written: InferAnswer) -> Response:

@@ -89,8 +89,9 @@ def parse_infer(body: bytes, header_length: int | None = None) -> InferRequest:
     identity = record.get("id", "")
     if not isinstance(identity, str):
         raise MalformedInputError("id must be a text")
+    outputs = _objects(record, "outputs") if record.get("outputs") else []
     binary = memoryview(body)[len(body) if header_length is None else header_length :]
-    return InferRequest(identity, parameters, _inputs(record, binary), _wanted(record, parameters))
+    return InferRequest(identity, parameters, _inputs(record, binary), chosen_outputs(outputs, parameters))
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
@@ -177,8 +178,17 @@ def _type_of(item: Mapping[str, Any], place: str) -> tuple[str, tuple[int, ...]]
     return str(datatype), shape
 
 
-def _wanted(record: Mapping[str, Any], parameters: Mapping[str, Any]) -> tuple[Wanted, ...]:
-    asked = _objects(record, "outputs") if record.get("outputs") else [{"name": name} for name in DATATYPES]
+def chosen_outputs(outputs: Sequence[Mapping[str, Any]], parameters: Mapping[str, Any]) -> tuple[Wanted, ...]:
+    """The outputs that a request asks for; all of them where it names none.
+
+    Args:
+        outputs: `name`, and `parameters` where it has some, of each.
+        parameters: of the request.
+
+    Raises:
+        MalformedInputError: there is no such output, or not in that form.
+    """
+    asked = outputs or [{"name": name} for name in DATATYPES]
     return tuple(_one_wanted(item, parameters) for item in asked)
 
 
