@@ -7,7 +7,7 @@ import numpy as np
 from qrlora_deploy.serving.engine.rows import RowAnswer
 from qrlora_deploy.tasks.base import Task
 
-PADDING = {"FP32": np.finfo(np.float32).min, "FP16": np.finfo(np.float16).min}
+PADDING = {"FP32": float(np.finfo(np.float32).min), "FP16": float(np.finfo(np.float16).min)}
 """Stands in `logits` behind the labels of a row that has fewer than others of its request: the lowest finite
 number, of which JSON knows, and of which no argmax and no softmax takes notice."""
 

@@ -219,15 +219,16 @@ def write_answer(
     Raises:
         QrloraError: an output in JSON holds a number that is not finite.
     """
-    outputs, pieces = [], []
+    outputs: list[dict[str, Any]] = []
+    pieces: list[bytes] = []
     for wanted, array in values:
-        record = {"name": wanted.name, "datatype": wanted.datatype, "shape": list(array.shape)}
+        output = {"name": wanted.name, "datatype": wanted.datatype, "shape": list(array.shape)}
         if wanted.binary:
             pieces.append(to_bytes(array, wanted.datatype))
-            outputs.append(record | {"parameters": {"binary_data_size": len(pieces[-1])}})
+            outputs.append(output | {"parameters": {"binary_data_size": len(pieces[-1])}})
         else:
-            outputs.append(record | {"data": to_json(array, wanted.name)})
-    record = {"model_name": model, "model_version": version} | ({"id": identity} if identity else {})
+            outputs.append(output | {"data": to_json(array, wanted.name)})
+    record: dict[str, Any] = {"model_name": model, "model_version": version} | ({"id": identity} if identity else {})
     record |= {"parameters": dict(parameters), "outputs": outputs}
     head = orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY)
     if not any(wanted.binary for wanted, _ in values):

@@ -18,7 +18,7 @@ MAX_DIMENSIONS = 8
 LENGTH = struct.Struct("<I")
 """Before each element of BYTES in binary data."""
 
-RAW = {"INT64": np.dtype("<i8"), "FP32": np.dtype("<f4"), "FP16": np.dtype("<f2")}
+RAW: dict[str, np.dtype[Any]] = {"INT64": np.dtype("<i8"), "FP32": np.dtype("<f4"), "FP16": np.dtype("<f2")}
 """Datatypes of fixed size, little-endian, as binary data has them."""
 
 
@@ -88,7 +88,8 @@ def texts_of_bytes(raw: memoryview, shape: tuple[int, ...], place: str) -> list[
     Raises:
         MalformedInputError: the lengths do not fit the data or the shape, or a text is not UTF-8.
     """
-    count, start, found = math.prod(shape), 0, []
+    count, start = math.prod(shape), 0
+    found: list[str] = []
     # No loop over a number that a client made up: each text takes four bytes.
     while start < len(raw) and len(found) <= count:
         end = start + LENGTH.size
