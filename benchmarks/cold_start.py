@@ -28,6 +28,7 @@ from qrlora_deploy.runtime.customers.packed import load_packed
 from qrlora_deploy.runtime.customers.packed_writer import write_packed
 from qrlora_deploy.runtime.customers.store import CustomerStore
 from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
+from qrlora_deploy.runtime.sessions.versions import Versions
 from qrlora_deploy.runtime.table.memory import make_memory
 from qrlora_deploy.runtime.table.table import CoefficientTable
 
@@ -56,9 +57,9 @@ def make_session(coefficients: int) -> SwitchableSession:
         inputs=(),
     )
     session.layout, session.head, session.base_head, session.fetch = TableLayout(ranks), None, None, None
-    session._labels = {}
+    session._versions = Versions(LABELS)
     widths = {TABLE: session.layout.width}
-    session.table = CoefficientTable(lambda rows: make_memory(widths, rows, "cpu"))
+    session.table = CoefficientTable(lambda rows: make_memory(widths, rows, "cpu"), nothing=session._versions.base)
     return session
 
 

@@ -36,6 +36,7 @@ COMMANDS = (
     "predict",
     "pack",
     "bench",
+    "keys",
     "doctor",
 )
 """In the order of the work; each is a module of this package with a `command`,

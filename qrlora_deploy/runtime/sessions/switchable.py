@@ -33,14 +33,12 @@ from qrlora_deploy.runtime.sessions.bucket_runner import make_runner
 from qrlora_deploy.runtime.sessions.buckets import Buckets
 from qrlora_deploy.runtime.sessions.running import text_inputs
 from qrlora_deploy.runtime.sessions.session import open_session
+from qrlora_deploy.runtime.sessions.versions import Version, Versions
 from qrlora_deploy.runtime.table.memory import make_memory
 from qrlora_deploy.runtime.table.table import BASE_ROW, CoefficientTable, rows_of
 
 FETCH_ATTEMPTS = 8
 """Rounds of fetching customers for one batch, while others push them out of a full table again."""
-
-SHARED_LABELS = 4096
-"""Different labels of customers that are remembered, so that those who have the same ones share them."""
 
 
 class SwitchableSession:
@@ -59,6 +57,7 @@ class SwitchableSession:
             batch runs as it comes.
 
     Attributes:
+        buckets: as given.
         base_head: the base's row of the head table, where customers may have heads of their own.
         fetch: finds a customer that is not in the table and returns it, or loads it itself and
             returns None, or raises `InputError`; None: such a customer is refused. A
@@ -86,9 +85,10 @@ class SwitchableSession:
             raise InputError(f"{bundle.folder} is a {manifest.kind} bundle; export a switchable one without --merge")
         self.bundle = bundle
         self.manifest = manifest
+        self.buckets = buckets
         self.layout = TableLayout([target.rank for target in manifest.targets], manifest.table_dtype)
         self.fetch: Callable[[str], Coefficients | None] | None = None
-        self._labels: dict[tuple[str, ...], tuple[str, ...]] = {}
+        self._versions = Versions(manifest.labels)
         self._on_gpu = Device.of(provider).on_gpu
         self.session = open_session(bundle.model, provider, threads, cuda_graph=buckets is not None)
         check_graph(self.session, bundle)
@@ -97,7 +97,9 @@ class SwitchableSession:
         widths = {TABLE: self.layout.width} | ({HEAD_TABLE: self.head.width} if self.head else {})
         self.base_head = _read_base_head(bundle, self.head) if self.head else None
         dtypes = {TABLE: self.layout.dtype}
-        self.table = CoefficientTable(lambda count: make_memory(widths, count, provider, dtypes), rows, max_rows)
+        self.table = CoefficientTable(
+            lambda count: make_memory(widths, count, provider, dtypes), rows, max_rows, self._versions.base
+        )
         nobody = {TABLE: np.zeros(self.layout.width, dtype=self.layout.dtype)}
         self.table.memory.write(BASE_ROW, nobody | ({} if self.base_head is None else {HEAD_TABLE: self.base_head}))
         self._runner = make_runner(self.session, manifest, provider, buckets, lambda: self.table.memory)
@@ -126,7 +128,7 @@ class SwitchableSession:
         coefficients = source if isinstance(source, Coefficients) else read_customer_file(Path(source))
         place = f"{customer}" if isinstance(source, Coefficients) else f"{source}"
         check_customer_fits(coefficients, self.manifest, place)
-        self.table.publish(customer, self._row(coefficients, place), self._own_labels(coefficients))
+        self.table.publish(customer, self._row(coefficients, place), self._versions.of(coefficients))
 
     def holds(self, customer: str, coefficients: Coefficients) -> bool:
         """Whether `customer` is in the table with exactly these coefficients, head and labels.
@@ -138,7 +140,9 @@ class SwitchableSession:
             return False
         self._check_usable()
         check_customer_fits(coefficients, self.manifest, customer)
-        return self.table.holds(customer, self._row(coefficients, customer), self._own_labels(coefficients))
+        row, version = self._row(coefficients, customer), self._versions.of(coefficients)
+        # Of what came from a packed file no digest is known.
+        return any(self.table.holds(customer, row, note) for note in (version, Version(version.labels)))
 
     def unload(self, customer: str) -> bool:
         """Forget a customer; runs that hold it end undisturbed. False where there is none."""
@@ -166,6 +170,13 @@ class SwitchableSession:
             UnknownCustomerError: a customer is not there.
             QrloraError: the model fails, or this is a forked child of the session's process, on a GPU.
         """
+        logits, versions = self.answer(inputs, customers)
+        return logits, [version.labels for version in versions]
+
+    def answer(
+        self, inputs: dict[str, np.ndarray], customers: Sequence[str | None]
+    ) -> tuple[np.ndarray, list[Version]]:
+        """As `predict`, with the version of its customer that answered each row."""
         self._check_usable()
         if isinstance(customers, (str, bytes)) or not isinstance(customers, Sequence):
             raise MalformedInputError(f"customers must be a list with one for each row, not {type(customers).__name__}")
@@ -175,10 +186,30 @@ class SwitchableSession:
             self._hold(customers, held)
             slot = rows_of(customers, held)
             logits = self._runner.run(inputs, slot)
-            labels = [self.table.note_of(int(row)) or self.manifest.labels for row in slot]
+            versions = [self.table.note_of(row) for row in slot.tolist()]
         finally:
             self.table.release(held.values())
-        return logits, labels
+        return logits, versions
+
+    def lacks(self, customers: Sequence[str | None]) -> list[str]:
+        """Those of `customers` that are not in the table now."""
+        return [name for name in dict.fromkeys(customers) if name is not None and name not in self.table]
+
+    def bring(self, customers: Sequence[str | None]) -> None:
+        """Make sure that customers are in the table; those that are not are fetched.
+
+        In a full table one may be pushed out again before it is asked for; `predict` fetches it then.
+
+        Raises:
+            UnknownCustomerError: a customer is not there.
+            InputError: its file cannot be served.
+        """
+        self._check_usable()
+        held: dict[str | None, int] = {}
+        try:
+            self._hold(customers, held)
+        finally:
+            self.table.release(held.values())
 
     def _hold(self, customers: Sequence[str | None], held: dict[str | None, int]) -> None:
         """Hold the row of every customer, fetching those that are not in the table."""
@@ -219,14 +250,6 @@ class SwitchableSession:
             # The graph takes them for rows from the end of its table, without an error.
             if inputs[name].min() < 0:
                 raise MalformedInputError(f"the input {name} has a negative number")
-
-    def _own_labels(self, coefficients: Coefficients) -> tuple[str, ...] | None:
-        """Labels that are not the base's; customers with the same ones share them."""
-        if coefficients.labels == self.manifest.labels:
-            return None
-        if len(self._labels) >= SHARED_LABELS:
-            self._labels = {}
-        return self._labels.setdefault(coefficients.labels, coefficients.labels)
 
     def _row(self, coefficients: Coefficients, place: str) -> dict[str, np.ndarray]:
         """The row of a customer that fits, by input; refuses a head or labels that do not."""

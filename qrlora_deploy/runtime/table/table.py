@@ -47,19 +47,27 @@ class CoefficientTable:
         rows: rows at the start, with the base's.
         max_rows: rows at most; then a customer of a bulk that was never used gives way, or the one
             that was not used for longest. None: no bound.
+        nothing: the note of the base, and of versions that are published without one.
+
+    Attributes:
+        loads: versions of customers that were published since the start.
+        evictions: customers that made room for others.
 
     Raises:
         InputError: the numbers of rows make no sense.
         QrloraError: the memory does not fit the device.
     """
 
-    def __init__(self, make: Callable[[int], TableMemory], rows: int = 64, max_rows: int | None = None) -> None:
+    def __init__(
+        self, make: Callable[[int], TableMemory], rows: int = 64, max_rows: int | None = None, nothing: Any = None
+    ) -> None:
         if rows < 2 or (max_rows is not None and max_rows < rows):
             raise InputError(f"a table needs at least 2 rows and no more than its bound, not {rows} of {max_rows}")
         if rows > MOST_ROWS:
             raise InputError(f"a table has {MOST_ROWS} rows at most, not {rows}")
         self.memory = make(rows)
         self.max_rows = max_rows
+        self.loads = self.evictions = 0
         # Short: look-ups and counts only. Never held while memory is copied.
         self._lock = threading.Lock()
         # One writer at a time, so that a row is not lost while the memory grows.
@@ -68,7 +76,8 @@ class CoefficientTable:
         self._flipping = threading.Lock()
         self._directory = Directory()
         self._free = FreeRows(BASE_ROW + 1, rows)
-        self._use = RowUse(self._free)
+        self._use = RowUse(self._free, nothing)
+        self._nothing = nothing
         survive_forks(self)
 
     def before_fork(self) -> None:
@@ -106,7 +115,7 @@ class CoefficientTable:
         """Whether `customer` has a row with exactly the bytes of `values`, and this note. It does not count as use."""
         with self._lock:
             row = self._directory.find(customer)
-            if row is None or self._use.note_of(row) != note:
+            if row is None or self._use.note_of(row) != (self._nothing if note is None else note):
                 return False
             self._use.hold(row)
             memory = self.memory
@@ -138,6 +147,7 @@ class CoefficientTable:
                 if note is not None:
                     self._use.note([row], note)
                 self._use.retire(self._directory.put(customer, row))
+                self.loads += 1
 
     def publish_bulk(
         self, count: int, blocks: Iterable[dict[str, np.ndarray]], index: Callable[[], IdIndex], note: Any = None
@@ -176,6 +186,7 @@ class CoefficientTable:
                 if note is not None:
                     self._use.note(rows.tolist(), note)
                 older, names = self._directory.add(bulk), self._directory.entries()
+                self.loads += count
             self._supersede(bulk, older, names)
 
     def remove(self, customer: str) -> bool:
@@ -221,7 +232,7 @@ class CoefficientTable:
             self._use.release(row for row in rows if row != BASE_ROW)
 
     def note_of(self, row: int) -> Any:
-        """What was published with the version in a row that is held; None for the base."""
+        """What was published with the version in a row that is held."""
         return self._use.note_of(row)
 
     def _supersede(self, bulk: Bulk, older: Sequence[Bulk], names: Sequence[str]) -> None:
@@ -287,6 +298,7 @@ class CoefficientTable:
         row = self._directory.give_way(self._use.holders)
         if row is not None:
             self._use.forget(row)
+            self.evictions += 1
             return row
         raise TableFullError(f"all {self.max_rows} rows of the table are in use; open it with more rows")
 

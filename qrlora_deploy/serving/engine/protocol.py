@@ -23,6 +23,8 @@ class EngineStats:
         queue_s: sum of the seconds that answered rows waited.
         run_s: sum of the seconds of all runs.
         resident: customers in the table.
+        loads: versions of customers that were brought into the table.
+        evictions: customers that made room there for others.
         draining: no new request is taken.
     """
 
@@ -35,6 +37,8 @@ class EngineStats:
     queue_s: float = 0.0
     run_s: float = 0.0
     resident: int = 0
+    loads: int = 0
+    evictions: int = 0
     draining: bool = False
 
 

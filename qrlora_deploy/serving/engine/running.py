@@ -1,0 +1,92 @@
+"""Runs a batch so that a row fails for nothing but itself."""
+
+import time
+from collections.abc import Callable, Sequence
+
+from qrlora_deploy.errors import QrloraError, first_line
+from qrlora_deploy.serving.engine.batching import Shapes
+from qrlora_deploy.serving.engine.collating import Collator
+from qrlora_deploy.serving.engine.models import Model
+from qrlora_deploy.serving.engine.pace import Pace
+from qrlora_deploy.serving.engine.requests import WaitingRow
+from qrlora_deploy.serving.engine.rows import RowAnswer
+from qrlora_deploy.serving.refusals import DeadlineError
+
+Outcome = tuple[WaitingRow, RowAnswer | QrloraError]
+"""A row and how it ended."""
+
+
+class BatchRunner:
+    """Runs batches, one after the other.
+
+    Args:
+        model: runs them.
+        shapes: what it pads a batch to, for the pace.
+        pace: is told of every run.
+        clock: seconds, as `time.monotonic`.
+
+    Attributes:
+        batches: that were run.
+        run_s: how long they took together.
+        queue_s: how long the rows that were answered had waited, together.
+    """
+
+    def __init__(self, model: Model, shapes: Shapes, pace: Pace, clock: Callable[[], float] = time.monotonic) -> None:
+        self.collator = Collator(model.bundle)
+        self.batches = 0
+        self.run_s = 0.0
+        self.queue_s = 0.0
+        self._model, self._shapes, self._pace, self._clock = model, shapes, pace, clock
+
+    def run(self, rows: Sequence[WaitingRow]) -> list[Outcome]:
+        """How each row ends, without those whose request has ended already.
+
+        A row whose deadline has passed is not run. A batch that fails is run again in halves, until what fails
+        is a row by itself.
+        """
+        now = self._clock()
+        wanted = [row for row in rows if not row.request.ended]
+        outcomes: list[Outcome] = [(row, _late()) for row in wanted if _is_late(row, now)]
+        wanted = [row for row in wanted if not _is_late(row, now)]
+        if not wanted:
+            return outcomes
+        try:
+            return outcomes + self._run(wanted, now)
+        except Exception as error:
+            if len(wanted) == 1:
+                return [*outcomes, (wanted[0], as_ours(error))]
+        half = len(wanted) // 2
+        return outcomes + self.run(wanted[:half]) + self.run(wanted[half:])
+
+    def _run(self, rows: Sequence[WaitingRow], start_s: float) -> list[Outcome]:
+        inputs = self.collator.batch([row.row for row in rows])
+        logits, versions = self._model.answer(inputs, [row.customer for row in rows])
+        self._count(rows, start_s)
+        # Behind its own labels a customer has -inf.
+        answers = [
+            RowAnswer(values[: len(version.labels)], version.labels, version.digest)
+            for values, version in zip(logits, versions, strict=True)
+        ]
+        return list(zip(rows, answers, strict=True))
+
+    def _count(self, rows: Sequence[WaitingRow], start_s: float) -> None:
+        seconds = self._clock() - start_s
+        length = self._shapes.length(max(row.length for row in rows))
+        self._pace.ran(len(rows), len(rows) * length, seconds)
+        self.batches += 1
+        self.run_s += seconds
+        self.queue_s += sum(start_s - row.request.queued_s for row in rows)
+
+
+def as_ours(error: BaseException) -> QrloraError:
+    """An error that a client may see; what a library or a mistake of ours raised is a failure of the engine."""
+    return error if isinstance(error, QrloraError) else QrloraError(f"the engine failed: {first_line(error)}")
+
+
+def _is_late(row: WaitingRow, now: float) -> bool:
+    deadline = row.request.place.deadline_s
+    return deadline is not None and now >= deadline
+
+
+def _late() -> DeadlineError:
+    return DeadlineError("the deadline passed before the request was answered; it was not run")
