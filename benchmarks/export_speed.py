@@ -23,51 +23,53 @@ from benchmarks.common.measuring import environment
 from benchmarks.fleet.shards import Shards, save_shape
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.data.sample import sample_texts
-from qrlora_deploy.factorization.from_checkpoint import factorize
-from qrlora_deploy.formats.basis import write_basis
+from qrlora_deploy.formats.basis import read_basis
 from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
 from qrlora_deploy.io.files import write_json
 from qrlora_deploy.models.checkpoint import open_checkpoint
-from qrlora_deploy.models.targets import choose_targets
-from qrlora_deploy.rank_rules.energy_share import EnergyShare
 
 ROOT = Path(__file__).parents[1]
 LAST_LAYERS = 4
 KINDS = {"switchable": (), "merged": ("--merge", "--coefficients", "acme.safetensors")}
 
 
-def prepare(folder: Path, shape: str) -> None:
-    """A base, its basis and a customer."""
+def prepare(folder: Path, shape: str, checkout: Path) -> None:
+    """A base, its basis and a customer; the basis by another checkout, which may not read today's format."""
     texts = sample_texts()
     rows = Examples(texts, None, [f"label {index % 4}" for index in range(len(texts))], "sample")
     save_shape(folder / "base", shape, Shards({"sample": rows}, ("label 0", "label 1", "label 2", "label 3")))
     checkpoint = open_checkpoint(str(folder / "base"))
-    targets = choose_targets(checkpoint.skeleton(), ["q" if shape == "mpnet" else "query"], LAST_LAYERS)
-    basis = factorize(checkpoint, targets, EnergyShare(0.5))
-    write_basis(basis, folder / "basis.safetensors")
+    layers = ("--target", "q" if shape == "mpnet" else "query", "--last-layers", str(LAST_LAYERS))
+    run_command(checkout, folder, "factorize", "base", *layers, "-o", "basis.safetensors")
+    basis = read_basis(folder / "basis.safetensors")
     values = np.random.default_rng(0).uniform(0.5, 1.5, basis.total_rank).astype(np.float32)
     customer = Coefficients(values, basis.digest, "base", checkpoint.digest, checkpoint.task, checkpoint.labels)
     write_coefficients(customer, folder / "acme.safetensors")
 
 
+def run_command(checkout: Path, folder: Path, *words: str) -> float:
+    """Seconds of a command of a checkout."""
+    path = f"{checkout}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    command = [sys.executable, "-m", "qrlora_deploy.cli", *words]
+    start = time.perf_counter()
+    subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": path}, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+
 def export(folder: Path, checkout: Path, kind: str, name: str) -> tuple[float, str]:
     """Seconds of the command, and the digest of the graph with its weights."""
-    output = folder / name
-    command = [sys.executable, "-m", "qrlora_deploy.cli", "export", "base", "--basis", "basis.safetensors"]
-    variables = os.environ | {"PYTHONPATH": str(checkout)}
-    start = time.perf_counter()
-    subprocess.run([*command, *KINDS[kind], "-o", output], cwd=folder, env=variables, check=True, capture_output=True)
-    seconds = time.perf_counter() - start
+    words = ("base", "--basis", "basis.safetensors", *KINDS[kind])
+    seconds = run_command(checkout, folder, "export", *words, "-o", name)
     digest = hashlib.sha256()
     for file in ("model.onnx", "model.onnx.data"):
-        digest.update((output / file).read_bytes())
+        digest.update((folder / name / file).read_bytes())
     return seconds, digest.hexdigest()
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Export in turn; returns the record."""
-    prepare(folder, arguments.shape)
     checkouts = {"this": ROOT, "other": arguments.against.resolve()}
+    prepare(folder, arguments.shape, checkouts["other"])
     record: dict[str, Any] = {"shape": arguments.shape, "last_layers": LAST_LAYERS, "against": arguments.name}
     for kind in KINDS:
         seconds: dict[str, list[float]] = {name: [] for name in checkouts}
