@@ -1,5 +1,7 @@
 """A server's application over the tiny switchable bundle."""
 
+import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -55,3 +57,24 @@ def model(session: SwitchableSession, customers: dict[str, Coefficients]) -> Ite
 @pytest.fixture
 def models(model: ServedModel) -> Models:
     return Models([model])
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an authority, and a server and a client that it signed."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs the command openssl to make certificates")
+    folder = tmp_path_factory.mktemp("certificates")
+    new = "req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes"
+
+    def openssl(line: str) -> None:
+        subprocess.run(["openssl", *line.split()], cwd=folder, check=True, capture_output=True, timeout=60)
+
+    openssl(f"{new} -x509 -keyout ca.key -out ca.pem -days 2 -subj /CN=authority")
+    for name in ("server", "client"):
+        openssl(f"{new} -keyout {name}.key -out {name}.csr -subj /CN={name} -addext subjectAltName=DNS:localhost")
+        openssl(
+            f"x509 -req -in {name}.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -out {name}.pem "
+            f"-copy_extensions copy"
+        )
+    return folder
