@@ -11,8 +11,8 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from qrlora_deploy.errors import MalformedInputError
-from qrlora_deploy.serving.http.protocol import MAX_TENSORS, InferRequest, Tensor, chosen_outputs
-from qrlora_deploy.serving.http.tensors import check_shape, numbers_of_bytes, text_of, texts_of_bytes
+from qrlora_deploy.serving.inference.requests import MAX_TENSORS, InferRequest, Tensor, chosen_outputs
+from qrlora_deploy.serving.inference.tensors import check_shape, numbers_of_bytes, text_of, texts_of_bytes
 
 CONTENTS = {"BYTES": "bytes_contents", "INT64": "int64_contents"}
 """The field that holds elements of a datatype."""

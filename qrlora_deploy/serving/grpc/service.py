@@ -14,13 +14,13 @@ from qrlora_deploy.serving.grpc.metadata import deadline_of, key_of_call, refuse
 from qrlora_deploy.serving.grpc.reading import parse, read_infer
 from qrlora_deploy.serving.grpc.schema import METHODS, SERVICE
 from qrlora_deploy.serving.grpc.writing import write_infer
-from qrlora_deploy.serving.http.describing import model_metadata, server_metadata
-from qrlora_deploy.serving.http.front import Keys, Metrics, answer_parameters
-from qrlora_deploy.serving.http.questions import deadline_of as deadline_of_request
-from qrlora_deploy.serving.http.questions import question_of
+from qrlora_deploy.serving.inference.describing import model_metadata, server_metadata
+from qrlora_deploy.serving.inference.questions import deadline_of as deadline_of_request
+from qrlora_deploy.serving.inference.questions import question_of
 from qrlora_deploy.serving.life import Life
-from qrlora_deploy.serving.outputs import OUTPUTS
-from qrlora_deploy.serving.refusals import DrainingError, status_of
+from qrlora_deploy.serving.outputs import OUTPUTS, answer_parameters
+from qrlora_deploy.serving.parts import Keys, Metrics
+from qrlora_deploy.serving.refusals import status_of
 from qrlora_deploy.serving.served import VERSION, Models
 
 OPEN = ("ServerLive", "ServerReady", "ModelReady")
@@ -130,11 +130,11 @@ class InferenceService:
         asked = read_infer(message)
         question, customers = question_of(asked)
         call.rows = len(question)
-        # While it drains a server still answers who has not heard of it yet; before it is ready it cannot.
-        if not (self.life.ready or self.life.draining):
-            raise DrainingError("the server is not ready yet; try again soon")
+        self.life.check()
         limits = (call.deadline_s, deadline_of_request(None, asked.parameters.get("timeout")))
         deadline_s = min((limit for limit in limits if limit is not None), default=None)
         answers = await answer(model, question, customers, deadline_s, call.access)
         values = [(wanted, OUTPUTS[wanted.name](answers, model.task)) for wanted in asked.wanted]
-        return write_infer(model.name, VERSION, asked.id, values, answer_parameters(model, answers))
+        return write_infer(
+            model.name, VERSION, asked.id, values, answer_parameters(model.bundle.manifest.base_digest, answers)
+        )

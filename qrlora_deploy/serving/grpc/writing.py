@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from qrlora_deploy.serving.grpc.schema import ModelInferResponse
-from qrlora_deploy.serving.http.protocol import Wanted
-from qrlora_deploy.serving.http.tensors import to_bytes
+from qrlora_deploy.serving.inference.requests import Wanted
+from qrlora_deploy.serving.inference.tensors import to_bytes
 
 
 def write_infer(
