@@ -1,13 +1,14 @@
 """Where a gRPC server listens, how much it takes, and its certificates."""
 
+import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import grpc
 
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, library_errors
+from qrlora_deploy.serving.tls import Tls
 
 MAX_METADATA_BYTES = 16 * 2**10
 
@@ -39,55 +40,69 @@ class GrpcLimits:
         )
 
 
-@dataclass(frozen=True)
-class GrpcTls:
-    """Files of certificates, in PEM.
+class Certificates:
+    """Files of certificates, as gRPC takes them. Safe for many threads.
 
-    Attributes:
-        certificate: of the server, with those above it.
-        key: of the certificate.
-        client_ca: whoever connects needs a certificate that one of these has signed; None: nobody needs one.
+    Raises:
+        InputError: a file cannot be used.
     """
 
-    certificate: Path
-    key: Path
-    client_ca: Path | None = None
+    def __init__(self, tls: Tls) -> None:
+        self._tls = tls
+        self.read()
+        self._given = self._current
 
-    def credentials(self) -> grpc.ServerCredentials:
-        """What gRPC needs of them.
+    def read(self) -> None:
+        """Read the files, for whoever connects from now on.
 
         Raises:
-            InputError: a file cannot be read.
+            InputError: one of them cannot be used; those that were read before stay.
         """
-        pair = (_read(self.key), _read(self.certificate))
-        ca = None if self.client_ca is None else _read(self.client_ca)
-        return grpc.ssl_server_credentials([pair], ca, require_client_auth=ca is not None)
+        tls = self._tls
+        with library_errors(f"TLS cannot be offered with {tls.cert} and {tls.key}", InputError):
+            # gRPC itself would say nothing, and refuse every client.
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.cert, tls.key)
+            pair = (tls.key.read_bytes(), tls.cert.read_bytes())
+        self._current = grpc.ssl_server_certificate_configuration([pair], self._client_ca())
+
+    def _client_ca(self) -> bytes | None:
+        path = self._tls.client_ca
+        if path is None:
+            return None
+        with library_errors(f"{path} holds no certificates of those who sign the clients'", InputError):
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(path)
+            return path.read_bytes()
+
+    def _changed(self) -> grpc.ServerCertificateConfiguration | None:
+        """What gRPC asks for at every new connection; None: what it has."""
+        if self._given is self._current:
+            return None
+        self._given = self._current
+        return self._given
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """For a port."""
+        needs_client = self._tls.client_ca is not None
+        return grpc.dynamic_ssl_server_credentials(self._current, self._changed, needs_client)
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def listen(server: grpc.aio.Server, host: str, port: int, tls: GrpcTls | None) -> int:
+def listen(server: grpc.aio.Server, host: str, port: int, certificates: Certificates | None) -> int:
     """Make a server listen; the port, which gRPC chooses where it is 0.
 
     Raises:
-        InputError: the address cannot be listened on, or a file of certificates cannot be used.
+        InputError: the address cannot be listened on.
     """
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    credentials = None if tls is None else tls.credentials()
     try:
-        if credentials is None:
+        if certificates is None:
             bound = server.add_insecure_port(address)
         else:
-            bound = server.add_secure_port(address, credentials)
+            bound = server.add_secure_port(address, certificates.credentials())
     except RuntimeError:
         # gRPC's own words name no reason.
         bound = 0
     if not bound:
-        files = "" if tls is None else f", or {tls.certificate} and {tls.key} are no pair in PEM"
-        raise InputError(f"gRPC cannot listen on {address}: the port is taken or the host is not this machine's{files}")
+        raise InputError(
+            f"{address} cannot be listened on for gRPC: it is taken or not of this machine; choose another port"
+        )
     return int(bound)

@@ -6,8 +6,9 @@ import time
 import grpc
 
 from qrlora_deploy.serving.grpc.health import Health, add_reflection
-from qrlora_deploy.serving.grpc.listening import GrpcLimits, GrpcTls, listen
+from qrlora_deploy.serving.grpc.listening import Certificates, GrpcLimits, listen
 from qrlora_deploy.serving.grpc.service import InferenceService
+from qrlora_deploy.serving.tls import Tls
 
 LOOK_S = 0.01
 """Between two looks whether every call has been answered."""
@@ -17,65 +18,75 @@ GRACE_S = 0.5
 
 
 class GrpcServer:
-    """A service over gRPC, with health and reflection. Its methods belong to one event loop.
+    """A service over gRPC, with health and reflection: a `Companion` of the HTTP server.
+
+    Its methods but `reload` belong to one event loop.
 
     Args:
         service: what answers.
+        host: where it listens.
+        port: 0: any that is free.
+        tls: files of certificates; None: without encryption.
         limits: how much it takes at a time.
-        tls: certificates; None: without encryption.
+
+    Attributes:
+        port: where it listens, once it was started.
+
+    Raises:
+        InputError: a file of certificates cannot be used.
     """
 
-    def __init__(self, service: InferenceService, limits: GrpcLimits | None = None, tls: GrpcTls | None = None) -> None:
-        self.service = service
-        self.limits = limits or GrpcLimits()
-        self.tls = tls
-        self.health = Health(model.name for model in service.models)
+    def __init__(
+        self,
+        service: InferenceService,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        tls: Tls | None = None,
+        limits: GrpcLimits | None = None,
+    ) -> None:
+        self.host, self.port = host, port
+        self._service = service
+        self._limits = limits or GrpcLimits()
+        self._certificates = None if tls is None else Certificates(tls)
+        self._health = Health(service.models, service.life)
         self._server: grpc.aio.Server | None = None
 
-    async def start(self, host: str = "127.0.0.1", port: int = 0) -> int:
-        """Listen; health says NOT_SERVING until `serving` is called.
-
-        Returns:
-            The port, which is a free one where 0 was asked for.
+    async def start(self) -> None:
+        """Listen.
 
         Raises:
-            InputError: the address cannot be listened on, or a file of certificates cannot be used.
+            InputError: the address cannot be listened on.
         """
-        server = grpc.aio.server(options=self.limits.options(), maximum_concurrent_rpcs=self.limits.max_calls)
-        server.add_generic_rpc_handlers((self.service.handler(),))
-        await self.health.add_to(server)
+        limits = self._limits
+        server = grpc.aio.server(options=limits.options(), maximum_concurrent_rpcs=limits.max_calls)
+        server.add_generic_rpc_handlers((self._service.handler(),))
+        self._health.add_to(server)
         add_reflection(server)
-        port = listen(server, host, port, self.tls)
+        self.port = listen(server, self.host, self.port, self._certificates)
+        await self._health.look()
         await server.start()
+        self._following = asyncio.create_task(self._health.follow())
         self._server = server
-        return port
 
-    async def serving(self) -> None:
-        """Everything is loaded: health says so."""
-        await self.health.serving()
-
-    async def not_serving(self) -> None:
-        """The end begins: health says so, for ever. Requests are still answered."""
-        await self.health.not_serving()
-
-    async def close(self, timeout_s: float) -> bool:
-        """Take no new call, and wait for those that are being answered.
-
-        Args:
-            timeout_s: after so long they are cancelled.
-
-        Returns:
-            Whether all were answered.
-        """
-        await self.health.not_serving()
+    async def stop(self, grace_s: float) -> None:
+        """Take no new call, and finish those that are being answered; what is left after `grace_s` is cancelled."""
         if self._server is None:
-            return True
-        stopping = asyncio.ensure_future(self._server.stop(timeout_s + GRACE_S))
-        until = time.monotonic() + timeout_s
-        while self.service.running and time.monotonic() < until:
+            return
+        self._following.cancel()
+        await self._health.end()
+        stopping = asyncio.ensure_future(self._server.stop(grace_s + GRACE_S))
+        until = time.monotonic() + grace_s
+        while self._service.running and time.monotonic() < until:
             await asyncio.sleep(LOOK_S)
-        answered = not self.service.running
-        # The first of two graces that ends is the one that counts.
-        await self._server.stop(GRACE_S if answered else 0)
+        # The grace that ends first counts.
+        await self._server.stop(0 if self._service.running else GRACE_S)
         await stopping
-        return answered
+
+    def reload(self) -> None:
+        """Read the files of certificates again, for connections from now on. From any thread.
+
+        Raises:
+            InputError: they cannot be used; those that were read before go on.
+        """
+        if self._certificates is not None:
+            self._certificates.read()

@@ -22,6 +22,10 @@ from qrlora_deploy.serving.outputs import OUTPUTS, answer_parameters
 from qrlora_deploy.serving.parts import Keys, Metrics
 from qrlora_deploy.serving.refusals import status_of
 from qrlora_deploy.serving.served import VERSION, Models
+from qrlora_deploy.version import __version__
+
+OK, CANCELLED = 200, 499
+"""Calls are counted by the status that HTTP has for the same; 499 is the usual one for a client that has gone."""
 
 OPEN = ("ServerLive", "ServerReady", "ModelReady")
 """Methods that need no key: probes have none."""
@@ -70,20 +74,20 @@ class InferenceService:
             start = time.perf_counter()
             self.running += 1
             call = Call(None, deadline_of(context))
-            status = "CANCELLED"
+            code = CANCELLED
             try:
                 if self.keys is not None and name not in OPEN:
                     call.access = self.keys.access(key_of_call(context))
                 reply = await method(parse(request_class, body), call)
-                status = "OK"
+                code = OK
                 return reply
             except Exception as error:
                 refusal = self._refusal(name, error)
-                status = status_of(refusal).grpc
+                code = status_of(refusal).http
                 await refuse(context, refusal)
             finally:
                 self.running -= 1
-                self._count(name, status, time.perf_counter() - start, call.rows)
+                self._count(name, code, time.perf_counter() - start, call.rows)
 
         # Bytes, since gRPC answers what it cannot parse by INTERNAL.
         return grpc.unary_unary_rpc_method_handler(handle, None, response_class.SerializeToString)
@@ -96,9 +100,9 @@ class InferenceService:
         logger.error("%s: %s\n%s", name, type(error).__name__, place)
         return QrloraError(FAILED)
 
-    def _count(self, name: str, status: str, seconds: float, rows: int) -> None:
+    def _count(self, name: str, code: int, seconds: float, rows: int) -> None:
         if self.metrics is not None:
-            self.metrics.observe(f"{SERVICE}/{name}", status, seconds, rows)
+            self.metrics.observe(f"/{SERVICE}/{name}", code, seconds, rows)
 
     async def ServerLive(self, message: Any, call: Call) -> Any:
         """The process runs."""
@@ -115,14 +119,16 @@ class InferenceService:
         return METHODS["ModelReady"][1](ready=self.life.ready and model.ready)
 
     async def ServerMetadata(self, message: Any, call: Call) -> Any:
-        """Name, version, extensions."""
-        return METHODS["ServerMetadata"][1](**server_metadata())
+        """Name and version; the extensions that HTTP has are none of gRPC's."""
+        return METHODS["ServerMetadata"][1](name=server_metadata()["name"], version=__version__)
 
     async def ModelMetadata(self, message: Any, call: Call) -> Any:
         """A model's inputs and outputs."""
-        found = model_metadata(self.models.find(message.name, message.version))
-        found.pop("parameters")  # gRPC has no field for them
-        return METHODS["ModelMetadata"][1](**found)
+        model = self.models.find(message.name, message.version)
+        known = METHODS["ModelMetadata"][1].DESCRIPTOR.fields_by_name
+        return METHODS["ModelMetadata"][1](
+            **{key: value for key, value in model_metadata(model).items() if key in known}
+        )
 
     async def ModelInfer(self, message: Any, call: Call) -> Any:
         """The protocol's inference."""
@@ -135,6 +141,5 @@ class InferenceService:
         deadline_s = min((limit for limit in limits if limit is not None), default=None)
         answers = await answer(model, question, customers, deadline_s, call.access)
         values = [(wanted, OUTPUTS[wanted.name](answers, model.task)) for wanted in asked.wanted]
-        return write_infer(
-            model.name, VERSION, asked.id, values, answer_parameters(model.bundle.manifest.base_digest, answers)
-        )
+        parameters = answer_parameters(model.bundle.manifest.base_digest, answers)
+        return write_infer(model.name, VERSION, asked.id, values, parameters)

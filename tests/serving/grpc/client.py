@@ -55,14 +55,13 @@ class Client:
 async def serving(service: InferenceService, **options: Any) -> AsyncIterator[tuple[GrpcServer, Client]]:
     """A server on a free port of this machine, ready, and a client of it."""
     server = GrpcServer(service, **options)
-    port = await server.start()
     service.life.begin()
-    await server.serving()
+    await server.start()
     try:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             yield server, Client(channel)
     finally:
-        await server.close(0)
+        await server.stop(0)
 
 
 def request(inputs: Sequence[Any], outputs: Sequence[str] = (), customer: str | None = None, **fields: Any) -> Any:

@@ -12,6 +12,7 @@ from qrlora_deploy.runtime.prediction.predictor import Prediction, Predictor
 from qrlora_deploy.runtime.prediction.tokenizing import TextEncoder
 from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
 from qrlora_deploy.serving.grpc.service import InferenceService
+from qrlora_deploy.version import __version__
 from tests.serving.grpc.client import (
     Client,
     message,
@@ -162,7 +163,7 @@ def test_what_the_server_says_of_itself(service: InferenceService, model: Any) -
 
     live, ready, model_ready, server, metadata = asking(service, ask)
     assert live.live and ready.ready and model_ready.ready
-    assert server.name == "qrlora-deploy" and "binary_tensor_data" in server.extensions
+    assert (server.name, server.version, list(server.extensions)) == ("qrlora-deploy", __version__, [])
     assert metadata.name == "tiny" and list(metadata.versions) == ["1"]
     inputs = {found.name: (found.datatype, list(found.shape)) for found in metadata.inputs}
     assert inputs["text"] == inputs["customer"] == ("BYTES", [-1]) and inputs["input_ids"] == ("INT64", [-1, -1])

@@ -1,10 +1,10 @@
 """A gRPC server from its start to its end: time that runs out, clients that go, health, reflection, certificates."""
 
 import asyncio
+import shutil
 import subprocess
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.serving.grpc.listening import GrpcLimits, GrpcTls
+from qrlora_deploy.serving.grpc.listening import GrpcLimits
 from qrlora_deploy.serving.grpc.schema import SERVICE
 from qrlora_deploy.serving.grpc.server import GrpcServer
 from qrlora_deploy.serving.grpc.service import InferenceService
+from qrlora_deploy.serving.tls import Tls
 from tests.serving.grpc.client import Client, message, outputs_of, request, serving, texts
 from tests.serving.grpc.compile_proto import compiled
 
@@ -26,18 +27,32 @@ SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.Health
 ONE = request([texts(["one"])], ["label"], "acme")
 
 
+class Gate(threading.Event):
+    """Runs wait until it is set.
+
+    Attributes:
+        submitted: requests that the engine has.
+    """
+
+    submitted = 0
+
+
 @pytest.fixture
-def gate(model: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Runs wait until it is set."""
-    opened, predict = threading.Event(), model.engine.session.predict
+def gate(model: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    gate, predict, submit = Gate(), model.engine.session.predict, model.engine.submit
 
     def waiting(*arguments: Any) -> Any:
-        assert opened.wait(60)
+        assert gate.wait(60)
         return predict(*arguments)
 
+    def counting(*arguments: Any) -> Any:
+        gate.submitted += 1
+        return submit(*arguments)
+
     monkeypatch.setattr(model.engine.session, "predict", waiting)
-    yield opened
-    opened.set()
+    monkeypatch.setattr(model.engine, "submit", counting)
+    yield gate
+    gate.set()
 
 
 async def until(true: Callable[[], bool]) -> None:
@@ -46,21 +61,22 @@ async def until(true: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
-async def running(service: InferenceService, client: Client, calls: int) -> list[Any]:
-    """So many calls of one row that have been submitted to the engine."""
-    started = [client.call("ModelInfer", ONE) for _ in range(calls)]
-    engine = service.models.first.engine
-    await until(lambda: engine._admitted == calls and service.running == calls)  # type: ignore[attr-defined]
+async def running(gate: Gate, client: Client, calls: int) -> list[Any]:
+    """So many calls of one row, in the order in which the engine has them; the first one runs."""
+    started = []
+    for number in range(calls):
+        started.append(client.call("ModelInfer", ONE))
+        await until(lambda number=number: gate.submitted > number)
     return started
 
 
 @pytest.mark.parametrize("by", ["gRPC", "parameter"])
 def test_a_request_whose_time_passes_in_the_queue_is_not_run(
-    service: InferenceService, gate: threading.Event, model: Any, by: str
+    service: InferenceService, gate: Gate, model: Any, by: str
 ) -> None:
     async def run() -> None:
         async with serving(service) as (_, client):
-            (first,) = await running(service, client, 1)
+            (first,) = await running(gate, client, 1)
             late = request([texts(["two"])], ["label"])
             if by == "parameter":
                 late.parameters["timeout"].int64_param = 200_000
@@ -75,12 +91,10 @@ def test_a_request_whose_time_passes_in_the_queue_is_not_run(
     asyncio.run(run())
 
 
-def test_a_client_that_goes_takes_its_request_along(
-    service: InferenceService, gate: threading.Event, model: Any
-) -> None:
+def test_a_client_that_goes_takes_its_request_along(service: InferenceService, gate: Gate, model: Any) -> None:
     async def run() -> None:
         async with serving(service) as (_, client):
-            first, second, third = await running(service, client, 3)
+            first, second, third = await running(gate, client, 3)
             second.cancel()
             await until(lambda: service.running == 2)
             gate.set()
@@ -91,34 +105,34 @@ def test_a_client_that_goes_takes_its_request_along(
     asyncio.run(run())
 
 
-def test_the_end_waits_for_what_is_being_answered(service: InferenceService, gate: threading.Event, model: Any) -> None:
+def test_the_end_waits_for_what_is_being_answered(service: InferenceService, gate: Gate, model: Any) -> None:
     async def run() -> None:
         async with serving(service) as (server, client):
             stub = health_pb2_grpc.HealthStub(client.channel)
             watch = stub.Watch(health_pb2.HealthCheckRequest(service="tiny"))
             assert (await watch.read()).status == SERVING
-            started = await running(service, client, 2)
+            started = await running(gate, client, 2)
             service.life.drain()
-            await server.not_serving()
             assert (await watch.read()).status == NOT_SERVING
             assert not (await client.call("ServerReady", message("ServerReadyRequest"))).ready
-            closing = asyncio.ensure_future(server.close(60))
+            closing = asyncio.ensure_future(server.stop(60))
             await asyncio.sleep(0.1)
             assert (await client.error(ONE, timeout=10)).code() == grpc.StatusCode.UNAVAILABLE
             assert not closing.done()
             gate.set()
             assert [len((await call).outputs) for call in started] == [1, 1]
             # Those who watch the health do not hold it up.
-            assert await asyncio.wait_for(closing, 10)
+            await asyncio.wait_for(closing, 10)
+            assert not service.running
 
     asyncio.run(run())
 
 
-def test_the_end_does_not_wait_for_ever(service: InferenceService, gate: threading.Event) -> None:
+def test_the_end_does_not_wait_for_ever(service: InferenceService, gate: Gate) -> None:
     async def run() -> None:
         async with serving(service) as (server, client):
-            (call,) = await running(service, client, 1)
-            assert not await server.close(0.2)
+            (call,) = await running(gate, client, 1)
+            await server.stop(0.2)
             with pytest.raises(grpc.aio.AioRpcError) as raised:
                 await call
             assert raised.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
@@ -126,10 +140,10 @@ def test_the_end_does_not_wait_for_ever(service: InferenceService, gate: threadi
     asyncio.run(run())
 
 
-def test_more_calls_than_there_may_be_are_refused(service: InferenceService, gate: threading.Event) -> None:
+def test_more_calls_than_there_may_be_are_refused(service: InferenceService, gate: Gate) -> None:
     async def run() -> None:
         async with serving(service, limits=GrpcLimits(max_calls=2)) as (_, client):
-            started = await running(service, client, 2)
+            started = await running(gate, client, 2)
             assert (await client.error(ONE)).code() == grpc.StatusCode.RESOURCE_EXHAUSTED
             gate.set()
             for call in started:
@@ -139,24 +153,31 @@ def test_more_calls_than_there_may_be_are_refused(service: InferenceService, gat
     asyncio.run(run())
 
 
-def test_health_before_and_while_the_server_is_ready(service: InferenceService) -> None:
+def test_health_follows_what_the_server_and_its_models_are(service: InferenceService, model: Any) -> None:
     async def run() -> None:
         server = GrpcServer(service)
-        port = await server.start()
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        await server.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             stub = health_pb2_grpc.HealthStub(channel)
 
-            async def statuses() -> list[int]:
-                names = ("", SERVICE, "tiny")
-                return [(await stub.Check(health_pb2.HealthCheckRequest(service=name))).status for name in names]
+            async def becomes(status: int) -> None:
+                for name in ("", SERVICE, "tiny"):
+                    watch = stub.Watch(health_pb2.HealthCheckRequest(service=name))
+                    async with asyncio.timeout(10):
+                        while (await watch.read()).status != status:
+                            pass
+                    watch.cancel()
+                    assert (await stub.Check(health_pb2.HealthCheckRequest(service=name))).status == status
 
-            assert await statuses() == [NOT_SERVING] * 3
-            await server.serving()
-            assert await statuses() == [SERVING] * 3
+            await becomes(NOT_SERVING)
+            service.life.begin()
+            await becomes(SERVING)
+            model.engine.drain(0)
+            await becomes(NOT_SERVING)
             with pytest.raises(grpc.aio.AioRpcError) as raised:
                 await stub.Check(health_pb2.HealthCheckRequest(service="other"))
             assert raised.value.code() == grpc.StatusCode.NOT_FOUND
-        await server.close(0)
+        await server.stop(0)
 
     asyncio.run(run())
 
@@ -187,11 +208,9 @@ def test_reflection_gives_the_schema(service: InferenceService) -> None:
 
 def test_a_port_that_is_taken(service: InferenceService) -> None:
     async def run() -> None:
-        server, other = GrpcServer(service), GrpcServer(service)
-        port = await server.start()
-        with pytest.raises(InputError, match=f"127.0.0.1:{port}"):
-            await other.start(port=port)
-        await server.close(0)
+        async with serving(service) as (server, _):
+            with pytest.raises(InputError, match=f"127.0.0.1:{server.port}"):
+                await GrpcServer(service, port=server.port).start()
 
     asyncio.run(run())
 
@@ -211,56 +230,74 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@asynccontextmanager
-async def secured(service: InferenceService, tls: GrpcTls) -> AsyncIterator[int]:
-    server = GrpcServer(service, tls=tls)
-    port = await server.start()
-    service.life.begin()
-    try:
-        yield port
-    finally:
-        await server.close(0)
-
-
-async def ask_securely(port: int, folder: Path, name: str | None) -> Any:
+async def ask_securely(server: GrpcServer, folder: Path, trusted: str, name: str | None = None) -> Any:
     pair = (None, None) if name is None else [(folder / f"{name}.{end}").read_bytes() for end in ("key", "crt")]
-    credentials = grpc.ssl_channel_credentials((folder / "server.crt").read_bytes(), *pair)
-    async with grpc.aio.secure_channel(f"127.0.0.1:{port}", credentials) as channel:
-        return await Client(channel).infer(ONE, timeout=10)
+    credentials = grpc.ssl_channel_credentials((folder / f"{trusted}.crt").read_bytes(), *pair)
+    async with grpc.aio.secure_channel(f"127.0.0.1:{server.port}", credentials) as channel:
+        return outputs_of(await Client(channel).infer(ONE, timeout=10))["label"]
+
+
+async def is_refused(server: GrpcServer, folder: Path, trusted: str, name: str | None = None) -> bool:
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await ask_securely(server, folder, trusted, name)
+    return raised.value.code() == grpc.StatusCode.UNAVAILABLE
 
 
 def test_tls(service: InferenceService, certificates: Path) -> None:
-    tls = GrpcTls(certificates / "server.crt", certificates / "server.key")
+    tls = Tls(certificates / "server.crt", certificates / "server.key")
 
     async def run() -> None:
-        async with secured(service, tls) as port:
-            assert outputs_of(await ask_securely(port, certificates, None))["label"].shape == (1,)
-            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-                assert (await Client(channel).error(ONE, timeout=10)).code() == grpc.StatusCode.UNAVAILABLE
+        async with serving(service, tls=tls) as (server, without):
+            assert (await ask_securely(server, certificates, "server")).shape == (1,)
+            assert await is_refused(server, certificates, "stranger")
+            assert (await without.error(ONE, timeout=10)).code() == grpc.StatusCode.UNAVAILABLE
 
     asyncio.run(run())
 
 
 def test_certificates_of_clients(service: InferenceService, certificates: Path) -> None:
-    tls = GrpcTls(certificates / "server.crt", certificates / "server.key", certificates / "client.crt")
+    tls = Tls(certificates / "server.crt", certificates / "server.key", certificates / "client.crt")
 
     async def run() -> None:
-        async with secured(service, tls) as port:
-            assert outputs_of(await ask_securely(port, certificates, "client"))["label"].shape == (1,)
-            for name in (None, "stranger"):
-                with pytest.raises(grpc.aio.AioRpcError) as raised:
-                    await ask_securely(port, certificates, name)
-                assert raised.value.code() == grpc.StatusCode.UNAVAILABLE
+        async with serving(service, tls=tls) as (server, _):
+            assert (await ask_securely(server, certificates, "server", "client")).shape == (1,)
+            assert await is_refused(server, certificates, "server")
+            assert await is_refused(server, certificates, "server", "stranger")
 
+    asyncio.run(run())
+
+
+def test_certificates_are_read_again(service: InferenceService, certificates: Path, tmp_path: Path) -> None:
+    tls = Tls(tmp_path / "own.crt", tmp_path / "own.key")
+
+    def put(name: str) -> None:
+        for end in ("crt", "key"):
+            shutil.copy(certificates / f"{name}.{end}", tmp_path / f"own.{end}")
+
+    async def run() -> None:
+        async with serving(service, tls=tls) as (server, _):
+            put("client")
+            assert (await ask_securely(server, certificates, "server")).shape == (1,)
+            server.reload()
+            assert (await ask_securely(server, certificates, "client")).shape == (1,)
+            assert await is_refused(server, certificates, "server")
+            tls.cert.write_text("none")
+            with pytest.raises(InputError, match="own.crt"):
+                server.reload()
+            assert (await ask_securely(server, certificates, "client")).shape == (1,)
+
+    put("server")
     asyncio.run(run())
 
 
 def test_certificates_that_are_none(service: InferenceService, certificates: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.crt").write_text("no certificate")
+    cert, key = certificates / "server.crt", certificates / "server.key"
     for tls, named in (
-        (GrpcTls(tmp_path / "missing.crt", certificates / "server.key"), "missing.crt"),
-        (GrpcTls(tmp_path / "empty.crt", certificates / "server.key"), "empty.crt"),
-        (GrpcTls(certificates / "server.crt", certificates / "client.key"), "client.key"),
+        (Tls(tmp_path / "missing.crt", key), "missing.crt"),
+        (Tls(tmp_path / "empty.crt", key), "empty.crt"),
+        (Tls(cert, certificates / "client.key"), "client.key"),
+        (Tls(cert, key, tmp_path / "empty.crt"), "empty.crt"),
     ):
         with pytest.raises(InputError, match=named):
-            asyncio.run(GrpcServer(service, tls=tls).start())
+            GrpcServer(service, tls=tls)
