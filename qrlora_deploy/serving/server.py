@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 import uvicorn
@@ -26,6 +25,7 @@ from qrlora_deploy.serving.http.app import make_app
 from qrlora_deploy.serving.http.connections import guarded_by
 from qrlora_deploy.serving.http.front import Front
 from qrlora_deploy.serving.http.limits import HttpLimits
+from qrlora_deploy.serving.tls import Tls
 
 BACKLOG = 2048
 STEP_S = 0.02
@@ -48,21 +48,6 @@ class Companion(Protocol):
 
     async def close(self, timeout_s: float) -> bool:
         """Take nobody new and finish what was begun within so many seconds; whether all of it was."""
-
-
-@dataclass(frozen=True)
-class Tls:
-    """Files of a server's identity.
-
-    Attributes:
-        cert: chain of certificates, PEM.
-        key: of the first one, PEM.
-        client_ca: who signs the clients' certificates, which are then asked for; None: clients need none.
-    """
-
-    cert: Path
-    key: Path
-    client_ca: Path | None = None
 
 
 @dataclass(frozen=True)
