@@ -122,6 +122,11 @@ class CustomerStore:
         self._backlog.start()
         self._watcher.start()
 
+    def reread(self) -> None:
+        """Read all files again that were read before, and compare the others, while requests go on."""
+        self._backlog.add(list(self._read), first=False)
+        self._compare(again=True)
+
     def close(self) -> None:
         """Stop to watch and let go of the session; what is in its table stays there."""
         self._watcher.close()

@@ -15,6 +15,7 @@ from qrlora_deploy.serving.engine.limits import Limits
 from qrlora_deploy.serving.engine.models import Model
 from qrlora_deploy.serving.engine.pace import Pace
 from qrlora_deploy.serving.engine.protocol import EngineStats, Ticket
+from qrlora_deploy.serving.engine.quotas import Quotas
 from qrlora_deploy.serving.engine.requests import Request, WaitingRow
 from qrlora_deploy.serving.engine.rows import Load, Row, RowAnswer
 from qrlora_deploy.serving.engine.running import BatchRunner, Outcome, as_ours
@@ -40,15 +41,23 @@ class LocalEngine:
     Args:
         model: a `SwitchableSession` or a `MergedModel`.
         limits: the bounds; None: the usual ones.
+        quotas: rows a second by customer; None: as many as they like.
         clock: seconds, as `time.monotonic`.
 
     Attributes:
         manifest: of the bundle that is served.
     """
 
-    def __init__(self, model: Model, limits: Limits | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        model: Model,
+        limits: Limits | None = None,
+        quotas: Quotas | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.manifest = model.manifest
         self._model, self._limits, self._clock = model, limits or Limits(), clock
+        self._quotas = quotas or Quotas()
         self._pace = Pace()
         self._admission = Admission(self._limits, self._pace)
         self._queue = FairQueue()
@@ -81,10 +90,19 @@ class LocalEngine:
                     raise DrainingError("the server is ending and takes no new request")
                 if deadline_s is not None and self._clock() >= deadline_s:
                     raise DeadlineError("the deadline passed before the request came")
-                return self._admission.reserve(load, customers, deadline_s)
+                return self._reserve(load, customers, deadline_s)
             except QrloraError as error:
                 self._rejected[error.kind] += 1
                 raise
+
+    def _reserve(self, load: Load, customers: Sequence[str | None], deadline_s: float | None) -> Place:
+        place = self._admission.reserve(load, customers, deadline_s)
+        try:
+            self._quotas.take(place.customers)
+        except QrloraError:
+            self._admission.release(place)
+            raise
+        return place
 
     def release(self, ticket: Ticket) -> None:
         """As `Engine.release`; a request that was given to `submit` keeps its place until it ends."""
