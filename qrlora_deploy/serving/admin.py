@@ -19,7 +19,7 @@ from starlette.types import ASGIApp
 
 from qrlora_deploy.errors import MalformedInputError, QrloraError
 from qrlora_deploy.formats.customer_files import check_customer_id
-from qrlora_deploy.serving.access import Access, Keys, key_of, open_access
+from qrlora_deploy.serving.access import Keys, key_of, open_access
 from qrlora_deploy.serving.audit import AuditLog
 from qrlora_deploy.serving.customer_folder import Changed, CustomerFolder, StoredVersion
 from qrlora_deploy.serving.http.front import not_found
@@ -36,6 +36,12 @@ MAX_LISTED = 10_000
 
 MAX_FACT = 128
 """Characters of a name in the audit log."""
+
+
+Work = Callable[[], dict[str, Any]]
+"""What is done in a thread, and gives the body of the reply."""
+
+Handler = Callable[[Request], Awaitable[Work]]
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,8 @@ class Admin:
         async def endpoint(request: Request) -> Response:
             start, access = time.perf_counter(), open_access
             try:
-                access = self._access(request)
+                access = self.keys.access(key_of(request.headers.get("authorization")))
+                access.check_admin()
                 change = await _begun(handler, request)
                 told = _Told(access.key_id, action, request) if action else None
                 reply = json_reply(await asyncio.to_thread(self._done, change, told))
@@ -86,12 +93,7 @@ class Admin:
 
         return Route(path, endpoint, methods=[method])
 
-    def _access(self, request: Request) -> Access:
-        access = self.keys.access(key_of(request.headers.get("authorization")))
-        access.check_admin()
-        return access
-
-    def _done(self, change: "Work", told: "_Told | None") -> Any:
+    def _done(self, change: Work, told: "_Told | None") -> Any:
         """Do it, and tell a change whatever comes of it. In a thread, which goes on where the client has gone."""
         if told is None:
             return change()
@@ -116,11 +118,11 @@ class Admin:
             )
         return self.folders[name]
 
-    async def models(self, request: Request) -> "Work":
+    async def models(self, request: Request) -> Work:
         """Those whose customers can be changed."""
         return lambda: {"models": sorted(self.folders)}
 
-    async def customers(self, request: Request) -> "Work":
+    async def customers(self, request: Request) -> Work:
         """Ids in order, some at a time."""
         folder = self._folder(request)
         after, text = request.query_params.get("after", ""), request.query_params.get("limit", "1000")
@@ -128,13 +130,13 @@ class Admin:
             raise MalformedInputError(f"limit must be a number from 1 to {MAX_LISTED}")
         return lambda: _page(folder.customers(after, int(text)), int(text))
 
-    async def put(self, request: Request) -> "Work":
+    async def put(self, request: Request) -> Work:
         """A coefficients file as the body becomes the customer."""
         folder, customer = self._folder(request), _customer(request)
         content = await request.body()
         return lambda: _changed(customer, folder.put(customer, content))
 
-    async def delete(self, request: Request) -> "Work":
+    async def delete(self, request: Request) -> Work:
         """The customer goes; with `?erase=true` its versions, too."""
         folder, customer = self._folder(request), _customer(request)
         erase = request.query_params.get("erase", "false")
@@ -142,12 +144,12 @@ class Admin:
             raise MalformedInputError("erase must be true or false")
         return lambda: _removed(folder, customer, erase == "true")
 
-    async def versions(self, request: Request) -> "Work":
+    async def versions(self, request: Request) -> Work:
         """What is kept of a customer, the newest first."""
         folder, customer = self._folder(request), _customer(request)
         return lambda: {"customer": customer, "versions": list(map(_version, folder.versions(customer)))}
 
-    async def roll_back(self, request: Request) -> "Work":
+    async def roll_back(self, request: Request) -> Work:
         """An older version becomes the customer: the one that the body names, or the one before."""
         folder, customer = self._folder(request), _customer(request)
         body = await request.body()
@@ -156,7 +158,7 @@ class Admin:
             raise MalformedInputError("version must be a text")
         return lambda: _changed(customer, folder.roll_back(customer, version))
 
-    async def reload_all(self, request: Request) -> "Work":
+    async def reload_all(self, request: Request) -> Work:
         """Keys and what is not followed are read again."""
 
         def reload() -> dict[str, Any]:
@@ -165,12 +167,6 @@ class Admin:
             return {"reloaded": True}
 
         return reload
-
-
-Work = Callable[[], dict[str, Any]]
-"""What is done in a thread, and gives the body of the reply."""
-
-Handler = Callable[[Request], Awaitable[Work]]
 
 
 class _Told:
