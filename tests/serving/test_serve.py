@@ -160,7 +160,7 @@ def test_logs_as_json_name_the_request_and_no_text(place: Path) -> None:
 
 def test_check_opens_everything_and_names_what_is_wrong(place: Path) -> None:
     ran = run_here("serve", "bundle", "--customers", "customers", "--check", "--port", 0, "--json", cwd=place)
-    assert ran.code == 0 and ran.json["models"] == [{"model": "bundle", "customers": 4, "packed": 0, "problems": []}]
+    assert ran.code == 0 and ran.json["models"] == [{"model": "bundle", "customers": 4, "problems": []}]
     (place / "customers" / "beta.safetensors").write_bytes(b"nothing")
     ran = run_here("serve", "bundle", "--customers", "customers", "--check", "--port", 0, cwd=place)
     assert ran.code == 1 and "1 customers cannot be served: beta:" in ran.err
