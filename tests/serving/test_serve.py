@@ -3,8 +3,10 @@
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
+import subprocess
 import threading
 import time
 from dataclasses import replace
@@ -275,6 +277,25 @@ def test_tritonclient_with_its_defaults_and_with_plain_json(place: Path) -> None
                     )
                     np.testing.assert_allclose(reply.as_numpy("logits"), expected, **FP32_ONNX)
         client.close()
+
+
+def test_the_examples_of_the_page_work(place: Path) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("needs curl")
+    page = Path(__file__).parents[2] / "docs" / "serving-http.md"
+    blocks = re.findall(r"^```sh\n(.*?)^```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    commands = [
+        command for block in blocks for command in re.split(r"^(?=curl )", block, flags=re.MULTILINE) if command
+    ]
+    assert len(commands) > 10 and all(command.startswith("curl -s ") for command in commands)
+    with Served("bundle", "--customers", "customers", cwd=place) as server:
+        for command in commands:
+            asked = command.replace("http://127.0.0.1:8080", server.url).replace(
+                "curl -s ", "curl -sS --fail-with-body "
+            )
+            ran = subprocess.run(["bash", "-c", asked], capture_output=True, text=True, timeout=60, check=False)
+            assert ran.returncode == 0, (command, ran.stdout, ran.stderr)
+            assert json.loads(ran.stdout)
 
 
 def test_the_second_signal_does_not_wait(place: Path) -> None:
