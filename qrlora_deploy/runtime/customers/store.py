@@ -139,8 +139,11 @@ class CustomerStore:
             raise InputError(f"{self.folder}: the session has a store or a `fetch` already; close that one first")
         self.session.fetch = self.fetch
 
-    def fetch(self, customer: str) -> None:
+    def fetch(self, customer: str, again: bool = False) -> None:
         """Bring a customer into the table, unless another request has just done so.
+
+        Args:
+            again: read its file also where the customer is in the table, such as from a packed file.
 
         Raises:
             InputError: the id is none, there is no file, or it is refused.
@@ -149,7 +152,7 @@ class CustomerStore:
         check_customer_id(customer)
         try:
             with self._lock_of(customer):
-                event = None if customer in self.session.table else self._bring(customer)
+                event = None if customer in self.session.table and not again else self._bring(customer)
         except QrloraError as error:
             if os.path.lexists(self._path(customer)):
                 self._tell(event_of(customer, error))

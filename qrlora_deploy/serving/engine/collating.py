@@ -39,7 +39,7 @@ class Collator:
             self._check_shape(row, number)
         for name in self.names:
             # All rows at once: numpy takes microseconds to begin.
-            values = np.concatenate([row.inputs[name] for row in rows])
+            values = np.concatenate([row.inputs[name] for row in rows]) if len(rows) > 1 else rows[0].inputs[name]
             if not self._in_range(name, values):
                 number = next(number for number, row in enumerate(rows) if not self._in_range(name, row.inputs[name]))
                 self._refuse_range(name, number, rows[number].inputs[name])

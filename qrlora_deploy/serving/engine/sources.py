@@ -85,10 +85,10 @@ class FolderSource:
     def _read_all(self, session: SwitchableSession, store: CustomerStore) -> None:
         room = session.table.max_rows
         for customer in store.customers():
-            if room is not None and len(session.table) + 1 >= room:
-                return
+            if room is not None and len(session.table) + 1 >= room and customer not in session.table:
+                continue
             try:
-                store.fetch(customer)
+                store.fetch(customer, again=True)
             except InputError:
                 continue  # The store has told it.
 

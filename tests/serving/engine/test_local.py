@@ -305,8 +305,8 @@ def test_many_threads_submit_and_cancel(engine: LocalEngine, session: WatchedSes
 
 
 def _nothing_is_held(engine: LocalEngine) -> bool:
-    stats, admission = engine.stats(), engine._admission
-    held = (admission.held, admission.by_customer, engine._open, engine._queue._waiting)
+    stats, room = engine.stats(), engine._room
+    held = (room._admission.held, room._admission.by_customer, room._open, room._queue._waiting)
     return (stats.queued_rows, stats.queued_tokens) == (0, 0) and held == (Held(), {}, set(), {})
 
 
