@@ -7,12 +7,14 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from qrlora_deploy.cli.options import COUNT, EXISTING_FILE, FiniteRange, common
+from qrlora_deploy.cli.options import ANY_PATH, COUNT, EXISTING_FILE, FiniteRange, common
 from qrlora_deploy.cli.output import Output
 from qrlora_deploy.errors import CheckFailed, InputError
 
 if TYPE_CHECKING:
     from qrlora_deploy.runtime.sessions.buckets import Buckets
+    from qrlora_deploy.serving.access import Keys
+    from qrlora_deploy.serving.admin_server import AdminServer
     from qrlora_deploy.serving.opening import ModelPlaces, OpenModel, RunOptions
     from qrlora_deploy.serving.server import Server, ServerOptions
 
@@ -38,6 +40,12 @@ SHOWN = 5
 @click.option("--max-queue-rows", type=COUNT, default=4096, show_default=True, help="Rows that wait; then 429.")
 @click.option("--max-body-mib", type=click.IntRange(1, 2047), default=64, show_default=True, help="MiB of a body.")
 @click.option("--keys", type=EXISTING_FILE, help="File of keys; without it everybody is answered.")
+@click.option(
+    "--admin-port",
+    type=click.IntRange(0, 65535),
+    help="Also offer the admin API, on this port of --host, to keys with the admin right; 0: any free one.",
+)
+@click.option("--audit-log", type=ANY_PATH, help="With --admin-port: a line for each change is added to this file.")
 @click.option("--insecure", is_flag=True, help="Listen beyond this machine without keys.")
 @click.option("--tls-cert", type=EXISTING_FILE, help="Certificates, PEM.")
 @click.option("--tls-key", type=EXISTING_FILE, help="Key of the first one, PEM.")
@@ -72,10 +80,10 @@ def command(bundle: Path | None, models: tuple[str, ...], check: bool, log_json:
         _log_plainly()
     places = _places(bundle, models, options["customers"], options["packed"])
     opened = _open_all(places, _run_options(**options))
-    server = _make_server(opened, options)
+    server, admin = _make_server(opened, options)
     if check:
         return _checked(opened, server)
-    return Output({}, live=lambda stream: _serve(opened, server, stream))
+    return Output({}, live=lambda stream: _serve(opened, server, admin, stream))
 
 
 def _check_usage(bundle: Path | None, models: Sequence[str], **options: Any) -> None:
@@ -85,6 +93,10 @@ def _check_usage(bundle: Path | None, models: Sequence[str], **options: Any) -> 
         raise click.UsageError("--tls-cert and --tls-key belong together")
     if options["tls_client_ca"] and not options["tls_cert"]:
         raise click.UsageError("--tls-client-ca needs --tls-cert and --tls-key")
+    if options["admin_port"] is not None and not (options["keys"] and options["audit_log"]):
+        raise click.UsageError("--admin-port needs --keys FILE and --audit-log FILE")
+    if options["audit_log"] and options["admin_port"] is None:
+        raise click.UsageError("--audit-log does nothing without --admin-port")
     guarded = options["keys"] or options["tls_client_ca"] or options["insecure"]
     if not guarded and not _is_here(options["host"]):
         raise click.UsageError(
@@ -179,7 +191,7 @@ def _open_all(places: "Sequence[ModelPlaces]", options: "RunOptions") -> "list[O
     return opened
 
 
-def _make_server(opened: "Sequence[OpenModel]", options: dict[str, Any]) -> "Server":
+def _make_server(opened: "Sequence[OpenModel]", options: dict[str, Any]) -> "tuple[Server, AdminServer | None]":
     from qrlora_deploy.serving.access import Keys
     from qrlora_deploy.serving.http.front import Front
     from qrlora_deploy.serving.metrics import Metrics
@@ -189,7 +201,26 @@ def _make_server(opened: "Sequence[OpenModel]", options: dict[str, Any]) -> "Ser
     models = Models([model.served for model in opened])
     keys = None if options["keys"] is None else Keys.open(options["keys"])
     front = Front(models, keys=keys, metrics=Metrics(list(models)))
-    return Server(front, _server_options(options), _reloading(opened, keys.reload if keys else lambda: False))
+    reload = _reloading(opened, keys.reload if keys else lambda: False)
+    settings = _server_options(options)
+    admin = None if keys is None else _make_admin(opened, keys, settings, options)
+    return Server(front, settings, reload, () if admin is None else (admin,)), admin
+
+
+def _make_admin(
+    opened: "Sequence[OpenModel]", keys: "Keys", settings: "ServerOptions", options: dict[str, Any]
+) -> "AdminServer | None":
+    if options["admin_port"] is None:
+        return None
+    from qrlora_deploy.serving.admin import Admin
+    from qrlora_deploy.serving.admin_server import AdminServer
+    from qrlora_deploy.serving.audit import AuditLog
+
+    folders = {model.served.name: folder for model in opened if (folder := model.customer_folder())}
+    if not folders:
+        raise InputError("--admin-port has nothing to change: no model has a folder of customers; give --customers DIR")
+    reload = _reloading(opened, lambda: False)
+    return AdminServer(Admin(folders, keys, AuditLog(options["audit_log"]), reload), settings, options["admin_port"])
 
 
 def _reloading(opened: "Sequence[OpenModel]", reload_keys: Callable[[], object]) -> Callable[[], None]:
@@ -233,10 +264,12 @@ def _checked(opened: "Sequence[OpenModel]", server: "Server") -> Output:
     return Output({"models": record, "url": server.url}, headline, facts, failure=failure)
 
 
-def _serve(opened: "Sequence[OpenModel]", server: "Server", stream: IO[str]) -> None:
+def _serve(opened: "Sequence[OpenModel]", server: "Server", admin: "AdminServer | None", stream: IO[str]) -> None:
     def started() -> None:
         names = ", ".join(model.served.name for model in opened)
         stream.write(f"serving {names} on {server.url}\n")
+        if admin is not None:
+            stream.write(f"admin API on port {admin.port}\n")
         stream.flush()
 
     try:

@@ -11,6 +11,7 @@ from qrlora_deploy.runtime.customers.packed import load_packed
 from qrlora_deploy.runtime.customers.store import CustomerStore
 from qrlora_deploy.runtime.sessions.buckets import Buckets
 from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
+from qrlora_deploy.serving.customer_folder import CustomerFolder
 from qrlora_deploy.serving.engine.limits import Limits
 from qrlora_deploy.serving.engine.local import LocalEngine
 from qrlora_deploy.serving.engine.models import MergedModel
@@ -97,6 +98,12 @@ class OpenModel:
             self.packed = load_packed(session, self.places.packed)
         if self.places.customers:
             self._store = CustomerStore(session, self.places.customers)
+
+    def customer_folder(self) -> CustomerFolder | None:
+        """The folder of customers, for who changes it; None: there is none."""
+        if self._store is None or not isinstance(self._session, SwitchableSession):
+            return None
+        return CustomerFolder(self._store.folder, self._session.check)
 
     def follow(self) -> None:
         """Begin to follow the folder of customers."""

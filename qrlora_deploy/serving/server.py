@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Protocol
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from qrlora_deploy.errors import InputError, QrloraError, library_errors
 from qrlora_deploy.serving.http.app import make_app
@@ -115,7 +116,7 @@ class Server:
         companions: Sequence[Companion] = (),
     ) -> None:
         self._front, self._options, self._reload, self._companions = front, options, reload, companions
-        self._config = make_config(front, options)
+        self._config = make_config(make_app(front, options.limits), options)
         self._http = HttpServer(self._config)
         self._socket = listen(options.host, options.port)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -219,15 +220,15 @@ class Server:
             raise QrloraError(f"not everything was answered within {self._options.drain_s:g} s; raise --drain-seconds")
 
 
-def make_config(front: Front, options: ServerOptions) -> uvicorn.Config:
-    """uvicorn's settings, loaded.
+def make_config(app: ASGIApp, options: ServerOptions) -> uvicorn.Config:
+    """uvicorn's settings for an application, loaded.
 
     Raises:
         InputError: a file of TLS cannot be used.
     """
     tls, limits = options.tls, options.limits
     config = uvicorn.Config(
-        make_app(front, limits),
+        app,
         http=guarded_by(limits),
         ws="none",
         lifespan="off",
