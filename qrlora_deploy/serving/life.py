@@ -1,5 +1,7 @@
 """Where a server is between its start and its end; the fronts of every protocol look here."""
 
+from qrlora_deploy.serving.refusals import DrainingError
+
 
 class Life:
     """From starting over ready to draining. Safe for many threads.
@@ -20,3 +22,12 @@ class Life:
     def drain(self) -> None:
         """The end begins."""
         self.ready, self.draining = False, True
+
+    def check(self) -> None:
+        """Make sure that requests can be answered: while a server drains it still answers who has not heard of it.
+
+        Raises:
+            DrainingError: it is not ready yet.
+        """
+        if not (self.ready or self.draining):
+            raise DrainingError("the server is not ready yet; try again soon")

@@ -67,3 +67,12 @@ OUTPUTS: Mapping[str, Output] = {
 
 DATATYPES = {"logits": "FP32", "scores": "FP32", "labels": "BYTES", "label": "BYTES", "digest": "BYTES"}
 """As the protocol calls them."""
+
+
+def answer_parameters(base_digest: str, answers: Sequence[RowAnswer]) -> dict[str, str]:
+    """What has answered: digests of the base, and of the customer where all rows are of one."""
+    digests = {answer.digest for answer in answers}
+    parameters = {"base_digest": base_digest}
+    if len(digests) == 1:
+        parameters["customer_digest"] = digests.pop()
+    return parameters

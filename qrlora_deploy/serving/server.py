@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 import uvicorn
@@ -27,6 +26,7 @@ from qrlora_deploy.serving.http.app import make_app
 from qrlora_deploy.serving.http.connections import guarded_by
 from qrlora_deploy.serving.http.front import Front
 from qrlora_deploy.serving.http.limits import HttpLimits
+from qrlora_deploy.serving.tls import Tls
 
 BACKLOG = 2048
 STEP_S = 0.02
@@ -36,34 +36,13 @@ logger = logging.getLogger(__name__)
 
 
 class Companion(Protocol):
-    """Another front of the same models, such as gRPC's, that begins and ends with this one."""
+    """Another front of the same models and the same life, such as gRPC's, that begins and ends with this one."""
 
-    async def start(self) -> object:
+    async def start(self) -> None:
         """Begin to listen."""
 
-    async def serving(self) -> None:
-        """Everything is loaded: say so."""
-
-    async def not_serving(self) -> None:
-        """The end begins: say so, and answer on."""
-
-    async def close(self, timeout_s: float) -> bool:
-        """Take nobody new and finish what was begun within so many seconds; whether all of it was."""
-
-
-@dataclass(frozen=True)
-class Tls:
-    """Files of a server's identity.
-
-    Attributes:
-        cert: chain of certificates, PEM.
-        key: of the first one, PEM.
-        client_ca: who signs the clients' certificates, which are then asked for; None: clients need none.
-    """
-
-    cert: Path
-    key: Path
-    client_ca: Path | None = None
+    async def stop(self, grace_s: float) -> None:
+        """Take nobody new, finish what was begun within so many seconds, and end."""
 
 
 @dataclass(frozen=True)
@@ -161,8 +140,6 @@ class Server:
         for companion in self._companions:
             await companion.start()
         self._front.life.begin()
-        for companion in self._companions:
-            await companion.serving()
         started()
         ended = asyncio.create_task(self._ending.wait())
         await asyncio.wait([serving, ended], return_when=asyncio.FIRST_COMPLETED)
@@ -199,8 +176,6 @@ class Server:
 
     async def _drain(self, serving: "asyncio.Task[None]") -> None:
         self._front.life.drain()
-        for companion in self._companions:
-            await companion.not_serving()
         try:
             async with asyncio.timeout(self._options.drain_delay_s):
                 await self._at_once.wait()
@@ -209,14 +184,14 @@ class Server:
         last = time.monotonic() + self._options.drain_s
         self._http.should_exit = True
         grace_s = 0.0 if self._at_once.is_set() else self._options.drain_s
-        _, *closed = await asyncio.gather(serving, *(companion.close(grace_s) for companion in self._companions))
+        await asyncio.gather(serving, *(companion.stop(grace_s) for companion in self._companions))
         # Every connection has its answer by now, or its time is over.
         left_s = 0.0 if self._at_once.is_set() else max(0.0, last - time.monotonic())
         engines = [model.engine for model in self._front.models]
         done = await asyncio.gather(*(asyncio.to_thread(engine.drain, left_s) for engine in engines))
         for engine in engines:
             await asyncio.to_thread(engine.close)
-        if not all((*closed, *done)):
+        if not all(done):
             raise QrloraError(f"not everything was answered within {self._options.drain_s:g} s; raise --drain-seconds")
 
 

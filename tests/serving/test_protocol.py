@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qrlora_deploy.errors import MalformedInputError, QrloraError
-from qrlora_deploy.serving.http.protocol import InferAnswer, Wanted, parse_infer, write_answer
-from qrlora_deploy.serving.http.questions import question_of
+from qrlora_deploy.serving.http.protocol import InferAnswer, parse_infer, write_answer
+from qrlora_deploy.serving.inference.questions import question_of
+from qrlora_deploy.serving.inference.requests import Wanted
 from qrlora_deploy.serving.outputs import PADDING
 
 TEXTS = st.lists(st.text(max_size=20), min_size=1, max_size=5)

@@ -16,7 +16,8 @@ from qrlora_deploy.errors import InputError, QrloraError
 from qrlora_deploy.serving.http.front import Front
 from qrlora_deploy.serving.http.limits import HttpLimits
 from qrlora_deploy.serving.served import Models, ServedModel
-from qrlora_deploy.serving.server import Server, ServerOptions, Tls
+from qrlora_deploy.serving.server import Server, ServerOptions
+from qrlora_deploy.serving.tls import Tls
 from tests.serving.running import Running, read_reply, request, running
 from tests.tiny import SENTENCES
 

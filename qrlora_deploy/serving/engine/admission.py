@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qrlora_deploy.errors import MalformedInputError
 from qrlora_deploy.serving.engine.limits import Limits
@@ -10,10 +10,8 @@ from qrlora_deploy.serving.engine.pace import Pace
 from qrlora_deploy.serving.engine.rows import Load
 from qrlora_deploy.serving.refusals import OverloadedError, TooLargeError
 
-NOTHING = Load(0, 0, 0)
 
-
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Place:
     """A request's reserved place.
 
@@ -21,6 +19,7 @@ class Place:
         load: what is reserved now.
         customers: rows by customer.
         deadline_s: a time of `time.monotonic`, or None.
+        parts: rows and tokens of each customer; tokens in proportion to rows, rounded up.
         used: it was given to `submit`.
         released: nothing is reserved any more.
     """
@@ -28,15 +27,34 @@ class Place:
     load: Load
     customers: Mapping[str | None, int]
     deadline_s: float | None = None
+    parts: "list[tuple[str | None, int, int]]" = field(default_factory=list)
     used: bool = False
     released: bool = False
 
-    def parts(self) -> dict[str | None, Load]:
-        """What each customer has of it; tokens in proportion to rows, rounded up."""
-        return {
-            customer: Load(rows, -(-self.load.tokens * rows // self.load.rows), 0)
-            for customer, rows in self.customers.items()
-        }
+    def __post_init__(self) -> None:
+        self.resize(self.load)
+
+    def resize(self, load: Load) -> None:
+        """It is of another size now."""
+        self.load = load
+        self.parts = [
+            (customer, rows, -(-load.tokens * rows // max(1, load.rows))) for customer, rows in self.customers.items()
+        ]
+
+
+@dataclass(slots=True)
+class Held:
+    """Rows, tokens and bytes that are reserved."""
+
+    rows: int = 0
+    tokens: int = 0
+    size_bytes: int = 0
+
+    def add(self, rows: int, tokens: int, size_bytes: int = 0) -> None:
+        """As many more."""
+        self.rows += rows
+        self.tokens += tokens
+        self.size_bytes += size_bytes
 
 
 class Admission:
@@ -52,14 +70,13 @@ class Admission:
     """
 
     def __init__(self, limits: Limits, pace: Pace) -> None:
-        self.held = NOTHING
-        self.by_customer: dict[str | None, Load] = {}
+        self.held = Held()
+        self.by_customer: dict[str | None, Held] = {}
         self._pace = pace
-        self._whole = Load(limits.max_queue_rows, limits.max_queue_tokens, limits.max_queue_bytes)
-        self._share = Load(
+        self._whole = Held(limits.max_queue_rows, limits.max_queue_tokens, limits.max_queue_bytes)
+        self._share = Held(
             max(1, int(limits.customer_share * limits.max_queue_rows)),
             max(1, int(limits.customer_share * limits.max_queue_tokens)),
-            limits.max_queue_bytes,
         )
 
     def reserve(self, load: Load, customers: Sequence[str | None], deadline_s: float | None = None) -> Place:
@@ -81,7 +98,7 @@ class Admission:
     def correct(self, place: Place, load: Load) -> None:
         """A request that was let in has another size than was reserved for it."""
         self._add(place, -1)
-        place.load = load
+        place.resize(load)
         self._add(place, 1)
 
     def release(self, place: Place) -> None:
@@ -91,54 +108,55 @@ class Admission:
             self._add(place, -1)
 
     def _check_size(self, place: Place) -> None:
-        if over := _over(place.load, self._whole):
+        whole, share, load = self._whole, self._share, place.load
+        if load.size_bytes > whole.size_bytes:
+            raise TooLargeError(
+                f"the request has {load.size_bytes} bytes of text, the queue room for {whole.size_bytes}"
+            )
+        if over := _over(load.rows, load.tokens, whole):
             raise TooLargeError(f"the request has {over} a queue takes; send it in parts")
-        for part in place.parts().values():
-            if over := _over(part, self._share):
+        for _, rows, tokens in place.parts:
+            if over := _over(rows, tokens, share):
                 raise TooLargeError(f"the request has {over} one customer may have in the queue; send it in parts")
 
     def _check_room(self, place: Place) -> None:
-        if _over(_sum(self.held, place.load), self._whole):
-            wait_s = self._wait_s(place.load, self.held, self._whole)
+        load, held = place.load, self.held
+        room_bytes = self._whole.size_bytes - held.size_bytes
+        if load.size_bytes > room_bytes or _over(held.rows + load.rows, held.tokens + load.tokens, self._whole):
+            # Bytes are given back with the rows that they belong to.
+            part = max(0, load.size_bytes - room_bytes) / max(1, held.size_bytes)
+            wait_s = max(
+                self._wait_s(load.rows, load.tokens, held, self._whole), self._pace.wait_s(part * held.rows, 0)
+            )
             raise OverloadedError("the queue is full; try again later", wait_s)
-        for customer, part in place.parts().items():
+        for customer, rows, tokens in place.parts:
             held = self.by_customer.get(customer, NOTHING)
-            if _over(_sum(held, part), self._share):
+            if _over(held.rows + rows, held.tokens + tokens, self._share):
                 # The others are answered in turn with this one.
-                wait_s = self._wait_s(part, held, self._share) * len(self.by_customer)
+                wait_s = self._wait_s(rows, tokens, held, self._share) * len(self.by_customer)
                 raise OverloadedError("the customer's share of the queue is full; try again later", wait_s)
 
-    def _wait_s(self, load: Load, held: Load, bound: Load) -> float:
+    def _wait_s(self, rows: int, tokens: int, held: Held, bound: Held) -> float:
         """When as much as is over the bound will have been answered."""
-        total = _sum(held, load)
-        # Bytes are given back with the rows that they belong to.
-        by_bytes = max(0, total.size_bytes - bound.size_bytes) / max(1, held.size_bytes)
-        rows = max(total.rows - bound.rows, by_bytes * held.rows)
-        tokens = max(total.tokens - bound.tokens, by_bytes * held.tokens)
-        return self._pace.wait_s(rows, tokens)
+        return self._pace.wait_s(held.rows + rows - bound.rows, held.tokens + tokens - bound.tokens)
 
     def _add(self, place: Place, sign: int) -> None:
-        self.held = _sum(self.held, place.load, sign)
-        for customer, part in place.parts().items():
-            left = _sum(self.by_customer.get(customer, NOTHING), part, sign)
-            if left.rows:
-                self.by_customer[customer] = left
-            else:
-                self.by_customer.pop(customer, None)
+        load = place.load
+        self.held.add(sign * load.rows, sign * load.tokens, sign * load.size_bytes)
+        for customer, rows, tokens in place.parts:
+            held = self.by_customer.setdefault(customer, Held())
+            held.add(sign * rows, sign * tokens)
+            if not held.rows:
+                del self.by_customer[customer]
 
 
-def _sum(one: Load, other: Load, sign: int = 1) -> Load:
-    return Load(
-        one.rows + sign * other.rows, one.tokens + sign * other.tokens, one.size_bytes + sign * other.size_bytes
-    )
+NOTHING = Held()
 
 
-def _over(load: Load, bound: Load) -> str:
+def _over(rows: int, tokens: int, bound: Held) -> str:
     """What is over its bound, in words; empty where nothing is."""
-    if load.rows > bound.rows:
-        return f"{load.rows} rows, more than the {bound.rows} that"
-    if load.tokens > bound.tokens:
-        return f"up to {load.tokens} tokens, more than the {bound.tokens} that"
-    if load.size_bytes > bound.size_bytes:
-        return f"{load.size_bytes} bytes of text, more than the {bound.size_bytes} that"
+    if rows > bound.rows:
+        return f"{rows} rows, more than the {bound.rows} that"
+    if tokens > bound.tokens:
+        return f"up to {tokens} tokens, more than the {bound.tokens} that"
     return ""

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from qrlora_deploy.errors import QrloraError
 from qrlora_deploy.serving.engine.admission import Place
 from qrlora_deploy.serving.engine.rows import Row, RowAnswer
 
@@ -39,6 +40,15 @@ class Request:
     def wait(self) -> None:
         """Make its rows ready for the queue, once they are known to be rows."""
         self.waiting = [WaitingRow(self, number, row.customer, row.length) for number, row in enumerate(self.rows)]
+
+    def tell(self, error: QrloraError | None) -> None:
+        """Give the future its answers, or the error; nothing where it was cancelled. Called once."""
+        if not self.future.set_running_or_notify_cancel():
+            return
+        if error is None:
+            self.future.set_result([answer for answer in self.answers if answer is not None])
+        else:
+            self.future.set_exception(error)
 
 
 @dataclass(eq=False, slots=True)

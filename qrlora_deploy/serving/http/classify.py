@@ -6,7 +6,7 @@ from typing import Any
 from qrlora_deploy.errors import MalformedInputError, QrloraError
 from qrlora_deploy.serving.answering import Texts
 from qrlora_deploy.serving.engine.rows import RowAnswer
-from qrlora_deploy.serving.http.questions import owners
+from qrlora_deploy.serving.inference.questions import owners
 from qrlora_deploy.serving.served import ServedModel
 
 FIELDS = ("texts", "pairs", "customer", "customers", "model")

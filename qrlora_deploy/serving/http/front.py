@@ -3,7 +3,6 @@
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -14,48 +13,28 @@ from qrlora_deploy.serving.access import Access, key_of, open_access
 from qrlora_deploy.serving.answering import Question, answer
 from qrlora_deploy.serving.engine.rows import RowAnswer
 from qrlora_deploy.serving.http.classify import classify_answer, parse_classify
-from qrlora_deploy.serving.http.describing import (
+from qrlora_deploy.serving.http.openapi import openapi
+from qrlora_deploy.serving.http.protocol import InferAnswer, parse_infer, parse_object, write_answer
+from qrlora_deploy.serving.http.replies import JSON, error_reply, json_reply, reply_to_error
+from qrlora_deploy.serving.inference.describing import (
     model_config,
     model_metadata,
     model_stats,
     repository_index,
     server_metadata,
 )
-from qrlora_deploy.serving.http.openapi import openapi
-from qrlora_deploy.serving.http.protocol import InferAnswer, InferRequest, parse_infer, parse_object, write_answer
-from qrlora_deploy.serving.http.questions import deadline_of, question_of
-from qrlora_deploy.serving.http.replies import JSON, error_reply, json_reply, reply_to_error
+from qrlora_deploy.serving.inference.questions import deadline_of, question_of
+from qrlora_deploy.serving.inference.requests import InferRequest
 from qrlora_deploy.serving.json_log import log_request
 from qrlora_deploy.serving.life import Life
-from qrlora_deploy.serving.outputs import OUTPUTS
-from qrlora_deploy.serving.refusals import DrainingError
+from qrlora_deploy.serving.outputs import OUTPUTS, answer_parameters
+from qrlora_deploy.serving.parts import Keys, Metrics
 from qrlora_deploy.serving.served import VERSION, Models, ServedModel
 
 HEADER_LENGTH = "inference-header-content-length"
 TIMEOUT = "x-request-timeout-ms"
 BINARY = "application/octet-stream"
 METRICS = "text/plain; version=0.0.4; charset=utf-8"
-
-
-class AsksForKeys(Protocol):
-    """Who may ask; `Keys` does."""
-
-    def access(self, key: str | None) -> Access:
-        """What a key may do.
-
-        Raises:
-            UnauthenticatedError: it is none that is known, or None.
-        """
-
-
-class Counts(Protocol):
-    """Counts requests; `Metrics` does."""
-
-    def text(self) -> bytes:
-        """What Prometheus reads."""
-
-    def observe(self, route: str, code: int, seconds: float, rows: int, customers: Sequence[str | None] = ()) -> None:
-        """Count a request."""
 
 
 Handler = Callable[[Request, Access], Awaitable[Response]]
@@ -74,8 +53,8 @@ class Front:
 
     models: Models
     life: Life = field(default_factory=Life)
-    keys: AsksForKeys | None = None
-    metrics: Counts | None = None
+    keys: Keys | None = None
+    metrics: Metrics | None = None
 
     def routes(self) -> list[Route]:
         """All of them. Health and the description of the interface need no key."""
@@ -211,9 +190,7 @@ class Front:
         access: Access,
     ) -> list[RowAnswer]:
         request.state.customers = customers
-        # While it drains a server still answers who has not heard of it yet; before it is ready it cannot.
-        if not (self.life.ready or self.life.draining):
-            raise DrainingError("the server is not ready yet; try again soon")
+        self.life.check()
         return await answer(model, question, customers, deadline_s, access)
 
 
@@ -241,11 +218,9 @@ def _header_length(request: Request) -> int | None:
 
 def _written(model: ServedModel, asked: InferRequest, answers: list[RowAnswer]) -> InferAnswer:
     values = [(wanted, OUTPUTS[wanted.name](answers, model.task)) for wanted in asked.wanted]
-    digests = {answer.digest for answer in answers}
-    parameters = {"base_digest": model.bundle.manifest.base_digest}
-    if len(digests) == 1:
-        parameters["customer_digest"] = digests.pop()
-    return write_answer(model.name, VERSION, asked.id, values, parameters)
+    return write_answer(
+        model.name, VERSION, asked.id, values, answer_parameters(model.bundle.manifest.base_digest, answers)
+    )
 
 
 def _infer_reply(written: InferAnswer) -> Response:

@@ -8,7 +8,15 @@ import numpy as np
 import orjson
 
 from qrlora_deploy.errors import MalformedInputError
-from qrlora_deploy.serving.http.tensors import (
+from qrlora_deploy.serving.inference.requests import (
+    MAX_TENSORS,
+    InferRequest,
+    Tensor,
+    Wanted,
+    checked_parameters,
+    chosen_outputs,
+)
+from qrlora_deploy.serving.inference.tensors import (
     check_shape,
     numbers_of_bytes,
     numbers_of_json,
@@ -17,46 +25,6 @@ from qrlora_deploy.serving.http.tensors import (
     to_bytes,
     to_json,
 )
-from qrlora_deploy.serving.outputs import DATATYPES
-
-MAX_TENSORS = 64
-
-UNSUPPORTED = ("classification", "shared_memory_region")
-"""Parameters of Triton's that would change an answer, and are not offered."""
-
-Tensor = np.ndarray | list[str]
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """An output that a request asks for.
-
-    Attributes:
-        name: of `OUTPUTS`.
-        binary: as binary data; else in JSON.
-        datatype: "FP32", "FP16" (binary alone) or "BYTES".
-    """
-
-    name: str
-    binary: bool = False
-    datatype: str = "FP32"
-
-
-@dataclass(frozen=True)
-class InferRequest:
-    """A request, parsed.
-
-    Attributes:
-        id: to be echoed; empty: there was none.
-        parameters: of the request.
-        inputs: INT64 as arrays of their shape, BYTES as flat lists of texts.
-        wanted: outputs, in the order asked for.
-    """
-
-    id: str
-    parameters: Mapping[str, Any]
-    inputs: Mapping[str, Tensor]
-    wanted: tuple[Wanted, ...]
 
 
 @dataclass(frozen=True)
@@ -85,12 +53,13 @@ def parse_infer(body: bytes, header_length: int | None = None) -> InferRequest:
     if header_length is not None and not 0 <= header_length <= len(body):
         raise MalformedInputError(f"Inference-Header-Content-Length is {header_length}, the body has {len(body)} bytes")
     record = parse_object(body if header_length is None else body[:header_length])
-    parameters = _parameters(record, "the request")
+    parameters = checked_parameters(record.get("parameters"), "the request")
     identity = record.get("id", "")
     if not isinstance(identity, str):
         raise MalformedInputError("id must be a text")
+    outputs = _objects(record, "outputs") if record.get("outputs") else []
     binary = memoryview(body)[len(body) if header_length is None else header_length :]
-    return InferRequest(identity, parameters, _inputs(record, binary), _wanted(record, parameters))
+    return InferRequest(identity, parameters, _inputs(record, binary), chosen_outputs(outputs, parameters))
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
@@ -106,17 +75,6 @@ def parse_object(body: bytes) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise MalformedInputError("the body must be a JSON object")
     return record
-
-
-def _parameters(record: Mapping[str, Any], place: str) -> dict[str, Any]:
-    parameters = record.get("parameters")
-    parameters = {} if parameters is None else parameters
-    if not isinstance(parameters, dict):
-        raise MalformedInputError(f"parameters of {place} must be an object")
-    for name in UNSUPPORTED:
-        if parameters.get(name):
-            raise MalformedInputError(f"{place} asks for {name}, which this server does not offer")
-    return parameters
 
 
 def _objects(record: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
@@ -135,7 +93,7 @@ def _inputs(record: Mapping[str, Any], binary: memoryview) -> dict[str, Tensor]:
     start = 0
     for item in _objects(record, "inputs"):
         place = f"input {item['name']!r:.60}"
-        size = _parameters(item, place).get("binary_data_size")
+        size = checked_parameters(item.get("parameters"), place).get("binary_data_size")
         if size is None:
             found[item["name"]] = _from_json(item, place)
             continue
@@ -175,30 +133,6 @@ def _type_of(item: Mapping[str, Any], place: str) -> tuple[str, tuple[int, ...]]
     if datatype == "BYTES" and shape[1:] not in ((), (1,)):
         raise MalformedInputError(f"{place}: BYTES must have the shape [rows], not {list(shape)}")
     return str(datatype), shape
-
-
-def _wanted(record: Mapping[str, Any], parameters: Mapping[str, Any]) -> tuple[Wanted, ...]:
-    asked = _objects(record, "outputs") if record.get("outputs") else [{"name": name} for name in DATATYPES]
-    return tuple(_one_wanted(item, parameters) for item in asked)
-
-
-def _one_wanted(item: Mapping[str, Any], of_request: Mapping[str, Any]) -> Wanted:
-    name = item["name"]
-    place = f"output {name!r:.60}"
-    if name not in DATATYPES:
-        raise MalformedInputError(f"there is no {place}; choose from {', '.join(DATATYPES)}")
-    own = _parameters(item, place)
-    binary = own.get("binary_data", of_request.get("binary_data_output", False))
-    if not isinstance(binary, bool):
-        raise MalformedInputError(f"{place}: binary_data must be true or false")
-    datatype = DATATYPES[name]
-    if datatype == "FP32":
-        datatype = own.get("datatype", of_request.get("datatype", datatype))
-    if datatype == "FP16" and not binary:
-        raise MalformedInputError(f"{place}: FP16 goes as binary data alone; set binary_data, or take FP32")
-    if datatype not in ("FP32", "FP16", "BYTES"):
-        raise MalformedInputError(f"{place}: datatype must be FP32 or FP16, not {datatype!r:.40}")
-    return Wanted(name, binary, datatype)
 
 
 def write_answer(

@@ -11,6 +11,7 @@ import pytest
 from qrlora_deploy.errors import InputError, MalformedInputError, QrloraError, UnknownCustomerError
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.runtime import Buckets, Bundle
+from qrlora_deploy.serving.engine.admission import Held
 from qrlora_deploy.serving.engine.limits import Limits
 from qrlora_deploy.serving.engine.local import LocalEngine
 from qrlora_deploy.serving.engine.rows import Load, Row
@@ -304,9 +305,9 @@ def test_many_threads_submit_and_cancel(engine: LocalEngine, session: WatchedSes
 
 
 def _nothing_is_held(engine: LocalEngine) -> bool:
-    stats, admission = engine.stats(), engine._admission
-    held = (admission.held, admission.by_customer, engine._open, engine._queue._waiting)
-    return (stats.queued_rows, stats.queued_tokens) == (0, 0) and held == (Load(0, 0, 0), {}, set(), {})
+    stats, room = engine.stats(), engine._room
+    held = (room._admission.held, room._admission.by_customer, room._open, room._queue._waiting)
+    return (stats.queued_rows, stats.queued_tokens) == (0, 0) and held == (Held(), {}, set(), {})
 
 
 def _until(true: "object") -> None:

@@ -98,14 +98,19 @@ def texts_of_bytes(raw: memoryview, shape: tuple[int, ...], place: str) -> list[
         start, end = end, end + LENGTH.unpack_from(raw, start)[0]
         if end > len(raw):
             raise MalformedInputError(f"{place}: text {len(found)} is longer than the binary data")
-        found.append(_text(raw[start:end], len(found), place))
+        found.append(text_of(raw[start:end], len(found), place))
         start = end
     if len(found) != count:
         raise _wrong_size(place, len(found), shape)
     return found
 
 
-def _text(raw: memoryview, number: int, place: str) -> str:
+def text_of(raw: memoryview | bytes, number: int, place: str) -> str:
+    """A text from its bytes.
+
+    Raises:
+        MalformedInputError: they are not UTF-8.
+    """
     try:
         return str(raw, "utf-8")
     except UnicodeDecodeError as error:

@@ -8,7 +8,7 @@ import numpy as np
 
 from qrlora_deploy.errors import MalformedInputError
 from qrlora_deploy.serving.answering import Question, Texts, TokenIds
-from qrlora_deploy.serving.http.protocol import InferRequest, Tensor
+from qrlora_deploy.serving.inference.requests import InferRequest, Tensor
 
 TEXT, PAIR, CUSTOMER = "text", "text_pair", "customer"
 IDS = ("input_ids", "attention_mask", "token_type_ids")

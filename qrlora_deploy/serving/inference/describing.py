@@ -3,7 +3,7 @@
 from typing import Any
 
 from qrlora_deploy.serving.engine.protocol import EngineStats
-from qrlora_deploy.serving.http.questions import IDS, INPUTS, TEXT
+from qrlora_deploy.serving.inference.questions import IDS, INPUTS, TEXT
 from qrlora_deploy.serving.outputs import DATATYPES
 from qrlora_deploy.serving.served import VERSION, Models, ServedModel
 from qrlora_deploy.version import __version__
