@@ -12,6 +12,9 @@ from qrlora_deploy.serving.engine.requests import WaitingRow
 from qrlora_deploy.serving.engine.rows import RowAnswer
 from qrlora_deploy.serving.refusals import DeadlineError
 
+FETCHING = 4
+"""Threads that fetch customers who are not in the table; each holds a row of it."""
+
 Outcome = tuple[WaitingRow, RowAnswer | QrloraError]
 """A row and how it ended."""
 
@@ -37,12 +40,15 @@ class BatchRunner:
         self.run_s = 0.0
         self.queue_s = 0.0
         self._model, self._shapes, self._pace, self._clock = model, shapes, pace, clock
+        rows = getattr(model.table, "max_rows", None)
+        # One row is the base's, and some are held by those who fetch customers meanwhile.
+        self._most_customers = None if rows is None else max(1, rows - 1 - FETCHING)
 
     def run(self, rows: Sequence[WaitingRow]) -> list[Outcome]:
         """How each row ends, without those whose request has ended already.
 
         A row whose deadline has passed is not run. A batch that fails is run again in halves, until what fails
-        is a row by itself.
+        is a row by itself; one of more customers than the table has room for is run in halves at once.
         """
         now = self._clock()
         wanted = [row for row in rows if not row.request.ended]
@@ -50,13 +56,18 @@ class BatchRunner:
         wanted = [row for row in wanted if not _is_late(row, now)]
         if not wanted:
             return outcomes
-        try:
-            return outcomes + self._run(wanted, now)
-        except Exception as error:
-            if len(wanted) == 1:
-                return [*outcomes, (wanted[0], as_ours(error))]
+        if len(wanted) == 1 or self._fits_the_table(wanted):
+            try:
+                return outcomes + self._run(wanted, now)
+            except Exception as error:
+                if len(wanted) == 1:
+                    return [*outcomes, (wanted[0], as_ours(error))]
         half = len(wanted) // 2
         return outcomes + self.run(wanted[:half]) + self.run(wanted[half:])
+
+    def _fits_the_table(self, rows: Sequence[WaitingRow]) -> bool:
+        most = self._most_customers
+        return most is None or len({row.customer for row in rows}) <= most
 
     def _run(self, rows: Sequence[WaitingRow], start_s: float) -> list[Outcome]:
         inputs = self.collator.batch([row.row for row in rows])
