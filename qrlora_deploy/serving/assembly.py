@@ -1,16 +1,14 @@
 """A whole server, put together: models, keys, quotas, fronts and the admin API."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
 from qrlora_deploy.serving.access import Keys
 from qrlora_deploy.serving.engine.quotas import Quotas
 from qrlora_deploy.serving.http.front import Front
 from qrlora_deploy.serving.http.listener import HttpListener
-from qrlora_deploy.serving.keys_file import ANYONE, Quota
 from qrlora_deploy.serving.metrics import Metrics
 from qrlora_deploy.serving.opening import ModelPlaces, OpenModel, RunOptions
 from qrlora_deploy.serving.served import Models
@@ -29,7 +27,7 @@ class AssemblyOptions:
         grpc_port: None: without gRPC.
         admin_port: None: without the admin API.
         admin_host: where the admin API listens.
-        audit: file that changes by the admin API are told to.
+        audit_log: file that changes by the admin API are told to.
 
     Raises:
         InputError: the admin API is asked for without keys or audit log.
@@ -42,11 +40,11 @@ class AssemblyOptions:
     grpc_port: int | None = None
     admin_port: int | None = None
     admin_host: str = "127.0.0.1"
-    audit: Path | None = None
+    audit_log: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.admin_port is not None and (self.keys is None or self.audit is None):
-            raise InputError("the admin API needs a file of keys and an audit log: --keys FILE and --audit FILE")
+        if self.admin_port is not None and (self.keys is None or self.audit_log is None):
+            raise InputError("--admin-port needs --keys FILE and --audit-log FILE")
 
 
 class Assembly:
@@ -55,7 +53,7 @@ class Assembly:
     Attributes:
         models: open.
         server: to be run.
-        companions: by what they are called: "gRPC" and "admin".
+        companions: by what they are called: "gRPC" and "admin API".
 
     Raises:
         QrloraError: something cannot be used; what was opened before is closed.
@@ -75,39 +73,34 @@ class Assembly:
     def _open(self, options: AssemblyOptions) -> None:
         # Files that are quick to read come first: who misspells one need not wait for a model.
         if options.keys is not None:
-            self._keys = Keys.open(options.keys, lambda keys: self._change_quotas(keys.quotas()))
+            self._keys = Keys.open(options.keys, self._change_quotas)
         for places in options.places:
             self._quotas.append(Quotas())
             self.models.append(OpenModel(places, options.run, self._quotas[-1]))
         if self._keys is not None:
-            self._change_quotas(self._keys.quotas())
+            self._change_quotas(self._keys)
         models = Models([model.served for model in self.models])
         front = Front(models, keys=self._keys, metrics=Metrics(list(models)))
         if options.grpc_port is not None:
             self.companions["gRPC"] = _grpc(front, options.server, options.grpc_port)
         if options.admin_port is not None:
-            self.companions["admin"] = self._admin(front, options)
+            self.companions["admin API"] = self._admin(front, options)
         self.server = Server(front, options.server, self.reload, list(self.companions.values()))
 
-    def _change_quotas(self, quotas: Mapping[str, Quota]) -> None:
-        rows_s = {name: quota.rows_per_second for name, quota in quotas.items()}
-        default = rows_s.pop(ANYONE, None)
-        for each in self._quotas:
-            each.change(rows_s, default)
+    def _change_quotas(self, keys: Keys) -> None:
+        for quotas in self._quotas:
+            quotas.change(*keys.quotas())
 
     def _admin(self, front: Front, options: AssemblyOptions) -> HttpListener:
         from qrlora_deploy.serving.admin import Admin, make_admin_app
         from qrlora_deploy.serving.audit import AuditLog
-        from qrlora_deploy.serving.customer_folder import CustomerFolder
 
-        if self._keys is None or options.audit is None or options.admin_port is None:
-            raise InputError("the admin API needs keys, an audit log and a port")
-        folders = {
-            model.served.name: CustomerFolder(model.places.customers, model.session.check)
-            for model in self.models
-            if model.places.customers is not None and isinstance(model.session, SwitchableSession)
-        }
-        app = make_admin_app(Admin(folders, self._keys, AuditLog(options.audit), self.reload), front.life)
+        if self._keys is None or options.audit_log is None or options.admin_port is None:
+            raise InputError("--admin-port needs --keys FILE and --audit-log FILE")
+        folders = {model.served.name: folder for model in self.models if (folder := model.customer_folder())}
+        if not folders:
+            raise InputError("--admin-port has nothing to change: no model has a folder of customers; --customers DIR")
+        app = make_admin_app(Admin(folders, self._keys, AuditLog(options.audit_log), self.reload), front.life)
         return HttpListener(app, options.admin_host, options.admin_port, options.server.tls, options.server.limits)
 
     def reload(self) -> None:

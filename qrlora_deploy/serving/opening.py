@@ -9,6 +9,7 @@ from qrlora_deploy.formats.customer_files import customer_ids, read_customer
 from qrlora_deploy.runtime.bundle.bundle import Bundle, open_bundle
 from qrlora_deploy.runtime.sessions.buckets import Buckets
 from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
+from qrlora_deploy.serving.customer_folder import CustomerFolder
 from qrlora_deploy.serving.engine.limits import Limits
 from qrlora_deploy.serving.engine.local import LocalEngine
 from qrlora_deploy.serving.engine.models import MergedModel
@@ -89,6 +90,12 @@ class OpenModel:
             raise InputError(f"{places.bundle} is a merged bundle: it holds one customer and takes no others")
         engine = LocalEngine(self.session, options.limits, quotas)
         self.served = ServedModel(places.name, bundle, engine, RowTokenizer(bundle))
+
+    def customer_folder(self) -> CustomerFolder | None:
+        """The folder of customers, for who changes it; None: there is none."""
+        if self.places.customers is None or not isinstance(self.session, SwitchableSession):
+            return None
+        return CustomerFolder(self.places.customers, self.session.check)
 
     def reload(self) -> None:
         """See at once what has changed in the folder, and load the packed file again.
