@@ -34,7 +34,7 @@ SHOWN = 5
 @click.option(
     "--admin-port",
     type=click.IntRange(0, 65535),
-    help="Offer the admin API on this port, to keys with the admin right.",
+    help="Offer the admin API on this port, to keys with that right.",
 )
 @click.option("--admin-host", default="127.0.0.1", show_default=True, help="Address of the admin API.")
 @click.option("--audit-log", type=ANY_PATH, help="With --admin-port: a line for each change is added to this file.")
