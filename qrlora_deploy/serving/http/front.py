@@ -1,5 +1,6 @@
 """The routes of the HTTP front."""
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +39,12 @@ BINARY = "application/octet-stream"
 METRICS = "text/plain; version=0.0.4; charset=utf-8"
 
 
+GONE, GIVE_UP = "gone", "give_up"
+"""In the state of a request: its client has gone; what to call then."""
+
+CLIENT_GONE = 499
+"""The usual status, in logs and metrics, of a request whose client did not wait. Nobody gets it."""
+
 Handler = Callable[[Request, Access], Awaitable[Response]]
 
 
@@ -58,6 +65,10 @@ class Endpoint:
             reply = await self.handler(request, access)
         except Exception as error:
             reply = reply_to_error(error, _request_id(request))
+        except asyncio.CancelledError:
+            if not scope["state"].get(GONE):
+                raise
+            reply = error_reply("the client has gone", CLIENT_GONE)
         self.front.tell(request, self.path, reply.status_code, time.perf_counter() - start, access.key_id)
         await reply(scope, receive, send)
 
@@ -205,6 +216,9 @@ class Front:
         access: Access,
     ) -> list[RowAnswer]:
         request.state.customers = customers
+        task = asyncio.current_task()
+        if task is not None:
+            request.scope["state"][GIVE_UP] = task.cancel
         self.life.check()
         return await answer(model, question, customers, deadline_s, access)
 
