@@ -1,7 +1,7 @@
 """`qrlora-deploy serve`."""
 
 import ipaddress
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -13,10 +13,9 @@ from qrlora_deploy.errors import CheckFailed, InputError
 
 if TYPE_CHECKING:
     from qrlora_deploy.runtime.sessions.buckets import Buckets
-    from qrlora_deploy.serving.access import Keys
-    from qrlora_deploy.serving.admin_server import AdminServer
-    from qrlora_deploy.serving.opening import ModelPlaces, OpenModel, RunOptions
-    from qrlora_deploy.serving.server import Server, ServerOptions
+    from qrlora_deploy.serving.assembly import Assembly
+    from qrlora_deploy.serving.opening import ModelPlaces, RunOptions
+    from qrlora_deploy.serving.server import ServerOptions
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 SECONDS = FiniteRange(min=0, max=86_400)
@@ -31,6 +30,10 @@ SHOWN = 5
 @click.option("--packed", multiple=True, metavar="[NAME=]FILE", help="Packed file of customers.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any free one.")
+@click.option("--grpc-port", type=click.IntRange(0, 65535), help="Answer over gRPC, too, on this port.")
+@click.option("--admin-port", type=click.IntRange(0, 65535), help="Offer the admin API on this port.")
+@click.option("--admin-host", default="127.0.0.1", show_default=True, help="Address of the admin API.")
+@click.option("--audit", type=ANY_PATH, help="File that says who changed what by the admin API.")
 @click.option("--provider", default="cpu", show_default=True, help="cpu, cuda, cuda:1 or tensorrt.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads within an operator.")
 @click.option("--buckets", metavar="ROWS:LENGTHS", help="Run in these shapes only, such as 1,8,32:32,128.")
@@ -40,12 +43,6 @@ SHOWN = 5
 @click.option("--max-queue-rows", type=COUNT, default=4096, show_default=True, help="Rows that wait; then 429.")
 @click.option("--max-body-mib", type=click.IntRange(1, 2047), default=64, show_default=True, help="MiB of a body.")
 @click.option("--keys", type=EXISTING_FILE, help="File of keys; without it everybody is answered.")
-@click.option(
-    "--admin-port",
-    type=click.IntRange(0, 65535),
-    help="Also offer the admin API, on this port of --host, to keys with the admin right; 0: any free one.",
-)
-@click.option("--audit-log", type=ANY_PATH, help="With --admin-port: a line for each change is added to this file.")
 @click.option("--insecure", is_flag=True, help="Listen beyond this machine without keys.")
 @click.option("--tls-cert", type=EXISTING_FILE, help="Certificates, PEM.")
 @click.option("--tls-key", type=EXISTING_FILE, help="Key of the first one, PEM.")
@@ -56,11 +53,12 @@ SHOWN = 5
 @click.option(
     "--drain-seconds", type=SECONDS, default=45.0, show_default=True, help="Seconds for what was begun until then."
 )
+@click.option("--count-customer", "counted", multiple=True, metavar="ID", help="Metrics tell its rows; repeatable.")
 @click.option("--check", is_flag=True, help="Open and check everything, each customer's file too, and end.")
 @click.option("--log-json", is_flag=True, help="Logs as lines of JSON on stderr, each request among them.")
 @common
 def command(bundle: Path | None, models: tuple[str, ...], check: bool, log_json: bool, **options: Any) -> Output:
-    """Answer over HTTP for BUNDLE and its customers: Open Inference Protocol v2, and plain JSON at /v1/classify.
+    """Answer over HTTP, and gRPC, for BUNDLE and its customers: Open Inference Protocol v2; plain JSON at /v1/classify.
 
     SIGTERM ends it without losing a request: readiness goes off, --drain-delay passes, what was begun is finished.
     SIGHUP reads the keys and the packed files again.
@@ -72,6 +70,7 @@ def command(bundle: Path | None, models: tuple[str, ...], check: bool, log_json:
       qrlora-deploy serve --model intents=bundle --model spam=other-bundle --customers intents=customers --check
     """
     _check_usage(bundle, models, **options)
+    from qrlora_deploy.serving.assembly import Assembly, AssemblyOptions
     from qrlora_deploy.serving.json_log import log_as_json
 
     if log_json:
@@ -79,11 +78,20 @@ def command(bundle: Path | None, models: tuple[str, ...], check: bool, log_json:
     else:
         _log_plainly()
     places = _places(bundle, models, options["customers"], options["packed"])
-    opened = _open_all(places, _run_options(**options))
-    server, admin = _make_server(opened, options)
-    if check:
-        return _checked(opened, server)
-    return Output({}, live=lambda stream: _serve(opened, server, admin, stream))
+    assembly = Assembly(
+        AssemblyOptions(
+            places,
+            _run_options(**options),
+            _server_options(options),
+            keys=options["keys"],
+            grpc_port=options["grpc_port"],
+            admin_port=options["admin_port"],
+            admin_host=options["admin_host"],
+            audit=options["audit"],
+            counted=options["counted"],
+        )
+    )
+    return _checked(assembly) if check else Output({}, live=lambda stream: _serve(assembly, stream))
 
 
 def _check_usage(bundle: Path | None, models: Sequence[str], **options: Any) -> None:
@@ -93,10 +101,6 @@ def _check_usage(bundle: Path | None, models: Sequence[str], **options: Any) -> 
         raise click.UsageError("--tls-cert and --tls-key belong together")
     if options["tls_client_ca"] and not options["tls_cert"]:
         raise click.UsageError("--tls-client-ca needs --tls-cert and --tls-key")
-    if options["admin_port"] is not None and not (options["keys"] and options["audit_log"]):
-        raise click.UsageError("--admin-port needs --keys FILE and --audit-log FILE")
-    if options["audit_log"] and options["admin_port"] is None:
-        raise click.UsageError("--audit-log does nothing without --admin-port")
     guarded = options["keys"] or options["tls_client_ca"] or options["insecure"]
     if not guarded and not _is_here(options["host"]):
         raise click.UsageError(
@@ -177,61 +181,6 @@ def _buckets(text: str) -> "Buckets":
     return Buckets(tuple(map(int, sizes[0])), tuple(map(int, sizes[1])))
 
 
-def _open_all(places: "Sequence[ModelPlaces]", options: "RunOptions") -> "list[OpenModel]":
-    from qrlora_deploy.serving.opening import OpenModel
-
-    opened: list[OpenModel] = []
-    try:
-        for place in places:
-            opened.append(OpenModel(place, options))
-    except BaseException:
-        for model in opened:
-            model.close()
-        raise
-    return opened
-
-
-def _make_server(opened: "Sequence[OpenModel]", options: dict[str, Any]) -> "tuple[Server, AdminServer | None]":
-    from qrlora_deploy.serving.access import Keys
-    from qrlora_deploy.serving.http.front import Front
-    from qrlora_deploy.serving.metrics import Metrics
-    from qrlora_deploy.serving.served import Models
-    from qrlora_deploy.serving.server import Server
-
-    models = Models([model.served for model in opened])
-    keys = None if options["keys"] is None else Keys.open(options["keys"])
-    front = Front(models, keys=keys, metrics=Metrics(list(models)))
-    reload = _reloading(opened, keys.reload if keys else lambda: False)
-    settings = _server_options(options)
-    admin = None if keys is None else _make_admin(opened, keys, settings, options)
-    return Server(front, settings, reload, () if admin is None else (admin,)), admin
-
-
-def _make_admin(
-    opened: "Sequence[OpenModel]", keys: "Keys", settings: "ServerOptions", options: dict[str, Any]
-) -> "AdminServer | None":
-    if options["admin_port"] is None:
-        return None
-    from qrlora_deploy.serving.admin import Admin
-    from qrlora_deploy.serving.admin_server import AdminServer
-    from qrlora_deploy.serving.audit import AuditLog
-
-    folders = {model.served.name: folder for model in opened if (folder := model.customer_folder())}
-    if not folders:
-        raise InputError("--admin-port has nothing to change: no model has a folder of customers; give --customers DIR")
-    reload = _reloading(opened, lambda: False)
-    return AdminServer(Admin(folders, keys, AuditLog(options["audit_log"]), reload), settings, options["admin_port"])
-
-
-def _reloading(opened: "Sequence[OpenModel]", reload_keys: Callable[[], object]) -> Callable[[], None]:
-    def reload() -> None:
-        reload_keys()
-        for model in opened:
-            model.reload()
-
-    return reload
-
-
 def _server_options(options: dict[str, Any]) -> "ServerOptions":
     from qrlora_deploy.serving.http.limits import MIB, HttpLimits
     from qrlora_deploy.serving.server import ServerOptions, Tls
@@ -247,35 +196,29 @@ def _server_options(options: dict[str, Any]) -> "ServerOptions":
     )
 
 
-def _checked(opened: "Sequence[OpenModel]", server: "Server") -> Output:
-    record: list[dict[str, Any]] = []
+def _checked(assembly: "Assembly") -> Output:
+    url, record = assembly.server.http.url, []
     problems: list[str] = []
-    for model in opened:
+    facts: dict[str, str] = {}
+    for model in assembly.models:
         count, wrong = model.check_customers()
         problems += wrong
-        record.append({"model": model.served.name, "customers": count, "packed": model.packed, "problems": wrong})
-        model.close()
-    facts = {str(item["model"]): f"{item['customers']} files, {item['packed']} packed" for item in record}
+        record.append({"model": model.served.name, "customers": count, "problems": wrong})
+        facts[model.served.name] = f"{count} customers' files, {model.served.engine.stats().resident} in memory"
+    assembly.close()
     failure = None
     if problems:
         more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         failure = CheckFailed(f"{len(problems)} customers cannot be served: {'; '.join(problems[:SHOWN])}{more}")
-    headline = "" if problems else f"everything is in order; it would listen on {server.url}"
-    return Output({"models": record, "url": server.url}, headline, facts, failure=failure)
+    headline = "" if problems else f"everything is in order; it would listen on {url}"
+    return Output({"models": record, "url": url}, headline, facts, failure=failure)
 
 
-def _serve(opened: "Sequence[OpenModel]", server: "Server", admin: "AdminServer | None", stream: IO[str]) -> None:
+def _serve(assembly: "Assembly", stream: IO[str]) -> None:
     def started() -> None:
-        names = ", ".join(model.served.name for model in opened)
-        stream.write(f"serving {names} on {server.url}\n")
-        if admin is not None:
-            stream.write(f"admin API on port {admin.port}\n")
+        names = ", ".join(model.served.name for model in assembly.models)
+        others = "".join(f"; {name} on port {one.port}" for name, one in assembly.companions.items())
+        stream.write(f"serving {names} on {assembly.server.http.url}{others}\n")
         stream.flush()
 
-    try:
-        for model in opened:
-            model.follow()
-        server.run(started)
-    finally:
-        for model in opened:
-            model.close()
+    assembly.run(started)

@@ -19,6 +19,8 @@ class Served:
     Attributes:
         url: where it listens.
         port: the same.
+        ports: of its companions.
+        errors: lines of its stderr.
     """
 
     def __init__(self, *arguments: object, cwd: Path) -> None:
@@ -34,10 +36,11 @@ class Served:
         self._reader = threading.Thread(target=self._read_errors)
         self._reader.start()
         line = self.process.stdout.readline() if self.process.stdout else ""
-        found = re.search(r" on (https?://\S+:(\d+))$", line.strip())
+        found = re.search(r" on (https?://[^\s;]+:(\d+))", line)
         if found is None:
             raise AssertionError(f"it does not serve: {line} {self.end()} {self.errors}")
         self.url, self.port = found[1], int(found[2])
+        self.ports = {name: int(port) for name, port in re.findall(r"; (\w+) on port (\d+)", line)}
 
     def _read_errors(self) -> None:
         for line in self.process.stderr or ():
