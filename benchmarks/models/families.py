@@ -50,6 +50,11 @@ class Family:
     extra: dict[str, Any] = field(default_factory=dict)
     vocabulary: bool = True
 
+    @property
+    def tags(self) -> bool:
+        """Whether the data are tags of words."""
+        return self.head == "ForTokenClassification"
+
     def save(self, folder: Path) -> None:
         """Write the model and a tokenizer.
 
@@ -146,6 +151,8 @@ FAMILIES = (
     Family("BART", "Bart", {"d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "pad_token_id": 0} | PARTS),
     Family("Llama, causal LM", "Llama", GROUPED, head="ForCausalLM"),
     Family("BERT, token classification", "Bert", SMALL, head="ForTokenClassification"),
+    Family("RoBERTa, token classification", "Roberta", SMALL | {"pad_token_id": 0}, head="ForTokenClassification"),
+    Family("MPNet, token classification", "MPNet", SMALL | {"pad_token_id": 0}, head="ForTokenClassification"),
     Family("BERT, multi-label", "Bert", SMALL | {"problem_type": "multi_label_classification"}),
     Family("BERT, a regression of 2 numbers", "Bert", SMALL | {"num_labels": 2, "problem_type": "regression"}),
     Family(

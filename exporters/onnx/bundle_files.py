@@ -14,6 +14,7 @@ from exporters.onnx.graph import Graph
 from exporters.onnx.prepared import Prepared
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.provenance import tool_versions
+from qrlora_deploy.models.head import set_thresholds
 from qrlora_deploy.runtime.bundle.bundle import (
     MANIFEST_FILE,
     REFERENCE_FILE,
@@ -28,6 +29,8 @@ from qrlora_deploy.runtime.bundle.records import CalibrationRecord
 from qrlora_deploy.runtime.bundle.row_layout import BASE_HEAD_FILE, HeadLayout, padded_rank
 from qrlora_deploy.runtime.sessions.token_index import FIRST_RUNTIME
 from qrlora_deploy.runtime.verification.parity import Case, ParityReport, customer_effect, write_reference
+from qrlora_deploy.tasks.base import Task
+from qrlora_deploy.tasks.registry import task_named
 
 README = """# {task}, {labels} labels
 
@@ -37,7 +40,7 @@ A {kind} bundle in {precision}, written by qrlora-deploy: {what}
     qrlora-deploy predict . {option}--text "..."
 
 `manifest.json` says what it was made from and seals every file. `model.onnx` takes {inputs}
-and gives `logits [batch, labels]`; it runs in ONNX Runtime {runtime} or newer (opset {opset}).
+and gives `logits [{answer}]`; it runs in ONNX Runtime {runtime} or newer (opset {opset}).
 """
 RUNTIMES = {23: "1.23", 24: FIRST_RUNTIME}
 """The first ONNX Runtime that computes the operators of each opset as they are used here."""
@@ -55,7 +58,8 @@ class Content:
     Attributes:
         kind: "merged" or "switchable".
         labels: of the customer, or of the base.
-        outputs: columns of the logits.
+        thresholds: of the labels; empty where there are none.
+        outputs: size of the last axis of the logits.
         coefficients_digest: the customer of a merged bundle.
         head: columns of the head table, where customers may have a head of their own.
         base_head: weight `[labels, features]` and bias `[labels]` of the base, where there is `head`.
@@ -68,6 +72,12 @@ class Content:
     coefficients_digest: str | None = None
     head: HeadLayout | None = None
     base_head: tuple[np.ndarray, np.ndarray] | None = None
+    thresholds: tuple[float, ...] = ()
+
+    @property
+    def deciding_task(self) -> Task:
+        """The task, which decides by the thresholds."""
+        return task_named(self.task).deciding_at(self.thresholds)
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,7 @@ def write_side_files(folder: Path, prepared: Prepared, content: Content, checked
     model, tokenizer = prepared.model, prepared.tokenizer
     model.config.id2label = dict(enumerate(content.labels))
     model.config.label2id = {label: index for index, label in enumerate(content.labels)}
+    set_thresholds(model.config, content.thresholds)
     model.config.to_json_file(folder / "config.json")
     tokenizer.save_pretrained(folder)
     # What padding and truncation were left on by earlier calls is no part of the tokenizer.
@@ -117,6 +128,7 @@ def write_side_files(folder: Path, prepared: Prepared, content: Content, checked
         opset=checked.graph.opset,
         what=WHAT[content.kind],
         option="" if content.kind == "merged" else "--customers FOLDER --customer acme ",
+        answer=", ".join(task_named(content.task).output_shape),
         inputs=", ".join(f"`{record.name}` {record.dtype} [{_axes(record)}]" for record in checked.graph.inputs),
     )
     (folder / "README.md").write_text(readme, encoding="utf-8")
@@ -133,6 +145,7 @@ def seal(folder: Path, prepared: Prepared, basis: Basis, content: Content, check
         kind=content.kind,  # type: ignore[arg-type]  # pydantic checks both
         task=content.task,
         labels=content.labels,
+        thresholds=content.thresholds or None,
         precision=checked.report.precision,  # type: ignore[arg-type]
         calibration=checked.calibration,
         opset=graph.opset,
@@ -147,7 +160,7 @@ def seal(folder: Path, prepared: Prepared, basis: Basis, content: Content, check
             TargetRecord(name=name, rank=rank, padded_rank=padded_rank(rank)) for name, rank in basis.ranks.items()
         ),
         inputs=graph.inputs,
-        outputs=(TensorRecord(name="logits", dtype="float32", shape=("batch", content.outputs)),),
+        outputs=(TensorRecord(name="logits", dtype="float32", shape=task_named(content.task).axes(content.outputs)),),
         files={},
         parity=_parity_record(checked),
         customer_effect=customer_effect(checked.reference),

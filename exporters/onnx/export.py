@@ -86,11 +86,12 @@ def export_merged(job: ExportJob, options: OnnxOptions = DEFAULTS) -> Manifest:
         raise InputError("--table-dtype belongs to a switchable bundle; a merged one has no table")
 
     def plan(prepared: Prepared) -> _Plan:
-        labels, task = customer.labels or checkpoint.labels, task_named(customer.task)
+        labels = customer.labels or checkpoint.labels
+        task = task_named(customer.task).deciding_at(customer.thresholds)
         labelled = choose_labelled(options.data, task, labels, strict=True)
         reference = build_reference(prepared, job.basis, customer)
         merge_model(prepared.model, checkpoint, job.basis, customer)
-        content = Content("merged", customer.task, labels, len(labels), customer.digest)
+        content = Content("merged", customer.task, labels, len(labels), customer.digest, thresholds=customer.thresholds)
         return _Plan(content, reference, labelled=_answer(job, prepared, labelled, task, labels))
 
     return _export(job, options, plan)
@@ -121,7 +122,7 @@ def export_switchable(job: ExportJob, options: OnnxOptions = DEFAULTS) -> Manife
         answered = _answer(job, prepared, labelled, task, labels)
         with side_branches(prepared, basis) as side:
             reference = mixed_reference(side, synthetic_customers(side, head), head, options.table_dtype)
-        rows = make_switchable(prepared.model, basis, head_labels, options.table_dtype)
+        rows = make_switchable(prepared.model, basis, head_labels, options.table_dtype, task.answers_words)
         base_head = head_arrays(read_base_head(checkpoint)) if head else None
         content = Content(
             "switchable", checkpoint.task, labels, head_labels or len(labels), head=head, base_head=base_head
@@ -156,7 +157,7 @@ def _export(job: ExportJob, options: OnnxOptions, make_plan: Callable[[Prepared]
         graph = _write_graph(job, options, prepared, plan, folder)
         step(2)
         session = open_for_check(folder / MODEL_FILE, options.precision, options.provider)
-        report = check_parity(session, plan.reference, task_named(plan.content.task), options.precision)
+        report = check_parity(session, plan.reference, plan.content.deciding_task, options.precision)
         report.raise_if_failed()
         labelled = plan.labelled
         accuracy = measure_accuracy(session, labelled, plan.tables, job.progress) if labelled else None

@@ -94,7 +94,7 @@ def write_graph(
     The model's attention implementation is switched in place, and biases that it does not need are folded.
 
     Args:
-        model: gives `logits [batch, outputs]`; the graph computes in its dtype.
+        model: gives `logits [batch, outputs]` or `[batch, sequence, outputs]`; the graph computes in its dtype.
         names: its text inputs, int64 `[batch, sequence]` each.
         folder: where the files go.
         rows: further inputs, and who takes them.
@@ -160,7 +160,7 @@ def _record(name: str, tensor: torch.Tensor, axes: tuple[str | int, ...]) -> Ten
 
 
 class _LogitsOnly(torch.nn.Module):
-    """Takes tensors by position and gives logits `[batch, outputs]`, fp32 whatever the model's dtype."""
+    """Takes tensors by position and gives the logits, fp32 whatever the model's dtype."""
 
     def __init__(
         self, model: torch.nn.Module, names: tuple[str, ...], rows: RowInputs | None, packing: Packing | None

@@ -50,14 +50,14 @@ class SideBranches:
         check_head(checkpoint, customer)
 
     def answers(self, customer: Coefficients, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
-        """Logits `[batch, labels]` of a customer and of the base; both by the customer's own head where it has one,
+        """Logits of a customer and of the base; both by the customer's own head where it has one,
         so that their difference is the effect of `c` alone."""
         self.use_head(customer.head)
         base = self.logits(np.zeros_like(customer.values), inputs)
         return (self.logits(customer.values, inputs) if customer.values.any() else base), base
 
     def logits(self, values: np.ndarray, inputs: Inputs) -> np.ndarray:
-        """Logits `[batch, labels]` with coefficients `values [total_rank]`, by the head that was used last."""
+        """Logits with coefficients `values [total_rank]`, by the head that was used last."""
         set_coefficients(self._adapters, self.basis, values)
         return model_logits(self.prepared.model, inputs)
 
@@ -106,7 +106,7 @@ def _plain_attention(model: Any) -> Iterator[None]:
 
 
 def model_logits(model: Any, inputs: Inputs) -> np.ndarray:
-    """Logits `[batch, outputs]` fp32 of a PyTorch model."""
+    """Logits fp32 of a PyTorch model, `[batch, outputs]` or `[batch, length, outputs]`."""
     with torch.no_grad():
         tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
         logits: np.ndarray = model(**tensors).logits.float().numpy()

@@ -13,7 +13,8 @@ from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.models.head import output_layer
 from qrlora_deploy.runtime.bundle.row_layout import HEAD_TABLE, SLOT, TABLE, HeadLayout, TableLayout, head_arrays
-from qrlora_deploy.runtime.verification.parity import Case
+from qrlora_deploy.runtime.verification.parity import Case, without_padding
+from qrlora_deploy.tasks.registry import task_named
 
 SYNTHETIC = 3
 """Customers beside the base: with fewer, a swap of two rows could go unseen."""
@@ -155,11 +156,13 @@ def _slots(index: int, inputs: Inputs, customers: int) -> Inputs:
 def _mixed_answers(
     side: SideBranches, everyone: Sequence[Coefficients], slot: np.ndarray, inputs: Inputs, width: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Logits `[batch, width]` of the customer of each row, and of the base with that customer's head."""
-    logits, base_logits = (np.full((len(slot), width), -np.inf, dtype=np.float32) for _ in range(2))
+    """Logits `[batch, width]` or `[batch, length, width]` of the customer of each row, and of the base with that
+    customer's head."""
+    axes = inputs["input_ids"].shape if task_named(everyone[0].task).answers_words else slot.shape
+    logits, base_logits = (np.full((*axes, width), -np.inf, dtype=np.float32) for _ in range(2))
     for owner in np.unique(slot):
         own = np.flatnonzero(slot == owner)
         answers = side.answers(everyone[owner], {name: array[own] for name, array in inputs.items()})
         for kept, found in zip((logits, base_logits), answers, strict=True):
-            kept[own, : found.shape[1]] = found
-    return logits, base_logits
+            kept[own, ..., : found.shape[-1]] = found
+    return without_padding(logits, inputs), without_padding(base_logits, inputs)

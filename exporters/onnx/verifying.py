@@ -43,7 +43,9 @@ def verify_against(
     if wrong:
         raise BasisMismatchError(f"{bundle.folder} was exported from others: {'; '.join(wrong)} as in the bundle")
     session = open_for_check(bundle.model, manifest.precision, provider)
-    prepared, task = Prepared(checkpoint, checkpoint.tokenizer(), choose_texts(texts)), task_named(manifest.task)
+    prepared = Prepared(checkpoint, checkpoint.tokenizer(), choose_texts(texts))
+    # The customer's thresholds for the base's rows too: whether two decisions are alike is asked of any.
+    task = task_named(manifest.task).deciding_at(coefficients.thresholds)
     if manifest.kind == "merged":
         return check_parity(session, build_reference(prepared, basis, coefficients), task, manifest.precision)
     head = HeadLayout(manifest.head_labels, manifest.head_features) if manifest.head_labels else None

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qrlora_deploy.cli.options import COUNT, EXISTING_FILE, common, provider_option, refuse_idle
-from qrlora_deploy.cli.output import Output, Table
+from qrlora_deploy.cli.output import Output, Table, in_words
 from qrlora_deploy.errors import InputError
 
 if TYPE_CHECKING:
@@ -114,10 +114,11 @@ def _answer(predictor: "Predictor", requests: "list[Request]", batch_size: int) 
     record = [
         {"customer": request.customer, "text": request.text, "label": answer.label}
         | {"labels": answer.labels, "score": answer.score, "logits": answer.logits}
+        | ({"spans": answer.spans} if predictor.task.answers_words else {})
         for request, answer in zip(requests, answers, strict=True)
     ]
     rows = [
-        [request.text, ", ".join(answer.labels) or "none", answer.score]
+        [request.text, in_words(answer, predictor.task.answers_words), answer.score]
         for request, answer in zip(requests, answers, strict=True)
     ]
     columns = ["text", "label", "score"]

@@ -8,6 +8,7 @@ from typing import IO, TYPE_CHECKING
 
 import click
 
+from qrlora_deploy.cli.output import in_words
 from qrlora_deploy.errors import InputError, QrloraError, one_line, shortened
 
 if TYPE_CHECKING:
@@ -88,7 +89,8 @@ def _obey(
         raise InputError(f"there is no {word}. {HELP}")
     elif line:
         answer = predictor.predict([line], customers=[customer])[0]
-        stdout.write(f"{one_line(', '.join(answer.labels) or 'none')}\t{answer.score:.4f}\n")
+        shown = in_words(answer, predictor.task.answers_words)
+        stdout.write(f"{one_line(shown)}\t{answer.score:.4f}\n")
         stdout.flush()
     return customer
 

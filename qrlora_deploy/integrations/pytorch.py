@@ -295,4 +295,4 @@ def _head_of(model: nn.Module, state: _Attached, checkpoint: Checkpoint) -> dict
 
 
 def _task_of(model: Any) -> str:
-    return task_of_config(model.config.problem_type, len(labels_of(model))).name
+    return task_of_config(model.config.problem_type, len(labels_of(model)), type(model).__name__).name

@@ -17,9 +17,8 @@ from qrlora_deploy.models.completeness import is_head
 from qrlora_deploy.models.hub import fetch_snapshot
 from qrlora_deploy.models.loading import check_whole, load_weights, make_skeleton
 from qrlora_deploy.models.model_config import (
-    CLASSIFIER,
     CONFIG,
-    classifier_class,
+    class_for,
     is_encoder,
     load_config,
     model_class,
@@ -28,7 +27,8 @@ from qrlora_deploy.models.output_names import output_names
 from qrlora_deploy.models.support import check_head, check_padding, check_supported
 from qrlora_deploy.models.tokenizer_files import has_tokenizer, read_tokenizer
 from qrlora_deploy.models.weight_files import StoredTensor, digest_of, read_headers, weight_files
-from qrlora_deploy.tasks.registry import task_of_config
+from qrlora_deploy.tasks.base import Task
+from qrlora_deploy.tasks.registry import TASKS, has_task_head, task_of_config
 
 
 @dataclass(frozen=True)
@@ -53,17 +53,17 @@ class Checkpoint:
         """The class of the model, as its config names it."""
         return model_class(self.folder, self.config)
 
-    def classifier(self) -> Any:
-        """The class of transformers' text classifier for this config.
+    def class_for(self, task: Task) -> Any:
+        """transformers' class of models of this config for a task.
 
         Raises:
-            InputError: there is none, as for audio and images.
+            InputError: there is none.
         """
-        found = classifier_class(self.config)
+        found = class_for(self.config, task.model_class)
         if found is None:
             raise InputError(
-                f"{self.name} cannot become a text classifier: transformers has none of model type "
-                f"{self.config.model_type!r}, so it cannot be a base"
+                f"{self.name} cannot become a {task.name}: transformers has no {task.model_class} of model type "
+                f"{self.config.model_type!r}"
             )
         return found
 
@@ -75,7 +75,7 @@ class Checkpoint:
     @property
     def has_task_head(self) -> bool:
         """Whether the checkpoint can classify or regress as it is."""
-        return self.architecture.endswith(CLASSIFIER)
+        return has_task_head(self.architecture)
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
@@ -90,7 +90,7 @@ class Checkpoint:
             InputError: there is none, or another one than is supported.
         """
         self.require_task_head()
-        return task_of_config(self.config.problem_type, len(self.labels)).name
+        return task_of_config(self.config.problem_type, len(self.labels), self.architecture).name
 
     def require_task_head(self) -> None:
         """Make sure that there is a task head, and one that is supported.
@@ -105,7 +105,7 @@ class Checkpoint:
             )
 
     def check_base(self) -> None:
-        """Make sure that a basis of these weights can be used: a text classifier, or an encoder that can become one.
+        """Make sure that a basis of these weights can be used: a model of a task, or an encoder that can become one.
 
         Raises:
             InputError: it is neither, or is not supported or not whole.
@@ -125,7 +125,11 @@ class Checkpoint:
 
     def check_family(self) -> None:
         """Refuse, by an InputError, a family of models that does not work the whole way."""
-        self.classifier()
+        if all(class_for(self.config, task.model_class) is None for task in TASKS):
+            raise InputError(
+                f"{self.name} cannot become a text classifier: transformers has none of model type "
+                f"{self.config.model_type!r}, so it cannot be a base"
+            )
         check_supported(self.name, self.skeleton())
 
     def _check_kind(self) -> None:

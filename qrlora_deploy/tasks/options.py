@@ -7,5 +7,6 @@ OPTIONS = {
     "classification": "one name a row",
     "regression": "one number a row",
     "multi-label": "a list of names a row, or a|b",
+    "token-classification": "a tag for each word of a row",
 }
 """By what `--task` calls a task, what its labels are."""

@@ -9,16 +9,17 @@ from qrlora_deploy.tasks.classification import Classification
 from qrlora_deploy.tasks.multi_label import MultiLabel
 from qrlora_deploy.tasks.options import AUTO
 from qrlora_deploy.tasks.regression import Regression
+from qrlora_deploy.tasks.token_classification import TokenClassification
 
 if TYPE_CHECKING:
     from qrlora_deploy.data.examples import Examples
 
-TASKS: tuple[Task, ...] = (MultiLabel(), Regression(), Classification())
+TASKS: tuple[Task, ...] = (TokenClassification(), MultiLabel(), Regression(), Classification())
 """In the order in which they are asked whether labels are theirs; the last one takes what is left."""
 
 BY_NAME = {task.name: task for task in TASKS}
 BY_OPTION = {task.option: task for task in TASKS}
-BY_PROBLEM_TYPE = {task.problem_type: task for task in TASKS}
+BY_PROBLEM_TYPE = {task.problem_type: task for task in TASKS if task.problem_type is not None}
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,24 @@ def task_named(name: str) -> Task:
     return BY_NAME[name]
 
 
-def task_of_config(problem_type: str | None, outputs: int) -> Task:
-    """The task of a head, by `problem_type` of its `config.json`; by the number of outputs where it names none.
+def has_task_head(architecture: str) -> bool:
+    """Whether models of this class answer a task as they are."""
+    return bool(_tasks_of(architecture))
+
+
+def _tasks_of(architecture: str) -> list[Task]:
+    return [task for task in TASKS if architecture.endswith(task.architecture_end)]
+
+
+def task_of_config(problem_type: str | None, outputs: int, architecture: str = "") -> Task:
+    """The task of a head, by the class of its model where that has one task alone, else by `problem_type` of its
+    `config.json`; by the number of outputs where it names none.
 
     transformers takes one output for a number, and several for classes.
     """
+    alone = _tasks_of(architecture)
+    if len(alone) == 1:
+        return alone[0]
     if outputs == 1 and problem_type != MultiLabel.problem_type:
         return BY_NAME[Regression.name]
     return BY_PROBLEM_TYPE.get(problem_type or "", BY_NAME[Classification.name])

@@ -10,11 +10,15 @@ import numpy as np
 import safetensors.torch
 import torch
 from torch import nn
-from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_callback import PrinterCallback
 
-from qrlora_deploy.data.cutting import cut_texts
-from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import InputError, QrloraError, library_errors
 from qrlora_deploy.models.adapter import QRLoRALinear
 from qrlora_deploy.models.capacity import check_ids, max_tokens
@@ -24,7 +28,6 @@ from qrlora_deploy.tasks.base import Task
 from qrlora_deploy.training.settings import RunSettings, choose_device
 
 Progress = Callable[[str, int, int], None]
-Rows = list[dict[str, Any]]
 
 TRAINABLE = "trainable.safetensors"
 UNREADABLE = "cannot be resumed from, by these versions of the libraries; remove its folder and start again"
@@ -155,14 +158,6 @@ def training_arguments(folder: Path, settings: RunSettings, rate: float, rows: i
     return arguments
 
 
-def build_rows(tokenizer: Any, examples: Examples, targets: Sequence[Any], max_length: int) -> Rows:
-    """Token ids of every example with its target; padding is left to the batch."""
-    texts, pairs = cut_texts(tokenizer, examples.texts, examples.pairs, max_length, examples.name)
-    encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length)
-    names = list(encoded)
-    return [{name: encoded[name][row] for name in names} | {"labels": target} for row, target in enumerate(targets)]
-
-
 def load_tokenizer(
     checkpoint: Checkpoint, model: Any, max_length: int, pairs: bool = False, new_padding: bool = False
 ) -> Any:
@@ -193,11 +188,12 @@ def load_tokenizer(
     return tokenizer
 
 
-def trainer_parts(task: Task, tokenizer: Any) -> dict[str, Any]:
-    """Batching and scoring, as arguments of a Trainer."""
+def trainer_parts(task: Task, tokenizer: Any, names: Sequence[str] = ()) -> dict[str, Any]:
+    """Batching and scoring, as arguments of a Trainer; `names` are those of the outputs."""
+    collator = DataCollatorForTokenClassification if task.answers_words else DataCollatorWithPadding
     return {
-        "data_collator": DataCollatorWithPadding(tokenizer),
-        "compute_metrics": lambda result: task.score(_finite(result.predictions), result.label_ids),
+        "data_collator": collator(tokenizer),
+        "compute_metrics": lambda result: task.score(_finite(result.predictions), result.label_ids, names),
         # Some models return hidden states after the logits.
         "preprocess_logits_for_metrics": lambda out, _: out[0] if isinstance(out, (tuple, list)) else out,
     }
@@ -225,6 +221,12 @@ def evaluate(trainer: Trainer, task: Task) -> dict[str, float]:
     """Metrics on the trainer's evaluation data, rounded for the record."""
     result = trainer.evaluate()
     return {name: round(result[f"eval_{name}"], 6) for name in task.metrics}
+
+
+def held_out_logits(trainer: Trainer) -> tuple[np.ndarray, np.ndarray]:
+    """Logits `[n, labels]` of the trainer's evaluation data, and their targets."""
+    found = trainer.predict(trainer.eval_dataset)  # type: ignore[arg-type]
+    return np.asarray(found.predictions), np.asarray(found.label_ids)
 
 
 def no_dropout(config: Any) -> dict[str, float]:

@@ -90,6 +90,7 @@ def own_outputs(checkpoint: Checkpoint, examples: Examples, wanted: str = "auto"
         base = base_outputs(checkpoint)
         if wanted in (AUTO, base.task.option):
             try:
+                base.task.check_rows(examples)
                 base.task.encode(examples, base.labels)
                 return base
             except InputError:
@@ -97,8 +98,33 @@ def own_outputs(checkpoint: Checkpoint, examples: Examples, wanted: str = "auto"
         replaced = f"a new head replaces the base's for {quoted(base.labels, 4)}"
     guess = guess_task(examples, wanted)
     remark = "; ".join(filter(None, (replaced, f"a {guess.task.option}: {guess.reason}" if guess.reason else "")))
+    guess.task.check_rows(examples)
     head = guess.task.new_head(examples)
     return Outputs(guess.task, head.labels, new=True, bias=head.bias, remark=remark)
+
+
+def customer_outputs(checkpoint: Checkpoint, examples: Examples, head: str, wanted: str = AUTO) -> Outputs:
+    """The outputs of a customer, whose base stays as it is.
+
+    Args:
+        checkpoint: the base.
+        examples: the training data.
+        head: "frozen" or "output", as in `TrainSettings`.
+        wanted: "auto", or what `--task` calls a task.
+
+    Raises:
+        InputError: as `frozen_outputs` or `own_outputs`, or the base is a model of another kind than the labels need.
+    """
+    if head == "frozen":
+        return frozen_outputs(checkpoint, wanted)
+    outputs = own_outputs(checkpoint, examples, wanted)
+    base = base_outputs(checkpoint).task
+    if outputs.task.model_class != base.model_class:
+        raise InputError(
+            f"{examples.name} is data of {outputs.task.name}, but {checkpoint.name} is a {checkpoint.architecture}, "
+            f"for {base.name}; make a base for {outputs.task.name} by `warmup`"
+        )
+    return outputs
 
 
 def encode_rows(
@@ -115,6 +141,8 @@ def encode_rows(
     Raises:
         InputError: a label is none of the outputs; the line names its row and what can be done.
     """
+    for examples in filter(None, (train, evaluation)):
+        outputs.task.check_rows(examples)
     try:
         targets = outputs.task.encode(train, outputs.labels)
     except InputError as error:

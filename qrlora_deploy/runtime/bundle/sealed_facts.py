@@ -37,12 +37,14 @@ class ConfigFacts:
 
     Attributes:
         labels: names of the outputs.
+        thresholds: of the outputs; empty where there are none.
         task: of its head.
         token_rows: token ids that the embedding has a row for; None where the config does not say.
         segment_rows: the same of segment ids; None where there are none.
     """
 
     labels: tuple[str, ...]
+    thresholds: tuple[float, ...]
     task: Task
     token_rows: int | None
     segment_rows: int | None
@@ -78,7 +80,8 @@ def read_config_facts(path: Path) -> ConfigFacts:
     labels = tuple(label_names(config, path))
     return ConfigFacts(
         labels,
-        task_of_config(config.problem_type, len(labels)),
+        tuple(config.qrlora_thresholds or ()),
+        task_of_config(config.problem_type, len(labels), config.architecture),
         _rows(config.vocab_size),
         _rows(config.type_vocab_size),
     )

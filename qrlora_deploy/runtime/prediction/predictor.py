@@ -13,7 +13,10 @@ from qrlora_deploy.runtime.sessions.bucket_runner import make_runner
 from qrlora_deploy.runtime.sessions.buckets import Buckets
 from qrlora_deploy.runtime.sessions.session import open_session
 from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
+from qrlora_deploy.tasks.answering import Answering
+from qrlora_deploy.tasks.base import Span
 from qrlora_deploy.tasks.registry import task_named
+from qrlora_deploy.tokenization.words import NO_TOKEN, LocatedWords
 
 
 @dataclass(frozen=True)
@@ -21,16 +24,20 @@ class Prediction:
     """The answer for one text.
 
     Attributes:
-        label: the name of the most likely output; of a regression the name of its only one.
+        label: the name of the most likely output; of a regression the name of its only one; of tagged words that of the
+            surest span.
         score: its probability; of a regression the value itself.
-        logits: what the model gave, one per label of the customer.
-        labels: the names of all outputs that apply.
+        logits: what the model gave, one per label of the customer; of tagged words so many for each word, none for one
+            that was cut off.
+        labels: the names of all outputs that apply; of tagged words the tag of each.
+        spans: what was found in the text, where words are tagged.
     """
 
     label: str
     score: float
-    logits: tuple[float, ...]
+    logits: tuple[float, ...] | tuple[tuple[float, ...], ...]
     labels: tuple[str, ...] = ()
+    spans: tuple[Span, ...] = ()
 
 
 class Predictor:
@@ -104,6 +111,8 @@ class Predictor:
         """
         texts = as_texts(texts, "texts")
         pairs = None if pairs is None else as_texts(pairs, "pairs")
+        if pairs is not None and self.task.answers_words:
+            raise MalformedInputError(f"a {self.task.name} tags the words of one text and takes no pairs")
         owners = [None] * len(texts) if customers is None else _owners(customers)
         if len(owners) != len(texts):
             raise MalformedInputError(f"there are {len(texts)} texts but {len(owners)} customers")
@@ -112,28 +121,41 @@ class Predictor:
         check_texts(pairs or (), range(len(texts)), "pair")
         found: dict[int, Prediction] = {}
         for rows in batches(texts, pairs, batch_size):
-            seconds = [pairs[row] for row in rows] if pairs is not None else None
-            inputs = self.encoder.encode([texts[row] for row in rows], seconds, rows)
-            logits, labels = self._answer(inputs, [owners[row] for row in rows])
-            found.update((row, self._prediction(*answer)) for row, *answer in zip(rows, logits, labels, strict=True))
+            firsts = [texts[row] for row in rows]
+            words: Sequence[LocatedWords | None] = [None] * len(rows)
+            if self.task.answers_words:
+                inputs, words = self.encoder.encode_words(firsts, rows)
+            else:
+                inputs = self.encoder.encode(firsts, None if pairs is None else [pairs[row] for row in rows], rows)
+            logits, answering = self._answer(inputs, [owners[row] for row in rows])
+            answers = zip(rows, logits, answering, words, strict=True)
+            found.update((row, self._prediction(*answer)) for row, *answer in answers)
         return [found[index] for index in range(len(texts))]
 
     def _answer(
         self, inputs: dict[str, np.ndarray], owners: Sequence[str | None]
-    ) -> tuple[np.ndarray, Sequence[tuple[str, ...]]]:
+    ) -> tuple[np.ndarray, Sequence[Answering]]:
         if self.switchable is not None:
-            return self.switchable.predict(inputs, owners)
+            return self.switchable.run(inputs, owners)
         if any(owner is not None for owner in owners):
             raise UnknownCustomerError(
                 f"{self.bundle.folder} is a merged bundle: it holds one customer, who has no name in it"
             )
-        return self._merged.run(inputs), [self.bundle.manifest.labels] * len(owners)
+        return self._merged.run(inputs), [self.bundle.manifest.answering] * len(owners)
 
-    def _prediction(self, logits: np.ndarray, labels: tuple[str, ...]) -> Prediction:
-        # Behind its own labels a customer has -inf.
-        own = logits[: len(labels)]
-        answer = self.task.answer(own, labels)
-        return Prediction(answer.label, answer.score, tuple(float(value) for value in own), answer.labels)
+    def _prediction(self, logits: np.ndarray, answering: Answering, words: LocatedWords | None) -> Prediction:
+        answer = answering.answer(self.task, logits, words)
+        own = answering.own(logits)
+        shown = _floats(own) if words is None else _of_words(own, words)
+        return Prediction(answer.label, answer.score, shown, answer.labels, answer.spans)
+
+
+def _of_words(logits: np.ndarray, words: LocatedWords) -> tuple[tuple[float, ...], ...]:
+    return tuple(() if token == NO_TOKEN else _floats(logits[token]) for token in words.tokens)
+
+
+def _floats(logits: np.ndarray) -> tuple[float, ...]:
+    return tuple(float(value) for value in logits.reshape(-1))
 
 
 def _check_session(bundle: Bundle, session: SwitchableSession, options: Mapping[str, object]) -> None:

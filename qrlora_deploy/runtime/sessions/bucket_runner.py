@@ -57,7 +57,7 @@ class BucketRunner:
         self.buckets = buckets
         self._session, self._gpu, self._tables = session, gpu, tables
         self._names = text_inputs(manifest)
-        self._outputs = int(manifest.outputs[0].shape[1])
+        self._answer = manifest.outputs[0].shape
         self._fill, self._plain = filling(manifest), PlainRunner(session, self._names, tables)
         self._padding_free = is_padding_free(session)
         self._bound: dict[tuple[int, int, int], _Bound] = {}
@@ -90,7 +90,8 @@ class BucketRunner:
         bound.buffers.upload()
         run_bound(self._session, bound.binding, bound.options)
         bound.buffers.download()
-        return bound.logits[:batch].copy()
+        answer = bound.logits[:batch]
+        return (answer if answer.ndim < 3 else answer[:, :length]).copy()
 
     def _kept(self, shape: tuple[int, int], inputs: Inputs) -> np.ndarray:
         """The tokens of a batch in its bucket, of whose further rows each has one."""
@@ -114,12 +115,14 @@ class BucketRunner:
             shapes[TOKEN_INDEX] = (tokens,)
         if memory is not None:
             shapes[SLOT] = (batch,)
-        places, size_bytes = _places(shapes, (batch, self._outputs))
+        sizes = {"batch": batch, "sequence": length}
+        answer = tuple(axis if isinstance(axis, int) else sizes[axis] for axis in self._answer)
+        places, size_bytes = _places(shapes, answer)
         start = places[LOGITS].start
         buffers = _HostBuffers(size_bytes) if self._gpu is None else _CudaBuffers(size_bytes, start, self._gpu)
         binding = self._session.io_binding()
         arrays = {name: buffers.host[place].view(_dtype(name)) for name, place in places.items()}
-        for name, its_shape in {**shapes, LOGITS: (batch, self._outputs)}.items():
+        for name, its_shape in {**shapes, LOGITS: answer}.items():
             arrays[name] = arrays[name].reshape(its_shape)
             bind = binding.bind_output if name == LOGITS else binding.bind_input
             bind(
@@ -204,7 +207,7 @@ class _CudaBuffers:
         self._buffer.copies.copy(host, place, self._logits_bytes, DEVICE_TO_HOST)
 
 
-def _places(inputs: Mapping[str, tuple[int, ...]], logits: tuple[int, int]) -> tuple[dict[str, slice], int]:
+def _places(inputs: Mapping[str, tuple[int, ...]], logits: tuple[int, ...]) -> tuple[dict[str, slice], int]:
     """Where each array lies in a buffer, the logits last, and the size of the buffer in bytes."""
     places, start = {}, 0
     for name, shape in {**inputs, LOGITS: logits}.items():

@@ -24,7 +24,7 @@ class Runner(Protocol):
     """Runs batches of one session. Safe for many threads."""
 
     def run(self, inputs: Inputs, slot: np.ndarray | None = None) -> np.ndarray:
-        """Logits `[batch, outputs]` fp32.
+        """Logits `[batch, outputs]` or `[batch, length, outputs]` fp32.
 
         Args:
             inputs: the text inputs, int64 `[batch, length]` each.

@@ -10,10 +10,9 @@ from qrlora_deploy.errors import CheckFailed
 from qrlora_deploy.runtime.bundle.bundle import REFERENCE_FILE, Bundle
 from qrlora_deploy.runtime.bundle.row_layout import TABLE
 from qrlora_deploy.runtime.verification.bounds import BOUNDS, Bounds
-from qrlora_deploy.runtime.verification.reference import Case, read_reference, write_reference
+from qrlora_deploy.runtime.verification.reference import Case, read_reference, without_padding, write_reference
 from qrlora_deploy.runtime.verification.running import open_for_check, run_logits
 from qrlora_deploy.tasks.base import Task
-from qrlora_deploy.tasks.registry import task_named
 
 __all__ = [
     "BOUNDS",
@@ -28,6 +27,7 @@ __all__ = [
     "run_logits",
     "shows_customers",
     "verify",
+    "without_padding",
     "write_reference",
 ]
 # Whoever exports or verifies finds all of it here; the parts are in modules of their own.
@@ -43,7 +43,8 @@ class ParityReport:
     Attributes:
         max_abs_error: largest difference of two logits.
         bound: what it may be, for fp32 `1e-4 * max(1, max |logit|)`.
-        label_agreement: mean over the rows of `Task.agreement`: the share of rows with the same label.
+        label_agreement: mean over the rows of `Task.agreement`: the share of rows with the same label,
+            or of tokens with the same tag.
         cases: number of batches.
         rows: number of rows in them.
         worst: the row with the largest difference.
@@ -114,7 +115,7 @@ def check_parity(session: Any, reference: Sequence[Case], task: Task, precision:
     for case in reference:
         found = _run(session, case, case.inputs)
         effects.append(_effect(found, _base_logits(session, case), case))
-        difference = _difference(found, case.logits).max(axis=1)
+        difference = _difference(found, case.logits).reshape(len(found), -1).max(axis=1)
         errors[case.name] = float(difference.max())
         if errors[case.name] > worst[1]:
             worst = (f"row {int(difference.argmax())} of {case.name!r}", errors[case.name])
@@ -171,7 +172,7 @@ def _compare_effects(found: np.ndarray, reference: Sequence[Case]) -> tuple[floa
 
 
 def _difference(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """`|found - expected|`; labels that a customer does not have are -inf on both sides."""
+    """`|found - expected|`; labels that a customer does not have, and padding, are -inf on both sides."""
     with np.errstate(invalid="ignore"):
         difference = np.where(found == expected, 0.0, np.abs(found - expected))
     # NaN compares false with everything, so it would pass unseen.
@@ -182,7 +183,7 @@ def _run(session: Any, case: Case, inputs: dict[str, np.ndarray]) -> np.ndarray:
     found = run_logits(session, inputs, repr(case.name))
     if found.shape != case.logits.shape:
         raise CheckFailed(f"{case.name!r} gives logits of shape {found.shape}, PyTorch {case.logits.shape}")
-    return found
+    return without_padding(found, case.inputs)
 
 
 def customer_effect(reference: Sequence[Case]) -> float:
@@ -208,4 +209,4 @@ def verify(bundle: Bundle, provider: str = "cpu", threads: int | None = None) ->
     precision = bundle.manifest.precision
     session = open_for_check(bundle.model, precision, provider, threads)
     reference = read_reference(bundle.folder / REFERENCE_FILE)
-    return check_parity(session, reference, task_named(bundle.manifest.task), precision)
+    return check_parity(session, reference, bundle.manifest.deciding_task, precision)

@@ -41,7 +41,7 @@ def open_for_check(model: Path, precision: str, provider: str = "cpu", threads: 
 
 
 def run_logits(session: Any, inputs: dict[str, np.ndarray], what: str) -> np.ndarray:
-    """Logits `[batch, outputs]` of a session for one batch; `what` names the batch in an error.
+    """Logits of a session for one batch; `what` names the batch in an error.
 
     Raises:
         CheckFailed: the model does not run on it.

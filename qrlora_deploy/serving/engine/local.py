@@ -100,6 +100,8 @@ class LocalEngine:
             batches=runner.batches,
             queue_s=runner.queue_s,
             run_s=runner.run_s,
+            run_tokens=runner.tokens,
+            padded_tokens=runner.padded_tokens,
             resident=len(self._model.table),
             loads=self._model.table.loads,
             evictions=self._model.table.evictions,

@@ -3,7 +3,10 @@
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from qrlora_deploy.errors import QrloraError, first_line
+from qrlora_deploy.runtime.sessions.versions import Version
 from qrlora_deploy.serving.engine.batching import Shapes
 from qrlora_deploy.serving.engine.collating import Collator
 from qrlora_deploy.serving.engine.models import Model
@@ -32,6 +35,8 @@ class BatchRunner:
         batches: that were run.
         run_s: how long they took together.
         queue_s: how long the rows that were answered had waited, together.
+        tokens: of those rows.
+        padded_tokens: rows x length of the runs, as they were padded.
     """
 
     def __init__(self, model: Model, shapes: Shapes, pace: Pace, clock: Callable[[], float] = time.monotonic) -> None:
@@ -39,6 +44,8 @@ class BatchRunner:
         self.batches = 0
         self.run_s = 0.0
         self.queue_s = 0.0
+        self.tokens = 0
+        self.padded_tokens = 0
         self._model, self._shapes, self._pace, self._clock = model, shapes, pace, clock
         rows = getattr(model.table, "max_rows", None)
         # One row is the base's, and some are held by those who fetch customers meanwhile.
@@ -73,17 +80,23 @@ class BatchRunner:
         inputs = self.collator.batch([row.row for row in rows])
         logits, versions = self._model.answer(inputs, [row.customer for row in rows])
         self._count(rows, start_s)
-        # Behind its own labels a customer has -inf.
-        answers = [
-            RowAnswer(values[: len(version.labels)], version.labels, version.digest)
-            for values, version in zip(logits, versions, strict=True)
+        return [
+            (row, self._answer(row, values, version))
+            for row, values, version in zip(rows, logits, versions, strict=True)
         ]
-        return list(zip(rows, answers, strict=True))
+
+    def _answer(self, row: WaitingRow, logits: np.ndarray, version: Version) -> RowAnswer:
+        answering = version.answering
+        own = answering.own(self.collator.unpadded(logits, row.length))
+        return RowAnswer(own, answering.labels, version.digest, answering.thresholds)
 
     def _count(self, rows: Sequence[WaitingRow], start_s: float) -> None:
         seconds = self._clock() - start_s
         length = self._shapes.length(max(row.length for row in rows))
-        self._pace.ran(len(rows), len(rows) * length, seconds)
+        padded = self._shapes.rows(len(rows), length) * length
+        self._pace.ran(len(rows), padded, seconds)
+        self.tokens += sum(row.length for row in rows)
+        self.padded_tokens += padded
         self.batches += 1
         self.run_s += seconds
         self.queue_s += sum(start_s - row.request.queued_s for row in rows)

@@ -81,7 +81,7 @@ class SplitModel:
             batch: as for `trunk`; masks and positions are made from it.
 
         Returns:
-            The logits `[rows, labels]`, with a gradient for what requires one.
+            The logits `[rows, labels]`, or `[rows, length, labels]`, with a gradient for what requires one.
         """
 
         def give(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -169,6 +169,8 @@ def _problem(split: SplitModel, target_paths: Sequence[str], padding_side: str) 
     hidden[~mask] = 1.0  # as good as any other value
     with torch.no_grad():
         whole, parts = split.model(**batch).logits, split.upper(hidden, batch)
+    if whole.dim() > 2:  # of every token, and padding has no answer
+        whole, parts = whole[mask], parts[mask]
     return None if agree(parts, whole) else f"its parts do not answer as the whole does, padded on the {padding_side}"
 
 
