@@ -13,6 +13,8 @@ from qrlora_deploy.errors import CheckFailed, InputError
 
 if TYPE_CHECKING:
     from qrlora_deploy.runtime.sessions.buckets import Buckets
+    from qrlora_deploy.serving.grpc.server import GrpcServer
+    from qrlora_deploy.serving.http.front import Front
     from qrlora_deploy.serving.opening import ModelPlaces, OpenModel, RunOptions
     from qrlora_deploy.serving.server import Server, ServerOptions
 
@@ -29,6 +31,7 @@ SHOWN = 5
 @click.option("--packed", multiple=True, metavar="[NAME=]FILE", help="Packed file of customers.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any free one.")
+@click.option("--grpc-port", type=click.IntRange(0, 65535), help="Answer over gRPC, too; 0: any free port.")
 @click.option("--provider", default="cpu", show_default=True, help="cpu, cuda, cuda:1 or tensorrt.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads within an operator.")
 @click.option("--buckets", metavar="ROWS:LENGTHS", help="Run in these shapes only, such as 1,8,32:32,128.")
@@ -53,9 +56,10 @@ SHOWN = 5
 @common
 def command(bundle: Path | None, models: tuple[str, ...], check: bool, log_json: bool, **options: Any) -> Output:
     """Answer over HTTP for BUNDLE and its customers: Open Inference Protocol v2, and plain JSON at /v1/classify.
+    With --grpc-port over gRPC, too.
 
     SIGTERM ends it without losing a request: readiness goes off, --drain-delay passes, what was begun is finished.
-    SIGHUP reads the keys and the packed files again.
+    SIGHUP reads the keys, the packed files and the certificates again.
 
     \b
     Examples:
@@ -189,14 +193,26 @@ def _make_server(opened: "Sequence[OpenModel]", options: dict[str, Any]) -> "Ser
     models = Models([model.served for model in opened])
     keys = None if options["keys"] is None else Keys.open(options["keys"])
     front = Front(models, keys=keys, metrics=Metrics(list(models)))
-    return Server(front, _server_options(options), _reloading(opened, keys.reload if keys else lambda: False))
+    grpc = None if options["grpc_port"] is None else _grpc_server(front, options)
+    parts = [part.reload for part in (keys, grpc, *opened) if part is not None]
+    return Server(front, _server_options(options), _reloading(parts), [] if grpc is None else [grpc])
 
 
-def _reloading(opened: "Sequence[OpenModel]", reload_keys: Callable[[], object]) -> Callable[[], None]:
+def _grpc_server(front: "Front", options: dict[str, Any]) -> "GrpcServer":
+    from qrlora_deploy.serving.grpc.listening import GrpcLimits
+    from qrlora_deploy.serving.grpc.server import GrpcServer
+    from qrlora_deploy.serving.grpc.service import InferenceService
+
+    same = _server_options(options)
+    service = InferenceService(front.models, front.life, front.keys, front.metrics)
+    limits = GrpcLimits(max_message_bytes=same.limits.max_body_bytes)
+    return GrpcServer(service, same.host, options["grpc_port"], same.tls, limits)
+
+
+def _reloading(parts: Sequence[Callable[[], object]]) -> Callable[[], None]:
     def reload() -> None:
-        reload_keys()
-        for model in opened:
-            model.reload()
+        for part in parts:
+            part()
 
     return reload
 
@@ -236,7 +252,7 @@ def _checked(opened: "Sequence[OpenModel]", server: "Server") -> Output:
 def _serve(opened: "Sequence[OpenModel]", server: "Server", stream: IO[str]) -> None:
     def started() -> None:
         names = ", ".join(model.served.name for model in opened)
-        stream.write(f"serving {names} on {server.url}\n")
+        stream.write(f"serving {names} on {' and '.join(server.urls)}\n")
         stream.flush()
 
     try:

@@ -9,7 +9,6 @@ import asyncio
 import logging
 import math
 import signal
-import socket
 import ssl
 import threading
 import time
@@ -21,6 +20,7 @@ from typing import Protocol
 import uvicorn
 
 from qrlora_deploy.errors import InputError, QrloraError, library_errors
+from qrlora_deploy.serving.addresses import bound_socket, url_of
 from qrlora_deploy.serving.http.app import make_app
 from qrlora_deploy.serving.http.connections import guarded_by
 from qrlora_deploy.serving.http.front import Front
@@ -37,11 +37,15 @@ logger = logging.getLogger(__name__)
 class Companion(Protocol):
     """Another front of the same models and the same life, such as gRPC's, that begins and ends with this one."""
 
+    @property
+    def url(self) -> str:
+        """For people, once it listens."""
+
     async def start(self) -> None:
         """Begin to listen."""
 
     async def stop(self, grace_s: float) -> None:
-        """Take nobody new, finish what was begun within so many seconds, and end."""
+        """Take nobody new, finish what was begun within so many seconds, and end. A second call may hurry the first."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ class Server:
         self._front, self._options, self._reload, self._companions = front, options, reload, companions
         self._config = make_config(front, options)
         self._http = HttpServer(self._config)
-        self._socket = listen(options.host, options.port)
+        self._socket = bound_socket(options.host, options.port)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._signals = 0
 
@@ -109,8 +113,12 @@ class Server:
     @property
     def url(self) -> str:
         """For people."""
-        host = f"[{self._options.host}]" if ":" in self._options.host else self._options.host
-        return f"http{'s' if self._options.tls else ''}://{host}:{self.port}"
+        return url_of("https" if self._options.tls else "http", self._options.host, self.port)
+
+    @property
+    def urls(self) -> list[str]:
+        """Its own and its companions'."""
+        return [self.url, *(companion.url for companion in self._companions)]
 
     def run(self, started: Callable[[], None] = lambda: None) -> None:
         """Serve until a signal, or `stop`, ends it.
@@ -159,6 +167,7 @@ class Server:
         if self._signals > 1:
             self._at_once.set()
             self._http.force_exit = True
+            self._hurried = [asyncio.ensure_future(companion.stop(0)) for companion in self._companions]
 
     def _begin_reload(self) -> None:
         self._reloading = asyncio.create_task(self._reloaded())
@@ -220,23 +229,6 @@ def make_config(front: Front, options: ServerOptions) -> uvicorn.Config:
     with library_errors(f"TLS cannot be offered with {tls and tls.cert} and {tls and tls.key}", InputError):
         config.load()
     return config
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens once the server begins.
-
-    Raises:
-        InputError: the address is taken or none.
-    """
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        found = socket.socket(family, socket.SOCK_STREAM)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
-    except (OSError, OverflowError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{host}:{port} cannot be listened on: {reason}; choose another --host or --port") from error
-    return found
 
 
 @contextmanager

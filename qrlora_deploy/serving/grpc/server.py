@@ -5,6 +5,7 @@ import time
 
 import grpc
 
+from qrlora_deploy.serving.addresses import url_of
 from qrlora_deploy.serving.grpc.health import Health, add_reflection
 from qrlora_deploy.serving.grpc.listening import Certificates, GrpcLimits, listen
 from qrlora_deploy.serving.grpc.service import InferenceService
@@ -50,6 +51,11 @@ class GrpcServer:
         self._certificates = None if tls is None else Certificates(tls)
         self._health = Health(service.models, service.life)
         self._server: grpc.aio.Server | None = None
+
+    @property
+    def url(self) -> str:
+        """For people, once it listens."""
+        return url_of("grpcs" if self._certificates else "grpc", self.host, self.port)
 
     async def start(self) -> None:
         """Listen.
