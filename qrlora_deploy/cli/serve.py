@@ -1,22 +1,21 @@
 """`qrlora-deploy serve`."""
 
 import ipaddress
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from qrlora_deploy.cli.options import COUNT, EXISTING_FILE, FiniteRange, common
+from qrlora_deploy.cli.options import ANY_PATH, COUNT, EXISTING_FILE, FiniteRange, common
 from qrlora_deploy.cli.output import Output
 from qrlora_deploy.errors import CheckFailed, InputError
 
 if TYPE_CHECKING:
     from qrlora_deploy.runtime.sessions.buckets import Buckets
-    from qrlora_deploy.serving.grpc.server import GrpcServer
-    from qrlora_deploy.serving.http.front import Front
-    from qrlora_deploy.serving.opening import ModelPlaces, OpenModel, RunOptions
-    from qrlora_deploy.serving.server import Server, ServerOptions
+    from qrlora_deploy.serving.assembly import Assembly
+    from qrlora_deploy.serving.opening import ModelPlaces, RunOptions
+    from qrlora_deploy.serving.server import ServerOptions
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 SECONDS = FiniteRange(min=0, max=86_400)
@@ -31,7 +30,14 @@ SHOWN = 5
 @click.option("--packed", multiple=True, metavar="[NAME=]FILE", help="Packed file of customers.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any free one.")
-@click.option("--grpc-port", type=click.IntRange(0, 65535), help="Answer over gRPC, too; 0: any free port.")
+@click.option("--grpc-port", type=click.IntRange(0, 65535), help="Answer over gRPC, too, on this port.")
+@click.option(
+    "--admin-port",
+    type=click.IntRange(0, 65535),
+    help="Offer the admin API on this port, to keys with that right.",
+)
+@click.option("--admin-host", default="127.0.0.1", show_default=True, help="Address of the admin API.")
+@click.option("--audit-log", type=ANY_PATH, help="With --admin-port: a line for each change is added to this file.")
 @click.option("--provider", default="cpu", show_default=True, help="cpu, cuda, cuda:1 or tensorrt.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads within an operator.")
 @click.option("--buckets", metavar="ROWS:LENGTHS", help="Run in these shapes only, such as 1,8,32:32,128.")
@@ -55,11 +61,10 @@ SHOWN = 5
 @click.option("--log-json", is_flag=True, help="Logs as lines of JSON on stderr, each request among them.")
 @common
 def command(bundle: Path | None, models: tuple[str, ...], check: bool, log_json: bool, **options: Any) -> Output:
-    """Answer over HTTP for BUNDLE and its customers: Open Inference Protocol v2, and plain JSON at /v1/classify.
-    With --grpc-port over gRPC, too.
+    """Answer over HTTP, and gRPC, for BUNDLE and its customers: Open Inference Protocol v2; plain JSON at /v1/classify.
 
     SIGTERM ends it without losing a request: readiness goes off, --drain-delay passes, what was begun is finished.
-    SIGHUP reads the keys, the packed files and the certificates again.
+    SIGHUP reads the keys and the packed files again.
 
     \b
     Examples:
@@ -68,6 +73,7 @@ def command(bundle: Path | None, models: tuple[str, ...], check: bool, log_json:
       qrlora-deploy serve --model intents=bundle --model spam=other-bundle --customers intents=customers --check
     """
     _check_usage(bundle, models, **options)
+    from qrlora_deploy.serving.assembly import Assembly, AssemblyOptions
     from qrlora_deploy.serving.json_log import log_as_json
 
     if log_json:
@@ -75,11 +81,19 @@ def command(bundle: Path | None, models: tuple[str, ...], check: bool, log_json:
     else:
         _log_plainly()
     places = _places(bundle, models, options["customers"], options["packed"])
-    opened = _open_all(places, _run_options(**options))
-    server = _make_server(opened, options)
-    if check:
-        return _checked(opened, server)
-    return Output({}, live=lambda stream: _serve(opened, server, stream))
+    assembly = Assembly(
+        AssemblyOptions(
+            places,
+            _run_options(**options),
+            _server_options(options),
+            keys=options["keys"],
+            grpc_port=options["grpc_port"],
+            admin_port=options["admin_port"],
+            admin_host=options["admin_host"],
+            audit_log=options["audit_log"],
+        )
+    )
+    return _checked(assembly) if check else Output({}, live=lambda stream: _serve(assembly, stream))
 
 
 def _check_usage(bundle: Path | None, models: Sequence[str], **options: Any) -> None:
@@ -89,6 +103,10 @@ def _check_usage(bundle: Path | None, models: Sequence[str], **options: Any) -> 
         raise click.UsageError("--tls-cert and --tls-key belong together")
     if options["tls_client_ca"] and not options["tls_cert"]:
         raise click.UsageError("--tls-client-ca needs --tls-cert and --tls-key")
+    if options["admin_port"] is not None and not (options["keys"] and options["audit_log"]):
+        raise click.UsageError("--admin-port needs --keys FILE and --audit-log FILE")
+    if options["audit_log"] and options["admin_port"] is None:
+        raise click.UsageError("--audit-log does nothing without --admin-port")
     guarded = options["keys"] or options["tls_client_ca"] or options["insecure"]
     if not guarded and not _is_here(options["host"]):
         raise click.UsageError(
@@ -169,54 +187,6 @@ def _buckets(text: str) -> "Buckets":
     return Buckets(tuple(map(int, sizes[0])), tuple(map(int, sizes[1])))
 
 
-def _open_all(places: "Sequence[ModelPlaces]", options: "RunOptions") -> "list[OpenModel]":
-    from qrlora_deploy.serving.opening import OpenModel
-
-    opened: list[OpenModel] = []
-    try:
-        for place in places:
-            opened.append(OpenModel(place, options))
-    except BaseException:
-        for model in opened:
-            model.close()
-        raise
-    return opened
-
-
-def _make_server(opened: "Sequence[OpenModel]", options: dict[str, Any]) -> "Server":
-    from qrlora_deploy.serving.access import Keys
-    from qrlora_deploy.serving.http.front import Front
-    from qrlora_deploy.serving.metrics import Metrics
-    from qrlora_deploy.serving.served import Models
-    from qrlora_deploy.serving.server import Server
-
-    models = Models([model.served for model in opened])
-    keys = None if options["keys"] is None else Keys.open(options["keys"])
-    front = Front(models, keys=keys, metrics=Metrics(list(models)))
-    grpc = None if options["grpc_port"] is None else _grpc_server(front, options)
-    parts = [part.reload for part in (keys, grpc, *opened) if part is not None]
-    return Server(front, _server_options(options), _reloading(parts), [] if grpc is None else [grpc])
-
-
-def _grpc_server(front: "Front", options: dict[str, Any]) -> "GrpcServer":
-    from qrlora_deploy.serving.grpc.listening import GrpcLimits
-    from qrlora_deploy.serving.grpc.server import GrpcServer
-    from qrlora_deploy.serving.grpc.service import InferenceService
-
-    same = _server_options(options)
-    service = InferenceService(front.models, front.life, front.keys, front.metrics)
-    limits = GrpcLimits(max_message_bytes=same.limits.max_body_bytes)
-    return GrpcServer(service, same.host, options["grpc_port"], same.tls, limits)
-
-
-def _reloading(parts: Sequence[Callable[[], object]]) -> Callable[[], None]:
-    def reload() -> None:
-        for part in parts:
-            part()
-
-    return reload
-
-
 def _server_options(options: dict[str, Any]) -> "ServerOptions":
     from qrlora_deploy.serving.http.limits import MIB, HttpLimits
     from qrlora_deploy.serving.server import ServerOptions, Tls
@@ -232,33 +202,30 @@ def _server_options(options: dict[str, Any]) -> "ServerOptions":
     )
 
 
-def _checked(opened: "Sequence[OpenModel]", server: "Server") -> Output:
-    record: list[dict[str, Any]] = []
+def _checked(assembly: "Assembly") -> Output:
+    url, record = assembly.server.http.url, []
     problems: list[str] = []
-    for model in opened:
+    facts: dict[str, str] = {}
+    for model in assembly.models:
         count, wrong = model.check_customers()
         problems += wrong
-        record.append({"model": model.served.name, "customers": count, "packed": model.packed, "problems": wrong})
-        model.close()
-    facts = {str(item["model"]): f"{item['customers']} files, {item['packed']} packed" for item in record}
+        record.append({"model": model.served.name, "customers": count, "problems": wrong})
+        facts[model.served.name] = f"{count} customers' files, {model.served.engine.stats().resident} in memory"
+    assembly.close()
     failure = None
     if problems:
         more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         failure = CheckFailed(f"{len(problems)} customers cannot be served: {'; '.join(problems[:SHOWN])}{more}")
-    headline = "" if problems else f"everything is in order; it would listen on {server.url}"
-    return Output({"models": record, "url": server.url}, headline, facts, failure=failure)
+    headline = "" if problems else f"everything is in order; it would listen on {url}"
+    return Output({"models": record, "url": url}, headline, facts, failure=failure)
 
 
-def _serve(opened: "Sequence[OpenModel]", server: "Server", stream: IO[str]) -> None:
+def _serve(assembly: "Assembly", stream: IO[str]) -> None:
     def started() -> None:
-        names = ", ".join(model.served.name for model in opened)
-        stream.write(f"serving {names} on {' and '.join(server.urls)}\n")
+        names = ", ".join(model.served.name for model in assembly.models)
+        stream.write(f"serving {names} on {assembly.server.http.url}\n")
+        for name, companion in assembly.companions.items():
+            stream.write(f"{name} on port {companion.port}\n")
         stream.flush()
 
-    try:
-        for model in opened:
-            model.follow()
-        server.run(started)
-    finally:
-        for model in opened:
-            model.close()
+    assembly.run(started)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from qrlora_deploy.errors import QrloraError
 from qrlora_deploy.runtime.customers.polling import Signature, signature_of, status_of
@@ -93,6 +94,20 @@ def _access_of(key: StoredKey, groups: Mapping[str, frozenset[str]]) -> Access:
     return Access(key.id, None if any(ANYONE in part for part in names) else names, key.admin)
 
 
+class QuotaNumbers(NamedTuple):
+    """Quotas of customers, as a file of keys has them.
+
+    Attributes:
+        rows_s: rows a second by customer.
+        default: of every other customer; None: as many as it likes.
+        bursts: rows that may come at once, by customer; of others those of one second.
+    """
+
+    rows_s: Mapping[str, float]
+    default: float | None
+    bursts: Mapping[str, float]
+
+
 class Keys:
     """A file of keys. Safe for many threads.
 
@@ -142,9 +157,15 @@ class Keys:
             raise UnauthenticatedError("the key is not known or has expired")
         return found.access
 
-    def quotas(self) -> Mapping[str, Quota]:
-        """Rows a second by customer; `*` is everyone who has no own quota."""
-        return self._state.quotas
+    def quotas(self) -> QuotaNumbers:
+        """What `Quotas` and `Quotas.change` take: `quotas.change(*keys.quotas())`."""
+        own = {name: quota for name, quota in self._state.quotas.items() if name != ANYONE}
+        everyone = self._state.quotas.get(ANYONE)
+        return QuotaNumbers(
+            {name: quota.rows_per_second for name, quota in own.items()},
+            None if everyone is None else everyone.rows_per_second,
+            {name: quota.burst for name, quota in own.items() if quota.burst is not None},
+        )
 
     def reload(self) -> bool:
         """Read the file again, if it is another one than was read last; whether a new one was taken."""

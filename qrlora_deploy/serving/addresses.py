@@ -10,13 +10,8 @@ def at_port(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def url_of(scheme: str, host: str, port: int) -> str:
-    """A URL for people."""
-    return f"{scheme}://{at_port(host, port)}"
-
-
 def bound_socket(host: str, port: int) -> socket.socket:
-    """A socket that listens once the server begins.
+    """A socket that has an address and does not listen yet.
 
     Raises:
         InputError: the address is taken or none.
@@ -28,5 +23,5 @@ def bound_socket(host: str, port: int) -> socket.socket:
         found.bind(address)
     except (OSError, OverflowError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{host}:{port} cannot be listened on: {reason}; choose another --host or --port") from error
+        raise InputError(f"{host}:{port} cannot be listened on: {reason}; choose another host or port") from error
     return found

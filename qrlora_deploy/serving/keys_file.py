@@ -117,6 +117,8 @@ class KeysFile(Record):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "KeysFile":
+        if ANYONE in self.quotas and self.quotas[ANYONE].burst is not None:
+            raise ValueError(f"the quota of {ANYONE} has no burst; only that of a customer may have one")
         ids = [key.id for key in self.keys]
         if len(set(ids)) < len(ids):
             raise ValueError("two keys have the same id")

@@ -7,13 +7,14 @@ from pathlib import Path
 from qrlora_deploy.errors import InputError, QrloraError
 from qrlora_deploy.formats.customer_files import customer_ids, read_customer
 from qrlora_deploy.runtime.bundle.bundle import Bundle, open_bundle
-from qrlora_deploy.runtime.customers.packed import load_packed
-from qrlora_deploy.runtime.customers.store import CustomerStore
 from qrlora_deploy.runtime.sessions.buckets import Buckets
 from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
+from qrlora_deploy.serving.customer_folder import CustomerFolder
 from qrlora_deploy.serving.engine.limits import Limits
 from qrlora_deploy.serving.engine.local import LocalEngine
 from qrlora_deploy.serving.engine.models import MergedModel
+from qrlora_deploy.serving.engine.quotas import Quotas
+from qrlora_deploy.serving.engine.sources import source_of
 from qrlora_deploy.serving.served import ServedModel
 from qrlora_deploy.serving.tokenizing import RowTokenizer
 
@@ -69,70 +70,62 @@ class ModelPlaces:
 class OpenModel:
     """A model, open: its session, its customers and its engine.
 
-    Raises:
-        QrloraError: the bundle, the packed file or the folder cannot be used.
-
     Attributes:
         places: where it came from.
+        session: what runs.
         served: what fronts are given.
-        packed: customers of the packed file.
+
+    Raises:
+        QrloraError: the bundle, the packed file or the folder cannot be used.
     """
 
-    def __init__(self, places: ModelPlaces, options: RunOptions) -> None:
+    def __init__(self, places: ModelPlaces, options: RunOptions, quotas: Quotas | None = None) -> None:
         self.places = places
         bundle = open_bundle(places.bundle)
-        self._session = _open_session(bundle, options)
-        self.packed = 0
-        self._store: CustomerStore | None = None
-        if isinstance(self._session, SwitchableSession):
-            self._load(self._session)
+        self.session = _open_session(bundle, options)
+        self._source = source_of(places.customers, places.packed)
+        if isinstance(self.session, SwitchableSession):
+            self._source.open(self.session)
         elif places.customers or places.packed:
             raise InputError(f"{places.bundle} is a merged bundle: it holds one customer and takes no others")
-        engine = LocalEngine(self._session, options.limits)
+        engine = LocalEngine(self.session, options.limits, quotas)
         self.served = ServedModel(places.name, bundle, engine, RowTokenizer(bundle))
 
-    def _load(self, session: SwitchableSession) -> None:
-        # The folder's files win over the packed ones.
-        if self.places.packed:
-            self.packed = load_packed(session, self.places.packed)
-        if self.places.customers:
-            self._store = CustomerStore(session, self.places.customers)
-
-    def follow(self) -> None:
-        """Begin to follow the folder of customers."""
-        if self._store is not None:
-            self._store.start()
+    def customer_folder(self) -> CustomerFolder | None:
+        """The folder of customers, for who changes it; None: there is none."""
+        if self.places.customers is None or not isinstance(self.session, SwitchableSession):
+            return None
+        return CustomerFolder(self.places.customers, self.session.check)
 
     def reload(self) -> None:
-        """Load the packed file again; the folder is followed anyhow.
+        """See at once what has changed in the folder, and load the packed file again.
 
         Raises:
             InputError: it is damaged or of another bundle; what was loaded before stays.
         """
-        if self.places.packed and isinstance(self._session, SwitchableSession):
-            self.packed = load_packed(self._session, self.places.packed)
+        if isinstance(self.session, SwitchableSession):
+            self._source.reload()
 
     def check_customers(self) -> tuple[int, list[str]]:
-        """Read every file of the folder and load it once.
+        """Read every file of the folder and hold it against the bundle.
 
         Returns:
             How many there are, and what is wrong with those that cannot be served, one line each.
         """
-        if self._store is None or not isinstance(self._session, SwitchableSession):
+        folder = self.places.customers
+        if folder is None or not isinstance(self.session, SwitchableSession):
             return 0, []
-        names, problems = sorted(customer_ids(self._store.folder)), []
+        names, problems = sorted(customer_ids(folder)), []
         for name in names:
             try:
-                self._session.load(name, read_customer(self._store.folder, name))
-                self._session.unload(name)
+                self.session.check(read_customer(folder, name), name)
             except QrloraError as error:
                 problems.append(f"{name}: {error}")
         return len(names), problems
 
     def close(self) -> None:
-        """Let go of the folder and end the engine."""
-        if self._store is not None:
-            self._store.close()
+        """Let go of the customers and end the engine."""
+        self._source.close()
         self.served.engine.close()
         self.served.pool.shutdown(wait=False)
 

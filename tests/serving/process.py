@@ -19,7 +19,8 @@ class Served:
     Attributes:
         url: where it listens.
         port: the same.
-        grpc_port: where it listens for gRPC; 0: it does not.
+        ports: of its companions, by the option.
+        errors: lines of its stderr.
     """
 
     def __init__(self, *arguments: object, cwd: Path) -> None:
@@ -35,10 +36,15 @@ class Served:
         self._reader = threading.Thread(target=self._read_errors)
         self._reader.start()
         line = self.process.stdout.readline() if self.process.stdout else ""
-        found = re.search(r" on (https?://\S+:(\d+))(?: and grpcs?://\S+:(\d+))?$", line.strip())
+        found = re.search(r" on (https?://[^\s;]+:(\d+))", line)
         if found is None:
             raise AssertionError(f"it does not serve: {line} {self.end()} {self.errors}")
-        self.url, self.port, self.grpc_port = found[1], int(found[2]), int(found[3] or 0)
+        self.url, self.port = found[1], int(found[2])
+        self.ports = {
+            name: int(self.process.stdout.readline().split()[-1])
+            for name in ("--grpc-port", "--admin-port")
+            if name in arguments and self.process.stdout
+        }
 
     def _read_errors(self) -> None:
         for line in self.process.stderr or ():

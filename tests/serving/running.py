@@ -41,7 +41,7 @@ class Running:
         assert not self.thread.is_alive()
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.server.port), DEADLINE_S)
+        return socket.create_connection(("127.0.0.1", self.server.http.port), DEADLINE_S)
 
 
 @contextmanager

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from qrlora_deploy.errors import FileFormatError, QrloraError
 from qrlora_deploy.serving import access
 from qrlora_deploy.serving.access import Keys, key_of, open_access
+from qrlora_deploy.serving.engine.quotas import Quotas
 from qrlora_deploy.serving.keys_file import KeysFile, Quota, empty_keys, read_keys, with_key, write_keys
-from qrlora_deploy.serving.refusals import ForbiddenError, UnauthenticatedError, status_of
+from qrlora_deploy.serving.refusals import ForbiddenError, QuotaError, UnauthenticatedError, status_of
 from tests.cli.running import run_here, succeed_here
 from tests.damaging import damaged_json
 
@@ -123,7 +124,7 @@ def test_a_new_file_is_taken_and_a_damaged_one_is_told_once(
     changed, _, new = with_key(empty_keys(), ["bolt"], [])
     write_keys(changed, path)
     assert keys.reload() and told == [keys]
-    assert keys.access(new).allows("bolt") and keys.quotas() == {}
+    assert keys.access(new).allows("bolt") and keys.quotas() == ({}, None, {})
     with pytest.raises(UnauthenticatedError):
         keys.access(made["acme"])
 
@@ -144,13 +145,17 @@ def test_a_change_is_found_while_keys_are_asked_for(
 
 
 def test_quotas_are_by_customer(tmp_path: Path) -> None:
-    keys = empty_keys().model_dump() | {
-        "quotas": {"acme": {"rows_per_second": 10.0, "burst": 50.0}, "*": {"rows_per_second": 2}}
-    }
+    numbers = {"acme": {"rows_per_second": 10.0, "burst": 50.0}, "bolt": {"rows_per_second": 4}}
     path = tmp_path / "keys.json"
-    path.write_text(json.dumps(keys))
+    path.write_text(json.dumps(empty_keys().model_dump() | {"quotas": numbers | {"*": {"rows_per_second": 2}}}))
     found = Keys.open(path).quotas()
-    assert found == {"acme": Quota(rows_per_second=10, burst=50), "*": Quota(rows_per_second=2, burst=None)}
+    assert found == ({"acme": 10.0, "bolt": 4.0}, 2.0, {"acme": 50.0})
+    quotas = Quotas(*found)
+    quotas.take({"acme": 50, "bolt": 4, "anyone": 2})
+    with pytest.raises(QuotaError):
+        quotas.take({"acme": 50})
+    path.write_text(json.dumps(empty_keys().model_dump()))
+    assert Keys.open(path).quotas() == ({}, None, {})
 
 
 WRONG = {
@@ -161,6 +166,7 @@ WRONG = {
     "unknown field": {"key": []},
     "quota of nothing": {"quotas": {"acme": {"rows_per_second": 0}}},
     "quota of text": {"quotas": {"acme": {"rows_per_second": "10"}}},
+    "a burst of everyone": {"quotas": {"*": {"rows_per_second": 1, "burst": 2}}},
     "quota of a path": {"quotas": {"../acme": {"rows_per_second": 1}}},
     "group of a path": {"groups": {"eu": ["a/b"]}},
     "group without a name": {"groups": {"": ["a"]}},

@@ -1,8 +1,12 @@
 """`qrlora-deploy serve` as a user runs it: a process, signals, foreign clients."""
 
+import asyncio
+import json
 import os
+import re
 import shutil
 import signal
+import subprocess
 import threading
 import time
 from dataclasses import replace
@@ -36,13 +40,13 @@ def place(tmp_path: Path, switchable: Path, exported: Path, customers: dict[str,
     return tmp_path
 
 
-def logits(url: str, customer: str | None, texts: list[str] = TEXTS, model: str = "bundle") -> np.ndarray:
+def logits(url: str, customer: str | None, model: str = "bundle", headers: dict[str, str] | None = None) -> np.ndarray:
     record = {
-        "inputs": [{"name": "text", "datatype": "BYTES", "shape": [len(texts)], "data": texts}],
+        "inputs": [{"name": "text", "datatype": "BYTES", "shape": [len(TEXTS)], "data": TEXTS}],
         "outputs": [{"name": "logits"}],
         "parameters": {"customer": customer or ""},
     }
-    reply = httpx.post(f"{url}/v2/models/{model}/infer", json=record, timeout=30)
+    reply = httpx.post(f"{url}/v2/models/{model}/infer", json=record, headers=headers, timeout=30)
     assert reply.status_code == 200, reply.text
     output = reply.json()["outputs"][0]
     return np.array(output["data"], dtype=np.float32).reshape(output["shape"])
@@ -148,6 +152,54 @@ def test_sighup_reads_keys_and_packed_files_again(place: Path, customers: dict[s
     assert not any(key in line for key in (first, second) for line in server.errors)
 
 
+def test_grpc_and_the_admin_api_share_models_keys_and_quotas(place: Path, customers: dict[str, Coefficients]) -> None:
+    grpc = pytest.importorskip("grpc", reason="needs the extra serve")
+    from tests.serving.grpc.client import Client, message
+
+    key = run_here("keys", "add", "keys.json", "--customer", "*", "--admin", "--json", cwd=place).json["key"]
+    stored = json.loads((place / "keys.json").read_text("utf-8"))
+    stored["quotas"] = {"beta": {"rows_per_second": 3}}
+    (place / "keys.json").write_text(json.dumps(stored), "utf-8")
+    ports = ("--grpc-port", 0, "--admin-port", 0, "--audit-log", "audit.jsonl")
+    options = ("--model", "tiny=bundle", "--customers", "customers", "--keys", "keys.json", *ports)
+    headers = {"authorization": f"Bearer {key}"}
+    with Served(*options, cwd=place) as server:
+
+        async def over_grpc(customer: str, texts: list[str]) -> np.ndarray:
+            asked = message("ModelInferRequest", model_name="tiny")
+            asked.inputs.add(name="text", datatype="BYTES", shape=[len(texts)]).contents.bytes_contents.extend(
+                text.encode() for text in texts
+            )
+            asked.outputs.add(name="logits")
+            asked.parameters["customer"].string_param = customer
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{server.ports['--grpc-port']}") as channel:
+                reply = await Client(channel).infer(asked, metadata=tuple(headers.items()))
+            values = reply.outputs[0].contents.fp32_contents or np.frombuffer(reply.raw_output_contents[0], "<f4")
+            return np.array(values, dtype=np.float32).reshape(tuple(reply.outputs[0].shape))
+
+        before = asyncio.run(over_grpc("acme", TEXTS))
+        np.testing.assert_allclose(before, logits(server.url, "acme", model="tiny", headers=headers), **FP32_ONNX)
+        # What the admin API puts is what both fronts answer by.
+        admin = f"http://127.0.0.1:{server.ports['--admin-port']}/v1/models/tiny/customers/acme"
+        content = (place / "customers" / "beta.safetensors").read_bytes()
+        assert httpx.put(admin, content=content).status_code == 401
+        assert httpx.put(admin, content=content, headers=headers).status_code == 200
+        deadline = time.monotonic() + 20
+        while np.allclose(asyncio.run(over_grpc("acme", TEXTS)), before, **FP32_ONNX):
+            assert time.monotonic() < deadline
+        np.testing.assert_allclose(
+            asyncio.run(over_grpc("acme", TEXTS)),
+            logits(server.url, "acme", model="tiny", headers=headers),
+            **FP32_ONNX,
+        )
+        # beta has used up its rows of this second.
+        record = {"texts": TEXTS[:3], "customer": "beta"}
+        replies = [httpx.post(f"{server.url}/v1/classify", json=record, headers=headers) for _ in range(2)]
+        assert [reply.status_code for reply in replies] == [200, 429] and "retry-after" in replies[1].headers
+    assert server.end() == 0 and server.errors == []
+    assert '"action":"put"' in (place / "audit.jsonl").read_text("utf-8")
+
+
 def test_logs_as_json_name_the_request_and_no_text(place: Path) -> None:
     with Served("bundle", "--customers", "customers", "--log-json", cwd=place) as server:
         headers = {"x-request-id": "one-of-mine"}
@@ -160,7 +212,7 @@ def test_logs_as_json_name_the_request_and_no_text(place: Path) -> None:
 
 def test_check_opens_everything_and_names_what_is_wrong(place: Path) -> None:
     ran = run_here("serve", "bundle", "--customers", "customers", "--check", "--port", 0, "--json", cwd=place)
-    assert ran.code == 0 and ran.json["models"] == [{"model": "bundle", "customers": 4, "packed": 0, "problems": []}]
+    assert ran.code == 0 and ran.json["models"] == [{"model": "bundle", "customers": 4, "problems": []}]
     (place / "customers" / "beta.safetensors").write_bytes(b"nothing")
     ran = run_here("serve", "bundle", "--customers", "customers", "--check", "--port", 0, cwd=place)
     assert ran.code == 1 and "1 customers cannot be served: beta:" in ran.err
@@ -183,6 +235,7 @@ REFUSED = {
     "buckets that are none": ("serve bundle --buckets 8", "such as 1,8,32:32,128"),
     "buckets too long": ("serve bundle --buckets 8:4096", "longer than the model's"),
     "no such device": ("serve bundle --provider tpu", "tpu"),
+    "an admin API without keys": ("serve bundle --admin-port 0", "--keys FILE and --audit-log FILE"),
     "keys that are none": ("serve bundle --keys bundle/manifest.json", "manifest.json"),
 }
 
@@ -224,6 +277,25 @@ def test_tritonclient_with_its_defaults_and_with_plain_json(place: Path) -> None
                     )
                     np.testing.assert_allclose(reply.as_numpy("logits"), expected, **FP32_ONNX)
         client.close()
+
+
+def test_the_examples_of_the_page_work(place: Path) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("needs curl")
+    page = Path(__file__).parents[2] / "docs" / "serving-http.md"
+    blocks = re.findall(r"^```sh\n(.*?)^```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    commands = [
+        command for block in blocks for command in re.split(r"^(?=curl )", block, flags=re.MULTILINE) if command
+    ]
+    assert len(commands) > 10 and all(command.startswith("curl -s ") for command in commands)
+    with Served("bundle", "--customers", "customers", cwd=place) as server:
+        for command in commands:
+            asked = command.replace("http://127.0.0.1:8080", server.url).replace(
+                "curl ", "curl -S --fail-with-body ", 1
+            )
+            ran = subprocess.run(["bash", "-c", asked], capture_output=True, text=True, timeout=60, check=False)
+            assert ran.returncode == 0, (command, ran.stdout, ran.stderr)
+            assert json.loads(ran.stdout)
 
 
 def test_the_second_signal_does_not_wait(place: Path) -> None:

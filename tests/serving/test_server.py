@@ -178,7 +178,7 @@ def test_an_address_that_is_taken_or_none(front: Front) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match=f"127.0.0.1:{port} cannot be listened on"):
             Server(front, ServerOptions(port=port))
-    with pytest.raises(InputError, match="choose another --host"):
+    with pytest.raises(InputError, match="choose another host"):
         Server(front, ServerOptions(host="no.such.host.invalid"))
 
 
@@ -203,7 +203,7 @@ def test_tls_and_certificates_of_clients(front: Front, certificates: Path, caplo
     caplog.set_level(logging.ERROR)
     tls = Tls(certificates / "server.pem", certificates / "server.key", certificates / "ca.pem")
     with running(front, tls=tls) as server:
-        assert server.server.url.startswith("https://")
+        assert server.server.http.url.startswith("https://")
         context = ssl.create_default_context(cafile=certificates / "ca.pem")
         assert not is_answered(server, context)
         context.load_cert_chain(certificates / "client.pem", certificates / "client.key")

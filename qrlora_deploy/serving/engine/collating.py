@@ -59,7 +59,7 @@ class Collator:
 
     def _in_range(self, name: str, values: np.ndarray) -> bool:
         # As unsigned numbers negative ones are the greatest: one look instead of two.
-        return int(values.view(np.uint64).max()) < (self._stop.get(name) or 2**63)
+        return int(np.maximum.reduce(values.view(np.uint64))) < (self._stop.get(name) or 2**63)
 
     def _refuse_range(self, name: str, number: int, values: np.ndarray) -> None:
         stop = self._stop.get(name)

@@ -3,13 +3,14 @@
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 
 from qrlora_deploy.errors import InputError, MalformedInputError
-from qrlora_deploy.serving.engine.admission import Place
+from qrlora_deploy.runtime.table.table import TableFullError
+from qrlora_deploy.serving.engine.admission import Place, rows_by_customer
 from qrlora_deploy.serving.engine.batching import Shapes
 from qrlora_deploy.serving.engine.limits import Limits
 from qrlora_deploy.serving.engine.models import Model
@@ -18,14 +19,11 @@ from qrlora_deploy.serving.engine.protocol import EngineStats, Ticket
 from qrlora_deploy.serving.engine.quotas import Quotas
 from qrlora_deploy.serving.engine.requests import Request
 from qrlora_deploy.serving.engine.rows import Load, Row, RowAnswer
-from qrlora_deploy.serving.engine.running import BatchRunner, as_ours
+from qrlora_deploy.serving.engine.running import FETCHING, BatchRunner, as_ours
 from qrlora_deploy.serving.engine.waiting_room import CLOSED, WaitingRoom
 from qrlora_deploy.serving.refusals import DrainingError
 
 LOG = logging.getLogger(__name__)
-
-LOADERS = 4
-"""Threads that fetch customers who are not in the table; runs go on meanwhile."""
 
 
 class LocalEngine:
@@ -58,7 +56,7 @@ class LocalEngine:
         shapes = Shapes.of(limits, model.buckets)
         self._runner = BatchRunner(model, shapes, pace, clock)
         self._room = WaitingRoom(limits, quotas or Quotas(), shapes, pace, clock)
-        self._loaders = ThreadPoolExecutor(LOADERS, thread_name_prefix="customer-loader")
+        self._loaders = ThreadPoolExecutor(FETCHING, thread_name_prefix="customer-loader")
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
         self._thread.start()
 
@@ -102,6 +100,8 @@ class LocalEngine:
             batches=runner.batches,
             queue_s=runner.queue_s,
             run_s=runner.run_s,
+            run_tokens=runner.tokens,
+            padded_tokens=runner.padded_tokens,
             resident=len(self._model.table),
             loads=self._model.table.loads,
             evictions=self._model.table.evictions,
@@ -121,7 +121,7 @@ class LocalEngine:
 
     def _check(self, request: Request) -> None:
         """Make sure that the rows can run and are those that were admitted, and make them ready for the queue."""
-        if Counter(row.customer for row in request.rows) != request.place.customers:
+        if rows_by_customer(row.customer for row in request.rows) != request.place.customers:
             raise MalformedInputError("the rows are not of the customers that their ticket is for")
         self._runner.collator.check(request.rows)
         request.wait()
@@ -135,9 +135,11 @@ class LocalEngine:
     def _bring(self, request: Request, customers: Iterable[str]) -> None:
         """Fetch customers and queue the request, in a thread of the loaders."""
         try:
-            for customer in customers:
-                if not request.ended:
-                    self._model.bring([customer])
+            # Where runs hold all of a small table, the batch that the row comes into finds room.
+            with suppress(TableFullError):
+                for customer in customers:
+                    if not request.ended:
+                        self._model.bring([customer])
             self._room.enqueue(request)
         except Exception as error:
             self._room.end([(request, as_ours(error))])

@@ -12,6 +12,9 @@ from qrlora_deploy.serving.engine.requests import WaitingRow
 from qrlora_deploy.serving.engine.rows import RowAnswer
 from qrlora_deploy.serving.refusals import DeadlineError
 
+FETCHING = 4
+"""Threads that fetch customers who are not in the table; each holds a row of it."""
+
 Outcome = tuple[WaitingRow, RowAnswer | QrloraError]
 """A row and how it ended."""
 
@@ -29,6 +32,8 @@ class BatchRunner:
         batches: that were run.
         run_s: how long they took together.
         queue_s: how long the rows that were answered had waited, together.
+        tokens: of those rows.
+        padded_tokens: rows x length of the runs, as they were padded.
     """
 
     def __init__(self, model: Model, shapes: Shapes, pace: Pace, clock: Callable[[], float] = time.monotonic) -> None:
@@ -36,13 +41,18 @@ class BatchRunner:
         self.batches = 0
         self.run_s = 0.0
         self.queue_s = 0.0
+        self.tokens = 0
+        self.padded_tokens = 0
         self._model, self._shapes, self._pace, self._clock = model, shapes, pace, clock
+        rows = getattr(model.table, "max_rows", None)
+        # One row is the base's, and some are held by those who fetch customers meanwhile.
+        self._most_customers = None if rows is None else max(1, rows - 1 - FETCHING)
 
     def run(self, rows: Sequence[WaitingRow]) -> list[Outcome]:
         """How each row ends, without those whose request has ended already.
 
         A row whose deadline has passed is not run. A batch that fails is run again in halves, until what fails
-        is a row by itself.
+        is a row by itself; one of more customers than the table has room for is run in halves at once.
         """
         now = self._clock()
         wanted = [row for row in rows if not row.request.ended]
@@ -50,13 +60,18 @@ class BatchRunner:
         wanted = [row for row in wanted if not _is_late(row, now)]
         if not wanted:
             return outcomes
-        try:
-            return outcomes + self._run(wanted, now)
-        except Exception as error:
-            if len(wanted) == 1:
-                return [*outcomes, (wanted[0], as_ours(error))]
+        if len(wanted) == 1 or self._fits_the_table(wanted):
+            try:
+                return outcomes + self._run(wanted, now)
+            except Exception as error:
+                if len(wanted) == 1:
+                    return [*outcomes, (wanted[0], as_ours(error))]
         half = len(wanted) // 2
         return outcomes + self.run(wanted[:half]) + self.run(wanted[half:])
+
+    def _fits_the_table(self, rows: Sequence[WaitingRow]) -> bool:
+        most = self._most_customers
+        return most is None or len({row.customer for row in rows}) <= most
 
     def _run(self, rows: Sequence[WaitingRow], start_s: float) -> list[Outcome]:
         inputs = self.collator.batch([row.row for row in rows])
@@ -72,7 +87,10 @@ class BatchRunner:
     def _count(self, rows: Sequence[WaitingRow], start_s: float) -> None:
         seconds = self._clock() - start_s
         length = self._shapes.length(max(row.length for row in rows))
-        self._pace.ran(len(rows), len(rows) * length, seconds)
+        padded = self._shapes.rows(len(rows), length) * length
+        self._pace.ran(len(rows), padded, seconds)
+        self.tokens += sum(row.length for row in rows)
+        self.padded_tokens += padded
         self.batches += 1
         self.run_s += seconds
         self.queue_s += sum(start_s - row.request.queued_s for row in rows)

@@ -5,7 +5,6 @@ import time
 
 import grpc
 
-from qrlora_deploy.serving.addresses import url_of
 from qrlora_deploy.serving.grpc.health import Health, add_reflection
 from qrlora_deploy.serving.grpc.listening import Certificates, GrpcLimits, listen
 from qrlora_deploy.serving.grpc.service import InferenceService
@@ -51,11 +50,7 @@ class GrpcServer:
         self._certificates = None if tls is None else Certificates(tls)
         self._health = Health(service.models, service.life)
         self._server: grpc.aio.Server | None = None
-
-    @property
-    def url(self) -> str:
-        """For people, once it listens."""
-        return url_of("grpcs" if self._certificates else "grpc", self.host, self.port)
+        self._hurried = False
 
     async def start(self) -> None:
         """Listen.
@@ -82,11 +77,15 @@ class GrpcServer:
         await self._health.end()
         stopping = asyncio.ensure_future(self._server.stop(grace_s + GRACE_S))
         until = time.monotonic() + grace_s
-        while self._service.running and time.monotonic() < until:
+        while self._service.running and time.monotonic() < until and not self._hurried:
             await asyncio.sleep(LOOK_S)
         # The grace that ends first counts.
         await self._server.stop(0 if self._service.running else GRACE_S)
         await stopping
+
+    def hurry(self) -> None:
+        """Wait no longer in `stop`."""
+        self._hurried = True
 
     def reload(self) -> None:
         """Read the files of certificates again, for connections from now on. From any thread.

@@ -3,17 +3,20 @@
 import asyncio
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, wait
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from qrlora_deploy.errors import InputError, MalformedInputError, QrloraError, UnknownCustomerError
 from qrlora_deploy.formats.coefficients import Coefficients
-from qrlora_deploy.runtime import Buckets, Bundle
+from qrlora_deploy.runtime import Buckets, Bundle, Predictor, SwitchableSession, open_bundle
 from qrlora_deploy.serving.engine.admission import Held
 from qrlora_deploy.serving.engine.limits import Limits
 from qrlora_deploy.serving.engine.local import LocalEngine
+from qrlora_deploy.serving.engine.models import MergedModel
 from qrlora_deploy.serving.engine.rows import Load, Row
 from qrlora_deploy.serving.refusals import DeadlineError, DrainingError, OverloadedError, TooLargeError
 from tests.serving.engine.place import WatchedSession, a_row, alone, ask
@@ -273,6 +276,61 @@ def test_shapes_of_buckets_are_kept(bundle: Bundle, crowd: dict[str, Coefficient
     assert shapes <= {(1, 8), (4, 8), (8, 8), (1, 16), (4, 16)}
 
 
+def test_a_mistake_of_the_engine_costs_what_it_held_and_no_more(
+    engine: LocalEngine, session: WatchedSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session.gate.clear()
+    busy = ask(engine, [a_row(5)])
+    _until(lambda: engine.stats().queued_rows == 0)
+    lost = ask(engine, [a_row(6)])
+
+    def mistaken(*arguments: object) -> None:
+        monkeypatch.undo()
+        raise KeyError("mistake")
+
+    monkeypatch.setattr("qrlora_deploy.serving.engine.waiting_room.cut", mistaken)
+    session.gate.set()
+    assert len(busy.result(30)) == 1
+    with pytest.raises(QrloraError, match="the engine failed: 'mistake'"):
+        lost.result(30)
+    assert len(ask(engine, [a_row(7)]).result(30)) == 1
+    assert _nothing_is_held(engine)
+
+
+def test_a_batch_that_is_not_full_waits_where_it_may(session: WatchedSession) -> None:
+    with LocalEngine(session, Limits(max_wait_s=60, max_batch_tokens=20)) as engine:
+        first = ask(engine, [a_row(8, "c1")])
+        time.sleep(0.05)
+        assert not session.asked
+        second = ask(engine, [a_row(12, "c2")])
+        assert len(first.result(30)) == len(second.result(30)) == 1
+        left = ask(engine, [a_row(8, "c1")])
+        # A drain does not wait for more rows.
+        assert engine.drain(30) and left.done()
+
+
+def test_a_merged_bundle_answers_nobodys_rows(exported: Path, tiny_customer: Coefficients) -> None:
+    bundle = open_bundle(exported)
+    with LocalEngine(MergedModel(bundle)) as engine, pytest.raises(UnknownCustomerError, match="merged bundle"):
+        rows = [a_row(5), a_row(9)]
+        predictor = Predictor(bundle)
+        for row, answer in zip(rows, ask(engine, rows).result(30), strict=True):
+            expected = predictor._merged.run({name: values[None] for name, values in row.inputs.items()})[0]
+            np.testing.assert_allclose(answer.logits, expected, **FP32_ONNX)
+            assert answer.digest == tiny_customer.digest and answer.labels == bundle.manifest.labels
+        assert engine.stats().resident == 0
+        ask(engine, [a_row(5, "acme")]).result(30)
+    with pytest.raises(InputError, match="is a merged bundle"):
+        SwitchableSession(bundle)
+
+
+def test_what_was_padded_is_counted(session: WatchedSession) -> None:
+    with LocalEngine(session, Limits(max_padding_tokens=100)) as engine:
+        ask(engine, [a_row(5), a_row(9), a_row(10)]).result(30)
+        assert (engine.stats().run_tokens, engine.stats().padded_tokens) == (24, 30)
+        assert engine.stats().run_s > 0 and engine.stats().queue_s > 0
+
+
 def test_many_threads_submit_and_cancel(engine: LocalEngine, session: WatchedSession) -> None:
     futures: list[tuple[Row, Future]] = []
     refused = []
@@ -310,8 +368,8 @@ def _nothing_is_held(engine: LocalEngine) -> bool:
     return (stats.queued_rows, stats.queued_tokens) == (0, 0) and held == (Held(), {}, set(), {})
 
 
-def _until(true: "object") -> None:
+def _until(true: Callable[[], bool]) -> None:
     stop = time.monotonic() + 30
-    while not true():  # type: ignore[operator]
+    while not true():
         assert time.monotonic() < stop
         time.sleep(0.001)

@@ -38,7 +38,7 @@ def place(tmp_path: Path, switchable: Path, customers: dict[str, Coefficients]) 
 
 def asking(server: Served, ask: Callable[[Client], Any]) -> Any:
     async def run() -> Any:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.ports['--grpc-port']}") as channel:
             return await ask(Client(channel))
 
     return asyncio.run(run())
@@ -59,7 +59,7 @@ def test_customers_are_answered_over_grpc(place: Path, customers: dict[str, Coef
         found = outputs_of(reply)
         np.testing.assert_allclose(found["logits"], [one.logits for one in expected], **FP32_ONNX)
         assert list(found["label"]) == [one.label for one in expected]
-        taken = run("serve", "tiny", "--port", 0, "--grpc-port", server.grpc_port, cwd=place)
+        taken = run("serve", "tiny", "--port", 0, "--grpc-port", server.ports["--grpc-port"], cwd=place)
         assert taken.code == 2 and "cannot be listened on" in taken.err and len(taken.err.splitlines()) == 1
     assert server.end() == 0 and server.errors == []
 
@@ -107,3 +107,30 @@ def test_sigterm_under_load_loses_no_request(place: Path) -> None:
         assert min(asking(server, ask)) >= 5
         assert server.wait() == 0
     assert server.errors == []
+
+
+def test_the_second_signal_does_not_wait(place: Path) -> None:
+    async def ask(client: Client) -> None:
+        watch = health_pb2_grpc.HealthStub(client.channel).Watch(health_pb2.HealthCheckRequest())
+        await watch.read()
+        server.send(signal.SIGTERM)
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        server.send(signal.SIGTERM)
+        assert await asyncio.to_thread(server.wait) == 0
+
+    with Served(*arguments("--drain-delay", 600), cwd=place) as server:
+        asking(server, ask)
+
+
+def test_noise_leaves_no_line_of_grpcs_own(place: Path) -> None:
+    async def ask(client: Client) -> None:
+        for noise in (b"GET / HTTP/1.1\r\n\r\n", bytes(range(256))):
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.ports["--grpc-port"])
+            writer.write(noise)
+            await asyncio.wait_for(reader.read(), 10)
+            writer.close()
+        await client.infer(request([texts(TEXTS)]))
+
+    with Served(*arguments(), cwd=place) as server:
+        asking(server, ask)
+    assert server.end() == 0 and server.errors == []
