@@ -1,5 +1,6 @@
 """A whole server, put together: models, keys, quotas, fronts and the admin API."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,8 +134,12 @@ class Assembly:
 
 
 def _grpc(front: Front, options: ServerOptions, port: int) -> Companion:
+    # Before it is imported: it would write a line of its own for each client that it cannot understand.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    from qrlora_deploy.serving.grpc.listening import GrpcLimits
     from qrlora_deploy.serving.grpc.server import GrpcServer
     from qrlora_deploy.serving.grpc.service import InferenceService
 
     service = InferenceService(front.models, front.life, front.keys, front.metrics)
-    return GrpcServer(service, options.host, port, options.tls)
+    limits = GrpcLimits(max_message_bytes=options.limits.max_body_bytes)
+    return GrpcServer(service, options.host, port, options.tls, limits)

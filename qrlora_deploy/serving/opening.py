@@ -9,6 +9,7 @@ from qrlora_deploy.formats.customer_files import customer_ids, read_customer
 from qrlora_deploy.runtime.bundle.bundle import Bundle, open_bundle
 from qrlora_deploy.runtime.sessions.buckets import Buckets
 from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
+from qrlora_deploy.serving.customer_folder import CustomerFolder
 from qrlora_deploy.serving.engine.limits import Limits
 from qrlora_deploy.serving.engine.local import LocalEngine
 from qrlora_deploy.serving.engine.models import MergedModel
