@@ -107,7 +107,7 @@ def answer_in_pytorch(
         part = examples.take(range(start, min(start + BATCH, len(examples))))
         inputs, expected = _batch(prepared, part, task, task.encode(part, labels))
         with torch.no_grad():
-            found = prepared.model(**inputs).logits.float().numpy()
+            found = prepared.task.forward(prepared.model, inputs).float().numpy()
         batches.append({name: tensor.numpy() for name, tensor in inputs.items()})
         targets.append(expected)
         right += int(task.right(found, targets[-1]).sum())

@@ -11,6 +11,9 @@ PAIR_COLUMNS = (
     ("premise", "hypothesis"),
     ("question1", "question2"),
     ("question", "sentence"),
+    ("text", "text_pair"),
+    ("query", "passage"),
+    ("anchor", "positive"),
 )
 TEXT_COLUMNS = ("text", "sentence")
 LABEL_COLUMNS = ("label", "labels")

@@ -104,7 +104,7 @@ def replace_head(model: Any, customer: Coefficients) -> dict[str, nn.Parameter]:
     before = {name: model.get_parameter(name) for name in customer.head}
     values = {name: torch.from_numpy(array).to(before[name], copy=True) for name, array in customer.head.items()}
     set_head(model, {name: nn.Parameter(value, before[name].requires_grad) for name, value in values.items()})
-    model.config.problem_type = task_named(customer.task).problem_type
+    model.config.update(task_named(customer.task).config_fields)
     if customer.labels:
         model.config.id2label = dict(enumerate(customer.labels))
         model.config.label2id = {label: index for index, label in enumerate(customer.labels)}

@@ -9,7 +9,7 @@ from qrlora_deploy.errors import InputError
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.tasks.base import Task
 from qrlora_deploy.tasks.options import AUTO
-from qrlora_deploy.tasks.registry import guess_task, task_named
+from qrlora_deploy.tasks.registry import BY_OPTION, guess_task, task_named
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,20 @@ class Outputs:
     @property
     def options(self) -> dict[str, Any]:
         """Arguments of `from_pretrained` for a model with these outputs."""
-        problem = self.task.problem_type
         if not self.new:
-            return {"problem_type": problem}
+            return self.task.config_fields
         return {
-            "problem_type": problem,
+            **self.task.config_fields,
             "num_labels": len(self.labels),
             "id2label": dict(enumerate(self.labels)),
             "label2id": {label: index for index, label in enumerate(self.labels)},
             "ignore_mismatched_sizes": True,
         }
+
+
+def taken_for(checkpoint: Checkpoint, wanted: str) -> Checkpoint:
+    """A base whose head is taken for the task that `--task` names, where its config leaves that open."""
+    return checkpoint if wanted == AUTO else checkpoint.taken_for(BY_OPTION[wanted].name)
 
 
 def base_outputs(checkpoint: Checkpoint) -> Outputs:

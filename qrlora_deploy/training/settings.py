@@ -47,6 +47,11 @@ class RunSettings:
     device: str = "auto"
     task: str = "auto"
 
+    @property
+    def labelled(self) -> bool:
+        """Whether data must have labels."""
+        return self.task == AUTO or BY_OPTION[self.task].has_labels
+
     def __post_init__(self) -> None:
         if self.task not in (AUTO, *BY_OPTION):
             raise InputError(f"--task must be one of {', '.join((AUTO, *BY_OPTION))}, not {self.task}")

@@ -10,8 +10,16 @@ from qrlora_deploy.data.labels import WHOLE
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.formats.coefficients import CUSTOMER_ID
 from qrlora_deploy.models.checkpoint import Checkpoint
+from qrlora_deploy.tasks.registry import BY_OPTION
 from qrlora_deploy.training.fleet.grouping import Groups, read_groups
-from qrlora_deploy.training.outputs import Outputs, base_outputs, customer_outputs, encode_rows, frozen_outputs
+from qrlora_deploy.training.outputs import (
+    Outputs,
+    base_outputs,
+    customer_outputs,
+    encode_rows,
+    frozen_outputs,
+    taken_for,
+)
 from qrlora_deploy.training.settings import TrainSettings
 
 Targets = Sequence[float] | Sequence[Sequence[float]]
@@ -109,6 +117,9 @@ def plan_fleet(source: FleetSource, checkpoint: Checkpoint, settings: TrainSetti
             is wrong with one customer alone is in the plan instead.
     """
     frozen = settings.head == "frozen"
+    checkpoint = taken_for(checkpoint, settings.task)
+    if not settings.labelled:
+        raise InputError(f"a fleet trains no {BY_OPTION[settings.task].name}; train these customers by `train`")
     base = frozen_outputs(checkpoint, settings.task) if frozen else base_outputs(checkpoint)
     if frozen:
         settings.metric_of(base.task)
