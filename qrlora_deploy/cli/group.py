@@ -35,7 +35,9 @@ COMMANDS = (
     "verify",
     "predict",
     "pack",
+    "serve",
     "bench",
+    "keys",
     "doctor",
 )
 """In the order of the work; each is a module of this package with a `command`,

@@ -98,9 +98,14 @@ class Classification(Task):
 
     def answer(self, logits: np.ndarray, names: Sequence[str], words: LocatedWords | None = None) -> Answer:
         """The most likely class and its probability."""
-        odds = np.exp(logits.astype(np.float64) - logits.max())
         best = int(logits.argmax())
-        return Answer(names[best], float(odds[best] / odds.sum()), (names[best],))
+        return Answer(names[best], float(self.scores(logits)[best]), (names[best],))
+
+    def scores(self, logits: np.ndarray) -> np.ndarray:
+        """The probability of each class."""
+        odds = np.exp(logits.astype(np.float64) - logits.max())
+        found: np.ndarray = odds / odds.sum()
+        return found
 
     def agreement(self, logits: np.ndarray, others: np.ndarray) -> np.ndarray:
         """1 where the most likely class is the same one."""

@@ -128,8 +128,19 @@ class SwitchableSession:
             raise MalformedInputError(f"a customer is called by a text that is not empty, not {customer!r:.40}")
         coefficients = source if isinstance(source, Coefficients) else read_customer_file(Path(source))
         place = f"{customer}" if isinstance(source, Coefficients) else f"{source}"
-        check_customer_fits(coefficients, self.manifest, place)
-        self.table.publish(customer, self._row(coefficients, place), self.versions.of(coefficients))
+        self.table.publish(customer, self._fitting_row(coefficients, place), self.versions.of(coefficients))
+
+    def check(self, coefficients: Coefficients, place: str) -> None:
+        """Make sure that `load` would take a customer; nothing is changed.
+
+        Args:
+            coefficients: the customer.
+            place: its name or file, for the message.
+
+        Raises:
+            InputError: as `load`.
+        """
+        self._fitting_row(coefficients, place)
 
     def holds(self, customer: str, coefficients: Coefficients) -> bool:
         """Whether `customer` is in the table with exactly these coefficients, head, labels and thresholds.
@@ -140,8 +151,7 @@ class SwitchableSession:
         if customer not in self.table:
             return False
         self._check_usable()
-        check_customer_fits(coefficients, self.manifest, customer)
-        row, version = self._row(coefficients, customer), self.versions.of(coefficients)
+        row, version = self._fitting_row(coefficients, customer), self.versions.of(coefficients)
         # Of what came from a packed file no digest is known.
         notes = (version, self.versions.without_digest(version.answering))
         return any(self.table.holds(customer, row, note) for note in notes)
@@ -239,6 +249,11 @@ class SwitchableSession:
     def _check_usable(self) -> None:
         if self._lost:
             raise NotReadyError("a session on a GPU cannot be used in a forked process; open it after the fork")
+
+    def _fitting_row(self, coefficients: Coefficients, place: str) -> dict[str, np.ndarray]:
+        """The row of a customer, which may not fit at all."""
+        check_customer_fits(coefficients, self.manifest, place)
+        return self._row(coefficients, place)
 
     def _row(self, coefficients: Coefficients, place: str) -> dict[str, np.ndarray]:
         """The row of a customer that fits, by input; refuses a head or labels that do not."""
