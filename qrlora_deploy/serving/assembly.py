@@ -102,7 +102,7 @@ class Assembly:
         if self._keys is None or options.audit is None or options.admin_port is None:
             raise InputError("the admin API needs keys, an audit log and a port")
         folders = {
-            model.served.name: CustomerFolder(model.places.customers, model.session.check)
+            model.served.name: CustomerFolder(model.places.customers, model.session.check, elsewhere=model.forget)
             for model in self.models
             if model.places.customers is not None and isinstance(model.session, SwitchableSession)
         }

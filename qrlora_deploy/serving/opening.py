@@ -7,6 +7,7 @@ from pathlib import Path
 from qrlora_deploy.errors import InputError, QrloraError
 from qrlora_deploy.formats.customer_files import customer_ids, read_customer
 from qrlora_deploy.runtime.bundle.bundle import Bundle, open_bundle
+from qrlora_deploy.runtime.customers.packed_erasing import erase_packed
 from qrlora_deploy.runtime.sessions.buckets import Buckets
 from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
 from qrlora_deploy.serving.engine.limits import Limits
@@ -98,6 +99,16 @@ class OpenModel:
         """
         if isinstance(self.session, SwitchableSession):
             self._source.reload()
+
+    def forget(self, customer: str) -> bool:
+        """Take a customer, whose file is gone, from the packed file and from memory; whether it was there.
+
+        Raises:
+            InputError: the packed file is damaged, or holds nobody else.
+        """
+        packed = self.places.packed is not None and erase_packed(self.places.packed, customer)
+        loaded = isinstance(self.session, SwitchableSession) and self.session.unload(customer)
+        return packed or loaded
 
     def check_customers(self) -> tuple[int, list[str]]:
         """Read every file of the folder and hold it against the bundle.
