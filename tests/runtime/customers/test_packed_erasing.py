@@ -61,6 +61,7 @@ def test_what_is_left_is_what_the_others_give(
         write_packed(customers.items(), path, manifest, dtype=dtype)
         assert erase_packed(path, gone)
         assert check_packed(path).customers == len(names) - 1
+        assert check_packed(path).tuned == sum(bool(it.thresholds) for name, it in customers.items() if name != gone)
         others = [(name, customer) for name, customer in customers.items() if name != gone]
         write_packed(others, expected, manifest, dtype=dtype)
         assert path.read_bytes() == expected.read_bytes()
