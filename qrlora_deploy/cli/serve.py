@@ -31,9 +31,13 @@ SHOWN = 5
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any free one.")
 @click.option("--grpc-port", type=click.IntRange(0, 65535), help="Answer over gRPC, too, on this port.")
-@click.option("--admin-port", type=click.IntRange(0, 65535), help="Offer the admin API on this port.")
+@click.option(
+    "--admin-port",
+    type=click.IntRange(0, 65535),
+    help="Offer the admin API on this port, to keys with that right.",
+)
 @click.option("--admin-host", default="127.0.0.1", show_default=True, help="Address of the admin API.")
-@click.option("--audit", type=ANY_PATH, help="File that says who changed what by the admin API.")
+@click.option("--audit-log", type=ANY_PATH, help="With --admin-port: a line for each change is added to this file.")
 @click.option("--provider", default="cpu", show_default=True, help="cpu, cuda, cuda:1 or tensorrt.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads within an operator.")
 @click.option("--buckets", metavar="ROWS:LENGTHS", help="Run in these shapes only, such as 1,8,32:32,128.")
@@ -87,7 +91,7 @@ def command(bundle: Path | None, models: tuple[str, ...], check: bool, log_json:
             grpc_port=options["grpc_port"],
             admin_port=options["admin_port"],
             admin_host=options["admin_host"],
-            audit=options["audit"],
+            audit_log=options["audit_log"],
             counted=options["counted"],
         )
     )
@@ -217,8 +221,9 @@ def _checked(assembly: "Assembly") -> Output:
 def _serve(assembly: "Assembly", stream: IO[str]) -> None:
     def started() -> None:
         names = ", ".join(model.served.name for model in assembly.models)
-        others = "".join(f"; {name} on port {one.port}" for name, one in assembly.companions.items())
-        stream.write(f"serving {names} on {assembly.server.http.url}{others}\n")
+        stream.write(f"serving {names} on {assembly.server.http.url}\n")
+        for name, companion in assembly.companions.items():
+            stream.write(f"{name} on port {companion.port}\n")
         stream.flush()
 
     assembly.run(started)

@@ -1,11 +1,11 @@
 """A whole server, put together: models, keys, quotas, fronts and the admin API."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
 from qrlora_deploy.serving.access import Keys
 from qrlora_deploy.serving.engine.quotas import Quotas
 from qrlora_deploy.serving.http.front import Front
@@ -28,7 +28,7 @@ class AssemblyOptions:
         grpc_port: None: without gRPC.
         admin_port: None: without the admin API.
         admin_host: where the admin API listens.
-        audit: file that changes by the admin API are told to.
+        audit_log: file that changes by the admin API are told to.
         counted: customers whose rows metrics tell by name.
 
     Raises:
@@ -42,12 +42,12 @@ class AssemblyOptions:
     grpc_port: int | None = None
     admin_port: int | None = None
     admin_host: str = "127.0.0.1"
-    audit: Path | None = None
+    audit_log: Path | None = None
     counted: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if self.admin_port is not None and (self.keys is None or self.audit is None):
-            raise InputError("the admin API needs a file of keys and an audit log: --keys FILE and --audit FILE")
+        if self.admin_port is not None and (self.keys is None or self.audit_log is None):
+            raise InputError("--admin-port needs --keys FILE and --audit-log FILE")
 
 
 class Assembly:
@@ -56,7 +56,7 @@ class Assembly:
     Attributes:
         models: open.
         server: to be run.
-        companions: by what they are called: "gRPC" and "admin".
+        companions: by what they are called: "gRPC" and "admin API".
 
     Raises:
         QrloraError: something cannot be used; what was opened before is closed.
@@ -87,26 +87,23 @@ class Assembly:
         if options.grpc_port is not None:
             self.companions["gRPC"] = _grpc(front, options.server, options.grpc_port)
         if options.admin_port is not None:
-            self.companions["admin"] = self._admin(front, options)
+            self.companions["admin API"] = self._admin(front, options)
         self.server = Server(front, options.server, self.reload, list(self.companions.values()))
 
     def _change_quotas(self, keys: Keys) -> None:
-        for each in self._quotas:
-            each.change(*keys.quotas())
+        for quotas in self._quotas:
+            quotas.change(*keys.quotas())
 
     def _admin(self, front: Front, options: AssemblyOptions) -> HttpListener:
         from qrlora_deploy.serving.admin import Admin, make_admin_app
         from qrlora_deploy.serving.audit import AuditLog
-        from qrlora_deploy.serving.customer_folder import CustomerFolder
 
-        if self._keys is None or options.audit is None or options.admin_port is None:
-            raise InputError("the admin API needs keys, an audit log and a port")
-        folders = {
-            model.served.name: CustomerFolder(model.places.customers, model.session.check, elsewhere=model.forget)
-            for model in self.models
-            if model.places.customers is not None and isinstance(model.session, SwitchableSession)
-        }
-        app = make_admin_app(Admin(folders, self._keys, AuditLog(options.audit), self.reload), front.life)
+        if self._keys is None or options.audit_log is None or options.admin_port is None:
+            raise InputError("--admin-port needs --keys FILE and --audit-log FILE")
+        folders = {model.served.name: folder for model in self.models if (folder := model.customer_folder())}
+        if not folders:
+            raise InputError("--admin-port has nothing to change: no model has a folder of customers; --customers DIR")
+        app = make_admin_app(Admin(folders, self._keys, AuditLog(options.audit_log), self.reload), front.life)
         return HttpListener(app, options.admin_host, options.admin_port, options.server.tls, options.server.limits)
 
     def reload(self) -> None:
@@ -137,8 +134,12 @@ class Assembly:
 
 
 def _grpc(front: Front, options: ServerOptions, port: int) -> Companion:
+    # Before it is imported: it would write a line of its own for each client that it cannot understand.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    from qrlora_deploy.serving.grpc.listening import GrpcLimits
     from qrlora_deploy.serving.grpc.server import GrpcServer
     from qrlora_deploy.serving.grpc.service import InferenceService
 
     service = InferenceService(front.models, front.life, front.keys, front.metrics)
-    return GrpcServer(service, options.host, port, options.tls)
+    limits = GrpcLimits(max_message_bytes=options.limits.max_body_bytes)
+    return GrpcServer(service, options.host, port, options.tls, limits)

@@ -10,6 +10,7 @@ from qrlora_deploy.runtime.bundle.bundle import Bundle, open_bundle
 from qrlora_deploy.runtime.customers.packed_erasing import erase_packed
 from qrlora_deploy.runtime.sessions.buckets import Buckets
 from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
+from qrlora_deploy.serving.customer_folder import CustomerFolder
 from qrlora_deploy.serving.engine.limits import Limits
 from qrlora_deploy.serving.engine.local import LocalEngine
 from qrlora_deploy.serving.engine.models import MergedModel
@@ -91,16 +92,13 @@ class OpenModel:
         engine = LocalEngine(self.session, options.limits, quotas)
         self.served = ServedModel(places.name, bundle, engine, RowTokenizer(bundle))
 
-    def reload(self) -> None:
-        """See at once what has changed in the folder, and load the packed file again.
+    def customer_folder(self) -> CustomerFolder | None:
+        """The folder of customers, for who changes it; None: there is none."""
+        if self.places.customers is None or not isinstance(self.session, SwitchableSession):
+            return None
+        return CustomerFolder(self.places.customers, self.session.check, elsewhere=self._forget)
 
-        Raises:
-            InputError: it is damaged or of another bundle; what was loaded before stays.
-        """
-        if isinstance(self.session, SwitchableSession):
-            self._source.reload()
-
-    def forget(self, customer: str) -> bool:
+    def _forget(self, customer: str) -> bool:
         """Take a customer, whose file is gone, from the packed file and from memory; whether it was there.
 
         Raises:
@@ -109,6 +107,15 @@ class OpenModel:
         packed = self.places.packed is not None and erase_packed(self.places.packed, customer)
         loaded = isinstance(self.session, SwitchableSession) and self.session.unload(customer)
         return packed or loaded
+
+    def reload(self) -> None:
+        """See at once what has changed in the folder, and load the packed file again.
+
+        Raises:
+            InputError: it is damaged or of another bundle; what was loaded before stays.
+        """
+        if isinstance(self.session, SwitchableSession):
+            self._source.reload()
 
     def check_customers(self) -> tuple[int, list[str]]:
         """Read every file of the folder and hold it against the bundle.

@@ -40,6 +40,9 @@ class Companion(Protocol):
     async def stop(self, grace_s: float) -> None:
         """Take nobody new, finish what was begun within so many seconds, and end."""
 
+    def hurry(self) -> None:
+        """Wait no longer in `stop`."""
+
     def reload(self) -> None:
         """Read the files of certificates again. From any thread."""
 
@@ -142,7 +145,8 @@ class Server:
         self._ending.set()
         if self._signals > 1:
             self._at_once.set()
-            self.http.hurry()
+            for listener in self._listeners:
+                listener.hurry()
 
     def _begin_reload(self) -> None:
         self._reloading = asyncio.create_task(self._reloaded())

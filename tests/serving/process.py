@@ -19,7 +19,7 @@ class Served:
     Attributes:
         url: where it listens.
         port: the same.
-        ports: of its companions.
+        ports: of its companions, by the option.
         errors: lines of its stderr.
     """
 
@@ -40,7 +40,11 @@ class Served:
         if found is None:
             raise AssertionError(f"it does not serve: {line} {self.end()} {self.errors}")
         self.url, self.port = found[1], int(found[2])
-        self.ports = {name: int(port) for name, port in re.findall(r"; (\w+) on port (\d+)", line)}
+        self.ports = {
+            name: int(self.process.stdout.readline().split()[-1])
+            for name in ("--grpc-port", "--admin-port")
+            if name in arguments and self.process.stdout
+        }
 
     def _read_errors(self) -> None:
         for line in self.process.stderr or ():

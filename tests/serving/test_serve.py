@@ -160,7 +160,7 @@ def test_grpc_and_the_admin_api_share_models_keys_and_quotas(place: Path, custom
     stored = json.loads((place / "keys.json").read_text("utf-8"))
     stored["quotas"] = {"beta": {"rows_per_second": 1, "burst": 3}}
     (place / "keys.json").write_text(json.dumps(stored), "utf-8")
-    ports = ("--grpc-port", 0, "--admin-port", 0, "--audit", "audit.jsonl", "--count-customer", "beta")
+    ports = ("--grpc-port", 0, "--admin-port", 0, "--audit-log", "audit.jsonl", "--count-customer", "beta")
     options = ("--model", "tiny=bundle", "--customers", "customers", "--keys", "keys.json", *ports)
     headers = {"authorization": f"Bearer {key}"}
     with Served(*options, cwd=place) as server:
@@ -172,7 +172,7 @@ def test_grpc_and_the_admin_api_share_models_keys_and_quotas(place: Path, custom
             )
             asked.outputs.add(name="logits")
             asked.parameters["customer"].string_param = customer
-            async with grpc.aio.insecure_channel(f"127.0.0.1:{server.ports['gRPC']}") as channel:
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{server.ports['--grpc-port']}") as channel:
                 reply = await Client(channel).infer(asked, metadata=tuple(headers.items()))
             values = reply.outputs[0].contents.fp32_contents or np.frombuffer(reply.raw_output_contents[0], "<f4")
             return np.array(values, dtype=np.float32).reshape(tuple(reply.outputs[0].shape))
@@ -180,7 +180,7 @@ def test_grpc_and_the_admin_api_share_models_keys_and_quotas(place: Path, custom
         before = asyncio.run(over_grpc("acme", TEXTS))
         np.testing.assert_allclose(before, logits(server.url, "acme", model="tiny", headers=headers), **FP32_ONNX)
         # What the admin API puts is what both fronts answer by.
-        admin = f"http://127.0.0.1:{server.ports['admin']}/v1/models/tiny/customers/acme"
+        admin = f"http://127.0.0.1:{server.ports['--admin-port']}/v1/models/tiny/customers/acme"
         content = (place / "customers" / "beta.safetensors").read_bytes()
         assert httpx.put(admin, content=content).status_code == 401
         assert httpx.put(admin, content=content, headers=headers).status_code == 200
@@ -237,7 +237,7 @@ REFUSED = {
     "buckets that are none": ("serve bundle --buckets 8", "such as 1,8,32:32,128"),
     "buckets too long": ("serve bundle --buckets 8:4096", "longer than the model's"),
     "no such device": ("serve bundle --provider tpu", "tpu"),
-    "an admin API without keys": ("serve bundle --admin-port 0", "--keys FILE and --audit FILE"),
+    "an admin API without keys": ("serve bundle --admin-port 0", "--keys FILE and --audit-log FILE"),
     "keys that are none": ("serve bundle --keys bundle/manifest.json", "manifest.json"),
 }
 
@@ -293,7 +293,7 @@ def test_the_examples_of_the_page_work(place: Path) -> None:
     with Served("bundle", "--customers", "customers", cwd=place) as server:
         for command in commands:
             asked = command.replace("http://127.0.0.1:8080", server.url).replace(
-                "curl -s ", "curl -sS --fail-with-body "
+                "curl ", "curl -S --fail-with-body ", 1
             )
             ran = subprocess.run(["bash", "-c", asked], capture_output=True, text=True, timeout=60, check=False)
             assert ran.returncode == 0, (command, ran.stdout, ran.stderr)

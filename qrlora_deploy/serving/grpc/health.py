@@ -1,6 +1,7 @@
 """gRPC's own services beside the protocol: health, and reflection from the protocol's own pool."""
 
 import asyncio
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -19,18 +20,31 @@ LOOK_S = 0.05
 SERVICES = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
 
 
-class Health:
+_STATUS = {True: health_pb2.HealthCheckResponse.SERVING, False: health_pb2.HealthCheckResponse.NOT_SERVING}
+
+
+class Health(health.aio.HealthServicer):
     """What `grpc.health.v1.Health` says: of each model by its name, and of all of them as `""` and as the protocol's
     service."""
 
     def __init__(self, models: Models, life: Life) -> None:
-        self._servicer = health.aio.HealthServicer()
+        super().__init__()
         self._models, self._life = models, life
         self._told: dict[str, bool] = {}
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Offer it."""
-        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self, server)
+
+    async def Check(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
+        """What is so at this moment."""
+        await self.look()
+        return await super().Check(request, context)
+
+    async def Watch(self, request: Any, context: grpc.aio.ServicerContext) -> None:
+        """What is so at this moment, and each change."""
+        await self.look()
+        await super().Watch(request, context)
 
     async def look(self) -> None:
         """Tell what has changed, to those too who watch."""
@@ -38,7 +52,7 @@ class Health:
         for name, is_ready in {**ready, "": all(ready.values()), SERVICE: all(ready.values())}.items():
             if self._told.get(name) is not is_ready:
                 self._told[name] = is_ready
-                await self._servicer.set(name, _STATUS[is_ready])
+                await self.set(name, _STATUS[is_ready])
 
     async def follow(self) -> None:
         """Look again and again."""
@@ -48,10 +62,7 @@ class Health:
 
     async def end(self) -> None:
         """Say NOT_SERVING of everything, for ever."""
-        await self._servicer.enter_graceful_shutdown()
-
-
-_STATUS = {True: health_pb2.HealthCheckResponse.SERVING, False: health_pb2.HealthCheckResponse.NOT_SERVING}
+        await self.enter_graceful_shutdown()
 
 
 def add_reflection(server: grpc.aio.Server) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 
 from qrlora_deploy.errors import InputError, library_errors
+from qrlora_deploy.serving.addresses import at_port, bound_socket
 from qrlora_deploy.serving.tls import Tls
 
 MAX_METADATA_BYTES = 16 * 2**10
@@ -92,17 +93,17 @@ def listen(server: grpc.aio.Server, host: str, port: int, certificates: Certific
     Raises:
         InputError: the address cannot be listened on.
     """
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    if port:
+        # gRPC names no reason, and writes to stderr.
+        bound_socket(host, port).close()
+    address = at_port(host, port)
     try:
         if certificates is None:
             bound = server.add_insecure_port(address)
         else:
             bound = server.add_secure_port(address, certificates.credentials())
     except RuntimeError:
-        # gRPC's own words name no reason.
         bound = 0
     if not bound:
-        raise InputError(
-            f"{address} cannot be listened on for gRPC: it is taken or not of this machine; choose another port"
-        )
+        raise InputError(f"{address} cannot be listened on for gRPC; choose another port")
     return int(bound)

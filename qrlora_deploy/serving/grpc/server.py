@@ -50,6 +50,7 @@ class GrpcServer:
         self._certificates = None if tls is None else Certificates(tls)
         self._health = Health(service.models, service.life)
         self._server: grpc.aio.Server | None = None
+        self._hurried = False
 
     async def start(self) -> None:
         """Listen.
@@ -76,11 +77,15 @@ class GrpcServer:
         await self._health.end()
         stopping = asyncio.ensure_future(self._server.stop(grace_s + GRACE_S))
         until = time.monotonic() + grace_s
-        while self._service.running and time.monotonic() < until:
+        while self._service.running and time.monotonic() < until and not self._hurried:
             await asyncio.sleep(LOOK_S)
         # The grace that ends first counts.
         await self._server.stop(0 if self._service.running else GRACE_S)
         await stopping
+
+    def hurry(self) -> None:
+        """Wait no longer in `stop`."""
+        self._hurried = True
 
     def reload(self) -> None:
         """Read the files of certificates again, for connections from now on. From any thread.

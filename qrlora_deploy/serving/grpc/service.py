@@ -1,22 +1,19 @@
 """The methods of the protocol's service."""
 
-import logging
 import time
-import traceback
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
 
-from qrlora_deploy.errors import QrloraError
-from qrlora_deploy.serving.answering import FAILED, Allows, answer
-from qrlora_deploy.serving.grpc.metadata import deadline_of, key_of_call, refuse
+from qrlora_deploy.serving.answering import answer
+from qrlora_deploy.serving.grpc.calls import Call
 from qrlora_deploy.serving.grpc.reading import parse, read_infer
 from qrlora_deploy.serving.grpc.schema import METHODS, SERVICE
 from qrlora_deploy.serving.grpc.writing import write_infer
 from qrlora_deploy.serving.inference.describing import model_metadata, server_metadata
-from qrlora_deploy.serving.inference.questions import deadline_of as deadline_of_request
-from qrlora_deploy.serving.inference.questions import question_of
+from qrlora_deploy.serving.inference.questions import deadline_of, question_of
+from qrlora_deploy.serving.json_log import log_request
 from qrlora_deploy.serving.life import Life
 from qrlora_deploy.serving.outputs import OUTPUTS, answer_parameters
 from qrlora_deploy.serving.parts import Keys, Metrics
@@ -29,21 +26,6 @@ OK, CANCELLED = 200, 499
 
 OPEN = ("ServerLive", "ServerReady", "ModelReady")
 """Methods that need no key: probes have none."""
-
-logger = logging.getLogger(__name__)
-
-
-class Call:
-    """What a method may know of a call beside its message.
-
-    Attributes:
-        access: of the key that came with it; None: no keys are asked for.
-        deadline_s: a time of `time.monotonic`; None: the client waits for ever.
-        rows: that were asked for.
-    """
-
-    def __init__(self, access: Allows | None, deadline_s: float | None) -> None:
-        self.access, self.deadline_s, self.rows = access, deadline_s, 0
 
 
 class InferenceService:
@@ -71,38 +53,31 @@ class InferenceService:
         method: Callable[[Any, Call], Awaitable[Any]] = getattr(self, name)
 
         async def handle(body: bytes, context: grpc.aio.ServicerContext) -> Any:
-            start = time.perf_counter()
+            start, code, call = time.perf_counter(), CANCELLED, Call(context)
             self.running += 1
-            call = Call(None, deadline_of(context))
-            code = CANCELLED
             try:
                 if self.keys is not None and name not in OPEN:
-                    call.access = self.keys.access(key_of_call(context))
+                    call.access = self.keys.access(call.key)
                 reply = await method(parse(request_class, body), call)
                 code = OK
                 return reply
             except Exception as error:
-                refusal = self._refusal(name, error)
+                refusal = call.refusal_of(error)
                 code = status_of(refusal).http
-                await refuse(context, refusal)
+                await call.refuse(refusal)
             finally:
                 self.running -= 1
-                self._count(name, code, time.perf_counter() - start, call.rows)
+                self._tell(call, f"/{SERVICE}/{name}", code, time.perf_counter() - start)
 
         # Bytes, since gRPC answers what it cannot parse by INTERNAL.
         return grpc.unary_unary_rpc_method_handler(handle, None, response_class.SerializeToString)
 
-    def _refusal(self, name: str, error: Exception) -> QrloraError:
-        if isinstance(error, QrloraError):
-            return error
-        # The message of a foreign exception may hold a customer's text; where it came from holds none.
-        place = "".join(traceback.format_tb(error.__traceback__))
-        logger.error("%s: %s\n%s", name, type(error).__name__, place)
-        return QrloraError(FAILED)
-
-    def _count(self, name: str, code: int, seconds: float, rows: int) -> None:
+    def _tell(self, call: Call, route: str, code: int, seconds: float) -> None:
+        """Count a call and log it."""
+        rows = len(call.customers)
         if self.metrics is not None:
-            self.metrics.observe(f"/{SERVICE}/{name}", code, seconds, rows)
+            self.metrics.observe(route, code, seconds, rows, call.customers)
+        log_request(call.request_id, "grpc", route, code, seconds, rows, call.access.key_id)
 
     async def ServerLive(self, message: Any, call: Call) -> Any:
         """The process runs."""
@@ -135,9 +110,9 @@ class InferenceService:
         model = self.models.find(message.model_name, message.model_version)
         asked = read_infer(message)
         question, customers = question_of(asked)
-        call.rows = len(question)
+        call.customers = customers
         self.life.check()
-        limits = (call.deadline_s, deadline_of_request(None, asked.parameters.get("timeout")))
+        limits = (call.deadline_s, deadline_of(None, asked.parameters.get("timeout")))
         deadline_s = min((limit for limit in limits if limit is not None), default=None)
         answers = await answer(model, question, customers, deadline_s, call.access)
         values = [(wanted, OUTPUTS[wanted.name](answers, model.task)) for wanted in asked.wanted]

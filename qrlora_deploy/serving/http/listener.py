@@ -2,7 +2,6 @@
 
 import asyncio
 import math
-import socket
 import ssl
 from contextlib import AbstractContextManager, nullcontext
 
@@ -10,6 +9,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from qrlora_deploy.errors import InputError, library_errors
+from qrlora_deploy.serving.addresses import at_port, bound_socket
 from qrlora_deploy.serving.http.connections import guarded_by
 from qrlora_deploy.serving.http.limits import HttpLimits
 from qrlora_deploy.serving.tls import Tls
@@ -64,8 +64,7 @@ class HttpListener:
     @property
     def url(self) -> str:
         """For people."""
-        host = f"[{self._host}]" if ":" in self._host else self._host
-        return f"http{'s' if self._tls else ''}://{host}:{self.port}"
+        return f"http{'s' if self._tls else ''}://{at_port(self._host, self.port)}"
 
     async def start(self) -> None:
         """Begin to take connections."""
@@ -120,20 +119,3 @@ def _config(app: ASGIApp, tls: Tls | None, limits: HttpLimits) -> uvicorn.Config
     with library_errors(f"TLS cannot be offered with {tls and tls.cert} and {tls and tls.key}", InputError):
         config.load()
     return config
-
-
-def bound_socket(host: str, port: int) -> socket.socket:
-    """A socket that has an address and does not listen yet.
-
-    Raises:
-        InputError: the address is taken or none.
-    """
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        found = socket.socket(family, socket.SOCK_STREAM)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
-    except (OSError, OverflowError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{host}:{port} cannot be listened on: {reason}; choose another host or port") from error
-    return found

@@ -8,8 +8,10 @@ from typing import Any
 import grpc
 import pytest
 
+from qrlora_deploy.serving.access import Access
 from qrlora_deploy.serving.grpc.listening import GrpcLimits
 from qrlora_deploy.serving.grpc.service import InferenceService
+from qrlora_deploy.serving.metrics import Metrics
 from qrlora_deploy.serving.refusals import UnauthenticatedError
 from tests.damaging import damaged_bytes
 from tests.serving.grpc.client import Client, message, raw_request, raw_texts, request, serving, tensor, texts
@@ -127,15 +129,11 @@ def test_damaged_messages_end_in_a_status_of_the_clients(service: InferenceServi
 
 
 def test_no_key_no_answer(service: InferenceService) -> None:
-    class Owner:
-        def allows(self, customer: str) -> bool:
-            return customer == "acme"
-
     class OneKey:
-        def access(self, key: str | None) -> Owner:
+        def access(self, key: str | None) -> Access:
             if key != "secret":
                 raise UnauthenticatedError("no key")
-            return Owner()
+            return Access("one", (frozenset({"acme"}),))
 
     service.keys = OneKey()
 
@@ -171,7 +169,8 @@ def test_a_full_queue_says_when_to_come_again(service: InferenceService, model: 
 
     error = asking(service, ask)
     assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert dict(error.trailing_metadata()) == {"retry-after": "1", "grpc-retry-pushback-ms": "1000"}
+    found = dict(error.trailing_metadata())
+    assert found.pop("x-request-id") and found == {"retry-after": "1", "grpc-retry-pushback-ms": "1000"}
 
 
 @pytest.mark.parametrize("compression", [grpc.Compression.NoCompression, grpc.Compression.Gzip])
@@ -213,3 +212,30 @@ def test_requests_before_the_server_is_ready(service: InferenceService) -> None:
             service.life.ready = True
 
     assert asking(service, ask).code() == grpc.StatusCode.UNAVAILABLE
+
+
+def test_calls_are_counted_and_logged_by_the_clients_id(
+    service: InferenceService, models: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    service.metrics = Metrics(list(models), ["acme"])
+
+    async def ask(client: Client) -> list[Any]:
+        with_id = {"metadata": (("x-request-id", "one-of-mine"),)}
+        call = client.call("ModelInfer", request([texts(["a secret"] * 3)], customer="acme"), **with_id)
+        await call
+        return [await call.trailing_metadata(), (await client.error(request([]), **with_id)).trailing_metadata()]
+
+    with caplog.at_level("INFO", "qrlora_deploy.access"):
+        for metadata in asking(service, ask):
+            assert dict(metadata) == {"x-request-id": "one-of-mine"}
+    route = "/inference.GRPCInferenceService/ModelInfer"
+    text = service.metrics.text().decode()
+    assert f'qrlora_requests_total{{code="200",route="{route}"}} 2.0' in text
+    assert f'qrlora_requests_total{{code="400",route="{route}"}} 1.0' in text
+    assert 'qrlora_customer_rows_total{customer="acme"} 3.0' in text
+    fields = [found for record in caplog.records if (found := record.fields)["request_id"] == "one-of-mine"]
+    assert [(found["status"], found["rows"], found["method"]) for found in fields] == [
+        (200, 3, "grpc"),
+        (400, 0, "grpc"),
+    ]
+    assert "secret" not in caplog.text
