@@ -15,7 +15,8 @@ from transformers.trainer_callback import PrinterCallback
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.tasks.classification import Classification
-from qrlora_deploy.training.loop import WARMUP_SHARE, Rows, build_rows, load_tokenizer, no_dropout
+from qrlora_deploy.training.loop import WARMUP_SHARE, load_tokenizer, no_dropout
+from qrlora_deploy.training.rows import Rows, build_rows
 from qrlora_deploy.training.settings import TrainSettings
 
 RATE = 5e-4

@@ -40,6 +40,7 @@ class Family:
         numbers: whether the data are numbers instead of labels.
         extra: entries of config.json that are written after the model was saved.
         vocabulary: whether the config has the size of the vocabulary.
+        task: what `--task` calls it, where pairs of texts are the data.
     """
 
     name: str
@@ -49,6 +50,12 @@ class Family:
     numbers: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
     vocabulary: bool = True
+    task: str = "auto"
+
+    @property
+    def tags(self) -> bool:
+        """Whether the data are tags of words."""
+        return self.head == "ForTokenClassification"
 
     def save(self, folder: Path) -> None:
         """Write the model and a tokenizer.
@@ -146,7 +153,12 @@ FAMILIES = (
     Family("BART", "Bart", {"d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "pad_token_id": 0} | PARTS),
     Family("Llama, causal LM", "Llama", GROUPED, head="ForCausalLM"),
     Family("BERT, token classification", "Bert", SMALL, head="ForTokenClassification"),
+    Family("RoBERTa, token classification", "Roberta", SMALL | {"pad_token_id": 0}, head="ForTokenClassification"),
+    Family("MPNet, token classification", "MPNet", SMALL | {"pad_token_id": 0}, head="ForTokenClassification"),
     Family("BERT, multi-label", "Bert", SMALL | {"problem_type": "multi_label_classification"}),
+    Family("BERT, a reranker", "Bert", SMALL | {"num_labels": 1}, task="reranker"),
+    Family("BERT, embeddings", "Bert", SMALL, head="Model", task="embedding"),
+    Family("MPNet, embeddings", "MPNet", SMALL | {"pad_token_id": 0}, head="Model", task="embedding"),
     Family("BERT, a regression of 2 numbers", "Bert", SMALL | {"num_labels": 2, "problem_type": "regression"}),
     Family(
         "BERT, quantised",

@@ -1,7 +1,8 @@
 """One family from `factorize` to the last bundle, each answer held against a merge of this module's own."""
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.models.targets import choose_targets, left_out
 from qrlora_deploy.rank_rules.energy_share import EnergyShare
 from qrlora_deploy.runtime import SwitchableSession, open_bundle, open_session
+from qrlora_deploy.runtime.verification.parity import without_padding
+from qrlora_deploy.tokenization.words import words_of
 from qrlora_deploy.training.fleet.options import FleetOptions
 from qrlora_deploy.training.fleet.plan import FleetSource
 from qrlora_deploy.training.fleet.run import train_fleet
@@ -114,7 +117,7 @@ class _Whole:
         self.inputs = self._batch()
         models = {owner: self._own_model(owner) for owner in ("one", "two", None)}
         self.expected = {owner: _logits(model, self.inputs) for owner, model in models.items()}
-        self.tried.facts["effect"] = float(np.abs(self.expected["one"] - self.expected[None]).max())
+        self.tried.facts["effect"] = _error(self.expected["one"], self.expected[None])
         self._step("merge", self._merge)
         self._step("merged", self._merged)
         for name, options in {
@@ -140,7 +143,17 @@ class _Whole:
             str(len(text) % 7 / 7 * shift) if self.family.numbers else f"LABEL_{(index * shift + len(text)) % 3}"
             for index, text in enumerate(sample_texts()[:ROWS])
         ]
-        return Examples(sample_texts()[:ROWS], None, labels, f"{name}.tsv")
+        if self.family.tags:
+            words = [words_of(text) for text in sample_texts()[:ROWS]]
+            tags = [tuple(f"LABEL_{(index * shift + at) % 3}" for at, _ in row) for index, row in enumerate(words)]
+            return Examples(sample_texts()[:ROWS], None, tags, f"{name}.jsonl", words)
+        # Pairs of texts that follow each other, where the task is about pairs; nothing is known of them but that.
+        pairs = None if self.family.task == "auto" else sample_texts()[shift : ROWS + shift]
+        if self.family.task == "embedding":
+            labels = [""] * ROWS
+        if self.family.task == "reranker":
+            labels = [str(abs(shift - 1 - len(text) % 7 / 7)) for text in sample_texts()[:ROWS]]
+        return Examples(sample_texts()[:ROWS], pairs, labels, f"{name}.tsv")
 
     def _train(self) -> float:
         for name in ("one", "two"):
@@ -149,7 +162,7 @@ class _Whole:
         return float(np.abs(self.customers["one"].values).max())
 
     def _coefficients(self, name: str, cache: str) -> Coefficients:
-        settings = TrainSettings(**{**SETTINGS.__dict__, "trunk_cache": cache})
+        settings = replace(SETTINGS, trunk_cache=cache, task=self.family.task)
         work = self.folder / f"work-{name}-{cache}"
         return train(self.checkpoint, self.basis, self._examples(name), None, settings, work)
 
@@ -169,9 +182,9 @@ class _Whole:
         data.mkdir()
         for name in ("one", "two"):
             part = self._examples(name)
-            rows = ["text\tlabel", *(f"{text}\t{label}" for text, label in zip(part.texts, part.labels, strict=True))]
-            (data / f"{name}.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
-        report = train_fleet(self.checkpoint, self.basis, FleetSource(data), SETTINGS, FleetOptions(output))
+            _write(part, data / part.name)
+        settings = replace(SETTINGS, task=self.family.task)
+        report = train_fleet(self.checkpoint, self.basis, FleetSource(data), settings, FleetOptions(output))
         failed = [line.reason for line in report.lines if line.reason]
         if failed:
             raise QrloraError(failed[0])
@@ -222,23 +235,44 @@ class _Whole:
         session = open_session(open_bundle(output).model, threads=1)
         names = {value.name for value in session.get_inputs()}
         found = session.run(None, {name: array for name, array in self.inputs.items() if name in names})[0]
-        return _error(found, self.expected["one"])
+        return _error(without_padding(found, self.inputs), self.expected["one"])
 
     def _switchable(self, name: str, **options: Any) -> float:
         output = self.folder / name
-        export_switchable(ExportJob(self.checkpoint, self.basis, output), OnnxOptions(**options))
+        task = None if self.family.task == "auto" else self.family.task
+        export_switchable(ExportJob(self.checkpoint, self.basis, output), OnnxOptions(task=task, **options))
         session = SwitchableSession(open_bundle(output), threads=1)
         for customer in ("one", "two"):
             session.load(customer, self.folder / f"{customer}.safetensors")
         found, _labels = session.predict(self.inputs, list(OWNERS))
-        return _error(found, np.stack([self.expected[owner][row] for row, owner in enumerate(OWNERS)]))
+        expected = np.stack([self.expected[owner][row] for row, owner in enumerate(OWNERS)])
+        # Of tokens that are padding nobody reads an answer.
+        return _error(without_padding(found, self.inputs), expected)
+
+
+def _write(part: Examples, file: Path) -> None:
+    """The rows as a file for a fleet."""
+    if part.words is None:
+        rows = ["text\tlabel", *(f"{text}\t{label}" for text, label in zip(part.texts, part.labels, strict=True))]
+    else:
+        rows = [
+            json.dumps({"tokens": [text[start:end] for start, end in places], "tags": tags})
+            for text, places, tags in zip(part.texts, part.words, part.labels, strict=True)
+        ]
+    file.write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 def _logits(model: Any, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    """Logits, or of a model without a head the mean of its states over the attention mask."""
     with torch.no_grad():
-        found: np.ndarray = model(**{name: torch.from_numpy(array) for name, array in inputs.items()}).logits.numpy()
-    return found
+        answer = model(**{name: torch.from_numpy(array) for name, array in inputs.items()})
+    if "logits" in answer:
+        return without_padding(answer.logits.numpy(), inputs)
+    states, mask = answer.last_hidden_state.double().numpy(), inputs["attention_mask"][:, :, None]
+    means: np.ndarray = (states * mask).sum(1) / mask.sum(1)
+    return means
 
 
 def _error(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.abs(found.astype(np.float64) - expected).max())
+    present = np.isfinite(expected)
+    return float(np.abs(found[present].astype(np.float64) - expected[present]).max())

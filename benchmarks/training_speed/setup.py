@@ -17,7 +17,8 @@ from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.rank_rules.energy_share import EnergyShare
 from qrlora_deploy.rank_rules.fixed_rank import FixedRank
-from qrlora_deploy.training.loop import Rows, no_dropout, training_arguments
+from qrlora_deploy.training.loop import no_dropout, training_arguments
+from qrlora_deploy.training.rows import Rows
 from qrlora_deploy.training.settings import TrainSettings
 
 RANK = 160

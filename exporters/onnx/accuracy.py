@@ -12,12 +12,13 @@ import numpy as np
 import torch
 
 from exporters.onnx.prepared import Prepared
-from qrlora_deploy.data.cutting import cut_texts
+from qrlora_deploy.data.cutting import cut_texts, encode_words
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import InputError
+from qrlora_deploy.models.loading import quiet_transformers
 from qrlora_deploy.runtime.bundle.row_layout import SLOT
 from qrlora_deploy.runtime.verification.parity import run_logits
-from qrlora_deploy.tasks.base import Task
+from qrlora_deploy.tasks.base import IGNORED, Task
 
 MAX_ROWS = 512
 """Rows that are measured: one in 512 is 0.2 points, and PyTorch takes well under a minute on two cores."""
@@ -77,7 +78,7 @@ def choose_labelled(examples: Examples | None, task: Task, labels: Sequence[str]
     Raises:
         InputError: some labels are the model's and some are not.
     """
-    if examples is None or not task.has_accuracy:
+    if examples is None or not task.has_accuracy or task.answers_words != (examples.words is not None):
         return None
     unknown = task.unknown(examples, labels)
     if unknown:
@@ -88,10 +89,7 @@ def choose_labelled(examples: Examples | None, task: Task, labels: Sequence[str]
             )
         return None
     chosen = np.linspace(0, len(examples) - 1, min(len(examples), MAX_ROWS)).round().astype(int)
-    pairs = [examples.pairs[row] for row in chosen] if examples.pairs is not None else None
-    return Examples(
-        [examples.texts[row] for row in chosen], pairs, [examples.labels[row] for row in chosen], examples.name
-    )
+    return examples.take(chosen.tolist())
 
 
 def answer_in_pytorch(
@@ -104,23 +102,37 @@ def answer_in_pytorch(
         task: of the model.
         labels: of the model, in the order of its logits; all of the examples' are among them.
     """
-    expected = np.array(task.encode(examples, labels))
-    tokenizer, length = prepared.tokenizer, prepared.max_tokens
     batches, targets, right = [], [], 0
     for start in range(0, len(examples), BATCH):
-        rows = slice(start, start + BATCH)
-        pairs = examples.pairs[rows] if examples.pairs is not None else None
-        texts, pairs = cut_texts(tokenizer, examples.texts[rows], pairs, length, examples.name)
-        encoded = tokenizer(texts, pairs, truncation=True, max_length=length, padding=True, return_tensors="pt")
-        inputs = {name: encoded[name] for name in prepared.input_names}
+        part = examples.take(range(start, min(start + BATCH, len(examples))))
+        inputs, expected = _batch(prepared, part, task, task.encode(part, labels))
         with torch.no_grad():
-            found = prepared.model(**inputs).logits.float().numpy()
+            found = prepared.task.forward(prepared.model, inputs).float().numpy()
         batches.append({name: tensor.numpy() for name, tensor in inputs.items()})
-        targets.append(expected[rows])
+        targets.append(expected)
         right += int(task.right(found, targets[-1]).sum())
         if progress is not None:
             progress(f"{DESCRIPTION} in PyTorch", min(start + BATCH, len(examples)), len(examples))
     return Labelled(task, batches, targets, right)
+
+
+def _batch(
+    prepared: Prepared, part: Examples, task: Task, targets: list[Any]
+) -> tuple[dict[str, torch.Tensor], np.ndarray]:
+    """Inputs of the model, padded, and the targets of some rows."""
+    tokenizer, length = prepared.tokenizer, prepared.max_tokens
+    if not task.answers_words:
+        texts, pairs = cut_texts(tokenizer, part.texts, part.pairs, length, part.name)
+        encoded = tokenizer(texts, pairs, truncation=True, max_length=length, padding=True, return_tensors="pt")
+        return {name: encoded[name] for name in prepared.input_names}, np.array(targets)
+    encoded, located = encode_words(tokenizer, part, length)
+    with quiet_transformers():  # which advises to pad in the call before, where lengths would be lost
+        padded = tokenizer.pad(encoded, padding=True, return_tensors="pt")
+    mask = padded["attention_mask"].numpy() != 0
+    placed = np.full(mask.shape, IGNORED)
+    for row, (target, words) in enumerate(zip(targets, located, strict=True)):
+        placed[row, mask[row]] = task.place_target(target, words, int(mask[row].sum()))
+    return {name: padded[name] for name in prepared.input_names}, placed
 
 
 def measure_accuracy(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from exporters.head_labels import check_head_labels, head_labels_option
 from qrlora_deploy.errors import InputError, ProviderError
 from qrlora_deploy.exporting.options import option
+from qrlora_deploy.tasks.options import OPTIONS
 
 if TYPE_CHECKING:
     from qrlora_deploy.data.examples import Examples, TextRows
@@ -27,6 +28,7 @@ class OnnxOptions:
         padding_free: the graph computes on the tokens that take part, given by one more input.
         data: texts of the check that ends the export; None: what comes with the project.
         provider: execution provider of that check, one of `PROVIDERS`.
+        task: what the base is for, by what `--task` calls it, in a switchable bundle; None: what its config says.
     """
 
     head_labels: int = head_labels_option(
@@ -67,6 +69,12 @@ class OnnxOptions:
         "Execution provider of ONNX Runtime; refused, not replaced, where it does not load.",
         choices=PROVIDERS,
     )
+    task: str | None = option(
+        None,
+        "Switchable: what the base is for, where its config.json leaves that open: one output may be a number or a "
+        "reranker's score. A customer's file says it by itself.",
+        choices=tuple(OPTIONS),
+    )
 
     def __post_init__(self) -> None:
         """Refuse what no graph can be, before anything is opened.
@@ -77,6 +85,8 @@ class OnnxOptions:
         """
         check_head_labels(self.head_labels)
         check_precision(self.precision, self.provider, self.calibration is not None)
+        if self.task is not None and self.task not in OPTIONS:
+            raise InputError(f"unknown --task {self.task!r}; choose from {', '.join(OPTIONS)}")
         if self.table_dtype not in TABLE_DTYPES:
             raise InputError(f"unknown --table-dtype {self.table_dtype!r}; choose from {', '.join(TABLE_DTYPES)}")
         if self.padding_free and self.calibration is not None:

@@ -16,7 +16,7 @@ from qrlora_deploy.errors import InputError
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.capacity import padding_reach
-from qrlora_deploy.runtime.verification.parity import Case
+from qrlora_deploy.runtime.verification.parity import Case, without_padding
 
 LONGEST = 1024
 """Tokens of the longest case. PyTorch's scores of a row take the square of it: 8,192 and twelve heads are 3 GB."""
@@ -32,7 +32,10 @@ def build_reference(prepared: Prepared, basis: Basis, customer: Coefficients) ->
     with side_branches(prepared, basis) as side:
         side.check(customer)
         batches = reference_batches(prepared)
-        return [Case(name, inputs, *side.answers(customer, inputs)) for name, inputs in batches.items()]
+        return [
+            Case(name, inputs, *(without_padding(logits, inputs) for logits in side.answers(customer, inputs)))
+            for name, inputs in batches.items()
+        ]
 
 
 def reference_batches(prepared: Prepared) -> dict[str, Inputs]:

@@ -183,26 +183,31 @@ class HeadBranch(nn.Module):
     Args:
         name: the path of the layer that it takes the place of.
         rows: where the weights are found.
+        of_tokens: whether it answers every token, and not the text as a whole.
     """
 
-    def __init__(self, name: str, rows: CustomerRows) -> None:
+    def __init__(self, name: str, rows: CustomerRows, of_tokens: bool = False) -> None:
         super().__init__()
         self.name = name
         self.rows = rows
+        self.of_tokens = of_tokens
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[batch, features]` to `[batch, labels]` fp32, whatever the dtype of `x`.
+        """`[batch, features]` to `[batch, labels]` fp32, whatever the dtype of `x`; or `[batch, length, ...]` both.
 
         The rows come from an fp32 table: casting them would cost more than the product does.
 
         Raises:
             InputError: the input has other axes.
         """
-        if not torch.compiler.is_exporting() and x.dim() != 2:
+        axes = "[batch, length, features]" if self.of_tokens else "[batch, features]"
+        if not torch.compiler.is_exporting() and x.dim() != axes.count(",") + 1:
             raise InputError(
-                f"{self.name} takes an input of shape {list(x.shape)}, not [batch, features], so customers cannot "
+                f"{self.name} takes an input of shape {list(x.shape)}, not {axes}, so customers cannot "
                 f"have heads of their own; leave --head-labels out"
             )
+        if self.of_tokens:
+            return torch.matmul(x.float(), self.rows.weight.transpose(1, 2)) + self.rows.bias.unsqueeze(1)
         return torch.matmul(self.rows.weight, x.float().unsqueeze(2)).squeeze(2) + self.rows.bias
 
 
@@ -225,7 +230,9 @@ def plan_head(model: Any, basis: Basis, head_labels: int) -> HeadLayout | None:
     return HeadLayout(head_labels, model.get_submodule(path).in_features)
 
 
-def make_switchable(model: Any, basis: Basis, head_labels: int = 0, table_dtype: str = "fp32") -> CustomerRows:
+def make_switchable(
+    model: Any, basis: Basis, head_labels: int = 0, table_dtype: str = "fp32", of_tokens: bool = False
+) -> CustomerRows:
     """Put a `TableBranch` beside every target of `basis`, in place.
 
     Args:
@@ -233,6 +240,7 @@ def make_switchable(model: Any, basis: Basis, head_labels: int = 0, table_dtype:
         basis: the factors.
         head_labels: most labels that a customer's own output layer may have; 0: all use the model's.
         table_dtype: of the coefficient table, "fp32" or "fp16".
+        of_tokens: whether the model answers every token, and not the text as a whole.
 
     Returns:
         The holder that must be filled before the model runs.
@@ -249,7 +257,7 @@ def make_switchable(model: Any, basis: Basis, head_labels: int = 0, table_dtype:
         replaced[path] = TableBranch(layer, target, index, rows)
     if head is not None:
         head_path = output_layer(model)
-        replaced[head_path] = HeadBranch(head_path, rows)
+        replaced[head_path] = HeadBranch(head_path, rows, of_tokens)
     for path, branch in replaced.items():
         model.set_submodule(path, branch)
     return rows

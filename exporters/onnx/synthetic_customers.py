@@ -13,7 +13,7 @@ from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.models.head import output_layer
 from qrlora_deploy.runtime.bundle.row_layout import HEAD_TABLE, SLOT, TABLE, HeadLayout, TableLayout, head_arrays
-from qrlora_deploy.runtime.verification.parity import Case
+from qrlora_deploy.runtime.verification.parity import Case, without_padding
 
 SYNTHETIC = 3
 """Customers beside the base: with fewer, a swap of two rows could go unseen."""
@@ -125,7 +125,7 @@ def mixed_reference(
     for customer in everyone:
         side.check(customer)
     tables = _tables(checkpoint, side.basis, everyone, head, table_dtype)
-    width = head.labels if head is not None else len(checkpoint.labels)
+    width = head.labels if head is not None else None
     batches = reference_batches(side.prepared)
     return [
         Case(name, inputs | tables | slots, *_mixed_answers(side, everyone, slots[SLOT], inputs, width))
@@ -153,13 +153,18 @@ def _slots(index: int, inputs: Inputs, customers: int) -> Inputs:
 
 
 def _mixed_answers(
-    side: SideBranches, everyone: Sequence[Coefficients], slot: np.ndarray, inputs: Inputs, width: int
+    side: SideBranches, everyone: Sequence[Coefficients], slot: np.ndarray, inputs: Inputs, width: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Logits `[batch, width]` of the customer of each row, and of the base with that customer's head."""
-    logits, base_logits = (np.full((len(slot), width), -np.inf, dtype=np.float32) for _ in range(2))
+    """Logits `[batch, width]` or `[batch, length, width]` of the customer of each row, and of the base with that
+    customer's head; None: as wide as the base answers."""
+    parts = []
     for owner in np.unique(slot):
         own = np.flatnonzero(slot == owner)
-        answers = side.answers(everyone[owner], {name: array[own] for name, array in inputs.items()})
+        parts.append((own, side.answers(everyone[owner], {name: array[own] for name, array in inputs.items()})))
+    axes = parts[0][1][0].shape[1:]
+    shape = (len(slot), *axes[:-1], width or axes[-1])
+    logits, base_logits = (np.full(shape, -np.inf, dtype=np.float32) for _ in range(2))
+    for own, answers in parts:
         for kept, found in zip((logits, base_logits), answers, strict=True):
-            kept[own, : found.shape[1]] = found
-    return logits, base_logits
+            kept[own, ..., : found.shape[-1]] = found
+    return without_padding(logits, inputs), without_padding(base_logits, inputs)

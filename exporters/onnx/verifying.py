@@ -43,7 +43,10 @@ def verify_against(
     if wrong:
         raise BasisMismatchError(f"{bundle.folder} was exported from others: {'; '.join(wrong)} as in the bundle")
     session = open_for_check(bundle.model, manifest.precision, provider)
-    prepared, task = Prepared(checkpoint, checkpoint.tokenizer(), choose_texts(texts)), task_named(manifest.task)
+    checkpoint = checkpoint.taken_for(manifest.task)
+    # The customer's thresholds for the base's rows too: whether two decisions are alike is asked of any.
+    task = task_named(manifest.task).deciding_at(coefficients.thresholds)
+    prepared = Prepared(checkpoint, checkpoint.tokenizer(), choose_texts(texts, task.pairs_apart))
     if manifest.kind == "merged":
         return check_parity(session, build_reference(prepared, basis, coefficients), task, manifest.precision)
     head = HeadLayout(manifest.head_labels, manifest.head_features) if manifest.head_labels else None
@@ -51,7 +54,7 @@ def verify_against(
         raise InputError(f"the customer has a head of its own; {bundle.folder} was exported without --head-labels")
     with side_branches(prepared, basis) as side:
         reference = mixed_reference(side, [coefficients], head, manifest.table_dtype)
-    if not shows_customers(reference):
+    if not shows_customers(reference, task.least_size):
         raise CheckFailed(
             "the customer does not move the logits on these texts, so agreement proves nothing; choose other --data"
         )

@@ -59,6 +59,7 @@ def export_adapter(job: ExportJob, options: AdapterOptions = DEFAULTS) -> Mappin
         "kind": "onnx-adapter",
         "task": customer.task,
         "labels": list(customer.labels or checkpoint.labels),
+        **({"thresholds": list(customer.thresholds)} if customer.thresholds else {}),
         "head_labels": options.head_labels,
         "parameters": {name: list(table.shape) for name, table in tables.items()},
         "base_digest": checkpoint.digest,

@@ -24,13 +24,14 @@ from qrlora_deploy.merging.arithmetic import check_head, plan_folds
 from qrlora_deploy.models.adapter import resolve_layer
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.models.targets import is_conv1d
+from qrlora_deploy.tasks.registry import task_named
 
 CONFIG_FILE, WEIGHTS_FILE, README_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
 PREFIX = "base_model.model"
 """What PEFT puts before every module path of the base: its own model, and its tuner inside."""
 
 ALWAYS_SAVED = ("classifier", "score")
-"""PEFT adds these to `modules_to_save` for the task SEQ_CLS, so it demands their weights where they exist."""
+"""PEFT adds these to `modules_to_save` for its tasks SEQ_CLS and TOKEN_CLS, and demands their weights if they exist."""
 
 
 def export_peft(job: ExportJob) -> Mapping[str, Any]:
@@ -73,6 +74,7 @@ def export_peft(job: ExportJob) -> Mapping[str, Any]:
         "kind": "peft",
         "task": customer.task,
         "labels": list(customer.labels or checkpoint.labels),
+        **({"thresholds": list(customer.thresholds)} if customer.thresholds else {}),
         "targets": paths,
         "ranks": list(basis.ranks.values()),
         "modules_to_save": saved,
@@ -90,7 +92,7 @@ def _config(
     ranks = {f"^{re.escape(layers[name][0])}": rank for name, rank in basis.ranks.items()}
     return {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS",
+        "task_type": task_named(checkpoint.task).peft_type,
         "base_model_name_or_path": checkpoint.name,
         "inference_mode": True,
         "r": largest,
@@ -180,6 +182,7 @@ def _readme(checkpoint: Checkpoint, customer: Coefficients, outputs: int, output
     if outputs != len(checkpoint.labels):
         # Of another size than the base's, so the base must be opened with room for it.
         options = f", num_labels={outputs}, ignore_mismatched_sizes=True"
+    kind = task_named(checkpoint.task).model_class
     labels = json.dumps(list(customer.labels or checkpoint.labels), ensure_ascii=False)
     return f"""---
 base_model: {json.dumps(checkpoint.name, ensure_ascii=False)}
@@ -192,9 +195,9 @@ A QR-LoRA customer as a LoRA adapter: `A = R`, `B = Q diag(c)`, scaling 1.
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification
+from transformers import {kind}
 
-base = AutoModelForSequenceClassification.from_pretrained({json.dumps(checkpoint.name)}{options})
+base = {kind}.from_pretrained({json.dumps(checkpoint.name)}{options})
 model = PeftModel.from_pretrained(base, {json.dumps(output.name)})
 ```
 

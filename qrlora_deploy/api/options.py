@@ -29,6 +29,7 @@ class FleetTrainOptions(RunOptions, total=False):
     patience: int
     head: str
     metric: str | None
+    tune_thresholds: bool
 
 
 class TrainOptions(FleetTrainOptions, total=False):

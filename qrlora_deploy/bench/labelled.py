@@ -2,13 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qrlora_deploy.bench.record import Accuracy
 from qrlora_deploy.bench.subjects import BundleSubject
 from qrlora_deploy.errors import InputError, QrloraError
 from qrlora_deploy.formats.coefficients import CUSTOMER_ID
-from qrlora_deploy.tasks.names import label_index, output_of
+from qrlora_deploy.tasks.base import Task
+from qrlora_deploy.tasks.names import label_index
 from qrlora_deploy.tasks.registry import task_named
+
+if TYPE_CHECKING:
+    from qrlora_deploy.data.examples import Examples
 
 Names = tuple[str, ...]
 
@@ -72,25 +77,22 @@ def _measure(subject: BundleSubject, customer: str, file: Path) -> Accuracy:
         from qrlora_deploy.data.examples import read_examples
 
         examples = read_examples(file)
-        expected = [task.names_in(label) for label in examples.labels]
-        index = label_index(subject.bundle.manifest.labels)
-        answers = subject.answer(examples.texts, examples.pairs, customer)
+        task.check_rows(examples)
+        labels = subject.bundle.manifest.labels
+        answers = subject.answer(examples.texts, examples.pairs, customer, examples.words)
         # A customer with labels of its own answers with those.
         names = {name for answer in answers for name in answer}
-        own = _share(answers, expected, index if names <= index.keys() else label_index(sorted(names)))
+        own = _share(task, answers, examples, labels if names <= label_index(labels).keys() else sorted(names))
         base = None
-        if subject.switchable is not None and not task.unknown(examples, subject.bundle.manifest.labels):
-            base = _share(subject.answer(examples.texts, examples.pairs, None), expected, index)
+        if subject.switchable is not None and not task.unknown(examples, labels):
+            found = subject.answer(examples.texts, examples.pairs, None, examples.words)
+            base = _share(task, found, examples, labels)
         return nothing.model_copy(update={"rows": len(examples), "accuracy": own, "base_accuracy": base})
     except QrloraError as error:
         return nothing.model_copy(update={"error": str(error)})
 
 
-def _share(found: Sequence[Names], expected: Sequence[Names], index: Mapping[str, int]) -> float:
-    """Of answers that mean the same outputs as the expected ones; `index` is of all answers, from `label_index`."""
-
-    def outputs(names: Names) -> set[int | None]:
-        return {output_of(index, name) for name in names}
-
-    right = [outputs(one) == outputs(other) for one, other in zip(found, expected, strict=True)]
-    return sum(right) / len(expected)
+def _share(task: Task, found: Sequence[Names], examples: "Examples", names: Sequence[str]) -> float:
+    """Of answers that mean the same outputs as the labels of `examples`; `names` are those of all answers."""
+    expected = [task.names_in(label) for label in examples.labels]
+    return sum(task.matches(one, other, names) for one, other in zip(found, expected, strict=True)) / len(expected)

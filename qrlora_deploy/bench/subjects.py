@@ -21,6 +21,7 @@ from qrlora_deploy.runtime.sessions.buckets import Buckets
 from qrlora_deploy.runtime.sessions.session import PROVIDERS, open_session
 from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
 from qrlora_deploy.tasks.registry import task_named
+from qrlora_deploy.tokenization.words import LocatedWords, Place
 
 Call = Callable[[int], Any]
 """Answers the batch of a turn, and returns when the logits are in the host's memory."""
@@ -124,20 +125,38 @@ class BundleSubject:
             return [self.customers[0]] * batch
         return [self.customers[row % len(self.customers)] for row in range(batch)]
 
-    def answer(self, texts: Sequence[str], pairs: Sequence[str] | None, customer: str | None) -> list[tuple[str, ...]]:
-        """The labels of every text, as of `Answer`, for a customer or, where that is None, the base."""
+    def answer(
+        self,
+        texts: Sequence[str],
+        pairs: Sequence[str] | None,
+        customer: str | None,
+        places: Sequence[Sequence[Place]] | None = None,
+    ) -> list[tuple[str, ...]]:
+        """The labels of every text, as of `Answer`, for a customer or, where that is None, the base.
+
+        Args:
+            texts: all of them.
+            pairs: their second texts, or None.
+            customer: whose.
+            places: of the words of each text, where words are tagged; what looks like words if None.
+        """
         task = task_named(self.bundle.manifest.task)
         found: dict[int, tuple[str, ...]] = {}
         for rows in batches(texts, pairs, ANSWER_BATCH):
-            inputs = self._encoder.encode([texts[row] for row in rows], [pairs[row] for row in rows] if pairs else None)
-            if self.switchable is None:
-                logits, labels = self._runner.run(inputs), [self.bundle.manifest.labels] * len(rows)
+            firsts = [texts[row] for row in rows]
+            words: Sequence[LocatedWords | None] = [None] * len(rows)
+            if task.answers_words:
+                own = None if places is None else [places[row] for row in rows]
+                inputs, words = self._encoder.encode_words(firsts, words=own)
             else:
-                logits, labels = self.switchable.predict(inputs, [customer] * len(rows))
-            # Behind its own labels a customer has -inf.
+                inputs = self._encoder.encode(firsts, [pairs[row] for row in rows] if pairs else None)
+            if self.switchable is None:
+                logits, answering = self._runner.run(inputs), [self.bundle.manifest.answering] * len(rows)
+            else:
+                logits, answering = self.switchable.run(inputs, [customer] * len(rows))
             found.update(
-                (row, task.answer(values[: len(names)], names).labels)
-                for row, values, names in zip(rows, logits, labels, strict=True)
+                (row, one.answer(task, values, own_words).labels)
+                for row, values, one, own_words in zip(rows, logits, answering, words, strict=True)
             )
         return [found[row] for row in range(len(texts))]
 

@@ -41,13 +41,14 @@ def add(
     Examples:
       qrlora-deploy keys add keys.json --customer acme --customer bolt --expires 2027-12-31
     """
-    from qrlora_deploy.serving.keys_file import empty_keys, read_keys, with_key, write_keys
+    from qrlora_deploy.serving.keys_file import changing_keys, empty_keys, read_keys, with_key, write_keys
 
     if not (customers or groups or admin):
         raise InputError("the key would allow nothing; give --customer, --group or --admin")
-    before = read_keys(file) if file.exists() else None
-    changed, stored, key = with_key(before or empty_keys(), list(customers), list(groups), admin, expires, note)
-    write_keys(changed, file)
+    with changing_keys(file):
+        before = read_keys(file) if file.exists() else empty_keys()
+        changed, stored, key = with_key(before, list(customers), list(groups), admin, expires, note)
+        write_keys(changed, file)
     record = {"key": key, "id": stored.id, "file": file, "keys": len(changed.keys)}
     facts = {"key": key, "id": stored.id, "shown": "this once; the file holds its hash alone"}
     return Output(record, f"added a key to {file}", facts)
@@ -84,8 +85,9 @@ def revoke(file: Path, key_id: str) -> Output:
     Examples:
       qrlora-deploy keys revoke keys.json 3f9a01c2b7d4
     """
-    from qrlora_deploy.serving.keys_file import read_keys, without_key, write_keys
+    from qrlora_deploy.serving.keys_file import changing_keys, read_keys, without_key, write_keys
 
-    changed = without_key(read_keys(file), key_id)
-    write_keys(changed, file)
+    with changing_keys(file):
+        changed = without_key(read_keys(file), key_id)
+        write_keys(changed, file)
     return Output({"id": key_id, "file": file, "keys": len(changed.keys)}, f"revoked {key_id}")

@@ -177,8 +177,13 @@ def customer_options(head: str, resume: str) -> Callable[[Command], Command]:
         click.option("--head", type=click.Choice(["frozen", "output"]), default="frozen", show_default=True, help=head),
         click.option("--patience", type=COUNT, default=3, show_default=True, help="Epochs without a gain."),
         click.option("--resume", is_flag=True, help=resume),
-        click.option("--metric", help="Chooses the best epoch on --eval, by default accuracy, pearson or f1_micro."),
+        click.option(
+            "--metric", help="Chooses the best epoch on --eval; by default the task's first, such as accuracy."
+        ),
         click.option("--head-learning-rate", type=RATE, help="With --head output."),
+        click.option(
+            "--tune-thresholds", is_flag=True, help="Choose each label's threshold on --eval, for the best F1."
+        ),
     ]
     return _together(options)
 
@@ -216,7 +221,11 @@ def refuse_idle(names: Sequence[str], used: bool, unless: str) -> None:
 
 def refuse_idle_training(evaluation: str | None, head: str) -> None:
     """`refuse_idle` for what `train` and `train-fleet` have in common."""
-    refuse_idle(["metric", "patience"], evaluation is not None, "there is --eval, which says what epoch is the best")
+    refuse_idle(
+        ["metric", "patience", "tune_thresholds"],
+        evaluation is not None,
+        "there is --eval, which says what epoch is the best",
+    )
     refuse_idle(["head_learning_rate"], head == "output", "the head is trained, by --head output")
 
 

@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
 from qrlora_deploy.errors import QrloraError, one_line, shortened
+
+if TYPE_CHECKING:
+    from qrlora_deploy.runtime.prediction.predictor import Prediction
 
 Progress = Callable[[str, int, int], None]
 
@@ -173,6 +176,12 @@ class TimedLines:
         if last or now - self._shown >= LINE_SECONDS:
             self._shown = now
             click.echo(line, err=True)
+
+
+def in_words(answer: "Prediction", of_words: bool) -> str:
+    """An answer for a person: the labels that apply, or what was found in the text."""
+    shown = [f"{span.text} ({span.label})" for span in answer.spans] if of_words else answer.labels
+    return ", ".join(shown) or "none"
 
 
 def size_text(size_bytes: int) -> str:

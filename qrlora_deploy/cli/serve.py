@@ -57,6 +57,7 @@ SHOWN = 5
 @click.option(
     "--drain-seconds", type=SECONDS, default=45.0, show_default=True, help="Seconds for what was begun until then."
 )
+@click.option("--count-customer", "counted", multiple=True, metavar="ID", help="Metrics tell its rows; repeatable.")
 @click.option("--check", is_flag=True, help="Open and check everything, each customer's file too, and end.")
 @click.option("--log-json", is_flag=True, help="Logs as lines of JSON on stderr, each request among them.")
 @common
@@ -91,6 +92,7 @@ def command(bundle: Path | None, models: tuple[str, ...], check: bool, log_json:
             admin_port=options["admin_port"],
             admin_host=options["admin_host"],
             audit_log=options["audit_log"],
+            counted=options["counted"],
         )
     )
     return _checked(assembly) if check else Output({}, live=lambda stream: _serve(assembly, stream))
@@ -103,10 +105,6 @@ def _check_usage(bundle: Path | None, models: Sequence[str], **options: Any) -> 
         raise click.UsageError("--tls-cert and --tls-key belong together")
     if options["tls_client_ca"] and not options["tls_cert"]:
         raise click.UsageError("--tls-client-ca needs --tls-cert and --tls-key")
-    if options["admin_port"] is not None and not (options["keys"] and options["audit_log"]):
-        raise click.UsageError("--admin-port needs --keys FILE and --audit-log FILE")
-    if options["audit_log"] and options["admin_port"] is None:
-        raise click.UsageError("--audit-log does nothing without --admin-port")
     guarded = options["keys"] or options["tls_client_ca"] or options["insecure"]
     if not guarded and not _is_here(options["host"]):
         raise click.UsageError(

@@ -84,7 +84,7 @@ def _original(
     from qrlora_deploy.formats.coefficients import read_coefficients
     from qrlora_deploy.models.locating import locate_base, locate_basis
 
-    texts = read_examples(data, *columns) if data else None
+    texts = read_examples(data, *columns, labelled=False) if data else None
     customer = read_coefficients(coefficients)
     frozen = locate_basis(customer, coefficients, basis)
     return Original(locate_base(customer, coefficients, base), frozen, customer, texts)

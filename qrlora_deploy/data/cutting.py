@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.tokenization.text_cut import TextCutter
+from qrlora_deploy.tokenization.words import LocatedWords, locate, moved, shift_of
 
 
 def cut_texts(
@@ -33,3 +35,32 @@ def cut_texts(
         return cutter.cut(texts, seconds, range(1, len(texts) + 1))
     except InputError as error:
         raise InputError(f"{name}: {error}" if name else str(error)) from error
+
+
+def encode_words(tokenizer: Any, examples: Examples, max_length: int) -> tuple[Any, list[LocatedWords]]:
+    """The tokens of texts whose words have tags, without padding, and the words by these tokens.
+
+    Args:
+        tokenizer: a fast one of transformers; nobody else may use it meanwhile.
+        examples: rows with `words`.
+        max_length: tokens to which rows are truncated.
+
+    Returns:
+        The tokenizer's lists by name, and the words of each row.
+
+    Raises:
+        InputError: the tokenizer is a slow one, or a text gives too few tokens for its length.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError("tags of words need a fast tokenizer (tokenizer.json), which says where its tokens are")
+    texts, _ = cut_texts(tokenizer, examples.texts, None, max_length, examples.name)
+    shifts = [shift_of(text, cut) for text, cut in zip(examples.texts, texts, strict=True)]
+    # A text out of whose middle something was taken has its tokens elsewhere; it is read whole.
+    whole = [text if shift is None else cut for text, cut, shift in zip(examples.texts, texts, shifts, strict=True)]
+    encoded = tokenizer(whole, truncation=True, max_length=max_length, return_offsets_mapping=True)
+    offsets = encoded.pop("offset_mapping")
+    located = [
+        locate(text, places, moved(own, shift or 0))
+        for text, places, own, shift in zip(examples.texts, examples.words or (), offsets, shifts, strict=True)
+    ]
+    return encoded, located

@@ -4,25 +4,25 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from qrlora_deploy.data.columns import (
+    LABEL_COLUMNS,
+    TEXT_COLUMNS,
+    label_name_of,
+    tagged_columns,
+    text_names,
+    word_column,
+)
 from qrlora_deploy.data.labels import Label, column_labels, is_unicode, rows_text
 from qrlora_deploy.data.lines import place_of
-from qrlora_deploy.data.readers import READERS, Columns, Table, read_table, unique_names
+from qrlora_deploy.data.readers import READERS, Table, read_table, unique_names
+from qrlora_deploy.data.tagged import read_words, tags_of_spans, tags_of_words
 from qrlora_deploy.errors import InputError, library_errors
-
-PAIR_COLUMNS = (
-    ("sentence1", "sentence2"),
-    ("premise", "hypothesis"),
-    ("question1", "question2"),
-    ("question", "sentence"),
-)
-TEXT_COLUMNS = ("text", "sentence")
-LABEL_COLUMNS = ("label", "labels")
-SHOWN_COLUMNS = 12
+from qrlora_deploy.tokenization.words import Place, joined
 
 HUB_NAME = re.compile(r"(?P<name>[\w\-][\w.\-]*(?:/[\w.\-]+)?)(?::(?P<config>[\w.\-]+))?")
 """`owner/name` or `owner/name:configuration`, such as `nyu-mll/glue:sst2`."""
@@ -35,14 +35,17 @@ class Examples:
     Attributes:
         texts: the text of each row, or the first one of a pair.
         pairs: the second text of each row; None where the data has single texts.
-        labels: as written in the data; a text is never empty, a list may be.
+        labels: as written in the data; a text is never empty, a list may be. Of tagged words a tag for each; empty
+            texts where there is no column of them.
         name: file or hub name as it was given, for messages and records.
+        words: the places of each row's words, where the words have tags; None where the texts have labels.
     """
 
     texts: list[str]
     pairs: list[str] | None
     labels: Sequence[Label]
     name: str
+    words: list[tuple[Place, ...]] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -54,7 +57,19 @@ class Examples:
         pairs: Sequence[str | None] = self.pairs or [None] * len(self.texts)
         for row in zip(self.texts, pairs, self.labels, strict=True):
             digest.update(json.dumps(row).encode())
+        for places in self.words or ():
+            digest.update(json.dumps(places).encode())
         return digest.hexdigest()
+
+    def take(self, rows: Sequence[int]) -> "Examples":
+        """Some of the rows, by their numbers from 0."""
+        return replace(
+            self,
+            texts=[self.texts[row] for row in rows],
+            pairs=None if self.pairs is None else [self.pairs[row] for row in rows],
+            labels=[self.labels[row] for row in rows],
+            words=None if self.words is None else [self.words[row] for row in rows],
+        )
 
 
 @dataclass(frozen=True)
@@ -83,7 +98,11 @@ def check_alike(train: Examples, evaluation: Examples | None) -> None:
 
 
 def read_examples(
-    source: str | Path, text_column: str | None = None, label_column: str | None = None, split: str | None = None
+    source: str | Path,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    split: str | None = None,
+    labelled: bool = True,
 ) -> Examples:
     """Read labelled text.
 
@@ -95,12 +114,13 @@ def read_examples(
             names, `text` and `sentence` are found without it.
         label_column: the column of the labels; `label` and `labels` are found without it.
         split: the part of a hub data set, "train" if not given.
+        labelled: whether there must be labels; else pairs of texts may have no column of them: theirs are empty.
 
     Raises:
         InputError: nothing can be read there, the columns are not those, a row is ragged or has no
             label, the text is not UTF-8, or there are no rows.
     """
-    return examples_of(str(source), _whole(_read(source, split)), text_column, label_column)
+    return examples_of(str(source), _whole(_read(source, split)), text_column, label_column, labelled)
 
 
 def read_texts(source: str | Path, text_column: str | None = None) -> TextRows:
@@ -136,7 +156,9 @@ def _whole(table: Table) -> Table:
     return table
 
 
-def examples_of(source: str, table: Table, text_column: str | None, label_column: str | None) -> Examples:
+def examples_of(
+    source: str, table: Table, text_column: str | None, label_column: str | None, labelled: bool = True
+) -> Examples:
     """Examples from a table that was read, as `read_examples` gives them.
 
     Args:
@@ -144,15 +166,37 @@ def examples_of(source: str, table: Table, text_column: str | None, label_column
         table: the rows; its faults are not looked at.
         text_column: as in `read_examples`.
         label_column: as in `read_examples`.
+        labelled: as in `read_examples`.
 
     Raises:
         InputError: as `read_examples`, but for the file itself.
     """
+    tagged = _tagged_examples(source, table, text_column, label_column)
+    if tagged is not None:
+        return tagged
     texts = _text_columns(source, table, text_column)
+    if not labelled and label_column is None and len(texts) == 2 and not set(LABEL_COLUMNS) & table.columns.keys():
+        return Examples(texts[0], texts[1], [""] * len(texts[0]), source)
     name = label_name_of(source, table.columns, label_column)
     _check_as_stored(source, table, name)
     labels = column_labels(source, name, table.columns[name])
     return Examples(texts[0], texts[1] if len(texts) == 2 else None, labels, source)
+
+
+def _tagged_examples(source: str, table: Table, text_column: str | None, label_column: str | None) -> Examples | None:
+    """Rows whose words have tags; None where the texts have labels."""
+    names, columns = tagged_columns(table.columns, text_column, label_column), table.columns
+    if names is None:
+        return None
+    words, tags = names
+    if words is not None:
+        rows = tags_of_words(source, (words, tags), columns[words], columns[tags])
+    else:
+        texts = _text_columns(source, table, text_column)
+        if len(texts) > 1:
+            raise InputError(f"{source}: tags belong to the words of one text, not of a pair; name it by --text-column")
+        rows = tags_of_spans(source, tags, texts[0], columns[tags])
+    return Examples([row[0] for row in rows], None, [row[2] for row in rows], source, [row[1] for row in rows])
 
 
 def _text_columns(source: str, table: Table, text_column: str | None) -> list[list[str]]:
@@ -160,6 +204,9 @@ def _text_columns(source: str, table: Table, text_column: str | None) -> list[li
     columns = table.columns
     if not columns or not len(next(iter(columns.values()))):
         raise InputError(f"{source} holds no rows")
+    words = word_column(columns, text_column)
+    if words is not None and (text_column is not None or not any(name in columns for name in TEXT_COLUMNS)):
+        return [[joined(row)[0] for row in read_words(source, words, columns[words])]]
     names = text_names(source, columns, text_column)
     for name in names:
         _check_as_stored(source, table, name)
@@ -172,46 +219,6 @@ def _check_as_stored(source: str, table: Table, name: str) -> None:
             f"{source}: the column {name} holds values of several kinds or dates, which `datasets` changes "
             f'on reading ("007" becomes 7); give the file itself instead of its name on the hub'
         )
-
-
-def text_names(source: str, columns: Columns, given: str | None) -> tuple[str, ...]:
-    """The one or two columns of text.
-
-    Raises:
-        InputError: it is not clear which they are.
-    """
-    if given is not None:
-        whole = given.strip()
-        names = (whole,) if whole in columns else tuple(part.strip() for part in given.split(","))
-        missing = [name for name in names if name not in columns]
-        if missing or len(names) > 2:
-            problem = f"no column {', '.join(missing)}" if missing else "more than two text columns"
-            raise InputError(f"{source}: {problem} (--text-column {given}); it has {_listed(columns)}")
-        return names
-    for pair in PAIR_COLUMNS:
-        if all(name in columns for name in pair):
-            return pair
-    for name in TEXT_COLUMNS:
-        if name in columns:
-            return (name,)
-    raise InputError(f"{source}: which column is the text? It has {_listed(columns)}; name one by --text-column")
-
-
-def label_name_of(source: str, columns: Columns, given: str | None) -> str:
-    """The column of labels.
-
-    Raises:
-        InputError: it is not clear which it is.
-    """
-    for name in (given.strip(),) if given is not None else LABEL_COLUMNS:
-        if name in columns:
-            return name
-    problem = f"no column {given} (--label-column)" if given else "which column is the label?"
-    raise InputError(f"{source}: {problem} It has {_listed(columns)}; name one by --label-column")
-
-
-def _listed(columns: Columns) -> str:
-    return ", ".join(list(columns)[:SHOWN_COLUMNS]) + (", ..." if len(columns) > SHOWN_COLUMNS else "")
 
 
 def _texts(source: str, name: str, values: Sequence[Any]) -> list[str]:
@@ -250,6 +257,9 @@ def _is_converted(feature: Any) -> bool:
 def _named(feature: Any, values: Sequence[Any]) -> list[Any]:
     names = getattr(feature, "names", None)
     if not isinstance(names, list):
-        return list(values)
+        inner = getattr(feature, "feature", None)  # of a list, such as one of tags
+        if not isinstance(getattr(inner, "names", None), list):
+            return list(values)
+        return [None if value is None else _named(inner, value) for value in values]
     # GLUE marks a missing label by -1.
     return [None if value is None or value < 0 else names[value] for value in values]

@@ -42,7 +42,9 @@ def _read(exporter: "Exporter", name: str, value: Any, text_column: str | None, 
     from qrlora_deploy.data.examples import read_examples, read_texts
 
     place = os.fspath(value)
-    return read_texts(place, text_column) if facts.reads == "texts" else read_examples(place, text_column, label_column)
+    if facts.reads == "texts":
+        return read_texts(place, text_column)
+    return read_examples(place, text_column, label_column, labelled=False)
 
 
 def check_customer(exporter: "Exporter", given: bool) -> None:

@@ -16,11 +16,23 @@ from qrlora_deploy.io.files import digest_arrays, has_format, read_tensors, writ
 from qrlora_deploy.io.outputs import prepare_file
 from qrlora_deploy.io.strict import from_value
 from qrlora_deploy.io.versions import Versions
+from qrlora_deploy.tasks.thresholds import check_thresholds
 
 FORMAT = "qrlora-coefficients"
-VERSIONS = Versions(1)
 VALUES = "coefficients"
 HEAD = "head."
+THRESHOLDS = "thresholds"
+
+
+def _without_thresholds(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of version 1, which knew none, as version 2 has it."""
+    return {name: value for name, value in record.items() if name != THRESHOLDS}
+
+
+VERSIONS = Versions(2, {1: _without_thresholds})
+WITHOUT_THRESHOLDS = 1
+"""The version that a customer without thresholds is written in, so that every release can read it. An older release
+would decide otherwise than one with thresholds was meant, and refuses it by its version."""
 
 SUFFIX = ".safetensors"
 MAX_ID_CHARACTERS = 128
@@ -38,6 +50,7 @@ class _Stored(BaseModel):
     task: str
     labels: list[str]
     training: dict[str, Any]
+    thresholds: list[float] = []
 
 
 @dataclass(frozen=True)
@@ -57,6 +70,7 @@ class Coefficients:
         basis_file: where the basis was, so that it need not be given again: an absolute path, or one seen from the
             folder of the customer's file. A file holds the latter.
         training: the training record (data digest, seed, steps, metrics), plain JSON values.
+        thresholds: of a multi-label customer, for each label the probability from which on it applies; empty: 0.5.
     """
 
     values: np.ndarray
@@ -68,12 +82,14 @@ class Coefficients:
     head: dict[str, np.ndarray] = field(default_factory=dict)
     basis_file: str = ""
     training: dict[str, Any] = field(default_factory=dict)
+    thresholds: tuple[float, ...] = ()
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over the values and the head: what the customer does, whatever its file says."""
+        """SHA-256 over the values, the head and the thresholds: what the customer does, whatever its file says."""
         head = {HEAD + name: self.head[name] for name in sorted(self.head)}
-        return digest_arrays({VALUES: self.values} | head)
+        thresholds = {THRESHOLDS: np.array(self.thresholds)} if self.thresholds else {}
+        return digest_arrays({VALUES: self.values} | head | thresholds)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Coefficients":
@@ -127,13 +143,13 @@ def write_coefficients(coefficients: Coefficients, path: Path) -> None:
     A basis that is remembered by an absolute path is written as seen from the file's folder.
 
     Raises:
-        InputError: a value is NaN or Inf.
+        InputError: a value is NaN or Inf, or the thresholds are not those of the labels.
     """
-    _check_finite(path, coefficients)
+    _check(path, coefficients)
     basis_file = Path(coefficients.basis_file)
     metadata = {
         "format": FORMAT,
-        "format_version": VERSIONS.current,
+        "format_version": VERSIONS.current if coefficients.thresholds else WITHOUT_THRESHOLDS,
         "basis_digest": coefficients.basis_digest,
         "basis_file": recorded_place(basis_file, path) if basis_file.is_absolute() else coefficients.basis_file,
         "base_name": coefficients.base_name,
@@ -141,6 +157,7 @@ def write_coefficients(coefficients: Coefficients, path: Path) -> None:
         "task": coefficients.task,
         "labels": list(coefficients.labels),
         "training": coefficients.training,
+        **({THRESHOLDS: list(coefficients.thresholds)} if coefficients.thresholds else {}),
     }
     head = {HEAD + name: array for name, array in coefficients.head.items()}
     write_tensors(path, {VALUES: coefficients.values} | head, metadata)
@@ -168,8 +185,9 @@ def read_coefficients(path: Path) -> Coefficients:
         head={name.removeprefix(HEAD): array for name, array in tensors.items()},
         basis_file=stored.basis_file,
         training=stored.training,
+        thresholds=tuple(stored.thresholds),
     )
-    _check_finite(path, coefficients)
+    _check(path, coefficients)
     return coefficients
 
 
@@ -179,10 +197,14 @@ def _allows(metadata: dict[str, Any], name: str, shape: tuple[int, ...]) -> bool
     return name.startswith(HEAD) and len(shape) in (1, 2)
 
 
-def _check_finite(path: Path, coefficients: Coefficients) -> None:
+def _check(path: Path, coefficients: Coefficients) -> None:
     arrays = {VALUES: coefficients.values} | coefficients.head
     wrong = [name for name, array in arrays.items() if not np.isfinite(array).all()]
     if wrong:
         raise FileFormatError(f"{path}: {', '.join(wrong)} holds NaN or Inf")
     if coefficients.values.dtype != np.float32:
         raise InputError(f"{path}: coefficients are fp32, not {coefficients.values.dtype}")
+    try:
+        check_thresholds(coefficients.thresholds, len(coefficients.labels))
+    except ValueError as error:
+        raise FileFormatError(f"{path}: {error}") from error

@@ -7,13 +7,15 @@ from pydantic import BaseModel, Field
 from qrlora_deploy.errors import FileFormatError
 from qrlora_deploy.io.reading import parse_json, read_text
 from qrlora_deploy.io.strict import from_value
+from qrlora_deploy.tasks.registry import has_task_head
 
 MAX_BYTES = 16 * 2**20
 
 DEFAULT_OUTPUTS = 2
 """Outputs of a config that names none: transformers leaves its own defaults out of the file."""
 
-TASK_HEAD = "ForSequenceClassification"
+THRESHOLDS_KEY = "qrlora_thresholds"
+"""Where a merged checkpoint keeps its customer's thresholds; transformers leaves the entry as it is."""
 
 
 class ModelConfig(BaseModel):
@@ -23,16 +25,20 @@ class ModelConfig(BaseModel):
         architectures: class names; the first one is the checkpoint's.
         id2label: names of the outputs by their number.
         num_labels: number of outputs, where they have no names.
+        qrlora_task: the task, where transformers has no `problem_type` for it.
+        qrlora_thresholds: for each output of a multi-label head the probability from which on it applies.
     """
 
     model_type: str | None = None
     problem_type: str | None = None
     architectures: list[str] | None = None
     id2label: dict[str, str | int] | None = None
+    qrlora_task: str | None = None
     num_labels: int | None = Field(default=None, ge=0, le=2**31)
     vocab_size: int | None = None
     type_vocab_size: int | None = None
     hidden_size: int | None = None
+    qrlora_thresholds: list[float] | None = None
     num_hidden_layers: int | None = None
 
     @property
@@ -43,7 +49,7 @@ class ModelConfig(BaseModel):
     @property
     def has_task_head(self) -> bool:
         """Whether the checkpoint can classify or regress as it is."""
-        return self.architecture.endswith(TASK_HEAD)
+        return has_task_head(self.architecture)
 
 
 def read_model_config(path: Path) -> ModelConfig:

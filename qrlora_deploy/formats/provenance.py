@@ -11,10 +11,12 @@ from typing import Any, ClassVar
 from pydantic import ConfigDict
 
 from qrlora_deploy.errors import FileFormatError, InputError
+from qrlora_deploy.formats.config_file import THRESHOLDS_KEY
 from qrlora_deploy.io.files import write_json
 from qrlora_deploy.io.reading import is_file, parse_json, read_text
 from qrlora_deploy.io.strict import from_json
 from qrlora_deploy.io.versions import Versions
+from qrlora_deploy.tasks.base import TASK_FIELD
 from qrlora_deploy.tasks.registry import task_named
 from qrlora_deploy.version import __version__
 
@@ -25,7 +27,7 @@ VERSIONS = Versions(1)
 MAX_BYTES = 16 * 2**20
 """A provenance file is a few kB; a larger one is refused before it is read."""
 
-LABEL_KEYS = ("id2label", "label2id", "problem_type", "num_labels")
+LABEL_KEYS = ("id2label", "label2id", "problem_type", "num_labels", TASK_FIELD, THRESHOLDS_KEY)
 """Entries of config.json that a customer's labels change."""
 
 
@@ -130,15 +132,21 @@ def _read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def with_labels(config: dict[str, Any], task: str, labels: tuple[str, ...], outputs: int) -> dict[str, Any]:
+def with_labels(
+    config: dict[str, Any], task: str, labels: tuple[str, ...], outputs: int, thresholds: tuple[float, ...] = ()
+) -> dict[str, Any]:
     """A copy of `config` for `outputs` logits named `labels`; without labels only the count changes."""
     names = labels or tuple(f"LABEL_{index}" for index in range(outputs))
-    changed = config | {
-        "id2label": {str(index): name for index, name in enumerate(names)},
-        "label2id": {name: index for index, name in enumerate(names)},
-        "problem_type": task_named(task).problem_type,
-    }
-    if "num_labels" in config:
+    changed = dict(config)
+    if names:
+        changed["id2label"] = {str(index): name for index, name in enumerate(names)}
+        changed["label2id"] = {name: index for index, name in enumerate(names)}
+    fields = task_named(task).config_fields
+    changed = {key: value for key, value in changed.items() if key not in ("problem_type", TASK_FIELD, THRESHOLDS_KEY)}
+    changed |= {key: value for key, value in fields.items() if value is not None}
+    if thresholds:
+        changed[THRESHOLDS_KEY] = list(thresholds)
+    if names and "num_labels" in config:
         changed["num_labels"] = outputs
     return changed
 
@@ -167,7 +175,8 @@ def tool_versions() -> dict[str, str]:
 
 def model_card(provenance: Provenance) -> str:
     """The README.md of a merged checkpoint, with the metadata block that the Hub reads."""
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-classification"]
+    task = task_named(provenance.task)
+    lines = ["---", "library_name: transformers", f"pipeline_tag: {task.pipeline}"]
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", provenance.base_name) and not Path(provenance.base_name).exists():
         lines.append(f"base_model: {provenance.base_name}")
     lines += ["tags:", "- qr-lora", "- qrlora-deploy", "---", ""]
@@ -182,9 +191,9 @@ def model_card(provenance: Provenance) -> str:
         f"Task: {provenance.task}. The licence is that of the base model.",
         "",
         "```python",
-        "from transformers import AutoModelForSequenceClassification",
+        f"from transformers import {task.model_class}",
         "",
-        'model = AutoModelForSequenceClassification.from_pretrained("path/to/this/folder")',
+        f'model = {task.model_class}.from_pretrained("path/to/this/folder")',
         "```",
         "",
     ]

@@ -13,7 +13,7 @@ from qrlora_deploy.formats import basis as basis_format
 from qrlora_deploy.formats import coefficients as coefficients_format
 from qrlora_deploy.formats.basis import Basis, read_basis
 from qrlora_deploy.formats.coefficients import Coefficients, read_coefficients
-from qrlora_deploy.formats.config_file import label_names, read_model_config
+from qrlora_deploy.formats.config_file import ModelConfig, label_names, read_model_config
 from qrlora_deploy.formats.provenance import FILE_NAME as PROVENANCE
 from qrlora_deploy.formats.provenance import read_provenance
 from qrlora_deploy.io.files import METADATA_KEY
@@ -21,6 +21,7 @@ from qrlora_deploy.io.reading import is_file, parse_json, readable
 from qrlora_deploy.models.locating import locate_basis
 from qrlora_deploy.models.output_names import output_names
 from qrlora_deploy.models.weight_files import digest_of, read_headers, weight_files
+from qrlora_deploy.tasks.registry import task_of_config
 
 MANIFEST = "manifest.json"
 PACKED = "qrlora-packed"
@@ -148,6 +149,7 @@ def _describe_coefficients(path: Path, basis_file: Path | None) -> Description:
         "digest": customer.digest,
         "task": customer.task,
         "labels": list(customer.labels),
+        **({"thresholds": list(customer.thresholds)} if customer.thresholds else {}),
         "coefficients": len(values),
         "norm": float(np.linalg.norm(values)),
         "largest": float(np.abs(values).max()),
@@ -217,6 +219,7 @@ def _describe_packed(path: Path) -> Description:
         "customers": header.customers,
         "coefficients": header.total_rank,
         "dtype": str(STORED_DTYPES[header.stored]),
+        **({"with thresholds": header.tuned} if header.tuned else {}),
         **{name: stored[name] for name in ("task", "labels", "base_digest", "basis_digest")},
     }
     return Description("packed customers", path, path.stat().st_size, facts)
@@ -238,6 +241,10 @@ def _describe_folder(path: Path) -> Description:
     return _describe_checkpoint(path, size_bytes)
 
 
+def _task_of(config: ModelConfig, outputs: int) -> str:
+    return task_of_config(config.problem_type, outputs, config.architecture, config.qrlora_task).name
+
+
 def _describe_checkpoint(path: Path, size_bytes: int) -> Description:
     file = path / "config.json"
     if not is_file(file):
@@ -245,12 +252,14 @@ def _describe_checkpoint(path: Path, size_bytes: int) -> Description:
     config = read_model_config(file)
     shards = weight_files(path)
     stored = read_headers(shards)
+    labels = list(output_names(file, dict(enumerate(label_names(config, file))))) if config.has_task_head else []
     facts = {
         "architecture": config.architecture,
         "tensors": len(stored),
         "shards": [shard.name for shard in shards],
         "has_task_head": config.has_task_head,
-        "labels": list(output_names(file, dict(enumerate(label_names(config, file))))) if config.has_task_head else [],
+        "task": _task_of(config, len(labels)) if labels else None,
+        "labels": labels,
         "sizes": {name: size for name in SIZES if (size := getattr(config, name)) is not None},
         "digest": digest_of({name: tensor.digest() for name, tensor in stored.items()}),
     }

@@ -145,7 +145,8 @@ def merge(
     with atomic_folder(output) as folder:
         copy_side_files(checkpoint, folder)
         rewrite_shards(checkpoint, folder, change, progress)
-        write_json(folder / "config.json", with_labels(config, coefficients.task, coefficients.labels, outputs))
+        named = with_labels(config, coefficients.task, coefficients.labels, outputs, coefficients.thresholds)
+        write_json(folder / "config.json", named)
         provenance = _provenance(checkpoint, basis, coefficients, folds, tally)
         write_provenance(provenance, folder)
         (folder / "README.md").write_text(model_card(provenance), encoding="utf-8")

@@ -16,7 +16,7 @@ def combine(parts: Sequence[tuple[Coefficients, float]], names: Sequence[str] = 
     """The customer `Σ weight * c`, each sum formed in fp64 without loss and rounded once to fp32.
 
     The order of the parts changes no bit. The result has the base, task and labels that the parts
-    have in common; its training record says what it was made of.
+    have in common, and no thresholds; its training record says what it was made of.
 
     Args:
         parts: customers, values `[total_rank]` each, and their weights, which may be negative.
@@ -45,7 +45,8 @@ def combine(parts: Sequence[tuple[Coefficients, float]], names: Sequence[str] = 
             f"(first: {wrong[0]}); give smaller weights"
         )
     made_of = [{"digest": part.digest, "weight": float(weight)} for part, weight in parts]
-    return replace(first, values=values, training={"combined": made_of})
+    # Thresholds were found for the logits of one part; those of the sum are others.
+    return replace(first, values=values, thresholds=(), training={"combined": made_of})
 
 
 def _check_alike(first: Coefficients, other: Coefficients, first_name: str, name: str) -> None:

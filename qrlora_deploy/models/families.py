@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 Head = Callable[["torch.Tensor"], "torch.Tensor"]
-"""From first tokens `[rows, width]` to logits `[rows, labels]`."""
+"""From first tokens `[rows, width]`, or from all, to as many logits `[rows, labels]`."""
 
 BLOCK = re.compile(r"\.(\d+)\.")
 """A numbered block in a module path with a point before it, such as `.encoder.layer.3.attention`."""
@@ -78,7 +78,8 @@ class Family:
         model_types: of transformers, where the entry is about these alone.
         attention: where its attention is; None: nothing asks for it.
         block: the rest of its block; None: the part above a trunk cannot run without padding.
-        head: gives the output layer of a model.
+        head: gives the output layer of a model that answers texts.
+        token_head: gives that of a model that answers tokens.
         refused: why models of these types do not work the whole way.
         shared: layers that a merged model may have adapted and a switchable graph may not.
     """
@@ -88,6 +89,7 @@ class Family:
     attention: Attention | None = None
     block: PostNorm | None = None
     head: Callable[[Any], Head] | None = None
+    token_head: Callable[[Any], Head] | None = None
     refused: str = ""
     shared: Shared | None = None
 
@@ -97,6 +99,10 @@ def _pooled_head(model: Any) -> Head:
     if pooler is not None:
         return lambda first: model.classifier(pooler(first[:, None]))
     return lambda first: model.classifier(first[:, None])
+
+
+def _token_head(model: Any) -> Head:
+    return lambda tokens: model.classifier(tokens)
 
 
 def _distilbert_head(model: Any) -> Head:
@@ -127,6 +133,7 @@ FAMILIES = (
             "output.LayerNorm",
         ),
         head=_pooled_head,
+        token_head=_token_head,
     ),
     Family(
         "MPNet",
@@ -139,12 +146,14 @@ FAMILIES = (
             "output.LayerNorm",
         ),
         head=_pooled_head,
+        token_head=_token_head,
     ),
     Family(
         "DistilBERT",
         attention=Attention("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"),
         block=PostNorm("sa_layer_norm", "ffn.lin1", "ffn.activation", "ffn.lin2", "output_layer_norm"),
         head=_distilbert_head,
+        token_head=_token_head,
     ),
     Family(
         "Llama and what has its module names",

@@ -1,6 +1,6 @@
 """The output layer of a model: where it is, and how a new one starts."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import nn
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
+from qrlora_deploy.formats.config_file import THRESHOLDS_KEY
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.models.targets import BLOCK
 from qrlora_deploy.tasks.registry import task_named
@@ -103,11 +104,20 @@ def replace_head(model: Any, customer: Coefficients) -> dict[str, nn.Parameter]:
     before = {name: model.get_parameter(name) for name in customer.head}
     values = {name: torch.from_numpy(array).to(before[name], copy=True) for name, array in customer.head.items()}
     set_head(model, {name: nn.Parameter(value, before[name].requires_grad) for name, value in values.items()})
-    model.config.problem_type = task_named(customer.task).problem_type
+    model.config.update(task_named(customer.task).config_fields)
     if customer.labels:
         model.config.id2label = dict(enumerate(customer.labels))
         model.config.label2id = {label: index for index, label in enumerate(customer.labels)}
     return before
+
+
+def set_thresholds(config: Any, thresholds: Sequence[float]) -> None:
+    """Let a model's config say from which probability on each label applies; nothing where there are no thresholds,
+    also nothing that an earlier head has left there."""
+    if thresholds:
+        setattr(config, THRESHOLDS_KEY, list(thresholds))
+    elif hasattr(config, THRESHOLDS_KEY):
+        delattr(config, THRESHOLDS_KEY)
 
 
 def set_head(model: Any, head: dict[str, nn.Parameter]) -> None:

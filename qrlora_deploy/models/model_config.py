@@ -9,11 +9,11 @@ from typing import Any
 import transformers
 from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from qrlora_deploy.errors import FileFormatError, InputError, library_errors
 from qrlora_deploy.formats.provenance import read_config
 from qrlora_deploy.models.loading import quiet_transformers
+from qrlora_deploy.tasks.base import Task
 
 CONFIG = "config.json"
 
@@ -25,8 +25,6 @@ ACTIVATIONS = ("hidden_act", "hidden_activation", "activation", "activation_func
 
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 """Fields that transformers 4 does not check."""
-
-CLASSIFIER = "ForSequenceClassification"
 
 ENCODERS = ("Model", "ForMaskedLM", "ForPreTraining")
 """Ends of the names of models that were trained on text alone, and that `warmup` gives a head."""
@@ -116,12 +114,15 @@ def is_encoder(architecture: str) -> bool:
     return architecture.endswith(ENCODERS) and not architecture.endswith(SPEAKERS)
 
 
-def classifier_class(config: Any) -> Any | None:
-    """transformers' text classifier for a config, or None: audio and images have none."""
-    found: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
+def class_for(config: Any, model_class: str) -> Any | None:
+    """transformers' class for a config, by the name of the automatic one; None where there is none.
+
+    Audio and images have no text classifier.
+    """
+    found: Any = getattr(transformers, model_class)._model_mapping.get(type(config), None)
     return found[0] if isinstance(found, (tuple, list)) else found
 
 
 def _classifier_name(config: Any) -> str:
-    found = classifier_class(config)
+    found = class_for(config, Task.model_class)
     return "the class of the model" if found is None else str(found.__name__)

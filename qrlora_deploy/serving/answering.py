@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +20,9 @@ UNKNOWN = "no customer of that name is known here, or this key may not use it; c
 """One text for both: nobody learns by it which customers there are."""
 
 UNUSABLE = "the file of a customer in this request cannot be used by this server; its log says why"
+
+SHORT_BYTES = 512
+"""Of a request's texts or token ids: with so few, handing them to a thread takes longer than tokenising them."""
 
 FAILED = "the server failed to answer; its log says why"
 
@@ -87,9 +91,10 @@ async def answer(
     _check_counts(question, customers)
     if access is not None and not all(access.allows(name) for name in set(customers) if name is not None):
         raise UnknownCustomerError(UNKNOWN)
-    ticket = model.engine.admit(_load(model, question), customers, deadline_s)
+    load = _load(model, question)
+    ticket = model.engine.admit(load, customers, deadline_s)
     try:
-        rows = await _tokenised(model, question, customers)
+        rows = await _tokenised(model, question, customers, load)
     except BaseException:
         model.engine.release(ticket)
         raise
@@ -115,12 +120,14 @@ def _load(model: ServedModel, question: Question) -> Load:
     return Load(len(ids), ids.size, sum(array.nbytes for array in question.inputs.values()))
 
 
-async def _tokenised(model: ServedModel, question: Question, customers: Sequence[str | None]) -> list[Row]:
-    loop = asyncio.get_running_loop()
+async def _tokenised(model: ServedModel, question: Question, customers: Sequence[str | None], load: Load) -> list[Row]:
     if isinstance(question, Texts):
-        texts, pairs = question.texts, question.pairs
-        return await loop.run_in_executor(model.pool, model.tokenizer.rows, texts, pairs, customers)
-    return await loop.run_in_executor(model.pool, model.tokenizer.rows_of_ids, question.inputs, customers)
+        make = partial(model.tokenizer.rows, question.texts, question.pairs, customers)
+    else:
+        make = partial(model.tokenizer.rows_of_ids, question.inputs, customers)
+    if load.size_bytes <= SHORT_BYTES:
+        return make()
+    return await asyncio.get_running_loop().run_in_executor(model.pool, make)
 
 
 async def _answered(

@@ -29,6 +29,7 @@ class AssemblyOptions:
         admin_port: None: without the admin API.
         admin_host: where the admin API listens.
         audit_log: file that changes by the admin API are told to.
+        counted: customers whose rows metrics tell by name.
 
     Raises:
         InputError: the admin API is asked for without keys or audit log.
@@ -42,6 +43,7 @@ class AssemblyOptions:
     admin_port: int | None = None
     admin_host: str = "127.0.0.1"
     audit_log: Path | None = None
+    counted: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.admin_port is not None and (self.keys is None or self.audit_log is None):
@@ -81,7 +83,7 @@ class Assembly:
         if self._keys is not None:
             self._change_quotas(self._keys)
         models = Models([model.served for model in self.models])
-        front = Front(models, keys=self._keys, metrics=Metrics(list(models)))
+        front = Front(models, keys=self._keys, metrics=Metrics(list(models), options.counted))
         if options.grpc_port is not None:
             self.companions["gRPC"] = _grpc(front, options.server, options.grpc_port)
         if options.admin_port is not None:

@@ -6,19 +6,26 @@ is hash enough; a slow one, made for passwords, would let anybody without a key 
 
 import hashlib
 import json
+import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, StringConstraints, ValidationInfo, field_validator, model_validator
 
-from qrlora_deploy.errors import FileFormatError, InputError, library_errors
+from qrlora_deploy.errors import FileFormatError, InputError
 from qrlora_deploy.formats.coefficients import CUSTOMER_ID
 from qrlora_deploy.io.files import atomic_file
-from qrlora_deploy.io.reading import is_file, parse_json, read_text, unique_names
+from qrlora_deploy.io.reading import is_file, parse_json, read_text
 from qrlora_deploy.io.strict import Record, from_value
+from qrlora_deploy.io.temporary import HAS_LOCKS
 from qrlora_deploy.io.versions import Versions
+
+if HAS_LOCKS:
+    import fcntl
 
 FORMAT = "qrlora-keys"
 VERSIONS = Versions(1)
@@ -172,13 +179,8 @@ def read_keys(path: Path) -> KeysFile:
         raise InputError(f"{path}: no such file; `qrlora-deploy keys add` makes one")
     wrong = f"{path} is not a file of keys"
     text = read_text(path, MAX_FILE_BYTES)
-    record = parse_json(text, wrong)
-    try:
-        # The value above may be of any depth that is allowed; a right twice would be read otherwise by each reader.
-        with library_errors(wrong):
-            json.loads(text, object_pairs_hook=unique_names)
-    except InputError as error:
-        raise FileFormatError(f"{path}: {error}") from error
+    # A right that is there twice would be read otherwise by each reader.
+    record = parse_json(text, wrong, unique=True)
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise FileFormatError(f'{wrong}: its "format" is not "{FORMAT}"')
     return from_value(KeysFile, VERSIONS.upgraded(path, record, wrong), wrong)
@@ -193,6 +195,26 @@ def write_keys(keys: KeysFile, path: Path) -> None:
     """
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(keys.model_dump(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def changing_keys(path: Path) -> Iterator[None]:
+    """Keep others who change a file of keys waiting, so that nobody's change is lost. Readers need not wait.
+
+    Raises:
+        InputError: its folder is not there.
+    """
+    try:
+        descriptor = os.open(path.absolute().parent, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
+    try:
+        if HAS_LOCKS:
+            # The file itself is replaced, so a lock on it would be one on what is gone.
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def empty_keys() -> KeysFile:

@@ -8,7 +8,9 @@ import numpy as np
 from qrlora_deploy.data.labels import quoted
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.tasks.base import Answer, NewHead, Task
+from qrlora_deploy.tasks.counting import divided, named_scores
 from qrlora_deploy.tasks.names import first_row, label_index, label_names, output_of
+from qrlora_deploy.tokenization.words import LocatedWords
 
 if TYPE_CHECKING:
     import torch
@@ -49,11 +51,15 @@ class Classification(Task):
 
     def loss(self, logits: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
         """The mean cross entropy, targets `[n]` int64."""
+        return self.row_losses(logits, targets).mean()
+
+    def row_losses(self, logits: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
+        """The cross entropy of each row, as `Task.row_losses`."""
         from torch.nn import functional
 
-        return functional.cross_entropy(logits.float(), targets)
+        return functional.cross_entropy(logits.float(), targets.long(), reduction="none")
 
-    def score(self, logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    def score(self, logits: np.ndarray, targets: np.ndarray, names: Sequence[str] = ()) -> dict[str, float]:
         """Accuracy, f1 (the mean over the classes) and matthews."""
         # Imported here: scikit-learn takes a second, and labels are checked before it is needed.
         from sklearn import metrics
@@ -65,7 +71,32 @@ class Classification(Task):
             "matthews": float(metrics.matthews_corrcoef(targets, chosen)),
         }
 
-    def answer(self, logits: np.ndarray, names: Sequence[str]) -> Answer:
+    def decisive(self, logits: "torch.Tensor") -> "torch.Tensor":
+        """The most likely class."""
+        return logits.argmax(1, keepdim=True)
+
+    def score_each(
+        self, owners: np.ndarray, decisive: np.ndarray, targets: np.ndarray, customers: int
+    ) -> list[dict[str, float]]:
+        """The metrics of many customers counted at once, as `Task.score_each`."""
+        chosen, targets = decisive[:, 0].astype(np.int64), targets.astype(np.int64)
+        labels = int(max(chosen.max(), targets.max())) + 1
+
+        def count(label: np.ndarray, rows: np.ndarray) -> np.ndarray:
+            counts = np.bincount(owners[rows] * labels + label[rows], minlength=customers * labels)
+            return counts.reshape(customers, labels).astype(np.float64)
+
+        every = np.ones(len(owners), dtype=bool)
+        right, answered, expected = count(chosen, chosen == targets), count(chosen, every), count(targets, every)
+        rows = expected.sum(1)
+        # As scikit-learn's macro average: over the labels that were answered or expected.
+        seen = answered + expected
+        f1 = divided(2 * right, seen).sum(1) / (seen > 0).sum(1)
+        covariance = right.sum(1) * rows - (answered * expected).sum(1)
+        spread = (rows**2 - (answered**2).sum(1)) * (rows**2 - (expected**2).sum(1))
+        return named_scores(self.metrics, right.sum(1) / rows, f1, divided(covariance, np.sqrt(spread)))
+
+    def answer(self, logits: np.ndarray, names: Sequence[str], words: LocatedWords | None = None) -> Answer:
         """The most likely class and its probability."""
         best = int(logits.argmax())
         return Answer(names[best], float(self.scores(logits)[best]), (names[best],))

@@ -9,6 +9,7 @@ from qrlora_deploy.data.labels import DECIMAL_COMMA, is_fraction, number_of, quo
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.tasks.base import Answer, NewHead, Task
 from qrlora_deploy.tasks.names import first_row
+from qrlora_deploy.tokenization.words import LocatedWords
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +28,7 @@ class Regression(Task):
     metrics = ("pearson", "spearman")
     signal = "pearson"
     has_accuracy = False
+    is_number = True
 
     def recognise(self, examples: "Examples") -> str | None:
         """Every label is a number and one is written with a decimal point, as `Task.recognise`.
@@ -69,11 +71,17 @@ class Regression(Task):
 
     def loss(self, logits: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
         """The mean squared error, targets `[n]`."""
-        from torch.nn import functional
+        return self.row_losses(logits, targets).mean()
 
-        return functional.mse_loss(logits.float().squeeze(-1), targets.float())
+    def row_losses(self, logits: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
+        """The squared error of each row, as `Task.row_losses`."""
+        return (logits[:, 0].float() - targets.float()) ** 2
 
-    def score(self, logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    def decisive(self, logits: "torch.Tensor") -> "torch.Tensor":
+        """The number."""
+        return logits[:, :1]
+
+    def score(self, logits: np.ndarray, targets: np.ndarray, names: Sequence[str] = ()) -> dict[str, float]:
         """Pearson and spearman; 0 where the predictions or targets are constant and no correlation is defined."""
         from scipy import stats
 
@@ -86,7 +94,7 @@ class Regression(Task):
             "spearman": float(stats.spearmanr(predicted, expected).statistic),
         }
 
-    def answer(self, logits: np.ndarray, names: Sequence[str]) -> Answer:
+    def answer(self, logits: np.ndarray, names: Sequence[str], words: LocatedWords | None = None) -> Answer:
         """The number itself."""
         return Answer(names[0], float(logits[0]), (names[0],))
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.tasks.base import Task
-from qrlora_deploy.training.loop import Progress, Rows, SmallTrainer, halve_frozen, has_bf16, mixed_precision
+from qrlora_deploy.tasks.base import IGNORED, Task
+from qrlora_deploy.training.loop import Progress, SmallTrainer, halve_frozen, has_bf16, mixed_precision
+from qrlora_deploy.training.rows import Rows, texts_of
 from qrlora_deploy.training.trunk.cache import TrunkCache, fill_cache
 from qrlora_deploy.training.trunk.cuda_graph import GraphedStep, step_gradients
 from qrlora_deploy.training.trunk.memory import find_room
@@ -71,7 +73,7 @@ class CachedModel:
     task: Task
 
     def logits(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Logits `[n, labels]` of rows, by their numbers `[n]` int64 on the CPU."""
+        """Logits `[n, labels]`, or `[n, length, labels]`, of rows, by their numbers `[n]` int64 on the CPU."""
         with mixed_precision(self.cache.device):
             if self.upper is None:
                 batch = self.texts.collate([self.texts.rows[number] for number in numbers.tolist()])
@@ -80,7 +82,8 @@ class CachedModel:
             if self.cache.device.type == "cpu":
                 order = self.cache.lengths(numbers).argsort(stable=True)
                 hidden, lengths = self.cache.packed(numbers[order])
-                return self.upper(hidden, packed_layout(lengths))[order.argsort()]
+                found = self.upper(hidden, packed_layout(lengths))
+                return (_in_rows(found, lengths) if self.task.answers_words else found)[order.argsort()]
             length = self.length_of(numbers)
             return self.logits_padded(*self.cache.rectangle(numbers, length), length)
 
@@ -88,7 +91,8 @@ class CachedModel:
         """The same on hidden states `[n * length, width]` padded to a length that is known before."""
         if self.upper is None:
             raise RuntimeError("a model of another kind than BERT's runs on whole batches")
-        return self.upper(hidden, padded_layout(lengths, length))
+        found = self.upper(hidden, padded_layout(lengths, length))
+        return found.unflatten(0, (-1, length)) if self.task.answers_words else found
 
     def length_of(self, numbers: torch.Tensor) -> int:
         """The length to which these rows are padded on a GPU."""
@@ -97,7 +101,19 @@ class CachedModel:
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The mean loss of a batch, as `Task.loss`."""
-        return self.task.loss(logits, labels)
+        return self.task.loss(self.beside(logits, labels), labels)
+
+    def beside(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The logits of the tokens that `labels [n, longest]` are of, where words have them: others are padding."""
+        return logits[:, : labels.shape[1]] if self.task.answers_words else logits
+
+
+def _in_rows(logits: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """`[tokens, labels]` of texts one after another as `[rows, longest, labels]`, zero behind each text."""
+    mask = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+    padded = logits.new_zeros(*mask.shape, logits.shape[1])
+    padded[mask] = logits
+    return padded
 
 
 def build_cached(model: Any, targets: Sequence[str], texts: Texts, task: Task, wish: CacheWish) -> CachedModel:
@@ -114,10 +130,10 @@ def build_cached(model: Any, targets: Sequence[str], texts: Texts, task: Task, w
         InputError: the model cannot be split, the cache has no room, or it would save nothing.
         OSError: the disk is full.
     """
-    split = split_model(model, targets, texts.padding_side)
+    split = split_model(model, targets, texts.padding_side, task.forward)
     device = next(model.parameters()).device
     try:
-        upper = Upper(split)
+        upper = Upper(split, task.answers_words)
     except InputError:
         # Another kind of model, whose own forward runs above the trunk.
         if split.first == 0:
@@ -171,6 +187,8 @@ class CachedTrainer(SmallTrainer):
     ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
         cached, rows = self.cached, torch.from_numpy(numbers)
         length = cached.length_of(rows)
+        if cached.task.answers_words:
+            labels = functional.pad(labels, (0, length - labels.shape[1]), value=IGNORED)
         inputs = (*cached.cache.rectangle(rows, length), labels)
         if length not in graphs:
 
@@ -187,6 +205,7 @@ class CachedTrainer(SmallTrainer):
     ) -> Any:
         """The loss, and the logits where they are wanted."""
         logits = self.cached.logits(torch.from_numpy(inputs["number"]))
+        logits = self.cached.beside(logits, inputs["labels"])
         loss = self.cached.loss(logits, inputs["labels"])
         return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
 
@@ -196,13 +215,29 @@ class CachedTrainer(SmallTrainer):
 
 
 def numbered(rows: Rows, start: int) -> Rows:
-    """What the Trainer gets instead of `rows`: their numbers in the cache, from `start`, and labels."""
-    return [{"number": start + index, "labels": row["labels"]} for index, row in enumerate(rows)]
+    """What the Trainer gets instead of `rows`: the numbers of their texts in the cache, and labels.
+
+    Args:
+        rows: of data, with one text each, or two.
+        start: the number of texts in the rows before.
+    """
+    found = []
+    for row in rows:
+        count = len(texts_of(row))
+        found.append({"number": list(range(start, start + count)), "labels": row["labels"]})
+        start += count
+    return found
 
 
-def collate_numbers(rows: Rows) -> dict[str, Any]:
-    """Numbers `[n]` as numpy, which stay on the CPU, and labels `[n]` as a tensor."""
-    return {
-        "number": np.array([row["number"] for row in rows], dtype=np.int64),
-        "labels": torch.tensor([row["labels"] for row in rows]),
-    }
+def collate_numbers(rows: Rows, padding_side: str = "right") -> dict[str, Any]:
+    """Numbers as numpy, which stay on the CPU, all first texts before all second ones; labels as a tensor: `[n]`, or
+    `[n, ...]` padded as tokens."""
+    numbers = np.array([row["number"] for row in rows], dtype=np.int64).T.reshape(-1)
+    labels = [torch.tensor(row["labels"]) for row in rows]
+    longest = max(label.numel() for label in labels)
+    if any(label.numel() < longest for label in labels):
+        gaps = [longest - label.numel() for label in labels]
+        sides = [(gap, 0) if padding_side == "left" else (0, gap) for gap in gaps]
+        pairs = zip(labels, sides, strict=True)
+        labels = [functional.pad(label, side, value=IGNORED) for label, side in pairs]
+    return {"number": numbers, "labels": torch.stack(labels)}

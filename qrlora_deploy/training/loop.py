@@ -10,21 +10,25 @@ import numpy as np
 import safetensors.torch
 import torch
 from torch import nn
-from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_callback import PrinterCallback
 
-from qrlora_deploy.data.cutting import cut_texts
-from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import InputError, QrloraError, library_errors
 from qrlora_deploy.models.adapter import QRLoRALinear
 from qrlora_deploy.models.capacity import check_ids, max_tokens
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.models.support import check_padding
 from qrlora_deploy.tasks.base import Task
+from qrlora_deploy.training.rows import collate_pairs
 from qrlora_deploy.training.settings import RunSettings, choose_device
 
 Progress = Callable[[str, int, int], None]
-Rows = list[dict[str, Any]]
 
 TRAINABLE = "trainable.safetensors"
 UNREADABLE = "cannot be resumed from, by these versions of the libraries; remove its folder and start again"
@@ -35,11 +39,12 @@ class SmallTrainer(Trainer):
     """A Trainer whose checkpoints hold the trainable parameters alone, in safetensors.
 
     The base is frozen and on disk already. Parameters named in `rates` get a learning rate of
-    their own; the others share that of the arguments.
+    their own; the others share that of the arguments. The loss is the task's, which transformers may not have.
     """
 
-    def __init__(self, *args: Any, rates: dict[str, float] | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, task: Task, rates: dict[str, float] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.task = task
         self.rates = rates or {}
         # It prints to stdout, which belongs to the command's result.
         self.remove_callback(PrinterCallback)
@@ -60,6 +65,17 @@ class SmallTrainer(Trainer):
             fused = True if self.args.device.type == "cuda" else None
             self.optimizer = torch.optim.AdamW(parts, lr=self.args.learning_rate, weight_decay=0.0, fused=fused)
         return self.optimizer
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The mean loss of a batch, and the logits where they are wanted."""
+        batch = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+        # Embeddings are made by a part of the model, whose forward the Trainer did not prepare.
+        with mixed_precision(self.args.device):
+            logits = self.task.forward(model, batch)
+        loss = self.task.loss(logits, inputs["labels"])
+        return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the trainable parameters into `output_dir`."""
@@ -144,6 +160,8 @@ def training_arguments(folder: Path, settings: RunSettings, rate: float, rows: i
         bf16=has_bf16(device),
         dataloader_pin_memory=device == "cuda",
         remove_unused_columns=False,
+        # A model without a head takes none, and the Trainer would not score it.
+        label_names=["labels"],
         logging_strategy="epoch",
         logging_nan_inf_filter=False,
         report_to="none",
@@ -153,14 +171,6 @@ def training_arguments(folder: Path, settings: RunSettings, rate: float, rows: i
     # With several GPUs the Trainer would split batches by DataParallel, which changes batch_size.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
-
-
-def build_rows(tokenizer: Any, examples: Examples, targets: Sequence[Any], max_length: int) -> Rows:
-    """Token ids of every example with its target; padding is left to the batch."""
-    texts, pairs = cut_texts(tokenizer, examples.texts, examples.pairs, max_length, examples.name)
-    encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length)
-    names = list(encoded)
-    return [{name: encoded[name][row] for name in names} | {"labels": target} for row, target in enumerate(targets)]
 
 
 def load_tokenizer(
@@ -193,13 +203,16 @@ def load_tokenizer(
     return tokenizer
 
 
-def trainer_parts(task: Task, tokenizer: Any) -> dict[str, Any]:
-    """Batching and scoring, as arguments of a Trainer."""
+def trainer_parts(task: Task, tokenizer: Any, names: Sequence[str] = ()) -> dict[str, Any]:
+    """Batching and scoring, as arguments of a Trainer; `names` are those of the outputs."""
+    collator = DataCollatorForTokenClassification if task.answers_words else DataCollatorWithPadding
+    pad = collator(tokenizer)
     return {
-        "data_collator": DataCollatorWithPadding(tokenizer),
-        "compute_metrics": lambda result: task.score(_finite(result.predictions), result.label_ids),
+        "task": task,
+        "data_collator": collate_pairs(pad) if task.pairs_apart else pad,
+        "compute_metrics": lambda result: task.score(_finite(result.predictions), result.label_ids, names),
         # Some models return hidden states after the logits.
-        "preprocess_logits_for_metrics": lambda out, _: out[0] if isinstance(out, (tuple, list)) else out,
+        "preprocess_logits_for_metrics": lambda out, _: task.by_row(out[0] if isinstance(out, (tuple, list)) else out),
     }
 
 
@@ -225,6 +238,12 @@ def evaluate(trainer: Trainer, task: Task) -> dict[str, float]:
     """Metrics on the trainer's evaluation data, rounded for the record."""
     result = trainer.evaluate()
     return {name: round(result[f"eval_{name}"], 6) for name in task.metrics}
+
+
+def held_out_logits(trainer: Trainer) -> tuple[np.ndarray, np.ndarray]:
+    """Logits `[n, labels]` of the trainer's evaluation data, and their targets."""
+    found = trainer.predict(trainer.eval_dataset)  # type: ignore[arg-type]
+    return np.asarray(found.predictions), np.asarray(found.label_ids)
 
 
 def no_dropout(config: Any) -> dict[str, float]:

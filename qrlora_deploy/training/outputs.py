@@ -9,7 +9,7 @@ from qrlora_deploy.errors import InputError
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.tasks.base import Task
 from qrlora_deploy.tasks.options import AUTO
-from qrlora_deploy.tasks.registry import guess_task, task_named
+from qrlora_deploy.tasks.registry import BY_OPTION, guess_task, task_named
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,20 @@ class Outputs:
     @property
     def options(self) -> dict[str, Any]:
         """Arguments of `from_pretrained` for a model with these outputs."""
-        problem = self.task.problem_type
         if not self.new:
-            return {"problem_type": problem}
+            return self.task.config_fields
         return {
-            "problem_type": problem,
+            **self.task.config_fields,
             "num_labels": len(self.labels),
             "id2label": dict(enumerate(self.labels)),
             "label2id": {label: index for index, label in enumerate(self.labels)},
             "ignore_mismatched_sizes": True,
         }
+
+
+def taken_for(checkpoint: Checkpoint, wanted: str) -> Checkpoint:
+    """A base whose head is taken for the task that `--task` names, where its config leaves that open."""
+    return checkpoint if wanted == AUTO else checkpoint.taken_for(BY_OPTION[wanted].name)
 
 
 def base_outputs(checkpoint: Checkpoint) -> Outputs:
@@ -90,6 +94,7 @@ def own_outputs(checkpoint: Checkpoint, examples: Examples, wanted: str = "auto"
         base = base_outputs(checkpoint)
         if wanted in (AUTO, base.task.option):
             try:
+                base.task.check_rows(examples)
                 base.task.encode(examples, base.labels)
                 return base
             except InputError:
@@ -97,8 +102,33 @@ def own_outputs(checkpoint: Checkpoint, examples: Examples, wanted: str = "auto"
         replaced = f"a new head replaces the base's for {quoted(base.labels, 4)}"
     guess = guess_task(examples, wanted)
     remark = "; ".join(filter(None, (replaced, f"a {guess.task.option}: {guess.reason}" if guess.reason else "")))
+    guess.task.check_rows(examples)
     head = guess.task.new_head(examples)
     return Outputs(guess.task, head.labels, new=True, bias=head.bias, remark=remark)
+
+
+def customer_outputs(checkpoint: Checkpoint, examples: Examples, head: str, wanted: str = AUTO) -> Outputs:
+    """The outputs of a customer, whose base stays as it is.
+
+    Args:
+        checkpoint: the base.
+        examples: the training data.
+        head: "frozen" or "output", as in `TrainSettings`.
+        wanted: "auto", or what `--task` calls a task.
+
+    Raises:
+        InputError: as `frozen_outputs` or `own_outputs`, or the base is a model of another kind than the labels need.
+    """
+    if head == "frozen":
+        return frozen_outputs(checkpoint, wanted)
+    outputs = own_outputs(checkpoint, examples, wanted)
+    base = base_outputs(checkpoint).task
+    if outputs.task.model_class != base.model_class:
+        raise InputError(
+            f"{examples.name} is data of {outputs.task.name}, but {checkpoint.name} is a {checkpoint.architecture}, "
+            f"for {base.name}; make a base for {outputs.task.name} by `warmup`"
+        )
+    return outputs
 
 
 def encode_rows(
@@ -115,6 +145,8 @@ def encode_rows(
     Raises:
         InputError: a label is none of the outputs; the line names its row and what can be done.
     """
+    for examples in filter(None, (train, evaluation)):
+        outputs.task.check_rows(examples)
     try:
         targets = outputs.task.encode(train, outputs.labels)
     except InputError as error:

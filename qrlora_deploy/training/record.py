@@ -1,6 +1,6 @@
 """What a customer's file says of its training, alone or in a fleet."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
 from typing import Any
@@ -9,6 +9,7 @@ import torch
 
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.training.settings import TrainSettings
+from qrlora_deploy.training.tuning import Tuned
 from qrlora_deploy.version import __version__
 
 
@@ -26,6 +27,7 @@ class Ran:
         device: "cpu" or "cuda".
         trunk_cache: where the trunk's answers were kept; None in a fleet, which keeps them on its device.
         remark: of `Outputs`.
+        tuned: the customer's thresholds, and the metrics with them.
     """
 
     steps: int
@@ -37,6 +39,7 @@ class Ran:
     device: str
     trunk_cache: str | None = None
     remark: str = ""
+    tuned: Tuned = field(default_factory=Tuned)
 
 
 def training_record(train: Examples, evaluation: Examples | None, settings: TrainSettings, ran: Ran) -> dict[str, Any]:
@@ -58,6 +61,7 @@ def training_record(train: Examples, evaluation: Examples | None, settings: Trai
         **({"trunk_cache": ran.trunk_cache} if ran.trunk_cache else {}),
         "metric": ran.metric,
         "metrics": ran.metrics,
+        **({"tuned_metrics": ran.tuned.metrics} if ran.tuned.metrics else {}),
         "baseline": ran.baseline,
         "loss": ran.loss,
         "device": ran.device,

@@ -47,6 +47,11 @@ class RunSettings:
     device: str = "auto"
     task: str = "auto"
 
+    @property
+    def labelled(self) -> bool:
+        """Whether data must have labels."""
+        return self.task == AUTO or BY_OPTION[self.task].has_labels
+
     def __post_init__(self) -> None:
         if self.task not in (AUTO, *BY_OPTION):
             raise InputError(f"--task must be one of {', '.join((AUTO, *BY_OPTION))}, not {self.task}")
@@ -76,6 +81,8 @@ class TrainSettings(RunSettings):
         trunk_cache: where the hidden states below the first adapted block are kept: "device", "host"
             (memory), "disk", "auto" (the first of these with room, or none where the model does not
             allow it) or "off".
+        tune_thresholds: whether the probability from which on each label of a multi-label customer applies is chosen
+            on the held-out rows, instead of 0.5.
     """
 
     learning_rate: float | None = None
@@ -85,6 +92,7 @@ class TrainSettings(RunSettings):
     metric: str | None = None
     dropout: bool = False
     trunk_cache: str = "auto"
+    tune_thresholds: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,6 +124,19 @@ class TrainSettings(RunSettings):
     def resolved(self, coefficients: int) -> Self:
         """The same with a learning rate: the one that was given, or the default for so many coefficients."""
         return self if self.learning_rate is not None else replace(self, learning_rate=default_rate(coefficients))
+
+    def check_tuning(self, task: Task, held_out: bool) -> None:
+        """Make sure that thresholds can be tuned where that is asked for.
+
+        Raises:
+            InputError: there are no held-out rows, or the task decides without thresholds.
+        """
+        if not self.tune_thresholds:
+            return
+        if not held_out:
+            raise InputError("--tune-thresholds chooses them on held-out rows; give --eval")
+        if not task.judges_labels:
+            raise InputError(f"--tune-thresholds: {task.name} decides without thresholds; leave it out")
 
     def metric_of(self, task: Task) -> str:
         """The metric that chooses the best epoch of a `task`.
@@ -165,10 +186,12 @@ def default_rate(coefficients: int) -> float:
 def fingerprint(settings: RunSettings, **parts: Any) -> dict[str, Any]:
     """What a run must have in common with the one it resumes; where it runs may differ.
 
-    A task that was not named is left out: runs of earlier versions, which could not name one, are the same.
+    What earlier versions could not ask for, a task by its name and thresholds, is left out where it was not asked
+    for: their runs are the same.
     """
-    left_out = (*WHERE, "task") if settings.task == "auto" else WHERE
-    return {name: value for name, value in asdict(settings).items() if name not in left_out} | parts
+    marks = {name: value for name, value in asdict(settings).items() if name not in WHERE}
+    newer = {"task": AUTO, "tune_thresholds": False}
+    return {name: value for name, value in marks.items() if (name, value) not in newer.items()} | parts
 
 
 def choose_device(device: str) -> str:

@@ -1,6 +1,7 @@
 """Training a customer: the coefficients `c`, and the output layer where that is asked for."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +28,21 @@ from qrlora_deploy.training.cached_trainer import (
 from qrlora_deploy.training.checkpoints import STATE, Sealing, open_work_dir
 from qrlora_deploy.training.loop import (
     Progress,
-    Rows,
     SmallTrainer,
     Watch,
-    build_rows,
     evaluate,
     explained_failures,
+    held_out_logits,
     load_tokenizer,
     no_dropout,
     trainer_parts,
     training_arguments,
 )
-from qrlora_deploy.training.outputs import Outputs, encode_rows, frozen_outputs, own_outputs
+from qrlora_deploy.training.outputs import Outputs, customer_outputs, encode_rows, taken_for
 from qrlora_deploy.training.record import Ran, training_record
+from qrlora_deploy.training.rows import Rows, build_rows, texts_of
 from qrlora_deploy.training.settings import TrainSettings, choose_device, fingerprint
+from qrlora_deploy.training.tuning import Tuned, tune
 
 
 @dataclass(frozen=True)
@@ -93,13 +95,12 @@ def train(
         QrloraError: the loss diverged, or the disk or the memory is full.
     """
     device = choose_device(settings.device)
+    checkpoint = taken_for(checkpoint, settings.task)
     check_basis_fits(checkpoint, basis)
     settings = settings.resolved(basis.total_rank)
-    if settings.head == "output":
-        outputs = own_outputs(checkpoint, train, settings.task)
-    else:
-        outputs = frozen_outputs(checkpoint, settings.task)
+    outputs = customer_outputs(checkpoint, train, settings.head, settings.task)
     metric = settings.metric_of(outputs.task)
+    settings.check_tuning(outputs.task, evaluation is not None)
     job = _prepare(checkpoint, basis, train, evaluation, outputs, settings)
     job.model.to(device)
     data = {"data_digest": train.digest, "evaluation_digest": evaluation.digest if evaluation else None}
@@ -111,6 +112,7 @@ def train(
         baseline = evaluate(trainer, outputs.task) if job.evaluation and not outputs.new else {}
         loss = _run(trainer, last, settings)
         metrics = evaluate(trainer, outputs.task) if job.evaluation else {}
+        tuned = tune(outputs.task, *held_out_logits(trainer)) if settings.tune_thresholds else Tuned()
     values = get_coefficients(job.adapters)
     head = {name: parameter.detach().float().cpu().numpy() for name, parameter in job.head.items()}
     if not all(np.isfinite(array).all() for array in (values, *head.values())):
@@ -125,6 +127,7 @@ def train(
         device=device,
         trunk_cache=cache_place,
         remark=outputs.remark,
+        tuned=tuned,
     )
     return Coefficients(
         values=values,
@@ -134,7 +137,9 @@ def train(
         head=head,
         basis_file=basis_file,
         training=training_record(train, evaluation, settings, ran),
-        **origin,
+        thresholds=tuned.thresholds,
+        basis_digest=basis.digest,
+        base_digest=checkpoint.digest,
     )
 
 
@@ -150,7 +155,8 @@ def _prepare(
     parts = [part for part in (train, evaluation) if part is not None]
     targets = encode_rows(outputs, train, evaluation, settings.head == "frozen")
     model = checkpoint.load_model(**outputs.options, **({} if settings.dropout else no_dropout(checkpoint.config)))
-    tokenizer = load_tokenizer(checkpoint, model, settings.max_length, train.pairs is not None)
+    apart = outputs.task.pairs_apart
+    tokenizer = load_tokenizer(checkpoint, model, settings.max_length, train.pairs is not None and not apart)
     new_bias = outputs.bias if outputs.new else None
     head = prepare_head(model, basis, new_bias, settings.seed) if settings.head == "output" else {}
     check_stored(head, checkpoint)
@@ -158,7 +164,9 @@ def _prepare(
     precondition(adapters)
     for parameter in head.values():
         parameter.requires_grad_(True)
-    rows = [build_rows(tokenizer, *pair, settings.max_length) for pair in zip(parts, targets, strict=False)]
+    rows = [
+        build_rows(tokenizer, *pair, settings.max_length, outputs.task) for pair in zip(parts, targets, strict=False)
+    ]
     return _Job(model, adapters, head, tokenizer, rows[0], rows[1] if evaluation else None, outputs, settings)
 
 
@@ -172,7 +180,8 @@ def _cache_trunk(job: _Job, wish: CacheWish) -> tuple[CachedModel | None, str]:
     if job.settings.dropout or wish.wanted == "off":
         return None, "off"
     targets = [path for path, module in job.model.named_modules() if isinstance(module, QRLoRALinear)]
-    texts = Texts(job.rows + (job.evaluation or []), DataCollatorWithPadding(job.tokenizer), job.tokenizer.padding_side)
+    rows = [text for row in job.rows + (job.evaluation or []) for text in texts_of(row)]
+    texts = Texts(rows, DataCollatorWithPadding(job.tokenizer), job.tokenizer.padding_side)
     try:
         cached = build_cached(job.model, targets, texts, job.outputs.task, wish)
         return cached, cached.cache.place
@@ -205,12 +214,16 @@ def _build_trainer(
         "eval_dataset": job.evaluation,
         "callbacks": callbacks,
         "rates": dict.fromkeys(job.head, settings.head_learning_rate),
-        **trainer_parts(job.outputs.task, job.tokenizer),
+        **trainer_parts(job.outputs.task, job.tokenizer, job.outputs.labels),
     }
     if cached is None:
         return SmallTrainer(**parts)
-    evaluation = numbered(job.evaluation, len(job.rows)) if job.evaluation else None
-    parts |= {"train_dataset": numbered(job.rows, 0), "eval_dataset": evaluation, "data_collator": collate_numbers}
+    start = sum(len(texts_of(row)) for row in job.rows)
+    evaluation = numbered(job.evaluation, start) if job.evaluation else None
+    # Without padding in the upper part, what there is comes behind the texts.
+    side = job.tokenizer.padding_side if cached.upper is None else "right"
+    collate = partial(collate_numbers, padding_side=side)
+    parts |= {"train_dataset": numbered(job.rows, 0), "eval_dataset": evaluation, "data_collator": collate}
     return CachedTrainer(**parts, cached=cached)
 
 

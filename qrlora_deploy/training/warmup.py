@@ -11,14 +11,13 @@ from qrlora_deploy.io.outputs import check_free_folder
 from qrlora_deploy.io.temporary import scratch_folder
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.models.completeness import compare, is_head
-from qrlora_deploy.models.head import start_bias
+from qrlora_deploy.models.head import set_thresholds, start_bias
 from qrlora_deploy.models.loading import LOADING, load_weights, make_skeleton
 from qrlora_deploy.models.targets import choose_targets
 from qrlora_deploy.training.loop import (
     Progress,
     SmallTrainer,
     Watch,
-    build_rows,
     check_trained,
     evaluate,
     explained_failures,
@@ -26,7 +25,8 @@ from qrlora_deploy.training.loop import (
     trainer_parts,
     training_arguments,
 )
-from qrlora_deploy.training.outputs import Outputs, encode_rows, own_outputs
+from qrlora_deploy.training.outputs import Outputs, encode_rows, own_outputs, taken_for
+from qrlora_deploy.training.rows import build_rows
 from qrlora_deploy.training.settings import WarmupSettings, choose_device
 
 
@@ -61,6 +61,7 @@ def warmup(
     """
     check_free_folder(output)
     device = choose_device(settings.device)
+    checkpoint = taken_for(checkpoint, settings.task)
     checkpoint.check_family()
     outputs = own_outputs(checkpoint, train, settings.task)
     check_alike(train, evaluation)
@@ -72,7 +73,9 @@ def warmup(
         start_bias(model, outputs.bias)
     tokenizer = load_tokenizer(checkpoint, model, settings.max_length, train.pairs is not None, new_padding=True)
     trained = _choose_parameters(model, settings.mode)
-    rows = [build_rows(tokenizer, *pair, settings.max_length) for pair in zip(parts, targets, strict=False)]
+    rows = [
+        build_rows(tokenizer, *pair, settings.max_length, outputs.task) for pair in zip(parts, targets, strict=False)
+    ]
     with explained_failures(output), scratch_folder() as scratch:
         trainer = SmallTrainer(
             model=model,
@@ -80,7 +83,7 @@ def warmup(
             train_dataset=rows[0],
             eval_dataset=rows[1] if evaluation else None,
             callbacks=[Watch("warm up", progress)],
-            **trainer_parts(outputs.task, tokenizer),
+            **trainer_parts(outputs.task, tokenizer, outputs.labels),
         )
         trainer.train()
         check_trained(trainer)
@@ -102,6 +105,7 @@ def warmup(
         "device": device,
     }
     with atomic_folder(output) as folder:
+        set_thresholds(model.config, ())  # of another head, where the base is a merged customer
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False).cpu().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_json(folder / "warmup.json", report)
@@ -109,7 +113,7 @@ def warmup(
 
 
 def _load(checkpoint: Checkpoint, outputs: Outputs) -> Any:
-    kind = checkpoint.classifier()
+    kind = checkpoint.class_for(outputs.task)
     meant = _new_tensors(checkpoint, outputs)
     return load_weights(checkpoint.folder, checkpoint.config, kind, meant, **outputs.options)
 
@@ -122,7 +126,7 @@ def _new_tensors(checkpoint: Checkpoint, outputs: Outputs) -> set[str]:
     """
     checkpoint.check_plain()
     fields = {name: value for name, value in outputs.options.items() if name not in LOADING}
-    model = make_skeleton(checkpoint.folder, checkpoint.config, checkpoint.classifier(), **fields)
+    model = make_skeleton(checkpoint.folder, checkpoint.config, checkpoint.class_for(outputs.task), **fields)
     missing = set(compare(model, checkpoint.stored).missing)
     head = {name for name in model.state_dict() if is_head(model, name)}
     pooler = {name for name in head if "pooler" in name.split(".")}

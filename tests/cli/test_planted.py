@@ -21,7 +21,7 @@ READERS = {
         "io.files._content_digest",
         "io.files.digest_arrays",
         "formats.coefficients._allows",
-        "formats.coefficients._check_finite",
+        "formats.coefficients._check",
         "formats.coefficients.from_value",
         "inspection.describe._kind",
         "models.locating._places",
@@ -30,7 +30,7 @@ READERS = {
     "inspect packed.safetensors": (
         "runtime.customers.packed_header._sizes",
         "runtime.customers.packed_header.PackedHeader._json",
-        "runtime.customers.packed_check._check_ids",
+        "runtime.customers.packed_check._check_tail",
         "runtime.customers.packed_check.digest_piece",
     ),
     "inspect bundle": (

@@ -7,7 +7,7 @@ from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.training.fleet.plan import Customer
 from qrlora_deploy.training.fleet.tokens import RowEncoder
-from qrlora_deploy.training.loop import build_rows
+from qrlora_deploy.training.rows import build_rows
 from tests.tiny import build_tokenizer
 
 TEXTS = ["play some music " * 400, "hello", " " * 20_000 + "rain", "a" * 20_000 + " rain"]

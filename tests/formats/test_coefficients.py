@@ -18,9 +18,17 @@ from hypothesis.extra import numpy as hnp
 from qrlora_deploy.errors import BasisMismatchError, FileFormatError, InputError, QrloraError
 from qrlora_deploy.formats.basis import read_basis
 from qrlora_deploy.formats.coefficients import Coefficients, read_coefficients, write_coefficients
+from qrlora_deploy.formats.customer_files import version_of
 from qrlora_deploy.io.files import digest_file
 from tests.forging import Change, forge
-from tests.golden.make import BASIS_FILE, COEFFICIENTS_FILE, golden_basis, golden_coefficients
+from tests.golden.make import (
+    BASIS_FILE,
+    COEFFICIENTS_2_FILE,
+    COEFFICIENTS_FILE,
+    golden_basis,
+    golden_coefficients,
+    golden_thresholds,
+)
 
 SAME_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -67,6 +75,49 @@ def test_write_then_read_is_the_identity(
     if Path(basis_file).is_absolute():
         customer = replace(customer, basis_file=os.path.relpath(basis_file, tmp_path))
     assert_same(read_coefficients(tmp_path / "acme.safetensors"), customer)
+
+
+def test_thresholds_are_read_back_and_are_part_of_what_a_customer_does(tmp_path: Path) -> None:
+    plain, path = golden_coefficients(), tmp_path / "acme.safetensors"
+    assert plain.thresholds == (), "a file of an earlier version has none"
+    tuned = replace(plain, thresholds=(0.1 + 0.2, 1e-300))
+    tuned.save(path)
+    assert_same(read_coefficients(path), tuned)
+    assert len({plain.digest, tuned.digest, replace(plain, thresholds=(0.3, 1e-300)).digest}) == 3
+    assert version_of(tuned) != version_of(plain)
+    # What has none is written as ever, byte for byte.
+    plain.save(path)
+    assert digest_file(path) == digest_file(COEFFICIENTS_FILE)
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "reason"),
+    [
+        ((0.5,), "there are 1 thresholds, but 2 labels"),
+        ((0.5, 1.0), "a threshold is a probability between 0 and 1, not 1.0"),
+        ((0.0, 0.5), "a threshold is a probability between 0 and 1, not 0.0"),
+        ((0.5, float("nan")), "a threshold is a probability between 0 and 1, not nan"),
+    ],
+)
+def test_thresholds_that_are_none_are_refused(tmp_path: Path, thresholds: tuple[float, ...], reason: str) -> None:
+    with pytest.raises(FileFormatError, match=reason):
+        replace(golden_coefficients(), thresholds=thresholds).save(tmp_path / "acme.safetensors")
+
+
+def test_golden_thresholds_read_to_known_values(tmp_path: Path) -> None:
+    customer = read_coefficients(COEFFICIENTS_2_FILE)
+    assert_same(customer, golden_thresholds())
+    assert customer.thresholds == (0.25, 0.625) and customer.task == "text-multi-label"
+    write_coefficients(golden_thresholds(), tmp_path / "acme.safetensors")
+    assert (tmp_path / "acme.safetensors").read_bytes() == COEFFICIENTS_2_FILE.read_bytes()
+    assert digest_file(COEFFICIENTS_2_FILE) == "fa61988c735dbc8151c3407fb1d125493da694f63a2376bc483bed41b24035f6"
+    # A release that knows version 1 alone must refuse it, and what version 1 passed over means nothing.
+    older = forge(COEFFICIENTS_2_FILE, tmp_path / "older.safetensors", put_version(1))
+    assert read_coefficients(older).thresholds == ()
+
+
+def put_version(version: int) -> Change:
+    return lambda metadata, tensors: metadata.update(format_version=version)
 
 
 def test_golden_file_reads_to_known_values() -> None:
@@ -164,7 +215,7 @@ def deep(levels: int) -> dict[str, Any]:
 
 
 FORGERIES: dict[str, tuple[Change, str]] = {
-    "newer version": (lambda m, t: m.update(format_version=2), "format version 2; this version reads 1"),
+    "newer version": (lambda m, t: m.update(format_version=3), "format version 3; this version reads 1 and 2"),
     "version of text": (lambda m, t: m.update(format_version="1"), "format version '1'"),
     "other format": (lambda m, t: m.update(format="qrlora-basis"), "not a qrlora-coefficients file"),
     "no values": (lambda m, t: t.pop("coefficients"), "the tensor 'coefficients' is missing"),

@@ -4,6 +4,7 @@ Each was written once, by its own version, and stays as it is: a reader that can
 field. Write new ones, under new names, only for a new format version; those of older versions have no writer any more.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,9 @@ BASIS_FILE = FOLDER / "basis.safetensors"
 
 BASIS_2_FILE = FOLDER / "basis_2.safetensors"
 COEFFICIENTS_FILE = FOLDER / "coefficients.safetensors"
+"""Of version 1, in which a customer without thresholds is still written."""
+
+COEFFICIENTS_2_FILE = FOLDER / "coefficients_2.safetensors"
 
 
 def golden_basis() -> Basis:
@@ -57,6 +61,12 @@ def golden_coefficients() -> Coefficients:
     )
 
 
+def golden_thresholds() -> Coefficients:
+    """The same for a multi-label task, with a threshold for each label."""
+    return replace(golden_coefficients(), task="text-multi-label", thresholds=(0.25, 0.625))
+
+
 if __name__ == "__main__":
     write_basis(golden_basis(), BASIS_2_FILE)
     write_coefficients(golden_coefficients(), COEFFICIENTS_FILE)
+    write_coefficients(golden_thresholds(), COEFFICIENTS_2_FILE)

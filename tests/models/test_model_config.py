@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForSequenceClassification,
-    BertForTokenClassification,
+    BertForQuestionAnswering,
     LlamaConfig,
     LlamaForCausalLM,
     ViTConfig,
@@ -158,14 +158,14 @@ _SIDES = {"layers": 1, "attention_heads": 2, "ffn_dim": 16}
     ("make", "message"),
     [
         (lambda base: LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=9)), "is a LlamaForCausalLM, whose head is for"),
-        (BertForTokenClassification.from_pretrained, "is a BertForTokenClassification, whose head is for another task"),
+        (BertForQuestionAnswering.from_pretrained, "is a BertForQuestionAnswering, whose head is for another task"),
         (
             lambda base: ViTForImageClassification(ViTConfig(**SIZES, image_size=8, patch_size=4)),
             "none of model type",
         ),
         (lambda base: _heard(), "transformers has none of model type 'whisper'"),
     ],
-    ids=["causal", "tokens", "images", "audio"],
+    ids=["causal", "questions", "images", "audio"],
 )
 def test_models_for_other_tasks_are_no_bases(
     make: Callable[[Path], Any], message: str, tiny_base: Path, tiny_customer: Coefficients, tmp_path: Path

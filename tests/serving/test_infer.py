@@ -4,7 +4,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.runtime.prediction.predictor import Prediction, Predictor
@@ -243,6 +246,40 @@ def test_bodies_that_are_no_request(client: TestClient, body: bytes) -> None:
     for path in ("/v1/classify", "/v2/models/tiny/infer"):
         reply = client.post(path, content=body)
         assert reply.status_code == 400 and set(reply.json()) == {"error"}
+
+
+PATHS = ["/v1/classify", "/v2/models/tiny/infer"]
+GOOD = orjson.dumps({"inputs": [ONE | {"name": name} for name in ("text", "customer")], "texts": ["a"]})
+HEADERS = {
+    "inference-header-content-length": st.integers(-5, 300).map(str) | st.text("0123456789-+x ", max_size=25),
+    "content-encoding": st.sampled_from(["gzip", "deflate", "br", "", "gzip, gzip"]),
+    "x-request-timeout-ms": st.text("0123456789-.", max_size=12),
+    "content-length": st.sampled_from(["0", "1", "99999999999999999999", "x"]),
+    "accept-encoding": st.text("gzip,deflate;q=0.1*", max_size=20),
+    "authorization": st.text(" abBearer", max_size=20),
+}
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> bytes:
+    """A good body with bytes changed, taken out or put in; or any bytes."""
+    body = bytearray(GOOD)
+    for _ in range(draw(st.integers(1, 4))):
+        place = draw(st.integers(0, len(body)))
+        body[place : place + draw(st.integers(0, 3))] = draw(st.binary(max_size=3))
+    return draw(st.sampled_from([bytes(body), draw(st.binary(max_size=50))]))
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    damaged(), st.fixed_dictionaries({}, optional=HEADERS), st.sampled_from(["/v1/classify", "/v2/models/tiny/infer"])
+)
+def test_whatever_comes_is_answered_or_is_the_clients_mistake(
+    client: TestClient, body: bytes, headers: dict[str, str], path: str
+) -> None:
+    reply = client.post(path, content=body, headers=headers)
+    assert reply.status_code == 200 or (400 <= reply.status_code < 500 or reply.status_code == 504), reply.text
+    assert reply.status_code == 200 or set(reply.json()) == {"error"}
 
 
 def test_a_full_queue_says_when_to_come_again(client: TestClient, model: ServedModel) -> None:

@@ -4,6 +4,8 @@ import hashlib
 import json
 import logging
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from qrlora_deploy.serving.access import Keys, key_of, open_access
 from qrlora_deploy.serving.engine.quotas import Quotas
 from qrlora_deploy.serving.keys_file import KeysFile, Quota, empty_keys, read_keys, with_key, write_keys
 from qrlora_deploy.serving.refusals import ForbiddenError, QuotaError, UnauthenticatedError, status_of
-from tests.cli.running import run_here, succeed_here
+from tests.cli.running import environment, run_here, succeed_here
 from tests.damaging import damaged_json
 
 
@@ -275,6 +277,20 @@ def test_the_command_line_adds_lists_and_revokes(tmp_path: Path) -> None:
     keys.reload()
     with pytest.raises(UnauthenticatedError):
         keys.access(first["key"])
+
+
+def test_keys_that_are_added_at_the_same_time_are_all_there(tmp_path: Path) -> None:
+    commands = [
+        subprocess.Popen(
+            [sys.executable, "-m", "qrlora_deploy.cli", "keys", "add", "keys.json", "--customer", f"c{number}"],
+            cwd=tmp_path,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+        )
+        for number in range(6)
+    ]
+    assert [command.wait(120) for command in commands] == [0] * 6
+    assert {key.customers[0] for key in read_keys(tmp_path / "keys.json").keys} == {f"c{number}" for number in range(6)}
 
 
 @pytest.mark.parametrize(

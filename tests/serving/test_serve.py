@@ -158,9 +158,9 @@ def test_grpc_and_the_admin_api_share_models_keys_and_quotas(place: Path, custom
 
     key = run_here("keys", "add", "keys.json", "--customer", "*", "--admin", "--json", cwd=place).json["key"]
     stored = json.loads((place / "keys.json").read_text("utf-8"))
-    stored["quotas"] = {"beta": {"rows_per_second": 3}}
+    stored["quotas"] = {"beta": {"rows_per_second": 1, "burst": 3}}
     (place / "keys.json").write_text(json.dumps(stored), "utf-8")
-    ports = ("--grpc-port", 0, "--admin-port", 0, "--audit-log", "audit.jsonl")
+    ports = ("--grpc-port", 0, "--admin-port", 0, "--audit-log", "audit.jsonl", "--count-customer", "beta")
     options = ("--model", "tiny=bundle", "--customers", "customers", "--keys", "keys.json", *ports)
     headers = {"authorization": f"Bearer {key}"}
     with Served(*options, cwd=place) as server:
@@ -196,6 +196,8 @@ def test_grpc_and_the_admin_api_share_models_keys_and_quotas(place: Path, custom
         record = {"texts": TEXTS[:3], "customer": "beta"}
         replies = [httpx.post(f"{server.url}/v1/classify", json=record, headers=headers) for _ in range(2)]
         assert [reply.status_code for reply in replies] == [200, 429] and "retry-after" in replies[1].headers
+        scraped = httpx.get(f"{server.url}/metrics", headers=headers).text
+        assert 'qrlora_customer_rows_total{customer="beta"} 3.0' in scraped and "acme" not in scraped
     assert server.end() == 0 and server.errors == []
     assert '"action":"put"' in (place / "audit.jsonl").read_text("utf-8")
 

@@ -18,6 +18,7 @@ from qrlora_deploy.serving.http.limits import HttpLimits
 from qrlora_deploy.serving.served import Models, ServedModel
 from qrlora_deploy.serving.server import Server, ServerOptions
 from qrlora_deploy.serving.tls import Tls
+from tests.runtime.place import until
 from tests.serving.running import Running, read_reply, request, running
 from tests.tiny import SENTENCES
 
@@ -111,6 +112,21 @@ def test_connections_are_bounded(front: Front) -> None:
         held.pop().close()
 
 
+def test_who_takes_no_replies_is_let_go(front: Front) -> None:
+    asked = 4000
+    with running(front, limits=HttpLimits(reply_s=0.3)) as server, server.connect() as connection:
+        connection.sendall(request("/openapi.json") * asked)
+        time.sleep(2)
+        found = 0
+        try:
+            while piece := connection.recv(2**20):
+                found += piece.count(b"HTTP/1.1 200")
+        except ConnectionError:
+            pass
+        assert found < asked
+        assert ask(server, request("/v2"))[0] == 200
+
+
 class Slow:
     """Makes each run of an engine wait until it is let go."""
 
@@ -124,6 +140,24 @@ class Slow:
             return run(rows)
 
         monkeypatch.setattr(model.engine, "_run", wait)
+
+
+def test_rows_of_a_client_that_has_gone_are_not_run(
+    front: Front, model: ServedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    slow = Slow(model, monkeypatch)
+    with running(front) as server, server.connect() as first:
+        first.sendall(request("/v1/classify", ASK))
+        assert slow.entered.wait(10)
+        second = server.connect()
+        second.sendall(request("/v1/classify", ASK | {"texts": list(SENTENCES)}))
+        until(lambda: model.engine._admitted == 7)  # type: ignore[attr-defined]
+        second.close()
+        until(lambda: model.engine._admitted == 1)  # type: ignore[attr-defined]
+        slow.goes_on.set()
+        assert read_reply(first)[0] == 200
+    assert model.engine.stats().rows == 1
+    assert caplog.text == ""
 
 
 def test_what_was_begun_is_answered_before_the_end(

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import accuracy_score, f1_score, precision_recall_curve
 from transformers import BertConfig, BertForSequenceClassification
 
 from qrlora_deploy.data.examples import Examples
@@ -78,6 +79,65 @@ def test_scores_by_hand() -> None:
     assert found == pytest.approx(expected, rel=0, abs=1e-12) and tuple(found) == TASK.metrics
     assert TASK.right(logits, targets).tolist() == [False, False, True]
     assert not TASK.says_nothing(found) and TASK.says_nothing(TASK.score(-np.abs(logits), targets))
+
+
+@pytest.mark.parametrize("labels", [1, 2, 6])
+def test_scores_are_those_of_scikit_learn(labels: int) -> None:
+    random = np.random.default_rng(labels)
+    logits, targets = random.normal(size=(40, labels)), (random.random((40, labels)) < 0.3).astype(np.float64)
+    found, chosen = TASK.score(logits, targets), logits >= 0
+    # Of decisions that were laid out in a row: a table of one column would be taken for classes.
+    assert found["f1_micro"] == pytest.approx(f1_score(targets.ravel() > 0.5, chosen.ravel()), rel=0, abs=1e-12)
+    each = [f1_score(targets[:, label] > 0.5, chosen[:, label]) for label in range(labels)]
+    assert found["f1_macro"] == pytest.approx(np.mean(each), rel=0, abs=1e-12)
+    assert found["accuracy"] == pytest.approx(accuracy_score(targets > 0.5, chosen), rel=0, abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_thresholds_are_the_best_that_scikit_learn_finds(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    # Few different values, so that rows tie; and a label that is nearly always wrong at 0.5.
+    logits = np.round(random.normal(size=(30, 3)) * 2, seed % 3).astype(np.float32) - np.array([0, 2, -3], np.float32)
+    targets = (random.random((30, 3)) < np.array([0.3, 0.6, 0.2])).astype(np.float64)
+    found = TASK.best_thresholds(logits, targets)
+    tuned = TASK.deciding_at(found)
+    shares = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    for label, threshold in enumerate(found):
+        precision, recall, _ = precision_recall_curve(targets[:, label], shares[:, label])
+        best = np.max(2 * precision * recall / np.maximum(precision + recall, 1e-12))
+        chosen = shares[:, label] >= threshold
+        assert f1_score(targets[:, label], chosen) == pytest.approx(best, rel=0, abs=1e-12)
+        np.testing.assert_array_equal(tuned.applies(logits)[:, label], chosen)
+        plain = f1_score(targets[:, label], shares[:, label] >= 0.5)
+        assert (threshold == 0.5) == (plain == pytest.approx(best, rel=0, abs=1e-12))
+    names = ("a", "b", "c")
+    for row, share, target in zip(logits, shares, targets, strict=True):
+        expected = {name for name, one, cut in zip(names, share, found, strict=True) if one >= cut}
+        assert set(tuned.answer(row, names).labels) == expected
+        assert bool(tuned.right(row[None], target[None])[0]) == (expected == set(np.array(names)[target > 0.5]))
+    micro = f1_score(targets.ravel(), (shares >= np.array(found)).ravel())
+    assert tuned.score(logits, targets)["f1_micro"] == pytest.approx(micro, rel=0, abs=1e-12)
+
+
+def test_thresholds_where_there_is_little_to_choose() -> None:
+    far = np.array([[200.0, -200.0, 1.0], [-200.0, -210.0, -1.0]], dtype=np.float32)
+    found = TASK.best_thresholds(far, np.array([[1.0, 1.0, 0.0], [0.0, 1.0, 0.0]]))
+    # Right already; every row has it; no row has it.
+    assert found[0] == 0.5 and 0 < found[1] < 1e-12 and found[2] == 0.5
+    assert TASK.deciding_at(()) == TASK and TASK.deciding_at((0.2, 0.5)) != TASK
+    # In the middle, in logits, between the rows that it parts.
+    logits = np.array([[-4.0], [-2.0], [2.0]])
+    assert TASK.best_thresholds(logits, np.array([[0.0], [1.0], [1.0]])) == (pytest.approx(1 / (1 + np.exp(3.0))),)
+    for other in (Classification(), Regression()):
+        assert other.best_thresholds(logits, logits) == () and other.deciding_at((0.1,)) == other
+
+
+def test_agreement_is_that_of_decisions_at_the_thresholds() -> None:
+    tuned = TASK.deciding_at((0.9, 0.5))
+    first, second = np.array([[1.0, 1.0, -np.inf]]), np.array([[3.0, 1.0, -np.inf]])
+    # The cut of 0.9 is 2.197 in logits; the third label is one that the customer has not.
+    np.testing.assert_array_equal(tuned.agreement(first, second), [0.5])
+    np.testing.assert_array_equal(TASK.agreement(first, second), [1.0])
 
 
 def test_answers_name_all_labels_that_apply() -> None:

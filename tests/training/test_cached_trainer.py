@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification, MPNetConfig, MPNetForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForTokenClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    MPNetConfig,
+    MPNetForSequenceClassification,
+)
 
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import InputError
@@ -18,9 +25,13 @@ from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.models.targets import choose_targets
 from qrlora_deploy.rank_rules.energy_share import EnergyShare
+from qrlora_deploy.tasks.base import IGNORED
+from qrlora_deploy.tasks.token_classification import TokenClassification
+from qrlora_deploy.training.cached_trainer import CachedModel, Texts
 from qrlora_deploy.training.settings import TrainSettings
 from qrlora_deploy.training.trainer import train
 from qrlora_deploy.training.trunk import memory as trunk_memory
+from qrlora_deploy.training.trunk.cache import TrunkCache
 from qrlora_deploy.training.trunk.padding_free import packed_layout, padded_layout
 from qrlora_deploy.training.trunk.split import split_model
 from qrlora_deploy.training.trunk.upper import Upper
@@ -197,3 +208,34 @@ def test_graphs_on_a_gpu_are_as_the_whole_model(
     found = trained(checkpoint, tiny_basis, device="cuda", trunk_cache=place, head="output")
     assert found.training["trunk_cache"] == place
     check_same(found, trained(checkpoint, tiny_basis, device="cuda", trunk_cache="off", head="output"))
+
+
+@pytest.mark.parametrize("length", [16, 24])
+def test_what_answers_tokens_has_their_logits_in_rows(length: int) -> None:
+    sizes = {"vocab_size": 60, "num_labels": 3, "max_position_embeddings": 40}
+    torch.manual_seed(0)
+    model = BertForTokenClassification(BertConfig(**SHAPE, **sizes)).eval()
+    lengths = torch.tensor([3, 9, 16, 9])
+    mask = (torch.arange(16) < lengths[:, None]).long()
+    batch = {"input_ids": torch.randint(1, 60, (4, 16)) * mask, "attention_mask": mask}
+    split = split_model(model, choose_targets(model, ["query"], 2))
+    rows = [{"input_ids": batch["input_ids"][row, :count].tolist()} for row, count in enumerate(lengths.tolist())]
+    offsets = torch.tensor([0, 3, 12, 28, 37])
+    cache = TrunkCache(split.trunk(batch)[mask.bool()], offsets, torch.device("cpu"), "host")
+    cached = CachedModel(
+        split, Upper(split, of_tokens=True), cache, Texts(rows, lambda _: batch, "right"), TokenClassification()
+    )
+    with torch.no_grad():
+        whole = model(**batch).logits
+        numbers = torch.tensor([2, 0, 3, 1])
+        found = cached.logits(numbers)
+        padded = cached.logits_padded(*cache.rectangle(numbers, length), length)
+    targets = torch.where(mask.bool(), torch.randint(0, 3, (4, 16)), IGNORED)[numbers]
+    for each in (found, padded):
+        kept = cached.beside(each, targets)
+        assert kept.shape == (4, 16, 3)
+        own = mask[numbers].bool()
+        np.testing.assert_allclose(kept[own].numpy(), whole[numbers][own].numpy(), **FP32_SIDE_BRANCH)
+        with torch.no_grad():
+            expected = model(**{name: tensor[numbers] for name, tensor in batch.items()}, labels=targets).loss
+        assert cached.loss(each, targets).item() == pytest.approx(expected.item(), rel=1e-5)

@@ -63,6 +63,14 @@ def test_full_mode_trains_every_tensor_that_the_texts_reach(base: Checkpoint, tm
     assert report["metrics"]["accuracy"] > 0.5
 
 
+def test_thresholds_of_an_earlier_head_are_left_behind(tmp_path: Path) -> None:
+    folder = save_base(tmp_path / "merged")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"qrlora_thresholds": [0.25] * len(LABELS)}))
+    warmup(open_checkpoint(str(folder)), EXAMPLES, None, tmp_path / "out", settings(epochs=1))
+    assert "qrlora_thresholds" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
 def test_an_encoder_becomes_a_classifier_that_transformers_opens(encoder: Checkpoint, tmp_path: Path) -> None:
     assert not encoder.has_task_head
     out = tmp_path / "out"

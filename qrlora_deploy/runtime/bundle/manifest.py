@@ -22,7 +22,10 @@ from qrlora_deploy.runtime.bundle.row_layout import (
     TableLayout,
     padded_rank,
 )
-from qrlora_deploy.tasks.registry import BY_NAME
+from qrlora_deploy.tasks.answering import Answering
+from qrlora_deploy.tasks.base import Task
+from qrlora_deploy.tasks.registry import BY_NAME, task_named
+from qrlora_deploy.tasks.thresholds import check_thresholds
 
 VERSIONS = Versions(1)
 
@@ -43,6 +46,8 @@ class Manifest(Record):
 
     Attributes:
         kind: "merged": one customer, plain weights; "switchable": any customer in any row.
+        thresholds: of a merged multi-label customer, for each label the probability from which on it applies; None:
+            0.5 for all of them.
         precision: of weights and activations; the inputs and outputs are the same in every one.
         calibration: of int8 with constant scales; None: it has none, or an earlier version did not say.
         coefficients_digest: the customer of a merged bundle.
@@ -59,7 +64,8 @@ class Manifest(Record):
     format_version: int = VERSIONS.current
     kind: Literal["merged", "switchable"]
     task: Annotated[str, AfterValidator(_known_task)]
-    labels: tuple[str, ...] = Field(min_length=1)
+    labels: tuple[str, ...]
+    thresholds: tuple[float, ...] | None = None
     precision: Precision
     calibration: CalibrationRecord | None = None
     opset: int
@@ -89,10 +95,14 @@ class Manifest(Record):
         merged = self.kind == "merged"
         if merged != (self.coefficients_digest is not None):
             raise ValueError(f"a {self.kind} bundle has {'a' if merged else 'no'} coefficients_digest")
+        check_thresholds(self.thresholds or (), len(self.labels))
         if self.calibration is not None and self.precision != "int8":
             raise ValueError(f"calibration belongs to int8; {self.precision} has no scales to find")
         if bool(self.head_labels) != bool(self.head_features) or (merged and self.head_labels):
             raise ValueError("head_labels and head_features belong together, in a switchable bundle")
+        has_labels = BY_NAME[self.task].has_labels
+        if has_labels != bool(self.labels) or (self.head_labels and not has_labels):
+            raise ValueError(f"a {self.task} has {'labels' if has_labels else 'neither labels nor heads'}")
         if self.head_labels and self.head_labels < len(self.labels):
             raise ValueError(f"head_labels is {self.head_labels}, but the base has {len(self.labels)} labels")
         return self
@@ -119,10 +129,27 @@ class Manifest(Record):
             str, TABLE_DTYPES.values()
         ):
             raise ValueError("a table is of another dtype than float32, or float16 for the coefficients")
-        answer = ("logits", ("batch", self.head_labels or len(self.labels)))
+        columns = self.head_labels or len(self.labels) or self.width
+        answer = (BY_NAME[self.task].output_name, BY_NAME[self.task].axes(columns))
         if [(record.name, record.shape) for record in self.outputs] != [answer]:
             raise ValueError(f"the output is not {answer[0]} [{', '.join(map(str, answer[1]))}]")
         return self
+
+    @property
+    def width(self) -> int:
+        """Numbers of an answer, as the graph gives them; 0 where the manifest does not say."""
+        size = self.outputs[0].shape[-1] if self.outputs[0].shape else 0
+        return size if isinstance(size, int) and size > 0 else 0
+
+    @property
+    def answering(self) -> Answering:
+        """How the logits of the customer of a merged bundle, or of a base, become answers."""
+        return Answering(self.labels, self.thresholds or ())
+
+    @property
+    def deciding_task(self) -> Task:
+        """The task, which decides by the bundle's own thresholds."""
+        return task_named(self.task).deciding_at(self.thresholds or ())
 
     @property
     def table_dtype(self) -> str:

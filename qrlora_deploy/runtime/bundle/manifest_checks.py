@@ -31,6 +31,8 @@ def _config_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
     facts = read_config_facts(folder / CONFIG_FILE)
     if manifest.labels != facts.labels:
         yield f"its labels are not those of {CONFIG_FILE}"
+    if (manifest.thresholds or ()) != facts.thresholds:
+        yield f"its thresholds are not those of {CONFIG_FILE}"
     if manifest.task != facts.task.name and not _left_by_an_earlier_version(manifest, facts):
         yield f"its task is not that of {CONFIG_FILE}"
 

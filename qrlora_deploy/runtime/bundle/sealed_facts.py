@@ -37,12 +37,14 @@ class ConfigFacts:
 
     Attributes:
         labels: names of the outputs.
+        thresholds: of the outputs; empty where there are none.
         task: of its head.
         token_rows: token ids that the embedding has a row for; None where the config does not say.
         segment_rows: the same of segment ids; None where there are none.
     """
 
     labels: tuple[str, ...]
+    thresholds: tuple[float, ...]
     task: Task
     token_rows: int | None
     segment_rows: int | None
@@ -76,9 +78,11 @@ def read_config_facts(path: Path) -> ConfigFacts:
     """
     config = read_model_config(path)
     labels = tuple(label_names(config, path))
+    task = task_of_config(config.problem_type, len(labels), config.architecture, config.qrlora_task)
     return ConfigFacts(
-        labels,
-        task_of_config(config.problem_type, len(labels)),
+        labels if task.has_labels else (),
+        tuple(config.qrlora_thresholds or ()),
+        task,
         _rows(config.vocab_size),
         _rows(config.type_vocab_size),
     )

@@ -1,7 +1,8 @@
 """Very many customers in one file, which fills the table of a switchable session in one go.
 
 A safetensors file with the tensors `coefficients [n, total_rank]` fp32 or fp16, `id_lengths [n]` and
-`id_bytes [sum of the lengths]` uint8, in this order. Threads read, hash and check its pieces, and
+`id_bytes [sum of the lengths]` uint8, and for those k customers who have thresholds `threshold_rows [k]` int64 and
+`thresholds [k, labels]` fp64, in this order. Threads read, hash and check its pieces, and
 bring them into the form of the table; one after the other they are copied there. The digest in its
 metadata covers every byte, and nothing goes live before it was found right.
 """
@@ -29,8 +30,10 @@ from qrlora_deploy.runtime.customers.packed_header import (
     read_header,
     tail_pieces,
 )
+from qrlora_deploy.runtime.customers.packed_tail import PackedTail
 from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
-from qrlora_deploy.runtime.table.id_index import IdIndex
+from qrlora_deploy.runtime.sessions.versions import Version
+from qrlora_deploy.tasks.answering import Answering
 
 MOST_THREADS = 8
 """Reading, hashing and checking: so many keep up with what one thread can copy to a GPU."""
@@ -74,12 +77,18 @@ def load_packed(session: SwitchableSession, path: str | os.PathLike[str], progre
             header, expected, start = read_header(file, path)
             _check_bundle(header, path, session.manifest)
             source = _Source(file, path, header, start)
-            tail = bytearray(header.customers + header.id_bytes)
-            source.read(start + header.customers * header.row_bytes, memoryview(tail))
+            tail = PackedTail(bytearray(header.tail_bytes), header, path)
+            source.read(start + header.customers * header.row_bytes, memoryview(tail.content))
             # A second or two for ten million, beside the reading of their coefficients.
-            index = ids.submit(_index_of, tail, header.customers, path)
-            blocks = _blocks(session, source, tail, expected, progress)
-            session.table.publish_bulk(header.customers, blocks, index.result)
+            index = ids.submit(tail.ids)
+            blocks = _blocks(session, source, tail.content, expected, progress)
+            labels = session.manifest.labels
+
+            def notes() -> dict[int, Version | None]:
+                found = tail.thresholds().items()
+                return {row: session.versions.without_digest(Answering(labels, values)) for row, values in found}
+
+            session.table.publish_bulk(header.customers, blocks, index.result, notes=notes)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     return header.customers
@@ -95,14 +104,6 @@ def _check_bundle(header: PackedHeader, path: Path, manifest: Manifest) -> None:
             )
     if stored != expected or header.total_rank != manifest.total_rank:
         raise MismatchError(f"{path} has another task, other labels or another number of coefficients than the bundle")
-
-
-def _index_of(tail: bytearray, count: int, path: Path) -> IdIndex:
-    """The ids, from their lengths and their text."""
-    try:
-        return IdIndex(np.frombuffer(tail, dtype=np.uint8, count=count), bytes(memoryview(tail)[count:]))
-    except InputError as error:
-        raise FileFormatError(f"{path}: {error}") from error
 
 
 @dataclass(frozen=True)

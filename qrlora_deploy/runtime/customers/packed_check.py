@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qrlora_deploy.errors import FileFormatError, InputError
+from qrlora_deploy.errors import FileFormatError
 from qrlora_deploy.io.reading import readable
 from qrlora_deploy.runtime.customers.packed_header import (
     STORED_DTYPES,
@@ -14,7 +14,7 @@ from qrlora_deploy.runtime.customers.packed_header import (
     read_header,
     tail_pieces,
 )
-from qrlora_deploy.runtime.table.id_index import IdIndex
+from qrlora_deploy.runtime.customers.packed_tail import PackedTail
 
 
 def check_packed(path: Path) -> PackedHeader:
@@ -39,18 +39,15 @@ def check_packed(path: Path) -> PackedHeader:
             digests.append(digest_piece(piece.data))
             if not np.isfinite(piece).all():
                 raise FileFormatError(f"{path} holds NaN or Inf")
-        tail = bytearray(header.customers + header.id_bytes)
-        read_exactly(file, start + header.customers * header.row_bytes, memoryview(tail), path)
-    digests += [digest_piece(piece) for piece in tail_pieces(memoryview(tail))]
+        tail = PackedTail(bytearray(header.tail_bytes), header, path)
+        read_exactly(file, start + header.customers * header.row_bytes, memoryview(tail.content), path)
+    digests += [digest_piece(piece) for piece in tail_pieces(memoryview(tail.content))]
     if header.seal(digests) != expected:
         raise FileFormatError(f"{path} was changed after it was written: its content digest does not fit")
-    _check_ids(tail, header, path)
+    _check_tail(tail)
     return header
 
 
-def _check_ids(tail: bytearray, header: PackedHeader, path: Path) -> None:
-    lengths = np.frombuffer(tail, dtype=np.uint8, count=header.customers)
-    try:
-        IdIndex(lengths, bytes(memoryview(tail)[header.customers :]))
-    except InputError as error:
-        raise FileFormatError(f"{path}: {error}") from error
+def _check_tail(tail: PackedTail) -> None:
+    tail.ids()
+    tail.thresholds()

@@ -1,7 +1,7 @@
 """The head of a packed file: what it is for and its sizes, with one way only to write them; and its digest.
 
 The digest covers pieces: of so many rows of coefficients as fill `PIECE_BYTES`, and then of that many
-bytes of ids. Each has a SHA-256 of its own, so that they can be read and hashed beside one another;
+bytes of what follows. Each has a SHA-256 of its own, so that they can be read and hashed beside one another;
 the file's is that of theirs, one after the other, and of the header without it.
 """
 
@@ -27,7 +27,10 @@ from qrlora_deploy.io.versions import Versions
 from qrlora_deploy.runtime.bundle.bundle import Manifest
 
 FORMAT = "qrlora-packed"
-VERSIONS = Versions(2, remedy="pack it again")
+VERSIONS = Versions(3, {2: dict}, remedy="pack it again")
+"""Version 2 has no thresholds; its record is the same."""
+
+FIRST_WITH_THRESHOLDS = 3
 
 PIECE_BYTES = 4 * 2**20
 
@@ -35,6 +38,9 @@ STORED_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dty
 """What the coefficients may be in the file, by safetensors' names."""
 
 HEADER_STEP = 4096
+THRESHOLD_BYTES = 8
+"""Of a threshold, and of the number of a customer who has some."""
+
 NO_DIGEST = "0" * 64
 WIDEST = 10**15
 """A number of customers and bytes that never occurs: room is left in the header for its digits."""
@@ -55,6 +61,8 @@ class _Stored(Record):
     coefficients: _Tensor
     id_lengths: _Tensor
     id_bytes: _Tensor
+    threshold_rows: _Tensor | None = None
+    thresholds: _Tensor | None = None
 
 
 class _Metadata(BaseModel):
@@ -73,6 +81,7 @@ class PackedHeader:
 
     Attributes:
         stored: dtype of the coefficients, a key of `STORED_DTYPES`.
+        tuned: customers with thresholds.
     """
 
     metadata: dict[str, Any]
@@ -80,6 +89,18 @@ class PackedHeader:
     total_rank: int
     id_bytes: int
     stored: str = "F32"
+    tuned: int = 0
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the outputs of all customers."""
+        found: list[str] = self.metadata["labels"]
+        return found
+
+    @property
+    def tail_bytes(self) -> int:
+        """Of everything behind the coefficients."""
+        return self.customers + self.id_bytes + self.tuned * (1 + len(self.labels)) * THRESHOLD_BYTES
 
     @property
     def row_bytes(self) -> int:
@@ -94,25 +115,33 @@ class PackedHeader:
     @property
     def size_bytes(self) -> int:
         """Of the whole file."""
-        return len(self.to_bytes(NO_DIGEST)) + self.customers * (self.row_bytes + 1) + self.id_bytes
+        return len(self.to_bytes(NO_DIGEST)) + self.customers * self.row_bytes + self.tail_bytes
 
     def to_bytes(self, digest: str) -> bytes:
         """The file up to its tensors: the length, JSON, and spaces up to a size that `customers` does not change."""
-        room = len(self._json(NO_DIGEST, WIDEST, WIDEST))
+        room = len(self._json(NO_DIGEST, WIDEST, WIDEST, WIDEST))
         size = -(-(8 + room) // HEADER_STEP) * HEADER_STEP - 8
-        text = self._json(digest, self.customers, self.id_bytes)
+        text = self._json(digest, self.customers, self.id_bytes, self.tuned)
         return struct.pack("<Q", size) + text.ljust(size)
 
-    def _json(self, digest: str, customers: int, id_bytes: int) -> bytes:
+    def _json(self, digest: str, customers: int, id_bytes: int, tuned: int) -> bytes:
         record = self.metadata | {"content_digest": digest}
         first = customers * self.row_bytes
         second = first + customers
+        third = second + id_bytes
         header = {
             "__metadata__": {METADATA_KEY: json.dumps(record, sort_keys=True, separators=(",", ":"))},
             "coefficients": {"dtype": self.stored, "shape": [customers, self.total_rank], "data_offsets": [0, first]},
             "id_lengths": {"dtype": "U8", "shape": [customers], "data_offsets": [first, second]},
-            "id_bytes": {"dtype": "U8", "shape": [id_bytes], "data_offsets": [second, second + id_bytes]},
+            "id_bytes": {"dtype": "U8", "shape": [id_bytes], "data_offsets": [second, third]},
         }
+        if self.metadata["format_version"] >= FIRST_WITH_THRESHOLDS:
+            fourth, labels = third + tuned * THRESHOLD_BYTES, len(self.labels)
+            end = fourth + tuned * labels * THRESHOLD_BYTES
+            header |= {
+                "threshold_rows": {"dtype": "I64", "shape": [tuned], "data_offsets": [third, fourth]},
+                "thresholds": {"dtype": "F64", "shape": [tuned, labels], "data_offsets": [fourth, end]},
+            }
         return json.dumps(header, separators=(",", ":")).encode()
 
     def seal(self, pieces: Iterable[bytes]) -> str:
@@ -165,7 +194,7 @@ def read_header(file: io.FileIO, path: Path) -> tuple[PackedHeader, str, int]:
     VERSIONS.check(path, metadata.get("format_version"))
     digest = from_value(_Metadata, metadata, wrong).content_digest
     del metadata["content_digest"]
-    header = PackedHeader(metadata, *_sizes(stored, wrong), stored.coefficients.dtype)
+    header = PackedHeader(metadata, *_sizes(stored, wrong), stored.coefficients.dtype, _tuned(stored, wrong))
     if header.stored not in STORED_DTYPES:
         raise FileFormatError(f"{path} holds coefficients in {header.stored!r:.20}, not {' or '.join(STORED_DTYPES)}")
     # The one way to write this header: so no byte of it can change unnoticed.
@@ -196,8 +225,16 @@ def _sizes(stored: _Stored, wrong: str) -> tuple[int, int, int]:
     return sizes[0], sizes[1], sizes[2]
 
 
+def _tuned(stored: _Stored, wrong: str) -> int:
+    """Customers with thresholds."""
+    shape = stored.threshold_rows.shape if stored.threshold_rows is not None else [0]
+    if len(shape) != 1 or not 0 <= shape[0] < WIDEST:
+        raise FileFormatError(f"{wrong}: its tensors have other shapes")
+    return shape[0]
+
+
 def tail_pieces(tail: memoryview) -> list[memoryview]:
-    """The pieces of the ids: their lengths and their text."""
+    """The pieces of what is behind the coefficients."""
     return [tail[start : start + PIECE_BYTES] for start in range(0, len(tail), PIECE_BYTES)]
 
 

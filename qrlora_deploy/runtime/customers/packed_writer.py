@@ -1,7 +1,7 @@
 """Writing a packed file: from files of customers one by one, or from arrays of them block by block."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
@@ -23,6 +23,7 @@ from qrlora_deploy.runtime.customers.packed_header import (
     metadata_of,
     tail_pieces,
 )
+from qrlora_deploy.runtime.customers.packed_tail import threshold_bytes
 from qrlora_deploy.runtime.table.id_index import IdIndex, encode_ids
 
 Progress = Callable[[str, int, int], None]
@@ -60,6 +61,7 @@ def write_packed(
             occurs twice or holds a number that fp16 cannot; it is named.
     """
     total, items = _items_of(source)
+    thresholds: dict[int, tuple[float, ...]] = {}
 
     def rows() -> Iterator[tuple[Sequence[str], np.ndarray]]:
         chosen: dict[str, np.ndarray] = {}
@@ -69,6 +71,8 @@ def write_packed(
             if name in chosen:
                 raise InputError(f"the customer {name} occurs twice")
             chosen[name] = coefficients.values
+            if coefficients.thresholds:
+                thresholds[number - 1] = coefficients.thresholds
             if len(chosen) == TOGETHER:
                 yield list(chosen), np.stack(list(chosen.values()))
                 chosen = {}
@@ -78,7 +82,7 @@ def write_packed(
             yield list(chosen), np.stack(list(chosen.values()))
 
     try:
-        return write_packed_blocks(rows(), path, manifest, dtype)
+        return write_packed_blocks(rows(), path, manifest, dtype, thresholds)
     except EmptyError as error:
         raise InputError(f"{error}{f' in {source}' if isinstance(source, Path) else ''}") from None
 
@@ -88,11 +92,13 @@ def write_packed_blocks(
     path: Path,
     manifest: Manifest,
     dtype: str | None = None,
+    thresholds: Mapping[int, Sequence[float]] | None = None,
 ) -> int:
     """As `write_packed`, from blocks of ids and their coefficients `[n, total_rank]`, fp32 or fp16.
 
     Ids are fastest as an array of bytes (`numpy.bytes_`). All customers have the bundle's task and
-    labels; that they were trained on its base and basis is for the caller to know.
+    labels; that they were trained on its base and basis is for the caller to know. `thresholds` are those of
+    multi-label customers who have some, by their row, rising; they are read after the last block.
 
     Raises:
         InputError: there is no customer, an id is none or occurs twice, or numbers have another
@@ -121,11 +127,12 @@ def write_packed_blocks(
         # Once more at the end: only now all ids are there, to see that none occurs twice.
         customers = len(IdIndex(*index))
         digests = rows.finish()
-        tail = index[0].tobytes() + index[1]
+        tuned = thresholds or {}
+        tail = index[0].tobytes() + index[1] + threshold_bytes(tuned)
         digests += pool.map(digest_piece, tail_pieces(memoryview(tail)))
         _write_all(file, tail)
         file.seek(0)
-        header = PackedHeader(header.metadata, customers, header.total_rank, len(index[1]), stored)
+        header = PackedHeader(header.metadata, customers, header.total_rank, len(index[1]), stored, len(tuned))
         file.write(header.to_bytes(header.seal(digests)))
     return customers
 

@@ -1,6 +1,6 @@
-"""Text in, labels out, from a bundle alone."""
+"""Text in, labels or embeddings out, from a bundle alone."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,10 @@ from qrlora_deploy.runtime.sessions.bucket_runner import make_runner
 from qrlora_deploy.runtime.sessions.buckets import Buckets
 from qrlora_deploy.runtime.sessions.session import open_session
 from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
+from qrlora_deploy.tasks.answering import Answering
+from qrlora_deploy.tasks.base import Span
 from qrlora_deploy.tasks.registry import task_named
+from qrlora_deploy.tokenization.words import NO_TOKEN, LocatedWords
 
 
 @dataclass(frozen=True)
@@ -21,16 +24,20 @@ class Prediction:
     """The answer for one text.
 
     Attributes:
-        label: the name of the most likely output; of a regression the name of its only one.
+        label: the name of the most likely output; of a regression the name of its only one; of tagged words that of the
+            surest span.
         score: its probability; of a regression the value itself.
-        logits: what the model gave, one per label of the customer.
-        labels: the names of all outputs that apply.
+        logits: what the model gave, one per label of the customer; of tagged words so many for each word, none for one
+            that was cut off.
+        labels: the names of all outputs that apply; of tagged words the tag of each.
+        spans: what was found in the text, where words are tagged.
     """
 
     label: str
     score: float
-    logits: tuple[float, ...]
+    logits: tuple[float, ...] | tuple[tuple[float, ...], ...]
     labels: tuple[str, ...] = ()
+    spans: tuple[Span, ...] = ()
 
 
 class Predictor:
@@ -92,7 +99,7 @@ class Predictor:
 
         Args:
             texts: the texts, or the first ones of the pairs.
-            pairs: the second texts, one per text.
+            pairs: the second texts, one per text; a task such as text-ranking needs them.
             batch_size: rows per run. Texts of similar length share a batch, so little is padded.
             customers: of a switchable bundle, one per text, None being the base; all base if None.
 
@@ -102,38 +109,91 @@ class Predictor:
                 see `TextEncoder.encode`.
             QrloraError: the model fails.
         """
+        if not self.task.has_labels:
+            raise MalformedInputError(f"{self.bundle.folder} answers with embeddings, not labels; call embed()")
         texts = as_texts(texts, "texts")
         pairs = None if pairs is None else as_texts(pairs, "pairs")
+        if self.task.needs_pairs and pairs is None:
+            raise MalformedInputError(f"a bundle for {self.task.name} scores pairs of texts; give the second texts too")
+        if pairs is not None and self.task.answers_words:
+            raise MalformedInputError(f"a {self.task.name} tags the words of one text and takes no pairs")
+        rows = self._rows(texts, pairs, batch_size, customers)
+        found = {row: self._prediction(logits, labels, words) for row, logits, labels, words in rows}
+        return [found[index] for index in range(len(texts))]
+
+    def embed(
+        self, texts: Iterable[str], batch_size: int = 32, customers: Iterable[str | None] | None = None
+    ) -> np.ndarray:
+        """The embedding of every text, in the order given.
+
+        Args:
+            texts: as in `predict`.
+            batch_size: as in `predict`.
+            customers: as in `predict`.
+
+        Returns:
+            `[n, width]` fp32, of length 1 where the base's are.
+
+        Raises:
+            InputError: as `predict`; or the bundle answers with labels.
+            QrloraError: the model fails.
+        """
+        if self.task.has_labels:
+            raise MalformedInputError(f"{self.bundle.folder} answers with labels, not embeddings; call predict()")
+        texts = as_texts(texts, "texts")
+        found = np.empty((len(texts), self.bundle.manifest.width), dtype=np.float32)
+        for row, embedding, *_ in self._rows(texts, None, batch_size, customers):
+            found[row] = embedding
+        return found
+
+    def _rows(
+        self,
+        texts: Sequence[str],
+        pairs: Sequence[str] | None,
+        batch_size: int,
+        customers: Iterable[str | None] | None,
+    ) -> Iterator[tuple[int, np.ndarray, Answering, LocatedWords | None]]:
+        """The number of each text, what the model gave, how that is answered, and its words where these are;
+        rows of similar length together."""
         owners = [None] * len(texts) if customers is None else _owners(customers)
         if len(owners) != len(texts):
             raise MalformedInputError(f"there are {len(texts)} texts but {len(owners)} customers")
         # All of them before the first runs, and before their lengths are compared.
         check_texts(texts, range(len(texts)), "text")
         check_texts(pairs or (), range(len(texts)), "pair")
-        found: dict[int, Prediction] = {}
         for rows in batches(texts, pairs, batch_size):
-            seconds = [pairs[row] for row in rows] if pairs is not None else None
-            inputs = self.encoder.encode([texts[row] for row in rows], seconds, rows)
-            logits, labels = self._answer(inputs, [owners[row] for row in rows])
-            found.update((row, self._prediction(*answer)) for row, *answer in zip(rows, logits, labels, strict=True))
-        return [found[index] for index in range(len(texts))]
+            firsts = [texts[row] for row in rows]
+            words: Sequence[LocatedWords | None] = [None] * len(rows)
+            if self.task.answers_words:
+                inputs, words = self.encoder.encode_words(firsts, rows)
+            else:
+                inputs = self.encoder.encode(firsts, None if pairs is None else [pairs[row] for row in rows], rows)
+            yield from zip(rows, *self._answer(inputs, [owners[row] for row in rows]), words, strict=True)
 
     def _answer(
         self, inputs: dict[str, np.ndarray], owners: Sequence[str | None]
-    ) -> tuple[np.ndarray, Sequence[tuple[str, ...]]]:
+    ) -> tuple[np.ndarray, Sequence[Answering]]:
         if self.switchable is not None:
-            return self.switchable.predict(inputs, owners)
+            return self.switchable.run(inputs, owners)
         if any(owner is not None for owner in owners):
             raise UnknownCustomerError(
                 f"{self.bundle.folder} is a merged bundle: it holds one customer, who has no name in it"
             )
-        return self._merged.run(inputs), [self.bundle.manifest.labels] * len(owners)
+        return self._merged.run(inputs), [self.bundle.manifest.answering] * len(owners)
 
-    def _prediction(self, logits: np.ndarray, labels: tuple[str, ...]) -> Prediction:
-        # Behind its own labels a customer has -inf.
-        own = logits[: len(labels)]
-        answer = self.task.answer(own, labels)
-        return Prediction(answer.label, answer.score, tuple(float(value) for value in own), answer.labels)
+    def _prediction(self, logits: np.ndarray, answering: Answering, words: LocatedWords | None) -> Prediction:
+        answer = answering.answer(self.task, logits, words)
+        own = answering.own(logits)
+        shown = _floats(own) if words is None else _of_words(own, words)
+        return Prediction(answer.label, answer.score, shown, answer.labels, answer.spans)
+
+
+def _of_words(logits: np.ndarray, words: LocatedWords) -> tuple[tuple[float, ...], ...]:
+    return tuple(() if token == NO_TOKEN else _floats(logits[token]) for token in words.tokens)
+
+
+def _floats(logits: np.ndarray) -> tuple[float, ...]:
+    return tuple(float(value) for value in logits.reshape(-1))
 
 
 def _check_session(bundle: Bundle, session: SwitchableSession, options: Mapping[str, object]) -> None:

@@ -10,6 +10,7 @@ from qrlora_deploy.errors import FileFormatError, InputError, MalformedInputErro
 from qrlora_deploy.runtime.bundle.bundle import TOKENIZER_FILE, Bundle
 from qrlora_deploy.runtime.bundle.sealed_facts import CONFIG_FILE, read_config_facts
 from qrlora_deploy.tokenization.text_cut import TextCutter
+from qrlora_deploy.tokenization.words import LocatedWords, Place, locate, moved, shift_of, words_of
 
 TEXT_INPUTS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 """Inputs of a graph, and the attribute of an encoding that each comes from."""
@@ -70,7 +71,39 @@ class TextEncoder:
         check_texts(texts, numbers, "text")
         check_texts(pairs or (), numbers, "pair")
         texts, pairs = self._cutter.cut(texts, pairs, numbers)
-        batch: list[Any] = texts if pairs is None else list(zip(texts, pairs, strict=True))
+        return self._inputs(texts if pairs is None else list(zip(texts, pairs, strict=True)), numbers)[0]
+
+    def encode_words(
+        self,
+        texts: Sequence[str],
+        numbers: Sequence[int] | None = None,
+        words: Sequence[Sequence[Place]] | None = None,
+    ) -> tuple[dict[str, np.ndarray], list[LocatedWords]]:
+        """As `encode`, and the words of each text by its tokens.
+
+        Args:
+            texts: one or more.
+            numbers: of the texts, for messages; from 0 on if None.
+            words: the places of their words; `words_of` as much of each text as can be read if None.
+
+        Raises:
+            InputError: as `encode`.
+        """
+        numbers = range(len(texts)) if numbers is None else numbers
+        check_texts(texts, numbers, "text")
+        cut, _ = self._cutter.cut(texts, None, numbers)
+        shifts = [shift_of(text, part) for text, part in zip(texts, cut, strict=True)]
+        # A text out of whose middle something was taken has its tokens elsewhere; it is read whole.
+        read = [text if shift is None else part for text, part, shift in zip(texts, cut, shifts, strict=True)]
+        inputs, encodings = self._inputs(read, numbers)
+        located = []
+        for row, (text, shift, encoding) in enumerate(zip(texts, shifts, encodings, strict=True)):
+            places = moved(words_of(read[row]), shift or 0) if words is None else words[row]
+            located.append(locate(text, places, moved(encoding.offsets, shift or 0)))
+        return inputs, located
+
+    def _inputs(self, batch: list[Any], numbers: Sequence[int]) -> tuple[dict[str, np.ndarray], list[Any]]:
+        """The inputs of texts or pairs that were checked and cut, and their encodings."""
         encodings = self.tokenizer.encode_batch(batch)
         inputs = {
             name: np.array([getattr(encoding, TEXT_INPUTS[name]) for encoding in encodings], dtype=np.int64)
@@ -80,7 +113,7 @@ class TextEncoder:
             # An id without a row would fail the whole batch, in the runtime's own words.
             if rows is not None and name in inputs and inputs[name].max(initial=0) >= rows:
                 _check_rows(encodings, numbers, name, rows)
-        return inputs
+        return inputs, encodings
 
 
 def _check_rows(encodings: Sequence[Any], numbers: Sequence[int], name: str, rows: int) -> None:

@@ -13,7 +13,6 @@ from qrlora_deploy.runtime.bundle.row_layout import SLOT
 from qrlora_deploy.runtime.host.devices import Device
 from qrlora_deploy.runtime.sessions.buckets import Buckets, filling, pad_into
 from qrlora_deploy.runtime.sessions.running import (
-    LOGITS,
     Inputs,
     PlainRunner,
     Runner,
@@ -26,6 +25,9 @@ from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX, kept_tokens,
 from qrlora_deploy.runtime.sessions.worker import Worker
 from qrlora_deploy.runtime.table.cuda import DEVICE_TO_HOST, HOST_TO_DEVICE, CudaBuffer, pinned_bytes
 from qrlora_deploy.runtime.table.memory import TableMemory
+
+LOGITS = "logits"
+"""What the answers are called here, whatever the graph's output is."""
 
 ALIGNMENT = 256
 """Of every input in a bucket's buffer, in bytes: what CUDA's own allocations have."""
@@ -57,7 +59,7 @@ class BucketRunner:
         self.buckets = buckets
         self._session, self._gpu, self._tables = session, gpu, tables
         self._names = text_inputs(manifest)
-        self._outputs = int(manifest.outputs[0].shape[1])
+        self._answer, self._answer_name = manifest.outputs[0].shape, manifest.outputs[0].name
         self._fill, self._plain = filling(manifest), PlainRunner(session, self._names, tables)
         self._padding_free = is_padding_free(session)
         self._bound: dict[tuple[int, int, int], _Bound] = {}
@@ -90,7 +92,8 @@ class BucketRunner:
         bound.buffers.upload()
         run_bound(self._session, bound.binding, bound.options)
         bound.buffers.download()
-        return bound.logits[:batch].copy()
+        answer = bound.logits[:batch]
+        return (answer if answer.ndim < 3 else answer[:, :length]).copy()
 
     def _kept(self, shape: tuple[int, int], inputs: Inputs) -> np.ndarray:
         """The tokens of a batch in its bucket, of whose further rows each has one."""
@@ -114,17 +117,18 @@ class BucketRunner:
             shapes[TOKEN_INDEX] = (tokens,)
         if memory is not None:
             shapes[SLOT] = (batch,)
-        places, size_bytes = _places(shapes, (batch, self._outputs))
+        sizes = {"batch": batch, "sequence": length}
+        answer = tuple(axis if isinstance(axis, int) else sizes[axis] for axis in self._answer)
+        places, size_bytes = _places(shapes, answer)
         start = places[LOGITS].start
         buffers = _HostBuffers(size_bytes) if self._gpu is None else _CudaBuffers(size_bytes, start, self._gpu)
         binding = self._session.io_binding()
         arrays = {name: buffers.host[place].view(_dtype(name)) for name, place in places.items()}
-        for name, its_shape in {**shapes, LOGITS: (batch, self._outputs)}.items():
+        for name, its_shape in {**shapes, LOGITS: answer}.items():
             arrays[name] = arrays[name].reshape(its_shape)
             bind = binding.bind_output if name == LOGITS else binding.bind_input
-            bind(
-                name, buffers.device_type, self._gpu or 0, _dtype(name), its_shape, buffers.pointer + places[name].start
-            )
+            known, pointer = self._answer_name if name == LOGITS else name, buffers.pointer + places[name].start
+            bind(known, buffers.device_type, self._gpu or 0, _dtype(name), its_shape, pointer)
         if memory is not None:
             memory.bind(binding)
         self._graphs += 1
@@ -204,7 +208,7 @@ class _CudaBuffers:
         self._buffer.copies.copy(host, place, self._logits_bytes, DEVICE_TO_HOST)
 
 
-def _places(inputs: Mapping[str, tuple[int, ...]], logits: tuple[int, int]) -> tuple[dict[str, slice], int]:
+def _places(inputs: Mapping[str, tuple[int, ...]], logits: tuple[int, ...]) -> tuple[dict[str, slice], int]:
     """Where each array lies in a buffer, the logits last, and the size of the buffer in bytes."""
     places, start = {}, 0
     for name, shape in {**inputs, LOGITS: logits}.items():

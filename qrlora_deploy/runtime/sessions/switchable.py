@@ -31,11 +31,13 @@ from qrlora_deploy.runtime.host.devices import Device
 from qrlora_deploy.runtime.host.forking import survive_forks
 from qrlora_deploy.runtime.sessions.bucket_runner import make_runner
 from qrlora_deploy.runtime.sessions.buckets import Buckets
+from qrlora_deploy.runtime.sessions.input_checks import check_inputs
 from qrlora_deploy.runtime.sessions.running import text_inputs
 from qrlora_deploy.runtime.sessions.session import open_session
 from qrlora_deploy.runtime.sessions.versions import Version, Versions
 from qrlora_deploy.runtime.table.memory import make_memory
 from qrlora_deploy.runtime.table.table import BASE_ROW, CoefficientTable, rows_of
+from qrlora_deploy.tasks.answering import Answering
 
 FETCH_ATTEMPTS = 8
 """Rounds of fetching customers for one batch, while others push them out of a full table again."""
@@ -88,7 +90,7 @@ class SwitchableSession:
         self.buckets = buckets
         self.layout = TableLayout([target.rank for target in manifest.targets], manifest.table_dtype)
         self.fetch: Callable[[str], Coefficients | None] | None = None
-        self._versions = Versions(manifest.labels)
+        self.versions = Versions(manifest.answering)
         self._on_gpu = Device.of(provider).on_gpu
         self.session = open_session(bundle.model, provider, threads, cuda_graph=buckets is not None)
         check_graph(self.session, bundle)
@@ -97,9 +99,7 @@ class SwitchableSession:
         widths = {TABLE: self.layout.width} | ({HEAD_TABLE: self.head.width} if self.head else {})
         self.base_head = _read_base_head(bundle, self.head) if self.head else None
         dtypes = {TABLE: self.layout.dtype}
-        self.table = CoefficientTable(
-            lambda count: make_memory(widths, count, provider, dtypes), rows, max_rows, self._versions.base
-        )
+        self.table = CoefficientTable(lambda count: make_memory(widths, count, provider, dtypes), rows, max_rows)
         nobody = {TABLE: np.zeros(self.layout.width, dtype=self.layout.dtype)}
         self.table.memory.write(BASE_ROW, nobody | ({} if self.base_head is None else {HEAD_TABLE: self.base_head}))
         self._runner = make_runner(self.session, manifest, provider, buckets, lambda: self.table.memory)
@@ -127,7 +127,7 @@ class SwitchableSession:
             raise MalformedInputError(f"a customer is called by a text that is not empty, not {customer!r:.40}")
         coefficients = source if isinstance(source, Coefficients) else read_customer_file(Path(source))
         place = f"{customer}" if isinstance(source, Coefficients) else f"{source}"
-        self.table.publish(customer, self._fitting_row(coefficients, place), self._versions.of(coefficients))
+        self.table.publish(customer, self._fitting_row(coefficients, place), self.versions.of(coefficients))
 
     def check(self, coefficients: Coefficients, place: str) -> None:
         """Make sure that `load` would take a customer; nothing is changed.
@@ -142,7 +142,7 @@ class SwitchableSession:
         self._fitting_row(coefficients, place)
 
     def holds(self, customer: str, coefficients: Coefficients) -> bool:
-        """Whether `customer` is in the table with exactly these coefficients, head and labels.
+        """Whether `customer` is in the table with exactly these coefficients, head, labels and thresholds.
 
         Raises:
             InputError: they fit another bundle, as for `load`.
@@ -150,9 +150,10 @@ class SwitchableSession:
         if customer not in self.table:
             return False
         self._check_usable()
-        row, version = self._fitting_row(coefficients, customer), self._versions.of(coefficients)
+        row, version = self._fitting_row(coefficients, customer), self.versions.of(coefficients)
         # Of what came from a packed file no digest is known.
-        return any(self.table.holds(customer, row, note) for note in (version, Version(version.labels)))
+        notes = (version, self.versions.without_digest(version.answering))
+        return any(self.table.holds(customer, row, note) for note in notes)
 
     def unload(self, customer: str) -> bool:
         """Forget a customer; runs that hold it end undisturbed. False where there is none."""
@@ -165,6 +166,11 @@ class SwitchableSession:
     def predict(
         self, inputs: dict[str, np.ndarray], customers: Sequence[str | None]
     ) -> tuple[np.ndarray, list[tuple[str, ...]]]:
+        """The logits of a batch, each row for its customer, and the labels of each row; `run` also says more of it."""
+        logits, versions = self.answer(inputs, customers)
+        return logits, [version.answering.labels for version in versions]
+
+    def run(self, inputs: dict[str, np.ndarray], customers: Sequence[str | None]) -> tuple[np.ndarray, list[Answering]]:
         """Answer a batch, each row for its customer.
 
         Args:
@@ -172,8 +178,8 @@ class SwitchableSession:
             customers: one per row; None is the base.
 
         Returns:
-            Logits `[batch, outputs]` fp32, and the labels of each row: a customer with fewer labels
-            than outputs has -inf behind them.
+            Logits `[batch, outputs]` or `[batch, length, outputs]` fp32, and how those of each row become an answer: a
+            customer with fewer labels than outputs has -inf behind them.
 
         Raises:
             MalformedInputError: inputs are missing, no int64 arrays `[rows, length]`, or negative.
@@ -181,22 +187,22 @@ class SwitchableSession:
             QrloraError: the model fails, or this is a forked child of the session's process, on a GPU.
         """
         logits, versions = self.answer(inputs, customers)
-        return logits, [version.labels for version in versions]
+        return logits, [version.answering for version in versions]
 
     def answer(
         self, inputs: dict[str, np.ndarray], customers: Sequence[str | None]
     ) -> tuple[np.ndarray, list[Version]]:
-        """As `predict`, with the version of its customer that answered each row."""
+        """As `run`, with the version of its customer that answered each row."""
         self._check_usable()
         if isinstance(customers, (str, bytes)) or not isinstance(customers, Sequence):
             raise MalformedInputError(f"customers must be a list with one for each row, not {type(customers).__name__}")
-        self._check_inputs(inputs, len(customers))
+        check_inputs(inputs, self._text_inputs, len(customers))
         held: dict[str | None, int] = {}
         try:
             self._hold(customers, held)
             slot = rows_of(customers, held)
             logits = self._runner.run(inputs, slot)
-            versions = [self.table.note_of(row) for row in slot.tolist()]
+            versions = [self.table.note_of(row) or self.versions.base for row in slot.tolist()]
         finally:
             self.table.release(held.values())
         return logits, versions
@@ -243,24 +249,6 @@ class SwitchableSession:
         if self._lost:
             raise NotReadyError("a session on a GPU cannot be used in a forked process; open it after the fork")
 
-    def _check_inputs(self, inputs: dict[str, np.ndarray], rows: int) -> None:
-        missing = [name for name in self._text_inputs if name not in inputs]
-        if missing:
-            raise MalformedInputError(f"the inputs lack {', '.join(missing)}")
-        for name in self._text_inputs:
-            _check_array(name, inputs[name])
-        shapes = {inputs[name].shape for name in self._text_inputs}
-        if len(shapes) != 1 or len(next(iter(shapes))) != 2 or next(iter(shapes))[0] != rows:
-            raise MalformedInputError(
-                f"{rows} customers need inputs of one shape [{rows}, length], not {sorted(shapes)}"
-            )
-        if 0 in next(iter(shapes)):
-            raise MalformedInputError("there is nothing to answer: the inputs are empty")
-        for name in self._text_inputs:
-            # The graph takes them for rows from the end of its table, without an error.
-            if inputs[name].min() < 0:
-                raise MalformedInputError(f"the input {name} has a negative number")
-
     def _fitting_row(self, coefficients: Coefficients, place: str) -> dict[str, np.ndarray]:
         """The row of a customer, which may not fit at all."""
         check_customer_fits(coefficients, self.manifest, place)
@@ -294,12 +282,6 @@ class SwitchableSession:
         if len(weight) != labels:
             raise InputError(f"{place} has {labels} labels but a head for {len(weight)}")
         return row
-
-
-def _check_array(name: str, array: object) -> None:
-    if not isinstance(array, np.ndarray) or array.dtype != np.int64:
-        found = f"an array of {array.dtype}" if isinstance(array, np.ndarray) else f"a {type(array).__name__}"
-        raise MalformedInputError(f"the input {name} must be an array of int64, not {found}")
 
 
 def _read_base_head(bundle: Bundle, head: HeadLayout) -> np.ndarray:

@@ -14,18 +14,17 @@ class RowUse:
 
     Args:
         free: gets the rows that nobody has any more.
-        nothing: the note of rows that were given none.
 
     Attributes:
         holders: runs by row; rows that no run holds are not in it.
         retired: rows without a customer that some run still holds.
     """
 
-    def __init__(self, free: FreeRows, nothing: Any = None) -> None:
+    def __init__(self, free: FreeRows) -> None:
         self.holders: dict[int, int] = {}
         self.retired: set[int] = set()
         self._notes: dict[int, Any] = {}
-        self._free, self._nothing = free, nothing
+        self._free = free
 
     def hold(self, row: int) -> None:
         """One more run reads the row."""
@@ -54,8 +53,8 @@ class RowUse:
         self._notes.update(dict.fromkeys(rows, note))
 
     def note_of(self, row: int) -> Any:
-        """What goes with the version in a row."""
-        return self._notes.get(row, self._nothing)
+        """What goes with the version in a row; None where nothing does."""
+        return self._notes.get(row)
 
     def forget(self, row: int) -> None:
         """The version in the row has gone, and the row has another customer."""

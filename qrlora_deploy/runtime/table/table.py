@@ -9,7 +9,7 @@ each; one that is published by itself afterwards gets an entry in a dictionary.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,6 @@ class CoefficientTable:
         rows: rows at the start, with the base's.
         max_rows: rows at most; then a customer of a bulk that was never used gives way, or the one
             that was not used for longest. None: no bound.
-        nothing: the note of the base, and of versions that are published without one.
 
     Attributes:
         loads: versions of customers that were published since the start.
@@ -58,9 +57,7 @@ class CoefficientTable:
         QrloraError: the memory does not fit the device.
     """
 
-    def __init__(
-        self, make: Callable[[int], TableMemory], rows: int = 64, max_rows: int | None = None, nothing: Any = None
-    ) -> None:
+    def __init__(self, make: Callable[[int], TableMemory], rows: int = 64, max_rows: int | None = None) -> None:
         if rows < 2 or (max_rows is not None and max_rows < rows):
             raise InputError(f"a table needs at least 2 rows and no more than its bound, not {rows} of {max_rows}")
         if rows > MOST_ROWS:
@@ -76,8 +73,7 @@ class CoefficientTable:
         self._flipping = threading.Lock()
         self._directory = Directory()
         self._free = FreeRows(BASE_ROW + 1, rows)
-        self._use = RowUse(self._free, nothing)
-        self._nothing = nothing
+        self._use = RowUse(self._free)
         survive_forks(self)
 
     def before_fork(self) -> None:
@@ -115,7 +111,7 @@ class CoefficientTable:
         """Whether `customer` has a row with exactly the bytes of `values`, and this note. It does not count as use."""
         with self._lock:
             row = self._directory.find(customer)
-            if row is None or self._use.note_of(row) != (self._nothing if note is None else note):
+            if row is None or self._use.note_of(row) != note:
                 return False
             self._use.hold(row)
             memory = self.memory
@@ -150,7 +146,12 @@ class CoefficientTable:
                 self.loads += 1
 
     def publish_bulk(
-        self, count: int, blocks: Iterable[dict[str, np.ndarray]], index: Callable[[], IdIndex], note: Any = None
+        self,
+        count: int,
+        blocks: Iterable[dict[str, np.ndarray]],
+        index: Callable[[], IdIndex],
+        note: Any = None,
+        notes: Callable[[], Mapping[int, Any]] = dict,
     ) -> None:
         """Publish many customers at once: the table grows once, and blocks of rows are copied whole.
 
@@ -164,6 +165,7 @@ class CoefficientTable:
                 one is asked for.
             index: gives their names, in the order of the rows; called after the last block.
             note: goes with every one of these versions.
+            notes: gives what goes with some of them instead, by the number of their row; called after `index`.
 
         Raises:
             InputError: there are more or fewer rows or names than `count`.
@@ -176,7 +178,7 @@ class CoefficientTable:
             found = index()
             if len(found) != count:
                 raise InputError(f"there are {len(found)} names for {count} customers")
-            bulk = Bulk(found, rows)
+            bulk, own = Bulk(found, rows), notes()
         except BaseException:
             with self._lock:
                 self._free.give_back_many(rows)
@@ -185,6 +187,8 @@ class CoefficientTable:
             with self._lock:
                 if note is not None:
                     self._use.note(rows.tolist(), note)
+                for number, special in own.items():
+                    self._use.note([int(rows[number])], special)
                 older, names = self._directory.add(bulk), self._directory.entries()
                 self.loads += count
             self._supersede(bulk, older, names)
@@ -232,7 +236,7 @@ class CoefficientTable:
             self._use.release(row for row in rows if row != BASE_ROW)
 
     def note_of(self, row: int) -> Any:
-        """What was published with the version in a row that is held."""
+        """What was published with the version in a row that is held; None for the base."""
         return self._use.note_of(row)
 
     def _supersede(self, bulk: Bulk, older: Sequence[Bulk], names: Sequence[str]) -> None:

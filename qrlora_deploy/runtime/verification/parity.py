@@ -10,10 +10,9 @@ from qrlora_deploy.errors import CheckFailed
 from qrlora_deploy.runtime.bundle.bundle import REFERENCE_FILE, Bundle
 from qrlora_deploy.runtime.bundle.row_layout import TABLE
 from qrlora_deploy.runtime.verification.bounds import BOUNDS, Bounds
-from qrlora_deploy.runtime.verification.reference import Case, read_reference, write_reference
+from qrlora_deploy.runtime.verification.reference import Case, read_reference, without_padding, write_reference
 from qrlora_deploy.runtime.verification.running import open_for_check, run_logits
 from qrlora_deploy.tasks.base import Task
-from qrlora_deploy.tasks.registry import task_named
 
 __all__ = [
     "BOUNDS",
@@ -28,6 +27,7 @@ __all__ = [
     "run_logits",
     "shows_customers",
     "verify",
+    "without_padding",
     "write_reference",
 ]
 # Whoever exports or verifies finds all of it here; the parts are in modules of their own.
@@ -43,7 +43,8 @@ class ParityReport:
     Attributes:
         max_abs_error: largest difference of two logits.
         bound: what it may be, for fp32 `1e-4 * max(1, max |logit|)`.
-        label_agreement: mean over the rows of `Task.agreement`: the share of rows with the same label.
+        label_agreement: mean over the rows of `Task.agreement`: the share of rows with the same label,
+            or of tokens with the same tag.
         cases: number of batches.
         rows: number of rows in them.
         worst: the row with the largest difference.
@@ -114,7 +115,7 @@ def check_parity(session: Any, reference: Sequence[Case], task: Task, precision:
     for case in reference:
         found = _run(session, case, case.inputs)
         effects.append(_effect(found, _base_logits(session, case), case))
-        difference = _difference(found, case.logits).max(axis=1)
+        difference = _difference(found, case.logits).reshape(len(found), -1).max(axis=1)
         errors[case.name] = float(difference.max())
         if errors[case.name] > worst[1]:
             worst = (f"row {int(difference.argmax())} of {case.name!r}", errors[case.name])
@@ -122,14 +123,17 @@ def check_parity(session: Any, reference: Sequence[Case], task: Task, precision:
         rows += len(found)
     if not rows:
         raise CheckFailed("there is nothing to compare: the reference holds no cases")
-    bound = bound_of(reference, precision)
+    bound = bound_of(reference, precision, task.least_size)
     # What is as small as errors may be has no direction to compare.
-    effect = _compare_effects(np.concatenate(effects), reference) if shows_customers(reference) else (None, None)
+    shown = shows_customers(reference, task.least_size)
+    effect = _compare_effects(np.concatenate(effects), reference) if shown else (None, None)
     return ParityReport(worst[1], bound, agreed / rows, len(reference), rows, worst[0], errors, precision, *effect)
 
 
-def bound_of(reference: Sequence[Case], precision: str = "fp32") -> float:
+def bound_of(reference: Sequence[Case], precision: str = "fp32", least_size: float = 1.0) -> float:
     """For fp32 `1e-4 * max(1, max |logit|)`, over the labels that a row has; more with an fp16 table.
+
+    The 1 is `least_size`, of `Task`: numbers of an embedding of length 1 are all small, and 0 is put there.
 
     Rounding a customer's coefficients to fp16 moves each by at most 2^-11 of itself, and the logits by
     about as much of the customer's effect; four times that is allowed for where effects cancel.
@@ -137,7 +141,7 @@ def bound_of(reference: Sequence[Case], precision: str = "fp32") -> float:
     largest = max(float(np.abs(case.logits[np.isfinite(case.logits)]).max(initial=0)) for case in reference)
     rounded = any(case.inputs[TABLE].dtype == np.float16 for case in reference if TABLE in case.inputs)
     rounding = 2.0**-9 * customer_effect(reference) if rounded else 0.0
-    return BOUNDS[precision].relative * max(1.0, largest) + rounding
+    return BOUNDS[precision].relative * max(least_size, largest) + rounding
 
 
 def _base_logits(session: Any, case: Case) -> np.ndarray:
@@ -171,7 +175,7 @@ def _compare_effects(found: np.ndarray, reference: Sequence[Case]) -> tuple[floa
 
 
 def _difference(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """`|found - expected|`; labels that a customer does not have are -inf on both sides."""
+    """`|found - expected|`; labels that a customer does not have, and padding, are -inf on both sides."""
     with np.errstate(invalid="ignore"):
         difference = np.where(found == expected, 0.0, np.abs(found - expected))
     # NaN compares false with everything, so it would pass unseen.
@@ -182,7 +186,7 @@ def _run(session: Any, case: Case, inputs: dict[str, np.ndarray]) -> np.ndarray:
     found = run_logits(session, inputs, repr(case.name))
     if found.shape != case.logits.shape:
         raise CheckFailed(f"{case.name!r} gives logits of shape {found.shape}, PyTorch {case.logits.shape}")
-    return found
+    return without_padding(found, case.inputs)
 
 
 def customer_effect(reference: Sequence[Case]) -> float:
@@ -190,12 +194,12 @@ def customer_effect(reference: Sequence[Case]) -> float:
     return max(float(_difference(case.logits, case.base_logits).max()) for case in reference)
 
 
-def shows_customers(reference: Sequence[Case]) -> bool:
+def shows_customers(reference: Sequence[Case], least_size: float = 1.0) -> bool:
     """Whether the lack of a customer would be noticed: some move the logits clearly on these texts.
 
     Coefficients of a base that was never trained need not, as its output layer says next to nothing.
     """
-    return customer_effect(reference) > PLAIN * bound_of(reference)
+    return customer_effect(reference) > PLAIN * bound_of(reference, least_size=least_size)
 
 
 def verify(bundle: Bundle, provider: str = "cpu", threads: int | None = None) -> ParityReport:
@@ -208,4 +212,4 @@ def verify(bundle: Bundle, provider: str = "cpu", threads: int | None = None) ->
     precision = bundle.manifest.precision
     session = open_for_check(bundle.model, precision, provider, threads)
     reference = read_reference(bundle.folder / REFERENCE_FILE)
-    return check_parity(session, reference, task_named(bundle.manifest.task), precision)
+    return check_parity(session, reference, bundle.manifest.deciding_task, precision)

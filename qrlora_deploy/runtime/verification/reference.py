@@ -1,7 +1,7 @@
 """The logits that PyTorch gave, batch by batch, as a bundle carries them."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ class Case:
     Attributes:
         name: what the batch is about, such as "left padding".
         inputs: int64 `[batch, length]` by input name.
-        logits: `[batch, outputs]` fp32 of the customer in PyTorch, by the side branch.
+        logits: `[batch, outputs]` or `[batch, length, outputs]` fp32 of the customer in PyTorch, by the side branch.
+            What a row does not have is -inf: labels beyond its own, and answers of tokens that are padding.
         base_logits: the same with all coefficients zero.
     """
 
@@ -33,6 +34,19 @@ class Case:
     inputs: dict[str, np.ndarray]
     logits: np.ndarray
     base_logits: np.ndarray
+
+
+def without_padding(logits: np.ndarray, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The same logits, -inf where a token is padding: nobody reads what a model says of it.
+
+    Args:
+        logits: `[batch, length, outputs]`; `[batch, outputs]` are left as they are.
+        inputs: of the batch.
+    """
+    if logits.ndim < 3:
+        return logits
+    hidden = np.array(-np.inf, dtype=logits.dtype)
+    return np.where((inputs["attention_mask"] != 0)[:, :, None], logits, hidden)
 
 
 def write_reference(reference: Sequence[Case], path: Path, sealed: dict[str, Any]) -> None:

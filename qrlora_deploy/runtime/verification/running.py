@@ -10,7 +10,6 @@ from qrlora_deploy.errors import CheckFailed, FileFormatError, ProviderError, fi
 from qrlora_deploy.runtime.sessions.running import is_padding_free
 from qrlora_deploy.runtime.sessions.session import open_session
 from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX, kept_tokens
-from qrlora_deploy.runtime.verification.reference import LOGITS
 
 WHERE_IT_RUNS = {
     "fp16": "export and verify it with --provider cuda",
@@ -41,7 +40,7 @@ def open_for_check(model: Path, precision: str, provider: str = "cpu", threads: 
 
 
 def run_logits(session: Any, inputs: dict[str, np.ndarray], what: str) -> np.ndarray:
-    """Logits `[batch, outputs]` of a session for one batch; `what` names the batch in an error.
+    """Logits of a session for one batch; `what` names the batch in an error.
 
     Raises:
         CheckFailed: the model does not run on it.
@@ -49,7 +48,7 @@ def run_logits(session: Any, inputs: dict[str, np.ndarray], what: str) -> np.nda
     if is_padding_free(session):
         inputs = inputs | {TOKEN_INDEX: kept_tokens(inputs["attention_mask"])}
     try:
-        return np.asarray(session.run([LOGITS], inputs, _quiet())[0])
+        return np.asarray(session.run(None, inputs, _quiet())[0])
     # ONNX Runtime's exceptions share no base class of their own.
     except Exception as error:
         raise CheckFailed(f"the model does not run on {what}: {first_line(error)}") from error

@@ -73,6 +73,12 @@ class Collator:
         length = max(row.length for row in rows)
         return {name: self._padded([row.inputs[name] for row in rows], length, name) for name in self.names}
 
+    def unpadded(self, logits: np.ndarray, length: int) -> np.ndarray:
+        """Of a row's logits `[outputs]` all; of `[tokens, outputs]` those of its own tokens."""
+        if logits.ndim == 1:
+            return logits
+        return logits[-length:] if self._from_left else logits[:length]
+
     def _padded(self, values: Sequence[np.ndarray], length: int, name: str) -> np.ndarray:
         batch = np.full((len(values), length), self._fill.get(name, 0), dtype=np.int64)
         for target, value in zip(batch, values, strict=True):

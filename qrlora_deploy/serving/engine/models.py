@@ -98,7 +98,7 @@ class MergedModel:
         session = open_session(bundle.model, provider, threads, cuda_graph=buckets is not None)
         check_graph(session, bundle)
         self._runner = make_runner(session, self.manifest, provider, buckets)
-        self._version = Version(self.manifest.labels, self.manifest.coefficients_digest or "")
+        self._version = Version(self.manifest.answering, self.manifest.coefficients_digest or "")
 
     def answer(
         self, inputs: dict[str, np.ndarray], customers: Sequence[str | None]

@@ -3,7 +3,10 @@
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from qrlora_deploy.errors import QrloraError, first_line
+from qrlora_deploy.runtime.sessions.versions import Version
 from qrlora_deploy.serving.engine.batching import Shapes
 from qrlora_deploy.serving.engine.collating import Collator
 from qrlora_deploy.serving.engine.models import Model
@@ -77,12 +80,15 @@ class BatchRunner:
         inputs = self.collator.batch([row.row for row in rows])
         logits, versions = self._model.answer(inputs, [row.customer for row in rows])
         self._count(rows, start_s)
-        # Behind its own labels a customer has -inf.
-        answers = [
-            RowAnswer(values[: len(version.labels)], version.labels, version.digest)
-            for values, version in zip(logits, versions, strict=True)
+        return [
+            (row, self._answer(row, values, version))
+            for row, values, version in zip(rows, logits, versions, strict=True)
         ]
-        return list(zip(rows, answers, strict=True))
+
+    def _answer(self, row: WaitingRow, logits: np.ndarray, version: Version) -> RowAnswer:
+        answering = version.answering
+        own = answering.own(self.collator.unpadded(logits, row.length))
+        return RowAnswer(own, answering.labels, version.digest, answering.thresholds)
 
     def _count(self, rows: Sequence[WaitingRow], start_s: float) -> None:
         seconds = self._clock() - start_s

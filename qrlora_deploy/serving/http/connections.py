@@ -8,8 +8,9 @@ from typing import Any
 
 import httptools
 import orjson
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
+from qrlora_deploy.serving.http.front import GIVE_UP, GONE
 from qrlora_deploy.serving.http.limits import HttpLimits
 
 PER_HEADER = 32
@@ -32,6 +33,8 @@ class GuardedProtocol(HttpToolsProtocol):
         super().__init__(*arguments, **named)
         self._in_head, self._head_bytes, self._fed = True, 0, 0
         self._head_timer: asyncio.TimerHandle | None = None
+        self._reply_timer: asyncio.TimerHandle | None = None
+        self._running: RequestResponseCycle | None = None
         self._refusal = (400, "this is no HTTP request")
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -43,9 +46,32 @@ class GuardedProtocol(HttpToolsProtocol):
             self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The end."""
+        """The end; what is being answered is given up, and its rows that still wait are not run."""
         self._forget_timer()
+        self.resume_writing()
         super().connection_lost(exc)
+        if self._running is not None and not self._running.response_complete:
+            state = self._running.scope["state"]
+            state[GONE] = True
+            if GIVE_UP in state:
+                state[GIVE_UP]()
+
+    def pause_writing(self) -> None:
+        """The client does not take its replies; after a while it gets no more of them."""
+        super().pause_writing()
+        if self._reply_timer is None:
+            self._reply_timer = self.loop.call_later(self.http_limits.reply_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It does."""
+        if self._reply_timer is not None:
+            self._reply_timer.cancel()
+            self._reply_timer = None
+        super().resume_writing()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def data_received(self, data: bytes) -> None:
         """Parse what came; a head that does not end is refused before it is whole."""
@@ -95,7 +121,7 @@ class GuardedProtocol(HttpToolsProtocol):
             super().shutdown()
 
     def timeout_keep_alive_handler(self) -> None:
-        """Idle for too long; a client that does not take its reply keeps no memory either."""
+        """Idle for too long; a client that does not take the end of its reply keeps no memory either."""
         super().timeout_keep_alive_handler()
         self.loop.call_later(self.http_limits.reply_s, self.transport.abort)
 

@@ -1,6 +1,7 @@
 """Compression of bodies, gzip and deflate, both ways and bounded. Pure: bytes in, bytes out."""
 
 import zlib
+from functools import lru_cache
 
 from qrlora_deploy.errors import MalformedInputError
 from qrlora_deploy.serving.refusals import TooLargeError
@@ -67,6 +68,7 @@ def _is_zlib(body: bytes) -> bool:
     return len(body) >= 2 and body[0] & 15 == 8 and int.from_bytes(body[:2], "big") % 31 == 0
 
 
+@lru_cache(maxsize=256)
 def chosen(accepted: str) -> str:
     """What a reply is compressed by, of what a client's `Accept-Encoding` takes; empty: by nothing."""
     offers = {}

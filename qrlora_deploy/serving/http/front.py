@@ -1,5 +1,6 @@
 """The routes of the HTTP front."""
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -7,6 +8,7 @@ from dataclasses import dataclass, field
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from qrlora_deploy.errors import MalformedInputError
 from qrlora_deploy.serving.access import Access, key_of, open_access
@@ -37,7 +39,38 @@ BINARY = "application/octet-stream"
 METRICS = "text/plain; version=0.0.4; charset=utf-8"
 
 
+GONE, GIVE_UP = "gone", "give_up"
+"""In the state of a request: its client has gone; what to call then."""
+
+CLIENT_GONE = 499
+"""The usual status, in logs and metrics, of a request whose client did not wait. Nobody gets it."""
+
 Handler = Callable[[Request, Access], Awaitable[Response]]
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """An ASGI application of one route, with what all have in common: the key, errors as replies, and counting."""
+
+    front: "Front"
+    path: str
+    handler: Handler
+    is_open: bool = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        request, start, access = Request(scope, receive, send), time.perf_counter(), open_access
+        try:
+            access = open_access if self.is_open else self.front.access(request)
+            reply = await self.handler(request, access)
+        except Exception as error:
+            reply = reply_to_error(error, _request_id(request))
+        except asyncio.CancelledError:
+            if not scope["state"].get(GONE):
+                raise
+            reply = error_reply("the client has gone", CLIENT_GONE)
+        self.front.tell(request, self.path, reply.status_code, time.perf_counter() - start, access.key_id)
+        await reply(scope, receive, send)
 
 
 @dataclass
@@ -85,24 +118,17 @@ class Front:
         return routes
 
     def _route(self, path: str, method: str, handler: Handler, is_open: bool = False) -> Route:
-        """A route with what all have in common: the key, errors as replies, and counting."""
+        return Route(path, Endpoint(self, path, handler, is_open), methods=[method])
 
-        async def endpoint(request: Request) -> Response:
-            start, access = time.perf_counter(), open_access
-            try:
-                access = open_access if is_open else self._access(request)
-                reply = await handler(request, access)
-            except Exception as error:
-                reply = reply_to_error(error, _request_id(request))
-            self._tell(request, path, reply.status_code, time.perf_counter() - start, access.key_id)
-            return reply
+    def access(self, request: Request) -> Access:
+        """What a request's key may do.
 
-        return Route(path, endpoint, methods=[method])
-
-    def _access(self, request: Request) -> Access:
+        Raises:
+            UnauthenticatedError: it has none that is known.
+        """
         return open_access if self.keys is None else self.keys.access(key_of(request.headers.get("authorization")))
 
-    def _tell(self, request: Request, route: str, code: int, seconds: float, key_id: str) -> None:
+    def tell(self, request: Request, route: str, code: int, seconds: float, key_id: str) -> None:
         """Count a request and log it."""
         customers: Sequence[str | None] = getattr(request.state, "customers", ())
         if self.metrics is not None:
@@ -190,6 +216,9 @@ class Front:
         access: Access,
     ) -> list[RowAnswer]:
         request.state.customers = customers
+        task = asyncio.current_task()
+        if task is not None:
+            request.scope["state"][GIVE_UP] = task.cancel
         self.life.check()
         return await answer(model, question, customers, deadline_s, access)
 

@@ -144,11 +144,10 @@ class _Reply:
             self._start = message
             return
         start, self._start = self._start, None
-        async with asyncio.timeout(self._guard.limits.reply_s):
-            if start is not None:
-                message = self._finished(start, message)
-                await self._send(start)
-            await self._send(message)
+        if start is not None:
+            message = self._finished(start, message)
+            await self._send(start)
+        await self._send(message)
 
     def _finished(self, start: Message, message: Message) -> Message:
         headers = [pair for pair in start.get("headers", []) if pair[0] != b"content-length"]

@@ -5,15 +5,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.nn import functional
 
-from qrlora_deploy.tasks.regression import Regression
+from qrlora_deploy.tasks.base import Task
 from qrlora_deploy.training.fleet.model import FleetModel
 from qrlora_deploy.training.fleet.plan import Customer
 from qrlora_deploy.training.fleet.pool import PackedRows, RowPool
 from qrlora_deploy.training.fleet.schedule import StepRows
 from qrlora_deploy.training.fleet.scoring import Answers
 from qrlora_deploy.training.fleet.shipping import ship
+from qrlora_deploy.training.fleet.targets import TargetTable
 from qrlora_deploy.training.fleet.tokens import TokenRows
 from qrlora_deploy.training.settings import TrainSettings
 
@@ -21,6 +21,28 @@ CHUNK_TOKENS = {"cpu": 2048, "cuda": 65536}
 """Tokens of a chunk, padding included: few enough for a CPU's cache, enough to fill a GPU."""
 BYTES_BY_WIDTH = 60
 """Of activations, for each token, adapted block and value of the width, at most; 25 stay for the backward pass."""
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """Those rows of a chunk whose customers have one task.
+
+    Attributes:
+        task: theirs.
+        rows: `[n]` int64, which rows of the chunk they are; None where they are all.
+        targets: `[n]` fp64, or `[n, labels]` where the task `judges_labels`.
+    """
+
+    task: Task
+    rows: torch.Tensor | None
+    targets: torch.Tensor
+
+    def losses(self, logits: torch.Tensor) -> torch.Tensor:
+        """`[n]` of logits `[rows, labels]` of the chunk."""
+        own = logits if self.rows is None else logits.index_select(0, self.rows)
+        # As many labels as the customers here have, not as the largest of all.
+        own = own[:, : self.targets.shape[1]] if self.task.judges_labels else own
+        return self.task.row_losses(own, self.targets)
 
 
 @dataclass(frozen=True)
@@ -35,7 +57,7 @@ class Chunk:
         places: `[rows]` int64, which of its customer's rows here it is: 0, 1, ...
         starts: `[rows]` int64, where it begins in the pool.
         lengths: `[rows]` int64.
-        targets: `[rows]` fp64.
+        parts: its rows by task.
         weights: `[rows]` fp32, of its loss.
         packed: its tokens; None where rows are computed with padding.
     """
@@ -47,7 +69,7 @@ class Chunk:
     places: torch.Tensor
     starts: torch.Tensor
     lengths: torch.Tensor
-    targets: torch.Tensor
+    parts: tuple[TaskRows, ...]
     weights: torch.Tensor
     packed: PackedRows | None
 
@@ -67,10 +89,10 @@ class Engine:
         left = model.tokenizer.padding_side == "left"
         self.pool = RowPool(slots, model.pad, left, model.device, limit_bytes)
         self.width = int(model.model.config.get_text_config().hidden_size)
-        self.targets = np.zeros((slots, 0))
+        self.targets = TargetTable(slots)
+        self.tasks: list[Task] = []
+        self.kinds = np.zeros(slots, dtype=np.int64)  # by slot, the place of its task in `tasks`
         self.train_rows, self.held_out_rows = (np.zeros(slots, dtype=np.int64) for _ in range(2))
-        self.regression = np.zeros(slots, dtype=bool)
-        self.regression_there = torch.zeros(slots, dtype=torch.bool, device=model.device)
         self.losses = torch.zeros(slots, dtype=torch.float64, device=model.device)
         room = limit_bytes // (BYTES_BY_WIDTH * self.width * model.blocks)
         self.chunk_tokens = max(1, min(CHUNK_TOKENS[model.device.type], room))
@@ -86,10 +108,9 @@ class Engine:
         self.pool.reserve(sum(int(part.lengths.sum()) for part in rows))
         for slot, customer, part in zip(slots, customers, rows, strict=True):
             self.pool.add(slot, part)
-            self._set_targets(slot, [*customer.targets, *customer.evaluation_targets])
             self.train_rows[slot], self.held_out_rows[slot] = len(customer.targets), len(customer.evaluation_targets)
-            self.regression[slot] = isinstance(customer.outputs.task, Regression)
-        self.regression_there = ship(torch.from_numpy(self.regression.copy()), self.device)
+            self.kinds[slot] = self._kind(customer.outputs.task)
+        self.targets.enter(slots, [[*customer.targets, *customer.evaluation_targets] for customer in customers])
         self.model.enter(slots, [customer.outputs for customer in customers])
         self.losses.index_fill_(0, ship(torch.tensor(slots), self.device), 0.0)
         self._run_trunk(self._rows(slots, np.zeros_like(self.train_rows), self.train_rows + self.held_out_rows))
@@ -97,6 +118,7 @@ class Engine:
     def leave(self, slot: int) -> None:
         """A customer's rows are forgotten."""
         self.pool.remove(slot)
+        self.targets.leave(slot)
 
     def train_step(self, rows: StepRows, shares: np.ndarray, steps: np.ndarray) -> None:
         """One step of every customer with rows.
@@ -112,7 +134,7 @@ class Engine:
         )
         with self.model.precision(training=True):
             for chunk in chunks:
-                losses = self._row_losses(self._logits(chunk), chunk.slots, chunk.targets) * chunk.weights
+                losses = self._row_losses(self._logits(chunk), chunk) * chunk.weights
                 # A sum over customers: no customer's gradient depends on who else is in the step.
                 losses.sum().backward()
                 self.losses.index_add_(0, chunk.slots, losses.detach().double())
@@ -129,22 +151,26 @@ class Engine:
         self.losses.index_fill_(0, where, 0.0)
         return taken
 
-    def answer_held_out(self, slots: list[int]) -> Answers:
-        """What some customers answer to their held-out rows."""
+    def answer_held_out(self, slots: list[int]) -> list[Answers]:
+        """What some customers answer to their held-out rows, task by task."""
+        kinds = sorted({int(self.kinds[slot]) for slot in slots})
+        return [self._answers(self.tasks[kind], [slot for slot in slots if self.kinds[slot] == kind]) for kind in kinds]
+
+    def _answers(self, task: Task, slots: list[int]) -> Answers:
+        """The same of customers of one task."""
         rows = self._rows(slots, self.train_rows, self.held_out_rows)
+        targets = self._targets(task, rows.slots, rows.rows)
         chunks = ship(self._chunks(rows), self.device)
-        answers = []
+        found = []
         with self.model.precision(training=False):
             for chunk in chunks:
                 logits = self._logits(chunk)
-                number = self.regression_there[chunk.slots]
-                chosen = torch.where(number, logits[:, 0].double(), logits.argmax(1).double())
-                finite = (logits.isfinite() | (self.model.limits[chunk.slots] < 0)).all(1)
-                answers.append(torch.stack([chosen, finite.double()]))
-        order = np.concatenate([chunk.positions for chunk in chunks])
-        found = np.zeros((2, len(order)))
-        found[:, order] = torch.cat(answers, 1).cpu().numpy()
-        return Answers(rows.slots, found[0], self.targets[rows.slots, rows.rows], found[1] > 0)
+                finite = (logits.isfinite() | (self.model.limits[chunk.slots] < 0)).all(1, keepdim=True)
+                own = logits[:, : targets.shape[1]] if task.judges_labels else logits
+                found.append(torch.cat([task.decisive(own).double(), finite.double()], 1))
+        there = torch.cat(found).cpu().numpy()
+        order = np.argsort(np.concatenate([chunk.positions for chunk in chunks]))
+        return Answers(task, rows.slots, there[order, :-1], targets, there[order, -1] > 0)
 
     def _rows(self, slots: list[int], first: np.ndarray, count: np.ndarray) -> StepRows:
         """Rows `first` to `first + count` of some customers."""
@@ -186,7 +212,7 @@ class Engine:
             places=torch.from_numpy(places),
             starts=torch.from_numpy(starts),
             lengths=torch.from_numpy(lengths),
-            targets=torch.from_numpy(self.targets[owners, numbers]),
+            parts=tuple(self._task_rows(owners, numbers)),
             weights=torch.from_numpy(rows.shares[part]).float(),
             packed=None if padded else self.pool.pack(starts, lengths),
         )
@@ -212,21 +238,32 @@ class Engine:
                 hidden = self.model.trunk(self.pool.pad_rows(chunk.starts, chunk.lengths, chunk.longest))
                 self.pool.fill(chunk.starts, chunk.lengths, hidden)
 
-    def _row_losses(self, logits: torch.Tensor, slots: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """`[rows]`: the squared error of a regression, the cross entropy of a classification."""
-        if not self.regression.any():
-            return functional.cross_entropy(logits, targets.long(), reduction="none")
-        squares = (logits[:, 0] - targets.float()) ** 2
-        number = self.regression_there[slots]
-        classes = torch.where(number, 0, targets.long())
-        # Negative numbers of a regression are no labels: such a row is looked up as label 0 and not used.
-        return torch.where(number, squares, functional.cross_entropy(logits, classes, reduction="none"))
+    def _task_rows(self, owners: np.ndarray, numbers: np.ndarray) -> Iterator[TaskRows]:
+        """Rows by the task of their customers, on the host."""
+        kinds = self.kinds[owners]
+        there = np.unique(kinds).tolist()
+        for kind in there:
+            own = np.flatnonzero(kinds == kind)
+            targets = self._targets(self.tasks[kind], owners[own], numbers[own])
+            every = len(there) == 1
+            yield TaskRows(self.tasks[kind], None if every else torch.from_numpy(own), torch.from_numpy(targets))
 
-    def _set_targets(self, slot: int, targets: list[float]) -> None:
-        missing = len(targets) - self.targets.shape[1]
-        if missing > 0:
-            self.targets = np.pad(self.targets, ((0, 0), (0, missing)))
-        self.targets[slot, : len(targets)] = targets
+    def _targets(self, task: Task, slots: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        targets = self.targets.of(slots, rows)
+        return targets if task.judges_labels else targets[:, 0]
+
+    def _row_losses(self, logits: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        """`[rows]` fp32, as each customer's task has it."""
+        losses = logits.new_zeros(len(logits))
+        for part in chunk.parts:
+            own = part.losses(logits)
+            losses = own if part.rows is None else losses.index_copy(0, part.rows, own)
+        return losses
+
+    def _kind(self, task: Task) -> int:
+        if task not in self.tasks:
+            self.tasks.append(task)
+        return self.tasks.index(task)
 
 
 def free_share(free_bytes: int) -> int:

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qrlora_deploy.data.examples import Examples, examples_of, label_name_of, read_examples, text_names
+from qrlora_deploy.data.columns import label_column_of
+from qrlora_deploy.data.examples import Examples, examples_of, read_examples
 from qrlora_deploy.data.labels import settled, text_of
 from qrlora_deploy.data.readers import READERS, Columns, Table, read_table
 from qrlora_deploy.errors import InputError
@@ -45,8 +46,7 @@ def read_groups(
         return _one_file_each(files, text_column, label_column, keeps)
     column = customer_column.strip()
     table = _joined([(file, _read(file, column)) for file in files], place)
-    text_names(str(place), table.columns, text_column)
-    label = label_name_of(str(place), table.columns, label_column)
+    label = label_column_of(str(place), table.columns, text_column, label_column)
     # Before the rows are parted: what a number is written like may differ between customers.
     columns = table.columns | {label: settled(table.columns[label])}
     parts = _rows_by_customer(columns[column])

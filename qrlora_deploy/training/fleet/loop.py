@@ -16,7 +16,7 @@ from qrlora_deploy.training.fleet.model import FleetModel
 from qrlora_deploy.training.fleet.options import FleetOptions
 from qrlora_deploy.training.fleet.plan import Customer, Plan
 from qrlora_deploy.training.fleet.schedule import Schedule
-from qrlora_deploy.training.fleet.scoring import score_answers
+from qrlora_deploy.training.fleet.scoring import Answers, score_answers
 from qrlora_deploy.training.fleet.summary import (
     FAILED,
     Line,
@@ -29,6 +29,7 @@ from qrlora_deploy.training.fleet.writing import Origin, Trained, Writer
 from qrlora_deploy.training.record import Ran
 from qrlora_deploy.training.settings import TrainSettings
 from qrlora_deploy.training.trunk.memory import free_bytes
+from qrlora_deploy.training.tuning import Tuned
 
 Progress = Callable[[int, int, int], None]
 
@@ -44,6 +45,7 @@ class _Active:
         metrics: of the best epoch so far.
         waited: epochs since then.
         loss: mean of the last epoch.
+        tuned: the thresholds of the best epoch, where they are chosen.
     """
 
     customer: Customer
@@ -52,6 +54,7 @@ class _Active:
     metrics: dict[str, float] = field(default_factory=dict)
     waited: int = 0
     loss: float = 0.0
+    tuned: Tuned = field(default_factory=Tuned)
 
 
 class Fleet:
@@ -167,7 +170,7 @@ class Fleet:
             self.active[slot] = _Active(customer, self.settings.metric_of(customer.outputs.task))
         judged = [slot for slot in slots if self.active[slot].customer.evaluation]
         known = [slot for slot in judged if not self.active[slot].customer.outputs.new]
-        for slot, metrics in self._scores(known).items():
+        for slot, metrics in self._scores(self.engine.answer_held_out(known), known).items():
             self.active[slot].baseline = _rounded(metrics)
 
     def _next_rows(self) -> TokenRows | None:
@@ -206,7 +209,8 @@ class Fleet:
     def _judge(self, slots: list[int]) -> None:
         """Score some customers, and remember those whose epoch was their best."""
         better = []
-        for slot, metrics in self._scores(slots).items():
+        answers = self.engine.answer_held_out(slots)
+        for slot, metrics in self._scores(answers, slots).items():
             active = self.active[slot]
             if not active.metrics or metrics[active.metric] > active.metrics[active.metric]:
                 active.metrics, active.waited = metrics, 0
@@ -215,12 +219,21 @@ class Fleet:
                 active.waited += 1
         if better:
             self.engine.model.keep(better)
+            self._tune(answers, better)
 
-    def _scores(self, slots: list[int]) -> dict[int, dict[str, float]]:
-        """Metrics of some customers; those whose answers are no numbers are dropped."""
-        if not slots:
-            return {}
-        found = score_answers(self.engine.answer_held_out(slots), self.engine.regression)
+    def _tune(self, answers: Sequence[Answers], better: list[int]) -> None:
+        """Choose the thresholds of customers whose epoch is their best so far."""
+        if not self.settings.tune_thresholds:
+            return
+        for part in answers:
+            own = set(part.slots.tolist()) if part.task.judges_labels else set()
+            for slot in own.intersection(better):
+                active = self.active[slot]
+                active.tuned = part.tuned(slot, len(active.customer.outputs.labels))
+
+    def _scores(self, answers: Sequence[Answers], slots: list[int]) -> dict[int, dict[str, float]]:
+        """Metrics of some customers by their answers; those whose answers are no numbers are dropped."""
+        found = score_answers(answers)
         for slot in set(slots) - found.keys():
             self._drop(slot, "the model answers NaN or Inf: training diverged; try a smaller --learning-rate")
         return found
@@ -249,6 +262,7 @@ class Fleet:
             loss=round(active.loss, 6),
             device=self.device.type,
             remark=active.customer.outputs.remark,
+            tuned=active.tuned,
         )
 
     def _drop(self, slot: int, reason: str) -> None:

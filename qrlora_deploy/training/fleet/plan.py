@@ -10,12 +10,19 @@ from qrlora_deploy.data.labels import WHOLE
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.formats.coefficients import CUSTOMER_ID
 from qrlora_deploy.models.checkpoint import Checkpoint
-from qrlora_deploy.tasks.regression import Regression
+from qrlora_deploy.tasks.registry import BY_OPTION
 from qrlora_deploy.training.fleet.grouping import Groups, read_groups
-from qrlora_deploy.training.outputs import Outputs, base_outputs, encode_rows, frozen_outputs, own_outputs
+from qrlora_deploy.training.outputs import (
+    Outputs,
+    base_outputs,
+    customer_outputs,
+    encode_rows,
+    frozen_outputs,
+    taken_for,
+)
 from qrlora_deploy.training.settings import TrainSettings
 
-Targets = Sequence[int] | Sequence[float]
+Targets = Sequence[float] | Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -110,9 +117,13 @@ def plan_fleet(source: FleetSource, checkpoint: Checkpoint, settings: TrainSetti
             is wrong with one customer alone is in the plan instead.
     """
     frozen = settings.head == "frozen"
+    checkpoint = taken_for(checkpoint, settings.task)
+    if not settings.labelled:
+        raise InputError(f"a fleet trains no {BY_OPTION[settings.task].name}; train these customers by `train`")
     base = frozen_outputs(checkpoint, settings.task) if frozen else base_outputs(checkpoint)
     if frozen:
         settings.metric_of(base.task)
+        settings.check_tuning(base.task, source.evaluation is not None)
     groups = _read(source, source.data, shard)
     held_out = _read(source, source.evaluation, shard) if source.evaluation else Groups()
     refused = {
@@ -125,7 +136,9 @@ def plan_fleet(source: FleetSource, checkpoint: Checkpoint, settings: TrainSetti
             reason = _bad_id(name) or held_out.refused.get(name)
             if reason:
                 raise InputError(reason)
-            outputs = base if frozen else own_outputs(checkpoint, groups.examples[name], settings.task)
+            outputs = (
+                base if frozen else customer_outputs(checkpoint, groups.examples[name], settings.head, settings.task)
+            )
             settings.metric_of(outputs.task)
             customers.append(_customer(name, groups.examples[name], evaluation, outputs, frozen))
         except InputError as error:
@@ -144,7 +157,7 @@ def _read(source: FleetSource, place: Path, shard: Shard) -> Groups:
 
 def _unclear(customers: list[Customer]) -> dict[str, str]:
     """By name, why customers of whole numbers may be meant otherwise: others in the same data have fractions."""
-    fractions = [customer.name for customer in customers if customer.outputs.new and _is_number(customer)]
+    fractions = [customer.name for customer in customers if customer.outputs.new and customer.outputs.task.is_number]
     if not fractions:
         return {}
     reason = f"its labels are whole numbers, those of {fractions[0]} fractions; say what they are by --task"
@@ -152,13 +165,9 @@ def _unclear(customers: list[Customer]) -> dict[str, str]:
         customer.name: reason
         for customer in customers
         if customer.outputs.new
-        and not _is_number(customer)
-        and all(WHOLE.fullmatch(label) for label in customer.outputs.labels)
+        and not customer.outputs.task.is_number
+        and all(isinstance(label, str) and WHOLE.fullmatch(label) for label in customer.train.labels)
     }
-
-
-def _is_number(customer: Customer) -> bool:
-    return isinstance(customer.outputs.task, Regression)
 
 
 def _bad_id(name: str) -> str | None:

@@ -46,6 +46,8 @@ def train_fleet(
     """
     if settings.dropout:
         raise InputError("a fleet trains without dropout: its masks would depend on who else is in the batch")
+    if settings.tune_thresholds and source.evaluation is None:
+        raise InputError("--tune-thresholds chooses them on held-out rows; give --eval")
     device = _device(settings, options.local_rank)
     check_basis_fits(checkpoint, basis)
     settings = settings.resolved(basis.total_rank)

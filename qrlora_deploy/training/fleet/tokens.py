@@ -16,7 +16,7 @@ from qrlora_deploy.errors import InputError, first_line
 from qrlora_deploy.io.threads import finish
 from qrlora_deploy.models.capacity import check_segments
 from qrlora_deploy.training.fleet.plan import Customer
-from qrlora_deploy.training.loop import build_rows
+from qrlora_deploy.training.rows import build_rows
 
 IDS = "input_ids"
 ROWS_AT_ONCE = 4096

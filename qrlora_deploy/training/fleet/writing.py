@@ -84,7 +84,9 @@ class Writer:
             head=trained.learnt.head,
             basis_file=self.origin.basis_file,
             training=record,
-            **self.origin.digests,
+            thresholds=trained.ran.tuned.thresholds,
+            basis_digest=self.origin.basis_digest,
+            base_digest=self.origin.base_digest,
         )
         write_coefficients(coefficients, path)
         return trained_line(customer.name, path, record)

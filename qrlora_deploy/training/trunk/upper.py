@@ -1,8 +1,7 @@
 """The upper blocks without padding: linear layers see tokens, attention alone sees rows.
 
-For encoders of BERT's shape whose head reads the first token: BERT, RoBERTa, MPNet, DistilBERT and
-what has their module names. In the last block only the first tokens are computed beyond keys and
-values. There is no dropout here.
+For encoders of BERT's shape: BERT, RoBERTa, MPNet, DistilBERT and what has their module names. Where the head reads
+the first token, only the first tokens are computed beyond keys and values in the last block. There is no dropout here.
 """
 
 from collections.abc import Callable
@@ -42,28 +41,32 @@ class Upper:
 
     Args:
         split: an encoder of a family whose `Family.block` is known.
+        of_tokens: whether the model answers every token, and not the text by its first one.
 
     Raises:
         InputError: the model is of another kind, or does not answer here as it does itself.
     """
 
-    def __init__(self, split: SplitModel) -> None:
+    def __init__(self, split: SplitModel, of_tokens: bool = False) -> None:
         self.owner: Any = split.owner
+        self.of_tokens = of_tokens
         self.heads = int(split.model.config.num_attention_heads)
         self.head_width = int(split.model.config.hidden_size) // self.heads
         family = of_block(split.blocks[-1])
         self.blocks = [_read_block(split.model, block, family) for block in list(split.blocks)[split.first :]]
-        self.head = _read_head(split.model, family)
+        self.head = _read_head(split.model, family, of_tokens)
         self._biases: dict[tuple[int, torch.device, torch.dtype], torch.Tensor] = {}
         _check_upper(self, split)
 
     def __call__(self, hidden: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """Logits `[rows, labels]` of the inputs `[tokens, width]` of the first adapted block."""
+        """Logits `[rows, labels]` or `[tokens, labels]` of the inputs `[tokens, width]` of the first adapted block."""
         masks = [self._mask(group, hidden) for group in layout.groups]
-        for block in self.blocks[:-1]:
+        for block in self.blocks if self.of_tokens else self.blocks[:-1]:
             inputs = _as_multiplied(hidden)
             attended = self._attend(block.query(inputs), block, inputs, layout, masks)
             hidden = self._finish(block, hidden, attended)
+        if self.of_tokens:
+            return self.head(hidden)
         # The head reads the first tokens only, so nothing else is asked of the last block.
         block, first = self.blocks[-1], Gather.apply(hidden, layout.first)
         attended = self._attend(
@@ -134,11 +137,12 @@ def _read_block(model: Any, block: nn.Module, family: Family | None) -> _Block:
     return _Block(*(block.get_submodule(path) for path in paths))
 
 
-def _read_head(model: Any, family: Family | None) -> Callable[[torch.Tensor], torch.Tensor]:
-    """From first tokens `[rows, width]` to logits."""
-    if family is None or family.head is None:
+def _read_head(model: Any, family: Family | None, of_tokens: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """From tokens, the first ones of each text or all, to logits."""
+    known = None if family is None else family.token_head if of_tokens else family.head
+    if known is None:
         raise InputError(f"{type(model).__name__} has a head of another kind than BERT's")
-    return family.head(model)
+    return known(model)
 
 
 def _check_upper(upper: Upper, split: SplitModel) -> None:
@@ -149,8 +153,11 @@ def _check_upper(upper: Upper, split: SplitModel) -> None:
     try:
         hidden = split.trunk(batch)
         with torch.no_grad():
-            whole = split.model(**batch).logits
+            whole = split.forward(split.model, batch)
             found = upper(hidden.flatten(0, 1), padded_layout(batch["attention_mask"].sum(1), length))
+            if upper.of_tokens:
+                kept = batch["attention_mask"].bool()
+                whole, found = whole[kept], found[kept.flatten()]
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise InputError(f"{type(split.model).__name__} has a head of another kind than BERT's") from error
     finally:

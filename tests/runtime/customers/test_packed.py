@@ -22,16 +22,19 @@ from qrlora_deploy.runtime.bundle.row_layout import TABLE, TableLayout
 from qrlora_deploy.runtime.customers import packed as packed_module
 from qrlora_deploy.runtime.customers import packed_header
 from qrlora_deploy.runtime.customers.packed import load_packed
+from qrlora_deploy.runtime.customers.packed_check import check_packed
 from qrlora_deploy.runtime.customers.packed_header import PackedHeader, digest_piece, metadata_of, tail_pieces
 from qrlora_deploy.runtime.customers.packed_writer import write_packed
 from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
 from qrlora_deploy.runtime.table.id_index import IdIndex
 from qrlora_deploy.runtime.table.memory import HostMemory, make_memory
 from qrlora_deploy.runtime.table.table import CoefficientTable, TableFullError, rows_of
+from qrlora_deploy.tasks.answering import Answering
 from tests.runtime.bulks import publish_many
 from tests.runtime.customers.test_store import ALLOWED
 from tests.runtime.place import INPUTS
 
+THRESHOLDS = (0.1, 0.5, 0.25, 0.9)
 SAME_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
 IDS = st.text(ALLOWED, min_size=1, max_size=128).filter(lambda name: name[0] != ".")
 
@@ -54,9 +57,9 @@ def manifest(session: SwitchableSession) -> Manifest:
 @pytest.fixture
 def sample(tmp_path: Path, manifest: Manifest, tiny_customer: Coefficients) -> Path:
     path = tmp_path / "sample.safetensors"
-    write_packed(
-        [(name, scaled(tiny_customer, index)) for index, name in enumerate(["a", "b.c", "d" * 128])], path, manifest
-    )
+    customers = {name: scaled(tiny_customer, index) for index, name in enumerate(["a", "b.c", "d" * 128])}
+    customers["b.c"] = replace(customers["b.c"], thresholds=THRESHOLDS)
+    write_packed(customers.items(), path, manifest)
     return path
 
 
@@ -150,7 +153,7 @@ def test_every_byte_of_the_header_and_the_ids_counts(session: SwitchableSession,
     whole = sample.read_bytes()
     header = 8 + struct.unpack("<Q", whole[:8])[0]
     assert header == 4096 and whole[8:header].strip(b" ")[-1:] == b"}"
-    for place in [*range(header), *range(len(whole) - 140, len(whole))]:
+    for place in [*range(header), *range(len(whole) - 180, len(whole))]:
         changed = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
         refuse(empty(session), sample, changed, InputError)
 
@@ -180,8 +183,9 @@ def forged(session: SwitchableSession, values: np.ndarray, names: list[bytes], *
     text = b"".join(names)
     sizes = changes.pop("sizes", (len(values), values.shape[1], len(text)))
     stored = changes.pop("stored", "F32")
-    header = PackedHeader(metadata_of(session.manifest) | changes, *sizes, stored)
-    body, tail = values.astype({"F16": "<f2"}.get(stored, "<f4")).tobytes(), bytes(map(len, names)) + text
+    tuned, end = changes.pop("tuned", (0, b""))
+    header = PackedHeader(metadata_of(session.manifest) | changes, *sizes, stored, tuned)
+    body, tail = values.astype({"F16": "<f2"}.get(stored, "<f4")).tobytes(), bytes(map(len, names)) + text + end
     step = header.piece_rows * header.row_bytes if stored in packed_header.STORED_DTYPES else len(body)
     pieces = [memoryview(body)[start : start + step] for start in range(0, len(body), step)]
     digests = map(digest_piece, [*pieces, *tail_pieces(memoryview(tail))])
@@ -196,7 +200,7 @@ FORGED: dict[str, tuple[list[bytes], dict[str, Any], str]] = {
     "long": ([b"x" * 129, b"b"], {}, "make no sense"),
     "latin": ([b"\xe9", b"b"], {}, "is no customer id"),
     "twice": ([b"b", b"b"], {}, "the customer b occurs twice"),
-    "version": ([b"a", b"b"], {"format_version": 1}, "format version 1; this version reads 2; pack it again"),
+    "version": ([b"a", b"b"], {"format_version": 1}, "format version 1; this version reads 2 and 3; pack it again"),
     "kind": ([b"a", b"b"], {"format": "qrlora-basis"}, "is not a qrlora-packed file"),
     "task": ([b"a", b"b"], {"task": "text-regression"}, "another task"),
     "labels": ([b"a", b"b"], {"labels": ["x"]}, "other labels"),
@@ -206,6 +210,51 @@ FORGED: dict[str, tuple[list[bytes], dict[str, Any], str]] = {
     "none": ([b"a", b"b"], {"sizes": (0, 10, 2)}, "is not a qrlora-packed file"),
     "true": ([b"a", b"b"], {"sizes": (True, 10, 2)}, "is not a qrlora-packed file"),
 }
+
+
+def ends(*rows: int, value: float = 0.5) -> tuple[int, bytes]:
+    """How many customers have thresholds, and the end of the file that says which."""
+    return len(rows), struct.pack(f"<{len(rows)}q", *rows) + struct.pack("<d", value) * 4 * len(rows)
+
+
+FORGED |= {
+    "thresholds of nobody": ([b"a", b"b"], {"tuned": ends(2)}, "thresholds of customers that are not there"),
+    "thresholds before all": ([b"a", b"b"], {"tuned": ends(-1)}, "thresholds of customers that are not there"),
+    "thresholds twice": ([b"a", b"b"], {"tuned": ends(1, 1)}, "thresholds of customers that are not there"),
+    "thresholds of 1": ([b"a", b"b"], {"tuned": ends(0, value=1.0)}, "between 0 and 1, not 1.0"),
+    "thresholds of nan": ([b"a", b"b"], {"tuned": ends(0, value=float("nan"))}, "between 0 and 1, not nan"),
+    "thresholds too early": ([b"a", b"b"], {"tuned": ends(0), "format_version": 2}, "has bytes too many"),
+    "negative thresholds": ([b"a", b"b"], {"tuned": (-1, b"")}, "is not a qrlora-packed file"),
+}
+
+
+def test_thresholds_go_with_their_customers(
+    tmp_path: Path, fresh: SwitchableSession, sample: Path, tiny_customer: Coefficients
+) -> None:
+    load_packed(fresh, sample)
+    labels = fresh.manifest.labels
+    names = ["a", "b.c", None, "d" * 128, "b.c"]
+    inputs = {name: np.repeat(array, len(names), axis=0) for name, array in INPUTS.items()}
+    found = fresh.run(inputs, names)[1]
+    plain, own = Answering(labels), Answering(labels, THRESHOLDS)
+    assert found == [plain, own, plain, plain, own] and fresh.predict(inputs, names)[1] == [labels] * 5
+    loaded = replace(scaled(tiny_customer, 1), thresholds=THRESHOLDS)
+    assert fresh.holds("b.c", loaded) and not fresh.holds("b.c", scaled(tiny_customer, 1))
+    # Any reader of safetensors finds them, and a customer of its own file leaves none behind.
+    tensors = safetensors.numpy.load_file(sample)
+    assert tensors["threshold_rows"].tolist() == [1] and tensors["thresholds"].tolist() == [list(THRESHOLDS)]
+    assert check_packed(sample).tuned == 1
+    fresh.load("b.c", scaled(tiny_customer, 1))
+    assert fresh.run(inputs, names)[1] == [plain] * 5
+
+
+def test_a_file_of_version_2_is_read(fresh: SwitchableSession, tmp_path: Path) -> None:
+    values = np.ones((2, fresh.layout.total_rank), np.float32)
+    path = tmp_path / "older.safetensors"
+    path.write_bytes(forged(fresh, values, [b"a", b"b"], format_version=2))
+    assert "threshold_rows" not in safetensors.numpy.load_file(path)
+    assert load_packed(fresh, path) == 2 and fresh.customers() == ["a", "b"]
+    assert check_packed(path).customers == 2
 
 
 @pytest.mark.parametrize("case", FORGED)
@@ -289,7 +338,7 @@ def test_loading_replaces_what_is_there(fresh: SwitchableSession, sample: Path, 
     part = memory.parts[TABLE]
     assert isinstance(part, HostMemory)
     np.testing.assert_array_equal(part.array[held["a"]], fresh.layout.row(tiny_customer.values))
-    assert fresh.table.note_of(held["a"]) == version and version.labels == ("x", "y")
+    assert fresh.table.note_of(held["a"]) == version and version.answering == Answering(("x", "y"))
     fresh.table.release(held.values())
     expected = [fresh.layout.row(scaled(tiny_customer, number).values) for number in (0, 1, 7)]
     np.testing.assert_array_equal(rows(fresh, ["a", "b.c", "other"]), np.stack(expected))
@@ -411,13 +460,20 @@ def test_rows_are_spread_like_single_ones() -> None:
 def test_the_format_is_pinned(session: SwitchableSession, sample: Path) -> None:
     whole = sample.read_bytes()
     header = json.loads(whole[8 : 8 + struct.unpack("<Q", whole[:8])[0]])
-    assert list(header) == ["__metadata__", "coefficients", "id_lengths", "id_bytes"]
+    assert list(header) == [
+        "__metadata__",
+        "coefficients",
+        "id_lengths",
+        "id_bytes",
+        "threshold_rows",
+        "thresholds",
+    ]
     record = json.loads(header["__metadata__"]["qrlora"])
     assert len(record.pop("content_digest")) == 64
     assert (
         record == metadata_of(session.manifest)
         and record["format"] == "qrlora-packed"
-        and record["format_version"] == 2
+        and record["format_version"] == 3
     )
 
 

@@ -26,7 +26,7 @@ ON_GPU: Tolerance = {"rtol": 1e-2, "atol": 1e-3}
 SIZES = ((16, 8), (7, 5), (30, 6), (1, 2), (33, 12))
 """Training and held-out rows of five customers."""
 
-OWN_WAYS = ("run_digest", "loss", "metrics", "baseline", "trunk_cache")
+OWN_WAYS = ("run_digest", "loss", "metrics", "tuned_metrics", "baseline", "trunk_cache")
 """Of a training record: what is compared by itself, and what says how a run went and not what came out."""
 
 
@@ -54,6 +54,16 @@ def write_rows(path: Path, rows: Sequence[Sequence[str]], columns: Sequence[str]
     path.write_text("\n".join("\t".join(row) for row in [columns, *rows]) + "\n", encoding="utf-8")
 
 
+def write_lists(path: Path, count: int, seed: int, labels: Sequence[str]) -> None:
+    """JSON lines of texts with any number of labels each, none of them too."""
+    random = np.random.default_rng(seed + 1000)
+    rows = [
+        {"text": text, "label": [label for label in labels if random.random() < 0.4]}
+        for text, _ in random_rows(count, seed)
+    ]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+
+
 def write_folders(folder: Path, sizes: Sequence[tuple[int, int]] = SIZES) -> list[str]:
     """`data/NAME.tsv` and `held-out/NAME.tsv` for each customer; returns their names."""
     names = [f"customer-{number}" for number in range(len(sizes))]
@@ -78,12 +88,15 @@ def check_same(found: Coefficients, alone: Coefficients, tolerance: Tolerance = 
     for name, array in alone.head.items():
         np.testing.assert_allclose(found.head[name], array, **tolerance)
     assert (found.labels, found.task) == (alone.labels, alone.task)
+    assert len(found.thresholds) == len(alone.thresholds)
+    np.testing.assert_allclose(found.thresholds, alone.thresholds, **tolerance)
     names = (found.training.keys() | alone.training.keys()) - set(OWN_WAYS)
     pairs = {name: (found.training.get(name), alone.training.get(name)) for name in sorted(names)}
     different = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     assert not different, f"fleet and alone differ: {different}"
-    for name in ("metrics", "baseline"):
-        one, two = found.training[name], alone.training[name]
+    for name in ("metrics", "baseline", "tuned_metrics"):
+        one, two = found.training.get(name, {}), alone.training.get(name, {})
         assert one.keys() == two.keys()
-        np.testing.assert_allclose(list(one.values()), list(two.values()), **AS_ALONE)
+        # By name: a file has them in another order.
+        np.testing.assert_allclose([one[key] for key in two], list(two.values()), **AS_ALONE)
     np.testing.assert_allclose(found.training["loss"], alone.training["loss"], **AS_ALONE)

@@ -6,17 +6,22 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
+from sklearn import metrics
 from torch.utils.data import DataLoader, RandomSampler
-from transformers import get_linear_schedule_with_warmup
+from transformers import AutoModelForSequenceClassification, BertConfig, get_linear_schedule_with_warmup
 
+from qrlora_deploy.tasks.base import Task
 from qrlora_deploy.tasks.classification import Classification
+from qrlora_deploy.tasks.multi_label import MultiLabel
+from qrlora_deploy.tasks.regression import Regression
 from qrlora_deploy.training.fleet.branch import RowHead, RowValues
 from qrlora_deploy.training.fleet.engine import _places
 from qrlora_deploy.training.fleet.pool import RowPool
 from qrlora_deploy.training.fleet.schedule import Schedule
-from qrlora_deploy.training.fleet.scoring import Answers, count_scores, score_answers
+from qrlora_deploy.training.fleet.scoring import Answers, score_answers
 from qrlora_deploy.training.fleet.shipping import in_one_copy, ship
 from qrlora_deploy.training.fleet.table import AdamTable
+from qrlora_deploy.training.fleet.targets import TargetTable
 from qrlora_deploy.training.fleet.tokens import TokenRows
 from tests.tolerances import FP32_SIDE_BRANCH, Tolerance
 from tests.training.fleet.making import settings_of
@@ -119,23 +124,124 @@ def test_metrics_of_many_are_those_of_each() -> None:
     owners = random.permutation(np.repeat(np.arange(5), counts))
     targets, chosen = random.integers(0, 6, len(owners)), random.integers(0, 6, len(owners))
     targets[owners == 4] = chosen[owners == 4] = 2
-    found = count_scores(owners, chosen, targets, 5)
-    for customer, metrics in enumerate(found):
+    found = Classification().score_each(owners, chosen[:, None], targets.astype(np.float64), 5)
+    for customer, scores in enumerate(found):
         own = owners == customer
         alone = Classification().score(np.eye(6)[chosen[own]], targets[own])
-        assert metrics.keys() == alone.keys()
-        np.testing.assert_allclose(list(metrics.values()), list(alone.values()), rtol=1e-12, atol=1e-12)
+        assert scores.keys() == alone.keys()
+        np.testing.assert_allclose(list(scores.values()), list(alone.values()), rtol=1e-12, atol=1e-12)
+
+
+def test_metrics_of_many_multi_label_customers_are_those_of_each() -> None:
+    random = np.random.default_rng(1)
+    counts, labels = (1, 2, 9, 40, 3), (2, 5, 1, 4, 3)
+    owners = random.permutation(np.repeat(np.arange(5), counts))
+    logits = random.normal(size=(len(owners), 5)).astype(np.float32)
+    targets = (random.random(logits.shape) < 0.4).astype(np.float64)
+    targets[owners == 4] = 0.0  # nothing applies and, below, nothing is answered: no division by 0
+    absent = np.arange(5) >= np.array(labels)[owners][:, None]
+    logits[owners == 4] -= 10.0
+    logits[absent], targets[absent] = -np.inf, 0.0
+    found = MultiLabel().score_each(owners, logits.astype(np.float64), targets, 5)
+    for customer, scores in enumerate(found):
+        own, count = owners == customer, labels[customer]
+        chosen, expected = logits[own, :count] >= 0, targets[own, :count] > 0.5
+        for name, average in (("f1_micro", "micro"), ("f1_macro", "macro")):
+            # As binary decisions where there is one label: scikit-learn takes a table of one column for classes.
+            alone = (
+                metrics.f1_score(expected[:, 0], chosen[:, 0], zero_division=0)
+                if count == 1
+                else metrics.f1_score(expected, chosen, average=average, zero_division=0)
+            )
+            np.testing.assert_allclose(scores[name], alone, rtol=1e-12, atol=1e-12)
+        whole = metrics.accuracy_score(expected, chosen)
+        np.testing.assert_allclose(scores["accuracy"], whole, rtol=1e-12, atol=1e-12)
+
+
+def test_labels_that_a_customer_has_not_take_no_part_in_its_loss() -> None:
+    random = torch.Generator().manual_seed(0)
+    counts = torch.tensor([5, 2, 3, 1])
+    values = torch.randn(4, 5, generator=random)
+    targets = (torch.rand(4, 5, generator=random) < 0.5).double()
+    absent = torch.arange(5) >= counts[:, None]
+    targets[absent] = 0.0
+    given = values.clone().requires_grad_(True)
+    losses = MultiLabel().row_losses(given + torch.zeros(4, 5).masked_fill(absent, -torch.inf), targets)
+    losses.sum().backward()
+    alone = values.clone().requires_grad_(True)
+    expected = torch.stack(
+        [
+            torch.nn.functional.binary_cross_entropy_with_logits(row[:count], target[:count].float())
+            for row, target, count in zip(alone, targets, counts.tolist(), strict=True)
+        ]
+    )
+    expected.sum().backward()
+    assert given.grad is not None and alone.grad is not None
+    torch.testing.assert_close(losses, expected, **FP32_SIDE_BRANCH)
+    torch.testing.assert_close(given.grad, alone.grad, **FP32_SIDE_BRANCH)
+
+
+@pytest.mark.parametrize("task", [Classification(), Regression(), MultiLabel()])
+def test_a_loss_is_the_mean_of_its_rows(task: Task) -> None:
+    random = torch.Generator().manual_seed(0)
+    labels = 1 if task.is_number else 3
+    logits = torch.randn(6, labels, generator=random)
+    targets = {
+        "text-classification": torch.tensor([0, 2, 1, 1, 0, 2]),
+        "text-regression": torch.randn(6, generator=random),
+        "text-multi-label": (torch.rand(6, 3, generator=random) < 0.5).float(),
+    }[task.name]
+    config = BertConfig(num_labels=labels, problem_type=task.problem_type, vocab_size=5, hidden_size=8)
+    config.update({"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8})
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    model.classifier = _Given(logits)
+    expected = model(input_ids=torch.ones(6, 2, dtype=torch.int64), labels=targets).loss
+    torch.testing.assert_close(task.loss(logits, targets), expected, **FP32_SIDE_BRANCH)
+    # A fleet keeps targets of every task in fp64.
+    torch.testing.assert_close(task.row_losses(logits, targets.double()).mean(), expected, **FP32_SIDE_BRANCH)
+
+
+class _Given(torch.nn.Module):
+    def __init__(self, logits: torch.Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, _: torch.Tensor) -> torch.Tensor:
+        return self.logits
 
 
 def test_answers_of_all_kinds_are_scored_and_unsound_ones_left_out() -> None:
-    slots = np.array([5, 2, 5, 7, 2, 5, 9])
-    values = np.array([0.1, 1.0, 0.7, 3.0, 0.0, 0.9, 1.0])
-    targets = np.array([1.0, 1.0, 2.0, 3.0, 1.0, 3.0, 1.0])
-    finite = np.array([True, True, True, False, True, True, True])
-    regression = np.arange(10) == 5
-    found = score_answers(Answers(slots, values, targets, finite), regression)
-    assert found.keys() == {2, 5, 9} and found[2]["accuracy"] == 0.5 and found[9]["accuracy"] == 1.0
+    def answers(task: Task, slots: list[int], decisive: object, targets: object, finite: list[bool]) -> Answers:
+        parts = (np.array(part) for part in (slots, decisive, targets, finite))
+        return Answers(task, *parts)
+
+    found = score_answers(
+        [
+            answers(Regression(), [5, 5, 5], [[0.1], [0.7], [0.9]], [1.0, 2.0, 3.0], [True] * 3),
+            answers(
+                Classification(),
+                [2, 7, 2, 9],
+                [[1.0], [3.0], [0.0], [1.0]],
+                [1.0, 3.0, 1.0, 1.0],
+                [True, False, True, True],
+            ),
+            answers(MultiLabel(), [3, 3], [[1.0, -1.0], [2.0, -2.0]], [[1.0, 0.0], [1.0, 1.0]], [True] * 2),
+            answers(MultiLabel(), [4], [[1.0, -1.0]], [[1.0, 0.0]], [False]),
+        ]
+    )
+    assert found.keys() == {2, 3, 5, 9} and found[2]["accuracy"] == 0.5 and found[9]["accuracy"] == 1.0
     assert found[5]["spearman"] == pytest.approx(1.0, rel=0, abs=1e-12)
+    assert found[3]["accuracy"] == 0.5 and found[3]["f1_micro"] == pytest.approx(0.8, rel=0, abs=1e-12)
+
+
+def test_targets_of_any_width_lie_beside_each_other() -> None:
+    table = TargetTable(4)
+    table.enter([0, 2], [[3, 1, 2], [[0.0, 1.0], [1.0, 1.0]]])
+    assert table.of(np.array([0, 0]), np.array([2, 0])).tolist() == [[2.0], [3.0]]
+    assert table.of(np.array([2, 0]), np.array([1, 1])).tolist() == [[1.0, 1.0], [1.0, 0.0]]
+    table.leave(0)
+    table.enter([1, 0], [[0.5], [[1.0, 0.0, 1.0]]])
+    assert table.of(np.array([2, 1, 0]), np.array([0, 0, 0])).tolist() == [[0, 1, 0], [0.5, 0, 0], [1, 0, 1]]
 
 
 def pool_of(left: bool = False, slots: int = 3) -> RowPool:

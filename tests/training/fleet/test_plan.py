@@ -11,6 +11,7 @@ from qrlora_deploy.data.examples import read_examples
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.tasks.classification import Classification
+from qrlora_deploy.tasks.multi_label import MultiLabel
 from qrlora_deploy.tasks.regression import Regression
 from qrlora_deploy.training.fleet.grouping import read_groups
 from qrlora_deploy.training.fleet.plan import FleetSource, Shard, plan_fleet
@@ -161,14 +162,19 @@ def test_a_fleet_of_numbers_is_no_mixture(tmp_path: Path, checkpoint: Checkpoint
     assert "a regression needs numbers as labels, not 'x', 'y'" in said.refused["d"]
 
 
-def test_customers_of_several_labels_a_row_are_left_to_train(tmp_path: Path, checkpoint: Checkpoint) -> None:
-    rows = [("a", "x"), ("a", "y"), ("b", ["x", "y"]), ("b", [])]
+def test_customers_of_several_labels_a_row_train_beside_the_others(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    rows = [("a", "x"), ("a", "y"), ("b", ["1", "2"]), ("b", []), ("c", 0.5), ("c", 1)]
     lines = [json.dumps({"id": name, "text": "rice", "label": label}) for name, label in rows]
     (tmp_path / "all.jsonl").write_text("\n".join(lines) + "\n")
     source = FleetSource(tmp_path / "all.jsonl", customer_column="id")
     plan = plan_fleet(source, checkpoint, settings_of(head="output"), Shard())
-    assert [item.name for item in plan.customers] == ["a"]
-    assert plan.refused == {"b": "a fleet trains no text-multi-label; train this customer by `train`"}
+    # Names in lists are no numbers that were meant, whatever others have.
+    found = {item.name: item.outputs.task for item in plan.customers}
+    assert found == {"a": Classification(), "b": MultiLabel(), "c": Regression()} and not plan.refused
+    assert plan.customers[1].targets == [[1.0, 1.0], [0.0, 0.0]]
+    judged = plan_fleet(source, checkpoint, settings_of(head="output", metric="f1_micro"), Shard())
+    assert [item.name for item in judged.customers] == ["b"]
+    assert "--metric must be one of accuracy, f1, matthews for text-classification" in judged.refused["a"]
 
 
 def test_a_column_that_was_written_in_two_ways_is_one_for_all_customers(tmp_path: Path, checkpoint: Checkpoint) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from qrlora_deploy.training.fleet import model as fleet_model
 from qrlora_deploy.training.fleet import pool as fleet_pool
 from qrlora_deploy.training.fleet import writing
 from qrlora_deploy.training.fleet.branch import RowLinear
-from qrlora_deploy.training.fleet.engine import CHUNK_TOKENS, Engine
+from qrlora_deploy.training.fleet.engine import CHUNK_TOKENS, Chunk, Engine
 from qrlora_deploy.training.fleet.model import FleetModel
 from qrlora_deploy.training.fleet.options import FleetOptions, FleetReport
 from qrlora_deploy.training.fleet.plan import Customer, FleetSource
@@ -34,6 +36,7 @@ from qrlora_deploy.training.loop import halve_frozen
 from qrlora_deploy.training.outputs import Outputs
 from qrlora_deploy.training.settings import TrainSettings
 from qrlora_deploy.training.trainer import train
+from tests.tiny import LABELS
 from tests.training.fleet.making import (
     ON_GPU,
     check_same,
@@ -41,6 +44,7 @@ from tests.training.fleet.making import (
     settings_of,
     without_dropout,
     write_folders,
+    write_lists,
     write_rows,
 )
 
@@ -63,7 +67,8 @@ def alone(
     checkpoint: Checkpoint, basis: Basis, folder: Path, name: str, settings: TrainSettings, held_out: bool = True
 ) -> Coefficients:
     """The single run of one of these customers."""
-    parts = [read_examples(folder / place / f"{name}.tsv") for place in ("data", "held-out")]
+    files = [next((folder / place).glob(f"{name}.*")) for place in ("data", "held-out")]
+    parts = [read_examples(file) for file in files]
     return train(checkpoint, basis, parts[0], parts[1] if held_out else None, settings, folder / f"{name}.work")
 
 
@@ -87,6 +92,94 @@ def test_every_customer_becomes_what_it_is_alone(
         check_same(customer, alone(still_base, tiny_basis, tmp_path, name, settings, held_out))
 
 
+def make_multi_label(folder: Path, customers: dict[str, Sequence[str]]) -> None:
+    """Give some customers of `write_folders` lists of labels, by name."""
+    for number, (name, labels) in enumerate(customers.items()):
+        for place, count, seed in (("data", 14 + 5 * number, number), ("held-out", 9, 100 + number)):
+            (folder / place / f"{name}.tsv").unlink()
+            write_lists(folder / place / f"{name}.jsonl", count, seed, labels)
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_multi_label_customers_become_what_they_are_alone_beside_others(
+    still_base: Checkpoint, tiny_basis: Basis, tmp_path: Path, held_out: bool
+) -> None:
+    names, settings = write_folders(tmp_path), settings_of(head="output")
+    # More labels than the base and fewer; neighbours are a classification and a regression.
+    make_multi_label(tmp_path, {names[0]: "abcdefg", names[2]: "xyz", names[3]: "q"})
+    for place, count in (("data", 9), ("held-out", 5)):
+        write_rows(tmp_path / place / "customer-4.tsv", random_rows(count, count, ("0.5", "-1.5", "2")))
+    report = run(still_base, tiny_basis, tmp_path, settings, held_out)
+    assert [line.status for line in report.lines] == ["trained"] * len(names)
+    for name in names:
+        customer = read_coefficients(tmp_path / "out" / f"{name}.safetensors")
+        assert np.abs(customer.values).max() > 0.05
+        check_same(customer, alone(still_base, tiny_basis, tmp_path, name, settings, held_out))
+        if customer.task == "text-multi-label":
+            assert customer.training["metric"] == "f1_micro"
+            assert not held_out or 0 < customer.training["metrics"]["f1_micro"] < 1
+    tasks = {read_coefficients(path).task for path in (tmp_path / "out").glob("*.safetensors")}
+    assert tasks == {"text-classification", "text-regression", "text-multi-label"}
+
+
+@pytest.mark.parametrize("way", ["packed", "padded", "whole"])
+def test_multi_label_customers_share_a_frozen_head(
+    still_base: Checkpoint, tiny_basis: Basis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(still_base.folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"problem_type": "multi_label_classification"}))
+    base = open_checkpoint(str(folder))
+    names, settings = write_folders(tmp_path, [(1, 1)] * 3), settings_of()
+    make_multi_label(tmp_path, dict.fromkeys(names, LABELS))
+    if way == "padded":
+        monkeypatch.setattr(FleetModel, "_build_upper", lambda _: None)
+    if way == "whole":
+        monkeypatch.setattr(fleet_model, "_split", lambda *_: None)
+    monkeypatch.setitem(CHUNK_TOKENS, "cpu", 40)
+    report = run(base, tiny_basis, tmp_path, settings)
+    assert [line.status for line in report.lines] == ["trained"] * len(names)
+    for name in names:
+        customer = read_coefficients(tmp_path / "out" / f"{name}.safetensors")
+        assert customer.training["baseline"].keys() == {"f1_micro", "f1_macro", "accuracy"}
+        check_same(customer, alone(base, tiny_basis, tmp_path, name, settings))
+
+
+def test_thresholds_are_those_of_the_best_epoch_alone_too(
+    still_base: Checkpoint, tiny_basis: Basis, tmp_path: Path
+) -> None:
+    names = write_folders(tmp_path)
+    make_multi_label(tmp_path, {names[0]: "abcdefg", names[1]: "xyz"})
+    (tmp_path / "held-out" / f"{names[2]}.tsv").unlink()
+    settings = settings_of(head="output", tune_thresholds=True)
+    report = run(still_base, tiny_basis, tmp_path, settings)
+    assert [line.status for line in report.lines] == ["trained"] * len(names)
+    for name in names[:2]:
+        customer = read_coefficients(tmp_path / "out" / f"{name}.safetensors")
+        assert set(customer.thresholds) != {0.5} and len(customer.thresholds) == len(customer.labels)
+        # Each label's F1 is the best that a threshold gives, so their mean is no worse.
+        before, after = (customer.training[key]["f1_macro"] for key in ("metrics", "tuned_metrics"))
+        assert after > before
+        check_same(customer, alone(still_base, tiny_basis, tmp_path, name, settings))
+    for name in names[2:]:
+        other = read_coefficients(tmp_path / "out" / f"{name}.safetensors")
+        assert not other.thresholds and "tuned_metrics" not in other.training
+    with pytest.raises(InputError, match="--tune-thresholds chooses them on held-out rows; give --eval"):
+        run(still_base, tiny_basis, tmp_path, settings, held_out=False)
+
+
+@pytest.mark.parametrize(("held_out", "reason"), [(True, "decides without thresholds"), (False, "give --eval")])
+def test_thresholds_are_refused_before_training_where_there_are_none(
+    still_base: Checkpoint, tiny_basis: Basis, tmp_path: Path, held_out: bool, reason: str
+) -> None:
+    name, *_ = write_folders(tmp_path)
+    with pytest.raises(InputError, match=f"--tune-thresholds.*{reason}"):
+        alone(still_base, tiny_basis, tmp_path, name, settings_of(tune_thresholds=True), held_out)
+    with pytest.raises(InputError, match=f"--tune-thresholds.*{reason}"):
+        run(still_base, tiny_basis, tmp_path, settings_of(tune_thresholds=True), held_out)
+
+
 def ship_by_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a CPU get its records as a GPU does: as views of one copy."""
 
@@ -102,6 +195,7 @@ def test_neighbours_and_the_way_of_computing_change_nothing(
     still_base: Checkpoint, tiny_basis: Basis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     names, settings = write_folders(tmp_path), settings_of(epochs=3, head="output")
+    make_multi_label(tmp_path, {names[1]: "abcdef"})
     run(still_base, tiny_basis, tmp_path, settings)
     (tmp_path / "out").rename(tmp_path / "before")
     if way == "padded":
@@ -214,11 +308,11 @@ def test_a_customer_that_diverges_is_dropped_alone(
     loss = Engine._row_losses
     torn: list[int] = []
 
-    def spoil(engine: Engine, logits: torch.Tensor, slots: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def spoil(engine: Engine, logits: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         # The customer in slot 1 has an infinite loss in its first step.
-        spoilt = (slots == 1) & (not torn)
-        torn.extend(slots[spoilt].tolist())
-        return torch.where(spoilt, torch.inf, loss(engine, logits, slots, targets))
+        spoilt = (chunk.slots == 1) & (not torn)
+        torn.extend(chunk.slots[spoilt].tolist())
+        return torch.where(spoilt, torch.inf, loss(engine, logits, chunk))
 
     monkeypatch.setattr(Engine, "_row_losses", spoil)
     report = run(still_base, tiny_basis, tmp_path, settings)

@@ -13,8 +13,8 @@ from qrlora_deploy.tasks.classification import Classification
 from qrlora_deploy.training.fleet import tokens
 from qrlora_deploy.training.fleet.plan import Customer
 from qrlora_deploy.training.fleet.tokens import RowEncoder, TokenRows, TokensAhead
-from qrlora_deploy.training.loop import build_rows
 from qrlora_deploy.training.outputs import Outputs
+from qrlora_deploy.training.rows import build_rows
 from tests.tiny import SENTENCES, build_tokenizer
 
 NAMES = ["input_ids", "token_type_ids"]
