@@ -38,6 +38,7 @@ ROOMS = (
     "runtime.prediction",
     "runtime.verification",
     "runtime",
+    "serving.refusals",
     "serving.engine",
     "serving",
     "client",
