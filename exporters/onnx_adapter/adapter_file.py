@@ -47,7 +47,7 @@ def export_adapter(job: ExportJob, options: AdapterOptions = DEFAULTS) -> Mappin
     if customer is None:
         raise InputError("--format onnx-adapter writes one customer; give it by --coefficients")
     check_replaceable(job.output, "ONNX adapter", _is_adapter)
-    checkpoint, basis = job.checkpoint, job.basis
+    checkpoint, basis = job.checkpoint.taken_for(customer.task), job.basis
     checkpoint.require_task_head()
     plan_folds(checkpoint, basis, customer, checkpoint.skeleton())
     check_head(checkpoint, customer)
