@@ -35,6 +35,7 @@ COMMANDS = (
     "verify",
     "predict",
     "pack",
+    "customers",
     "serve",
     "bench",
     "keys",
