@@ -63,8 +63,8 @@ class ModelPlaces:
     def __post_init__(self) -> None:
         if not MODEL_NAME.fullmatch(self.name):
             raise InputError(
-                f"{self.name!r:.140} cannot be the name of a model: A-Z a-z 0-9 . _ - are allowed; name it by "
-                f"--model NAME={self.bundle}"
+                f"{self.name!r:.140} cannot be the name of a model: A-Z a-z 0-9 . _ - are allowed; name it: "
+                f"qrlora-deploy serve --model NAME={self.bundle}"
             )
 
 
