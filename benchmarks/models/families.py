@@ -40,6 +40,7 @@ class Family:
         numbers: whether the data are numbers instead of labels.
         extra: entries of config.json that are written after the model was saved.
         vocabulary: whether the config has the size of the vocabulary.
+        task: what `--task` calls it, where pairs of texts are the data.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Family:
     numbers: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
     vocabulary: bool = True
+    task: str = "auto"
 
     @property
     def tags(self) -> bool:
@@ -154,6 +156,9 @@ FAMILIES = (
     Family("RoBERTa, token classification", "Roberta", SMALL | {"pad_token_id": 0}, head="ForTokenClassification"),
     Family("MPNet, token classification", "MPNet", SMALL | {"pad_token_id": 0}, head="ForTokenClassification"),
     Family("BERT, multi-label", "Bert", SMALL | {"problem_type": "multi_label_classification"}),
+    Family("BERT, a reranker", "Bert", SMALL | {"num_labels": 1}, task="reranker"),
+    Family("BERT, embeddings", "Bert", SMALL, head="Model", task="embedding"),
+    Family("MPNet, embeddings", "MPNet", SMALL | {"pad_token_id": 0}, head="Model", task="embedding"),
     Family("BERT, a regression of 2 numbers", "Bert", SMALL | {"num_labels": 2, "problem_type": "regression"}),
     Family(
         "BERT, quantised",

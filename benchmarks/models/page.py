@@ -13,8 +13,9 @@ Made by `python -m benchmarks.models`: models of two layers with random weights 
 CPU, with {versions}. Every family goes from `factorize` to each kind of bundle,
 or the first command says why not, before training is paid for.
 
-The numbers are largest absolute errors of logits, for a batch of four rows with the customers one, two, the base and
-two, padded on the left (ModernBERT on the right: on the left its first token, where it answers, sees no text), against
+The numbers are largest absolute errors of logits (of embeddings where that is the task), for a batch of four rows with
+the customers one, two, the base and two, padded on the left (ModernBERT on the right: on the left its first token,
+where it answers, sees no text), against
 PyTorch with `W + (Q * c) @ R` that the benchmark computes itself in fp64. The texts
 have 15 to 24 tokens, more than any window here. *Effect* is how far customer one moves the logits, about as much as the
 answer of a wrong customer is off. *Trunk cache* and *fleet* are the largest difference of a coefficient to a plain

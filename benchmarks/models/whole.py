@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ from qrlora_deploy.rank_rules.energy_share import EnergyShare
 from qrlora_deploy.runtime import SwitchableSession, open_bundle, open_session
 from qrlora_deploy.runtime.verification.parity import without_padding
 from qrlora_deploy.tokenization.words import words_of
+from qrlora_deploy.training.fleet.customers import FleetSource
 from qrlora_deploy.training.fleet.options import FleetOptions
-from qrlora_deploy.training.fleet.plan import FleetSource
 from qrlora_deploy.training.fleet.run import train_fleet
 from qrlora_deploy.training.settings import TrainSettings
 from qrlora_deploy.training.trainer import train
@@ -143,11 +143,17 @@ class _Whole:
             str(len(text) % 7 / 7 * shift) if self.family.numbers else f"LABEL_{(index * shift + len(text)) % 3}"
             for index, text in enumerate(sample_texts()[:ROWS])
         ]
-        if not self.family.tags:
-            return Examples(sample_texts()[:ROWS], None, labels, f"{name}.tsv")
-        words = [words_of(text) for text in sample_texts()[:ROWS]]
-        tags = [tuple(f"LABEL_{(index * shift + start) % 3}" for start, _ in row) for index, row in enumerate(words)]
-        return Examples(sample_texts()[:ROWS], None, tags, f"{name}.jsonl", words)
+        if self.family.tags:
+            words = [words_of(text) for text in sample_texts()[:ROWS]]
+            tags = [tuple(f"LABEL_{(index * shift + at) % 3}" for at, _ in row) for index, row in enumerate(words)]
+            return Examples(sample_texts()[:ROWS], None, tags, f"{name}.jsonl", words)
+        # Pairs of texts that follow each other, where the task is about pairs; nothing is known of them but that.
+        pairs = None if self.family.task == "auto" else sample_texts()[shift : ROWS + shift]
+        if self.family.task == "embedding":
+            labels = [""] * ROWS
+        if self.family.task == "reranker":
+            labels = [str(abs(shift - 1 - len(text) % 7 / 7)) for text in sample_texts()[:ROWS]]
+        return Examples(sample_texts()[:ROWS], pairs, labels, f"{name}.tsv")
 
     def _train(self) -> float:
         for name in ("one", "two"):
@@ -156,7 +162,7 @@ class _Whole:
         return float(np.abs(self.customers["one"].values).max())
 
     def _coefficients(self, name: str, cache: str) -> Coefficients:
-        settings = TrainSettings(**{**SETTINGS.__dict__, "trunk_cache": cache})
+        settings = replace(SETTINGS, trunk_cache=cache, task=self.family.task)
         work = self.folder / f"work-{name}-{cache}"
         return train(self.checkpoint, self.basis, self._examples(name), None, settings, work)
 
@@ -177,7 +183,8 @@ class _Whole:
         for name in ("one", "two"):
             part = self._examples(name)
             _write(part, data / part.name)
-        report = train_fleet(self.checkpoint, self.basis, FleetSource(data), SETTINGS, FleetOptions(output))
+        settings = replace(SETTINGS, task=self.family.task)
+        report = train_fleet(self.checkpoint, self.basis, FleetSource(data), settings, FleetOptions(output))
         failed = [line.reason for line in report.lines if line.reason]
         if failed:
             raise QrloraError(failed[0])
@@ -232,7 +239,8 @@ class _Whole:
 
     def _switchable(self, name: str, **options: Any) -> float:
         output = self.folder / name
-        export_switchable(ExportJob(self.checkpoint, self.basis, output), OnnxOptions(**options))
+        task = None if self.family.task == "auto" else self.family.task
+        export_switchable(ExportJob(self.checkpoint, self.basis, output), OnnxOptions(task=task, **options))
         session = SwitchableSession(open_bundle(output), threads=1)
         for customer in ("one", "two"):
             session.load(customer, self.folder / f"{customer}.safetensors")
@@ -255,9 +263,14 @@ def _write(part: Examples, file: Path) -> None:
 
 
 def _logits(model: Any, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    """Logits, or of a model without a head the mean of its states over the attention mask."""
     with torch.no_grad():
-        found: np.ndarray = model(**{name: torch.from_numpy(array) for name, array in inputs.items()}).logits.numpy()
-    return without_padding(found, inputs)
+        answer = model(**{name: torch.from_numpy(array) for name, array in inputs.items()})
+    if "logits" in answer:
+        return without_padding(answer.logits.numpy(), inputs)
+    states, mask = answer.last_hidden_state.double().numpy(), inputs["attention_mask"][:, :, None]
+    means: np.ndarray = (states * mask).sum(1) / mask.sum(1)
+    return means
 
 
 def _error(found: np.ndarray, expected: np.ndarray) -> float:

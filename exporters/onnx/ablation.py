@@ -22,15 +22,16 @@ WIDE = 2**20
 """A window that no text fills."""
 
 
-def not_shown(traced: Any, reference: Sequence[Case], bound: float) -> tuple[str, ...]:
+def not_shown(traced: Any, reference: Sequence[Case], bound: float, least_size: float = 1.0) -> tuple[str, ...]:
     """What could be missing in the graph without the check failing.
 
     Args:
         traced: the wrapper that the graph was traced from; takes its inputs by position, and has their `names`.
         reference: the cases that the graph agreed with.
         bound: largest error of a logit that was allowed.
+        least_size: as of `Task`.
     """
-    missing = [] if shows_customers(reference) else [CUSTOMERS]
+    missing = [] if shows_customers(reference, least_size) else [CUSTOMERS]
     features: list[tuple[str, bool, Callable[[Any], AbstractContextManager[None]]]] = [
         (WINDOW, narrowest_window(traced.model.config) is not None, _without_window),
         (SOFT_CAP, bool(_capped(traced.model)), _without_cap),

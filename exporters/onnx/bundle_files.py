@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -25,22 +26,22 @@ from qrlora_deploy.runtime.bundle.bundle import (
     TensorRecord,
     digest_files,
 )
-from qrlora_deploy.runtime.bundle.records import CalibrationRecord
+from qrlora_deploy.runtime.bundle.manifest_parts import CalibrationRecord
 from qrlora_deploy.runtime.bundle.row_layout import BASE_HEAD_FILE, HeadLayout, padded_rank
 from qrlora_deploy.runtime.sessions.token_index import FIRST_RUNTIME
 from qrlora_deploy.runtime.verification.parity import Case, ParityReport, customer_effect, write_reference
-from qrlora_deploy.tasks.base import Task
-from qrlora_deploy.tasks.registry import task_named
+from qrlora_deploy.tasks.base import TASK_FIELD, Task
+from qrlora_deploy.tasks.registry import task_named, task_of_config
 
-README = """# {task}, {labels} labels
+README = """# {task}, {columns}
 
 A {kind} bundle in {precision}, written by qrlora-deploy: {what}
 
     qrlora-deploy verify .
-    qrlora-deploy predict . {option}--text "..."
+    {predict}
 
 `manifest.json` says what it was made from and seals every file. `model.onnx` takes {inputs}
-and gives `logits [{answer}]`; it runs in ONNX Runtime {runtime} or newer (opset {opset}).
+and gives `{answer}`; it runs in ONNX Runtime {runtime} or newer (opset {opset}).
 """
 RUNTIMES = {23: "1.23", 24: FIRST_RUNTIME}
 """The first ONNX Runtime that computes the operators of each opset as they are used here."""
@@ -48,6 +49,11 @@ RUNTIMES = {23: "1.23", 24: FIRST_RUNTIME}
 WHAT = {
     "merged": "one customer folded into its base, as plain ONNX.",
     "switchable": "any customer of its base in any row of a batch.",
+}
+
+PREDICT = {
+    "merged": 'qrlora-deploy predict . --text "..."',
+    "switchable": 'qrlora-deploy predict . --customers FOLDER --customer acme --text "..."',
 }
 
 
@@ -106,8 +112,10 @@ class Checked:
 def write_side_files(folder: Path, prepared: Prepared, content: Content, checked: Checked) -> None:
     """Config, tokenizer, the base's head and a README."""
     model, tokenizer = prepared.model, prepared.tokenizer
-    model.config.id2label = dict(enumerate(content.labels))
-    model.config.label2id = {label: index for index, label in enumerate(content.labels)}
+    if content.labels:
+        model.config.id2label = dict(enumerate(content.labels))
+        model.config.label2id = {label: index for index, label in enumerate(content.labels)}
+    _name_task(model.config, content)
     set_thresholds(model.config, content.thresholds)
     model.config.to_json_file(folder / "config.json")
     tokenizer.save_pretrained(folder)
@@ -121,17 +129,32 @@ def write_side_files(folder: Path, prepared: Prepared, content: Content, checked
         (folder / BASE_HEAD_FILE).write_bytes(safetensors.numpy.save({"weight": weight, "bias": bias}))
     readme = README.format(
         task=content.task,
-        labels=len(content.labels),
+        columns=f"{len(content.labels)} labels" if content.labels else f"{content.outputs} numbers a text",
+        answer=_answer_text(content),
         kind=content.kind,
         precision=checked.report.precision,
         runtime=RUNTIMES[checked.graph.opset],
         opset=checked.graph.opset,
         what=WHAT[content.kind],
-        option="" if content.kind == "merged" else "--customers FOLDER --customer acme ",
-        answer=", ".join(task_named(content.task).output_shape),
+        predict=PREDICT[content.kind],
         inputs=", ".join(f"`{record.name}` {record.dtype} [{_axes(record)}]" for record in checked.graph.inputs),
     )
     (folder / "README.md").write_text(readme, encoding="utf-8")
+
+
+def _answer_text(content: Content) -> str:
+    """The graph's output and its axes."""
+    task = task_named(content.task)
+    shape = task.output_shape if content.labels else task.axes(content.outputs)
+    return f"{task.output_name} [{', '.join(map(str, shape))}]"
+
+
+def _name_task(config: Any, content: Content) -> None:
+    """Have a config say the task of the bundle, where it says another one or leaves it open."""
+    task = task_named(content.task)
+    said, architecture = getattr(config, TASK_FIELD, None), str((config.architectures or [""])[0])
+    if task_of_config(config.problem_type, len(content.labels), architecture, said) != task:
+        config.update(task.config_fields)
 
 
 def _axes(record: TensorRecord) -> str:
@@ -141,6 +164,7 @@ def _axes(record: TensorRecord) -> str:
 def seal(folder: Path, prepared: Prepared, basis: Basis, content: Content, checked: Checked) -> Manifest:
     """Write the reference logits and the manifest, last of all: it holds the digests of the other files."""
     checkpoint, tokenizer, graph = prepared.checkpoint, prepared.tokenizer, checked.graph
+    task = task_named(content.task)
     manifest = Manifest(
         kind=content.kind,  # type: ignore[arg-type]  # pydantic checks both
         task=content.task,
@@ -160,7 +184,7 @@ def seal(folder: Path, prepared: Prepared, basis: Basis, content: Content, check
             TargetRecord(name=name, rank=rank, padded_rank=padded_rank(rank)) for name, rank in basis.ranks.items()
         ),
         inputs=graph.inputs,
-        outputs=(TensorRecord(name="logits", dtype="float32", shape=task_named(content.task).axes(content.outputs)),),
+        outputs=(TensorRecord(name=task.output_name, dtype="float32", shape=task.axes(content.outputs)),),
         files={},
         parity=_parity_record(checked),
         customer_effect=customer_effect(checked.reference),

@@ -9,8 +9,9 @@ import numpy as np
 from exporters.onnx.prepared import Prepared
 from qrlora_deploy.data.cutting import cut_texts
 from qrlora_deploy.data.examples import TextRows
-from qrlora_deploy.runtime.bundle.records import CalibrationRecord
+from qrlora_deploy.runtime.bundle.manifest_parts import CalibrationRecord
 from qrlora_deploy.runtime.bundle.row_layout import HEAD_TABLE, SLOT, TABLE
+from qrlora_deploy.tasks.base import Task
 
 MAX_ROWS = 128
 """Rows that are run. With 32, 128 and 256 a trained MiniLM keeps the same share of its customers' effect."""
@@ -18,6 +19,13 @@ MAX_ROWS = 128
 DESCRIPTION = "calibration"
 
 Inputs = dict[str, np.ndarray]
+
+
+def texts_to_calibrate(texts: TextRows | None, task: Task) -> TextRows | None:
+    """The texts as the task reads them: those of pairs one by one, where it reads them so; None: there are none."""
+    if texts is None or texts.pairs is None or not task.pairs_apart:
+        return texts
+    return TextRows([text for pair in zip(texts.texts, texts.pairs, strict=True) for text in pair], None, texts.name)
 
 
 def choose_rows(texts: TextRows) -> TextRows:

@@ -1,7 +1,7 @@
 """A model as an ONNX bundle: one customer folded in, or any customer in any row."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from exporters.onnx.ablation import not_shown
 from exporters.onnx.accuracy import Labelled, answer_in_pytorch, choose_labelled, measure_accuracy
 from exporters.onnx.branch_fusion import fuse_branches, fuses
 from exporters.onnx.bundle_files import Checked, Content, seal, write_side_files
-from exporters.onnx.calibrating import calibration_inputs, calibration_record
+from exporters.onnx.calibrating import calibration_inputs, calibration_record, texts_to_calibrate
 from exporters.onnx.graph import SMALLEST_EXTERNAL_BYTES, Graph, write_graph
 from exporters.onnx.options import OnnxOptions
 from exporters.onnx.padding_free import Packing
@@ -23,18 +23,18 @@ from exporters.onnx.side_branches import side_branches
 from exporters.onnx.switchable import CustomerRows, make_switchable, plan_head
 from exporters.onnx.synthetic_customers import base_tables, mixed_reference, read_base_head, synthetic_customers
 from qrlora_deploy.data.examples import Examples
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.exporting.job import ExportJob
 from qrlora_deploy.io.files import atomic_folder
 from qrlora_deploy.io.outputs import check_free_folder
 from qrlora_deploy.merging.checkpoints import merge_model
-from qrlora_deploy.models.checkpoint import check_basis_fits
+from qrlora_deploy.models.checkpoint import Checkpoint, check_basis_fits
 from qrlora_deploy.runtime.bundle.bundle import MODEL_FILE, Manifest
 from qrlora_deploy.runtime.bundle.row_layout import head_arrays
 from qrlora_deploy.runtime.sessions.token_index import check_runtime
 from qrlora_deploy.runtime.verification.parity import Case, check_parity, open_for_check
 from qrlora_deploy.tasks.base import Task
-from qrlora_deploy.tasks.registry import task_named
+from qrlora_deploy.tasks.registry import BY_OPTION, task_named
 
 DEFAULTS = OnnxOptions()
 
@@ -81,9 +81,16 @@ def export_merged(job: ExportJob, options: OnnxOptions = DEFAULTS) -> Manifest:
     if customer is None:
         raise InputError("a merged bundle needs the coefficients of its customer; without them it is a switchable one")
     if options.head_labels:
-        raise InputError("--head-labels belongs to a switchable bundle; a merged one has its customer's own head")
+        raise InputError(
+            f"{argument('head_labels')} belongs to a switchable bundle; a merged one has its customer's own head"
+        )
     if options.table_dtype != "fp32":
-        raise InputError("--table-dtype belongs to a switchable bundle; a merged one has no table")
+        raise InputError(f"{argument('table_dtype')} belongs to a switchable bundle; a merged one has no table")
+    if options.task is not None:
+        raise InputError(f"{argument('task')} belongs to a switchable bundle; a merged one has its customer's task")
+
+    job = replace(job, checkpoint=checkpoint.taken_for(customer.task))
+    checkpoint = job.checkpoint
 
     def plan(prepared: Prepared) -> _Plan:
         labels = customer.labels or checkpoint.labels
@@ -91,7 +98,8 @@ def export_merged(job: ExportJob, options: OnnxOptions = DEFAULTS) -> Manifest:
         labelled = choose_labelled(options.data, task, labels, strict=True)
         reference = build_reference(prepared, job.basis, customer)
         merge_model(prepared.model, checkpoint, job.basis, customer)
-        content = Content("merged", customer.task, labels, len(labels), customer.digest, thresholds=customer.thresholds)
+        outputs = reference[0].logits.shape[-1]
+        content = Content("merged", customer.task, labels, outputs, customer.digest, thresholds=customer.thresholds)
         return _Plan(content, reference, labelled=_answer(job, prepared, labelled, task, labels))
 
     return _export(job, options, plan)
@@ -109,10 +117,17 @@ def export_switchable(job: ExportJob, options: OnnxOptions = DEFAULTS) -> Manife
         labels than `options.head_labels`.
     """
     checkpoint, basis, head_labels = job.checkpoint, job.basis, options.head_labels
+    if options.task is not None:
+        checkpoint = _taken_for(checkpoint, options.task)
+        job = replace(job, checkpoint=checkpoint)
     if job.coefficients is not None:
         raise InputError("a switchable bundle serves all customers; coefficients belong to a merged one")
+    if head_labels and not task_named(checkpoint.task).has_labels:
+        raise InputError(f"{argument('head_labels')} belongs to bases with an output layer; {checkpoint.task} has none")
     if head_labels and head_labels < len(checkpoint.labels):
-        raise InputError(f"--head-labels {head_labels} is less than the base's {len(checkpoint.labels)} labels")
+        raise InputError(
+            f"{argument('head_labels', head_labels)} is less than the base's {len(checkpoint.labels)} labels"
+        )
 
     def plan(prepared: Prepared) -> _Plan:
         check_basis_fits(checkpoint, basis)
@@ -124,13 +139,23 @@ def export_switchable(job: ExportJob, options: OnnxOptions = DEFAULTS) -> Manife
             reference = mixed_reference(side, synthetic_customers(side, head), head, options.table_dtype)
         rows = make_switchable(prepared.model, basis, head_labels, options.table_dtype, task.answers_words)
         base_head = head_arrays(read_base_head(checkpoint)) if head else None
-        content = Content(
-            "switchable", checkpoint.task, labels, head_labels or len(labels), head=head, base_head=base_head
-        )
+        content = Content("switchable", task.name, labels, reference[0].logits.shape[1], head=head, base_head=base_head)
         tables = base_tables(checkpoint, basis, head, options.table_dtype)
         return _Plan(content, reference, rows, tables, answered)
 
     return _export(job, options, plan)
+
+
+def _taken_for(checkpoint: Checkpoint, option: str) -> Checkpoint:
+    """The base taken for a task.
+
+    Raises:
+        InputError: its config says that it is for another one.
+    """
+    taken, task = checkpoint.taken_for(BY_OPTION[option].name), BY_OPTION[option]
+    if taken.task != task.name:
+        raise InputError(f"{argument('task', option)}: the head of {checkpoint.name} is for {taken.task}")
+    return taken
 
 
 def _answer(
@@ -162,8 +187,9 @@ def _export(job: ExportJob, options: OnnxOptions, make_plan: Callable[[Prepared]
         labelled = plan.labelled
         accuracy = measure_accuracy(session, labelled, plan.tables, job.progress) if labelled else None
         step(3)
-        calibration = calibration_record(options.calibration) if options.calibration is not None else None
-        unseen = not_shown(graph.traced, plan.reference, report.bound)
+        texts = texts_to_calibrate(options.calibration, prepared.task)
+        calibration = calibration_record(texts) if texts is not None else None
+        unseen = not_shown(graph.traced, plan.reference, report.bound, prepared.task.least_size)
         checked = Checked(graph, plan.reference, report, options.provider, accuracy, calibration, unseen)
         write_side_files(folder, prepared, plan.content, checked)
         manifest = seal(folder, prepared, job.basis, plan.content, checked)
@@ -179,9 +205,9 @@ def _write_graph(job: ExportJob, options: OnnxOptions, prepared: Prepared, plan:
     finish = None
     if rows is not None and fuses(options.precision, options.provider):
         finish = partial(fuse_branches, model, rows)
-    graph = write_graph(model, prepared.input_names, folder, rows, packing, finish)
+    graph = write_graph(model, prepared.input_names, folder, rows, packing, finish, prepared.task)
     if options.precision == "int8":
-        texts, customers = options.calibration, plan.reference[0].inputs
+        texts, customers = texts_to_calibrate(options.calibration, prepared.task), plan.reference[0].inputs
         calibration = calibration_inputs(prepared, texts, customers, job.progress) if texts is not None else None
         quantize_graph(folder / MODEL_FILE, graph.products, SMALLEST_EXTERNAL_BYTES, calibration)
     return graph

@@ -18,12 +18,16 @@ from exporters.onnx.attention import HEADS, use_onnx_attention
 from exporters.onnx.bias_folding import fold_attention_biases
 from exporters.onnx.padding_free import Packing, pack_blocks
 from exporters.onnx.quantizing import base_products
-from qrlora_deploy.errors import InputError, QrloraError, first_line
+from qrlora_deploy.errors import InputError, QrloraError, argument, first_line
 from qrlora_deploy.runtime.bundle.bundle import TensorRecord
 from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX
+from qrlora_deploy.tasks.base import Task
+from qrlora_deploy.tasks.classification import Classification
 
 OPSET = 23
 """The first opset with the `Attention` operator."""
+
+CLASSES = Classification()
 
 ATTENTION = ("Attention", "PackedMultiHeadAttention")
 
@@ -88,18 +92,21 @@ def write_graph(
     rows: RowInputs | None = None,
     packing: Packing | None = None,
     finish: Callable[[], None] | None = None,
+    task: Task = CLASSES,
 ) -> Graph:
     """Export `model` to `folder/model.onnx`, weights in `model.onnx.data`.
 
     The model's attention implementation is switched in place, and biases that it does not need are folded.
 
     Args:
-        model: gives `logits [batch, outputs]` or `[batch, sequence, outputs]`; the graph computes in its dtype.
+        model: gives `logits [batch, outputs]` or `[batch, sequence, outputs]`, or what `task` makes of it; the graph
+            computes in its dtype.
         names: its text inputs, int64 `[batch, sequence]` each.
         folder: where the files go.
         rows: further inputs, and who takes them.
         packing: for a padding-free graph; the blocks of the model are made to use it, in place.
         finish: changes the model's layers once more, after a run that shows what they read and before the trace.
+        task: of the model; says what the graph answers and what that is called.
 
     Raises:
         QrloraError: the model cannot be traced, or the attention operator did not reach the graph.
@@ -114,25 +121,25 @@ def write_graph(
         if not emitted:
             raise InputError(
                 f"{type(model).__name__} cannot be made padding-free: its attention is its own, not one that is "
-                f"exported as an ONNX operator; leave --padding-free out"
+                f"exported as an ONNX operator; leave {argument('padding_free')} out"
             )
         blocks = pack_blocks(model, packing)
     if rows is not None:
         rows.packing = packing
     examples = _examples(model, names, rows, packing)
-    wrapper = _LogitsOnly(model, tuple(examples), rows, packing).eval()
+    wrapper = _AnswersOnly(model, task, tuple(examples), rows, packing).eval()
     # Errors of a layer come out of a plain run as they are, and out of a trace wrapped up.
     with torch.no_grad():
         wrapper(*(tensor for tensor, _axes in examples.values()))
     if packing is not None and packing.attended != blocks:
         raise InputError(
             f"{type(model).__name__} cannot be made padding-free: {packing.attended} of its {blocks} blocks attend "
-            f"through the registered function; leave --padding-free out"
+            f"through the registered function; leave {argument('padding_free')} out"
         )
     if finish is not None:
         finish()
     opset = OPSET if packing is None else packing.opset
-    program = _trace(wrapper, examples, opset)
+    program = _trace(wrapper, examples, opset, task.output_name)
     attention_nodes = sum(node.op_type in ATTENTION for node in program.model.graph.all_nodes())
     if emitted and not attention_nodes and not _all_capped(model):
         raise QrloraError(f"{type(model).__name__}: no Attention operator reached the graph; please report this model")
@@ -159,14 +166,20 @@ def _record(name: str, tensor: torch.Tensor, axes: tuple[str | int, ...]) -> Ten
     return TensorRecord(name=name, dtype=str(tensor.dtype).removeprefix("torch."), shape=axes)
 
 
-class _LogitsOnly(torch.nn.Module):
-    """Takes tensors by position and gives the logits, fp32 whatever the model's dtype."""
+class _AnswersOnly(torch.nn.Module):
+    """Takes tensors by position and gives the answers of a task, fp32 whatever the model's dtype."""
 
     def __init__(
-        self, model: torch.nn.Module, names: tuple[str, ...], rows: RowInputs | None, packing: Packing | None
+        self,
+        model: torch.nn.Module,
+        task: Task,
+        names: tuple[str, ...],
+        rows: RowInputs | None,
+        packing: Packing | None,
     ) -> None:
         super().__init__()
         self.model = model
+        self.task = task
         self.names = names
         self.rows = rows
         self.packing = packing
@@ -178,8 +191,7 @@ class _LogitsOnly(torch.nn.Module):
             self.rows.fill({name: named.pop(name) for name in self.row_names})
         if self.packing is not None:
             self.packing.fill(named.pop(TOKEN_INDEX), named["attention_mask"])
-        logits: torch.Tensor = self.model(**named, return_dict=True).logits.float()
-        return logits
+        return self.task.forward(self.model, named).float()
 
 
 def _examples(
@@ -200,7 +212,7 @@ def _examples(
     return text | tokens | ({} if rows is None else rows.examples(batch))
 
 
-def _trace(wrapper: torch.nn.Module, examples: dict[str, Example], opset: int) -> Any:
+def _trace(wrapper: torch.nn.Module, examples: dict[str, Example], opset: int, output_name: str) -> Any:
     dims = {
         "batch": torch.export.Dim("batch", min=1),
         "sequence": torch.export.Dim("sequence", min=1, max=2**20),
@@ -221,7 +233,7 @@ def _trace(wrapper: torch.nn.Module, examples: dict[str, Example], opset: int) -
                 dynamo=True,
                 opset_version=opset,
                 input_names=list(examples),
-                output_names=["logits"],
+                output_names=[output_name],
                 dynamic_shapes=(shapes,),
                 verbose=False,
                 # This would also fuse operators of opset 23 in ways that are wrong: it gives a rotary embedding

@@ -11,6 +11,8 @@ from qrlora_deploy.errors import InputError
 from qrlora_deploy.models.capacity import check_ids, max_tokens
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.models.support import check_padding
+from qrlora_deploy.tasks.base import Task
+from qrlora_deploy.tasks.registry import task_named
 
 BATCH = 8
 """Rows of a case: enough for different lengths, few enough for a quick check."""
@@ -48,6 +50,11 @@ class Prepared:
         return self.checkpoint.load_model()
 
     @cached_property
+    def task(self) -> Task:
+        """What the base is for; a customer with a head of its own may have another task on the same outputs."""
+        return task_named(self.checkpoint.task)
+
+    @cached_property
     def input_names(self) -> tuple[str, ...]:
         """The inputs that the tokenizer gives and the model takes, in a fixed order."""
         return input_names(self.checkpoint.skeleton(), self.tokenizer)
@@ -71,15 +78,20 @@ def prepare(checkpoint: Checkpoint, examples: Examples | None) -> Prepared:
     checkpoint.require_task_head()
     tokenizer = checkpoint.tokenizer()
     check_padding(checkpoint.name, checkpoint.skeleton(), tokenizer)
-    pairs = examples is not None and examples.pairs is not None
+    apart = task_named(checkpoint.task).pairs_apart
+    pairs = examples is not None and examples.pairs is not None and not apart
     check_ids(checkpoint.name, checkpoint.skeleton(), tokenizer, pairs)
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"{checkpoint.name} has no fast tokenizer (tokenizer.json), which serving needs")
-    return Prepared(checkpoint, tokenizer, choose_texts(examples))
+    return Prepared(checkpoint, tokenizer, choose_texts(examples, apart))
 
 
-def choose_texts(examples: Examples | None) -> Texts:
+def choose_texts(examples: Examples | None, apart: bool = False) -> Texts:
     """The first rows of `examples`, or texts that come with the project.
+
+    Args:
+        examples: labelled or not; None: there are none.
+        apart: whether the texts of a pair are read each by itself; then the texts are those of the first pairs.
 
     Raises:
         InputError: there are no texts.
@@ -91,4 +103,7 @@ def choose_texts(examples: Examples | None) -> Texts:
         return Texts(sample_texts()[:BATCH])
     if not examples.texts:
         raise InputError(f"{examples.name} holds no texts to check the export with")
+    if apart and examples.pairs:
+        pairs = zip(examples.texts[:BATCH], examples.pairs, strict=False)
+        return Texts([text for pair in pairs for text in pair][:BATCH])
     return Texts(examples.texts[:BATCH], examples.pairs[:BATCH] if examples.pairs else None)

@@ -20,8 +20,12 @@ from qrlora_deploy.merging.arithmetic import check_head, plan_folds
 from qrlora_deploy.models.adapter import QRLoRALinear, attach, detach, set_coefficients
 from qrlora_deploy.models.head import set_head
 from qrlora_deploy.models.loading import quiet_transformers
+from qrlora_deploy.tasks.base import Task
+from qrlora_deploy.tasks.classification import Classification
 
 Inputs = dict[str, np.ndarray]
+
+CLASSES = Classification()
 
 
 class SideBranches:
@@ -59,7 +63,7 @@ class SideBranches:
     def logits(self, values: np.ndarray, inputs: Inputs) -> np.ndarray:
         """Logits with coefficients `values [total_rank]`, by the head that was used last."""
         set_coefficients(self._adapters, self.basis, values)
-        return model_logits(self.prepared.model, inputs)
+        return model_logits(self.prepared.model, inputs, self.prepared.task)
 
     def use_head(self, head: Mapping[str, np.ndarray]) -> None:
         """Take a customer's own output layer; an empty one: the base's."""
@@ -105,9 +109,9 @@ def _plain_attention(model: Any) -> Iterator[None]:
             model.set_attn_implementation(before)
 
 
-def model_logits(model: Any, inputs: Inputs) -> np.ndarray:
-    """Logits fp32 of a PyTorch model, `[batch, outputs]` or `[batch, length, outputs]`."""
+def model_logits(model: Any, inputs: Inputs, task: Task = CLASSES) -> np.ndarray:
+    """Answers of a PyTorch model in fp32: logits `[batch, outputs]` or `[batch, length, outputs]`, or embeddings."""
     with torch.no_grad():
         tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
-        logits: np.ndarray = model(**tensors).logits.float().numpy()
+        logits: np.ndarray = task.forward(model, tensors).float().numpy()
     return logits

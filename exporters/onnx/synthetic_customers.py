@@ -14,7 +14,6 @@ from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.models.head import output_layer
 from qrlora_deploy.runtime.bundle.row_layout import HEAD_TABLE, SLOT, TABLE, HeadLayout, TableLayout, head_arrays
 from qrlora_deploy.runtime.verification.parity import Case, without_padding
-from qrlora_deploy.tasks.registry import task_named
 
 SYNTHETIC = 3
 """Customers beside the base: with fewer, a swap of two rows could go unseen."""
@@ -126,7 +125,7 @@ def mixed_reference(
     for customer in everyone:
         side.check(customer)
     tables = _tables(checkpoint, side.basis, everyone, head, table_dtype)
-    width = head.labels if head is not None else len(checkpoint.labels)
+    width = head.labels if head is not None else None
     batches = reference_batches(side.prepared)
     return [
         Case(name, inputs | tables | slots, *_mixed_answers(side, everyone, slots[SLOT], inputs, width))
@@ -154,15 +153,18 @@ def _slots(index: int, inputs: Inputs, customers: int) -> Inputs:
 
 
 def _mixed_answers(
-    side: SideBranches, everyone: Sequence[Coefficients], slot: np.ndarray, inputs: Inputs, width: int
+    side: SideBranches, everyone: Sequence[Coefficients], slot: np.ndarray, inputs: Inputs, width: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Logits `[batch, width]` or `[batch, length, width]` of the customer of each row, and of the base with that
-    customer's head."""
-    axes = inputs["input_ids"].shape if task_named(everyone[0].task).answers_words else slot.shape
-    logits, base_logits = (np.full((*axes, width), -np.inf, dtype=np.float32) for _ in range(2))
+    customer's head; None: as wide as the base answers."""
+    parts = []
     for owner in np.unique(slot):
         own = np.flatnonzero(slot == owner)
-        answers = side.answers(everyone[owner], {name: array[own] for name, array in inputs.items()})
+        parts.append((own, side.answers(everyone[owner], {name: array[own] for name, array in inputs.items()})))
+    axes = parts[0][1][0].shape[1:]
+    shape = (len(slot), *axes[:-1], width or axes[-1])
+    logits, base_logits = (np.full(shape, -np.inf, dtype=np.float32) for _ in range(2))
+    for own, answers in parts:
         for kept, found in zip((logits, base_logits), answers, strict=True):
             kept[own, ..., : found.shape[-1]] = found
     return without_padding(logits, inputs), without_padding(base_logits, inputs)

@@ -21,7 +21,9 @@ def as_checkpoint(base: StrPath | Checkpoint) -> Checkpoint:
     return base if isinstance(base, Checkpoint) else open_checkpoint(os.fspath(base))
 
 
-def as_examples(data: StrPath | Examples, text_column: str | None, label_column: str | None) -> Examples:
+def as_examples(
+    data: StrPath | Examples, text_column: str | None, label_column: str | None, labelled: bool = True
+) -> Examples:
     """Labelled text: a file, a hub data set, or `Examples`, whose columns are known already.
 
     Raises:
@@ -29,7 +31,7 @@ def as_examples(data: StrPath | Examples, text_column: str | None, label_column:
     """
     if isinstance(data, Examples):
         return data
-    return read_examples(os.fspath(data), text_column, label_column)
+    return read_examples(os.fspath(data), text_column, label_column, labelled=labelled)
 
 
 def base_of(base: StrPath | Checkpoint | None, coefficients: StrPath | Coefficients) -> Checkpoint:

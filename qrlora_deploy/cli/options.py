@@ -177,7 +177,9 @@ def customer_options(head: str, resume: str) -> Callable[[Command], Command]:
         click.option("--head", type=click.Choice(["frozen", "output"]), default="frozen", show_default=True, help=head),
         click.option("--patience", type=COUNT, default=3, show_default=True, help="Epochs without a gain."),
         click.option("--resume", is_flag=True, help=resume),
-        click.option("--metric", help="Chooses the best epoch on --eval, by default accuracy, pearson or f1_micro."),
+        click.option(
+            "--metric", help="Chooses the best epoch on --eval; by default the task's first, such as accuracy."
+        ),
         click.option("--head-learning-rate", type=RATE, help="With --head output."),
         click.option(
             "--tune-thresholds", is_flag=True, help="Choose each label's threshold on --eval, for the best F1."

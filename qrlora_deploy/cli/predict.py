@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from qrlora_deploy.runtime.prediction.predictor import Predictor
     from qrlora_deploy.runtime.prediction.requests import Request
 
+SHOWN = 4
+"""Numbers of an embedding that a person is shown."""
+
 
 @click.command("predict")
 @click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
@@ -110,6 +113,10 @@ def _requests(
 def _answer(predictor: "Predictor", requests: "list[Request]", batch_size: int) -> Output:
     pairs = [request.pair for request in requests if request.pair is not None]
     owners = [request.customer for request in requests]
+    if not predictor.task.has_labels:
+        if pairs:
+            raise InputError(f"{predictor.bundle.folder} embeds single texts; leave the second ones out")
+        return _embed(predictor, requests, batch_size)
     answers = predictor.predict([request.text for request in requests], pairs or None, batch_size, owners)
     record = [
         {"customer": request.customer, "text": request.text, "label": answer.label}
@@ -126,3 +133,20 @@ def _answer(predictor: "Predictor", requests: "list[Request]", batch_size: int) 
         columns = ["customer", *columns]
         rows = [[request.customer, *row] for request, row in zip(requests, rows, strict=True)]
     return Output(record, tables=[Table(columns, rows)])
+
+
+def _embed(predictor: "Predictor", requests: "list[Request]", batch_size: int) -> Output:
+    """Embeddings: whole under --json, their first numbers for a person."""
+    owners = [request.customer for request in requests]
+    found = predictor.embed([request.text for request in requests], batch_size, owners)
+    record = [
+        {"customer": request.customer, "text": request.text, "embedding": embedding.tolist()}
+        for request, embedding in zip(requests, found, strict=True)
+    ]
+    rows = [
+        [request.customer or "base", request.text, " ".join(f"{value:.4f}" for value in embedding[:SHOWN]) + " ..."]
+        for request, embedding in zip(requests, found, strict=True)
+    ]
+    columns = ["customer", "text", f"embedding, {SHOWN} of {found.shape[1]} numbers"]
+    start = 0 if predictor.switchable is not None else 1
+    return Output(record, tables=[Table(columns[start:], [row[start:] for row in rows])])

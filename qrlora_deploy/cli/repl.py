@@ -88,16 +88,36 @@ def _obey(
     elif word.startswith("/"):
         raise InputError(f"there is no {word}. {HELP}")
     elif line:
-        answer = predictor.predict([line], customers=[customer])[0]
-        shown = in_words(answer, predictor.task.answers_words)
-        stdout.write(f"{one_line(shown)}\t{answer.score:.4f}\n")
+        stdout.write(f"{_answer(predictor, line, customer)}\n")
         stdout.flush()
     return customer
 
 
 def _make_sure(predictor: "Predictor", customer: str) -> None:
     """Raise unless the customer is there: an answer that nobody reads."""
-    predictor.predict(["-"], customers=[customer])
+    _answer(predictor, "-\t-" if predictor.task.needs_pairs else "-", customer)
+
+
+def _answer(predictor: "Predictor", line: str, customer: str | None) -> str:
+    """The labels and the score, or the numbers of an embedding, with tabs between them."""
+    if not predictor.task.has_labels:
+        return "\t".join(f"{value:.6f}" for value in predictor.embed([line], customers=[customer])[0])
+    answer = predictor.predict(*_question(predictor, line), customers=[customer])[0]
+    return f"{one_line(in_words(answer, predictor.task.answers_words))}\t{answer.score:.4f}"
+
+
+def _question(predictor: "Predictor", line: str) -> tuple[list[str], list[str] | None]:
+    """The text of a line, or the two of a pair.
+
+    Raises:
+        InputError: a pair is needed, and the line has no tab.
+    """
+    if not predictor.task.needs_pairs:
+        return [line], None
+    first, tab, second = line.partition("\t")
+    if not tab:
+        raise InputError(f"a bundle for {predictor.task.name} scores pairs: type both texts with a tab between them")
+    return [first.strip()], [second.strip()]
 
 
 def _list(predictor: "Predictor", store: "CustomerStore | None") -> str:

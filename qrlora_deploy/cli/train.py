@@ -65,8 +65,9 @@ def command(
     check_replaceable(output, "coefficients file", has_format(FORMAT))
     # What was not given is left to the library's defaults, its own for each method.
     chosen = TrainSettings(**{name: value for name, value in settings.items() if value is not None})
-    examples = read_examples(data, text_column, label_column)
-    held_out = read_examples(evaluation, text_column, label_column) if evaluation else None
+    columns = (text_column, label_column, None, chosen.labelled)
+    examples = read_examples(data, *columns)
+    held_out = read_examples(evaluation, *columns) if evaluation else None
     frozen = read_basis(basis)
     choose_device(chosen.device)
     # Imported here: the seconds that PyTorch and transformers take are not waited for by who named a wrong file.

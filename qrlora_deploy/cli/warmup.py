@@ -42,8 +42,9 @@ def command(
 
     check_free_folder(output)
     chosen = WarmupSettings(**{name: value for name, value in settings.items() if value is not None})
-    train = read_examples(data, text_column, label_column)
-    held_out = read_examples(evaluation, text_column, label_column) if evaluation else None
+    columns = (text_column, label_column, None, chosen.labelled)
+    train = read_examples(data, *columns)
+    held_out = read_examples(evaluation, *columns) if evaluation else None
     choose_device(chosen.device)
     # Imported here: the seconds that PyTorch and transformers take are not waited for by who named a wrong file.
     from qrlora_deploy.models.checkpoint import open_checkpoint

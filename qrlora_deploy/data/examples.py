@@ -9,12 +9,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qrlora_deploy.data.columns import TEXT_COLUMNS, label_name_of, tagged_columns, text_names, word_column
+from qrlora_deploy.data.columns import (
+    LABEL_COLUMNS,
+    TEXT_COLUMNS,
+    label_name_of,
+    tagged_columns,
+    text_names,
+    word_column,
+)
 from qrlora_deploy.data.labels import Label, column_labels, is_unicode, rows_text
 from qrlora_deploy.data.lines import place_of
 from qrlora_deploy.data.readers import READERS, Table, read_table, unique_names
 from qrlora_deploy.data.tagged import read_words, tags_of_spans, tags_of_words
-from qrlora_deploy.errors import InputError, library_errors
+from qrlora_deploy.errors import InputError, argument, library_errors
 from qrlora_deploy.tokenization.words import Place, joined
 
 HUB_NAME = re.compile(r"(?P<name>[\w\-][\w.\-]*(?:/[\w.\-]+)?)(?::(?P<config>[\w.\-]+))?")
@@ -28,7 +35,8 @@ class Examples:
     Attributes:
         texts: the text of each row, or the first one of a pair.
         pairs: the second text of each row; None where the data has single texts.
-        labels: as written in the data; a text is never empty, a list may be. Of tagged words a tag for each.
+        labels: as written in the data; a text is never empty, a list may be. Of tagged words a tag for each; empty
+            texts where there is no column of them.
         name: file or hub name as it was given, for messages and records.
         words: the places of each row's words, where the words have tags; None where the texts have labels.
     """
@@ -90,7 +98,11 @@ def check_alike(train: Examples, evaluation: Examples | None) -> None:
 
 
 def read_examples(
-    source: str | Path, text_column: str | None = None, label_column: str | None = None, split: str | None = None
+    source: str | Path,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    split: str | None = None,
+    labelled: bool = True,
 ) -> Examples:
     """Read labelled text.
 
@@ -102,12 +114,13 @@ def read_examples(
             names, `text` and `sentence` are found without it.
         label_column: the column of the labels; `label` and `labels` are found without it.
         split: the part of a hub data set, "train" if not given.
+        labelled: whether there must be labels; else pairs of texts may have no column of them: theirs are empty.
 
     Raises:
         InputError: nothing can be read there, the columns are not those, a row is ragged or has no
             label, the text is not UTF-8, or there are no rows.
     """
-    return examples_of(str(source), _whole(_read(source, split)), text_column, label_column)
+    return examples_of(str(source), _whole(_read(source, split)), text_column, label_column, labelled)
 
 
 def read_texts(source: str | Path, text_column: str | None = None) -> TextRows:
@@ -143,7 +156,9 @@ def _whole(table: Table) -> Table:
     return table
 
 
-def examples_of(source: str, table: Table, text_column: str | None, label_column: str | None) -> Examples:
+def examples_of(
+    source: str, table: Table, text_column: str | None, label_column: str | None, labelled: bool = True
+) -> Examples:
     """Examples from a table that was read, as `read_examples` gives them.
 
     Args:
@@ -151,6 +166,7 @@ def examples_of(source: str, table: Table, text_column: str | None, label_column
         table: the rows; its faults are not looked at.
         text_column: as in `read_examples`.
         label_column: as in `read_examples`.
+        labelled: as in `read_examples`.
 
     Raises:
         InputError: as `read_examples`, but for the file itself.
@@ -159,6 +175,8 @@ def examples_of(source: str, table: Table, text_column: str | None, label_column
     if tagged is not None:
         return tagged
     texts = _text_columns(source, table, text_column)
+    if not labelled and label_column is None and len(texts) == 2 and not set(LABEL_COLUMNS) & table.columns.keys():
+        return Examples(texts[0], texts[1], [""] * len(texts[0]), source)
     name = label_name_of(source, table.columns, label_column)
     _check_as_stored(source, table, name)
     labels = column_labels(source, name, table.columns[name])
@@ -176,7 +194,9 @@ def _tagged_examples(source: str, table: Table, text_column: str | None, label_c
     else:
         texts = _text_columns(source, table, text_column)
         if len(texts) > 1:
-            raise InputError(f"{source}: tags belong to the words of one text, not of a pair; name it by --text-column")
+            raise InputError(
+                f"{source}: tags belong to the words of one text, not of a pair; name it by {argument('text_column')}"
+            )
         rows = tags_of_spans(source, tags, texts[0], columns[tags])
     return Examples([row[0] for row in rows], None, [row[2] for row in rows], source, [row[1] for row in rows])
 

@@ -25,6 +25,7 @@ class ModelConfig(BaseModel):
         architectures: class names; the first one is the checkpoint's.
         id2label: names of the outputs by their number.
         num_labels: number of outputs, where they have no names.
+        qrlora_task: the task, where transformers has no `problem_type` for it.
         qrlora_thresholds: for each output of a multi-label head the probability from which on it applies.
     """
 
@@ -32,6 +33,7 @@ class ModelConfig(BaseModel):
     problem_type: str | None = None
     architectures: list[str] | None = None
     id2label: dict[str, str | int] | None = None
+    qrlora_task: str | None = None
     num_labels: int | None = Field(default=None, ge=0, le=2**31)
     vocab_size: int | None = None
     type_vocab_size: int | None = None

@@ -16,6 +16,7 @@ from qrlora_deploy.io.files import write_json
 from qrlora_deploy.io.reading import is_file, parse_json, read_text
 from qrlora_deploy.io.strict import from_json
 from qrlora_deploy.io.versions import Versions
+from qrlora_deploy.tasks.base import TASK_FIELD
 from qrlora_deploy.tasks.registry import task_named
 from qrlora_deploy.version import __version__
 
@@ -26,7 +27,7 @@ VERSIONS = Versions(1)
 MAX_BYTES = 16 * 2**20
 """A provenance file is a few kB; a larger one is refused before it is read."""
 
-LABEL_KEYS = ("id2label", "label2id", "problem_type", "num_labels", THRESHOLDS_KEY)
+LABEL_KEYS = ("id2label", "label2id", "problem_type", "num_labels", TASK_FIELD, THRESHOLDS_KEY)
 """Entries of config.json that a customer's labels change."""
 
 
@@ -136,15 +137,16 @@ def with_labels(
 ) -> dict[str, Any]:
     """A copy of `config` for `outputs` logits named `labels`; without labels only the count changes."""
     names = labels or tuple(f"LABEL_{index}" for index in range(outputs))
-    changed = config | {
-        "id2label": {str(index): name for index, name in enumerate(names)},
-        "label2id": {name: index for index, name in enumerate(names)},
-        "problem_type": task_named(task).problem_type,
-    }
-    changed.pop(THRESHOLDS_KEY, None)
+    changed = dict(config)
+    if names:
+        changed["id2label"] = {str(index): name for index, name in enumerate(names)}
+        changed["label2id"] = {name: index for index, name in enumerate(names)}
+    fields = task_named(task).config_fields
+    changed = {key: value for key, value in changed.items() if key not in ("problem_type", TASK_FIELD, THRESHOLDS_KEY)}
+    changed |= {key: value for key, value in fields.items() if value is not None}
     if thresholds:
         changed[THRESHOLDS_KEY] = list(thresholds)
-    if "num_labels" in config:
+    if names and "num_labels" in config:
         changed["num_labels"] = outputs
     return changed
 

@@ -13,7 +13,7 @@ from qrlora_deploy.formats import basis as basis_format
 from qrlora_deploy.formats import coefficients as coefficients_format
 from qrlora_deploy.formats.basis import Basis, read_basis
 from qrlora_deploy.formats.coefficients import Coefficients, read_coefficients
-from qrlora_deploy.formats.config_file import label_names, read_model_config
+from qrlora_deploy.formats.config_file import ModelConfig, label_names, read_model_config
 from qrlora_deploy.formats.provenance import FILE_NAME as PROVENANCE
 from qrlora_deploy.formats.provenance import read_provenance
 from qrlora_deploy.io.files import METADATA_KEY
@@ -27,7 +27,7 @@ MANIFEST = "manifest.json"
 PACKED = "qrlora-packed"
 """Named here as well: files of the other kinds are read without the runtime's dependencies."""
 
-PEFT = "an adapter of PEFT, which this project writes (`export --format peft`) and does not read"
+PEFT = "an adapter of PEFT, which this project writes (`export` in the format peft) and does not read"
 
 GGUF = b"GGUF"
 """How such files begin."""
@@ -241,6 +241,10 @@ def _describe_folder(path: Path) -> Description:
     return _describe_checkpoint(path, size_bytes)
 
 
+def _task_of(config: ModelConfig, outputs: int) -> str:
+    return task_of_config(config.problem_type, outputs, config.architecture, config.qrlora_task).name
+
+
 def _describe_checkpoint(path: Path, size_bytes: int) -> Description:
     file = path / "config.json"
     if not is_file(file):
@@ -254,7 +258,7 @@ def _describe_checkpoint(path: Path, size_bytes: int) -> Description:
         "tensors": len(stored),
         "shards": [shard.name for shard in shards],
         "has_task_head": config.has_task_head,
-        "task": task_of_config(config.problem_type, len(labels), config.architecture).name if labels else None,
+        "task": _task_of(config, len(labels)) if labels else None,
         "labels": labels,
         "sizes": {name: size for name in SIZES if (size := getattr(config, name)) is not None},
         "digest": digest_of({name: tensor.digest() for name, tensor in stored.items()}),

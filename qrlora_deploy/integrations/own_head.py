@@ -9,10 +9,11 @@ from torch import nn
 from qrlora_deploy.errors import MismatchError
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.head import replace_head, set_head
-from qrlora_deploy.models.model_config import CONFIG
+from qrlora_deploy.models.model_config import CONFIG, is_encoder
 from qrlora_deploy.models.output_names import output_names
+from qrlora_deploy.tasks.base import TASK_FIELD
 
-CHANGED = ("id2label", "label2id", "problem_type")
+CHANGED = ("id2label", "label2id", "problem_type", TASK_FIELD)
 """What a customer's labels change in the config of a model in memory."""
 
 
@@ -22,7 +23,7 @@ class OwnHead:
 
     Attributes:
         before: the model's own parameters, by tensor name.
-        config: the config's entries under `CHANGED`.
+        config: the config's entries under `CHANGED`, those that it had.
     """
 
     before: dict[str, nn.Parameter]
@@ -31,7 +32,7 @@ class OwnHead:
     @classmethod
     def put_in(cls, model: Any, customer: Coefficients) -> Self:
         """Replace a model's output layer and labels by those of a customer that `check_head` has accepted."""
-        config = {name: getattr(model.config, name) for name in CHANGED}
+        config = {name: getattr(model.config, name) for name in CHANGED if hasattr(model.config, name)}
         return cls(replace_head(model, customer), config)
 
     def take_out(self, model: Any) -> None:
@@ -39,8 +40,11 @@ class OwnHead:
         for name, parameter in self.before.items():
             parameter.data = parameter.data.to(model.get_parameter(name))
         set_head(model, self.before)
-        for name, value in self.config.items():
-            setattr(model.config, name, value)
+        for name in CHANGED:
+            if name in self.config:
+                setattr(model.config, name, self.config[name])
+            elif hasattr(model.config, name):
+                delattr(model.config, name)
 
 
 def check_head(model: Any, customer: Coefficients, own: OwnHead | None) -> None:
@@ -80,5 +84,7 @@ def _check_shapes(model: nn.Module, customer: Coefficients) -> None:
 
 
 def labels_of(model: Any) -> tuple[str, ...]:
-    """Names of the outputs of a model in memory, in their order."""
+    """Names of the outputs of a model in memory, in their order; none of an encoder without a task head."""
+    if is_encoder(type(model).__name__):
+        return ()
     return output_names(Path(CONFIG), model.config.id2label)

@@ -26,7 +26,8 @@ from qrlora_deploy.models.adapter import (
 from qrlora_deploy.models.checkpoint import Checkpoint, check_basis_fits
 from qrlora_deploy.models.head import check_stored, prepare_head
 from qrlora_deploy.models.targets import is_conv1d
-from qrlora_deploy.tasks.registry import task_of_config
+from qrlora_deploy.models.task_head import task_of
+from qrlora_deploy.training.outputs import taken_for
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -105,6 +106,7 @@ def coefficients_of(
     *,
     base: StrPath | Checkpoint | None = None,
     training: Mapping[str, Any] | None = None,
+    task: str = "auto",
 ) -> Coefficients:
     """Take a customer out of a model with side branches; the model is not changed.
 
@@ -112,6 +114,7 @@ def coefficients_of(
         model: after `attach` or `load_customer`; may be wrapped, as for several GPUs.
         base: folder or hub name that the model was loaded from; None: the one that its config names.
         training: what the customer's file shall say of its training, plain JSON values.
+        task: what the model was trained for where its config leaves that open: "embedding", or "reranker".
 
     Returns:
         The customer: values `[total_rank]` fp32, and its output layer where that was trained; `save` writes it.
@@ -126,7 +129,7 @@ def coefficients_of(
         raise InputError("the model has no side branches; give it some by attach first")
     inner = _inner(model)
     _check_nothing_else(inner, state)
-    checkpoint = as_checkpoint(_name_of(inner) if base is None else base)
+    checkpoint = taken_for(as_checkpoint(_name_of(inner) if base is None else base), task)
     check_basis_fits(checkpoint, state.basis)
     head = _head_of(inner, state, checkpoint)
     values = get_coefficients(state.adapters)
@@ -171,8 +174,7 @@ def load_customer(model: Model, basis: StrPath | Basis, coefficients: StrPath | 
         >>> model = qr.load_customer(model, "basis.safetensors", "customers/acme.safetensors")
         >>> model = qr.remove_customer(model)
     """
-    frozen = as_basis(basis)
-    customer = as_coefficients(coefficients)
+    frozen, customer = as_basis(basis), as_coefficients(coefficients)
     customer.check_fits(frozen)
     state = _state_of(model)
     if state is not None and state.basis.digest != frozen.digest:
@@ -295,4 +297,4 @@ def _head_of(model: nn.Module, state: _Attached, checkpoint: Checkpoint) -> dict
 
 
 def _task_of(model: Any) -> str:
-    return task_of_config(model.config.problem_type, len(labels_of(model)), type(model).__name__).name
+    return task_of(model.config, type(model).__name__, len(labels_of(model)), "")

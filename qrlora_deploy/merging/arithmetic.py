@@ -106,7 +106,7 @@ def plan_folds(checkpoint: Checkpoint, basis: Basis, coefficients: Coefficients,
     """
     if (checkpoint.folder / FILE_NAME).is_file():
         raise InputError(f"{checkpoint.name} is merged already; merge into its base, or unmerge it first")
-    checkpoint.require_task_head()
+    checkpoint.require_task_head(coefficients.task)
     coefficients.check_fits(basis)
     _check_not_shared(checkpoint, basis, model)
     check_basis_fits(checkpoint, basis)

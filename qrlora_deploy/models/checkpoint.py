@@ -1,7 +1,7 @@
 """A base model on disk: its config, its tensors one at a time, and their digests."""
 
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,8 @@ import safetensors
 import torch
 from torch import nn
 
-from qrlora_deploy.errors import BasisMismatchError, InputError, library_errors
-from qrlora_deploy.formats.basis import Basis
+from qrlora_deploy.errors import InputError, library_errors
+from qrlora_deploy.models.basis_fit import check_basis_fits
 from qrlora_deploy.models.capacity import check_ids
 from qrlora_deploy.models.completeness import is_head
 from qrlora_deploy.models.hub import fetch_snapshot
@@ -24,11 +24,15 @@ from qrlora_deploy.models.model_config import (
     model_class,
 )
 from qrlora_deploy.models.output_names import output_names
+from qrlora_deploy.models.sentence_modules import read_pooling
 from qrlora_deploy.models.support import check_head, check_padding, check_supported
+from qrlora_deploy.models.task_head import check_task_head, task_of
 from qrlora_deploy.models.tokenizer_files import has_tokenizer, read_tokenizer
 from qrlora_deploy.models.weight_files import StoredTensor, digest_of, read_headers, weight_files
 from qrlora_deploy.tasks.base import Task
-from qrlora_deploy.tasks.registry import TASKS, has_task_head, task_of_config
+from qrlora_deploy.tasks.registry import TASKS, has_task_head
+
+__all__ = ["Checkpoint", "check_basis_fits", "open_checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,16 @@ class Checkpoint:
     Attributes:
         folder: where the files are.
         name: folder or hub name as the user gave it.
+        wanted: name of the task that the model is taken for where its config leaves that open; empty: nobody said so.
     """
 
     folder: Path
     name: str
+    wanted: str = ""
+
+    def taken_for(self, task: str) -> "Checkpoint":
+        """The same, taken for a task where its config leaves the task open; nothing of it has been read yet."""
+        return replace(self, wanted=task)
 
     @cached_property
     def config(self) -> Any:
@@ -79,8 +89,8 @@ class Checkpoint:
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
-        """Names of the outputs."""
-        return output_names(self.folder / CONFIG, self.config.id2label)
+        """Names of the outputs; none where there is no task head."""
+        return output_names(self.folder / CONFIG, self.config.id2label) if self.has_task_head else ()
 
     @property
     def task(self) -> str:
@@ -90,19 +100,19 @@ class Checkpoint:
             InputError: there is none, or another one than is supported.
         """
         self.require_task_head()
-        return task_of_config(self.config.problem_type, len(self.labels), self.architecture).name
+        return task_of(self.config, self.architecture, len(self.labels), self.wanted)
 
-    def require_task_head(self) -> None:
-        """Make sure that there is a task head, and one that is supported.
+    def require_task_head(self, task: str = "") -> None:
+        """Make sure that there is a supported task head, or that an encoder without is what a task needs.
+
+        Args:
+            task: name of the task; empty: the one that the model is taken for.
 
         Raises:
-            InputError: there is none, with the way to one, or it answers with several numbers a text.
+            InputError: as `check_task_head`, or the head answers with several numbers a text.
         """
         self._check_kind()
-        if not self.has_task_head:
-            raise InputError(
-                f"{self.name} is a {self.architecture} without a task head; give it one with `warmup` first"
-            )
+        check_task_head(self.name, self.config, self.architecture, task or self.wanted)
 
     def check_base(self) -> None:
         """Make sure that a basis of these weights can be used: a model of a task, or an encoder that can become one.
@@ -125,7 +135,7 @@ class Checkpoint:
 
     def check_family(self) -> None:
         """Refuse, by an InputError, a family of models that does not work the whole way."""
-        if all(class_for(self.config, task.model_class) is None for task in TASKS):
+        if all(class_for(self.config, task.model_class) is None for task in TASKS if task.has_labels):
             raise InputError(
                 f"{self.name} cannot become a text classifier: transformers has none of model type "
                 f"{self.config.model_type!r}, so it cannot be a base"
@@ -156,10 +166,14 @@ class Checkpoint:
 
     @cached_property
     def _check_complete(self) -> None:
+        self.check_holds(self.skeleton(), self._unused)
+
+    @property
+    def _unused(self) -> list[str]:
+        """Tensors that may be missing: nobody uses another head than a task's, and encoders are often saved without
+        their pooler."""
         model = self.skeleton()
-        # Nobody uses another head than a classifier's, and encoders are often saved without their pooler.
-        unused = [] if self.has_task_head else [name for name in model.state_dict() if is_head(model, name)]
-        self.check_holds(model, unused)
+        return [] if self.has_task_head else [name for name in model.state_dict() if is_head(model, name)]
 
     def check_holds(self, model: Any, meant: Container[str] = ()) -> None:
         """Make sure that the files hold every tensor of a model, by their headers.
@@ -251,7 +265,9 @@ class Checkpoint:
             InputError: the base is quantised, or tensors are missing or have other shapes.
         """
         self.check_usable()
-        return load_weights(self.folder, self.config, self.model_class, **options)
+        if not self.has_task_head:
+            options = read_pooling(self.folder).config_fields() | options
+        return load_weights(self.folder, self.config, self.model_class, self._unused, **options)
 
     def tokenizer(self) -> Any:
         """The tokenizer saved with the model, as `read_tokenizer` reads it."""
@@ -279,23 +295,3 @@ def open_checkpoint(name: str) -> Checkpoint:
     if name.count("/") > 1 or name.startswith((".", "/")) or folder.is_file():
         raise InputError(f"{name}: no such folder")
     return Checkpoint(fetch_snapshot(name), name)
-
-
-def check_basis_fits(checkpoint: Checkpoint, basis: Basis) -> None:
-    """Make sure that a basis was made from the weights of this checkpoint.
-
-    Raises:
-        BasisMismatchError: some weights differ; all of them are counted, the first ones named.
-        InputError: the checkpoint has no such layer, or is not usable as it is.
-    """
-    checkpoint.check_usable()
-    wrong = [
-        target.name
-        for target in basis.targets
-        if checkpoint.tensor_digest(checkpoint.tensor_of(target.name)) != target.weight_digest
-    ]
-    if wrong:
-        raise BasisMismatchError(
-            f"the basis was made from other weights than {checkpoint.name}: {len(wrong)} of "
-            f"{len(basis.targets)} targets differ ({', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''})"
-        )

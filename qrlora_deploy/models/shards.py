@@ -23,7 +23,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def copy_side_files(checkpoint: Checkpoint, folder: Path) -> None:
-    """Copy configuration, tokenizer and licence files of `checkpoint` to `folder`, never weights."""
+    """Copy configuration, tokenizer and licence files of `checkpoint` to `folder`, and how it pools; never weights."""
     for path in sorted(checkpoint.folder.iterdir()):
         weights_index = path.name.endswith(".index.json")
         legal = path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
@@ -31,6 +31,15 @@ def copy_side_files(checkpoint: Checkpoint, folder: Path) -> None:
         if path.is_file() and wanted and not path.name.startswith("."):
             check_readable(path)
             shutil.copyfile(path, folder / path.name)
+    _copy_pooling(checkpoint, folder)
+
+
+def _copy_pooling(checkpoint: Checkpoint, folder: Path) -> None:
+    """The config of a sentence encoder's pooling, which `modules.json` refers to by its folder."""
+    for path in sorted(checkpoint.folder.glob("*_Pooling/config.json")):
+        check_readable(path)
+        (folder / path.parent.name).mkdir()
+        shutil.copyfile(path, folder / path.parent.name / path.name)
 
 
 def copy_weights(checkpoint: Checkpoint, folder: Path, progress: Progress | None = None) -> None:

@@ -2,13 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
 from qrlora_deploy.data.labels import Label
 from qrlora_deploy.errors import InputError
+from qrlora_deploy.tasks.answers import Answer, NewHead, Span
 from qrlora_deploy.tasks.names import label_index, output_of
 from qrlora_deploy.tokenization.words import LocatedWords
 
@@ -17,62 +17,15 @@ if TYPE_CHECKING:
 
     from qrlora_deploy.data.examples import Examples
 
+__all__ = ["AUTO_MODEL", "IGNORED", "TASK_FIELD", "Answer", "NewHead", "Span", "Task"]
+
+TASK_FIELD = "qrlora_task"
+"""Entry of `config.json` for tasks that transformers has no `problem_type` for; transformers keeps it as it is."""
 
 AUTO_MODEL = "AutoModel"
 
 IGNORED = -100
 """The target of a token that has none: padding, special tokens and all but the first one of a word."""
-
-
-@dataclass(frozen=True)
-class Span:
-    """A part of a text that a model found.
-
-    Attributes:
-        text: the part itself.
-        label: what it is.
-        start: its first character in the whole text.
-        end: the character behind it.
-        score: the mean probability of the tags of its words.
-    """
-
-    text: str
-    label: str
-    start: int
-    end: int
-    score: float
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a model answers to one text.
-
-    Attributes:
-        label: the name of the most likely output; of a regression the name of its only one; of tagged words that of the
-            surest span.
-        score: its probability; of a regression the value itself.
-        labels: the names of all outputs that apply: one of a classification, any number of a multi-label task, one for
-            each word where words are tagged.
-        spans: what was found in the text, where words are tagged.
-    """
-
-    label: str
-    score: float
-    labels: tuple[str, ...]
-    spans: tuple[Span, ...] = ()
-
-
-@dataclass(frozen=True)
-class NewHead:
-    """Outputs that are made for training data.
-
-    Attributes:
-        labels: their names, in the order of the logits.
-        bias: where the bias of the output layer starts.
-    """
-
-    labels: tuple[str, ...]
-    bias: float = 0.0
 
 
 class Task(ABC):
@@ -83,11 +36,18 @@ class Task(ABC):
     Attributes:
         name: what files call it, such as "text-classification".
         option: what `--task` calls it, such as "classification".
-        problem_type: what `config.json` calls it; None where the model's class alone says it.
+        problem_type: what `config.json` calls it; None: transformers has no name for it, and the model's class says it,
+            or the field `TASK_FIELD`.
         model_class: transformers' class of its models.
-        output_shape: axes of the logits; the last one are the outputs.
+        output_shape: axes of the answer; the last one are the outputs.
+        output_name: of the graph's output.
         pipeline: what the Hub calls its models.
         peft_type: what PEFT calls it.
+        has_labels: whether outputs have names, which an output layer and the labels of data give; else a model has no
+            head, and data no labels.
+        needs_pairs: whether a question is a pair of texts.
+        pairs_apart: whether the texts of a pair are read each by itself, and pairs are for training alone.
+        least_size: an error of an answer is measured by the largest number in the answers, or by this if that is less.
         metrics: names of what `score` gives; the first one chooses the best checkpoint.
         signal: the metric that is exactly 0 where answers say nothing of the labels.
         trains_in_fleets: whether many customers can be trained together.
@@ -101,8 +61,13 @@ class Task(ABC):
     problem_type: ClassVar[str | None]
     model_class: ClassVar[str] = "AutoModelForSequenceClassification"
     output_shape: ClassVar[tuple[str, ...]] = ("batch", "labels")
+    output_name: ClassVar[str] = "logits"
     pipeline: ClassVar[str] = "text-classification"
     peft_type: ClassVar[str] = "SEQ_CLS"
+    has_labels: ClassVar[bool] = True
+    needs_pairs: ClassVar[bool] = False
+    pairs_apart: ClassVar[bool] = False
+    least_size: ClassVar[float] = 1.0
     metrics: ClassVar[tuple[str, ...]]
     signal: ClassVar[str]
     trains_in_fleets: ClassVar[bool] = True
@@ -163,6 +128,16 @@ class Task(ABC):
     def __hash__(self) -> int:
         return hash(type(self))
 
+    @property
+    def config_fields(self) -> dict[str, str | None]:
+        """What `config.json` says of the task; None: nothing. `TASK_FIELD` beside a `problem_type` is not looked at."""
+        fields: dict[str, str | None] = {"problem_type": self.problem_type}
+        return fields if self.problem_type is not None else fields | {TASK_FIELD: self.name}
+
+    def fits_head(self, problem_type: str | None, outputs: int) -> bool:
+        """Whether a head may be this task's where `TASK_FIELD` or the user says so."""
+        return False
+
     def deciding_at(self, thresholds: Sequence[float]) -> Self:
         """The task as a customer with thresholds of its own has it; itself where there are none to decide by.
 
@@ -209,6 +184,15 @@ class Task(ABC):
             NotImplementedError: the task is about whole texts.
         """
         raise NotImplementedError(f"{self.name} is about whole texts")
+
+    def forward(self, model: Any, batch: Mapping[str, "torch.Tensor"]) -> "torch.Tensor":
+        """What a model answers to a batch of its own inputs, with a gradient: logits `[n, labels]`, or embeddings."""
+        answers: torch.Tensor = model(**batch).logits
+        return answers
+
+    def by_row(self, answers: "torch.Tensor") -> "torch.Tensor":
+        """What `forward` gave for a batch of data, with all answers to a row of data in one row."""
+        return answers
 
     @abstractmethod
     def loss(self, logits: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
@@ -285,6 +269,10 @@ class Task(ABC):
         """
         index = label_index(names)
         return {output_of(index, name) for name in found} == {output_of(index, name) for name in expected}
+
+    def scores(self, logits: np.ndarray) -> np.ndarray:
+        """What logits `[labels]` say of each output, fp64 `[labels]`: here of each by itself, as `answer` has it."""
+        return np.array([self.answer(logits[index : index + 1], ("",)).score for index in range(len(logits))])
 
     @abstractmethod
     def agreement(self, logits: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from qrlora_deploy.data.labels import Label, canonical
 from qrlora_deploy.data.lines import place_of
+from qrlora_deploy.errors import InputError, argument
 
 if TYPE_CHECKING:
     from qrlora_deploy.data.examples import Examples
@@ -40,3 +41,16 @@ def first_row(examples: "Examples", wanted: Container[Label]) -> str:
     """The first row with one of the labels `wanted`, as a message begins."""
     row, label = next((row, label) for row, label in enumerate(examples.labels, start=1) if label in wanted)
     return f"{place_of(examples.name, row)}: row {row} has the label {label!r}"
+
+
+def check_pairs(examples: "Examples", option: str) -> None:
+    """Make sure that the rows are pairs of texts.
+
+    Raises:
+        InputError: they are single texts.
+    """
+    if examples.pairs is None:
+        raise InputError(
+            f"{examples.name} holds single texts; {argument('task', option)} needs pairs: "
+            f"two columns such as text and text_pair, or name them by {argument('text_column', 'FIRST,SECOND')}"
+        )

@@ -8,5 +8,7 @@ OPTIONS = {
     "regression": "one number a row",
     "multi-label": "a list of names a row, or a|b",
     "token-classification": "a tag for each word of a row",
+    "reranker": "a number from 0 to 1 for a pair of texts",
+    "embedding": "none, for pairs of texts that belong together",
 }
 """By what `--task` calls a task, what its labels are."""

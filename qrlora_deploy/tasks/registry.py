@@ -6,15 +6,24 @@ from typing import TYPE_CHECKING
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.tasks.base import Task
 from qrlora_deploy.tasks.classification import Classification
+from qrlora_deploy.tasks.embedding import Embedding
 from qrlora_deploy.tasks.multi_label import MultiLabel
 from qrlora_deploy.tasks.options import AUTO
 from qrlora_deploy.tasks.regression import Regression
+from qrlora_deploy.tasks.reranking import Reranking
 from qrlora_deploy.tasks.token_classification import TokenClassification
 
 if TYPE_CHECKING:
     from qrlora_deploy.data.examples import Examples
 
-TASKS: tuple[Task, ...] = (TokenClassification(), MultiLabel(), Regression(), Classification())
+TASKS: tuple[Task, ...] = (
+    TokenClassification(),
+    MultiLabel(),
+    Reranking(),
+    Embedding(),
+    Regression(),
+    Classification(),
+)
 """In the order in which they are asked whether labels are theirs; the last one takes what is left."""
 
 BY_NAME = {task.name: task for task in TASKS}
@@ -47,23 +56,31 @@ def task_named(name: str) -> Task:
 
 
 def has_task_head(architecture: str) -> bool:
-    """Whether models of this class answer a task as they are."""
+    """Whether models of this class answer a task by a head of its own."""
     return bool(_tasks_of(architecture))
 
 
 def _tasks_of(architecture: str) -> list[Task]:
-    return [task for task in TASKS if architecture.endswith(task.architecture_end)]
+    return [task for task in TASKS if task.has_labels and architecture.endswith(task.architecture_end)]
 
 
-def task_of_config(problem_type: str | None, outputs: int, architecture: str = "") -> Task:
+def task_of_config(problem_type: str | None, outputs: int, architecture: str = "", named: str | None = None) -> Task:
     """The task of a head, by the class of its model where that has one task alone, else by `problem_type` of its
     `config.json`; by the number of outputs where it names none.
 
     transformers takes one output for a number, and several for classes.
+
+    Args:
+        problem_type: of `config.json`.
+        outputs: of the head.
+        architecture: name of the model's class.
+        named: a task's name in `TASK_FIELD` of the config, or from the user; counts where the head may be that task's.
     """
     alone = _tasks_of(architecture)
     if len(alone) == 1:
         return alone[0]
+    if named in BY_NAME and BY_NAME[named].fits_head(problem_type, outputs):
+        return BY_NAME[named]
     if outputs == 1 and problem_type != MultiLabel.problem_type:
         return BY_NAME[Regression.name]
     return BY_PROBLEM_TYPE.get(problem_type or "", BY_NAME[Classification.name])

@@ -12,7 +12,7 @@ from torch.nn import functional
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.tasks.base import IGNORED, Task
 from qrlora_deploy.training.loop import Progress, SmallTrainer, halve_frozen, has_bf16, mixed_precision
-from qrlora_deploy.training.rows import Rows
+from qrlora_deploy.training.rows import Rows, texts_of
 from qrlora_deploy.training.trunk.cache import TrunkCache, fill_cache
 from qrlora_deploy.training.trunk.cuda_graph import GraphedStep, step_gradients
 from qrlora_deploy.training.trunk.memory import find_room
@@ -130,7 +130,7 @@ def build_cached(model: Any, targets: Sequence[str], texts: Texts, task: Task, w
         InputError: the model cannot be split, the cache has no room, or it would save nothing.
         OSError: the disk is full.
     """
-    split = split_model(model, targets, texts.padding_side)
+    split = split_model(model, targets, texts.padding_side, task.forward)
     device = next(model.parameters()).device
     try:
         upper = Upper(split, task.answers_words)
@@ -215,13 +215,24 @@ class CachedTrainer(SmallTrainer):
 
 
 def numbered(rows: Rows, start: int) -> Rows:
-    """What the Trainer gets instead of `rows`: their numbers in the cache, from `start`, and labels."""
-    return [{"number": start + index, "labels": row["labels"]} for index, row in enumerate(rows)]
+    """What the Trainer gets instead of `rows`: the numbers of their texts in the cache, and labels.
+
+    Args:
+        rows: of data, with one text each, or two.
+        start: the number of texts in the rows before.
+    """
+    found = []
+    for row in rows:
+        count = len(texts_of(row))
+        found.append({"number": list(range(start, start + count)), "labels": row["labels"]})
+        start += count
+    return found
 
 
 def collate_numbers(rows: Rows, padding_side: str = "right") -> dict[str, Any]:
-    """Numbers `[n]` as numpy, which stay on the CPU, and labels as a tensor: `[n]`, or `[n, ...]` padded as tokens."""
-    numbers = np.array([row["number"] for row in rows], dtype=np.int64)
+    """Numbers as numpy, which stay on the CPU, all first texts before all second ones; labels as a tensor: `[n]`, or
+    `[n, ...]` padded as tokens."""
+    numbers = np.array([row["number"] for row in rows], dtype=np.int64).T.reshape(-1)
     labels = [torch.tensor(row["labels"]) for row in rows]
     longest = max(label.numel() for label in labels)
     if any(label.numel() < longest for label in labels):

@@ -19,12 +19,13 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from qrlora_deploy.errors import InputError, QrloraError, library_errors
+from qrlora_deploy.errors import InputError, QrloraError, argument, library_errors
 from qrlora_deploy.models.adapter import QRLoRALinear
 from qrlora_deploy.models.capacity import check_ids, max_tokens
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.models.support import check_padding
 from qrlora_deploy.tasks.base import Task
+from qrlora_deploy.training.rows import collate_pairs
 from qrlora_deploy.training.settings import RunSettings, choose_device
 
 Progress = Callable[[str, int, int], None]
@@ -38,11 +39,12 @@ class SmallTrainer(Trainer):
     """A Trainer whose checkpoints hold the trainable parameters alone, in safetensors.
 
     The base is frozen and on disk already. Parameters named in `rates` get a learning rate of
-    their own; the others share that of the arguments.
+    their own; the others share that of the arguments. The loss is the task's, which transformers may not have.
     """
 
-    def __init__(self, *args: Any, rates: dict[str, float] | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, task: Task, rates: dict[str, float] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.task = task
         self.rates = rates or {}
         # It prints to stdout, which belongs to the command's result.
         self.remove_callback(PrinterCallback)
@@ -63,6 +65,17 @@ class SmallTrainer(Trainer):
             fused = True if self.args.device.type == "cuda" else None
             self.optimizer = torch.optim.AdamW(parts, lr=self.args.learning_rate, weight_decay=0.0, fused=fused)
         return self.optimizer
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The mean loss of a batch, and the logits where they are wanted."""
+        batch = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+        # Embeddings are made by a part of the model, whose forward the Trainer did not prepare.
+        with mixed_precision(self.args.device):
+            logits = self.task.forward(model, batch)
+        loss = self.task.loss(logits, inputs["labels"])
+        return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the trainable parameters into `output_dir`."""
@@ -95,10 +108,12 @@ class SmallTrainer(Trainer):
         try:
             tensors = safetensors.torch.load_file(folder / TRAINABLE)
         except (OSError, safetensors.SafetensorError) as error:
-            raise InputError(f"{folder / TRAINABLE} cannot be read: {error}; start again without --resume") from error
+            raise InputError(
+                f"{folder / TRAINABLE} cannot be read: {error}; start again without {argument('resume')}"
+            ) from error
         parameters = self.trainable()
         if {name: value.shape for name, value in tensors.items()} != {n: p.shape for n, p in parameters.items()}:
-            raise InputError(f"{folder / TRAINABLE} holds other parameters; start again without --resume")
+            raise InputError(f"{folder / TRAINABLE} holds other parameters; start again without {argument('resume')}")
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(tensors[name])
@@ -120,7 +135,9 @@ class Watch(TrainerCallback):
         """The mean loss of an epoch is known."""
         loss = (logs or {}).get("loss", 0.0)
         if not math.isfinite(loss):
-            raise QrloraError(f"the loss became {loss} in epoch {state.epoch:.0f}; try a smaller --learning-rate")
+            raise QrloraError(
+                f"the loss became {loss} in epoch {state.epoch:.0f}; try a smaller {argument('learning_rate')}"
+            )
 
 
 def training_arguments(folder: Path, settings: RunSettings, rate: float, rows: int, **options: Any) -> Any:
@@ -147,6 +164,8 @@ def training_arguments(folder: Path, settings: RunSettings, rate: float, rows: i
         bf16=has_bf16(device),
         dataloader_pin_memory=device == "cuda",
         remove_unused_columns=False,
+        # A model without a head takes none, and the Trainer would not score it.
+        label_names=["labels"],
         logging_strategy="epoch",
         logging_nan_inf_filter=False,
         report_to="none",
@@ -177,7 +196,9 @@ def load_tokenizer(
     tokenizer = checkpoint.tokenizer()
     limit = max_tokens(model, tokenizer)
     if max_length > limit:
-        raise InputError(f"--max-length {max_length} is more than the {limit} tokens that {checkpoint.name} takes")
+        raise InputError(
+            f"{argument('max_length', max_length)} is more than the {limit} tokens that {checkpoint.name} takes"
+        )
     if new_padding:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -191,18 +212,20 @@ def load_tokenizer(
 def trainer_parts(task: Task, tokenizer: Any, names: Sequence[str] = ()) -> dict[str, Any]:
     """Batching and scoring, as arguments of a Trainer; `names` are those of the outputs."""
     collator = DataCollatorForTokenClassification if task.answers_words else DataCollatorWithPadding
+    pad = collator(tokenizer)
     return {
-        "data_collator": collator(tokenizer),
+        "task": task,
+        "data_collator": collate_pairs(pad) if task.pairs_apart else pad,
         "compute_metrics": lambda result: task.score(_finite(result.predictions), result.label_ids, names),
         # Some models return hidden states after the logits.
-        "preprocess_logits_for_metrics": lambda out, _: out[0] if isinstance(out, (tuple, list)) else out,
+        "preprocess_logits_for_metrics": lambda out, _: task.by_row(out[0] if isinstance(out, (tuple, list)) else out),
     }
 
 
 def _finite(logits: np.ndarray) -> np.ndarray:
     # The step after the last logged loss may have been the one that was too long.
     if not np.isfinite(logits).all():
-        raise QrloraError("the model answers NaN or Inf: training diverged; try a smaller --learning-rate")
+        raise QrloraError(f"the model answers NaN or Inf: training diverged; try a smaller {argument('learning_rate')}")
     return logits
 
 
@@ -214,7 +237,7 @@ def check_trained(trainer: SmallTrainer) -> None:
     """
     wrong = [name for name, value in trainer.trainable().items() if not bool(value.isfinite().all())]
     if wrong:
-        raise QrloraError(f"training diverged: {wrong[0]} is NaN or Inf; try a smaller --learning-rate")
+        raise QrloraError(f"training diverged: {wrong[0]} is NaN or Inf; try a smaller {argument('learning_rate')}")
 
 
 def evaluate(trainer: Trainer, task: Task) -> dict[str, float]:
@@ -267,7 +290,9 @@ def explained_failures(folder: Path) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise QrloraError("out of GPU memory; try a smaller --batch-size or --max-length") from error
+        raise QrloraError(
+            f"out of GPU memory; try a smaller {argument('batch_size')} or {argument('max_length')}"
+        ) from error
     except (OSError, safetensors.SafetensorError) as error:
         raise QrloraError(f"cannot write in {folder}: {error}") from error
     except RuntimeError as error:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import DataCollatorWithPadding, EarlyStoppingCallback, TrainerState
 
 from qrlora_deploy.data.examples import Examples, check_alike
-from qrlora_deploy.errors import InputError, QrloraError
+from qrlora_deploy.errors import InputError, QrloraError, argument
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.adapter import QRLoRALinear, attach, get_coefficients, precondition
@@ -38,9 +38,9 @@ from qrlora_deploy.training.loop import (
     trainer_parts,
     training_arguments,
 )
-from qrlora_deploy.training.outputs import Outputs, customer_outputs, encode_rows
+from qrlora_deploy.training.outputs import Outputs, customer_outputs, encode_rows, taken_for
 from qrlora_deploy.training.record import Ran, training_record
-from qrlora_deploy.training.rows import Rows, build_rows
+from qrlora_deploy.training.rows import Rows, build_rows, texts_of
 from qrlora_deploy.training.settings import TrainSettings, choose_device, fingerprint
 from qrlora_deploy.training.tuning import Tuned, tune
 
@@ -95,6 +95,7 @@ def train(
         QrloraError: the loss diverged, or the disk or the memory is full.
     """
     device = choose_device(settings.device)
+    checkpoint = taken_for(checkpoint, settings.task)
     check_basis_fits(checkpoint, basis)
     settings = settings.resolved(basis.total_rank)
     outputs = customer_outputs(checkpoint, train, settings.head, settings.task)
@@ -115,7 +116,7 @@ def train(
     values = get_coefficients(job.adapters)
     head = {name: parameter.detach().float().cpu().numpy() for name, parameter in job.head.items()}
     if not all(np.isfinite(array).all() for array in (values, *head.values())):
-        raise QrloraError("training diverged: a coefficient is NaN or Inf; try a smaller --learning-rate")
+        raise QrloraError(f"training diverged: a coefficient is NaN or Inf; try a smaller {argument('learning_rate')}")
     ran = Ran(
         steps=trainer.state.global_step,
         epochs=round(float(trainer.state.epoch or 0), 2),
@@ -154,7 +155,8 @@ def _prepare(
     parts = [part for part in (train, evaluation) if part is not None]
     targets = encode_rows(outputs, train, evaluation, settings.head == "frozen")
     model = checkpoint.load_model(**outputs.options, **({} if settings.dropout else no_dropout(checkpoint.config)))
-    tokenizer = load_tokenizer(checkpoint, model, settings.max_length, train.pairs is not None)
+    apart = outputs.task.pairs_apart
+    tokenizer = load_tokenizer(checkpoint, model, settings.max_length, train.pairs is not None and not apart)
     new_bias = outputs.bias if outputs.new else None
     head = prepare_head(model, basis, new_bias, settings.seed) if settings.head == "output" else {}
     check_stored(head, checkpoint)
@@ -178,14 +180,15 @@ def _cache_trunk(job: _Job, wish: CacheWish) -> tuple[CachedModel | None, str]:
     if job.settings.dropout or wish.wanted == "off":
         return None, "off"
     targets = [path for path, module in job.model.named_modules() if isinstance(module, QRLoRALinear)]
-    texts = Texts(job.rows + (job.evaluation or []), DataCollatorWithPadding(job.tokenizer), job.tokenizer.padding_side)
+    rows = [text for row in job.rows + (job.evaluation or []) for text in texts_of(row)]
+    texts = Texts(rows, DataCollatorWithPadding(job.tokenizer), job.tokenizer.padding_side)
     try:
         cached = build_cached(job.model, targets, texts, job.outputs.task, wish)
         return cached, cached.cache.place
     except InputError as error:
         if wish.wanted == "auto":
             return None, f"off: {error}"
-        raise InputError(f"--trunk-cache {wish.wanted}: {error}") from error
+        raise InputError(f"{argument('trunk_cache', wish.wanted)}: {error}") from error
 
 
 def _build_trainer(
@@ -215,7 +218,8 @@ def _build_trainer(
     }
     if cached is None:
         return SmallTrainer(**parts)
-    evaluation = numbered(job.evaluation, len(job.rows)) if job.evaluation else None
+    start = sum(len(texts_of(row)) for row in job.rows)
+    evaluation = numbered(job.evaluation, start) if job.evaluation else None
     # Without padding in the upper part, what there is comes behind the texts.
     side = job.tokenizer.padding_side if cached.upper is None else "right"
     collate = partial(collate_numbers, padding_side=side)

@@ -25,7 +25,7 @@ from qrlora_deploy.training.loop import (
     trainer_parts,
     training_arguments,
 )
-from qrlora_deploy.training.outputs import Outputs, encode_rows, own_outputs
+from qrlora_deploy.training.outputs import Outputs, encode_rows, own_outputs, taken_for
 from qrlora_deploy.training.rows import build_rows
 from qrlora_deploy.training.settings import WarmupSettings, choose_device
 
@@ -61,6 +61,7 @@ def warmup(
     """
     check_free_folder(output)
     device = choose_device(settings.device)
+    checkpoint = taken_for(checkpoint, settings.task)
     checkpoint.check_family()
     outputs = own_outputs(checkpoint, train, settings.task)
     check_alike(train, evaluation)

@@ -47,6 +47,12 @@ def test_a_sum_is_exact_to_one_rounding(parts: list[tuple[np.ndarray, float]]) -
         assert abs(Fraction(float(value)) - exact) <= bound
 
 
+def test_thresholds_of_a_part_are_not_those_of_the_sum() -> None:
+    values = np.ones(3, np.float32)
+    parts = [replace(customer(values), thresholds=(0.25, 0.75)), customer(values)]
+    assert combine([(part, 0.5) for part in parts]).thresholds == ()
+
+
 @settings(deadline=None)
 @given(parts=SETS, data=st.data())
 def test_order_does_not_matter(parts: list[tuple[np.ndarray, float]], data: st.DataObject) -> None:

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from qrlora_deploy.io.strict import Record
 from qrlora_deploy.io.versions import Versions
-from qrlora_deploy.runtime.bundle.records import (
+from qrlora_deploy.runtime.bundle.manifest_parts import (
     CalibrationRecord,
     ParityRecord,
     Precision,
@@ -64,7 +64,7 @@ class Manifest(Record):
     format_version: int = VERSIONS.current
     kind: Literal["merged", "switchable"]
     task: Annotated[str, AfterValidator(_known_task)]
-    labels: tuple[str, ...] = Field(min_length=1)
+    labels: tuple[str, ...]
     thresholds: tuple[float, ...] | None = None
     precision: Precision
     calibration: CalibrationRecord | None = None
@@ -100,6 +100,9 @@ class Manifest(Record):
             raise ValueError(f"calibration belongs to int8; {self.precision} has no scales to find")
         if bool(self.head_labels) != bool(self.head_features) or (merged and self.head_labels):
             raise ValueError("head_labels and head_features belong together, in a switchable bundle")
+        has_labels = BY_NAME[self.task].has_labels
+        if has_labels != bool(self.labels) or (self.head_labels and not has_labels):
+            raise ValueError(f"a {self.task} has {'labels' if has_labels else 'neither labels nor heads'}")
         if self.head_labels and self.head_labels < len(self.labels):
             raise ValueError(f"head_labels is {self.head_labels}, but the base has {len(self.labels)} labels")
         return self
@@ -126,10 +129,17 @@ class Manifest(Record):
             str, TABLE_DTYPES.values()
         ):
             raise ValueError("a table is of another dtype than float32, or float16 for the coefficients")
-        answer = ("logits", BY_NAME[self.task].axes(self.head_labels or len(self.labels)))
+        columns = self.head_labels or len(self.labels) or self.width
+        answer = (BY_NAME[self.task].output_name, BY_NAME[self.task].axes(columns))
         if [(record.name, record.shape) for record in self.outputs] != [answer]:
             raise ValueError(f"the output is not {answer[0]} [{', '.join(map(str, answer[1]))}]")
         return self
+
+    @property
+    def width(self) -> int:
+        """Numbers of an answer, as the graph gives them; 0 where the manifest does not say."""
+        size = self.outputs[0].shape[-1] if self.outputs[0].shape else 0
+        return size if isinstance(size, int) and size > 0 else 0
 
     @property
     def answering(self) -> Answering:

@@ -78,10 +78,11 @@ def read_config_facts(path: Path) -> ConfigFacts:
     """
     config = read_model_config(path)
     labels = tuple(label_names(config, path))
+    task = task_of_config(config.problem_type, len(labels), config.architecture, config.qrlora_task)
     return ConfigFacts(
-        labels,
+        labels if task.has_labels else (),
         tuple(config.qrlora_thresholds or ()),
-        task_of_config(config.problem_type, len(labels), config.architecture),
+        task,
         _rows(config.vocab_size),
         _rows(config.type_vocab_size),
     )

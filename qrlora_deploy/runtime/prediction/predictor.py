@@ -1,6 +1,6 @@
-"""Text in, labels out, from a bundle alone."""
+"""Text in, labels or embeddings out, from a bundle alone."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,7 +99,7 @@ class Predictor:
 
         Args:
             texts: the texts, or the first ones of the pairs.
-            pairs: the second texts, one per text.
+            pairs: the second texts, one per text; a task such as text-ranking needs them.
             batch_size: rows per run. Texts of similar length share a batch, so little is padded.
             customers: of a switchable bundle, one per text, None being the base; all base if None.
 
@@ -109,17 +109,58 @@ class Predictor:
                 see `TextEncoder.encode`.
             QrloraError: the model fails.
         """
+        if not self.task.has_labels:
+            raise MalformedInputError(f"{self.bundle.folder} answers with embeddings, not labels; call embed()")
         texts = as_texts(texts, "texts")
         pairs = None if pairs is None else as_texts(pairs, "pairs")
+        if self.task.needs_pairs and pairs is None:
+            raise MalformedInputError(f"a bundle for {self.task.name} scores pairs of texts; give the second texts too")
         if pairs is not None and self.task.answers_words:
             raise MalformedInputError(f"a {self.task.name} tags the words of one text and takes no pairs")
+        rows = self._rows(texts, pairs, batch_size, customers)
+        found = {row: self._prediction(logits, labels, words) for row, logits, labels, words in rows}
+        return [found[index] for index in range(len(texts))]
+
+    def embed(
+        self, texts: Iterable[str], batch_size: int = 32, customers: Iterable[str | None] | None = None
+    ) -> np.ndarray:
+        """The embedding of every text, in the order given.
+
+        Args:
+            texts: as in `predict`.
+            batch_size: as in `predict`.
+            customers: as in `predict`.
+
+        Returns:
+            `[n, width]` fp32, of length 1 where the base's are.
+
+        Raises:
+            InputError: as `predict`; or the bundle answers with labels.
+            QrloraError: the model fails.
+        """
+        if self.task.has_labels:
+            raise MalformedInputError(f"{self.bundle.folder} answers with labels, not embeddings; call predict()")
+        texts = as_texts(texts, "texts")
+        found = np.empty((len(texts), self.bundle.manifest.width), dtype=np.float32)
+        for row, embedding, *_ in self._rows(texts, None, batch_size, customers):
+            found[row] = embedding
+        return found
+
+    def _rows(
+        self,
+        texts: Sequence[str],
+        pairs: Sequence[str] | None,
+        batch_size: int,
+        customers: Iterable[str | None] | None,
+    ) -> Iterator[tuple[int, np.ndarray, Answering, LocatedWords | None]]:
+        """The number of each text, what the model gave, how that is answered, and its words where these are;
+        rows of similar length together."""
         owners = [None] * len(texts) if customers is None else _owners(customers)
         if len(owners) != len(texts):
             raise MalformedInputError(f"there are {len(texts)} texts but {len(owners)} customers")
         # All of them before the first runs, and before their lengths are compared.
         check_texts(texts, range(len(texts)), "text")
         check_texts(pairs or (), range(len(texts)), "pair")
-        found: dict[int, Prediction] = {}
         for rows in batches(texts, pairs, batch_size):
             firsts = [texts[row] for row in rows]
             words: Sequence[LocatedWords | None] = [None] * len(rows)
@@ -127,10 +168,7 @@ class Predictor:
                 inputs, words = self.encoder.encode_words(firsts, rows)
             else:
                 inputs = self.encoder.encode(firsts, None if pairs is None else [pairs[row] for row in rows], rows)
-            logits, answering = self._answer(inputs, [owners[row] for row in rows])
-            answers = zip(rows, logits, answering, words, strict=True)
-            found.update((row, self._prediction(*answer)) for row, *answer in answers)
-        return [found[index] for index in range(len(texts))]
+            yield from zip(rows, *self._answer(inputs, [owners[row] for row in rows]), words, strict=True)
 
     def _answer(
         self, inputs: dict[str, np.ndarray], owners: Sequence[str | None]

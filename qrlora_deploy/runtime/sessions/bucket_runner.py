@@ -13,7 +13,6 @@ from qrlora_deploy.runtime.bundle.row_layout import SLOT
 from qrlora_deploy.runtime.host.devices import Device
 from qrlora_deploy.runtime.sessions.buckets import Buckets, filling, pad_into
 from qrlora_deploy.runtime.sessions.running import (
-    LOGITS,
     Inputs,
     PlainRunner,
     Runner,
@@ -26,6 +25,9 @@ from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX, kept_tokens,
 from qrlora_deploy.runtime.sessions.worker import Worker
 from qrlora_deploy.runtime.table.cuda import DEVICE_TO_HOST, HOST_TO_DEVICE, CudaBuffer, pinned_bytes
 from qrlora_deploy.runtime.table.memory import TableMemory
+
+LOGITS = "logits"
+"""What the answers are called here, whatever the graph's output is."""
 
 ALIGNMENT = 256
 """Of every input in a bucket's buffer, in bytes: what CUDA's own allocations have."""
@@ -57,7 +59,7 @@ class BucketRunner:
         self.buckets = buckets
         self._session, self._gpu, self._tables = session, gpu, tables
         self._names = text_inputs(manifest)
-        self._answer = manifest.outputs[0].shape
+        self._answer, self._answer_name = manifest.outputs[0].shape, manifest.outputs[0].name
         self._fill, self._plain = filling(manifest), PlainRunner(session, self._names, tables)
         self._padding_free = is_padding_free(session)
         self._bound: dict[tuple[int, int, int], _Bound] = {}
@@ -125,9 +127,8 @@ class BucketRunner:
         for name, its_shape in {**shapes, LOGITS: answer}.items():
             arrays[name] = arrays[name].reshape(its_shape)
             bind = binding.bind_output if name == LOGITS else binding.bind_input
-            bind(
-                name, buffers.device_type, self._gpu or 0, _dtype(name), its_shape, buffers.pointer + places[name].start
-            )
+            known, pointer = self._answer_name if name == LOGITS else name, buffers.pointer + places[name].start
+            bind(known, buffers.device_type, self._gpu or 0, _dtype(name), its_shape, pointer)
         if memory is not None:
             memory.bind(binding)
         self._graphs += 1

@@ -11,8 +11,6 @@ from qrlora_deploy.runtime.bundle.row_layout import HEAD_TABLE, SLOT, TABLE
 from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX, kept_tokens
 from qrlora_deploy.runtime.table.memory import TableMemory
 
-LOGITS = "logits"
-
 Inputs = Mapping[str, np.ndarray]
 
 Tables = Callable[[], TableMemory]
@@ -24,7 +22,7 @@ class Runner(Protocol):
     """Runs batches of one session. Safe for many threads."""
 
     def run(self, inputs: Inputs, slot: np.ndarray | None = None) -> np.ndarray:
-        """Logits `[batch, outputs]` or `[batch, length, outputs]` fp32.
+        """Logits `[batch, outputs]` or `[batch, length, outputs]` fp32, or embeddings `[batch, width]`.
 
         Args:
             inputs: the text inputs, int64 `[batch, length]` each.
@@ -47,6 +45,7 @@ class PlainRunner:
     def __init__(self, session: Any, names: Sequence[str], tables: Tables | None = None) -> None:
         self._session, self._names, self._tables = session, names, tables
         self._padding_free = is_padding_free(session)
+        self._answer = session.get_outputs()[0].name
 
     def run(self, inputs: Inputs, slot: np.ndarray | None = None, options: Any = None) -> np.ndarray:
         """As `Runner.run`; `options` are ONNX Runtime's `RunOptions`."""
@@ -60,7 +59,7 @@ class PlainRunner:
             # Held to the end of the run, or a table that grows meanwhile would be given back.
             memory = self._tables()
             memory.bind(binding)
-        binding.bind_output(LOGITS, "cpu")
+        binding.bind_output(self._answer, "cpu")
         run_bound(self._session, binding, options)
         logits: np.ndarray = binding.copy_outputs_to_cpu()[0]
         return logits

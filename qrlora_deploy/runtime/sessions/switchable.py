@@ -13,6 +13,7 @@ from qrlora_deploy.errors import (
     MismatchError,
     NotReadyError,
     UnknownCustomerError,
+    argument,
 )
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.formats.customer_files import read_customer_file
@@ -84,7 +85,7 @@ class SwitchableSession:
     ) -> None:
         manifest = bundle.manifest
         if manifest.kind != "switchable":
-            raise InputError(f"{bundle.folder} is a {manifest.kind} bundle; export a switchable one without --merge")
+            raise InputError(f"{bundle.folder} is a {manifest.kind} bundle; export a switchable one")
         self.bundle = bundle
         self.manifest = manifest
         self.buckets = buckets
@@ -127,8 +128,19 @@ class SwitchableSession:
             raise MalformedInputError(f"a customer is called by a text that is not empty, not {customer!r:.40}")
         coefficients = source if isinstance(source, Coefficients) else read_customer_file(Path(source))
         place = f"{customer}" if isinstance(source, Coefficients) else f"{source}"
-        check_customer_fits(coefficients, self.manifest, place)
-        self.table.publish(customer, self._row(coefficients, place), self.versions.of(coefficients))
+        self.table.publish(customer, self._fitting_row(coefficients, place), self.versions.of(coefficients))
+
+    def check(self, coefficients: Coefficients, place: str) -> None:
+        """Make sure that `load` would take a customer; nothing is changed.
+
+        Args:
+            coefficients: the customer.
+            place: its name or file, for the message.
+
+        Raises:
+            InputError: as `load`.
+        """
+        self._fitting_row(coefficients, place)
 
     def holds(self, customer: str, coefficients: Coefficients) -> bool:
         """Whether `customer` is in the table with exactly these coefficients, head, labels and thresholds.
@@ -139,8 +151,7 @@ class SwitchableSession:
         if customer not in self.table:
             return False
         self._check_usable()
-        check_customer_fits(coefficients, self.manifest, customer)
-        row, version = self._row(coefficients, customer), self.versions.of(coefficients)
+        row, version = self._fitting_row(coefficients, customer), self.versions.of(coefficients)
         # Of what came from a packed file no digest is known.
         notes = (version, self.versions.without_digest(version.answering))
         return any(self.table.holds(customer, row, note) for note in notes)
@@ -239,6 +250,11 @@ class SwitchableSession:
         if self._lost:
             raise NotReadyError("a session on a GPU cannot be used in a forked process; open it after the fork")
 
+    def _fitting_row(self, coefficients: Coefficients, place: str) -> dict[str, np.ndarray]:
+        """The row of a customer, which may not fit at all."""
+        check_customer_fits(coefficients, self.manifest, place)
+        return self._row(coefficients, place)
+
     def _row(self, coefficients: Coefficients, place: str) -> dict[str, np.ndarray]:
         """The row of a customer that fits, by input; refuses a head or labels that do not."""
         try:
@@ -255,7 +271,7 @@ class SwitchableSession:
 
     def _head_row(self, coefficients: Coefficients, place: str) -> np.ndarray:
         if self.head is None:
-            raise MismatchError(f"{place} has a head of its own; export the bundle with --head-labels N")
+            raise MismatchError(f"{place} has a head of its own; export the bundle with {argument('head_labels')}")
         labels = len(coefficients.labels)
         if labels > self.head.labels:
             raise MismatchError(f"{place} has {labels} labels, the bundle room for {self.head.labels}")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from qrlora_deploy.errors import CheckFailed
+from qrlora_deploy.errors import CheckFailed, argument
 from qrlora_deploy.runtime.bundle.bundle import REFERENCE_FILE, Bundle
 from qrlora_deploy.runtime.bundle.row_layout import TABLE
 from qrlora_deploy.runtime.verification.bounds import BOUNDS, Bounds
@@ -82,7 +82,7 @@ class ParityReport:
         if failures:
             raise CheckFailed(
                 f"{'; '.join(failures)} ({self.precision}, {self.rows} inputs, worst: {self.worst})"
-                + ("" if self.precision == "fp32" else "; choose another --precision")
+                + ("" if self.precision == "fp32" else f"; choose another {argument('precision')}")
             )
 
     def _failures(self) -> list[str]:
@@ -123,14 +123,17 @@ def check_parity(session: Any, reference: Sequence[Case], task: Task, precision:
         rows += len(found)
     if not rows:
         raise CheckFailed("there is nothing to compare: the reference holds no cases")
-    bound = bound_of(reference, precision)
+    bound = bound_of(reference, precision, task.least_size)
     # What is as small as errors may be has no direction to compare.
-    effect = _compare_effects(np.concatenate(effects), reference) if shows_customers(reference) else (None, None)
+    shown = shows_customers(reference, task.least_size)
+    effect = _compare_effects(np.concatenate(effects), reference) if shown else (None, None)
     return ParityReport(worst[1], bound, agreed / rows, len(reference), rows, worst[0], errors, precision, *effect)
 
 
-def bound_of(reference: Sequence[Case], precision: str = "fp32") -> float:
+def bound_of(reference: Sequence[Case], precision: str = "fp32", least_size: float = 1.0) -> float:
     """For fp32 `1e-4 * max(1, max |logit|)`, over the labels that a row has; more with an fp16 table.
+
+    The 1 is `least_size`, of `Task`: numbers of an embedding of length 1 are all small, and 0 is put there.
 
     Rounding a customer's coefficients to fp16 moves each by at most 2^-11 of itself, and the logits by
     about as much of the customer's effect; four times that is allowed for where effects cancel.
@@ -138,7 +141,7 @@ def bound_of(reference: Sequence[Case], precision: str = "fp32") -> float:
     largest = max(float(np.abs(case.logits[np.isfinite(case.logits)]).max(initial=0)) for case in reference)
     rounded = any(case.inputs[TABLE].dtype == np.float16 for case in reference if TABLE in case.inputs)
     rounding = 2.0**-9 * customer_effect(reference) if rounded else 0.0
-    return BOUNDS[precision].relative * max(1.0, largest) + rounding
+    return BOUNDS[precision].relative * max(least_size, largest) + rounding
 
 
 def _base_logits(session: Any, case: Case) -> np.ndarray:
@@ -191,12 +194,12 @@ def customer_effect(reference: Sequence[Case]) -> float:
     return max(float(_difference(case.logits, case.base_logits).max()) for case in reference)
 
 
-def shows_customers(reference: Sequence[Case]) -> bool:
+def shows_customers(reference: Sequence[Case], least_size: float = 1.0) -> bool:
     """Whether the lack of a customer would be noticed: some move the logits clearly on these texts.
 
     Coefficients of a base that was never trained need not, as its output layer says next to nothing.
     """
-    return customer_effect(reference) > PLAIN * bound_of(reference)
+    return customer_effect(reference) > PLAIN * bound_of(reference, least_size=least_size)
 
 
 def verify(bundle: Bundle, provider: str = "cpu", threads: int | None = None) -> ParityReport:

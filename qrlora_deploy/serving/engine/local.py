@@ -107,6 +107,8 @@ class LocalEngine:
             run_tokens=runner.tokens,
             padded_tokens=runner.padded_tokens,
             resident=len(self._model.table),
+            loads=self._model.table.loads,
+            evictions=self._model.table.evictions,
         )
 
     def drain(self, timeout_s: float) -> bool:

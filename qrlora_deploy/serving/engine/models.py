@@ -1,6 +1,7 @@
 """What an engine runs: a session of many customers, or a merged bundle as if it were one."""
 
 from collections.abc import Sequence, Sized
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +16,18 @@ from qrlora_deploy.runtime.sessions.session import open_session
 from qrlora_deploy.runtime.sessions.versions import Version
 
 
+class Table(Sized, Protocol):
+    """Customers in memory; `CoefficientTable` is one.
+
+    Attributes:
+        loads: versions of customers that were brought into it.
+        evictions: customers that made room for others.
+    """
+
+    loads: int
+    evictions: int
+
+
 class Model(Protocol):
     """What an engine runs; `SwitchableSession` is one.
 
@@ -22,7 +35,7 @@ class Model(Protocol):
         bundle: that it runs.
         manifest: of the bundle.
         buckets: shapes that it runs in; None: whatever comes.
-        table: as long as there are customers in memory.
+        table: of the customers in memory.
     """
 
     bundle: Bundle
@@ -30,7 +43,7 @@ class Model(Protocol):
     buckets: Buckets | None
 
     @property
-    def table(self) -> Sized:
+    def table(self) -> "Table":
         """See above."""
 
     def answer(
@@ -45,6 +58,17 @@ class Model(Protocol):
         """As `SwitchableSession.lacks`."""
 
 
+@dataclass
+class NoTable:
+    """Of a merged bundle, which has no customers."""
+
+    loads: int = 0
+    evictions: int = 0
+
+    def __len__(self) -> int:
+        return 0
+
+
 class MergedModel:
     """A merged bundle, open: its one customer has no name, and answers the rows of nobody.
 
@@ -57,7 +81,7 @@ class MergedModel:
         ProviderError: the provider does not load.
     """
 
-    table = ()
+    table = NoTable()
 
     def __init__(
         self,

@@ -25,6 +25,8 @@ class EngineStats:
         run_tokens: tokens of the rows that were answered.
         padded_tokens: rows x padded length of all runs; run_tokens / padded_tokens says how little was padded.
         resident: customers in the table.
+        loads: versions of customers that were brought into the table.
+        evictions: customers that made room there for others.
         draining: no new request is taken.
     """
 
@@ -39,6 +41,8 @@ class EngineStats:
     run_tokens: int = 0
     padded_tokens: int = 0
     resident: int = 0
+    loads: int = 0
+    evictions: int = 0
     draining: bool = False
 
 

@@ -22,13 +22,13 @@ class _Bucket:
 class Quotas:
     """Rows a second by customer. For one thread at a time.
 
-    A customer that was silent for a while may ask what it did not use, up to `burst_s` seconds of its rows, and at
-    least one.
+    A customer that was silent for a while may ask what it did not use, up to its burst, and at least one row.
 
     Args:
         rows_s: rows a second by customer.
         default: of every other customer; None: as many as it likes.
-        burst_s: seconds.
+        bursts: rows that may come at once, by customer.
+        burst_s: of every other customer, in seconds of its rows.
         clock: seconds, as `time.monotonic`.
 
     Raises:
@@ -39,6 +39,7 @@ class Quotas:
         self,
         rows_s: Mapping[str, float] | None = None,
         default: float | None = None,
+        bursts: Mapping[str, float] | None = None,
         burst_s: float = 1.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -47,10 +48,12 @@ class Quotas:
         self._sweep_at = SWEEP
         if not burst_s > 0:
             raise InputError(f"the burst of quotas must be positive, not {burst_s} seconds")
-        self.change(rows_s or {}, default)
+        self.change(rows_s or {}, default, bursts)
 
-    def change(self, rows_s: Mapping[str, float], default: float | None = None) -> None:
-        """Other rows a second from now on; what a customer has used stays used.
+    def change(
+        self, rows_s: Mapping[str, float], default: float | None = None, bursts: Mapping[str, float] | None = None
+    ) -> None:
+        """Other numbers from now on; what a customer has used stays used. From any thread.
 
         Raises:
             InputError: a number is not positive; nothing changes.
@@ -58,6 +61,7 @@ class Quotas:
         for customer, rate in [*rows_s.items(), ("any other", 1.0 if default is None else default)]:
             if not rate > 0:
                 raise InputError(f"the quota of customer {customer!r} must be positive, not {rate} rows a second")
+        self._bursts = dict(bursts or {})
         self._rows_s, self._default = dict(rows_s), default
 
     def take(self, rows: Mapping[str | None, int]) -> None:
@@ -80,7 +84,7 @@ class Quotas:
 
     def _checked(self, customer: str, count: int, rate: float, now: float) -> _Bucket:
         """The bucket of a customer, filled up to now, which holds so many rows."""
-        most = self._most(rate)
+        most = self._most(customer, rate)
         if count > most:
             raise TooLargeError(
                 f"the request has {count} rows of a customer who may ask {most:g} at once; send it in parts"
@@ -94,13 +98,13 @@ class Quotas:
             )
         return bucket
 
-    def _most(self, rate: float) -> float:
-        return max(1.0, rate * self._burst_s)
+    def _most(self, customer: str, rate: float) -> float:
+        return max(1.0, self._bursts.get(customer, rate * self._burst_s))
 
     def _forget_full(self, now: float) -> None:
         """Forget the buckets that are full: a new one is too."""
         for customer, bucket in list(self._buckets.items()):
             rate = self._rows_s.get(customer, self._default)
-            if rate is None or bucket.rows + (now - bucket.since_s) * rate >= self._most(rate):
+            if rate is None or bucket.rows + (now - bucket.since_s) * rate >= self._most(customer, rate):
                 del self._buckets[customer]
         self._sweep_at = max(SWEEP, 2 * len(self._buckets))

@@ -4,7 +4,7 @@ Without dropout the hidden states there are the same in every step, epoch and ru
 texts; `trunk_cache` keeps them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,16 @@ from qrlora_deploy.errors import InputError, first_line
 from qrlora_deploy.models.targets import BLOCK
 
 Batch = Mapping[str, torch.Tensor]
+
+Forward = Callable[[Any, Batch], torch.Tensor]
+"""From a model and its inputs to answers, as `Task.forward`."""
+
+
+def logits_of(model: Any, batch: Batch) -> torch.Tensor:
+    """Logits `[rows, labels]`."""
+    logits: torch.Tensor = model(**batch).logits
+    return logits
+
 
 PROBE_LENGTH = 8
 
@@ -38,6 +48,7 @@ class SplitModel:
         list_name: name of the list in `owner`.
         blocks: all blocks.
         first: index of the first adapted block; 0 leaves only the embeddings to the trunk.
+        forward: gives the answers of the model to a batch.
     """
 
     model: Any
@@ -45,6 +56,7 @@ class SplitModel:
     list_name: str
     blocks: nn.ModuleList
     first: int
+    forward: Forward
 
     def trunk(self, batch: Batch) -> torch.Tensor:
         """The input of the first adapted block, without dropout and without a gradient.
@@ -81,7 +93,8 @@ class SplitModel:
             batch: as for `trunk`; masks and positions are made from it.
 
         Returns:
-            The logits `[rows, labels]`, or `[rows, length, labels]`, with a gradient for what requires one.
+            The answers, such as logits `[rows, labels]` or `[rows, length, labels]`, with a gradient for what requires
+            one.
         """
 
         def give(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -89,7 +102,7 @@ class SplitModel:
 
         with self._without_trunk(), self.blocks[self.first].register_forward_pre_hook(give, with_kwargs=True):
             # The embeddings are computed for nothing: the model makes masks and positions from their shape.
-            return self.model(**_inputs(batch)).logits
+            return self.forward(self.model, _inputs(batch))
 
     @contextmanager
     def _without_trunk(self) -> Iterator[None]:
@@ -105,17 +118,20 @@ def _inputs(batch: Batch) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in batch.items() if name != "labels"}
 
 
-def split_model(model: Any, target_paths: Sequence[str], padding_side: str = "right") -> SplitModel:
+def split_model(
+    model: Any, target_paths: Sequence[str], padding_side: str = "right", forward: Forward = logits_of
+) -> SplitModel:
     """Split a model below the first of its adapted blocks.
 
     Side branches may be attached before or after, except to targets outside the blocks: those
     before. The split is tried on two short rows and held against the whole model.
 
     Args:
-        model: a transformers model with logits, such as BERT, RoBERTa, MPNet, DistilBERT, or a
+        model: a transformers model, such as BERT, RoBERTa, MPNet, DistilBERT, or a
             decoder with one plain list of blocks.
         target_paths: module paths of the adapted layers.
         padding_side: "right" or "left", of the batches to come.
+        forward: gives the model's answers.
 
     Raises:
         InputError: the adapted layers are not in one numbered list, one of them comes before it,
@@ -134,7 +150,7 @@ def split_model(model: Any, target_paths: Sequence[str], padding_side: str = "ri
     if not isinstance(blocks, nn.ModuleList) or len(kinds) > 1:
         # With several kinds of attention the model counts its blocks to know which mask is whose.
         raise InputError(f"{name} cannot be split: its blocks are no plain list of one kind")
-    split = SplitModel(model, owner, list_name, blocks, min(int(match.group(1)) for match, _ in places))
+    split = SplitModel(model, owner, list_name, blocks, min(int(match.group(1)) for match, _ in places), forward)
     training = model.training
     model.eval()
     try:
@@ -168,7 +184,7 @@ def _problem(split: SplitModel, target_paths: Sequence[str], padding_side: str) 
         return f"what its trunk answers depends on padding on the {padding_side}"
     hidden[~mask] = 1.0  # as good as any other value
     with torch.no_grad():
-        whole, parts = split.model(**batch).logits, split.upper(hidden, batch)
+        whole, parts = split.forward(split.model, batch), split.upper(hidden, batch)
     if whole.dim() > 2:  # of every token, and padding has no answer
         whole, parts = whole[mask], parts[mask]
     return None if agree(parts, whole) else f"its parts do not answer as the whole does, padded on the {padding_side}"

@@ -153,7 +153,7 @@ def _check_upper(upper: Upper, split: SplitModel) -> None:
     try:
         hidden = split.trunk(batch)
         with torch.no_grad():
-            whole = split.model(**batch).logits
+            whole = split.forward(split.model, batch)
             found = upper(hidden.flatten(0, 1), padded_layout(batch["attention_mask"].sum(1), length))
             if upper.of_tokens:
                 kept = batch["attention_mask"].bool()

@@ -46,6 +46,20 @@ def test_all_customers_of_a_request_or_none() -> None:
         quotas.take({"anyone": 3})
 
 
+def test_a_customer_may_have_a_burst_of_its_own() -> None:
+    clock = Clock()
+    quotas = Quotas({"acme": 2.0, "bolt": 2.0}, bursts={"acme": 10.0}, clock=clock)
+    quotas.take({"acme": 10, "bolt": 2})
+    with pytest.raises(QuotaError) as refused:
+        quotas.take({"acme": 10})
+    assert refused.value.retry_after_s == pytest.approx(5)
+    with pytest.raises(TooLargeError, match="may ask 10 at once"):
+        quotas.take({"acme": 11})
+    quotas.change({"acme": 2.0})
+    with pytest.raises(TooLargeError, match="may ask 2 at once"):
+        quotas.take({"acme": 3})
+
+
 def test_slow_quotas_let_one_row_through_and_others_come_live() -> None:
     clock = Clock()
     quotas = Quotas({"acme": 0.1}, clock=clock)
