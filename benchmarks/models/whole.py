@@ -28,8 +28,8 @@ from qrlora_deploy.rank_rules.energy_share import EnergyShare
 from qrlora_deploy.runtime import SwitchableSession, open_bundle, open_session
 from qrlora_deploy.runtime.verification.parity import without_padding
 from qrlora_deploy.tokenization.words import words_of
+from qrlora_deploy.training.fleet.customers import FleetSource
 from qrlora_deploy.training.fleet.options import FleetOptions
-from qrlora_deploy.training.fleet.plan import FleetSource
 from qrlora_deploy.training.fleet.run import train_fleet
 from qrlora_deploy.training.settings import TrainSettings
 from qrlora_deploy.training.trainer import train

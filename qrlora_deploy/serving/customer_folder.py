@@ -70,11 +70,19 @@ class CustomerFolder:
         check: what every file is held against before it goes live, beside being whole.
         keep: versions of a customer, with the one that is served.
         max_file_bytes: of a customer's file.
+        elsewhere: takes a customer who is erased from wherever else it is, and says whether it was there.
     """
 
-    def __init__(self, folder: Path, check: Check, keep: int = 10, max_file_bytes: int = 2**24) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        check: Check,
+        keep: int = 10,
+        max_file_bytes: int = 2**24,
+        elsewhere: Callable[[str], bool] = lambda customer: False,
+    ) -> None:
         self.folder, self.max_file_bytes = folder, max_file_bytes
-        self._check, self._keep = check, keep
+        self._check, self._keep, self._elsewhere = check, keep, elsewhere
         self._lock = threading.Lock()
 
     def customers(self, after: str = "", limit: int = 1000) -> list[str]:
@@ -115,19 +123,18 @@ class CustomerFolder:
             self._place(customer).unlink()
 
     def erase(self, customer: str) -> None:
-        """Take the customer's file and all versions away, for good. Packed files and backups are not touched.
+        """Take the customer's file and all versions away, for good, and the customer from wherever else it is.
 
         Raises:
-            UnknownCustomerError: there is neither.
+            UnknownCustomerError: it is nowhere.
+            InputError: it cannot be taken from elsewhere; its files are gone.
         """
         check_customer_id(customer)
         with self._lock:
-            there = self._place(customer).is_file()
-            if not there and not self._names(customer):
+            had_files = erase_files(self.folder, customer)
+            # After its file: a request that came between would read it again.
+            if not (self._elsewhere(customer) or had_files):
                 raise _unknown(customer)
-            if there:
-                self._place(customer).unlink()
-            shutil.rmtree(self._versions(customer), ignore_errors=True)
 
     def versions(self, customer: str) -> list[StoredVersion]:
         """The versions that are kept, the newest first.
@@ -236,6 +243,23 @@ class CustomerFolder:
 
     def _version_file(self, customer: str, name: str) -> Path:
         return self._versions(customer) / f"{name}{SUFFIX}"
+
+
+def erase_files(folder: Path, customer: str) -> bool:
+    """Take a customer's file in a folder, and the versions that are kept there, away for good; whether there were any.
+
+    Raises:
+        QrloraError: a file cannot be removed.
+    """
+    file, versions = folder / f"{customer}{SUFFIX}", folder / VERSIONS / customer
+    there = file.is_file() or file.is_symlink() or versions.is_dir()
+    try:
+        file.unlink(missing_ok=True)
+        if versions.is_dir():
+            shutil.rmtree(versions)
+    except OSError as error:
+        raise QrloraError(f"{customer} cannot be erased from {folder}: {error.strerror or error}") from error
+    return there
 
 
 def _chosen(kept: list[StoredVersion], customer: str, version: str | None) -> str:

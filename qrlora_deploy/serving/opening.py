@@ -7,6 +7,7 @@ from pathlib import Path
 from qrlora_deploy.errors import InputError, QrloraError
 from qrlora_deploy.formats.customer_files import customer_ids, read_customer
 from qrlora_deploy.runtime.bundle.bundle import Bundle, open_bundle
+from qrlora_deploy.runtime.customers.packed_erasing import erase_packed
 from qrlora_deploy.runtime.sessions.buckets import Buckets
 from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
 from qrlora_deploy.serving.customer_folder import CustomerFolder
@@ -100,7 +101,17 @@ class OpenModel:
         """The folder of customers, for who changes it; None: there is none."""
         if self.places.customers is None or not isinstance(self.session, SwitchableSession):
             return None
-        return CustomerFolder(self.places.customers, self.session.check)
+        return CustomerFolder(self.places.customers, self.session.check, elsewhere=self._forget)
+
+    def _forget(self, customer: str) -> bool:
+        """Take a customer, whose file is gone, from the packed file and from memory; whether it was there.
+
+        Raises:
+            InputError: the packed file is damaged, or holds nobody else.
+        """
+        packed = self.places.packed is not None and erase_packed(self.places.packed, customer)
+        loaded = isinstance(self.session, SwitchableSession) and self.session.unload(customer)
+        return packed or loaded
 
     def reload(self) -> None:
         """See at once what has changed in the folder, and load the packed file again.

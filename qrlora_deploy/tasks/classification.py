@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qrlora_deploy.data.labels import quoted
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.tasks.base import Answer, NewHead, Task
 from qrlora_deploy.tasks.counting import divided, named_scores
 from qrlora_deploy.tasks.names import first_row, label_index, label_names, output_of
@@ -125,5 +125,7 @@ def _single(examples: "Examples") -> list[str]:
     """
     lists = {label for label in examples.labels if not isinstance(label, str)}
     if lists:
-        raise InputError(f"{first_row(examples, lists)}, a list; --task multi-label takes any number a row")
+        raise InputError(
+            f"{first_row(examples, lists)}, a list; {argument('task', 'multi-label')} takes any number a row"
+        )
     return [label for label in examples.labels if isinstance(label, str)]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qrlora_deploy.data.labels import Label, number_of, quoted
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.tasks.base import Answer, NewHead, Task
 from qrlora_deploy.tasks.names import check_pairs, first_row
 from qrlora_deploy.tokenization.words import LocatedWords
@@ -70,7 +70,7 @@ class Reranking(Task):
         if wrong:
             raise InputError(
                 f"{first_row(examples, wrong)}; a reranker needs numbers from 0 to 1 as labels, not "
-                f"{quoted(sorted(map(str, wrong)))}; --task regression takes others"
+                f"{quoted(sorted(map(str, wrong)))}; {argument('task', 'regression')} takes others"
             )
         return [value for value in values if value is not None]
 

@@ -231,9 +231,9 @@ def test_devices_that_are_not_there_are_refused(
     bert: Checkpoint, tiny_basis: Basis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ProviderError, match="--device cuda was asked for, but PyTorch finds no CUDA device"):
+    with pytest.raises(ProviderError, match="device='cuda' was asked for, but PyTorch finds no CUDA device"):
         factorize(bert, tiny_basis.names, EnergyShare(), device="cuda")
-    with pytest.raises(InputError, match="--device must be cpu or cuda, not tpu"):
+    with pytest.raises(InputError, match="device must be cpu or cuda, not tpu"):
         factorize(bert, tiny_basis.names, EnergyShare(), device="tpu")
 
 

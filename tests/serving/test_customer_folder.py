@@ -93,6 +93,22 @@ def test_what_is_deleted_can_be_brought_back_until_it_is_erased(
             gone("acme")
 
 
+def test_who_is_erased_is_taken_from_elsewhere_too(place: Path, session: SwitchableSession, content: Content) -> None:
+    seen: list[tuple[str, bool]] = []
+
+    def elsewhere(customer: str) -> bool:
+        seen.append((customer, (place / f"{customer}.safetensors").exists()))
+        return customer == "packed"
+
+    folder = CustomerFolder(place, session.check, elsewhere=elsewhere)
+    folder.put("acme", content())
+    folder.erase("acme")
+    folder.erase("packed")
+    with pytest.raises(Unknown):
+        folder.erase("nobody")
+    assert seen == [("acme", False), ("packed", False), ("nobody", False)]
+
+
 def test_ids_are_listed_some_at_a_time(folder: CustomerFolder, place: Path, content: Content) -> None:
     for name in ("c", "a", "b", "d"):
         folder.put(name, content())

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qrlora_deploy.errors import BasisMismatchError, FileFormatError, InputError, MismatchError
+from qrlora_deploy.errors import BasisMismatchError, FileFormatError, InputError, MismatchError, argument
 from qrlora_deploy.runtime.bundle.bundle import Manifest
 from qrlora_deploy.runtime.bundle.row_layout import HEAD_TABLE, TABLE, TableLayout
 from qrlora_deploy.runtime.customers.packed_header import (
@@ -154,7 +154,7 @@ class _Piece:
             if self.staged.dtype == np.float16 and not _all_finite(self.staged[: self.count]):
                 raise InputError(
                     f"{source.path} holds a coefficient of {np.abs(values).max():.4g}, more than the fp16 table can; "
-                    f"serve it from a bundle exported with --table-dtype fp32"
+                    f"serve it from a bundle exported with {argument('table_dtype', 'fp32')}"
                 )
         return digest
 

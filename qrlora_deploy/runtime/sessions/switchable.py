@@ -13,6 +13,7 @@ from qrlora_deploy.errors import (
     MismatchError,
     NotReadyError,
     UnknownCustomerError,
+    argument,
 )
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.formats.customer_files import read_customer_file
@@ -84,7 +85,7 @@ class SwitchableSession:
     ) -> None:
         manifest = bundle.manifest
         if manifest.kind != "switchable":
-            raise InputError(f"{bundle.folder} is a {manifest.kind} bundle; export a switchable one without --merge")
+            raise InputError(f"{bundle.folder} is a {manifest.kind} bundle; export a switchable one")
         self.bundle = bundle
         self.manifest = manifest
         self.buckets = buckets
@@ -270,7 +271,7 @@ class SwitchableSession:
 
     def _head_row(self, coefficients: Coefficients, place: str) -> np.ndarray:
         if self.head is None:
-            raise MismatchError(f"{place} has a head of its own; export the bundle with --head-labels N")
+            raise MismatchError(f"{place} has a head of its own; export the bundle with {argument('head_labels')}")
         labels = len(coefficients.labels)
         if labels > self.head.labels:
             raise MismatchError(f"{place} has {labels} labels, the bundle room for {self.head.labels}")
