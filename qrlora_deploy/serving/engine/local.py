@@ -1,4 +1,4 @@
-"""The engine within this process: requests wait in a room, and one thread runs batches of them."""
+"""The engine within this process: requests wait in a room, and threads run batches of them in turn."""
 
 import logging
 import threading
@@ -25,9 +25,12 @@ from qrlora_deploy.serving.refusals import DrainingError
 
 LOG = logging.getLogger(__name__)
 
+THREADS = 2
+"""One prepares a batch, or tells answers, while the other's runs."""
+
 
 class LocalEngine:
-    """Answers rows of any customers in batches, with one thread that runs them. Safe for many threads.
+    """Answers rows of any customers in batches, which run one after the other. Safe for many threads.
 
     Rows wait by customer and are taken in fair order (`FairQueue`); those that are taken together are sorted by
     length and cut into batches (`cut`). Customers who are not in the table are fetched before their rows are
@@ -57,8 +60,9 @@ class LocalEngine:
         self._runner = BatchRunner(model, shapes, pace, clock)
         self._room = WaitingRoom(limits, quotas or Quotas(), shapes, pace, clock)
         self._loaders = ThreadPoolExecutor(FETCHING, thread_name_prefix="customer-loader")
-        self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
-        self._thread.start()
+        self._threads = [threading.Thread(target=self._serve, name="engine", daemon=True) for _ in range(THREADS)]
+        for thread in self._threads:
+            thread.start()
 
     def __enter__(self) -> "LocalEngine":
         return self
@@ -115,8 +119,9 @@ class LocalEngine:
         """As `Engine.close`; the batch that runs is answered."""
         self._room.close()
         self._loaders.shutdown(wait=False, cancel_futures=True)
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
         self._room.end_all(DrainingError(CLOSED))
 
     def _check(self, request: Request) -> None:
@@ -145,13 +150,17 @@ class LocalEngine:
             self._room.end([(request, as_ours(error))])
 
     def _serve(self) -> None:
-        """The thread: batches until the engine is closed, whatever happens."""
+        """A thread: batches until the engine is closed, whatever happens."""
         while True:
             try:
                 batch = self._room.next_batch()
                 if batch is None:
                     return
-                self._room.settle(self._runner.run(batch))
+                try:
+                    outcomes = self._runner.run(batch)
+                finally:
+                    self._room.ran()
+                self._room.settle(outcomes)
             except BaseException as error:
                 LOG.exception("the engine failed; every request that it held is refused")
                 self._room.end_all(as_ours(error))

@@ -13,6 +13,7 @@ from qrlora_deploy.serving.engine.models import Model
 from qrlora_deploy.serving.engine.pace import Pace
 from qrlora_deploy.serving.engine.requests import WaitingRow
 from qrlora_deploy.serving.engine.rows import RowAnswer
+from qrlora_deploy.serving.engine.turns import Turns
 from qrlora_deploy.serving.refusals import DeadlineError
 
 FETCHING = 4
@@ -23,7 +24,9 @@ Outcome = tuple[WaitingRow, RowAnswer | QrloraError]
 
 
 class BatchRunner:
-    """Runs batches, one after the other.
+    """Runs batches, one after the other; what comes before a run and after it does not wait for other runs.
+
+    Safe for many threads.
 
     Args:
         model: runs them.
@@ -46,6 +49,7 @@ class BatchRunner:
         self.queue_s = 0.0
         self.tokens = 0
         self.padded_tokens = 0
+        self._turn = Turns()
         self._model, self._shapes, self._pace, self._clock = model, shapes, pace, clock
         rows = getattr(model.table, "max_rows", None)
         # One row is the base's, and some are held by those who fetch customers meanwhile.
@@ -57,29 +61,41 @@ class BatchRunner:
         A row whose deadline has passed is not run. A batch that fails is run again in halves, until what fails
         is a row by itself; one of more customers than the table has room for is run in halves at once.
         """
-        now = self._clock()
-        wanted = [row for row in rows if not row.request.ended]
-        outcomes: list[Outcome] = [(row, _late()) for row in wanted if _is_late(row, now)]
-        wanted = [row for row in wanted if not _is_late(row, now)]
+        wanted, outcomes = self._sorted_out(rows)
         if not wanted:
             return outcomes
         if len(wanted) == 1 or self._fits_the_table(wanted):
             try:
-                return outcomes + self._run(wanted, now)
+                answered = self._run(wanted)
+                # Another batch ran first, and meanwhile a row was given up or its deadline has passed.
+                return outcomes + (self.run(wanted) if answered is None else answered)
             except Exception as error:
                 if len(wanted) == 1:
                     return [*outcomes, (wanted[0], as_ours(error))]
         half = len(wanted) // 2
         return outcomes + self.run(wanted[:half]) + self.run(wanted[half:])
 
+    def _sorted_out(self, rows: Sequence[WaitingRow]) -> tuple[list[WaitingRow], list[Outcome]]:
+        """The rows to run, and how those end whose deadline has passed."""
+        now = self._clock()
+        wanted = [row for row in rows if not row.request.ended]
+        late: list[Outcome] = [(row, _late()) for row in wanted if _is_late(row, now)]
+        return [row for row in wanted if not _is_late(row, now)] if late else wanted, late
+
     def _fits_the_table(self, rows: Sequence[WaitingRow]) -> bool:
         most = self._most_customers
         return most is None or len({row.customer for row in rows}) <= most
 
-    def _run(self, rows: Sequence[WaitingRow], start_s: float) -> list[Outcome]:
+    def _run(self, rows: Sequence[WaitingRow]) -> list[Outcome] | None:
+        """The answers of rows; None where some of them are not wanted any more when their turn comes."""
         inputs = self.collator.batch([row.row for row in rows])
-        logits, versions = self._model.answer(inputs, [row.customer for row in rows])
-        self._count(rows, start_s)
+        customers = [row.customer for row in rows]
+        with self._turn:
+            start_s = self._clock()
+            if any(row.request.ended or _is_late(row, start_s) for row in rows):
+                return None
+            logits, versions = self._model.answer(inputs, customers)
+            self._count(rows, start_s)
         return [
             (row, self._answer(row, values, version))
             for row, values, version in zip(rows, logits, versions, strict=True)

@@ -26,7 +26,7 @@ Ended = tuple[Request, QrloraError | None]
 class WaitingRoom:
     """Requests that have a place, the queue of their rows, and the batches that were taken from it.
 
-    Safe for many threads; one alone asks for batches. Nothing here takes long, and no future is told anything
+    Safe for many threads. Nothing here takes long, and no future is told anything
     while the lock is held.
 
     Args:
@@ -47,7 +47,7 @@ class WaitingRoom:
         self._batches: deque[list[WaitingRow]] = deque()
         self._open: set[Request] = set()
         self._oldest_s = 0.0
-        self._rows = self._tokenised = self._telling = 0
+        self._rows = self._tokenised = self._telling = self._running = 0
         self._rejected: Counter[str] = Counter()
         self._draining = self._closed = False
 
@@ -104,21 +104,44 @@ class WaitingRoom:
             if not self._queue.rows:
                 self._oldest_s = self._clock()
             self._queue.push(request.waiting)
-            self._work.notify()
+            if self._may_draw():
+                self._work.notify()
 
     def next_batch(self) -> list[WaitingRow] | None:
-        """The next batch; waits for one. None: the room is closed."""
+        """The next batch; waits for one. None: the room is closed. Call `ran` when it has run.
+
+        While a batch runs, rows are collected for the next one: it is given out when it is full, or else when the
+        run has ended.
+        """
         while True:
             with self._lock:
+                while not (self._closed or self._batches) and (wait_s := self._wait_s()) != 0:
+                    self._work.wait(wait_s)
                 if self._closed:
                     return None
                 if self._batches:
+                    self._running += 1
                     return self._batches.popleft()
-                drawn = self._draw()
-            # Without the lock: sorting thousands of rows takes milliseconds.
-            batches = cut(drawn, self._shapes)
-            with self._lock:
-                self._batches.extend(batches)
+                drawn = self._queue.draw(self._window())
+                # Nobody else draws while these are sorted.
+                self._running += 1
+            batches: list[list[WaitingRow]] = []
+            try:
+                # Without the lock: sorting thousands of rows takes milliseconds.
+                batches = cut(drawn, self._shapes)
+            finally:
+                with self._lock:
+                    self._running -= 1
+                    self._batches.extend(batches)
+                    if len(batches) > 1:
+                        self._work.notify()
+
+    def ran(self) -> None:
+        """A batch has run; whatever waits may be given out now."""
+        with self._lock:
+            self._running -= 1
+            if self._batches or self._queue.rows:
+                self._work.notify()
 
     def settle(self, outcomes: Iterable[Outcome]) -> None:
         """Give each row's outcome to its request, and end those that have all of theirs or an error."""
@@ -160,14 +183,14 @@ class WaitingRoom:
         """As `Engine.drain`."""
         with self._lock:
             self._draining = True
-            self._work.notify()
+            self._work.notify_all()
             return self._idle.wait_for(self._is_idle, timeout_s)
 
     def close(self) -> None:
         """Let nobody in, and give out no more batches."""
         with self._lock:
             self._draining = self._closed = True
-            self._work.notify()
+            self._work.notify_all()
 
     def stats(self) -> EngineStats:
         """As `Engine.stats`, as far as it is known here."""
@@ -191,16 +214,16 @@ class WaitingRoom:
             raise
         return place
 
-    def _draw(self) -> list[WaitingRow]:
-        """Rows in fair order, as soon as there are enough; none where the room is closed."""
-        while not self._closed and (wait_s := self._wait_s()) != 0:
-            self._work.wait(wait_s)
-        tokens = self._pace.window_tokens(self._limits.window_s, self._limits.max_batch_tokens)
-        return self._queue.draw(tokens)
+    def _may_draw(self) -> bool:
+        """Whether rows may be taken from the queue: nothing runs, or there are enough for a full batch."""
+        return not self._running or self._queue.tokens >= min(self._window(), self._limits.max_batch_tokens)
+
+    def _window(self) -> int:
+        return self._pace.window_tokens(self._limits.window_s, self._limits.max_batch_tokens)
 
     def _wait_s(self) -> float | None:
-        """How long to wait before rows are taken; None: until one comes."""
-        if not self._queue.rows:
+        """How long to wait before rows are taken; None: until one comes, or until a batch has run."""
+        if not self._queue.rows or not self._may_draw():
             return None
         if self._draining or self._queue.tokens >= self._limits.max_batch_tokens:
             return 0

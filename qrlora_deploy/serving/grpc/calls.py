@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import grpc
 
 from qrlora_deploy.errors import QrloraError
-from qrlora_deploy.serving.access import key_of, open_access
+from qrlora_deploy.serving.access import Access, key_of
 from qrlora_deploy.serving.answering import FAILED
 from qrlora_deploy.serving.refusals import status_of
 
@@ -25,7 +25,22 @@ RETRY_AFTER = "retry-after"
 PUSHBACK = "grpc-retry-pushback-ms"
 """The same in milliseconds, as gRPC's own retries read it."""
 
+Metadata = Sequence[tuple[str, str | bytes]] | None
+
 logger = logging.getLogger(__name__)
+
+
+def value_in(metadata: Metadata, name: str) -> str | None:
+    """The first value of a name; None where there is none, or one that is no text."""
+    for key, value in metadata or ():
+        if key == name:
+            return value if isinstance(value, str) else None
+    return None
+
+
+def key_in(metadata: Metadata) -> str | None:
+    """The key in `authorization: Bearer KEY`."""
+    return key_of(value_in(metadata, "authorization"))
 
 
 class Call:
@@ -38,21 +53,15 @@ class Call:
         customers: of the rows that it asks for.
     """
 
-    def __init__(self, context: grpc.aio.ServicerContext) -> None:
+    def __init__(self, context: grpc.aio.ServicerContext, access: Access) -> None:
         self._context = context
-        self._metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         remaining_s = context.time_remaining()
         self.deadline_s = None if remaining_s is None else time.monotonic() + remaining_s
-        given = self._metadata.get(REQUEST_ID, "")
+        given = value_in(context.invocation_metadata(), REQUEST_ID) or ""
         self.request_id = given if GOOD_ID.fullmatch(given) else secrets.token_hex(8)
-        self.access = open_access
+        self.access = access
         self.customers: Sequence[str | None] = ()
         context.set_trailing_metadata(((REQUEST_ID, self.request_id),))
-
-    @property
-    def key(self) -> str | None:
-        """The key in `authorization: Bearer KEY`."""
-        return key_of(self._metadata.get("authorization"))
 
     async def refuse(self, error: QrloraError) -> None:
         """End it by an error's status and its one line.

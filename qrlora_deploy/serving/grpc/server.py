@@ -60,7 +60,7 @@ class GrpcServer:
         """
         limits = self._limits
         server = grpc.aio.server(options=limits.options(), maximum_concurrent_rpcs=limits.max_calls)
-        server.add_generic_rpc_handlers((self._service.handler(),))
+        server.add_generic_rpc_handlers((self._service,))
         self._health.add_to(server)
         add_reflection(server)
         self.port = listen(server, self.host, self.port, self._certificates)

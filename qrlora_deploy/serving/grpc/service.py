@@ -2,12 +2,15 @@
 
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import grpc
 
+from qrlora_deploy.errors import QrloraError
+from qrlora_deploy.serving.access import Access, open_access
 from qrlora_deploy.serving.answering import answer
-from qrlora_deploy.serving.grpc.calls import Call
+from qrlora_deploy.serving.grpc.calls import Call, Metadata, key_in
 from qrlora_deploy.serving.grpc.reading import parse, read_infer
 from qrlora_deploy.serving.grpc.schema import METHODS, SERVICE
 from qrlora_deploy.serving.grpc.writing import write_infer
@@ -17,64 +20,100 @@ from qrlora_deploy.serving.json_log import log_request
 from qrlora_deploy.serving.life import Life
 from qrlora_deploy.serving.outputs import OUTPUTS, answer_parameters
 from qrlora_deploy.serving.parts import Keys, Metrics
-from qrlora_deploy.serving.refusals import status_of
+from qrlora_deploy.serving.refusals import OverloadedError, status_of
 from qrlora_deploy.serving.served import VERSION, Models
 from qrlora_deploy.version import __version__
 
 OK, CANCELLED = 200, 499
 """Calls are counted by the status that HTTP has for the same; 499 is the usual one for a client that has gone."""
 
+MAX_HELD_BYTES = 2**30
+
+_NAMES = {f"/{SERVICE}/{name}": name for name in METHODS}
+
 OPEN = ("ServerLive", "ServerReady", "ModelReady")
 """Methods that need no key: probes have none."""
 
 
-class InferenceService:
+class InferenceService(grpc.GenericRpcHandler):
     """Answers over gRPC, as `Front` does over HTTP.
 
-    Attributes:
+    Args:
         models: what is served.
         life: whether requests are taken.
         keys: who may ask; None: everybody.
         metrics: counts; None: nobody does.
+        max_held_bytes: of all messages that are being answered at a time.
+
+    Attributes:
         running: calls that are being answered.
     """
 
-    def __init__(self, models: Models, life: Life, keys: Keys | None = None, metrics: Metrics | None = None) -> None:
+    def __init__(
+        self,
+        models: Models,
+        life: Life,
+        keys: Keys | None = None,
+        metrics: Metrics | None = None,
+        max_held_bytes: int = MAX_HELD_BYTES,
+    ) -> None:
         self.models, self.life, self.keys, self.metrics = models, life, keys, metrics
-        self.running = 0
+        self.max_held_bytes = max_held_bytes
+        self.running = self._held = 0
 
-    def handler(self) -> grpc.GenericRpcHandler:
-        """All methods, for a server."""
-        methods = {name: self._method(name, *classes) for name, classes in METHODS.items()}
-        return grpc.method_handlers_generic_handler(SERVICE, methods)
+    def service(self, details: Any) -> grpc.RpcMethodHandler | None:
+        """What gRPC asks for at the begin of a call, before its message is read; None: it is no call of this service.
 
-    def _method(self, name: str, request_class: Any, response_class: Any) -> grpc.RpcMethodHandler:
-        """A method with what all have in common: the key, errors as statuses, and counting."""
-        method: Callable[[Any, Call], Awaitable[Any]] = getattr(self, name)
-
-        async def handle(body: bytes, context: grpc.aio.ServicerContext) -> Any:
-            start, code, call = time.perf_counter(), CANCELLED, Call(context)
-            self.running += 1
-            try:
-                if self.keys is not None and name not in OPEN:
-                    call.access = self.keys.access(call.key)
-                reply = await method(parse(request_class, body), call)
-                code = OK
-                return reply
-            except Exception as error:
-                refusal = call.refusal_of(error)
-                code = status_of(refusal).http
-                await call.refuse(refusal)
-            finally:
-                self.running -= 1
-                self._tell(call, f"/{SERVICE}/{name}", code, time.perf_counter() - start)
-
+        A call without a key ends here, so that nobody has memory taken by it.
+        """
+        name = _NAMES.get(details.method)
+        if name is None:
+            return None
+        try:
+            access = self._admit(name, details.invocation_metadata)
+        except QrloraError as error:
+            # Of a stream no message is read that nobody asks for.
+            return grpc.stream_unary_rpc_method_handler(partial(self._refuse, name, error))
         # Bytes, since gRPC answers what it cannot parse by INTERNAL.
-        return grpc.unary_unary_rpc_method_handler(handle, None, response_class.SerializeToString)
+        return grpc.unary_unary_rpc_method_handler(
+            partial(self._handle, name, access), None, METHODS[name][1].SerializeToString
+        )
 
-    def _tell(self, call: Call, route: str, code: int, seconds: float) -> None:
+    def _admit(self, name: str, metadata: Metadata) -> Access:
+        access = open_access
+        if self.keys is not None and name not in OPEN:
+            access = self.keys.access(key_in(metadata))
+        if self._held > self.max_held_bytes:
+            raise OverloadedError("too many large messages are being answered; try again soon")
+        return access
+
+    async def _refuse(self, name: str, error: QrloraError, messages: Any, context: grpc.aio.ServicerContext) -> None:
+        call = Call(context, open_access)
+        self._tell(call, name, status_of(error).http, 0.0)
+        await call.refuse(error)
+
+    async def _handle(self, name: str, access: Access, body: bytes, context: grpc.aio.ServicerContext) -> Any:
+        """Answer a call: errors as statuses, and counting."""
+        start, code, call = time.perf_counter(), CANCELLED, Call(context, access)
+        method: Callable[[Any, Call], Awaitable[Any]] = getattr(self, name)
+        self.running += 1
+        self._held += len(body)
+        try:
+            reply = await method(parse(METHODS[name][0], body), call)
+            code = OK
+            return reply
+        except Exception as error:
+            refusal = call.refusal_of(error)
+            code = status_of(refusal).http
+            await call.refuse(refusal)
+        finally:
+            self.running -= 1
+            self._held -= len(body)
+            self._tell(call, name, code, time.perf_counter() - start)
+
+    def _tell(self, call: Call, name: str, code: int, seconds: float) -> None:
         """Count a call and log it."""
-        rows = len(call.customers)
+        route, rows = f"/{SERVICE}/{name}", len(call.customers)
         if self.metrics is not None:
             self.metrics.observe(route, code, seconds, rows, call.customers)
         log_request(call.request_id, "grpc", route, code, seconds, rows, call.access.key_id)
@@ -100,10 +139,9 @@ class InferenceService:
     async def ModelMetadata(self, message: Any, call: Call) -> Any:
         """A model's inputs and outputs."""
         model = self.models.find(message.name, message.version)
-        known = METHODS["ModelMetadata"][1].DESCRIPTOR.fields_by_name
-        return METHODS["ModelMetadata"][1](
-            **{key: value for key, value in model_metadata(model).items() if key in known}
-        )
+        found = model_metadata(model)
+        # The message has no field for the parameters.
+        return METHODS["ModelMetadata"][1](**{name: found[name] for name in found if name != "parameters"})
 
     async def ModelInfer(self, message: Any, call: Call) -> Any:
         """The protocol's inference."""

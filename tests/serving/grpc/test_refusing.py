@@ -2,7 +2,9 @@
 
 import asyncio
 import random
-from collections.abc import Callable, Coroutine
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -239,3 +241,58 @@ def test_calls_are_counted_and_logged_by_the_clients_id(
         (400, 0, "grpc"),
     ]
     assert "secret" not in caplog.text
+
+
+def test_a_call_without_a_key_is_refused_before_its_message_is_read(
+    service: InferenceService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NoKeys:
+        def access(self, key: str | None) -> Access:
+            raise UnauthenticatedError("no key")
+
+    monkeypatch.setattr(service, "keys", NoKeys())
+
+    async def ask() -> list[Any]:
+        async with serving(service) as (_, client):
+            # The message never ends: nobody could have read it.
+            call = client.channel.stream_unary("/inference.GRPCInferenceService/ModelInfer")(timeout=20)
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await call
+            large = request([texts(["a" * 2**20] * 10)])
+            return [raised.value, await client.error(large), await client.error(request([]))]
+
+    assert [error.code() for error in asyncio.run(ask())] == [grpc.StatusCode.UNAUTHENTICATED] * 3
+
+
+def test_large_messages_that_are_held_are_bounded(service: InferenceService, model: Any) -> None:
+    submit, held = model.engine.submit, asyncio.Event()
+
+    async def ask(client: Client) -> grpc.aio.AioRpcError:
+        loop = asyncio.get_running_loop()
+
+        def late(ticket: Any, rows: Any) -> Any:
+            loop.call_soon_threadsafe(held.set)
+            return submit(ticket, rows)
+
+        model.engine.submit = late
+        service.max_held_bytes = 1000
+        with stopped(model):
+            first = client.call("ModelInfer", request([texts(["a" * 2000])], ["label"]))
+            await asyncio.wait_for(held.wait(), 20)
+            error = await client.error(request([texts(["b"])], ["label"]))
+        assert len((await first).outputs) == 1
+        return error
+
+    assert asking(service, ask).code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+@contextmanager
+def stopped(model: Any) -> Iterator[None]:
+    """Nothing is run within."""
+    opened, predict = threading.Event(), model.engine.session.predict
+    model.engine.session.predict = lambda *arguments: (opened.wait(60), predict(*arguments))[1]
+    try:
+        yield
+    finally:
+        opened.set()
+        model.engine.session.predict = predict
