@@ -18,6 +18,7 @@ from qrlora_deploy.serving.engine.quotas import Quotas
 from qrlora_deploy.serving.engine.sources import source_of
 from qrlora_deploy.serving.served import ServedModel
 from qrlora_deploy.serving.tokenizing import RowTokenizer
+from qrlora_deploy.tasks.registry import task_named
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -68,6 +69,16 @@ class ModelPlaces:
             )
 
 
+def _check_task(bundle: Bundle) -> None:
+    """Refuse, by an InputError, a bundle whose answers need the places of tokens, which no request or row carries."""
+    task = task_named(bundle.manifest.task)
+    if task.answers_words:
+        raise InputError(
+            f"{bundle.folder} is a {task.name} bundle, which a server does not answer; use `predict` or "
+            f"qr.open_predictor"
+        )
+
+
 class OpenModel:
     """A model, open: its session, its customers and its engine.
 
@@ -83,6 +94,7 @@ class OpenModel:
     def __init__(self, places: ModelPlaces, options: RunOptions, quotas: Quotas | None = None) -> None:
         self.places = places
         bundle = open_bundle(places.bundle)
+        _check_task(bundle)
         self.session = _open_session(bundle, options)
         self._source = source_of(places.customers, places.packed)
         if isinstance(self.session, SwitchableSession):
