@@ -64,19 +64,9 @@ class ModelPlaces:
     def __post_init__(self) -> None:
         if not MODEL_NAME.fullmatch(self.name):
             raise InputError(
-                f"{self.name!r:.140} cannot be the name of a model: A-Z a-z 0-9 . _ - are allowed; name it by "
-                f"--model NAME={self.bundle}"
+                f"{self.name!r:.140} cannot be the name of a model: A-Z a-z 0-9 . _ - are allowed; name it: "
+                f"qrlora-deploy serve --model NAME={self.bundle}"
             )
-
-
-def _check_task(bundle: Bundle) -> None:
-    """Refuse, by an InputError, a bundle whose answers need the places of tokens, which no request or row carries."""
-    task = task_named(bundle.manifest.task)
-    if task.answers_words:
-        raise InputError(
-            f"{bundle.folder} is a {task.name} bundle, which a server does not answer; use `predict` or "
-            f"qr.open_predictor"
-        )
 
 
 class OpenModel:
@@ -94,7 +84,10 @@ class OpenModel:
     def __init__(self, places: ModelPlaces, options: RunOptions, quotas: Quotas | None = None) -> None:
         self.places = places
         bundle = open_bundle(places.bundle)
-        _check_task(bundle)
+        if task_named(bundle.manifest.task).answers_words:
+            raise InputError(
+                f"{places.bundle} answers for words ({bundle.manifest.task}); serve answers for texts alone"
+            )
         self.session = _open_session(bundle, options)
         self._source = source_of(places.customers, places.packed)
         if isinstance(self.session, SwitchableSession):

@@ -250,7 +250,7 @@ def test_other_data_and_other_bases_are_refused_in_a_line(place: Path, tmp_path:
     ]
     shown = run_here(*fleet, cwd=place)
     assert "a fleet trains no token-classification; train this customer by `train`" in shown.err + shown.out
-    with pytest.raises(InputError, match="a token-classification bundle, which a server does not answer"):
+    with pytest.raises(InputError, match="answers for words"):
         OpenModel(ModelPlaces("all", switchable(place)), RunOptions())
     with pytest.raises(MalformedInputError, match="takes no pairs"):
         Predictor(open_bundle(switchable(place))).predict(["a"], ["b"])
