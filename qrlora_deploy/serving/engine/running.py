@@ -103,7 +103,9 @@ class BatchRunner:
 
     def _answer(self, row: WaitingRow, logits: np.ndarray, version: Version) -> RowAnswer:
         answering = version.answering
-        own = answering.own(self.collator.unpadded(logits, row.length))
+        own = self.collator.unpadded(logits, row.length)
+        if answering.labels:
+            own = answering.own(own)
         return RowAnswer(own, answering.labels, version.digest, answering.thresholds)
 
     def _count(self, rows: Sequence[WaitingRow], start_s: float) -> None:

@@ -38,18 +38,19 @@ def test_batches_are_those_of_the_tokenizer(bundle: Bundle, side: str) -> None:
 
 
 class Echo:
-    """Answers each token by its id, three times."""
+    """Answers each token by its id, five times; where there are no labels a row by its ids."""
 
     buckets, table = None, ()
 
-    def __init__(self, bundle: Bundle) -> None:
-        self.bundle, self.manifest = bundle, bundle.manifest
+    def __init__(self, bundle: Bundle, answering: Answering = OWN) -> None:
+        self.bundle, self.manifest, self.answering = bundle, bundle.manifest, answering
 
     def answer(
         self, inputs: dict[str, np.ndarray], customers: Sequence[str | None]
     ) -> tuple[np.ndarray, list[Version]]:
-        logits = np.repeat(inputs["input_ids"][:, :, None].astype(np.float32), 5, axis=2)
-        return logits, [Version(OWN, "digest")] * len(customers)
+        ids = inputs["input_ids"].astype(np.float32)
+        logits = np.repeat(ids[:, :, None], 5, axis=2) if self.answering.labels else ids[:, :2]
+        return logits, [Version(self.answering, "digest")] * len(customers)
 
     def lacks(self, customers: Sequence[str | None]) -> list[str]:
         return []
@@ -65,3 +66,11 @@ def test_tokens_are_answered_without_the_padding(bundle: Bundle, side: str) -> N
         for row, answer in zip(rows, ask(engine, rows).result(30), strict=True):
             np.testing.assert_array_equal(answer.logits, np.repeat(row.inputs["input_ids"][:, None], 3, axis=1))
             assert (answer.answering, answer.digest) == (OWN, "digest")
+
+
+def test_embeddings_are_answered_whole(bundle: Bundle) -> None:
+    with LocalEngine(Echo(bundle, Answering(()))) as engine:
+        rows = [a_row(length, "acme", length) for length in (3, 9)]
+        for row, answer in zip(rows, ask(engine, rows).result(30), strict=True):
+            np.testing.assert_array_equal(answer.logits, row.inputs["input_ids"][:2])
+            assert answer.labels == ()
