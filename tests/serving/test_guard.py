@@ -96,6 +96,8 @@ def test_requests_and_replies_are_compressed(encoding: str, client: TestClient) 
     assert reply.headers["content-encoding"] == encoding and reply.headers["vary"] == "accept-encoding"
     assert int(reply.headers["content-length"]) < int(plain.headers["content-length"])
     assert reply.json() == plain.json()
+    long = client.post("/v1/classify", json=ASK | {"texts": ["a"] * 500}, headers={"accept-encoding": encoding})
+    assert long.headers["content-encoding"] == encoding and len(long.json()["answers"]) == 500
     # Not worth it.
     assert "content-encoding" not in client.get("/v2", headers=headers).headers
 

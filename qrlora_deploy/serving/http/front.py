@@ -70,6 +70,7 @@ class Endpoint:
             if not scope["state"].get(GONE):
                 raise
             reply = error_reply("the client has gone", CLIENT_GONE)
+        scope["state"].pop(GIVE_UP, None)
         self.front.tell(request, self.path, reply.status_code, time.perf_counter() - start, access.key_id)
         await reply(scope, receive, send)
 

@@ -15,6 +15,9 @@ from qrlora_deploy.serving.refusals import OverloadedError, SlowClientError, Too
 REQUEST_ID = b"x-request-id"
 GOOD_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
+LONG_BYTES = 64 * 1024
+"""Replies that are longer take milliseconds to compress, so a thread does it."""
+
 CLOSING = (408, 413)
 """After these the rest of a body may still come, and nobody reads it."""
 
@@ -145,16 +148,19 @@ class _Reply:
             return
         start, self._start = self._start, None
         if start is not None:
-            message = self._finished(start, message)
+            message = await self._finished(start, message)
             await self._send(start)
         await self._send(message)
 
-    def _finished(self, start: Message, message: Message) -> Message:
+    async def _finished(self, start: Message, message: Message) -> Message:
         headers = [pair for pair in start.get("headers", []) if pair[0] != b"content-length"]
         body = message.get("body", b"")
         if not message.get("more_body", False):
             if self._encoding and len(body) >= WORTH_BYTES:
-                body = deflated(body, self._encoding)
+                if len(body) > LONG_BYTES:
+                    body = await asyncio.to_thread(deflated, body, self._encoding)
+                else:
+                    body = deflated(body, self._encoding)
                 headers += [(b"content-encoding", self._encoding.encode()), (b"vary", b"accept-encoding")]
             headers.append((b"content-length", str(len(body)).encode()))
         headers.append((REQUEST_ID, self._request_id))
