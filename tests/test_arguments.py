@@ -16,6 +16,8 @@ from qrlora_deploy.cli.group import COMMANDS, cli, option_of
 from qrlora_deploy.errors import InputError, argument, options_for_arguments
 from qrlora_deploy.exporting.options import facts_of
 from qrlora_deploy.exporting.registry import all_exporters
+from qrlora_deploy.serving.assembly import AssemblyOptions
+from qrlora_deploy.serving.server import ServerOptions
 from qrlora_deploy.training.settings import TrainSettings
 from tests.cli.running import run_here
 from tests.test_imports import MODULES, inside
@@ -33,8 +35,8 @@ JOBS = (
     qr.unmerge,
     qr.warmup,
 )
-KEYWORDS = (TrainOptions, FleetTrainOptions, WarmupOptions, BenchSettings)
-"""What the public functions take as `**settings`, and the settings of a benchmark."""
+KEYWORDS = (TrainOptions, FleetTrainOptions, WarmupOptions, BenchSettings, AssemblyOptions, ServerOptions)
+"""What the public functions take as `**settings`, and the settings of a benchmark and of a server."""
 
 
 @functools.cache

@@ -49,7 +49,7 @@ def export_adapter(job: ExportJob, options: AdapterOptions = DEFAULTS) -> Mappin
             f"{argument('format', 'onnx-adapter')} writes one customer; give it by {argument('coefficients')}"
         )
     check_replaceable(job.output, "ONNX adapter", _is_adapter)
-    checkpoint, basis = job.checkpoint, job.basis
+    checkpoint, basis = job.checkpoint.taken_for(customer.task), job.basis
     checkpoint.require_task_head()
     plan_folds(checkpoint, basis, customer, checkpoint.skeleton())
     check_head(checkpoint, customer)

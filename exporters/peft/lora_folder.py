@@ -47,7 +47,7 @@ def export_peft(job: ExportJob) -> Mapping[str, Any]:
     if customer is None:
         raise InputError(f"{argument('format', 'peft')} writes one customer; give it by {argument('coefficients')}")
     check_free_folder(job.output)
-    checkpoint, basis = job.checkpoint, job.basis
+    checkpoint, basis = job.checkpoint.taken_for(customer.task), job.basis
     checkpoint.require_task_head()
     model = checkpoint.skeleton()
     plan_folds(checkpoint, basis, customer, model)
@@ -184,7 +184,8 @@ def _readme(checkpoint: Checkpoint, customer: Coefficients, outputs: int, output
     if outputs != len(checkpoint.labels):
         # Of another size than the base's, so the base must be opened with room for it.
         options = f", num_labels={outputs}, ignore_mismatched_sizes=True"
-    kind = task_named(checkpoint.task).model_class
+    # The paths of an encoder without a task head are those of its own class.
+    kind = task_named(checkpoint.task).model_class if checkpoint.has_task_head else checkpoint.architecture
     labels = json.dumps(list(customer.labels or checkpoint.labels), ensure_ascii=False)
     return f"""---
 base_model: {json.dumps(checkpoint.name, ensure_ascii=False)}

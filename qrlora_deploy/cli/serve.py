@@ -55,7 +55,12 @@ SHOWN = 5
     "--drain-delay", type=SECONDS, default=0.0, show_default=True, help="Seconds from SIGTERM on that all is answered."
 )
 @click.option(
-    "--drain-seconds", type=SECONDS, default=45.0, show_default=True, help="Seconds for what was begun until then."
+    "--drain-seconds",
+    "drain_s",
+    type=SECONDS,
+    default=45.0,
+    show_default=True,
+    help="Seconds for what was begun until then.",
 )
 @click.option("--count-customer", "counted", multiple=True, metavar="ID", help="Metrics tell its rows; repeatable.")
 @click.option("--check", is_flag=True, help="Open and check everything, each customer's file too, and end.")
@@ -196,7 +201,7 @@ def _server_options(options: dict[str, Any]) -> "ServerOptions":
         tls=Tls(cert, key, authority) if cert and key else None,
         limits=HttpLimits(max_body_bytes=options["max_body_mib"] * MIB),
         drain_delay_s=options["drain_delay"],
-        drain_s=options["drain_seconds"],
+        drain_s=options["drain_s"],
     )
 
 

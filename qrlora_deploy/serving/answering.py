@@ -89,6 +89,7 @@ async def answer(
         QrloraError: as `Engine.admit` and `Engine.submit` say. Its message holds no path of the server.
     """
     _check_counts(question, customers)
+    _check_kind(model, question)
     if access is not None and not all(access.allows(name) for name in set(customers) if name is not None):
         raise UnknownCustomerError(UNKNOWN)
     load = _load(model, question)
@@ -111,6 +112,11 @@ def _check_counts(question: Question, customers: Sequence[str | None]) -> None:
         raise MalformedInputError(f"there are {len(question)} texts but {len(question.pairs)} second texts")
     if len(customers) != len(question):
         raise MalformedInputError(f"there are {len(question)} texts but {len(customers)} customers")
+
+
+def _check_kind(model: ServedModel, question: Question) -> None:
+    if model.task.needs_pairs and isinstance(question, Texts) and question.pairs is None:
+        raise MalformedInputError(f"the model {model.name} scores pairs of texts; give the second texts too")
 
 
 def _load(model: ServedModel, question: Question) -> Load:

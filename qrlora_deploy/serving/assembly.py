@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.serving.access import Keys
 from qrlora_deploy.serving.engine.quotas import Quotas
 from qrlora_deploy.serving.http.front import Front
@@ -47,7 +47,7 @@ class AssemblyOptions:
 
     def __post_init__(self) -> None:
         if self.admin_port is not None and (self.keys is None or self.audit_log is None):
-            raise InputError("--admin-port needs --keys FILE and --audit-log FILE")
+            raise InputError(f"{argument('admin_port')} needs {argument('keys')} and {argument('audit_log')}")
 
 
 class Assembly:
@@ -99,10 +99,13 @@ class Assembly:
         from qrlora_deploy.serving.audit import AuditLog
 
         if self._keys is None or options.audit_log is None or options.admin_port is None:
-            raise InputError("--admin-port needs --keys FILE and --audit-log FILE")
+            raise InputError(f"{argument('admin_port')} needs {argument('keys')} and {argument('audit_log')}")
         folders = {model.served.name: folder for model in self.models if (folder := model.customer_folder())}
         if not folders:
-            raise InputError("--admin-port has nothing to change: no model has a folder of customers; --customers DIR")
+            raise InputError(
+                f"{argument('admin_port')} has nothing to change: no model has a folder of customers; "
+                f"give one by {argument('customers')}"
+            )
         app = make_admin_app(Admin(folders, self._keys, AuditLog(options.audit_log), self.reload), front.life)
         return HttpListener(app, options.admin_host, options.admin_port, options.server.tls, options.server.limits)
 

@@ -18,6 +18,7 @@ from qrlora_deploy.serving.engine.quotas import Quotas
 from qrlora_deploy.serving.engine.sources import source_of
 from qrlora_deploy.serving.served import ServedModel
 from qrlora_deploy.serving.tokenizing import RowTokenizer
+from qrlora_deploy.tasks.registry import task_named
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -63,8 +64,8 @@ class ModelPlaces:
     def __post_init__(self) -> None:
         if not MODEL_NAME.fullmatch(self.name):
             raise InputError(
-                f"{self.name!r:.140} cannot be the name of a model: A-Z a-z 0-9 . _ - are allowed; name it by "
-                f"--model NAME={self.bundle}"
+                f"{self.name!r:.140} cannot be the name of a model: A-Z a-z 0-9 . _ - are allowed; name it: "
+                f"qrlora-deploy serve --model NAME={self.bundle}"
             )
 
 
@@ -83,6 +84,10 @@ class OpenModel:
     def __init__(self, places: ModelPlaces, options: RunOptions, quotas: Quotas | None = None) -> None:
         self.places = places
         bundle = open_bundle(places.bundle)
+        if task_named(bundle.manifest.task).answers_words:
+            raise InputError(
+                f"{places.bundle} answers for words ({bundle.manifest.task}); serve answers for texts alone"
+            )
         self.session = _open_session(bundle, options)
         self._source = source_of(places.customers, places.packed)
         if isinstance(self.session, SwitchableSession):

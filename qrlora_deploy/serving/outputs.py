@@ -36,7 +36,12 @@ def labels(answers: Sequence[RowAnswer], task: Task) -> np.ndarray:
 
 def label(answers: Sequence[RowAnswer], task: Task) -> np.ndarray:
     """The name of the most likely one: texts `[n]`."""
-    return np.array([task.answer(answer.logits, answer.labels).label for answer in answers], dtype=object)
+    return np.array([answer.answering.answer(task, answer.logits).label for answer in answers], dtype=object)
+
+
+def embeddings(answers: Sequence[RowAnswer], task: Task) -> np.ndarray:
+    """The vector of each text, of a task without labels: fp32 `[n, width]`."""
+    return np.array([answer.logits for answer in answers], dtype=np.float32)
 
 
 def digest(answers: Sequence[RowAnswer], task: Task) -> np.ndarray:
@@ -61,12 +66,18 @@ OUTPUTS: Mapping[str, Output] = {
     "scores": scores,
     "labels": labels,
     "label": label,
+    "embeddings": embeddings,
     "digest": digest,
 }
 """By the name that a request chooses them by."""
 
-DATATYPES = {"logits": "FP32", "scores": "FP32", "labels": "BYTES", "label": "BYTES", "digest": "BYTES"}
+DATATYPES = dict.fromkeys(OUTPUTS, "BYTES") | dict.fromkeys(("logits", "scores", "embeddings"), "FP32")
 """As the protocol calls them."""
+
+
+def outputs_of(task: Task) -> tuple[str, ...]:
+    """Names of the outputs that a task has."""
+    return ("logits", "scores", "labels", "label", "digest") if task.has_labels else ("embeddings", "digest")
 
 
 def answer_parameters(base_digest: str, answers: Sequence[RowAnswer]) -> dict[str, str]:

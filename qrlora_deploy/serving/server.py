@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from qrlora_deploy.errors import QrloraError
+from qrlora_deploy.errors import QrloraError, argument
 from qrlora_deploy.serving.http.app import make_app
 from qrlora_deploy.serving.http.front import Front
 from qrlora_deploy.serving.http.limits import HttpLimits
@@ -171,7 +171,9 @@ class Server:
         for engine in engines:
             await asyncio.to_thread(engine.close)
         if not all(done):
-            raise QrloraError(f"not everything was answered within {self._options.drain_s:g} s; raise --drain-seconds")
+            raise QrloraError(
+                f"not everything was answered within {self._options.drain_s:g} s; raise {argument('drain_s')}"
+            )
 
 
 @contextmanager

@@ -39,6 +39,7 @@ class Embedding(Task):
     problem_type = None
     model_class = "AutoModel"
     pipeline = "feature-extraction"
+    peft_type = "FEATURE_EXTRACTION"
     output_shape = ("batch", "width")
     output_name = "embeddings"
     has_labels = False

@@ -20,10 +20,11 @@ from qrlora_deploy.bench.serving_load import RateSearch, Served, offer, poisson_
 from qrlora_deploy.bench.settings import BenchSettings
 from qrlora_deploy.bench.subjects import BundleSubject, Spec
 from qrlora_deploy.bench.workload import Workload, text_workloads, token_inputs
+from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import FileFormatError, InputError
 from qrlora_deploy.io.files import digest_file
 from qrlora_deploy.runtime.bundle.bundle import MANIFEST_FILE
-from qrlora_deploy.tasks.names import label_index
+from qrlora_deploy.tasks.classification import Classification
 from tests.bench.fixed import good_report
 from tests.tiny import SENTENCES
 
@@ -244,5 +245,5 @@ def test_a_report_made_for_tests_is_valid() -> None:
 def test_answers_and_labels_may_be_spelt_otherwise(
     names: tuple[str, ...], found: list[str], expected: list[str], share: float
 ) -> None:
-    answers, labels = [(name,) for name in found], [(name,) for name in expected]
-    assert _share(answers, labels, label_index(names)) == share
+    answers, rows = [(name,) for name in found], Examples(["text"] * len(expected), None, expected, "some.tsv")
+    assert _share(Classification(), answers, rows, names) == share

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 import qrlora_deploy as qr
 from tests.cli.running import run_here, succeed_here
@@ -30,8 +32,6 @@ def save_encoder(folder: Path, kind: str) -> None:
     if kind == "masked":
         AutoModelForMaskedLM.from_pretrained(folder).save_pretrained(folder)
         file = folder / "model.safetensors"
-        from safetensors.torch import load_file, save_file
-
         # As sentence-transformers saves what it trained from one: the encoder alone, under its own names.
         kept = {
             name.removeprefix("bert."): value for name, value in load_file(file).items() if name.startswith("bert.")
@@ -216,3 +216,36 @@ def test_a_model_in_pytorch_takes_an_embeddings_customer_and_gives_it_back(place
     again = qr.coefficients_of(model, task="embedding")
     assert again.task == "feature-extraction" and again.labels == ()
     np.testing.assert_allclose(again.values, qr.Coefficients.load(customer).values, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["mean", "masked"])
+def test_the_other_exporters_write_a_customer(place: Path, kind: str, tmp_path: Path) -> None:
+    customer = ["--coefficients", place / f"{kind}-customers" / "acme.safetensors"]
+    folder = tmp_path / "lora"
+    made = succeed_here(["export", *customer, "--format", "peft", "-o", folder], place)
+    assert made["task"] == "feature-extraction" and made["modules_to_save"] == []
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    assert settings["task_type"] == "FEATURE_EXTRACTION"
+    name = "BertForMaskedLM" if kind == "masked" else "BertModel"
+    assert f"{name}.from_pretrained" in (folder / "README.md").read_text()
+    factors = load_file(folder / "adapter_model.safetensors")
+    succeed_here(["merge", *customer, "-o", tmp_path / "merged"], place)
+    base, merged = (load_file(at / "model.safetensors") for at in (place / kind, tmp_path / "merged"))
+    model = getattr(transformers, name)(AutoConfig.from_pretrained(place / kind))
+    for path in settings["target_modules"]:
+        assert isinstance(model.get_submodule(path), torch.nn.Linear)
+        update = factors[f"base_model.model.{path}.lora_B.weight"] @ factors[f"base_model.model.{path}.lora_A.weight"]
+        stored = f"{path.removeprefix('bert.')}.weight"
+        torch.testing.assert_close(base[stored] + update, merged[stored], **FP32_SIDE_BRANCH)
+    adapter = ["--format", "onnx-adapter", "-o", tmp_path / "acme.onnx_adapter"]
+    assert succeed_here(["export", *customer, *adapter], place)["task"] == "feature-extraction"
+
+
+def test_buckets_answer_as_batches_that_come_as_they_are(place: Path, tmp_path: Path) -> None:
+    basis = ["--basis", "mean.safetensors", "--task", "embedding"]
+    succeed_here(["export", "mean", *basis, "-o", tmp_path / "all"], place)
+    places = {"customers": place / "mean-customers"}
+    plain = qr.open_predictor(tmp_path / "all", **places)
+    fixed = qr.open_predictor(tmp_path / "all", **places, buckets=qr.Buckets((8,), (16, 32)))
+    found, expected = (one.embed(SENTENCES, customers=["acme", None] * 3) for one in (fixed, plain))
+    np.testing.assert_allclose(found, expected, **EMBEDDING)

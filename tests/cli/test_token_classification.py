@@ -182,8 +182,10 @@ def test_unmerging_gives_the_base_back(place: Path, tmp_path: Path) -> None:
 
 def test_a_graph_without_padding_and_buckets_give_the_same_spans(place: Path, tmp_path: Path) -> None:
     command = ["export", "base", "--basis", "basis.safetensors", "--padding-free", "-o", tmp_path / "free"]
-    made = succeed_here(command, place)
-    assert made["parity"]["label_agreement"] == 1.0
+    made = run_here(*command, "--json", cwd=place)
+    if "its attention is its own" in made.err:
+        pytest.skip("this transformers gives BERT an attention of its own")
+    assert made.code == 0 and made.json["parity"]["label_agreement"] == 1.0
     texts = [" ".join(row) for row in ROWS]
     bundle = open_bundle(tmp_path / "free")
     expected = expected_answers(place / "base", ROWS)

@@ -18,7 +18,8 @@ from qrlora_deploy.factorization.decomposition import Factorization, factorize_w
 from qrlora_deploy.factorization.from_checkpoint import factorize, read_weight
 from qrlora_deploy.formats.basis import Basis, read_basis, write_basis
 from qrlora_deploy.models.adapter import attach
-from qrlora_deploy.models.checkpoint import Checkpoint, check_basis_fits, open_checkpoint
+from qrlora_deploy.models.basis_fit import check_basis_fits
+from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.models.targets import choose_targets
 from qrlora_deploy.models.weight_files import SINGLE
 from qrlora_deploy.rank_rules.base import RankRule

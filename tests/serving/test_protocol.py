@@ -14,8 +14,10 @@ from qrlora_deploy.errors import MalformedInputError, QrloraError
 from qrlora_deploy.serving.http.protocol import InferAnswer, parse_infer, write_answer
 from qrlora_deploy.serving.inference.questions import question_of
 from qrlora_deploy.serving.inference.requests import Wanted
-from qrlora_deploy.serving.outputs import PADDING
+from qrlora_deploy.serving.outputs import PADDING, outputs_of
+from qrlora_deploy.tasks.classification import Classification
 
+NAMES = outputs_of(Classification())
 TEXTS = st.lists(st.text(max_size=20), min_size=1, max_size=5)
 SCALARS = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8)
 ANYTHING = st.recursive(
@@ -40,8 +42,8 @@ def body_of(inputs: list[tuple[dict[str, Any], bytes]], **more: Any) -> tuple[by
 def test_texts_are_the_same_in_both_forms(texts: list[str]) -> None:
     body, header = body_of([binary_input("text", "BYTES", [len(texts)], bytes_of(texts))])
     plain = {"inputs": [{"name": "text", "datatype": "BYTES", "shape": [len(texts), 1], "data": [[t] for t in texts]}]}
-    assert parse_infer(body, header).inputs["text"] == texts
-    assert parse_infer(orjson.dumps(plain)).inputs["text"] == texts
+    assert parse_infer(body, header, NAMES).inputs["text"] == texts
+    assert parse_infer(orjson.dumps(plain), None, NAMES).inputs["text"] == texts
 
 
 @given(st.integers(1, 4), st.integers(1, 5), st.data())
@@ -50,14 +52,14 @@ def test_numbers_are_the_same_in_both_forms(rows: int, length: int, data: st.Dat
     ids = np.array(data.draw(whole), dtype=np.int64).reshape(rows, length)
     body, header = body_of([binary_input("input_ids", "INT64", [rows, length], ids.tobytes())])
     plain = {"inputs": [{"name": "input_ids", "datatype": "INT64", "shape": [rows, length], "data": ids.tolist()}]}
-    np.testing.assert_array_equal(parse_infer(body, header).inputs["input_ids"], ids)
-    np.testing.assert_array_equal(parse_infer(orjson.dumps(plain)).inputs["input_ids"], ids)
+    np.testing.assert_array_equal(parse_infer(body, header, NAMES).inputs["input_ids"], ids)
+    np.testing.assert_array_equal(parse_infer(orjson.dumps(plain), None, NAMES).inputs["input_ids"], ids)
 
 
 def asked(body: bytes, header: int | None) -> None:
     """What the front does with a body; nothing but our own error may come out."""
     try:
-        question_of(parse_infer(body, header))
+        question_of(parse_infer(body, header, NAMES))
     except MalformedInputError as error:
         assert "\n" not in str(error)
 
@@ -101,9 +103,9 @@ def test_binary_data_that_lies_is_refused(texts: list[str], data: st.DataObject)
     for size in (len(raw) - 1, len(raw) + 1):
         body, header = body_of([(record | {"parameters": {"binary_data_size": size}}, raw)])
         with pytest.raises(MalformedInputError):
-            parse_infer(body, header)
+            parse_infer(body, header, NAMES)
     with pytest.raises(MalformedInputError):
-        parse_infer(*body_of([(record | {"shape": [len(texts) + 1]}, raw)]))
+        parse_infer(*body_of([(record | {"shape": [len(texts) + 1]}, raw)]), NAMES)
 
 
 @pytest.mark.parametrize(
@@ -123,13 +125,13 @@ def test_each_lie_is_named(change: dict[str, Any], words: str) -> None:
     record, raw = binary_input("text", "BYTES", [1], bytes_of(["a"]))
     head = json.dumps({"inputs": [record | change]}).encode()
     with pytest.raises(MalformedInputError, match=words):
-        parse_infer(head + raw, len(head))
+        parse_infer(head + raw, len(head), NAMES)
 
 
 def test_a_text_that_is_not_utf8_is_refused() -> None:
     raw = struct.pack("<I", 1) + b"\xff"
     with pytest.raises(MalformedInputError, match="text 0 is not UTF-8"):
-        parse_infer(*body_of([binary_input("text", "BYTES", [1], raw)]))
+        parse_infer(*body_of([binary_input("text", "BYTES", [1], raw)]), NAMES)
 
 
 def parts(answer: InferAnswer) -> tuple[Any, bytes]:

@@ -237,7 +237,7 @@ REFUSED = {
     "buckets that are none": ("serve bundle --buckets 8", "such as 1,8,32:32,128"),
     "buckets too long": ("serve bundle --buckets 8:4096", "longer than the model's"),
     "no such device": ("serve bundle --provider tpu", "tpu"),
-    "an admin API without keys": ("serve bundle --admin-port 0", "--keys FILE and --audit-log FILE"),
+    "an admin API without keys": ("serve bundle --admin-port 0", "--admin-port needs --keys and --audit-log"),
     "keys that are none": ("serve bundle --keys bundle/manifest.json", "manifest.json"),
 }
 

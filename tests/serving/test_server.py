@@ -204,7 +204,7 @@ def test_an_end_that_takes_too_long_is_told(front: Front, model: ServedModel, mo
     server = Running(front, ServerOptions())
     server.stop()
     assert len(server.failures) == 1 and isinstance(server.failures[0], QrloraError)
-    assert "--drain-seconds" in str(server.failures[0])
+    assert "raise drain_s" in str(server.failures[0])
 
 
 def test_an_address_that_is_taken_or_none(front: Front) -> None:

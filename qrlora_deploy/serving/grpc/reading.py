@@ -36,10 +36,14 @@ def parameters_of(found: Mapping[str, Any]) -> dict[str, Any]:
     return {name: getattr(value, choice) for name, value, choice in chosen if choice is not None}
 
 
-def read_infer(message: Any) -> InferRequest:
+def read_infer(message: Any, names: Sequence[str]) -> InferRequest:
     """The request of a `ModelInferRequest`.
 
     Its outputs are raw where its inputs are, or as the parameters `binary_data_output` and `binary_data` say.
+
+    Args:
+        message: the `ModelInferRequest`.
+        names: of the outputs that the model has.
 
     Raises:
         MalformedInputError: it is none; the line says what is wrong.
@@ -51,7 +55,7 @@ def read_infer(message: Any) -> InferRequest:
     parameters = parameters_of(message.parameters)
     raw_outputs = {"binary_data_output": bool(message.raw_input_contents)} | parameters
     outputs = [{"name": output.name, "parameters": parameters_of(output.parameters)} for output in message.outputs]
-    return InferRequest(message.id, parameters, _inputs(message), chosen_outputs(outputs, raw_outputs))
+    return InferRequest(message.id, parameters, _inputs(message), chosen_outputs(outputs, raw_outputs, names))
 
 
 def _inputs(message: Any) -> dict[str, Tensor]:

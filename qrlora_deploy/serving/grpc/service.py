@@ -18,7 +18,7 @@ from qrlora_deploy.serving.inference.describing import model_metadata, server_me
 from qrlora_deploy.serving.inference.questions import deadline_of, question_of
 from qrlora_deploy.serving.json_log import log_request
 from qrlora_deploy.serving.life import Life
-from qrlora_deploy.serving.outputs import OUTPUTS, answer_parameters
+from qrlora_deploy.serving.outputs import OUTPUTS, answer_parameters, outputs_of
 from qrlora_deploy.serving.parts import Keys, Metrics
 from qrlora_deploy.serving.refusals import OverloadedError, status_of
 from qrlora_deploy.serving.served import VERSION, Models
@@ -146,7 +146,7 @@ class InferenceService(grpc.GenericRpcHandler):
     async def ModelInfer(self, message: Any, call: Call) -> Any:
         """The protocol's inference."""
         model = self.models.find(message.model_name, message.model_version)
-        asked = read_infer(message)
+        asked = read_infer(message, outputs_of(model.task))
         question, customers = question_of(asked)
         call.customers = customers
         self.life.check()

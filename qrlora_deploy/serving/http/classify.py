@@ -21,15 +21,20 @@ def parse_classify(record: Mapping[str, Any]) -> tuple[Texts, list[str | None], 
     unknown = [name for name in record if name not in FIELDS]
     if unknown:
         raise MalformedInputError(f"there is no field {unknown[0]!r:.60}; choose from {', '.join(FIELDS)}")
-    texts = _list(record, "texts", str)
-    pairs = _list(record, "pairs", str) if record.get("pairs") is not None else None
+    texts = list_of(record, "texts", str)
+    pairs = list_of(record, "pairs", str) if record.get("pairs") is not None else None
     model = record.get("model")
     if not isinstance(model, str | None):
         raise MalformedInputError("model must be a text")
-    return Texts(texts, pairs), _customers(record, len(texts)), model
+    return Texts(texts, pairs), customers_of(record, len(texts)), model
 
 
-def _customers(record: Mapping[str, Any], rows: int) -> list[str | None]:
+def customers_of(record: Mapping[str, Any], rows: int) -> list[str | None]:
+    """The customer of each row, by `customer` or `customers`.
+
+    Raises:
+        MalformedInputError: they are no names, or another number.
+    """
     one = record.get("customer")
     if record.get("customers") is None:
         if not isinstance(one, str | None):
@@ -37,10 +42,15 @@ def _customers(record: Mapping[str, Any], rows: int) -> list[str | None]:
         return [one or None] * rows
     if one is not None:
         raise MalformedInputError("give customer for all texts or customers with one for each, not both")
-    return owners(_list(record, "customers", (str, type(None))), rows)
+    return owners(list_of(record, "customers", (str, type(None))), rows)
 
 
-def _list(record: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> list[Any]:
+def list_of(record: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> list[Any]:
+    """A field that is a list of texts.
+
+    Raises:
+        MalformedInputError: it is none.
+    """
     found = record.get(name)
     if not isinstance(found, list) or not all(isinstance(item, kind) for item in found):
         raise MalformedInputError(f"{name} must be a list of texts")
@@ -64,7 +74,7 @@ def classify_answer(model: ServedModel, customers: Sequence[str | None], answers
 
 
 def _one(model: ServedModel, number: int, customer: str | None, given: RowAnswer) -> dict[str, Any]:
-    answer = model.task.answer(given.logits, given.labels)
+    answer = given.answering.answer(model.task, given.logits)
     # NaN is unequal to itself, and infinite numbers less themselves are NaN.
     if answer.score - answer.score != 0:
         raise QrloraError(f"the answer to text {number} is not finite; verify the customer")

@@ -15,6 +15,7 @@ from qrlora_deploy.serving.access import Access, key_of, open_access
 from qrlora_deploy.serving.answering import Question, answer
 from qrlora_deploy.serving.engine.rows import RowAnswer
 from qrlora_deploy.serving.http.classify import classify_answer, parse_classify
+from qrlora_deploy.serving.http.embeddings import embeddings_answer, parse_embeddings
 from qrlora_deploy.serving.http.openapi import openapi
 from qrlora_deploy.serving.http.protocol import InferAnswer, parse_infer, parse_object, write_answer
 from qrlora_deploy.serving.http.replies import JSON, error_reply, json_reply, reply_to_error
@@ -29,7 +30,7 @@ from qrlora_deploy.serving.inference.questions import deadline_of, question_of
 from qrlora_deploy.serving.inference.requests import InferRequest
 from qrlora_deploy.serving.json_log import log_request
 from qrlora_deploy.serving.life import Life
-from qrlora_deploy.serving.outputs import OUTPUTS, answer_parameters
+from qrlora_deploy.serving.outputs import OUTPUTS, answer_parameters, outputs_of
 from qrlora_deploy.serving.parts import Keys, Metrics
 from qrlora_deploy.serving.served import VERSION, Models, ServedModel
 
@@ -97,6 +98,7 @@ class Front:
             self._route("/v2/health/ready", "GET", self.ready, is_open=True),
             self._route("/openapi.json", "GET", self.describe, is_open=True),
             self._route("/v1/classify", "POST", self.classify),
+            self._route("/v1/embeddings", "POST", self.embeddings),
             self._route("/v2", "GET", self.server),
             self._route("/v2/", "GET", self.server),
             self._route("/v2/repository/index", "POST", self.index),
@@ -193,14 +195,26 @@ class Front:
         """Texts in plain JSON."""
         question, customers, name = parse_classify(parse_object(await request.body()))
         model = self.models.first if name is None else self.models.find(name)
+        if not model.task.has_labels:
+            raise MalformedInputError(f"the model {model.name} answers with embeddings; ask /v1/embeddings")
         deadline_s = deadline_of(request.headers.get(TIMEOUT))
         answers = await self._answer(request, model, question, customers, deadline_s, access)
         return json_reply(classify_answer(model, customers, answers))
 
+    async def embeddings(self, request: Request, access: Access) -> Response:
+        """Vectors of texts, as clients of OpenAI's interface ask for them."""
+        asked = parse_embeddings(parse_object(await request.body()))
+        model = self.models.first if asked.model is None else self.models.find(asked.model)
+        if model.task.has_labels:
+            raise MalformedInputError(f"the model {model.name} answers with labels, not embeddings; ask /v1/classify")
+        deadline_s = deadline_of(request.headers.get(TIMEOUT))
+        answers = await self._answer(request, model, asked.question, asked.customers, deadline_s, access)
+        return json_reply(embeddings_answer(model, asked, answers))
+
     async def infer(self, request: Request, access: Access) -> Response:
         """The protocol's inference."""
         model = self._model(request)
-        asked = parse_infer(await request.body(), _header_length(request))
+        asked = parse_infer(await request.body(), _header_length(request), outputs_of(model.task))
         question, customers = question_of(asked)
         deadline_s = deadline_of(request.headers.get(TIMEOUT), asked.parameters.get("timeout"))
         answers = await self._answer(request, model, question, customers, deadline_s, access)

@@ -53,6 +53,38 @@ SCHEMAS: dict[str, Any] = {
             "answers": {"type": "array", "items": {"$ref": "#/components/schemas/Answer"}},
         },
     },
+    "EmbeddingsRequest": {
+        "type": "object",
+        "required": ["input"],
+        "properties": {
+            "input": {"type": ["string", "array"], "items": {"type": "string"}},
+            "customer": {"type": "string", "description": "whose all texts are; without it the base answers"},
+            "customers": {"type": "array", "items": {"type": ["string", "null"]}, "description": "one for each text"},
+            "model": {"type": "string", "description": "without it the first one answers"},
+            "encoding_format": {"enum": ["float", "base64"]},
+        },
+        "example": {"input": ["where is my parcel?"], "customer": "acme"},
+    },
+    "Embedding": {
+        "type": "object",
+        "required": ["object", "index", "embedding", "customer_digest"],
+        "properties": {
+            "object": {"enum": ["embedding"]},
+            "index": {"type": "integer"},
+            "embedding": {"type": ["array", "string"], "items": {"type": "number"}},
+            "customer_digest": {"type": "string", "description": "of the content that answered; empty for the base"},
+        },
+    },
+    "EmbeddingsAnswer": {
+        "type": "object",
+        "required": ["object", "model", "base_digest", "data"],
+        "properties": {
+            "object": {"enum": ["list"]},
+            "model": {"type": "string"},
+            "base_digest": {"type": "string"},
+            "data": {"type": "array", "items": {"$ref": "#/components/schemas/Embedding"}},
+        },
+    },
     "Tensor": {
         "type": "object",
         "required": ["name", "datatype", "shape"],
@@ -108,6 +140,7 @@ def openapi() -> dict[str, Any]:
         "security": [{"key": []}, {}],
         "paths": {
             "/v1/classify": {"post": _post("Answer texts", "ClassifyRequest", "ClassifyAnswer")},
+            "/v1/embeddings": {"post": _post("Vectors of texts", "EmbeddingsRequest", "EmbeddingsAnswer")},
             "/v2/models/{model}/infer": {
                 "post": _post("Open Inference Protocol v2", "InferRequest", "InferAnswer"),
                 "parameters": [_in_path("model")],

@@ -40,12 +40,13 @@ class InferAnswer:
     header_length: int | None = None
 
 
-def parse_infer(body: bytes, header_length: int | None = None) -> InferRequest:
+def parse_infer(body: bytes, header_length: int | None, names: Sequence[str]) -> InferRequest:
     """Parse a request.
 
     Args:
         body: JSON, and the binary data of its inputs behind it.
         header_length: bytes of the JSON; None: all of it.
+        names: of the outputs that the model has.
 
     Raises:
         MalformedInputError: it is none; the line says what is wrong.
@@ -59,7 +60,7 @@ def parse_infer(body: bytes, header_length: int | None = None) -> InferRequest:
         raise MalformedInputError("id must be a text")
     outputs = _objects(record, "outputs") if record.get("outputs") else []
     binary = memoryview(body)[len(body) if header_length is None else header_length :]
-    return InferRequest(identity, parameters, _inputs(record, binary), chosen_outputs(outputs, parameters))
+    return InferRequest(identity, parameters, _inputs(record, binary), chosen_outputs(outputs, parameters, names))
 
 
 def parse_object(body: bytes) -> dict[str, Any]:

@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 
 
 def json_reply(record: Any, code: int = 200) -> Response:
-    """A record as JSON."""
-    return Response(orjson.dumps(record), code, media_type=JSON)
+    """A record as JSON; arrays become lists."""
+    return Response(orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY), code, media_type=JSON)
 
 
 def error_reply(message: str, code: int, retry_after_s: float | None = None) -> Response:

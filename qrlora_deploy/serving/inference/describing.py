@@ -4,7 +4,7 @@ from typing import Any
 
 from qrlora_deploy.serving.engine.protocol import EngineStats
 from qrlora_deploy.serving.inference.questions import IDS, INPUTS, TEXT
-from qrlora_deploy.serving.outputs import DATATYPES
+from qrlora_deploy.serving.outputs import DATATYPES, outputs_of
 from qrlora_deploy.serving.served import VERSION, Models, ServedModel
 from qrlora_deploy.version import __version__
 
@@ -15,7 +15,7 @@ EXTENSIONS = ("binary_tensor_data", "statistics", "model_configuration")
 
 CONFIG_TYPES = {"BYTES": "TYPE_STRING", "INT64": "TYPE_INT64", "FP32": "TYPE_FP32"}
 
-MATRICES = ("logits", "scores", "labels")
+MATRICES = ("logits", "scores", "labels", "embeddings")
 
 DYNAMIC = -1
 """A size that is any."""
@@ -34,7 +34,7 @@ def model_metadata(model: ServedModel) -> dict[str, Any]:
         "versions": [VERSION],
         "platform": PLATFORM,
         "inputs": [_tensor(name, datatype, name in IDS) for name, datatype in inputs_of(model).items()],
-        "outputs": [_tensor(name, datatype, name in MATRICES) for name, datatype in DATATYPES.items()],
+        "outputs": [_tensor(name, DATATYPES[name], name in MATRICES) for name in outputs_of(model.task)],
         "parameters": {"task": manifest.task, "max_length": manifest.max_length, "base_digest": manifest.base_digest},
     }
 
@@ -64,7 +64,7 @@ def model_config(model: ServedModel) -> dict[str, Any]:
             _config(name, datatype, name in IDS) | {"optional": name != TEXT, "format": "FORMAT_NONE"}
             for name, datatype in inputs_of(model).items()
         ],
-        "output": [_config(name, datatype, name in MATRICES) for name, datatype in DATATYPES.items()],
+        "output": [_config(name, DATATYPES[name], name in MATRICES) for name in outputs_of(model.task)],
         "parameters": {},
     }
 

@@ -64,25 +64,28 @@ def checked_parameters(parameters: Any, place: str) -> dict[str, Any]:
     return parameters
 
 
-def chosen_outputs(outputs: Sequence[Mapping[str, Any]], parameters: Mapping[str, Any]) -> tuple[Wanted, ...]:
+def chosen_outputs(
+    outputs: Sequence[Mapping[str, Any]], parameters: Mapping[str, Any], names: Sequence[str]
+) -> tuple[Wanted, ...]:
     """The outputs that a request asks for; all of them where it names none.
 
     Args:
         outputs: `name`, and `parameters` where it has some, of each.
         parameters: of the request.
+        names: of the outputs that the model has.
 
     Raises:
         MalformedInputError: there is no such output, or not in that form.
     """
-    asked = outputs or [{"name": name} for name in DATATYPES]
-    return tuple(_one_wanted(item, parameters) for item in asked)
+    asked = outputs or [{"name": name} for name in names]
+    return tuple(_one_wanted(item, parameters, names) for item in asked)
 
 
-def _one_wanted(item: Mapping[str, Any], of_request: Mapping[str, Any]) -> Wanted:
+def _one_wanted(item: Mapping[str, Any], of_request: Mapping[str, Any], names: Sequence[str]) -> Wanted:
     name = item["name"]
     place = f"output {name!r:.60}"
-    if name not in DATATYPES:
-        raise MalformedInputError(f"there is no {place}; choose from {', '.join(DATATYPES)}")
+    if name not in names:
+        raise MalformedInputError(f"there is no {place}; choose from {', '.join(names)}")
     own = checked_parameters(item.get("parameters"), place)
     binary = own.get("binary_data", of_request.get("binary_data_output", False))
     if not isinstance(binary, bool):

@@ -6,7 +6,8 @@ import torch
 
 from qrlora_deploy.errors import InputError, QrloraError, argument
 from qrlora_deploy.formats.basis import Basis
-from qrlora_deploy.models.checkpoint import Checkpoint, check_basis_fits
+from qrlora_deploy.models.basis_fit import check_basis_fits
+from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.training.fleet.customers import FleetSource, choose_customers
 from qrlora_deploy.training.fleet.loop import Fleet, Progress
 from qrlora_deploy.training.fleet.options import FleetOptions, FleetReport

@@ -19,6 +19,7 @@ from qrlora_deploy.serving.engine.local import LocalEngine
 from qrlora_deploy.serving.engine.models import MergedModel
 from qrlora_deploy.serving.engine.rows import Load, Row
 from qrlora_deploy.serving.refusals import DeadlineError, DrainingError, OverloadedError, TooLargeError
+from tests.runtime.fire import made_up_customer
 from tests.serving.engine.place import WatchedSession, a_row, alone, ask
 from tests.tolerances import EXACT, FP32_ONNX
 
@@ -360,6 +361,36 @@ def test_many_threads_submit_and_cancel(engine: LocalEngine, session: WatchedSes
         np.testing.assert_allclose(future.result(0)[0].logits, alone(session, row), **FP32_ONNX)
     assert all(len(future.result(0)) == 1 for _, future in answered) and len(answered) > 300
     assert _nothing_is_held(engine)
+
+
+def test_the_digest_is_of_the_version_that_answered(
+    engine: LocalEngine, session: WatchedSession, bundle: Bundle
+) -> None:
+    row, versions = a_row(8, "c1"), [made_up_customer(bundle.manifest, 100 + number) for number in range(3)]
+    expected = {}
+    for version in versions:
+        session.load("c1", version)
+        expected[version.digest] = alone(session, row)
+    stop = threading.Event()
+
+    def swap() -> None:
+        while not stop.is_set():
+            for version in versions:
+                session.load("c1", version)
+
+    swapping = threading.Thread(target=swap)
+    swapping.start()
+    try:
+        answers = [ask(engine, [row, a_row(8, "c2"), row]).result(30) for _ in range(150)]
+    finally:
+        stop.set()
+        swapping.join(30)
+    seen = set()
+    for answer in (answer for request in answers for answer in (request[0], request[2])):
+        np.testing.assert_allclose(answer.logits, expected[answer.digest], **FP32_ONNX)
+        seen.add(answer.digest)
+    first, second = (expected[digest] for digest in list(expected)[:2])
+    assert np.abs(first - second).max() > 0.1 and len(seen) > 1
 
 
 def _nothing_is_held(engine: LocalEngine) -> bool:
