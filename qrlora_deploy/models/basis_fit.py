@@ -1,15 +1,29 @@
 """Whether a basis was made from a base."""
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from qrlora_deploy.errors import BasisMismatchError
 from qrlora_deploy.formats.basis import Basis
 
-if TYPE_CHECKING:
-    from qrlora_deploy.models.checkpoint import Checkpoint
+
+class Base(Protocol):
+    """What is asked of a `Checkpoint`."""
+
+    @property
+    def name(self) -> str:
+        """As the user gave it."""
+
+    def check_usable(self) -> None:
+        """Refuse a base whose files do not hold its model."""
+
+    def tensor_of(self, module_path: str) -> str:
+        """Name of the weight tensor of a layer."""
+
+    def tensor_digest(self, tensor: str) -> str:
+        """SHA-256 of the stored bytes of one tensor."""
 
 
-def check_basis_fits(checkpoint: "Checkpoint", basis: Basis) -> None:
+def check_basis_fits(checkpoint: Base, basis: Basis) -> None:
     """Make sure that a basis was made from the weights of this checkpoint.
 
     Raises:
