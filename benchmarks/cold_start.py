@@ -28,8 +28,10 @@ from qrlora_deploy.runtime.customers.packed import load_packed
 from qrlora_deploy.runtime.customers.packed_writer import write_packed
 from qrlora_deploy.runtime.customers.store import CustomerStore
 from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
+from qrlora_deploy.runtime.sessions.versions import Versions
 from qrlora_deploy.runtime.table.memory import make_memory
 from qrlora_deploy.runtime.table.table import CoefficientTable
+from qrlora_deploy.tasks.answering import Answering
 
 TARGETS = 4
 LABELS = ("yes", "no")
@@ -56,7 +58,7 @@ def make_session(coefficients: int) -> SwitchableSession:
         inputs=(),
     )
     session.layout, session.head, session.base_head, session.fetch = TableLayout(ranks), None, None, None
-    session._answerings = {}
+    session.versions = Versions(Answering(LABELS))
     widths = {TABLE: session.layout.width}
     session.table = CoefficientTable(lambda rows: make_memory(widths, rows, "cpu"))
     return session

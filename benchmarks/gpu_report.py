@@ -13,9 +13,9 @@ from pathlib import Path
 
 from benchmarks.common.serving import prepare
 from qrlora_deploy.bench.page import render_page
-from qrlora_deploy.bench.plan import Plan
-from qrlora_deploy.bench.record import Report, write_report
+from qrlora_deploy.bench.report import Report, write_report
 from qrlora_deploy.bench.run import run_benchmark
+from qrlora_deploy.bench.settings import BenchSettings
 from qrlora_deploy.formats.coefficients import write_coefficients
 from qrlora_deploy.rank_rules.fixed_rank import FixedRank
 
@@ -24,7 +24,7 @@ PRECISIONS = {"fp16": "fp16", "fp16_one_customer": "fp16", "fp32": "fp32"}
 """Of the bundles of each report."""
 
 
-def make_plans(folder: Path, arguments: argparse.Namespace) -> dict[str, Plan]:
+def make_plans(folder: Path, arguments: argparse.Namespace) -> dict[str, BenchSettings]:
     """Export what the reports need and say what is to be measured, by name of the report."""
     customers = folder / "customers"
     customers.mkdir()
@@ -39,7 +39,7 @@ def make_plans(folder: Path, arguments: argparse.Namespace) -> dict[str, Plan]:
     for name, customer in next(iter(made.values())).customers.items():
         write_coefficients(customer, customers / f"{name}.safetensors")
     graphs = "both" if arguments.provider == "cuda" else "off"
-    fp16 = Plan(
+    fp16 = BenchSettings(
         (folder / "merged-fp16", folder / "switchable-fp16"),
         customers=customers,
         scenarios=("single-stream", "offline", "server", "swap"),

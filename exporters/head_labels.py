@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.exporting.options import option
 
 MAX_HEAD_LABELS = 2**20
@@ -21,4 +21,4 @@ def check_head_labels(labels: int) -> None:
         InputError: naming the option.
     """
     if not 0 <= labels <= MAX_HEAD_LABELS:
-        raise InputError(f"--head-labels must be between 0 and {MAX_HEAD_LABELS}, not {labels}")
+        raise InputError(f"{argument('head_labels')} must be between 0 and {MAX_HEAD_LABELS}, not {labels}")

@@ -1,6 +1,6 @@
-"""The error hierarchy, and how text from outside becomes one safe line of a message."""
+"""The error hierarchy, how text from outside becomes one safe line of a message, and how one names an argument."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -27,6 +27,34 @@ def shortened(text: str, limit: int = MAX_MESSAGE) -> str:
     return f"{flat[:half]} ... {flat[-half:]}"
 
 
+_option_of: Callable[[str], str] | None = None
+"""The command line's word for an argument, while a command runs."""
+
+
+def argument(name: str, value: object = None) -> str:
+    """An argument in a message: `rank` or `head='output'` to a caller; in a command `--rank` or `--head output`.
+
+    Args:
+        name: of the argument, as Python's functions call it.
+        value: what is passed, or should be; True is a flag of the command line. None names the argument alone.
+    """
+    if _option_of is None:
+        return name if value is None else f"{name}={value!r}"
+    shown = ", ".join(map(str, value)) if isinstance(value, tuple | list) else value
+    return _option_of(name) if value is None or value is True else f"{_option_of(name)} {shown}"
+
+
+@contextmanager
+def options_for_arguments(option_of: Callable[[str], str]) -> Iterator[None]:
+    """Let messages of this process name options for arguments; `option_of` gives the option of an argument."""
+    global _option_of
+    before, _option_of = _option_of, option_of
+    try:
+        yield
+    finally:
+        _option_of = before
+
+
 class QrloraError(Exception):
     """An operation could not be completed.
 
@@ -45,7 +73,7 @@ class QrloraError(Exception):
 
 
 class InputError(QrloraError):
-    """A file, an option or a value given by the user is wrong."""
+    """A file, an argument or a value given by the user is wrong."""
 
     exit_code = 2
     kind = "invalid"

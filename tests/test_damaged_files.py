@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from qrlora_deploy.bench.gate_file import EXAMPLE, read_gate
-from qrlora_deploy.bench.record import Report, read_report, write_report
+from qrlora_deploy.bench.report import Report, read_report, write_report
 from qrlora_deploy.errors import QrloraError
 from qrlora_deploy.formats.basis import read_basis
 from qrlora_deploy.formats.coefficients import Coefficients, read_coefficients

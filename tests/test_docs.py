@@ -33,6 +33,9 @@ def test_every_option_that_a_page_names_is_there(page: Path) -> None:
     for words in commands(page):
         command = cli.get_command(context, words[0])
         assert command is not None, f"{page.name}: no command {words[0]}"
+        if isinstance(command, click.Group) and not words[1].startswith("-"):
+            command = command.get_command(context, words[1])
+            assert command is not None, f"{page.name}: {words[0]} has no {words[1]}"
         parameters = command.get_params(click.Context(command))
         known = {name for parameter in parameters for name in parameter.opts}
         named = {word.partition("=")[0] for word in words if word.startswith("-") and len(word) > 1}

@@ -38,6 +38,7 @@ ROOMS = (
     "runtime.prediction",
     "runtime.verification",
     "runtime",
+    "serving.refusals",
     "serving.engine",
     "serving",
     "client",
@@ -99,7 +100,7 @@ def project(names: set[str]) -> set[str]:
 
 def test_the_project_was_found() -> None:
     assert {"qrlora_deploy.cli.train", "exporters.onnx.export", "qrlora_deploy.runtime"} <= MODULES.keys()
-    assert imports(MODULES["qrlora_deploy.models.checkpoint"]) >= {"torch", "qrlora_deploy.models.basis_fit"}
+    assert imports(MODULES["qrlora_deploy.models.checkpoint"]) >= {"torch", "qrlora_deploy.errors"}
     assert "huggingface_hub" in imports(MODULES["qrlora_deploy.models.hub"])
     assert "huggingface_hub" not in imports(MODULES["qrlora_deploy.models.hub"], top_level_only=True)
 

@@ -22,7 +22,7 @@ from qrlora_deploy.training.fleet.tokens import RowEncoder, TokensAhead
 from qrlora_deploy.training.fleet.writing import Writer
 
 STAGES: tuple[tuple[str, Any, str], ...] = (
-    ("read the data", run, "plan_fleet"),
+    ("read the data", run, "choose_customers"),
     ("load the base", FleetModel, "__init__"),
     ("wait for tokens", TokensAhead, "take"),
     ("enter", Engine, "enter"),

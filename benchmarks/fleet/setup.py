@@ -12,9 +12,9 @@ from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.rank_rules.energy_share import EnergyShare
+from qrlora_deploy.training.fleet.customers import FleetSource
 from qrlora_deploy.training.fleet.grouping import read_groups
 from qrlora_deploy.training.fleet.options import FleetOptions
-from qrlora_deploy.training.fleet.plan import FleetSource
 from qrlora_deploy.training.fleet.run import train_fleet
 from qrlora_deploy.training.settings import TrainSettings
 

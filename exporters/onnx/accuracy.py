@@ -14,7 +14,7 @@ import torch
 from exporters.onnx.prepared import Prepared
 from qrlora_deploy.data.cutting import cut_texts, encode_words
 from qrlora_deploy.data.examples import Examples
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.models.loading import quiet_transformers
 from qrlora_deploy.runtime.bundle.row_layout import SLOT
 from qrlora_deploy.runtime.verification.parity import run_logits
@@ -85,7 +85,8 @@ def choose_labelled(examples: Examples | None, task: Task, labels: Sequence[str]
         if strict and len(unknown) < len(set(task.named(examples))):
             raise InputError(
                 f"{examples.name}: {len(unknown)} of its labels are not the customer's: {', '.join(unknown[:3])}"
-                f"{', ...' if len(unknown) > 3 else ''}; give data of this customer, or name another --label-column"
+                f"{', ...' if len(unknown) > 3 else ''}; give data of this customer, "
+                f"or name another {argument('label_column')}"
             )
         return None
     chosen = np.linspace(0, len(examples) - 1, min(len(examples), MAX_ROWS)).round().astype(int)

@@ -26,7 +26,7 @@ from qrlora_deploy.runtime.bundle.bundle import (
     TensorRecord,
     digest_files,
 )
-from qrlora_deploy.runtime.bundle.records import CalibrationRecord
+from qrlora_deploy.runtime.bundle.manifest_parts import CalibrationRecord
 from qrlora_deploy.runtime.bundle.row_layout import BASE_HEAD_FILE, HeadLayout, padded_rank
 from qrlora_deploy.runtime.sessions.token_index import FIRST_RUNTIME
 from qrlora_deploy.runtime.verification.parity import Case, ParityReport, customer_effect, write_reference
@@ -38,7 +38,7 @@ README = """# {task}, {columns}
 A {kind} bundle in {precision}, written by qrlora-deploy: {what}
 
     qrlora-deploy verify .
-    qrlora-deploy predict . {option}--text "..."
+    {predict}
 
 `manifest.json` says what it was made from and seals every file. `model.onnx` takes {inputs}
 and gives `{answer}`; it runs in ONNX Runtime {runtime} or newer (opset {opset}).
@@ -49,6 +49,11 @@ RUNTIMES = {23: "1.23", 24: FIRST_RUNTIME}
 WHAT = {
     "merged": "one customer folded into its base, as plain ONNX.",
     "switchable": "any customer of its base in any row of a batch.",
+}
+
+PREDICT = {
+    "merged": 'qrlora-deploy predict . --text "..."',
+    "switchable": 'qrlora-deploy predict . --customers FOLDER --customer acme --text "..."',
 }
 
 
@@ -131,7 +136,7 @@ def write_side_files(folder: Path, prepared: Prepared, content: Content, checked
         runtime=RUNTIMES[checked.graph.opset],
         opset=checked.graph.opset,
         what=WHAT[content.kind],
-        option="" if content.kind == "merged" else "--customers FOLDER --customer acme ",
+        predict=PREDICT[content.kind],
         inputs=", ".join(f"`{record.name}` {record.dtype} [{_axes(record)}]" for record in checked.graph.inputs),
     )
     (folder / "README.md").write_text(readme, encoding="utf-8")

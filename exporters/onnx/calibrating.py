@@ -9,7 +9,7 @@ import numpy as np
 from exporters.onnx.prepared import Prepared
 from qrlora_deploy.data.cutting import cut_texts
 from qrlora_deploy.data.examples import TextRows
-from qrlora_deploy.runtime.bundle.records import CalibrationRecord
+from qrlora_deploy.runtime.bundle.manifest_parts import CalibrationRecord
 from qrlora_deploy.runtime.bundle.row_layout import HEAD_TABLE, SLOT, TABLE
 from qrlora_deploy.tasks.base import Task
 

@@ -23,12 +23,13 @@ from exporters.onnx.side_branches import side_branches
 from exporters.onnx.switchable import CustomerRows, make_switchable, plan_head
 from exporters.onnx.synthetic_customers import base_tables, mixed_reference, read_base_head, synthetic_customers
 from qrlora_deploy.data.examples import Examples
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.exporting.job import ExportJob
 from qrlora_deploy.io.files import atomic_folder
 from qrlora_deploy.io.outputs import check_free_folder
 from qrlora_deploy.merging.checkpoints import merge_model
-from qrlora_deploy.models.checkpoint import Checkpoint, check_basis_fits
+from qrlora_deploy.models.basis_fit import check_basis_fits
+from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.runtime.bundle.bundle import MODEL_FILE, Manifest
 from qrlora_deploy.runtime.bundle.row_layout import head_arrays
 from qrlora_deploy.runtime.sessions.token_index import check_runtime
@@ -81,11 +82,13 @@ def export_merged(job: ExportJob, options: OnnxOptions = DEFAULTS) -> Manifest:
     if customer is None:
         raise InputError("a merged bundle needs the coefficients of its customer; without them it is a switchable one")
     if options.head_labels:
-        raise InputError("--head-labels belongs to a switchable bundle; a merged one has its customer's own head")
+        raise InputError(
+            f"{argument('head_labels')} belongs to a switchable bundle; a merged one has its customer's own head"
+        )
     if options.table_dtype != "fp32":
-        raise InputError("--table-dtype belongs to a switchable bundle; a merged one has no table")
+        raise InputError(f"{argument('table_dtype')} belongs to a switchable bundle; a merged one has no table")
     if options.task is not None:
-        raise InputError("--task belongs to a switchable bundle; a merged one has its customer's task")
+        raise InputError(f"{argument('task')} belongs to a switchable bundle; a merged one has its customer's task")
 
     job = replace(job, checkpoint=checkpoint.taken_for(customer.task))
     checkpoint = job.checkpoint
@@ -121,9 +124,11 @@ def export_switchable(job: ExportJob, options: OnnxOptions = DEFAULTS) -> Manife
     if job.coefficients is not None:
         raise InputError("a switchable bundle serves all customers; coefficients belong to a merged one")
     if head_labels and not task_named(checkpoint.task).has_labels:
-        raise InputError(f"--head-labels belongs to bases with an output layer; {checkpoint.task} has none")
+        raise InputError(f"{argument('head_labels')} belongs to bases with an output layer; {checkpoint.task} has none")
     if head_labels and head_labels < len(checkpoint.labels):
-        raise InputError(f"--head-labels {head_labels} is less than the base's {len(checkpoint.labels)} labels")
+        raise InputError(
+            f"{argument('head_labels', head_labels)} is less than the base's {len(checkpoint.labels)} labels"
+        )
 
     def plan(prepared: Prepared) -> _Plan:
         check_basis_fits(checkpoint, basis)
@@ -151,7 +156,7 @@ def _taken_for(checkpoint: Checkpoint, option: str) -> Checkpoint:
     """
     taken, task = checkpoint.taken_for(BY_OPTION[option].name), BY_OPTION[option]
     if taken.task != task.name:
-        raise InputError(f"--task {option}: the head of {checkpoint.name} is for {taken.task}")
+        raise InputError(f"{argument('task', option)}: the head of {checkpoint.name} is for {taken.task}")
     return taken
 
 

@@ -18,7 +18,7 @@ from exporters.onnx.attention import HEADS, use_onnx_attention
 from exporters.onnx.bias_folding import fold_attention_biases
 from exporters.onnx.padding_free import Packing, pack_blocks
 from exporters.onnx.quantizing import base_products
-from qrlora_deploy.errors import InputError, QrloraError, first_line
+from qrlora_deploy.errors import InputError, QrloraError, argument, first_line
 from qrlora_deploy.runtime.bundle.bundle import TensorRecord
 from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX
 from qrlora_deploy.tasks.base import Task
@@ -121,7 +121,7 @@ def write_graph(
         if not emitted:
             raise InputError(
                 f"{type(model).__name__} cannot be made padding-free: its attention is its own, not one that is "
-                f"exported as an ONNX operator; leave --padding-free out"
+                f"exported as an ONNX operator; leave {argument('padding_free')} out"
             )
         blocks = pack_blocks(model, packing)
     if rows is not None:
@@ -134,7 +134,7 @@ def write_graph(
     if packing is not None and packing.attended != blocks:
         raise InputError(
             f"{type(model).__name__} cannot be made padding-free: {packing.attended} of its {blocks} blocks attend "
-            f"through the registered function; leave --padding-free out"
+            f"through the registered function; leave {argument('padding_free')} out"
         )
     if finish is not None:
         finish()

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from exporters.head_labels import check_head_labels, head_labels_option
-from qrlora_deploy.errors import InputError, ProviderError
+from qrlora_deploy.errors import InputError, ProviderError, argument
 from qrlora_deploy.exporting.options import option
 from qrlora_deploy.tasks.options import OPTIONS
 
@@ -36,7 +36,7 @@ class OnnxOptions:
     )
     precision: str = option(
         "fp32",
-        "Of weights and activations; inputs and logits stay as they are. bf16 needs --provider cuda; int8 is for the "
+        "Of weights and activations; inputs and logits stay as they are. bf16 needs the provider cuda; int8 is for the "
         "CPU, and customers of a switchable bundle stay in fp32.",
         choices=PRECISIONS,
     )
@@ -86,12 +86,15 @@ class OnnxOptions:
         check_head_labels(self.head_labels)
         check_precision(self.precision, self.provider, self.calibration is not None)
         if self.task is not None and self.task not in OPTIONS:
-            raise InputError(f"unknown --task {self.task!r}; choose from {', '.join(OPTIONS)}")
+            raise InputError(f"unknown {argument('task')} {self.task!r}; choose from {', '.join(OPTIONS)}")
         if self.table_dtype not in TABLE_DTYPES:
-            raise InputError(f"unknown --table-dtype {self.table_dtype!r}; choose from {', '.join(TABLE_DTYPES)}")
+            raise InputError(
+                f"unknown {argument('table_dtype')} {self.table_dtype!r}; choose from {', '.join(TABLE_DTYPES)}"
+            )
         if self.padding_free and self.calibration is not None:
             raise InputError(
-                "--calibration runs padded batches, which a padding-free graph does not take; leave one out"
+                f"{argument('calibration')} runs padded batches, which a padding-free graph does not take; "
+                "leave one out"
             )
 
 
@@ -112,11 +115,15 @@ def check_precision(precision: str, provider: str, calibrated: bool = False) -> 
         raise InputError(f"unknown precision {precision!r}; choose from {', '.join(PRECISIONS)}")
     if precision == "int8" and provider != "cpu":
         # ONNX Runtime's GPU providers have no kernel for its products and would copy to the CPU for each.
-        raise InputError(f"int8 is for the CPU, not --provider {provider}; choose --precision fp16 there")
+        raise InputError(
+            f"int8 is for the CPU, not {argument('provider', provider)}; choose {argument('precision', 'fp16')} there"
+        )
     if precision == "bf16" and provider == "cpu":
         raise ProviderError(
             "cpu cannot run a graph in bf16: ONNX Runtime has no kernels for it there; export and verify it with "
-            "--provider cuda"
+            f"{argument('provider', 'cuda')}"
         )
     if calibrated and precision != "int8":
-        raise InputError(f"--calibration belongs to --precision int8; {precision} has no scales to find")
+        raise InputError(
+            f"{argument('calibration')} belongs to {argument('precision', 'int8')}; {precision} has no scales to find"
+        )

@@ -20,11 +20,9 @@ import torch
 from torch import nn
 
 from exporters.onnx.attention import ATTEND, Heads, attend, attend_lengths
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.models.targets import BLOCK
 from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX, kept_tokens
-
-DECODER = "the model answers at the last token of a row; --padding-free is for encoders"
 
 
 class Packing:
@@ -114,7 +112,7 @@ class Packing:
             InputError: a token looks at earlier ones alone.
         """
         if heads.causal:
-            raise InputError(DECODER)
+            raise _is_decoder()
         self.attended += 1
         ordered = bias is not None or heads.window is not None
         if ordered or heads.softcap is not None or not self.by_lengths:
@@ -175,16 +173,16 @@ def pack_blocks(model: Any, packing: Packing) -> int:
     if blocks is None:
         raise InputError(
             f"{type(model).__name__} cannot be made padding-free: it does not have one list of numbered blocks; "
-            f"leave --padding-free out"
+            f"leave {argument('padding_free')} out"
         )
     modules = [module for block in blocks for module in block.modules()]
     # GPT-2 of transformers 4.57 says so here alone: with a mask its attention is not told.
     if any(getattr(module, "is_causal", False) for module in modules):
-        raise InputError(DECODER)
+        raise _is_decoder()
     if any("RotaryEmbedding" in type(module).__name__ for module in model.modules()):
         raise InputError(
             f"{type(model).__name__} cannot be made padding-free: it has rotary positions, by the place in a row; "
-            f"leave --padding-free out"
+            f"leave {argument('padding_free')} out"
         )
     for module in modules:
         setattr(module, ATTEND, packing.attend)
@@ -201,3 +199,7 @@ def _blocks(model: Any) -> nn.ModuleList | None:
         if isinstance(module, nn.ModuleList) and len(module) and not BLOCK.search(f".{path}.")
     ]
     return found[0] if len(found) == 1 else None
+
+
+def _is_decoder() -> InputError:
+    return InputError(f"the model answers at the last token of a row; {argument('padding_free')} is for encoders")

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from exporters.onnx.switchable import CustomerRows
-from qrlora_deploy.errors import QrloraError
+from qrlora_deploy.errors import QrloraError, argument
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float32}
 """What weights, factors and activations are when the graph is traced, by the name of each of `options.PRECISIONS`;
@@ -34,7 +34,7 @@ def cast_inside(model: Any, rows: CustomerRows | None, precision: str) -> None:
     if wrong:
         raise QrloraError(
             f"{len(wrong)} weights are larger than {precision} can hold ({largest:.4g}): "
-            f"{', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}; choose another --precision"
+            f"{', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}; choose another {argument('precision')}"
         )
     model.to(dtype)
     model.config.dtype = dtype

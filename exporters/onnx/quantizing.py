@@ -32,7 +32,7 @@ import onnx_ir
 from torch import nn
 
 from exporters.onnx.vnni_check import products_saturate
-from qrlora_deploy.errors import CheckFailed, QrloraError, first_line
+from qrlora_deploy.errors import CheckFailed, QrloraError, argument, first_line
 from qrlora_deploy.models.targets import BLOCK, is_conv1d
 
 INTEGER_PRODUCT = "MatMulInteger"
@@ -103,10 +103,12 @@ def quantize_graph(
         onnx_ir.save(model, path, external_data=data.name, size_threshold_bytes=external_from_bytes)
         found = sum(map(_is_whole, model.graph.all_nodes()))
     if found != len(products):
-        raise CheckFailed(f"{found} of {len(products)} products are in whole numbers; choose another --precision")
+        raise CheckFailed(
+            f"{found} of {len(products)} products are in whole numbers; choose another {argument('precision')}"
+        )
     after = path.stat().st_size + data.stat().st_size
     if after >= before:
-        raise CheckFailed(f"int8 is not smaller: {after} bytes, fp32 {before}; choose another --precision")
+        raise CheckFailed(f"int8 is not smaller: {after} bytes, fp32 {before}; choose another {argument('precision')}")
 
 
 def _is_whole(node: Any) -> bool:
@@ -162,7 +164,9 @@ def _quantize(path: Path, products: Sequence[str], output: Path, calibration: It
     # It raises ValueError, RuntimeError, onnx's own and others, all about the graph.
     except Exception as error:
         reason = first_line(error)
-        raise QrloraError(f"ONNX Runtime cannot quantise this model: {reason}; choose another --precision") from error
+        raise QrloraError(
+            f"ONNX Runtime cannot quantise this model: {reason}; choose another {argument('precision')}"
+        ) from error
 
 
 def _prepare(path: Path, products: Sequence[str]) -> tuple[Any, list[str]]:

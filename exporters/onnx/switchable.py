@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from exporters.onnx.padding_free import Packing
-from qrlora_deploy.errors import BasisMismatchError, InputError
+from qrlora_deploy.errors import BasisMismatchError, InputError, argument
 from qrlora_deploy.formats.basis import Basis, BasisTarget
 from qrlora_deploy.models.adapter import SideBranch, resolve_layer
 from qrlora_deploy.models.head import output_layer
@@ -97,7 +97,7 @@ class CustomerRows:
             raise InputError(
                 f"{name} takes an input of shape {list(x.shape)} for a batch of {c.shape[0]} rows, not "
                 f"[batch, length, in], so its rows cannot have customers of their own; make a basis without it "
-                f"(factorize --target), or export with --merge"
+                f"({argument('targets')} of factorize), or export a merged bundle"
             )
         return c.squeeze(1) if x.dim() == 2 else c
 
@@ -204,7 +204,7 @@ class HeadBranch(nn.Module):
         if not torch.compiler.is_exporting() and x.dim() != axes.count(",") + 1:
             raise InputError(
                 f"{self.name} takes an input of shape {list(x.shape)}, not {axes}, so customers cannot "
-                f"have heads of their own; leave --head-labels out"
+                f"have heads of their own; leave {argument('head_labels')} out"
             )
         if self.of_tokens:
             return torch.matmul(x.float(), self.rows.weight.transpose(1, 2)) + self.rows.bias.unsqueeze(1)
@@ -226,7 +226,7 @@ def plan_head(model: Any, basis: Basis, head_labels: int) -> HeadLayout | None:
         return None
     path = output_layer(model)
     if path in [resolve_layer(model, target.name)[0] for target in basis.targets]:
-        raise InputError(f"the basis adapts the output layer {path}, so --head-labels cannot replace it")
+        raise InputError(f"the basis adapts the output layer {path}, so {argument('head_labels')} cannot replace it")
     return HeadLayout(head_labels, model.get_submodule(path).in_features)
 
 

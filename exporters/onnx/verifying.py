@@ -5,7 +5,7 @@ from exporters.onnx.reference import build_reference
 from exporters.onnx.side_branches import side_branches
 from exporters.onnx.synthetic_customers import mixed_reference
 from qrlora_deploy.data.examples import Examples
-from qrlora_deploy.errors import BasisMismatchError, CheckFailed, InputError
+from qrlora_deploy.errors import BasisMismatchError, CheckFailed, InputError, argument
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.checkpoint import Checkpoint
@@ -51,11 +51,14 @@ def verify_against(
         return check_parity(session, build_reference(prepared, basis, coefficients), task, manifest.precision)
     head = HeadLayout(manifest.head_labels, manifest.head_features) if manifest.head_labels else None
     if coefficients.head and head is None:
-        raise InputError(f"the customer has a head of its own; {bundle.folder} was exported without --head-labels")
+        raise InputError(
+            f"the customer has a head of its own; {bundle.folder} was exported without {argument('head_labels')}"
+        )
     with side_branches(prepared, basis) as side:
         reference = mixed_reference(side, [coefficients], head, manifest.table_dtype)
     if not shows_customers(reference, task.least_size):
         raise CheckFailed(
-            "the customer does not move the logits on these texts, so agreement proves nothing; choose other --data"
+            f"the customer does not move the logits on these texts, so agreement proves nothing; "
+            f"choose other {argument('data')}"
         )
     return check_parity(session, reference, task, manifest.precision)

@@ -9,7 +9,7 @@ import onnxruntime
 
 from exporters.onnx.synthetic_customers import read_base_head
 from exporters.onnx_adapter.options import AdapterOptions
-from qrlora_deploy.errors import CheckFailed, InputError, QrloraError, first_line
+from qrlora_deploy.errors import CheckFailed, InputError, QrloraError, argument, first_line
 from qrlora_deploy.exporting.job import ExportJob
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.io.files import atomic_file
@@ -45,7 +45,9 @@ def export_adapter(job: ExportJob, options: AdapterOptions = DEFAULTS) -> Mappin
     """
     customer = job.coefficients
     if customer is None:
-        raise InputError("--format onnx-adapter writes one customer; give it by --coefficients")
+        raise InputError(
+            f"{argument('format', 'onnx-adapter')} writes one customer; give it by {argument('coefficients')}"
+        )
     check_replaceable(job.output, "ONNX adapter", _is_adapter)
     checkpoint, basis = job.checkpoint.taken_for(customer.task), job.basis
     checkpoint.require_task_head()
@@ -74,8 +76,8 @@ def _tables(job: ExportJob, customer: Coefficients, head_labels: int) -> dict[st
     if not head_labels:
         if customer.head:
             raise InputError(
-                "the customer has a head of its own; give --head-labels N, the number the switchable bundle "
-                "was exported with"
+                f"the customer has a head of its own; give {argument('head_labels')}, the number the "
+                "switchable bundle was exported with"
             )
         return tables
     base_weight, base_bias = head_arrays(read_base_head(job.checkpoint))
@@ -83,7 +85,7 @@ def _tables(job: ExportJob, customer: Coefficients, head_labels: int) -> dict[st
     most = max(len(base_weight), len(own_weight))
     if head_labels < most:
         whose = "customer" if len(own_weight) == most else "base"
-        raise InputError(f"--head-labels {head_labels} is less than the {whose}'s {most} labels")
+        raise InputError(f"{argument('head_labels', head_labels)} is less than the {whose}'s {most} labels")
     head = HeadLayout(head_labels, base_weight.shape[1])
     rows = [head.row(base_weight, base_bias), head.row(own_weight, own_bias)]
     return tables | {HEAD_TABLE: np.stack(rows)}

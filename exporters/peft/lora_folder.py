@@ -14,7 +14,7 @@ import numpy as np
 import safetensors.numpy
 from torch import nn
 
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.exporting.job import ExportJob
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
@@ -45,7 +45,7 @@ def export_peft(job: ExportJob) -> Mapping[str, Any]:
     """
     customer = job.coefficients
     if customer is None:
-        raise InputError("--format peft writes one customer; give it by --coefficients")
+        raise InputError(f"{argument('format', 'peft')} writes one customer; give it by {argument('coefficients')}")
     check_free_folder(job.output)
     checkpoint, basis = job.checkpoint.taken_for(customer.task), job.basis
     checkpoint.require_task_head()
@@ -148,13 +148,15 @@ def _check_matching(model: nn.Module, targets: list[str], saved: list[str]) -> N
     inside = [path for path in targets if any(f"{path}.".startswith(f"{module}.") for module in saved)]
     if inside:
         raise InputError(
-            f"--format peft: PEFT keeps {', '.join(saved)} whole and adapts nothing inside, but the basis adapts "
-            f"{', '.join(inside)}; make a basis without it (factorize --target)"
+            f"{argument('format', 'peft')}: PEFT keeps {', '.join(saved)} whole and adapts nothing inside, but the "
+            f"basis adapts {', '.join(inside)}; make a basis without it ({argument('targets')} of factorize)"
         )
     ends = tuple(f".{path}" for path in targets)
     others = [path for path, _module in model.named_modules() if path not in targets and path.endswith(ends)]
     if others:
-        raise InputError(f"--format peft: PEFT would adapt {', '.join(others)} too, whose path ends in a target's")
+        raise InputError(
+            f"{argument('format', 'peft')}: PEFT would adapt {', '.join(others)} too, whose path ends in a target's"
+        )
 
 
 def _saved_tensors(

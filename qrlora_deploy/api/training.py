@@ -15,8 +15,8 @@ from qrlora_deploy.formats.coefficients import Coefficients, recorded_place
 from qrlora_deploy.io.outputs import check_free_folder
 from qrlora_deploy.io.temporary import scratch_folder
 from qrlora_deploy.models.checkpoint import Checkpoint
+from qrlora_deploy.training.fleet.customers import FleetSource, Shard
 from qrlora_deploy.training.fleet.options import FleetOptions, FleetReport
-from qrlora_deploy.training.fleet.plan import FleetSource, Shard
 from qrlora_deploy.training.fleet.run import train_fleet as train_all
 from qrlora_deploy.training.settings import TrainSettings, WarmupSettings, choose_device
 from qrlora_deploy.training.trainer import train as train_one

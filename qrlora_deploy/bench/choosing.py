@@ -1,35 +1,35 @@
-"""From a plan to what is opened: the subjects with their names and roles, and their shapes."""
+"""From settings to what is opened: the subjects with their names and roles, and their shapes."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from qrlora_deploy.bench.plan import Plan
-from qrlora_deploy.bench.record import Report
+from qrlora_deploy.bench.report import Report
+from qrlora_deploy.bench.settings import BenchSettings
 from qrlora_deploy.bench.subjects import Spec, with_graphs
 from qrlora_deploy.bench.workload import Workload, shaped_workloads, text_workloads
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.runtime.bundle.bundle import Bundle, open_bundle
 
 DEFAULT_LENGTHS = (32, 128)
 
 
-def open_bundles(plan: Plan) -> dict[Path, Bundle]:
-    """Check every bundle of the plan, the reference among them.
+def open_bundles(settings: BenchSettings) -> dict[Path, Bundle]:
+    """Check every bundle of the settings, the reference among them.
 
     Raises:
         InputError: one is no bundle, or damaged.
     """
-    folders = list(plan.bundles)
-    if plan.reference is not None and plan.earlier is None:
-        folders.append(plan.reference)
+    folders = list(settings.bundles)
+    if settings.reference is not None and settings.earlier is None:
+        folders.append(settings.reference)
     return {folder: open_bundle(folder) for folder in dict.fromkeys(folders)}
 
 
-def make_specs(plan: Plan, bundles: dict[Path, Bundle]) -> list[Spec]:
+def make_specs(settings: BenchSettings, bundles: dict[Path, Bundle]) -> list[Spec]:
     """The reference first, then the bundles in order, then the peers; all names differ."""
-    reference = plan.reference if plan.earlier is None else None
+    reference = settings.reference if settings.earlier is None else None
     folders: list[tuple[Path, bool]] = [] if reference is None else [(reference, True)]
-    folders += [(folder, False) for folder in plan.bundles]
+    folders += [(folder, False) for folder in settings.bundles]
     specs: list[Spec] = []
     for folder, is_reference in folders:
         switchable = bundles[folder].manifest.kind == "switchable"
@@ -38,21 +38,23 @@ def make_specs(plan: Plan, bundles: dict[Path, Bundle]) -> list[Spec]:
             role="reference" if is_reference else "candidate",
             kind="bundle",
             path=folder,
-            provider=plan.provider,
-            threads=plan.threads,
-            cuda_graph=plan.cuda_graph == "on",
-            folder=plan.customers if switchable else None,
-            mix=plan.mix,
+            provider=settings.provider,
+            threads=settings.threads,
+            cuda_graph=settings.cuda_graph == "on",
+            folder=settings.customers if switchable else None,
+            mix=settings.mix,
         )
-        specs += [spec, with_graphs(spec)] if plan.cuda_graph == "both" else [spec]
-    if plan.customers is not None and not any(spec.folder for spec in specs):
-        raise InputError("--customers is for switchable bundles, and none of these is one")
-    first = bundles[plan.bundles[0]].manifest
+        specs += [spec, with_graphs(spec)] if settings.cuda_graph == "both" else [spec]
+    if settings.customers is not None and not any(spec.folder for spec in specs):
+        raise InputError(f"{argument('customers')} is for switchable bundles, and none of these is one")
+    first = bundles[settings.bundles[0]].manifest
     targets = tuple(target.name for target in first.targets)
     precision = first.precision if first.precision in ("fp16", "bf16") else "fp32"
-    for peer in plan.peers:
-        base = plan.base if plan.base is not None else Path()
-        specs.append(Spec(peer, "peer", peer, base, plan.provider, plan.threads, targets=targets, precision=precision))
+    for peer in settings.peers:
+        base = settings.base if settings.base is not None else Path()
+        specs.append(
+            Spec(peer, "peer", peer, base, settings.provider, settings.threads, targets=targets, precision=precision)
+        )
     return specs
 
 
@@ -65,21 +67,21 @@ def _free_name(name: str, specs: Sequence[Spec]) -> str:
     return wanted
 
 
-def make_workloads(plan: Plan, bundles: dict[Path, Bundle]) -> list[Workload]:
-    """The shapes of the plan, or batches of its texts.
+def make_workloads(settings: BenchSettings, bundles: dict[Path, Bundle]) -> list[Workload]:
+    """The shapes of the settings, or batches of its texts.
 
     Raises:
         InputError: the texts cannot be read.
     """
-    if plan.data is not None:
+    if settings.data is not None:
         # Imported here: it takes a quarter of a second; no PyTorch in it.
         from qrlora_deploy.data.examples import read_examples
 
-        examples = read_examples(plan.data)
-        return text_workloads(plan.batches, examples.texts, examples.pairs, plan.seed)
+        examples = read_examples(settings.data)
+        return text_workloads(settings.batches, examples.texts, examples.pairs, settings.seed)
     most = min(bundle.manifest.max_length for bundle in bundles.values())
-    lengths = plan.lengths or tuple(dict.fromkeys(min(length, most) for length in DEFAULT_LENGTHS))
-    return shaped_workloads(plan.batches, lengths, plan.seed)
+    lengths = settings.lengths or tuple(dict.fromkeys(min(length, most) for length in DEFAULT_LENGTHS))
+    return shaped_workloads(settings.batches, lengths, settings.seed)
 
 
 def baseline(specs: Sequence[Spec]) -> str:

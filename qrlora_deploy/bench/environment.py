@@ -8,7 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from qrlora_deploy.bench.record import Environment
+from qrlora_deploy.bench.report_parts import Environment
 from qrlora_deploy.version import __version__
 
 PACKAGES = ("onnxruntime-gpu", "onnxruntime", "numpy", "tokenizers", "safetensors", "torch", "transformers", "peft")

@@ -9,7 +9,7 @@ from multiprocessing import get_context
 
 from qrlora_deploy.bench.environment import gpu_memory_bytes, host_memory_bytes
 from qrlora_deploy.bench.opening import open_subject
-from qrlora_deploy.bench.record import Memory
+from qrlora_deploy.bench.report_parts import Memory
 from qrlora_deploy.bench.subjects import Spec
 from qrlora_deploy.bench.workload import Workload
 from qrlora_deploy.errors import QrloraError

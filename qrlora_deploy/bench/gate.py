@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from typing import Literal
 
 from qrlora_deploy.bench.gate_file import CapacityRule, GateRules, LatencyRule, ThroughputRule
-from qrlora_deploy.bench.record import Comparison, Gate, Interval, Measurement, Report, Subject, Verdict
+from qrlora_deploy.bench.report import Report
+from qrlora_deploy.bench.report_parts import Comparison, Gate, Interval, Measurement, Subject, Verdict
+from qrlora_deploy.errors import argument
 
 Outcome = Literal["passed", "failed", "unknown"]
 
@@ -93,7 +95,7 @@ def _limited(
     found = item.percentiles.get(statistic)
     if found is None:
         needed = item.refused.get(statistic, 0)
-        line = f"{what}: {len(item.samples)} samples, {needed} are needed; give more --seconds"
+        line = f"{what}: {len(item.samples)} samples, {needed} are needed; give more {argument('seconds')}"
         return _verdict(rule, item.subject, "unknown", line, limit=limit)
     met = found.value >= limit if least else found.value <= limit
     line = f"{what}: {found.value:.4g} {_sign(least, met)} {limit:g} {item.unit}"
@@ -117,7 +119,7 @@ def _compared(
     if found is None:
         if any(other.baseline == item.subject and other.statistic == statistic for other in report.comparisons):
             return _verdict(rule, item.subject, "passed", f"{what}: it is the baseline itself", 1.0, limit)
-        line = f"{what}: not compared; give --reference or a second bundle, and more --seconds"
+        line = f"{what}: not compared; give {argument('reference')} or a second bundle, and more {argument('seconds')}"
         return _verdict(rule, item.subject, "unknown", line, limit=limit)
     if found.caveat:
         line = f"{what}: {found.baseline} is no reference, {found.caveat}; measure both in one run"
@@ -130,7 +132,7 @@ def _compared(
         least = at_least or 0.0
         outcome, line = _by_interval(ratio.low >= least, ratio.high < least), f"{shown}, limit {least:g}"
     if outcome == "unknown":
-        line += "; the interval reaches over it, give more --seconds"
+        line += f"; the interval reaches over it, give more {argument('seconds')}"
     return _steady(rules, item, _verdict(rule, item.subject, outcome, line, ratio.value, limit, ratio))
 
 
@@ -148,7 +150,7 @@ def _steady(rules: GateRules, item: Measurement, verdict: Verdict) -> Verdict:
     """The verdict, or "unknown" where the windows of its measurement do not agree."""
     if item.stable is False and not rules.allow_unstable and verdict.outcome == "passed":
         spread = "too few windows" if item.spread is None else f"windows differ by {item.spread:.0%}"
-        line = f"{verdict.line}, but not stable: {spread}; give more --seconds or a quiet machine"
+        line = f"{verdict.line}, but not stable: {spread}; give more {argument('seconds')} or a quiet machine"
         return verdict.model_copy(update={"outcome": "unknown", "line": line})
     return verdict
 
@@ -162,10 +164,11 @@ def _capacity(report: Report, limits: CapacityRule, subject: str) -> Iterator[Ve
         what = f"requests per second with a p99 of {item.budget_ms:.4g} ms"
         rate = item.rate_per_s or 0.0
         if item.refused and rate < least:
-            line = f"{what}: a p99 needs {item.refused} requests, more than fit; give more --seconds"
+            line = f"{what}: a p99 needs {item.refused} requests, more than fit; give more {argument('seconds')}"
             yield _verdict(rule, subject, "unknown", line, limit=least)
         elif limits.p99_ms is not None and item.budget_ms > limits.p99_ms:
-            line = f"{what}: the gate's budget is {limits.p99_ms:g} ms; measure with --p99-budget-ms {limits.p99_ms:g}"
+            least_budget = argument("p99_budget_ms", f"{limits.p99_ms:g}")
+            line = f"{what}: the gate's budget is {limits.p99_ms:g} ms; measure with {least_budget}"
             yield _verdict(rule, subject, "unknown", line, rate, least)
         else:
             met = rate >= least
@@ -262,7 +265,8 @@ def _sign(least: bool, met: bool) -> str:
 
 
 def _missing(*parts: str | None) -> str:
-    return f"{' '.join(filter(None, parts))} was not measured; see --scenario, --batch and --length"
+    sizes = f"{argument('batches')} and {argument('lengths')}"
+    return f"{' '.join(filter(None, parts))} was not measured; see {argument('scenarios')}, {sizes}"
 
 
 def _title(item: Measurement) -> str:

@@ -26,12 +26,12 @@ allow_unstable = false
 [[latency]]
 statistic = "p99"            # p50, p90, p95, p99 or p99.9; too few samples for it fail
 scenario = "single-stream"   # or "idle-gap", "cold-start", "swap"
-shape = "1x32"               # batch x length, or 1xtexts with --data; left out: every shape
+shape = "1x32"               # batch x length, or 1xtexts for texts of data; left out: every shape
 max_ms = 50.0
 
 [[latency]]
 statistic = "p50"
-max_ratio = 1.05             # to the reference (--reference BUNDLE or an earlier report.json), or to
+max_ratio = 1.05             # to the reference (a bundle or an earlier report.json), or to
                              # the first bundle; the whole 95 % interval must be below it
 
 # Rows per second of the scenario offline.
@@ -42,7 +42,7 @@ min_rows_per_s = 10.0
 # Requests per second at which the scenario server keeps its p99 within a budget.
 # [capacity]
 # min_requests_per_s = 20.0
-# p99_ms = 100.0             # the budget; left out: that of the measurement (--p99-budget-ms)
+# p99_ms = 100.0             # the budget; left out: that of the measurement
 
 # Logits against PyTorch's, which the bundle carries.
 [parity]
@@ -163,7 +163,7 @@ class GateRules(Record):
             and not self.throughput
             and not any((self.capacity, self.accuracy, self.parity, self.size, self.memory))
         ):
-            raise ValueError("there is no rule in it; bench --gate-example shows some")
+            raise ValueError("there is no rule in it; `qrlora-deploy bench --gate-example` shows some")
         return self
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qrlora_deploy.bench.record import Accuracy
+from qrlora_deploy.bench.report_parts import Accuracy
 from qrlora_deploy.bench.subjects import BundleSubject
 from qrlora_deploy.errors import InputError, QrloraError
 from qrlora_deploy.formats.coefficients import CUSTOMER_ID

@@ -1,6 +1,8 @@
 """What a reader must know before believing the figures of a report."""
 
-from qrlora_deploy.bench.record import Environment, Report, Settings
+from qrlora_deploy.bench.report import Report
+from qrlora_deploy.bench.report_parts import Environment, Settings
+from qrlora_deploy.errors import argument
 
 BUSY_LOAD = 0.5
 """Load of the machine at the start, by its cores, above which the report says so."""
@@ -22,7 +24,7 @@ def describe_limits(report: Report, earlier: Report | None) -> list[str]:
         if item.refused
     ]
     if "swap" in report.settings.scenarios and not any(report.of("swap")):
-        notes.append("nothing was swapped: that takes a switchable bundle and --customers")
+        notes.append(f"nothing was swapped: that takes a switchable bundle and {argument('customers')}")
     if earlier is not None:
         differences = machine_differences(report.environment, report.settings, earlier)
         notes += [f"the earlier report is of another machine: {other}" for other in differences]

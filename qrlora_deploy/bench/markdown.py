@@ -1,7 +1,7 @@
 """A report as Markdown, for a pull request."""
 
-from qrlora_deploy.bench.record import Report
-from qrlora_deploy.bench.tables import Section, sections, verdict_line
+from qrlora_deploy.bench.report import Report
+from qrlora_deploy.bench.sections import Section, sections, verdict_line
 from qrlora_deploy.errors import one_line
 
 OPEN = 4

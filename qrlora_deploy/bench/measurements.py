@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 
-from qrlora_deploy.bench.record import Comparison, Interval, Measurement, Scenario
+from qrlora_deploy.bench.report_parts import Comparison, Interval, Measurement, Scenario
 from qrlora_deploy.bench.rounds import Series
 from qrlora_deploy.bench.statistics import PERCENTILES, Estimate, needed_samples, percentile, ratio, ratio_in_rounds
 from qrlora_deploy.bench.workload import Workload

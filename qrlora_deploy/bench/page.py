@@ -3,8 +3,8 @@
 from html import escape
 
 from qrlora_deploy.bench.plots import draw_figures
-from qrlora_deploy.bench.record import Report
-from qrlora_deploy.bench.tables import Section, sections
+from qrlora_deploy.bench.report import Report
+from qrlora_deploy.bench.sections import Section, sections
 
 FIRST = ("Verdicts", "Customers")
 """Tables above the figures."""

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from qrlora_deploy.bench.record import Kind
-from qrlora_deploy.bench.record import Subject as SubjectRecord
+from qrlora_deploy.bench.report_parts import Kind
+from qrlora_deploy.bench.report_parts import Subject as SubjectRecord
 from qrlora_deploy.bench.subjects import Call, Spec, folder_bytes
 from qrlora_deploy.bench.workload import Workload, token_inputs
 from qrlora_deploy.data.cutting import cut_texts
-from qrlora_deploy.errors import InputError, ProviderError, first_line
+from qrlora_deploy.errors import InputError, ProviderError, argument, first_line
 from qrlora_deploy.installation.parts import need
 from qrlora_deploy.io.files import digest_file
 
@@ -39,15 +39,17 @@ class TorchSubject:
     """
 
     def __init__(self, spec: Spec) -> None:
-        need("train", f"--peer {spec.kind}", ["torch", "transformers"])
+        need("train", argument("peers", [spec.kind]), ["torch", "transformers"])
         import torch
 
         from qrlora_deploy.models.checkpoint import open_checkpoint
 
         if spec.provider == "tensorrt":
-            raise ProviderError(f"--peer {spec.kind} runs on cpu and cuda, not on tensorrt")
+            raise ProviderError(f"{argument('peers', [spec.kind])} runs on cpu and cuda, not on tensorrt")
         if spec.provider == "cuda" and not torch.cuda.is_available():
-            raise ProviderError(f"--peer {spec.kind}: PyTorch finds no CUDA device; pass --provider cpu")
+            raise ProviderError(
+                f"{argument('peers', [spec.kind])}: PyTorch finds no CUDA device; pass {argument('provider', 'cpu')}"
+            )
         self.spec, self._torch = spec, torch
         if spec.threads is not None:
             torch.set_num_threads(spec.threads)
@@ -57,7 +59,7 @@ class TorchSubject:
             checkpoint.require_task_head()
             self._tokenizer, model = checkpoint.tokenizer(), checkpoint.load_model()
         except InputError as error:
-            raise InputError(f"--base {spec.path} cannot be opened: {error}") from error
+            raise InputError(f"{argument('base')} {spec.path} cannot be opened: {error}") from error
         self._vocabulary = int(model.config.vocab_size)
         self._adapters: list[str] = []
         if spec.kind == "peft":
@@ -88,7 +90,9 @@ class TorchSubject:
         try:
             from peft import LoraConfig, get_peft_model
         except ImportError as error:
-            raise InputError(f"--peer peft needs PEFT: {first_line(error)}; pip install peft") from error
+            raise InputError(
+                f"{argument('peers', ['peft'])} needs PEFT: {first_line(error)}; pip install peft"
+            ) from error
         config = LoraConfig(r=LORA_RANK, target_modules=list(self.spec.targets), init_lora_weights=False)
         self._adapters = [f"customer_{index}" for index in range(LORA_ADAPTERS)]
         wrapped = get_peft_model(model, config, adapter_name=self._adapters[0])

@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
-from qrlora_deploy.bench.record import Measurement, Report, shape_name
+from qrlora_deploy.bench.report import Report
+from qrlora_deploy.bench.report_parts import Measurement, shape_name
 
 INK, FAINT = "#010203", "#040506"
 """Stand for the page's colours of text and of lines in the background, and are replaced by them."""

@@ -1,4 +1,4 @@
-"""A benchmark from its plan to its report."""
+"""A benchmark from its settings to its report."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,20 +13,18 @@ from qrlora_deploy.bench.labelled import labelled_files, measure_accuracy, with_
 from qrlora_deploy.bench.limits import describe_limits, machine_differences
 from qrlora_deploy.bench.measurements import compare, compare_earlier, make_measurement
 from qrlora_deploy.bench.opening import open_subject
-from qrlora_deploy.bench.plan import Plan, Progress
-from qrlora_deploy.bench.record import (
+from qrlora_deploy.bench.report import Report, read_report
+from qrlora_deploy.bench.report_parts import (
     Accuracy,
     Capacity,
     Customer,
     Measurement,
     Memory,
     Parity,
-    Report,
     Scenario,
     Settings,
-    read_report,
 )
-from qrlora_deploy.bench.record import Subject as SubjectRecord
+from qrlora_deploy.bench.report_parts import Subject as SubjectRecord
 from qrlora_deploy.bench.scenarios import (
     Stage,
     run_idle_gap,
@@ -36,6 +34,7 @@ from qrlora_deploy.bench.scenarios import (
     run_swap,
     smallest_batch,
 )
+from qrlora_deploy.bench.settings import BenchSettings, Progress
 from qrlora_deploy.bench.subjects import BundleSubject, Spec, Subject, customer_file, largest
 from qrlora_deploy.bench.workload import Workload
 from qrlora_deploy.errors import InputError
@@ -52,13 +51,15 @@ class _Found:
     memory: dict[str, Memory] = field(default_factory=dict)
 
 
-def run_benchmark(plan: Plan, progress: Progress | None = None, data: dict[str, Path] | None = None) -> Report:
+def run_benchmark(
+    settings: BenchSettings, progress: Progress | None = None, data: dict[str, Path] | None = None
+) -> Report:
     """Open everything, measure, compare.
 
     Args:
-        plan: what to do.
+        settings: what to do.
         progress: told (description, done, total).
-        data: customers' labelled files beside those of `plan.labelled`.
+        data: customers' labelled files beside those of `settings.labelled`.
 
     Returns:
         The report without a gate.
@@ -68,30 +69,30 @@ def run_benchmark(plan: Plan, progress: Progress | None = None, data: dict[str, 
         QrloraError: a run failed.
     """
     environment = describe_environment()
-    earlier = read_report(plan.earlier) if plan.earlier is not None else None
-    files = (labelled_files(plan.labelled) if plan.labelled is not None else {}) | (data or {})
-    bundles = open_bundles(plan)
-    specs = make_specs(plan, bundles)
-    workloads = make_workloads(plan, bundles)
-    settings = _settings(plan, workloads)
+    earlier = read_report(settings.earlier) if settings.earlier is not None else None
+    files = (labelled_files(settings.labelled) if settings.labelled is not None else {}) | (data or {})
+    bundles = open_bundles(settings)
+    specs = make_specs(settings, bundles)
+    workloads = make_workloads(settings, bundles)
+    kept = _kept(settings, workloads)
     subjects = _open(specs, workloads, bundles, progress)
     found = _Found()
-    _measure(plan, specs, subjects, workloads, found, progress)
+    _measure(settings, specs, subjects, workloads, found, progress)
     for name, subject in subjects.items():
         if isinstance(subject, BundleSubject) and files:
             _tell(progress, f"accuracy of {name}", 0, 1)
             found.accuracy += measure_accuracy(subject, files)
     first = baseline(specs)
-    comparisons, before, theirs = compare(found.measurements, first, plan.seed), found.accuracy, {first}
+    comparisons, before, theirs = compare(found.measurements, first, settings.seed), found.accuracy, {first}
     if earlier is not None:
-        names, caveat = earlier_names(specs, earlier), "; ".join(machine_differences(environment, settings, earlier))
-        comparisons += compare_earlier(found.measurements, earlier.measurements, names, plan.seed, caveat)
+        names, caveat = earlier_names(specs, earlier), "; ".join(machine_differences(environment, kept, earlier))
+        comparisons += compare_earlier(found.measurements, earlier.measurements, names, settings.seed, caveat)
         before, theirs = earlier.accuracy, set(names.values())
     accuracy = with_reference(found.accuracy, [item for item in before if item.subject in theirs])
     report = Report(
-        settings=settings,
+        settings=kept,
         environment=environment,
-        subjects=[_described(subject, found.memory.get(name), plan) for name, subject in subjects.items()],
+        subjects=[_described(subject, found.memory.get(name), settings) for name, subject in subjects.items()],
         customers=_customers(subjects),
         measurements=found.measurements,
         capacities=found.capacities,
@@ -102,23 +103,23 @@ def run_benchmark(plan: Plan, progress: Progress | None = None, data: dict[str, 
 
 
 def _measure(
-    plan: Plan,
+    settings: BenchSettings,
     specs: Sequence[Spec],
     subjects: dict[str, Subject],
     workloads: Sequence[Workload],
     found: _Found,
     progress: Progress | None,
 ) -> None:
-    """Every scenario of the plan, in the order of the plan."""
-    random = np.random.default_rng(plan.seed)
+    """Every scenario of the settings, in their order."""
+    random = np.random.default_rng(settings.seed)
     simple: dict[Scenario, Callable[[Stage, Workload], list[Measurement]]] = {
         "single-stream": run_single_stream,
         "offline": run_offline,
         "idle-gap": run_idle_gap,
         "swap": run_swap,
     }
-    _fresh(plan, specs, workloads, found, progress)
-    for scenario in plan.scenarios:
+    _fresh(settings, specs, workloads, found, progress)
+    for scenario in settings.scenarios:
         shapes = workloads if scenario in ("single-stream", "offline") else smallest_batch(workloads)
         for workload in shapes if scenario != "cold-start" else ():
             title = f"{scenario} {workload.name}"
@@ -126,7 +127,7 @@ def _measure(
             def tick(share: float, title: str = title) -> None:
                 _tell(progress, title, int(100 * share), 100)
 
-            stage = Stage(plan, subjects, random, tick)
+            stage = Stage(settings, subjects, random, tick)
             if scenario == "server":
                 measured, capacities = run_server(stage, workload)
                 found.measurements += measured
@@ -137,11 +138,15 @@ def _measure(
 
 
 def _fresh(
-    plan: Plan, specs: Sequence[Spec], workloads: Sequence[Workload], found: _Found, progress: Progress | None
+    settings: BenchSettings,
+    specs: Sequence[Spec],
+    workloads: Sequence[Workload],
+    found: _Found,
+    progress: Progress | None,
 ) -> None:
     """Processes of their own: memory of every subject, and the cold starts where they are asked for."""
     first, large = smallest_batch(workloads)[0], largest(workloads)
-    repeats = plan.repeats if "cold-start" in plan.scenarios else 1
+    repeats = settings.repeats if "cold-start" in settings.scenarios else 1
     samples: dict[str, list[float]] = {spec.name: [] for spec in specs}
     for repeat in range(repeats):
         for spec in specs:
@@ -149,7 +154,7 @@ def _fresh(
             samples[spec.name].append(1e3 * fresh.first_answer_s)
             found.memory[spec.name] = fresh.memory
         _tell(progress, "processes of their own", repeat + 1, repeats)
-    if "cold-start" in plan.scenarios:
+    if "cold-start" in settings.scenarios:
         found.measurements += [make_measurement(name, "cold-start", first, values) for name, values in samples.items()]
 
 
@@ -167,10 +172,10 @@ def _open(
     return subjects
 
 
-def _described(subject: Subject, memory: Memory | None, plan: Plan) -> SubjectRecord:
+def _described(subject: Subject, memory: Memory | None, settings: BenchSettings) -> SubjectRecord:
     parity = None
     if isinstance(subject, BundleSubject):
-        found = verify(subject.bundle, plan.provider, plan.threads)
+        found = verify(subject.bundle, settings.provider, settings.threads)
         finite = bool(np.isfinite(found.max_abs_error))
         parity = Parity(
             max_abs_error=found.max_abs_error if finite else None,
@@ -201,24 +206,24 @@ def _customers(subjects: dict[str, Subject]) -> list[Customer]:
     ]
 
 
-def _settings(plan: Plan, workloads: Sequence[Workload]) -> Settings:
+def _kept(settings: BenchSettings, workloads: Sequence[Workload]) -> Settings:
     return Settings(
-        scenarios=list(plan.scenarios),
-        provider=plan.provider,
-        threads=plan.threads,
-        batches=list(plan.batches),
+        scenarios=list(settings.scenarios),
+        provider=settings.provider,
+        threads=settings.threads,
+        batches=list(settings.batches),
         lengths=sorted({workload.length for workload in workloads if workload.length is not None}),
-        data=str(plan.data) if plan.data is not None else "",
-        mix=plan.mix,
-        seconds=plan.seconds,
-        samples=plan.samples,
-        seed=plan.seed,
-        p99_budget_ms=plan.p99_budget_ms,
-        server_runs=plan.server_runs,
-        workers=plan.workers,
-        idle_seconds=plan.idle_seconds,
-        repeats=plan.repeats,
-        swaps_per_s=plan.swaps_per_s,
+        data=str(settings.data) if settings.data is not None else "",
+        mix=settings.mix,
+        seconds=settings.seconds,
+        samples=settings.samples,
+        seed=settings.seed,
+        p99_budget_ms=settings.p99_budget_ms,
+        server_runs=settings.server_runs,
+        workers=settings.workers,
+        idle_seconds=settings.idle_seconds,
+        repeats=settings.repeats,
+        swaps_per_s=settings.swaps_per_s,
     )
 
 

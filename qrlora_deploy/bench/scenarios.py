@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from qrlora_deploy.bench.measurements import make_measurement, measurement_of
-from qrlora_deploy.bench.plan import Plan
-from qrlora_deploy.bench.record import Capacity, Measurement
+from qrlora_deploy.bench.report_parts import Capacity, Measurement
 from qrlora_deploy.bench.rounds import Bounds, Tick, measure_latency, measure_throughput, seconds_of, warm_up
 from qrlora_deploy.bench.serving_load import GIVE_UP, RateSearch, Served, arrivals_for, offer, poisson_arrivals
+from qrlora_deploy.bench.settings import BenchSettings
 from qrlora_deploy.bench.subjects import BundleSubject, Call, Subject, customer_file
 from qrlora_deploy.bench.workload import Workload
 from qrlora_deploy.io.threads import finish
@@ -28,7 +28,7 @@ SWAP_RUNS = 10
 class Stage:
     """What every scenario works with."""
 
-    plan: Plan
+    settings: BenchSettings
     subjects: Mapping[str, Subject]
     random: np.random.Generator
     tick: Tick
@@ -40,37 +40,39 @@ class Stage:
 
 def run_single_stream(stage: Stage, workload: Workload) -> list[Measurement]:
     """One run after the other, each by itself."""
-    bounds = Bounds(stage.plan.seconds, stage.plan.samples)
+    bounds = Bounds(stage.settings.seconds, stage.settings.samples)
     measured = measure_latency(stage.calls(workload), bounds, stage.random, stage.tick)
     return [measurement_of(name, "single-stream", workload, series) for name, series in measured.items()]
 
 
 def run_offline(stage: Stage, workload: Workload) -> list[Measurement]:
     """Runs back to back: rows per second."""
-    bounds = Bounds(stage.plan.seconds, OFFLINE_SAMPLES)
+    bounds = Bounds(stage.settings.seconds, OFFLINE_SAMPLES)
     measured = measure_throughput(stage.calls(workload), workload.batch, bounds, stage.random, stage.tick)
     return [measurement_of(name, "offline", workload, series) for name, series in measured.items()]
 
 
 def run_server(stage: Stage, workload: Workload) -> tuple[list[Measurement], list[Capacity]]:
     """Poisson arrivals at different rates; every request is one batch of the workload."""
-    calls, plan = stage.calls(workload), stage.plan
+    calls, settings = stage.calls(workload), stage.settings
     medians = {name: float(np.median(warm_up(call) + warm_up(call))) for name, call in calls.items()}
-    given = plan.p99_budget_ms
+    given = settings.p99_budget_ms
     budget_s = given / 1e3 if given is not None else BUDGET_OF_MEDIAN * max(medians.values())
-    searches = {name: RateSearch(plan.workers / median, budget_s, plan.server_runs) for name, median in medians.items()}
+    searches = {
+        name: RateSearch(settings.workers / median, budget_s, settings.server_runs) for name, median in medians.items()
+    }
     found: list[Measurement] = []
-    for step in range(plan.server_runs):
+    for step in range(settings.server_runs):
         for name in stage.random.permutation(list(calls)):
             rate = searches[name].next_rate()
             if rate is None:
                 continue
-            arrivals = poisson_arrivals(rate, arrivals_for(rate, plan.seconds), stage.random)
-            latencies, cut = offer(calls[name], arrivals, plan.workers, GIVE_UP * budget_s)
+            arrivals = poisson_arrivals(rate, arrivals_for(rate, settings.seconds), stage.random)
+            latencies, cut = offer(calls[name], arrivals, settings.workers, GIVE_UP * budget_s)
             served = Served(rate, latencies, cut)
             searches[name].tell(served)
             found.append(_served(name, workload, served))
-        stage.tick((step + 1) / plan.server_runs)
+        stage.tick((step + 1) / settings.server_runs)
     capacities = [
         Capacity(
             subject=name,
@@ -98,17 +100,17 @@ def _served(name: str, workload: Workload, served: Served) -> Measurement:
 
 def run_idle_gap(stage: Stage, workload: Workload) -> list[Measurement]:
     """The first run after a rest of the whole process."""
-    calls, plan = stage.calls(workload), stage.plan
+    calls, settings = stage.calls(workload), stage.settings
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         warm_up(call)
-    for repeat in range(plan.repeats):
+    for repeat in range(settings.repeats):
         for name in stage.random.permutation(list(calls)):
             calls[name](repeat)
-            time.sleep(plan.idle_seconds)
+            time.sleep(settings.idle_seconds)
             samples[name].append(1e3 * seconds_of(calls[name], repeat))
-        stage.tick((repeat + 1) / plan.repeats)
-    variant = f"after {plan.idle_seconds:g} s"
+        stage.tick((repeat + 1) / settings.repeats)
+    variant = f"after {settings.idle_seconds:g} s"
     return [make_measurement(name, "idle-gap", workload, values, variant) for name, values in samples.items()]
 
 
@@ -121,11 +123,11 @@ def run_swap(stage: Stage, workload: Workload) -> list[Measurement]:
         def tick(share: float, done: int = index) -> None:
             stage.tick((done + share) / len(able))
 
-        found += _swap_beside(stage.plan, subject, workload, tick)
+        found += _swap_beside(stage.settings, subject, workload, tick)
     return found
 
 
-def _swap_beside(plan: Plan, subject: BundleSubject, workload: Workload, tick: Tick) -> list[Measurement]:
+def _swap_beside(settings: BenchSettings, subject: BundleSubject, workload: Workload, tick: Tick) -> list[Measurement]:
     call = subject.prepare(workload)
     warm_up(call)
     session, swaps = subject.switchable, list[float]()
@@ -141,13 +143,13 @@ def _swap_beside(plan: Plan, subject: BundleSubject, workload: Workload, tick: T
 
     samples: dict[str, list[float]] = {"no swaps": [], "with swaps": []}
     started, turn = time.perf_counter(), 0
-    while len(samples["with swaps"]) < plan.samples and time.perf_counter() - started < plan.seconds:
+    while len(samples["with swaps"]) < settings.samples and time.perf_counter() - started < settings.seconds:
         for variant, values in samples.items():
-            with _Repeating(swap, plan.swaps_per_s if variant == "with swaps" else None):
+            with _Repeating(swap, settings.swaps_per_s if variant == "with swaps" else None):
                 for _ in range(SWAP_RUNS):
                     values.append(1e3 * seconds_of(call, turn))
                     turn += 1
-        tick(min(1.0, (time.perf_counter() - started) / plan.seconds))
+        tick(min(1.0, (time.perf_counter() - started) / settings.seconds))
     samples["swap"] = swaps
     name = subject.record.name
     return [make_measurement(name, "swap", workload, values, variant) for variant, values in samples.items() if values]

@@ -7,10 +7,10 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from qrlora_deploy.bench.record import Kind
-from qrlora_deploy.bench.record import Subject as SubjectRecord
+from qrlora_deploy.bench.report_parts import Kind
+from qrlora_deploy.bench.report_parts import Subject as SubjectRecord
 from qrlora_deploy.bench.workload import LENGTHS, Workload, token_inputs
-from qrlora_deploy.errors import InputError, ProviderError
+from qrlora_deploy.errors import InputError, ProviderError, argument
 from qrlora_deploy.formats.coefficients import SUFFIX
 from qrlora_deploy.formats.customer_files import customer_ids, read_customer
 from qrlora_deploy.io.files import digest_file
@@ -210,8 +210,7 @@ def check_workloads(bundle: Bundle, workloads: Sequence[Workload]) -> None:
     most = bundle.manifest.max_length
     long = sorted({workload.length for workload in workloads if workload.length and workload.length > most})
     if long:
-        shown = ", ".join(map(str, long))
-        raise InputError(f"--length {shown}: {bundle.folder} takes at most {most} tokens")
+        raise InputError(f"{argument('lengths', long)}: {bundle.folder} takes at most {most} tokens")
 
 
 def _buckets(spec: Spec, bundle: Bundle, workloads: Sequence[Workload]) -> Buckets | None:
@@ -219,7 +218,7 @@ def _buckets(spec: Spec, bundle: Bundle, workloads: Sequence[Workload]) -> Bucke
     if not spec.cuda_graph or not workloads:
         return None
     if spec.provider != "cuda":
-        raise InputError(f"--cuda-graph needs --provider cuda, not {spec.provider}")
+        raise InputError(f"{argument('cuda_graph')} needs {argument('provider', 'cuda')}, not {spec.provider}")
     most = bundle.manifest.max_length
     fixed = {workload.length for workload in workloads if workload.length}
     steps = {min(length, most) for length in LENGTHS} if any(w.length is None for w in workloads) else set()

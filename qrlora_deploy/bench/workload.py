@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qrlora_deploy.bench.record import shape_name
+from qrlora_deploy.bench.report_parts import shape_name
 from qrlora_deploy.errors import InputError
 
 TURNS = 64

@@ -20,8 +20,8 @@ from qrlora_deploy.errors import CheckFailed, InputError
 
 if TYPE_CHECKING:
     from qrlora_deploy.bench.gate_file import GateRules
-    from qrlora_deploy.bench.plan import Plan
-    from qrlora_deploy.bench.record import Report
+    from qrlora_deploy.bench.report import Report
+    from qrlora_deploy.bench.settings import BenchSettings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -173,21 +173,21 @@ def command(bundles: tuple[Path, ...], gate: Path | None, output: Path, **settin
     """
     from qrlora_deploy.bench.gate import judge
     from qrlora_deploy.bench.gate_file import labelled_data, read_gate
-    from qrlora_deploy.bench.plan import Plan
     from qrlora_deploy.bench.run import run_benchmark
+    from qrlora_deploy.bench.settings import BenchSettings
     from qrlora_deploy.io.outputs import check_report_folder
 
-    plan = Plan(bundles=bundles, **settings)
+    chosen = BenchSettings(bundles=bundles, **settings)
     _refuse_idle(settings)
     rules, data = None, dict[str, Path]()
     if gate is not None:
         rules = read_gate(gate)
         data = labelled_data(rules, gate)
-        _check_measured(rules, plan, data)
+        _check_measured(rules, chosen, data)
     check_report_folder(output)
     _check_reports_alone(output)
     with progress_bar() as progress:
-        report = run_benchmark(plan, progress, data)
+        report = run_benchmark(chosen, progress, data)
     if rules is not None and gate is not None:
         report = report.model_copy(update={"gate": judge(report, rules, gate.name)})
     return _output(report, _write(report, output))
@@ -202,12 +202,12 @@ def _refuse_idle(settings: dict[str, Any]) -> None:
     refuse_idle(["mix"], settings["customers"] is not None, "there are --customers")
 
 
-def _check_measured(rules: "GateRules", plan: "Plan", data: dict[str, Path]) -> None:
+def _check_measured(rules: "GateRules", settings: "BenchSettings", data: dict[str, Path]) -> None:
     """Refuse a gate that cannot be met by what is measured, before minutes are spent."""
     wanted: set[str] = {rule.scenario for rule in rules.latency}
     wanted |= {"offline"} if rules.throughput else set()
     wanted |= {"server"} if rules.capacity is not None else set()
-    missing = sorted(wanted - set(plan.scenarios))
+    missing = sorted(wanted - set(settings.scenarios))
     if missing:
         options = " ".join(f"--scenario {name}" for name in missing)
         raise InputError(f"--gate has rules for what is not measured: add {options}")
@@ -216,16 +216,16 @@ def _check_measured(rules: "GateRules", plan: "Plan", data: dict[str, Path]) -> 
     absent = [str(path) for path in data.values() if not is_file(path)]
     if absent:
         raise InputError(f"--gate names labelled files that do not exist: {', '.join(absent)}")
-    if rules.accuracy is not None and not data and plan.labelled is None:
+    if rules.accuracy is not None and not data and settings.labelled is None:
         raise InputError("--gate has rules for the accuracy: give --labelled, or name files under [accuracy.data]")
     ratios = any(rule.max_ratio for rule in rules.latency) or any(rule.min_ratio for rule in rules.throughput)
-    if ratios and plan.reference is None and len(plan.bundles) == 1 and plan.cuda_graph != "both":
+    if ratios and settings.reference is None and len(settings.bundles) == 1 and settings.cuda_graph != "both":
         raise InputError("--gate has rules for ratios: give --reference, or a second bundle")
 
 
 def _check_reports_alone(folder: Path) -> None:
     """Refuse to replace a file that has the name of a report and is none."""
-    from qrlora_deploy.bench.record import is_report
+    from qrlora_deploy.bench.report import is_report
 
     file = folder / f"report.{REPORTS[0]}"
     if file.exists() and not is_report(file):
@@ -236,7 +236,7 @@ def _write(report: "Report", folder: Path) -> dict[str, str]:
     """The three files, by suffix; all of them are written, or none."""
     from qrlora_deploy.bench.markdown import render_markdown
     from qrlora_deploy.bench.page import render_page
-    from qrlora_deploy.bench.record import write_report
+    from qrlora_deploy.bench.report import write_report
     from qrlora_deploy.io.files import atomic_files
 
     with atomic_files(folder) as temporary:
@@ -247,7 +247,7 @@ def _write(report: "Report", folder: Path) -> dict[str, str]:
 
 
 def _output(report: "Report", files: dict[str, str]) -> Output:
-    from qrlora_deploy.bench.tables import sections, verdict_line
+    from qrlora_deploy.bench.sections import sections, verdict_line
 
     failure = None
     if report.gate is not None and not report.gate.passed:

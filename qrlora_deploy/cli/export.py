@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @coefficients_option(required=False)
 @output_option("File or folder to write; of an ONNX bundle a folder.")
 @click.option("--merge", is_flag=True, help="One customer as plain weights; needs --coefficients.")
-@click.option(FORMAT, "format_name", default=DEFAULT, show_default=True, help="Name of an exporter.")
+@click.option(FORMAT, default=DEFAULT, show_default=True, help="Name of an exporter.")
 @column_options
 @common
 def command(
@@ -32,7 +32,7 @@ def command(
     coefficients: Path | None,
     output: Path,
     merge: bool,
-    format_name: str,
+    format: str,
     text_column: str | None,
     label_column: str | None,
     **options: Any,
@@ -56,7 +56,7 @@ def command(
     from qrlora_deploy.exporting.job import ExportJob
     from qrlora_deploy.exporting.registry import find_exporter
 
-    exporter = find_exporter(format_name)
+    exporter = find_exporter(format)
     has_customer = coefficients is not None
     check_customer(exporter, has_customer)
     if (merge and not has_customer) or (exporter.needs_customer is None and merge != has_customer):

@@ -65,9 +65,12 @@ def named_format(arguments: Sequence[str]) -> str:
     return found
 
 
-def _click_option(name: str, facts: "OptionFacts") -> click.Option:
-    from qrlora_deploy.exporting.options import option_name
+def option_name(field: str) -> str:
+    """How the command line calls a field."""
+    return f"--{field.replace('_', '-')}"
 
+
+def _click_option(name: str, facts: "OptionFacts") -> click.Option:
     shown = None if facts.default in (None, 0) else str(facts.default)
     if facts.kind is bool:
         return click.Option([option_name(name), name], is_flag=True, help=facts.help)

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import click
 
 from qrlora_deploy.cli.signals import Terminated, heard, raised_signals
-from qrlora_deploy.errors import QrloraError, first_line, shortened
+from qrlora_deploy.errors import QrloraError, first_line, options_for_arguments, shortened
 from qrlora_deploy.version import __version__
 
 COMMANDS = (
@@ -35,7 +35,10 @@ COMMANDS = (
     "verify",
     "predict",
     "pack",
+    "customers",
+    "serve",
     "bench",
+    "keys",
     "doctor",
 )
 """In the order of the work; each is a module of this package with a `command`,
@@ -88,14 +91,13 @@ class LazyGroup(click.Group):
             return None
         if isinstance(ctx.obj, State):
             ctx.obj.command = cmd_name
-        module = importlib.import_module(f"qrlora_deploy.cli.{cmd_name.replace('-', '_')}")
-        command: click.Command = module.command
-        return command
+        return _load(cmd_name)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command. An EOFError of a library is no Ctrl-D, for which click takes it."""
+        """Run the command; messages name options. An EOFError of a library is no Ctrl-D, for which click takes it."""
         try:
-            return super().invoke(ctx)
+            with options_for_arguments(lambda name: option_of(name, ctx.invoked_subcommand)):
+                return super().invoke(ctx)
         except EOFError as error:
             raise _EndOfFile from error
         except KeyboardInterrupt as error:
@@ -127,6 +129,31 @@ class LazyGroup(click.Group):
             _end_interrupted(state, interrupted)
         # Without standalone mode click returns the code of --help and --version instead of exiting.
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def option_of(argument: str, running: str | None = None) -> str:
+    """The option that sets an argument of the library, as click knows it; a positional argument in capitals.
+
+    Args:
+        argument: its name in Python, which is the name of the click parameter.
+        running: the command that is asked first. Others come after it, for a message may name what another one was
+            given: a bundle that was exported without `--head-labels`.
+    """
+    for command in (*filter(None, [running]), *COMMANDS):
+        for parameter in _load(command).params:
+            if parameter.name == argument:
+                # Some have a short form beside, such as `-o`.
+                positional = isinstance(parameter, click.Argument)
+                return parameter.human_readable_name if positional else max(parameter.opts, key=len)
+    from qrlora_deploy.cli.exporter_options import option_name
+
+    return option_name(argument)  # of an exporter, whose options have no other names
+
+
+def _load(name: str) -> click.Command:
+    module = importlib.import_module(f"qrlora_deploy.cli.{name.replace('-', '_')}")
+    command: click.Command = module.command
+    return command
 
 
 class _EndOfFile(Exception):

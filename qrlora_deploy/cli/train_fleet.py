@@ -67,8 +67,8 @@ def command(
     from qrlora_deploy.formats.basis import read_basis
     from qrlora_deploy.models.checkpoint import open_checkpoint
     from qrlora_deploy.models.locating import recorded_place
+    from qrlora_deploy.training.fleet.customers import FleetSource, Shard
     from qrlora_deploy.training.fleet.options import FleetOptions
-    from qrlora_deploy.training.fleet.plan import FleetSource, Shard
     from qrlora_deploy.training.fleet.run import train_fleet
     from qrlora_deploy.training.settings import TrainSettings, choose_device
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     help="With --coefficients: the base, a folder or hub name. May be left out where the one of that name is found.",
 )
 @click.option("--data", help="With --coefficients: texts of your own to compare on.")
-@click.option(FORMAT, "format_name", default=DEFAULT, show_default=True, help="Name of the exporter that wrote BUNDLE.")
+@click.option(FORMAT, default=DEFAULT, show_default=True, help="Name of the exporter that wrote BUNDLE.")
 @column_options
 @provider_option
 @common
@@ -40,7 +40,7 @@ def command(
     basis: Path | None,
     base: str | None,
     data: str | None,
-    format_name: str,
+    format: str,
     text_column: str | None,
     label_column: str | None,
     provider: str,
@@ -62,9 +62,9 @@ def command(
     from qrlora_deploy.exporting.exporter import Verifier
     from qrlora_deploy.exporting.registry import find_exporter
 
-    exporter = find_exporter(format_name)
+    exporter = find_exporter(format)
     if not isinstance(exporter, Verifier):
-        raise InputError(f"{FORMAT} {format_name}: this exporter has no check of what it wrote, so there is no verify")
+        raise InputError(f"{FORMAT} {format}: this exporter has no check of what it wrote, so there is no verify")
     original = None
     if coefficients is not None:
         original = _original(coefficients, basis, base, data, (text_column, label_column))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qrlora_deploy.data.readers import Columns
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, argument
 
 PAIR_COLUMNS = (
     ("sentence1", "sentence2"),
@@ -35,7 +35,7 @@ def text_names(source: str, columns: Columns, given: str | None) -> tuple[str, .
         missing = [name for name in names if name not in columns]
         if missing or len(names) > 2:
             problem = f"no column {', '.join(missing)}" if missing else "more than two text columns"
-            raise InputError(f"{source}: {problem} (--text-column {given}); it has {_listed(columns)}")
+            raise InputError(f"{source}: {problem} ({argument('text_column', given)}); it has {_listed(columns)}")
         return names
     for pair in PAIR_COLUMNS:
         if all(name in columns for name in pair):
@@ -43,7 +43,9 @@ def text_names(source: str, columns: Columns, given: str | None) -> tuple[str, .
     for name in TEXT_COLUMNS:
         if name in columns:
             return (name,)
-    raise InputError(f"{source}: which column is the text? It has {_listed(columns)}; name one by --text-column")
+    raise InputError(
+        f"{source}: which column is the text? It has {_listed(columns)}; name one by {argument('text_column')}"
+    )
 
 
 def label_name_of(source: str, columns: Columns, given: str | None) -> str:
@@ -55,8 +57,8 @@ def label_name_of(source: str, columns: Columns, given: str | None) -> str:
     for name in (given.strip(),) if given is not None else LABEL_COLUMNS:
         if name in columns:
             return name
-    problem = f"no column {given} (--label-column)" if given else "which column is the label?"
-    raise InputError(f"{source}: {problem} It has {_listed(columns)}; name one by --label-column")
+    problem = f"no column {given} ({argument('label_column')})" if given else "which column is the label?"
+    raise InputError(f"{source}: {problem} It has {_listed(columns)}; name one by {argument('label_column')}")
 
 
 def _listed(columns: Columns) -> str:

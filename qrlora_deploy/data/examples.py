@@ -21,7 +21,7 @@ from qrlora_deploy.data.labels import Label, column_labels, is_unicode, rows_tex
 from qrlora_deploy.data.lines import place_of
 from qrlora_deploy.data.readers import READERS, Table, read_table, unique_names
 from qrlora_deploy.data.tagged import read_words, tags_of_spans, tags_of_words
-from qrlora_deploy.errors import InputError, library_errors
+from qrlora_deploy.errors import InputError, argument, library_errors
 from qrlora_deploy.tokenization.words import Place, joined
 
 HUB_NAME = re.compile(r"(?P<name>[\w\-][\w.\-]*(?:/[\w.\-]+)?)(?::(?P<config>[\w.\-]+))?")
@@ -194,7 +194,9 @@ def _tagged_examples(source: str, table: Table, text_column: str | None, label_c
     else:
         texts = _text_columns(source, table, text_column)
         if len(texts) > 1:
-            raise InputError(f"{source}: tags belong to the words of one text, not of a pair; name it by --text-column")
+            raise InputError(
+                f"{source}: tags belong to the words of one text, not of a pair; name it by {argument('text_column')}"
+            )
         rows = tags_of_spans(source, tags, texts[0], columns[tags])
     return Examples([row[0] for row in rows], None, [row[2] for row in rows], source, [row[1] for row in rows])
 

@@ -15,6 +15,7 @@ import pyarrow.parquet
 from qrlora_deploy.data.json_lines import read_objects
 from qrlora_deploy.data.lines import lines_of
 from qrlora_deploy.data.row_scan import check_rows, count_columns, header_of, marked_text, without_marks
+from qrlora_deploy.data.tagged import names_of_tags, with_names
 from qrlora_deploy.errors import InputError, first_line, library_errors
 
 Columns = dict[str, Sequence[Any]]
@@ -222,6 +223,9 @@ def _read_parquet(path: Path, customer_column: str | None) -> Table:
             columns[name], wrong = _values(column)
         for row in wrong:
             broken[row] = True
+    for name, names_of in names_of_tags(table.schema.metadata).items():
+        if name in columns:
+            columns[name] = with_names(columns[name], names_of)
     found = Table(columns)
     return _without(path, found, customer_column, broken, str, count(1)) if any(broken) else found
 

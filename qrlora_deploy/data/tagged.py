@@ -1,6 +1,7 @@
 """Rows whose words have tags: lists of words and tags, or texts with spans of characters."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qrlora_deploy.data.labels import is_unicode, text_of
@@ -14,6 +15,30 @@ OUTSIDE = "O"
 
 Tagged = tuple[str, tuple[Place, ...], tuple[str, ...]]
 """A text, the places of its words, and a tag for each."""
+
+
+def names_of_tags(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
+    """The names of numbers in columns of lists, as `datasets` notes them beside the columns of a Parquet file.
+
+    Args:
+        metadata: of the file's schema; notes that cannot be read are none.
+    """
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        inner = {name: feature.get("feature") for name, feature in features.items()}
+        found = {name: feature.get("names") for name, feature in inner.items() if isinstance(feature, dict)}
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return {}
+    return {name: names for name, names in found.items() if isinstance(names, list)}
+
+
+def with_names(values: Sequence[Any], names: Sequence[str]) -> list[Any]:
+    """A column of lists with names for the numbers in them; what has no name stays."""
+    known = dict(enumerate(names))
+    return [
+        [known.get(tag, tag) if type(tag) is int else tag for tag in value] if isinstance(value, list) else value
+        for value in values
+    ]
 
 
 def read_words(source: str, name: str, values: Sequence[Any]) -> list[tuple[str, ...]]:

@@ -4,8 +4,8 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from qrlora_deploy.errors import InputError
-from qrlora_deploy.exporting.options import facts_of, make_options, option_name
+from qrlora_deploy.errors import InputError, argument
+from qrlora_deploy.exporting.options import facts_of, make_options
 from qrlora_deploy.exporting.registry import all_exporters
 
 if TYPE_CHECKING:
@@ -29,8 +29,11 @@ def choose_options(
     """
     reading = [name for name, facts in facts_of(exporter.options).items() if facts.reads]
     if (text_column or label_column) and not given.keys() & set(reading):
-        which = " or ".join(map(option_name, reading)) or f"data, and --format {exporter.name} reads none"
-        raise InputError(f"--text-column and --label-column name columns of {which}; give that, or leave them out")
+        which = " or ".join(map(argument, reading)) or f"data, and {argument('format', exporter.name)} reads none"
+        raise InputError(
+            f"{argument('text_column')} and {argument('label_column')} name columns of {which}; "
+            "give that, or leave them out"
+        )
     values = {name: _read(exporter, name, value, text_column, label_column) for name, value in given.items()}
     return make_options(exporter, values, all_exporters())
 
@@ -54,9 +57,13 @@ def check_customer(exporter: "Exporter", given: bool) -> None:
         InputError: saying which.
     """
     if exporter.needs_customer and not given:
-        raise InputError(f"--format {exporter.name} writes one customer; give it by --coefficients")
+        raise InputError(
+            f"{argument('format', exporter.name)} writes one customer; give it by {argument('coefficients')}"
+        )
     if exporter.needs_customer is False and given:
-        raise InputError(f"--format {exporter.name} writes a form for all customers; leave --coefficients out")
+        raise InputError(
+            f"{argument('format', exporter.name)} writes a form for all customers; leave {argument('coefficients')} out"
+        )
 
 
 def check_output(exporter: "Exporter", output: Any) -> None:

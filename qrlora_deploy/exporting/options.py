@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, argument
 
 if TYPE_CHECKING:
     from qrlora_deploy.exporting.exporter import Exporter
@@ -70,11 +70,6 @@ def facts_of(options: type[Any]) -> dict[str, OptionFacts]:
     return {field.name: field.metadata["option"] for field in dataclasses.fields(options)}
 
 
-def option_name(field: str) -> str:
-    """How the command line calls a field."""
-    return f"--{field.replace('_', '-')}"
-
-
 def make_options(exporter: "Exporter", given: Mapping[str, Any], others: Iterable["Exporter"] = ()) -> Any:
     """An exporter's options from those that were given; the rest have their defaults.
 
@@ -88,9 +83,9 @@ def make_options(exporter: "Exporter", given: Mapping[str, Any], others: Iterabl
     """
     for name in given:
         if name not in facts_of(exporter.options):
-            having = [f"--format {other.name}" for other in others if name in facts_of(other.options)]
+            having = [argument("format", other.name) for other in others if name in facts_of(other.options)]
             raise InputError(
-                f"{option_name(name)} is no option of --format {exporter.name}; "
+                f"{argument(name)} is no option of {argument('format', exporter.name)}; "
                 + (f"it belongs to {' and '.join(having)}" if having else "no exporter has it")
             )
     return exporter.options(**given)

@@ -4,8 +4,8 @@ import dataclasses
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
-from qrlora_deploy.errors import InputError, QrloraError, library_errors
-from qrlora_deploy.exporting.options import RESERVED, option_name
+from qrlora_deploy.errors import InputError, QrloraError, argument, library_errors
+from qrlora_deploy.exporting.options import RESERVED
 
 if TYPE_CHECKING:
     from qrlora_deploy.exporting.exporter import Exporter
@@ -37,10 +37,12 @@ def find_exporter(name: str) -> "Exporter":
     found = [point for point in registered if point.name == name]
     if not found:
         names = sorted({point.name for point in registered})
-        raise InputError(f"--format {name}: no such exporter; there are {', '.join(names)}")
+        raise InputError(f"{argument('format', name)}: no such exporter; there are {', '.join(names)}")
     if len(found) > 1:
         owners = sorted(f"{_package(point)} ({point.value})" for point in found)
-        raise InputError(f"--format {name} is registered more than once, by {' and '.join(owners)}; remove one of them")
+        raise InputError(
+            f"{argument('format', name)} is registered more than once, by {' and '.join(owners)}; remove one of them"
+        )
     return _load(found[0])
 
 
@@ -66,7 +68,7 @@ def _load(point: EntryPoint) -> "Exporter":
     if point in BUILT_IN:
         exporter = point.load()
         return exporter
-    who = f"--format {point.name}: the exporter of {_package(point)}"
+    who = f"{argument('format', point.name)}: the exporter of {_package(point)}"
     with library_errors(f"{who} cannot be loaded", InputError):
         exporter = point.load()
     problem = _problem(exporter, point.name)
@@ -90,7 +92,7 @@ def _problem(exporter: Any, name: str) -> str | None:
     wrong = [field.name for field in fields if "option" not in field.metadata or field.default is dataclasses.MISSING]
     if wrong:
         return f"has options that were not made by `option`: {', '.join(wrong)}"
-    taken = [option_name(field.name) for field in fields if field.name in RESERVED]
+    taken = [argument(field.name) for field in fields if field.name in RESERVED]
     return f"has options that `export` has itself: {', '.join(taken)}" if taken else None
 
 

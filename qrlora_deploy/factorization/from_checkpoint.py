@@ -8,7 +8,7 @@ from importlib.metadata import version
 import numpy as np
 import torch
 
-from qrlora_deploy.errors import InputError, ProviderError
+from qrlora_deploy.errors import InputError, ProviderError, argument
 from qrlora_deploy.factorization.decomposition import (
     bytes_of_one,
     diagonal_of,
@@ -53,9 +53,12 @@ def factorize(
         ProviderError: CUDA was asked for where there is none.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise ProviderError("--device cuda was asked for, but PyTorch finds no CUDA device; use --device cpu")
+        raise ProviderError(
+            f"{argument('device', 'cuda')} was asked for, but PyTorch finds no CUDA device; "
+            f"use {argument('device', 'cpu')}"
+        )
     if device not in ("cpu", "cuda"):
-        raise InputError(f"--device must be cpu or cuda, not {device}")
+        raise InputError(f"{argument('device')} must be cpu or cuda, not {device}")
     checkpoint.check_base()
     _check_rank(checkpoint, names, rule)
     done: dict[str, BasisTarget] = {}
@@ -74,7 +77,10 @@ def _check_rank(checkpoint: Checkpoint, names: list[str], rule: RankRule) -> Non
         return
     most = max(min(checkpoint.skeleton().get_parameter(f"{name}.weight").shape) for name in names)
     if rule.rank > most:
-        raise InputError(f"--rank {rule.rank} is more than the chosen layers allow; give {most} at most, or --tau")
+        raise InputError(
+            f"{argument('rank', rule.rank)} is more than the chosen layers allow; "
+            f"give {most} at most, or {argument('tau')}"
+        )
 
 
 Factors = tuple[str, np.ndarray, np.ndarray, np.ndarray]

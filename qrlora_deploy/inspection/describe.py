@@ -27,7 +27,7 @@ MANIFEST = "manifest.json"
 PACKED = "qrlora-packed"
 """Named here as well: files of the other kinds are read without the runtime's dependencies."""
 
-PEFT = "an adapter of PEFT, which this project writes (`export --format peft`) and does not read"
+PEFT = "an adapter of PEFT, which this project writes (`export` in the format peft) and does not read"
 
 GGUF = b"GGUF"
 """How such files begin."""

@@ -27,7 +27,7 @@ def check_plot_path(path: Path) -> None:
         InputError: its suffix is not one of `SUFFIXES`.
     """
     if path.suffix.lower() not in SUFFIXES:
-        raise InputError(f"--plot {path}: the name must end with {', '.join(SUFFIXES)}")
+        raise InputError(f"{path}: the name of a plot must end with {', '.join(SUFFIXES)}")
 
 
 def plot_basis(basis: Basis, path: Path) -> None:

@@ -23,7 +23,8 @@ from qrlora_deploy.models.adapter import (
     resolve_layer,
     set_coefficients,
 )
-from qrlora_deploy.models.checkpoint import Checkpoint, check_basis_fits
+from qrlora_deploy.models.basis_fit import check_basis_fits
+from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.models.head import check_stored, prepare_head
 from qrlora_deploy.models.targets import is_conv1d
 from qrlora_deploy.models.task_head import task_of

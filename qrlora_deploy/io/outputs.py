@@ -9,7 +9,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.io.temporary import remove_dead
 
 DEVICES, PROCESSES = Path("/dev"), Path("/proc")
@@ -27,9 +27,9 @@ def check_free_folder(path: Path) -> None:
     """
     _refuse_special(path)
     if path.is_symlink():
-        raise InputError(f"{path} is a link; give the name of the folder itself to --output")
+        raise InputError(f"{path} is a link; give the name of the folder itself to {argument('output')}")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{path} already exists; remove it or give another --output")
+        raise InputError(f"{path} already exists; remove it or give another {argument('output')}")
     _check_parent(path)
     remove_dead(path.parent, [path.name])
 
@@ -44,7 +44,7 @@ def check_report_folder(path: Path) -> None:
     """
     _refuse_special(path)
     if (path.exists() or path.is_symlink()) and not path.is_dir():
-        raise InputError(f"{path} is no folder; give the name of a folder to --output")
+        raise InputError(f"{path} is no folder; give the name of a folder to {argument('output')}")
     _check_parent(path)
     remove_dead(path.parent, [path.name])
 
@@ -76,7 +76,7 @@ def check_replaceable(path: Path, kind: str, is_kind: Callable[[Path], bool]) ->
     """
     check_free_file(path)
     if path.is_file() and path.stat().st_size and not is_kind(path):
-        raise InputError(f"{path} already exists and is no {kind}; remove it or give another --output")
+        raise InputError(f"{path} already exists and is no {kind}; remove it or give another {argument('output')}")
 
 
 def prepare_file(path: str | os.PathLike[str], kind: str, is_kind: Callable[[Path], bool]) -> Path:
@@ -132,4 +132,4 @@ def _refuse_special(path: Path) -> None:
         parent = path.absolute().parent.resolve()
         kind = "the system's own" if parent == DEVICES or PROCESSES in (parent, *parent.parents) else None
     if kind is not None:
-        raise InputError(f"{path} is no plain file but {kind}; give another --output")
+        raise InputError(f"{path} is no plain file but {kind}; give another {argument('output')}")

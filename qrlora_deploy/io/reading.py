@@ -67,19 +67,20 @@ def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
         raise FileFormatError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
-def parse_json(text: str, what: str) -> Any:
+def parse_json(text: str, what: str, unique: bool = False) -> Any:
     """A JSON value that whoever walks, prints or stores it can: not too deep, and of whole characters.
 
     Args:
         text: JSON.
         what: file, and what is wrong where it is none, such as "config.json is not JSON".
+        unique: refuse an object with a name twice.
 
     Raises:
         FileFormatError: it is none, is nested deeper than `MAX_NESTING`, or a text in it holds half
             of a surrogate pair.
     """
     with library_errors(what):
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unique if unique else None)
     if SURROGATE.search(text):
         with library_errors(f"{what}: a text in it holds half of a character"):
             json.dumps(value, ensure_ascii=False).encode()
@@ -104,6 +105,13 @@ def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
         raise InputError(f"has the name {twice!r} twice")
     return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    try:
+        return unique_names(pairs)
+    except InputError as error:
+        raise ValueError(f"an object in it {error}") from error
 
 
 def _items(value: Any) -> list[Any]:

@@ -16,7 +16,8 @@ from qrlora_deploy.formats.basis import Basis, BasisTarget
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.formats.provenance import FILE_NAME
 from qrlora_deploy.models.adapter import resolve_layer
-from qrlora_deploy.models.checkpoint import Checkpoint, check_basis_fits
+from qrlora_deploy.models.basis_fit import check_basis_fits
+from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.models.targets import is_conv1d
 
 STORED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from qrlora_deploy.errors import BasisMismatchError, InputError
+from qrlora_deploy.errors import BasisMismatchError, InputError, argument
 from qrlora_deploy.formats.coefficients import Coefficients
 
 MAX_WEIGHT = float(np.finfo(np.float32).max)
@@ -83,7 +83,8 @@ def _check_no_heads(parts: Sequence[tuple[Coefficients, float]], called: Sequenc
         others = [name for name in called if name not in heads]
         beside = f", so they cannot be combined with {', '.join(others)}" if others else ""
         raise InputError(
-            f"{', '.join(heads)}: customers with a head of their own do not add up{beside}; train with --head frozen"
+            f"{', '.join(heads)}: customers with a head of their own do not add up{beside}; "
+            f"train with {argument('head', 'frozen')}"
         )
 
 

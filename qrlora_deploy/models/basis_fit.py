@@ -6,24 +6,24 @@ from qrlora_deploy.errors import BasisMismatchError
 from qrlora_deploy.formats.basis import Basis
 
 
-class Base(Protocol):
-    """What is asked of a `Checkpoint`."""
+class Weights(Protocol):
+    """What is asked of a checkpoint: `Checkpoint` has it."""
 
     @property
     def name(self) -> str:
-        """As the user gave it."""
+        """What messages call it."""
 
     def check_usable(self) -> None:
-        """Refuse a base whose files do not hold its model."""
+        """Make sure that its files are whole."""
 
     def tensor_of(self, module_path: str) -> str:
-        """Name of the weight tensor of a layer."""
+        """The tensor of a target's weight."""
 
     def tensor_digest(self, tensor: str) -> str:
-        """SHA-256 of the stored bytes of one tensor."""
+        """Of a tensor as it is stored."""
 
 
-def check_basis_fits(checkpoint: Base, basis: Basis) -> None:
+def check_basis_fits(checkpoint: Weights, basis: Basis) -> None:
     """Make sure that a basis was made from the weights of this checkpoint.
 
     Raises:

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from qrlora_deploy.errors import InputError, library_errors
-from qrlora_deploy.models.basis_fit import check_basis_fits
 from qrlora_deploy.models.capacity import check_ids
 from qrlora_deploy.models.completeness import is_head
 from qrlora_deploy.models.hub import fetch_snapshot
@@ -31,8 +30,6 @@ from qrlora_deploy.models.tokenizer_files import has_tokenizer, read_tokenizer
 from qrlora_deploy.models.weight_files import StoredTensor, digest_of, read_headers, weight_files
 from qrlora_deploy.tasks.base import Task
 from qrlora_deploy.tasks.registry import TASKS, has_task_head
-
-__all__ = ["Checkpoint", "check_basis_fits", "open_checkpoint"]
 
 
 @dataclass(frozen=True)

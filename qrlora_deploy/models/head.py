@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.formats.config_file import THRESHOLDS_KEY
@@ -29,7 +29,7 @@ def output_layer(model: Any) -> str:
         and not BLOCK.search(f".{name}.")
     ]
     if not found:
-        raise InputError(f"{type(model).__name__} has no linear output layer; use --head frozen")
+        raise InputError(f"{type(model).__name__} has no linear output layer; use {argument('head', 'frozen')}")
     return found[-1]
 
 
@@ -40,7 +40,7 @@ def check_not_adapted(name: str, basis: Basis) -> None:
         InputError: the basis adapts that layer already.
     """
     if name in basis.names:
-        raise InputError(f"the basis adapts the output layer {name} already; use --head frozen")
+        raise InputError(f"the basis adapts the output layer {name} already; use {argument('head', 'frozen')}")
 
 
 def check_stored(names: Iterable[str], checkpoint: Checkpoint) -> None:
@@ -51,7 +51,7 @@ def check_stored(names: Iterable[str], checkpoint: Checkpoint) -> None:
     """
     missing = [name for name in names if name not in checkpoint.tensor_files]
     if missing:
-        raise InputError(f"{checkpoint.name} holds no tensor {', '.join(missing)}; use --head frozen")
+        raise InputError(f"{checkpoint.name} holds no tensor {', '.join(missing)}; use {argument('head', 'frozen')}")
 
 
 def draw_weight(shape: tuple[int, ...], config: Any, seed: int) -> torch.Tensor:

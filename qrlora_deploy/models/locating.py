@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qrlora_deploy.errors import BasisMismatchError, InputError
+from qrlora_deploy.errors import BasisMismatchError, InputError, argument
 from qrlora_deploy.formats.basis import Basis, read_basis
 from qrlora_deploy.formats.coefficients import Coefficients, recorded_place
 from qrlora_deploy.io.reading import is_file
@@ -52,8 +52,10 @@ def locate_basis(coefficients: Coefficients, file: Path, given: Path | None = No
         refused.append(f"{candidate} has digest {basis.digest[:12]}")
     wanted = f"{file} was trained on basis {coefficients.basis_digest[:12]} ({coefficients.basis_file or 'no name'})"
     if refused:
-        raise BasisMismatchError(f"{wanted}, but {'; '.join(refused)}; give the right one with --basis")
-    raise InputError(f"{wanted}, which is neither beside it nor in the current folder; give it with --basis")
+        raise BasisMismatchError(f"{wanted}, but {'; '.join(refused)}; give the right one with {argument('basis')}")
+    raise InputError(
+        f"{wanted}, which is neither beside it nor in the current folder; give it with {argument('basis')}"
+    )
 
 
 def _check_fits(coefficients: Coefficients, basis: Basis, file: Path, given: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from qrlora_deploy.errors import InputError, library_errors
+from qrlora_deploy.errors import InputError, argument, library_errors
 from qrlora_deploy.models.families import BLOCK, FAMILIES
 from qrlora_deploy.models.support import LeftOut, shared_layers
 
@@ -88,14 +88,14 @@ def _fits(pattern: str, name: str) -> bool:
     if name == pattern or name.endswith(f".{pattern}"):
         return True
     # Not re.error alone: deep nesting and large counts end in others.
-    with library_errors(f"--target {pattern!r} is not a regular expression", InputError):
+    with library_errors(f"{argument('targets')} {pattern!r} is not a regular expression", InputError):
         return re.fullmatch(pattern, name) is not None
 
 
 def _keep_last(chosen: list[str], in_blocks: list[str], count: int) -> list[str]:
     blocks = sorted({_block(name) for name in in_blocks})
     if not 1 <= count <= len(blocks):
-        raise InputError(f"--last-layers must be between 1 and {len(blocks)}, not {count}")
+        raise InputError(f"{argument('last_layers')} must be between 1 and {len(blocks)}, not {count}")
     kept = [name for name in chosen if BLOCK.search(f".{name}") and _block(name) in blocks[-count:]]
     if not kept:
         raise InputError(f"none of the chosen layers is in the last {count} blocks")

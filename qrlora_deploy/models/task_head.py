@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.models.model_config import is_encoder
 from qrlora_deploy.tasks.base import TASK_FIELD
 from qrlora_deploy.tasks.registry import BY_NAME, has_task_head, task_of_config
@@ -44,5 +44,5 @@ def check_task_head(name: str, config: Any, architecture: str, task: str) -> Non
     if not has_task_head(architecture) and not (headless and is_encoder(architecture)):
         raise InputError(
             f"{name} is a {architecture} without a task head; give it one with `warmup` first, or take it for "
-            f"embeddings by --task embedding"
+            f"embeddings by {argument('task', 'embedding')}"
         )

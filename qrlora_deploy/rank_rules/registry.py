@@ -18,7 +18,7 @@ BY_KIND: dict[str, type[RankRule]] = {rule.kind: rule for rule in (EnergyShare, 
 
 
 def rule_of(tau: float | None = None, rank: int | None = None) -> RankRule:
-    """The rule that `--tau` or `--rank` asks for; without either, half of the energy.
+    """The rule that `tau` or `rank` asks for; without either, half of the energy.
 
     Raises:
         InputError: both are given, or one is out of range.

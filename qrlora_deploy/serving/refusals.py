@@ -51,6 +51,12 @@ class TooLargeError(RefusalError):
     kind = "too_large"
 
 
+class SlowClientError(RefusalError):
+    """A client takes too long to send its request, or has gone."""
+
+    kind = "slow"
+
+
 class UnauthenticatedError(RefusalError):
     """No key, or one that is not known or has expired."""
 
@@ -88,6 +94,7 @@ STATUS: dict[str, Status] = {
     "unknown_customer": Status(404, "NOT_FOUND"),
     "not_found": Status(404, "NOT_FOUND"),
     "too_large": Status(413, "INVALID_ARGUMENT"),
+    "slow": Status(408, "DEADLINE_EXCEEDED"),
     "overloaded": Status(429, "RESOURCE_EXHAUSTED"),
     "quota": Status(429, "RESOURCE_EXHAUSTED"),
     "not_ready": Status(503, "UNAVAILABLE"),

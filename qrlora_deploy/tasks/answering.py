@@ -21,8 +21,11 @@ class Answering:
     thresholds: tuple[float, ...] = ()
 
     def own(self, logits: np.ndarray) -> np.ndarray:
-        """Of logits `[outputs]` or `[tokens, outputs]` the customer's: behind its own labels a customer has -inf."""
-        return logits[..., : len(self.labels)]
+        """Of logits `[outputs]` or `[tokens, outputs]` the customer's: behind its own labels a customer has -inf.
+
+        All of them where outputs have no names.
+        """
+        return logits[..., : len(self.labels)] if self.labels else logits
 
     def answer(self, task: Task, logits: np.ndarray, words: LocatedWords | None = None) -> Answer:
         """What the logits of a row say of its text; `words` of the text, where each has an answer."""

@@ -270,6 +270,10 @@ class Task(ABC):
         index = label_index(names)
         return {output_of(index, name) for name in found} == {output_of(index, name) for name in expected}
 
+    def scores(self, logits: np.ndarray) -> np.ndarray:
+        """What logits `[labels]` say of each output, fp64 `[labels]`: here of each by itself, as `answer` has it."""
+        return np.array([self.answer(logits[index : index + 1], ("",)).score for index in range(len(logits))])
+
     @abstractmethod
     def agreement(self, logits: np.ndarray, others: np.ndarray) -> np.ndarray:
         """`[n]` fp64, from 0 to 1: the share of equal decisions in each row of two `[n, labels]` or

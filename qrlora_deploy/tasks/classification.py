@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qrlora_deploy.data.labels import quoted
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.tasks.base import Answer, NewHead, Task
 from qrlora_deploy.tasks.counting import divided, named_scores
 from qrlora_deploy.tasks.names import first_row, label_index, label_names, output_of
@@ -98,9 +98,14 @@ class Classification(Task):
 
     def answer(self, logits: np.ndarray, names: Sequence[str], words: LocatedWords | None = None) -> Answer:
         """The most likely class and its probability."""
-        odds = np.exp(logits.astype(np.float64) - logits.max())
         best = int(logits.argmax())
-        return Answer(names[best], float(odds[best] / odds.sum()), (names[best],))
+        return Answer(names[best], float(self.scores(logits)[best]), (names[best],))
+
+    def scores(self, logits: np.ndarray) -> np.ndarray:
+        """The probability of each class."""
+        odds = np.exp(logits.astype(np.float64) - logits.max())
+        found: np.ndarray = odds / odds.sum()
+        return found
 
     def agreement(self, logits: np.ndarray, others: np.ndarray) -> np.ndarray:
         """1 where the most likely class is the same one."""
@@ -120,5 +125,7 @@ def _single(examples: "Examples") -> list[str]:
     """
     lists = {label for label in examples.labels if not isinstance(label, str)}
     if lists:
-        raise InputError(f"{first_row(examples, lists)}, a list; --task multi-label takes any number a row")
+        raise InputError(
+            f"{first_row(examples, lists)}, a list; {argument('task', 'multi-label')} takes any number a row"
+        )
     return [label for label in examples.labels if isinstance(label, str)]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qrlora_deploy.data.labels import canonical
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.tasks.base import Answer, NewHead, Task
 from qrlora_deploy.tasks.names import check_pairs, first_row
 from qrlora_deploy.tasks.pooling import pool, pooling_of
@@ -25,8 +25,6 @@ DEPTH = 10
 
 BLOCK = 1024
 """Rows whose cosines with all second texts are in memory at once."""
-
-NO_HEAD = "embeddings have no output layer: `train --task embedding` takes an encoder as it is; no warmup, no --head"
 
 
 class Embedding(Task):
@@ -62,7 +60,10 @@ class Embedding(Task):
 
     def new_head(self, examples: "Examples") -> NewHead:
         """There is none: always an InputError."""
-        raise InputError(NO_HEAD)
+        raise InputError(
+            f"embeddings have no output layer: `train` with {argument('task', 'embedding')} takes an encoder as it is; "
+            f"no warmup, no {argument('head')}"
+        )
 
     def unknown(self, examples: "Examples", names: Sequence[str]) -> list[str]:
         """None: nothing is named."""

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from qrlora_deploy.data.labels import Label, canonical
 from qrlora_deploy.data.lines import place_of
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, argument
 
 if TYPE_CHECKING:
     from qrlora_deploy.data.examples import Examples
@@ -51,6 +51,6 @@ def check_pairs(examples: "Examples", option: str) -> None:
     """
     if examples.pairs is None:
         raise InputError(
-            f"{examples.name} holds single texts; --task {option} needs pairs: two columns such as text and text_pair, "
-            f"or name them by --text-column FIRST,SECOND"
+            f"{examples.name} holds single texts; {argument('task', option)} needs pairs: "
+            f"two columns such as text and text_pair, or name them by {argument('text_column', 'FIRST,SECOND')}"
         )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qrlora_deploy.data.labels import DECIMAL_COMMA, is_fraction, number_of, quoted, stands_for_no_number
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.tasks.base import Answer, NewHead, Task
 from qrlora_deploy.tasks.names import first_row
 from qrlora_deploy.tokenization.words import LocatedWords
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     import torch
 
     from qrlora_deploy.data.examples import Examples
-
-OR_A_NAME = "or say --task classification if it is a name"
 
 
 class Regression(Task):
@@ -43,15 +41,15 @@ class Regression(Task):
         others = {label for label in labels if not isinstance(label, str) or number_of(label) is None}
         texts = {label for label in others if isinstance(label, str)}
         if others and all(isinstance(label, str) and DECIMAL_COMMA.fullmatch(label) for label in others):
-            raise InputError(f"{first_row(examples, others)}, a number with a comma; write a point, {OR_A_NAME}")
+            raise InputError(f"{first_row(examples, others)}, a number with a comma; write a point, {_or_a_name()}")
         if others and others == texts != set(labels) and all(map(stands_for_no_number, texts)):
             raise InputError(
-                f"{first_row(examples, others)} where the others are numbers; leave such rows out, {OR_A_NAME}"
+                f"{first_row(examples, others)} where the others are numbers; leave such rows out, {_or_a_name()}"
             )
         fractions = {label for label in labels if isinstance(label, str) and is_fraction(label)}
         if others or not fractions:
             return None
-        return f"{first_row(examples, fractions)}; --task classification takes numbers as names"
+        return f"{first_row(examples, fractions)}; {argument('task', 'classification')} takes numbers as names"
 
     def new_head(self, examples: "Examples") -> NewHead:
         """One output, which starts at the mean of the labels, as `Task.new_head`.
@@ -101,3 +99,7 @@ class Regression(Task):
     def agreement(self, logits: np.ndarray, others: np.ndarray) -> np.ndarray:
         """1: a number decides nothing."""
         return np.ones(len(logits))
+
+
+def _or_a_name() -> str:
+    return f"or say {argument('task', 'classification')} if it is a name"

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.io.files import digest_file, flush_file, flush_folder, write_json
 from qrlora_deploy.io.temporary import lock_folder, remove_dead, remove_if_dead, remove_tree, unlocked
 
@@ -124,7 +124,7 @@ def open_work_dir(work_dir: Path, marks: dict[str, Any], resume: bool) -> Path |
     if work_dir.exists() and not work_dir.is_dir():
         raise InputError(f"{work_dir} is a file; the run needs a folder")
     if settings_file.is_file() and not resume:
-        raise InputError(f"{work_dir} holds an earlier run; continue it by --resume or remove it")
+        raise InputError(f"{work_dir} holds an earlier run; continue it by {argument('resume', True)} or remove it")
     if settings_file.is_file():
         _check_same(settings_file, marks)
         return _clean(work_dir)
@@ -154,7 +154,7 @@ def _check_same(settings_file: Path, marks: dict[str, Any]) -> None:
         before = json.loads(settings_file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(
-            f"{settings_file} is damaged; remove {settings_file.parent} and start again without --resume"
+            f"{settings_file} is damaged; remove {settings_file.parent} and start again without {argument('resume')}"
         ) from error
     names = sorted(marks.keys() | before.keys()) if isinstance(before, dict) else ["everything"]
     changed = [name for name in names if not isinstance(before, dict) or before.get(name) != marks.get(name)]
@@ -179,7 +179,9 @@ def run_folder(output: Path, resume: bool) -> Iterator[Path]:
     """
     folder = output.with_name(f".{output.name}.work")
     if resume and not folder.is_dir():
-        raise InputError(f"--resume: no interrupted run of {output} is found ({folder} does not exist)")
+        raise InputError(
+            f"{argument('resume', True)}: no interrupted run of {output} is found ({folder} does not exist)"
+        )
     if not resume:
         _make_new(folder, output)
     descriptor = _lock(folder)
@@ -213,8 +215,8 @@ def _make_new(folder: Path, output: Path) -> None:
         folder.mkdir()
     except FileExistsError:
         raise InputError(
-            f"{folder} holds a run of {output} that was interrupted or is under way; continue it by --resume, "
-            f"or remove {folder} to start again"
+            f"{folder} holds a run of {output} that was interrupted or is under way; "
+            f"continue it by {argument('resume', True)}, or remove {folder} to start again"
         ) from None
     except OSError as error:
         raise InputError(f"{folder} cannot be made: {error.strerror or error}") from error

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from qrlora_deploy.errors import InputError, QrloraError, library_errors
+from qrlora_deploy.errors import InputError, QrloraError, argument, library_errors
 from qrlora_deploy.models.adapter import QRLoRALinear
 from qrlora_deploy.models.capacity import check_ids, max_tokens
 from qrlora_deploy.models.checkpoint import Checkpoint
@@ -108,10 +108,12 @@ class SmallTrainer(Trainer):
         try:
             tensors = safetensors.torch.load_file(folder / TRAINABLE)
         except (OSError, safetensors.SafetensorError) as error:
-            raise InputError(f"{folder / TRAINABLE} cannot be read: {error}; start again without --resume") from error
+            raise InputError(
+                f"{folder / TRAINABLE} cannot be read: {error}; start again without {argument('resume')}"
+            ) from error
         parameters = self.trainable()
         if {name: value.shape for name, value in tensors.items()} != {n: p.shape for n, p in parameters.items()}:
-            raise InputError(f"{folder / TRAINABLE} holds other parameters; start again without --resume")
+            raise InputError(f"{folder / TRAINABLE} holds other parameters; start again without {argument('resume')}")
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(tensors[name])
@@ -133,7 +135,9 @@ class Watch(TrainerCallback):
         """The mean loss of an epoch is known."""
         loss = (logs or {}).get("loss", 0.0)
         if not math.isfinite(loss):
-            raise QrloraError(f"the loss became {loss} in epoch {state.epoch:.0f}; try a smaller --learning-rate")
+            raise QrloraError(
+                f"the loss became {loss} in epoch {state.epoch:.0f}; try a smaller {argument('learning_rate')}"
+            )
 
 
 def training_arguments(folder: Path, settings: RunSettings, rate: float, rows: int, **options: Any) -> Any:
@@ -192,7 +196,9 @@ def load_tokenizer(
     tokenizer = checkpoint.tokenizer()
     limit = max_tokens(model, tokenizer)
     if max_length > limit:
-        raise InputError(f"--max-length {max_length} is more than the {limit} tokens that {checkpoint.name} takes")
+        raise InputError(
+            f"{argument('max_length', max_length)} is more than the {limit} tokens that {checkpoint.name} takes"
+        )
     if new_padding:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -219,7 +225,7 @@ def trainer_parts(task: Task, tokenizer: Any, names: Sequence[str] = ()) -> dict
 def _finite(logits: np.ndarray) -> np.ndarray:
     # The step after the last logged loss may have been the one that was too long.
     if not np.isfinite(logits).all():
-        raise QrloraError("the model answers NaN or Inf: training diverged; try a smaller --learning-rate")
+        raise QrloraError(f"the model answers NaN or Inf: training diverged; try a smaller {argument('learning_rate')}")
     return logits
 
 
@@ -231,7 +237,7 @@ def check_trained(trainer: SmallTrainer) -> None:
     """
     wrong = [name for name, value in trainer.trainable().items() if not bool(value.isfinite().all())]
     if wrong:
-        raise QrloraError(f"training diverged: {wrong[0]} is NaN or Inf; try a smaller --learning-rate")
+        raise QrloraError(f"training diverged: {wrong[0]} is NaN or Inf; try a smaller {argument('learning_rate')}")
 
 
 def evaluate(trainer: Trainer, task: Task) -> dict[str, float]:
@@ -284,7 +290,9 @@ def explained_failures(folder: Path) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise QrloraError("out of GPU memory; try a smaller --batch-size or --max-length") from error
+        raise QrloraError(
+            f"out of GPU memory; try a smaller {argument('batch_size')} or {argument('max_length')}"
+        ) from error
     except (OSError, safetensors.SafetensorError) as error:
         raise QrloraError(f"cannot write in {folder}: {error}") from error
     except RuntimeError as error:

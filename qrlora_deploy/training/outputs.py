@@ -5,7 +5,7 @@ from typing import Any
 
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.data.labels import quoted
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.tasks.base import Task
 from qrlora_deploy.tasks.options import AUTO
@@ -72,8 +72,8 @@ def frozen_outputs(checkpoint: Checkpoint, wanted: str) -> Outputs:
     base = base_outputs(checkpoint)
     if wanted not in (AUTO, base.task.option):
         raise InputError(
-            f"--task {wanted}: the head of {checkpoint.name} is for {base.task.name}; give the base another one by "
-            f"`warmup`, or train one by --head output"
+            f"{argument('task', wanted)}: the head of {checkpoint.name} is for {base.task.name}; "
+            f"give the base another one by `warmup`, or train one by {argument('head', 'output')}"
         )
     return base
 
@@ -84,7 +84,7 @@ def own_outputs(checkpoint: Checkpoint, examples: Examples, wanted: str = "auto"
     Args:
         checkpoint: the base.
         examples: the training data.
-        wanted: "auto", or what `--task` calls a task.
+        wanted: "auto", or the option of a task.
 
     Raises:
         InputError: the labels are all the same, or it is not clear what they are.
@@ -150,10 +150,12 @@ def encode_rows(
     try:
         targets = outputs.task.encode(train, outputs.labels)
     except InputError as error:
-        way = "leave such rows out, or train a head for the labels of --data by --head output"
+        way = (
+            f"leave such rows out, or train a head for the labels of {argument('data')} by {argument('head', 'output')}"
+        )
         raise InputError(f"{error}; {way}" if frozen else str(error)) from error
     try:
         return targets, outputs.task.encode(evaluation, outputs.labels) if evaluation else []
     except InputError as error:
-        more = "" if frozen else ", or give --data examples of it"
-        raise InputError(f"{error}; leave such rows out of --eval{more}") from error
+        more = "" if frozen else f", or give {argument('data')} examples of it"
+        raise InputError(f"{error}; leave such rows out of {argument('evaluation')}{more}") from error

@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
-from qrlora_deploy.errors import InputError, ProviderError
+from qrlora_deploy.errors import InputError, ProviderError, argument
 from qrlora_deploy.tasks.base import Task
 from qrlora_deploy.tasks.options import AUTO
 from qrlora_deploy.tasks.registry import BY_OPTION
@@ -34,7 +34,7 @@ class RunSettings:
         max_length: tokens a row; longer rows are cut.
         seed: of the order of the rows, dropout and a new head.
         device: "auto" (CUDA where there is one), "cpu" or "cuda". CUDA runs in bf16 where it can.
-        task: what the labels are, by what `--task` calls it, or "auto": what they look like.
+        task: what the labels are, by the option of a task, or "auto": what they look like.
 
     Raises:
         InputError: a value is out of range.
@@ -54,15 +54,16 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         if self.task not in (AUTO, *BY_OPTION):
-            raise InputError(f"--task must be one of {', '.join((AUTO, *BY_OPTION))}, not {self.task}")
+            raise InputError(f"{argument('task')} must be one of {', '.join((AUTO, *BY_OPTION))}, not {self.task}")
         for name in ("epochs", "batch_size", "max_length"):
             if not 1 <= getattr(self, name) <= MAX_COUNT:
-                option = f"--{name.replace('_', '-')}"
-                raise InputError(f"{option} must be at least 1 and at most {MAX_COUNT}, not {getattr(self, name)}")
+                raise InputError(
+                    f"{argument(name)} must be at least 1 and at most {MAX_COUNT}, not {getattr(self, name)}"
+                )
         if not 0 <= self.seed < 2**32:
-            raise InputError(f"--seed must be between 0 and {2**32 - 1}, not {self.seed}")
+            raise InputError(f"{argument('seed')} must be between 0 and {2**32 - 1}, not {self.seed}")
         if self.device not in ("auto", "cpu", "cuda"):
-            raise InputError(f"--device must be auto, cpu or cuda, not {self.device}")
+            raise InputError(f"{argument('device')} must be auto, cpu or cuda, not {self.device}")
 
 
 @dataclass(frozen=True)
@@ -97,17 +98,20 @@ class TrainSettings(RunSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.learning_rate is not None:
-            _check_rate("--learning-rate", self.learning_rate)
-        _check_rate("--head-learning-rate", self.head_learning_rate)
+            _check_rate("learning_rate", self.learning_rate)
+        _check_rate("head_learning_rate", self.head_learning_rate)
         if not 1 <= self.patience <= MAX_COUNT:
-            raise InputError(f"--patience must be at least 1 and at most {MAX_COUNT}, not {self.patience}")
+            raise InputError(f"{argument('patience')} must be at least 1 and at most {MAX_COUNT}, not {self.patience}")
         if self.head not in ("frozen", "output"):
-            raise InputError(f"--head must be frozen or output, not {self.head}")
+            raise InputError(f"{argument('head')} must be frozen or output, not {self.head}")
         if self.trunk_cache not in TRUNK_CACHES:
-            raise InputError(f"--trunk-cache must be one of {', '.join(TRUNK_CACHES)}, not {self.trunk_cache}")
+            raise InputError(
+                f"{argument('trunk_cache')} must be one of {', '.join(TRUNK_CACHES)}, not {self.trunk_cache}"
+            )
         if self.dropout and self.trunk_cache not in ("auto", "off"):
             raise InputError(
-                f"--dropout changes what the trunk answers in each step; not with --trunk-cache {self.trunk_cache}"
+                f"{argument('dropout', True)} changes what the trunk answers in each step; "
+                f"not with {argument('trunk_cache', self.trunk_cache)}"
             )
 
     @property
@@ -134,9 +138,11 @@ class TrainSettings(RunSettings):
         if not self.tune_thresholds:
             return
         if not held_out:
-            raise InputError("--tune-thresholds chooses them on held-out rows; give --eval")
+            raise InputError(
+                f"{argument('tune_thresholds')} chooses them on held-out rows; give {argument('evaluation')}"
+            )
         if not task.judges_labels:
-            raise InputError(f"--tune-thresholds: {task.name} decides without thresholds; leave it out")
+            raise InputError(f"{argument('tune_thresholds')}: {task.name} decides without thresholds; leave it out")
 
     def metric_of(self, task: Task) -> str:
         """The metric that chooses the best epoch of a `task`.
@@ -145,7 +151,9 @@ class TrainSettings(RunSettings):
             InputError: the task has no such metric.
         """
         if self.metric is not None and self.metric not in task.metrics:
-            raise InputError(f"--metric must be one of {', '.join(task.metrics)} for {task.name}, not {self.metric}")
+            raise InputError(
+                f"{argument('metric')} must be one of {', '.join(task.metrics)} for {task.name}, not {self.metric}"
+            )
         return self.metric or task.metrics[0]
 
 
@@ -165,8 +173,8 @@ class WarmupSettings(RunSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.mode not in WARMUP_RATES:
-            raise InputError(f"--mode must be full or head, not {self.mode}")
-        _check_rate("--learning-rate", self.rate)
+            raise InputError(f"{argument('mode')} must be full or head, not {self.mode}")
+        _check_rate("learning_rate", self.rate)
 
     @property
     def rate(self) -> float:
@@ -205,11 +213,14 @@ def choose_device(device: str) -> str:
 
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
-        raise ProviderError("--device cuda was asked for, but PyTorch finds no CUDA device; use --device cpu")
+        raise ProviderError(
+            f"{argument('device', 'cuda')} was asked for, but PyTorch finds no CUDA device; "
+            f"use {argument('device', 'cpu')}"
+        )
     return "cuda" if available and device != "cpu" else "cpu"
 
 
-def _check_rate(option: str, rate: float) -> None:
+def _check_rate(name: str, rate: float) -> None:
     # Above, the optimizer overflows fp32 before the loss can say that the run diverged.
     if not 0 < rate <= MAX_RATE:
-        raise InputError(f"{option} must be above 0 and at most {MAX_RATE:g}, not {rate}")
+        raise InputError(f"{argument(name)} must be above 0 and at most {MAX_RATE:g}, not {rate}")

@@ -10,11 +10,12 @@ from torch import nn
 from transformers import DataCollatorWithPadding, EarlyStoppingCallback, TrainerState
 
 from qrlora_deploy.data.examples import Examples, check_alike
-from qrlora_deploy.errors import InputError, QrloraError
+from qrlora_deploy.errors import InputError, QrloraError, argument
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.adapter import QRLoRALinear, attach, get_coefficients, precondition
-from qrlora_deploy.models.checkpoint import Checkpoint, check_basis_fits
+from qrlora_deploy.models.basis_fit import check_basis_fits
+from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.models.head import check_stored, prepare_head
 from qrlora_deploy.training.cached_trainer import (
     CachedModel,
@@ -116,7 +117,7 @@ def train(
     values = get_coefficients(job.adapters)
     head = {name: parameter.detach().float().cpu().numpy() for name, parameter in job.head.items()}
     if not all(np.isfinite(array).all() for array in (values, *head.values())):
-        raise QrloraError("training diverged: a coefficient is NaN or Inf; try a smaller --learning-rate")
+        raise QrloraError(f"training diverged: a coefficient is NaN or Inf; try a smaller {argument('learning_rate')}")
     ran = Ran(
         steps=trainer.state.global_step,
         epochs=round(float(trainer.state.epoch or 0), 2),
@@ -188,7 +189,7 @@ def _cache_trunk(job: _Job, wish: CacheWish) -> tuple[CachedModel | None, str]:
     except InputError as error:
         if wish.wanted == "auto":
             return None, f"off: {error}"
-        raise InputError(f"--trunk-cache {wish.wanted}: {error}") from error
+        raise InputError(f"{argument('trunk_cache', wish.wanted)}: {error}") from error
 
 
 def _build_trainer(

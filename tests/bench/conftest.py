@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from qrlora_deploy.bench.plan import Plan
-from qrlora_deploy.bench.record import SCENARIOS, Report
+from qrlora_deploy.bench.report import Report
+from qrlora_deploy.bench.report_parts import SCENARIOS
 from qrlora_deploy.bench.run import run_benchmark
+from qrlora_deploy.bench.settings import BenchSettings
 from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
 from tests.tiny import LABELS, SENTENCES
 
@@ -33,9 +34,9 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def plan(exported: Path, switchable: Path, customers: Path, labelled: Path) -> Plan:
+def settings(exported: Path, switchable: Path, customers: Path, labelled: Path) -> BenchSettings:
     """Every scenario, as short as it can be."""
-    return Plan(
+    return BenchSettings(
         (exported, switchable),
         customers=customers,
         labelled=labelled,
@@ -52,6 +53,6 @@ def plan(exported: Path, switchable: Path, customers: Path, labelled: Path) -> P
 
 
 @pytest.fixture(scope="session")
-def measured(plan: Plan) -> Report:
-    """What the plan gave."""
-    return run_benchmark(plan)
+def measured(settings: BenchSettings) -> Report:
+    """What the settings gave."""
+    return run_benchmark(settings)

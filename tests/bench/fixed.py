@@ -6,14 +6,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from qrlora_deploy.bench.measurements import compare, make_measurement, measurement_of
-from qrlora_deploy.bench.record import (
+from qrlora_deploy.bench.report import Report
+from qrlora_deploy.bench.report_parts import (
     Accuracy,
     Capacity,
     Customer,
     Environment,
     Memory,
     Parity,
-    Report,
     Settings,
     Subject,
 )

@@ -9,7 +9,8 @@ import pytest
 from qrlora_deploy.bench.gate import judge
 from qrlora_deploy.bench.gate_file import EXAMPLE, GateRules, labelled_data, read_gate
 from qrlora_deploy.bench.measurements import compare, measurement_of
-from qrlora_deploy.bench.record import Gate, Measurement, Memory, Parity, Report
+from qrlora_deploy.bench.report import Report
+from qrlora_deploy.bench.report_parts import Gate, Measurement, Memory, Parity
 from qrlora_deploy.errors import FileFormatError, InputError
 from tests.bench.fixed import SHAPE, good_report, series
 

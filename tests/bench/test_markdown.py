@@ -13,8 +13,9 @@ from qrlora_deploy.bench.gate_file import (
     ThroughputRule,
 )
 from qrlora_deploy.bench.markdown import render_markdown
-from qrlora_deploy.bench.record import SCENARIOS, Customer, Report
-from qrlora_deploy.bench.tables import sections
+from qrlora_deploy.bench.report import Report
+from qrlora_deploy.bench.report_parts import SCENARIOS, Customer
+from qrlora_deploy.bench.sections import sections
 from tests.bench.fixed import good_report
 
 

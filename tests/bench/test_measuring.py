@@ -11,18 +11,20 @@ import pytest
 
 from qrlora_deploy.bench.labelled import _share
 from qrlora_deploy.bench.opening import open_subject
-from qrlora_deploy.bench.plan import Plan
-from qrlora_deploy.bench.record import SCENARIOS, Report, read_report, write_report
+from qrlora_deploy.bench.report import Report, read_report, write_report
+from qrlora_deploy.bench.report_parts import SCENARIOS
 from qrlora_deploy.bench.rounds import MAX_RUNS, MIN_WINDOW, WARMUP_RUNS, Bounds, measure_latency, measure_throughput
 from qrlora_deploy.bench.run import run_benchmark
 from qrlora_deploy.bench.scenarios import _Repeating
 from qrlora_deploy.bench.serving_load import RateSearch, Served, offer, poisson_arrivals
+from qrlora_deploy.bench.settings import BenchSettings
 from qrlora_deploy.bench.subjects import BundleSubject, Spec
 from qrlora_deploy.bench.workload import Workload, text_workloads, token_inputs
+from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import FileFormatError, InputError
 from qrlora_deploy.io.files import digest_file
 from qrlora_deploy.runtime.bundle.bundle import MANIFEST_FILE
-from qrlora_deploy.tasks.names import label_index
+from qrlora_deploy.tasks.classification import Classification
 from tests.bench.fixed import good_report
 from tests.tiny import SENTENCES
 
@@ -142,7 +144,7 @@ def test_rows_of_a_batch_are_different_customers(switchable: Path, customers: Pa
     assert all(not np.array_equal(one, other) for one, other in zip(mixed, base, strict=True))
 
 
-def test_a_whole_run(plan: Plan, measured: Report, exported: Path) -> None:
+def test_a_whole_run(settings: BenchSettings, measured: Report, exported: Path) -> None:
     assert [subject.name for subject in measured.subjects] == ["acme", "switchable"]
     assert measured.subjects[0].digest == digest_file(exported / MANIFEST_FILE)
     assert all(subject.provider == "CPUExecutionProvider" for subject in measured.subjects)
@@ -191,30 +193,30 @@ def test_a_report_is_read_as_it_was_written(measured: Report, tmp_path: Path) ->
             read_report(tmp_path / "wrong.json")
 
 
-def test_an_earlier_report_is_a_reference(plan: Plan, measured: Report, tmp_path: Path) -> None:
+def test_an_earlier_report_is_a_reference(settings: BenchSettings, measured: Report, tmp_path: Path) -> None:
     other = measured.environment.model_copy(update={"host": measured.environment.host | {"cpu": "another"}})
     write_report(measured.model_copy(update={"environment": other}), tmp_path / "before.json")
-    short = replace(plan, bundles=plan.bundles[:1], customers=None, labelled=None, scenarios=("single-stream",))
+    short = replace(settings, bundles=settings.bundles[:1], customers=None, labelled=None, scenarios=("single-stream",))
     found = run_benchmark(replace(short, reference=tmp_path / "before.json"))
     assert {item.baseline for item in found.comparisons} == {"earlier report"}
     assert not any(item.paired for item in found.comparisons)
     assert any("another machine: cpu another then" in note for note in found.notes)
 
 
-def test_wrong_plans_name_the_option(plan: Plan, exported: Path) -> None:
+def test_wrong_plans_name_the_option(settings: BenchSettings, exported: Path) -> None:
     for change, message in (
         ({"bundles": ()}, "at least one bundle"),
-        ({"batches": (0,)}, "--batch must be at least 1"),
-        ({"cuda_graph": "on"}, "--cuda-graph on needs --provider cuda"),
-        ({"peers": ("peft",)}, "--peer peft needs --base"),
-        ({"data": exported}, "--length and --data exclude each other"),
+        ({"batches": (0,)}, "batches must be at least 1"),
+        ({"cuda_graph": "on"}, "cuda_graph='on' needs provider='cuda'"),
+        ({"peers": ("peft",)}, r"peers=\('peft',\) needs base"),
+        ({"data": exported}, "lengths and data exclude each other"),
     ):
         with pytest.raises(InputError, match=message):
-            replace(plan, **change)  # type: ignore[arg-type]
+            replace(settings, **change)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="takes at most 64 tokens"):
-        run_benchmark(replace(plan, lengths=(65,)))
-    with pytest.raises(InputError, match="--customers is for switchable bundles"):
-        run_benchmark(replace(plan, bundles=plan.bundles[:1]))
+        run_benchmark(replace(settings, lengths=(65,)))
+    with pytest.raises(InputError, match="customers is for switchable bundles"):
+        run_benchmark(replace(settings, bundles=settings.bundles[:1]))
 
 
 def test_peers_run_beside_the_bundles(tiny_base: Path, exported: Path) -> None:
@@ -243,5 +245,5 @@ def test_a_report_made_for_tests_is_valid() -> None:
 def test_answers_and_labels_may_be_spelt_otherwise(
     names: tuple[str, ...], found: list[str], expected: list[str], share: float
 ) -> None:
-    answers, labels = [(name,) for name in found], [(name,) for name in expected]
-    assert _share(answers, labels, label_index(names)) == share
+    answers, rows = [(name,) for name in found], Examples(["text"] * len(expected), None, expected, "some.tsv")
+    assert _share(Classification(), answers, rows, names) == share

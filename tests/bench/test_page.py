@@ -13,7 +13,7 @@ from qrlora_deploy.bench.gate import judge
 from qrlora_deploy.bench.gate_file import EXAMPLE, read_gate
 from qrlora_deploy.bench.page import render_page
 from qrlora_deploy.bench.plots import NAME, short
-from qrlora_deploy.bench.record import Report
+from qrlora_deploy.bench.report import Report
 from tests.bench.fixed import good_report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")

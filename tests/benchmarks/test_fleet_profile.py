@@ -8,8 +8,8 @@ import pytest
 from benchmarks.fleet.profile import STAGES, Split, StepView, lines
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.models.checkpoint import open_checkpoint
+from qrlora_deploy.training.fleet.customers import FleetSource
 from qrlora_deploy.training.fleet.options import FleetOptions
-from qrlora_deploy.training.fleet.plan import FleetSource
 from qrlora_deploy.training.fleet.run import train_fleet
 from tests.training.fleet.making import settings_of, write_folders
 

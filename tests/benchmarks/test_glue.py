@@ -351,7 +351,7 @@ def test_a_run_that_fails_is_recorded_and_tried_again_by_the_next_command(make_j
     work_all(job)
     errors = {record["key"]: record["error"] for record in read_records(job.place.records) if "error" in record}
     assert set(errors) == {"tiny/RTE/warmed/qr-q4/0", "tiny/RTE/pretrained/qr-q4/0"}
-    assert "--last-layers must be between 1 and 2" in errors["tiny/RTE/warmed/qr-q4/0"]
+    assert "last_layers must be between 1 and 2" in errors["tiny/RTE/warmed/qr-q4/0"]
     assert Worker(replace(job, launch="second"), 0).take() is True
     assert "QR-LoRA" not in render_table(read_records(job.place.records))
 

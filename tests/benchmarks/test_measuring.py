@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.common import measuring
 from benchmarks.common.measuring import environment, in_turn, summary
-from qrlora_deploy.bench.record import Environment
+from qrlora_deploy.bench.report_parts import Environment
 
 
 def test_a_percentile_is_a_sample_that_was_seen() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qrlora_deploy.bench.record import read_report
+from qrlora_deploy.bench.report import read_report
 from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
 from tests.cli.running import run_here
 from tests.tiny import LABELS, SENTENCES

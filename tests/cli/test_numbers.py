@@ -7,7 +7,7 @@ import pytest
 
 from exporters.head_labels import MAX_HEAD_LABELS
 from exporters.onnx.options import OnnxOptions
-from qrlora_deploy.bench.plan import Plan
+from qrlora_deploy.bench.settings import BenchSettings
 from qrlora_deploy.cli import cli
 from qrlora_deploy.cli.group import COMMANDS
 from qrlora_deploy.errors import InputError
@@ -28,6 +28,7 @@ NEEDED = {
     "export": "base --basis basis.safetensors -o new",
     "predict": "bundle --text a",
     "bench": "bundle",
+    "serve": "bundle",
     "quickstart": "--out new",
     "doctor": "--plan base --customers 1",
 }
@@ -108,15 +109,15 @@ def test_the_library_has_the_same_bounds(tiny_base: Path, tmp_path: Path) -> Non
         "seed": (-1, 2**32),
     }.items():
         for value in values:
-            with pytest.raises(InputError, match=f"--{name.replace('_', '-')} must be"):
+            with pytest.raises(InputError, match=f"{name} must be"):
                 TrainSettings(**{name: value})  # type: ignore[arg-type]
     for tau, rank in ((nan, None), (inf, None), (None, 10**30)):
         with pytest.raises(InputError, match="must be"):
             rule_of(tau, rank)
     for name in ("seconds", "p99_budget_ms", "idle_seconds", "swaps_per_s"):
         for value in (nan, inf, 0.0):
-            with pytest.raises(InputError, match=f"--{name.replace('_', '-')} must be above 0"):
-                Plan(bundles=(tmp_path,), **{name: value})  # type: ignore[arg-type]
+            with pytest.raises(InputError, match=f"{name} must be above 0"):
+                BenchSettings(bundles=(tmp_path,), **{name: value})  # type: ignore[arg-type]
 
 
 def test_tables_and_sessions_of_absurd_sizes() -> None:
@@ -127,7 +128,7 @@ def test_tables_and_sessions_of_absurd_sizes() -> None:
         with pytest.raises(InputError, match="threads must be"):
             open_session(Path("nowhere.onnx"), threads=threads)
     for labels in (-1, MAX_HEAD_LABELS + 1, 10**18):
-        with pytest.raises(InputError, match="--head-labels must be"):
+        with pytest.raises(InputError, match="head_labels must be"):
             OnnxOptions(head_labels=labels)
 
 

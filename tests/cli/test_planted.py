@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import pytest
 
-from qrlora_deploy.bench.record import write_report
+from qrlora_deploy.bench.report import write_report
 from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
 from qrlora_deploy.runtime.bundle.bundle import open_bundle
 from qrlora_deploy.runtime.customers.packed_writer import write_packed
@@ -45,7 +45,7 @@ READERS = {
     "inspect base": ("inspection.describe.label_names", "formats.config_file.parse_json"),
     "predict bundle --requests requests.jsonl": ("runtime.prediction.requests._parse",),
     "bench bundle --gate gate.toml": ("bench.gate_file.from_value", "bench.gate_file.read_text"),
-    "bench bundle --reference report.json": ("io.versions.Versions.check", "bench.record.from_json"),
+    "bench bundle --reference report.json": ("io.versions.Versions.check", "bench.report.from_json"),
     "combine acme.safetensors -o new.safetensors": (
         "merging.combining._check_alike",
         "merging.combining._weighted_sum",

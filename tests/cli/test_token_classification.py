@@ -12,9 +12,10 @@ import torch
 import transformers
 
 from qrlora_deploy.data.examples import read_examples
-from qrlora_deploy.errors import MalformedInputError
+from qrlora_deploy.errors import InputError, MalformedInputError
 from qrlora_deploy.formats.coefficients import read_coefficients
 from qrlora_deploy.runtime import Buckets, Predictor, open_bundle
+from qrlora_deploy.serving.opening import ModelPlaces, OpenModel, RunOptions
 from tests.cli.running import run_here, succeed_here
 from tests.tiny import SENTENCES, build_tokenizer, save_base
 from tests.tolerances import FP32_ONNX
@@ -182,8 +183,10 @@ def test_unmerging_gives_the_base_back(place: Path, tmp_path: Path) -> None:
 
 def test_a_graph_without_padding_and_buckets_give_the_same_spans(place: Path, tmp_path: Path) -> None:
     command = ["export", "base", "--basis", "basis.safetensors", "--padding-free", "-o", tmp_path / "free"]
-    made = succeed_here(command, place)
-    assert made["parity"]["label_agreement"] == 1.0
+    made = run_here(*command, "--json", cwd=place)
+    if "its attention is its own" in made.err:
+        pytest.skip("this transformers gives BERT an attention of its own")
+    assert made.code == 0 and made.json["parity"]["label_agreement"] == 1.0
     texts = [" ".join(row) for row in ROWS]
     bundle = open_bundle(tmp_path / "free")
     expected = expected_answers(place / "base", ROWS)
@@ -247,6 +250,8 @@ def test_other_data_and_other_bases_are_refused_in_a_line(place: Path, tmp_path:
     ]
     shown = run_here(*fleet, cwd=place)
     assert "a fleet trains no token-classification; train this customer by `train`" in shown.err + shown.out
+    with pytest.raises(InputError, match="answers for words"):
+        OpenModel(ModelPlaces("all", switchable(place)), RunOptions())
     with pytest.raises(MalformedInputError, match="takes no pairs"):
         Predictor(open_bundle(switchable(place))).predict(["a"], ["b"])
 

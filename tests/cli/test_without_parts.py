@@ -172,6 +172,7 @@ LINES = {
     "predict": "predict MERGED --text rice",
     "pack": "pack CUSTOMERS --bundle BUNDLE -o packed.safetensors",
     "bench": "bench BUNDLE",
+    "serve": "serve BUNDLE --check",
 }
 """A line of each command that needs a part."""
 

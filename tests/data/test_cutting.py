@@ -5,7 +5,7 @@ import pytest
 from qrlora_deploy.data.cutting import cut_texts
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.training.fleet.plan import Customer
+from qrlora_deploy.training.fleet.customers import Customer
 from qrlora_deploy.training.fleet.tokens import RowEncoder
 from qrlora_deploy.training.rows import build_rows
 from tests.tiny import build_tokenizer

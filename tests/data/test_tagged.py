@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from datasets import ClassLabel, Features, Value
+from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Sequence as ListOf
 
 from qrlora_deploy.data.examples import _named, read_examples, read_texts
@@ -102,6 +102,22 @@ def test_spans_that_do_not_fit_are_named(spans: Any, message: str, tmp_path: Pat
     with pytest.raises(InputError, match=r"a.jsonl line 2: row 2 ") as caught:
         read_examples(path)
     assert message in str(caught.value)
+
+
+def test_tags_of_a_data_set_in_parquet_have_their_names(tmp_path: Path) -> None:
+    features = Features({"tokens": ListOf(Value("string")), "ner_tags": ListOf(ClassLabel(names=["O", "B-X"]))})
+    data = Dataset.from_list([{"tokens": ["a", "b"], "ner_tags": [1, 0]}], features)
+    data.to_parquet(tmp_path / "a.parquet")
+    assert read_examples(tmp_path / "a.parquet").labels == [("B-X", "O")]
+
+
+@pytest.mark.parametrize(
+    "note", [b"", b"{", b"[]", b'{"info": {"features": []}}', b'{"info": {"features": {"ner_tags": 1}}}']
+)
+def test_notes_that_say_nothing_are_passed_over(note: bytes, tmp_path: Path) -> None:
+    table = pyarrow.Table.from_pylist([{"tokens": ["a"], "ner_tags": [7]}])
+    pyarrow.parquet.write_table(table.replace_schema_metadata({b"huggingface": note}), tmp_path / "a.parquet")
+    assert read_examples(tmp_path / "a.parquet").labels == [("7",)]
 
 
 def test_tags_of_a_data_set_by_their_names() -> None:

@@ -172,7 +172,7 @@ def test_texts_are_bounded_spread_unpadded_and_given_to_customers_in_turn(tiny_b
 
 
 def test_calibration_belongs_to_int8() -> None:
-    with pytest.raises(InputError, match="--calibration belongs to --precision int8; fp16 has no scales to find"):
+    with pytest.raises(InputError, match="calibration belongs to precision='int8'; fp16 has no scales to find"):
         OnnxOptions(precision="fp16", calibration=TEXTS)
 
 

@@ -191,21 +191,21 @@ HEAD_LABELS = {"an own head without room": 0, "too little room for the base": 3}
 """Room for heads in the cases below, where it is not 6."""
 
 REFUSED: dict[str, tuple[Change, type[InputError], str]] = {
-    "no customer": (lambda job: replace(job, coefficients=None), InputError, "--coefficients"),
+    "no customer": (lambda job: replace(job, coefficients=None), InputError, "coefficients"),
     "an own head without room": (
         lambda job: replace(job, coefficients=with_head(job.coefficients, 6)),  # type: ignore[arg-type]
         InputError,
-        "--head-labels N",
+        "give head_labels",
     ),
     "an own head with too little room": (
         lambda job: replace(job, coefficients=with_head(job.coefficients, 7)),  # type: ignore[arg-type]
         InputError,
-        "--head-labels 6 is less than the customer's 7 labels",
+        "head_labels=6 is less than the customer's 7 labels",
     ),
     "too little room for the base": (
         lambda job: job,
         InputError,
-        "--head-labels 3 is less than the .* 4 labels",
+        "head_labels=3 is less than the .* 4 labels",
     ),
     "another basis": (
         lambda job: replace(job, coefficients=replace(job.coefficients, basis_digest="0" * 64)),  # type: ignore[type-var]

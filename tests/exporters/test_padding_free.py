@@ -185,7 +185,7 @@ def test_what_cannot_be_padding_free_is_refused(tmp_path: Path, texts: Examples)
         export_switchable(job, options)
     checkpoint = open_checkpoint(str(save_classifier("GPT2", tmp_path / "gpt2")))
     basis = factorize(checkpoint, choose_targets(checkpoint.skeleton()), FixedRank(2))
-    with pytest.raises(InputError, match=r"--padding-free is for encoders"):
+    with pytest.raises(InputError, match=r"padding_free is for encoders"):
         export_switchable(ExportJob(checkpoint, basis, tmp_path / "bundle"), OnnxOptions(data=texts, padding_free=True))
     with pytest.raises(InputError, match=r"one list of numbered blocks"):
         pack_blocks(torch.nn.Linear(2, 2), Packing())

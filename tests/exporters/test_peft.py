@@ -228,7 +228,7 @@ def test_readme_loads_the_folder(tmp_path: Path, tiny_job: ExportJob, monkeypatc
 
 Change = Callable[[ExportJob], ExportJob]
 REFUSED: dict[str, tuple[Change, type[InputError], str]] = {
-    "no customer": (lambda job: replace(job, coefficients=None), InputError, "--coefficients"),
+    "no customer": (lambda job: replace(job, coefficients=None), InputError, "coefficients"),
     "another basis": (
         lambda job: replace(job, coefficients=replace(job.coefficients, basis_digest="0" * 64)),  # type: ignore[type-var]
         BasisMismatchError,

@@ -217,7 +217,7 @@ def test_nothing_to_quantise_and_a_gpu_are_errors(
 ) -> None:
     with pytest.raises(QrloraError, match="int8 has nothing to quantise"):
         quantize_graph(exported / "model.onnx", (), 2**14)
-    with pytest.raises(InputError, match="int8 is for the CPU, not --provider cuda"):
+    with pytest.raises(InputError, match="int8 is for the CPU, not provider='cuda'"):
         export_switchable(
             ExportJob(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "bundle"),
             OnnxOptions(provider="cuda", precision="int8"),

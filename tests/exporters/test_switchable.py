@@ -203,7 +203,7 @@ def test_another_base_is_refused(tiny_basis: Basis, texts: Examples, tmp_path: P
 def test_room_for_fewer_labels_than_the_base_is_refused(
     tiny_base: Path, tiny_basis: Basis, texts: Examples, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match="--head-labels 3"):
+    with pytest.raises(InputError, match="head_labels=3"):
         export_switchable(
             ExportJob(open_checkpoint(str(tiny_base)), tiny_basis, tmp_path / "bundle"),
             OnnxOptions(data=texts, head_labels=3),

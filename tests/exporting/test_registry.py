@@ -65,7 +65,7 @@ def test_another_package_cannot_take_the_place_of_an_exporter_of_ours(packages: 
     with pytest.raises(InputError) as caught:
         find_exporter("onnx")
     assert str(caught.value) == (
-        "--format onnx is registered more than once, by other-exporters (flat_exporters:FLAT) and qrlora-deploy "
+        "format='onnx' is registered more than once, by other-exporters (flat_exporters:FLAT) and qrlora-deploy "
         "(exporters.onnx.exporter:EXPORTER); remove one of them"
     )
     assert "onnx" not in [exporter.name for exporter in all_exporters()]
@@ -97,12 +97,12 @@ def test_an_exporter_of_another_package_is_found(packages: Path) -> None:
         ("flat_exporters:OTHER_OUTPUT", "writes 'pipe', which is neither file nor folder"),
         ("flat_exporters:NO_DATACLASS", "has options that are no dataclass"),
         ("flat_exporters:BARE", "has options that were not made by `option`: depth"),
-        ("flat_exporters:TAKEN", "has options that `export` has itself: --text-column"),
+        ("flat_exporters:TAKEN", "has options that `export` has itself: text_column"),
     ],
 )
 def test_what_is_no_exporter_names_its_package(packages: Path, value: str, message: str) -> None:
     install(packages, "broken", {"flat": value})
-    with pytest.raises(InputError, match="--format flat: the exporter of broken") as caught:
+    with pytest.raises(InputError, match="format='flat': the exporter of broken") as caught:
         find_exporter("flat")
     assert message in str(caught.value)
     assert "flat" not in [exporter.name for exporter in all_exporters()], "it must not keep others from being used"

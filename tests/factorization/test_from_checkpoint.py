@@ -18,7 +18,8 @@ from qrlora_deploy.factorization.decomposition import Factorization, factorize_w
 from qrlora_deploy.factorization.from_checkpoint import factorize, read_weight
 from qrlora_deploy.formats.basis import Basis, read_basis, write_basis
 from qrlora_deploy.models.adapter import attach
-from qrlora_deploy.models.checkpoint import Checkpoint, check_basis_fits, open_checkpoint
+from qrlora_deploy.models.basis_fit import check_basis_fits
+from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.models.targets import choose_targets
 from qrlora_deploy.models.weight_files import SINGLE
 from qrlora_deploy.rank_rules.base import RankRule
@@ -231,9 +232,9 @@ def test_devices_that_are_not_there_are_refused(
     bert: Checkpoint, tiny_basis: Basis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ProviderError, match="--device cuda was asked for, but PyTorch finds no CUDA device"):
+    with pytest.raises(ProviderError, match="device='cuda' was asked for, but PyTorch finds no CUDA device"):
         factorize(bert, tiny_basis.names, EnergyShare(), device="cuda")
-    with pytest.raises(InputError, match="--device must be cpu or cuda, not tpu"):
+    with pytest.raises(InputError, match="device must be cpu or cuda, not tpu"):
         factorize(bert, tiny_basis.names, EnergyShare(), device="tpu")
 
 

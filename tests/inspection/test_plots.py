@@ -113,7 +113,7 @@ def test_another_suffix_is_refused_before_anything_is_written(
     ):
         with pytest.raises(InputError) as caught:
             plot()
-        assert str(caught.value) == f"--plot {path}: the name must end with .pdf, .png, .svg"
+        assert str(caught.value) == f"{path}: the name of a plot must end with .pdf, .png, .svg"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -63,6 +63,6 @@ def test_training_knows_positions_behind_the_padding_index(tmp_path: Path) -> No
     RobertaForSequenceClassification(config).save_pretrained(tmp_path)
     checkpoint = open_checkpoint(str(tmp_path))
     model = checkpoint.load_model()
-    with pytest.raises(InputError, match="--max-length 33 is more than the 32 tokens"):
+    with pytest.raises(InputError, match="max_length=33 is more than the 32 tokens"):
         load_tokenizer(checkpoint, model, 33)
     load_tokenizer(checkpoint, model, 32)

@@ -12,7 +12,8 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from qrlora_deploy.errors import BasisMismatchError, FileFormatError, InputError
 from qrlora_deploy.formats.basis import Basis
-from qrlora_deploy.models.checkpoint import Checkpoint, check_basis_fits, open_checkpoint
+from qrlora_deploy.models.basis_fit import check_basis_fits
+from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.models.weight_files import INDEX, SINGLE
 
 QUERY = "bert.encoder.layer.0.attention.self.query"

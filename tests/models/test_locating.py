@@ -88,14 +88,14 @@ def test_every_refused_candidate_is_named(
     )
     assert f"{file.parent / 'shop' / 'basis.safetensors'} has digest {other_basis.digest[:12]}" in message
     assert "basis.safetensors is not a complete safetensors file" in message
-    assert message.endswith("give the right one with --basis") and "\n" not in message
+    assert message.endswith("give the right one with basis") and "\n" not in message
 
 
 @pytest.mark.parametrize(("recorded", "shown"), [("gone.safetensors", "gone.safetensors"), ("", "no name")])
 def test_a_basis_that_is_nowhere_is_asked_for(
     tiny_customer: Coefficients, file: Path, elsewhere: Path, recorded: str, shown: str
 ) -> None:
-    with pytest.raises(InputError, match=rf"\({shown}\), which is neither beside it.*--basis") as caught:
+    with pytest.raises(InputError, match=rf"\({shown}\), which is neither beside it.*with basis") as caught:
         locate_basis(replace(tiny_customer, basis_file=recorded), file)
     assert not isinstance(caught.value, BasisMismatchError)
 

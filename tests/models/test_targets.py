@@ -115,9 +115,9 @@ def test_a_layer_outside_the_blocks_is_chosen_by_name_alone(bert: Any) -> None:
     [
         (["q_proj", "query", "uery"], None, "no layer is called q_proj, uery; there are attention.output.dense, "),
         (["q_proj"], None, "attention.self.query"),
-        (["("], None, r"--target '\(' is not a regular expression"),
-        (["query"], 0, "--last-layers must be between 1 and 2, not 0"),
-        ([], 3, "--last-layers must be between 1 and 2, not 3"),
+        (["("], None, r"targets '\(' is not a regular expression"),
+        (["query"], 0, "last_layers must be between 1 and 2, not 0"),
+        ([], 3, "last_layers must be between 1 and 2, not 3"),
         (["embeddings"], None, "no layer is called embeddings"),
         (["LayerNorm"], None, "no layer is called LayerNorm"),
         ([""], None, "no layer is called"),

@@ -29,8 +29,8 @@ from qrlora_deploy.models.weight_files import INDEX, SINGLE
 from qrlora_deploy.rank_rules.energy_share import EnergyShare
 from qrlora_deploy.rank_rules.fixed_rank import FixedRank
 from qrlora_deploy.runtime.bundle.bundle import open_bundle
+from qrlora_deploy.training.fleet.customers import FleetSource
 from qrlora_deploy.training.fleet.options import FleetOptions
-from qrlora_deploy.training.fleet.plan import FleetSource
 from qrlora_deploy.training.fleet.run import train_fleet
 from qrlora_deploy.training.settings import TrainSettings, WarmupSettings
 from qrlora_deploy.training.trainer import train

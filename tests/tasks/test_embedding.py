@@ -31,7 +31,7 @@ def test_pairs_that_belong_together_are_taken_and_others_refused_by_their_row() 
     assert TASK.encode(pairs("", "1", "1.0", "true"), ()) == [1.0] * 4
     with pytest.raises(InputError, match=r"some.tsv: row 2 has the label '0'; embeddings are trained on pairs that"):
         TASK.encode(pairs("1", "0"), ())
-    with pytest.raises(InputError, match="some.tsv holds single texts; --task embedding needs pairs"):
+    with pytest.raises(InputError, match="some.tsv holds single texts; task='embedding' needs pairs"):
         TASK.encode(Examples(["a"], None, [""], "some.tsv"), ())
     with pytest.raises(InputError, match="embeddings have no output layer"):
         TASK.new_head(pairs("1"))

@@ -43,13 +43,13 @@ def test_targets_are_numbers_from_0_to_1() -> None:
     assert TASK.encode(examples("0", "1", "0.25", "1.0"), ("score",)) == [0.0, 1.0, 0.25, 1.0]
     message = (
         "some.tsv: row 2 has the label '2'; a reranker needs numbers from 0 to 1 as labels, not '2', 'yes'; "
-        "--task regression takes others"
+        "task='regression' takes others"
     )
     with pytest.raises(InputError) as caught:
         TASK.encode(examples("0", "2", "yes"), ("score",))
     assert str(caught.value) == message
     assert TASK.unknown(examples("0", "2", "yes"), ("score",)) == ["2", "yes"]
-    with pytest.raises(InputError, match="some.tsv holds single texts; --task reranker needs pairs"):
+    with pytest.raises(InputError, match="some.tsv holds single texts; task='reranker' needs pairs"):
         TASK.encode(Examples(["text"], None, ["1"], "some.tsv"), ("score",))
 
 

@@ -69,7 +69,7 @@ def test_a_decimal_comma_is_refused_with_its_row() -> None:
 def test_a_task_that_was_named_is_no_guess() -> None:
     versions = examples("3.11", "3.12")
     assert guess_task(versions) == Guess(
-        REGRESSION, "some.tsv: row 1 has the label '3.11'; --task classification takes numbers as names"
+        REGRESSION, "some.tsv: row 1 has the label '3.11'; task='classification' takes numbers as names"
     )
     assert guess_task(versions, "classification") == Guess(CLASSIFICATION)
     assert guess_task(examples("0", "1"), "regression") == Guess(REGRESSION)

@@ -138,13 +138,13 @@ def test_it_falls_back_and_says_why(trained: Trained, tmp_path: Path, monkeypatc
     found = trained(checkpoint, basis)
     assert found.training["trunk_cache"].startswith("off: MPNetForSequenceClassification cannot be split: ")
     check_same(found, trained(checkpoint, basis, trunk_cache="off"))
-    with pytest.raises(InputError, match="^--trunk-cache host: MPNetForSequenceClassification cannot be split: "):
+    with pytest.raises(InputError, match="^trunk_cache='host': MPNetForSequenceClassification cannot be split: "):
         trained(checkpoint, basis, trunk_cache="host")
     right = save(tmp_path / "right", MPNetForSequenceClassification, MPNetConfig)
     monkeypatch.setattr(trunk_memory, "free_bytes", lambda *_: 2000)
     found = trained(right, basis, seed=1)
     assert found.training["trunk_cache"].startswith("off: 0 MiB of hidden states are more than the 0 MiB")
-    with pytest.raises(InputError, match="--trunk-cache disk: .* use another place, or off"):
+    with pytest.raises(InputError, match="trunk_cache='disk': .* use another place, or off"):
         trained(right, basis, trunk_cache="disk")
 
 
@@ -154,9 +154,9 @@ def test_dropout_is_off_unless_it_is_asked_for(tiny_base: Path, tiny_basis: Basi
     assert dropped.training["dropout"] and dropped.training["trunk_cache"] == "off"
     assert not still.training["dropout"]
     assert np.abs(dropped.values - still.values).max() > 0.01
-    with pytest.raises(InputError, match="--dropout changes what the trunk answers .* not with --trunk-cache disk"):
+    with pytest.raises(InputError, match="dropout=True changes what the trunk answers .* not with trunk_cache='disk'"):
         settings_of(dropout=True, trunk_cache="disk")
-    with pytest.raises(InputError, match="--trunk-cache must be one of auto, device, host, disk, off, not ram"):
+    with pytest.raises(InputError, match="trunk_cache must be one of auto, device, host, disk, off, not ram"):
         settings_of(trunk_cache="ram")
 
 

@@ -148,7 +148,7 @@ def test_an_interrupted_run_is_removed_by_nobody_but_its_user(tmp_path: Path, cu
     with pytest.raises(InputError) as caught:
         start(output)
     assert str(caught.value) == (
-        f"{folder} holds a run of {output} that was interrupted or is under way; continue it by --resume, "
+        f"{folder} holds a run of {output} that was interrupted or is under way; continue it by resume=True, "
         f"or remove {folder} to start again"
     )
     for error in (InputError("other settings"), KeyboardInterrupt()):

@@ -38,7 +38,7 @@ def test_why_it_is_a_regression_is_said(base: Checkpoint) -> None:
     found = own_outputs(base, examples("1", "2.5"))
     assert (found.task, found.labels, found.bias) == (REGRESSION, ("score",), 1.75)
     assert found.remark == (
-        f"{REPLACES}; a regression: some.tsv: row 2 has the label '2.5'; --task classification takes numbers as names"
+        f"{REPLACES}; a regression: some.tsv: row 2 has the label '2.5'; task='classification' takes numbers as names"
     )
 
 
@@ -51,12 +51,12 @@ def test_a_task_that_was_named_is_taken(base: Checkpoint) -> None:
 
 def test_a_frozen_head_has_the_task_that_it_has(base: Checkpoint) -> None:
     assert frozen_outputs(base, "auto") == frozen_outputs(base, "classification")
-    with pytest.raises(InputError, match="--task regression: the head of .* is for text-classification"):
+    with pytest.raises(InputError, match="task='regression': the head of .* is for text-classification"):
         frozen_outputs(base, "regression")
 
 
 def test_settings_know_the_tasks() -> None:
-    with pytest.raises(InputError, match="--task must be one of auto, .*classification.*, not number"):
+    with pytest.raises(InputError, match="task must be one of auto, .*classification.*, not number"):
         WarmupSettings(task="number")
     # Runs of versions without --task are resumed.
     assert "task" not in fingerprint(TrainSettings())

@@ -11,8 +11,8 @@ from qrlora_deploy.errors import InputError
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import read_coefficients
 from qrlora_deploy.models.checkpoint import open_checkpoint
+from qrlora_deploy.training.fleet.customers import FleetSource
 from qrlora_deploy.training.fleet.options import FleetOptions
-from qrlora_deploy.training.fleet.plan import FleetSource
 from qrlora_deploy.training.fleet.run import train_fleet
 from qrlora_deploy.training.settings import LARGEST_DEFAULT_RATE, STEP_LENGTH, TrainSettings, default_rate
 from qrlora_deploy.training.trainer import train
@@ -35,7 +35,7 @@ def test_the_help_tells_the_numbers_of_the_library() -> None:
 def test_a_rate_that_is_not_known_yet_is_not_guessed() -> None:
     with pytest.raises(RuntimeError, match="depends on the basis"):
         _ = TrainSettings().rate
-    with pytest.raises(InputError, match="--learning-rate must be above 0"):
+    with pytest.raises(InputError, match="learning_rate must be above 0"):
         TrainSettings(learning_rate=0.0)
 
 

@@ -43,7 +43,7 @@ def test_cuda_where_there_is_none_is_refused(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     settings = TrainSettings(device="cuda", **SETTINGS)  # type: ignore[arg-type]
-    with pytest.raises(ProviderError, match="--device cuda"):
+    with pytest.raises(ProviderError, match="device='cuda'"):
         train(open_checkpoint(str(tiny_base)), tiny_basis, EXAMPLES, None, settings, tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
@@ -123,7 +123,7 @@ def test_an_earlier_run_is_neither_overwritten_nor_resumed_with_other_settings(
     checkpoint, folder = open_checkpoint(str(tiny_base)), tmp_path / "run"
     train(checkpoint, tiny_basis, EXAMPLES, None, settings_of(epochs=1), folder)
     before = {path: digest_file(path) for path in folder.rglob("*") if path.is_file()}
-    with pytest.raises(InputError, match="holds an earlier run; continue it by --resume or remove it"):
+    with pytest.raises(InputError, match="holds an earlier run; continue it by resume=True or remove it"):
         train(checkpoint, tiny_basis, EXAMPLES, None, settings_of(epochs=1), folder)
     with pytest.raises(InputError) as caught:
         train(checkpoint, tiny_basis, FLIPPED, None, settings_of(epochs=2, seed=5), folder, resume=True)
@@ -233,8 +233,8 @@ def test_numbers_as_labels_train_a_regression(tiny_base: Path, tiny_basis: Basis
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, "the loss became nan in epoch 1; try a smaller --learning-rate"),
-        ({"epochs": 1, "batch_size": 16}, "training diverged; try a smaller --learning-rate"),
+        ({}, "the loss became nan in epoch 1; try a smaller learning_rate"),
+        ({"epochs": 1, "batch_size": 16}, "training diverged; try a smaller learning_rate"),
     ],
 )
 def test_a_learning_rate_that_diverges_is_one_line(

@@ -139,7 +139,7 @@ def test_an_output_that_holds_something_is_refused(base: Checkpoint, tmp_path: P
         (EXAMPLES, OTHERS, {}, "unknown labels 'east'"),
         (EXAMPLES, Examples(["a"], ["b"], ["home"], "pairs"), {}, "tiny and pairs: one holds pairs"),
         (Examples(["a", "b"], None, ["same", "same"], "same"), None, {}, "every row has the label same"),
-        (EXAMPLES, None, {"max_length": 65}, "--max-length 65 is more than the 64 tokens"),
+        (EXAMPLES, None, {"max_length": 65}, "max_length=65 is more than the 64 tokens"),
     ],
 )
 def test_a_failure_is_one_line_and_leaves_nothing(
@@ -163,13 +163,13 @@ def test_weights_that_are_not_finite_are_never_written(
         next(iter(trainer.trainable().values())).data.fill_(float("nan"))  # type: ignore[attr-defined]
 
     monkeypatch.setattr("qrlora_deploy.training.warmup.SmallTrainer.train", spoil)
-    with pytest.raises(QrloraError, match="pooler.dense.weight is NaN or Inf; try a smaller --learning-rate"):
+    with pytest.raises(QrloraError, match="pooler.dense.weight is NaN or Inf; try a smaller learning_rate"):
         warmup(base, EXAMPLES, None, tmp_path / "out", settings())
     assert list(tmp_path.iterdir()) == []
 
 
 def test_cuda_where_there_is_none_is_refused(base: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ProviderError, match="--device cuda"):
+    with pytest.raises(ProviderError, match="device='cuda'"):
         warmup(base, EXAMPLES, None, tmp_path / "out", settings(device="cuda"))
     assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,7 @@ from qrlora_deploy.io.strict import from_json
 from qrlora_deploy.runtime.bundle.external_data import external_locations
 from qrlora_deploy.runtime.bundle.manifest import VERSIONS, Manifest
 from qrlora_deploy.runtime.bundle.manifest_checks import manifest_problems
-from qrlora_deploy.runtime.bundle.records import ParityRecord, TargetRecord, TensorRecord
+from qrlora_deploy.runtime.bundle.manifest_parts import ParityRecord, TargetRecord, TensorRecord
 from qrlora_deploy.runtime.bundle.row_layout import BASE_HEAD_FILE, TABLE
 from qrlora_deploy.runtime.bundle.sealed_facts import CONFIG_FILE, REFERENCE_FILE
 

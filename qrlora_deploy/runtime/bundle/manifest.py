@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from qrlora_deploy.io.strict import Record
 from qrlora_deploy.io.versions import Versions
-from qrlora_deploy.runtime.bundle.records import (
+from qrlora_deploy.runtime.bundle.manifest_parts import (
     CalibrationRecord,
     ParityRecord,
     Precision,

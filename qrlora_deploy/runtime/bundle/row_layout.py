@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, argument
 
 RANK_MULTIPLE = 8
 """Ranks are padded with zeros to a multiple of this in a switchable graph: tensor cores want it."""
@@ -140,7 +140,7 @@ def check_half_range(values: np.ndarray) -> None:
     if wrong.size:
         raise InputError(
             f"the coefficient {wrong[0]:.4g} is more than fp16 can hold ({LARGEST_HALF:.0f}); serve it from a "
-            f"bundle exported with --table-dtype fp32"
+            f"bundle exported with {argument('table_dtype', 'fp32')}"
         )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qrlora_deploy.errors import BasisMismatchError, FileFormatError, InputError, MismatchError
+from qrlora_deploy.errors import BasisMismatchError, FileFormatError, InputError, MismatchError, argument
 from qrlora_deploy.runtime.bundle.bundle import Manifest
 from qrlora_deploy.runtime.bundle.row_layout import HEAD_TABLE, TABLE, TableLayout
 from qrlora_deploy.runtime.customers.packed_header import (
@@ -32,6 +32,7 @@ from qrlora_deploy.runtime.customers.packed_header import (
 )
 from qrlora_deploy.runtime.customers.packed_tail import PackedTail
 from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
+from qrlora_deploy.runtime.sessions.versions import Version
 from qrlora_deploy.tasks.answering import Answering
 
 MOST_THREADS = 8
@@ -83,9 +84,9 @@ def load_packed(session: SwitchableSession, path: str | os.PathLike[str], progre
             blocks = _blocks(session, source, tail.content, expected, progress)
             labels = session.manifest.labels
 
-            def notes() -> dict[int, Answering | None]:
+            def notes() -> dict[int, Version | None]:
                 found = tail.thresholds().items()
-                return {row: session.own_answering(Answering(labels, values)) for row, values in found}
+                return {row: session.versions.without_digest(Answering(labels, values)) for row, values in found}
 
             session.table.publish_bulk(header.customers, blocks, index.result, notes=notes)
     except OSError as error:
@@ -153,7 +154,7 @@ class _Piece:
             if self.staged.dtype == np.float16 and not _all_finite(self.staged[: self.count]):
                 raise InputError(
                     f"{source.path} holds a coefficient of {np.abs(values).max():.4g}, more than the fp16 table can; "
-                    f"serve it from a bundle exported with --table-dtype fp32"
+                    f"serve it from a bundle exported with {argument('table_dtype', 'fp32')}"
                 )
         return digest
 

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -105,7 +106,21 @@ def write_packed_blocks(
             shape, are NaN, Inf, or more than fp16 can hold.
     """
     stored = STORED[dtype or manifest.table_dtype]
-    header = PackedHeader(metadata_of(manifest), 0, manifest.total_rank, 0, stored)
+    empty = PackedHeader(metadata_of(manifest), 0, manifest.total_rank, 0, stored)
+    return write_blocks_under(empty, blocks, path, {} if thresholds is None else thresholds)
+
+
+def write_blocks_under(
+    header: PackedHeader,
+    blocks: Iterable[tuple[Sequence[str] | np.ndarray, np.ndarray]],
+    path: Path,
+    thresholds: Mapping[int, Sequence[float]],
+) -> int:
+    """As `write_packed_blocks`, where a header without customers says what the file is for.
+
+    Raises:
+        InputError: as `write_packed_blocks`.
+    """
     lengths: list[np.ndarray] = []
     texts: list[bytes] = []
     with (
@@ -127,12 +142,11 @@ def write_packed_blocks(
         # Once more at the end: only now all ids are there, to see that none occurs twice.
         customers = len(IdIndex(*index))
         digests = rows.finish()
-        tuned = thresholds or {}
-        tail = index[0].tobytes() + index[1] + threshold_bytes(tuned)
+        tail = index[0].tobytes() + index[1] + threshold_bytes(thresholds)
         digests += pool.map(digest_piece, tail_pieces(memoryview(tail)))
         _write_all(file, tail)
         file.seek(0)
-        header = PackedHeader(header.metadata, customers, header.total_rank, len(index[1]), stored, len(tuned))
+        header = replace(header, customers=customers, id_bytes=len(index[1]), tuned=len(thresholds))
         file.write(header.to_bytes(header.seal(digests)))
     return customers
 

@@ -122,6 +122,11 @@ class CustomerStore:
         self._backlog.start()
         self._watcher.start()
 
+    def reread(self) -> None:
+        """Read all files again that were read before, and compare the others, while requests go on."""
+        self._backlog.add(list(self._read), first=False)
+        self._compare(again=True)
+
     def close(self) -> None:
         """Stop to watch and let go of the session; what is in its table stays there."""
         self._watcher.close()
@@ -134,8 +139,11 @@ class CustomerStore:
             raise InputError(f"{self.folder}: the session has a store or a `fetch` already; close that one first")
         self.session.fetch = self.fetch
 
-    def fetch(self, customer: str) -> None:
+    def fetch(self, customer: str, again: bool = False) -> None:
         """Bring a customer into the table, unless another request has just done so.
+
+        Args:
+            again: read its file also where the customer is in the table, such as from a packed file.
 
         Raises:
             InputError: the id is none, there is no file, or it is refused.
@@ -144,7 +152,7 @@ class CustomerStore:
         check_customer_id(customer)
         try:
             with self._lock_of(customer):
-                event = None if customer in self.session.table else self._bring(customer)
+                event = None if customer in self.session.table and not again else self._bring(customer)
         except QrloraError as error:
             if os.path.lexists(self._path(customer)):
                 self._tell(event_of(customer, error))

@@ -9,7 +9,7 @@ from typing import Any
 
 import onnxruntime
 
-from qrlora_deploy.errors import FileFormatError, InputError, ProviderError, QrloraError, first_line
+from qrlora_deploy.errors import FileFormatError, InputError, ProviderError, QrloraError, argument, first_line
 from qrlora_deploy.runtime.host.devices import PROVIDERS, Device
 from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX, check_runtime
 from qrlora_deploy.runtime.table.cuda import device_count
@@ -82,7 +82,7 @@ def check_provider(provider: str | Device) -> None:
         raise ProviderError(
             f"{name} was asked for, but this build of ONNX Runtime has no such provider: "
             f"pip uninstall -y onnxruntime && pip install 'qrlora-deploy[gpu]' brings the one that has it, or pass "
-            f"--provider cpu"
+            f"{argument('provider', 'cpu')}"
         )
     if device.on_gpu:
         _preload()
@@ -92,7 +92,7 @@ def check_provider(provider: str | Device) -> None:
 
 
 def _not_loaded(name: str, reason: str) -> ProviderError:
-    return ProviderError(f"{name} was asked for but does not load: {reason}. Or pass --provider cpu")
+    return ProviderError(f"{name} was asked for but does not load: {reason}. Or pass {argument('provider', 'cpu')}")
 
 
 def _create(model: Path, options: Any, device: Device, cuda_graph: bool) -> tuple[Any, str]:

@@ -13,6 +13,7 @@ from qrlora_deploy.errors import (
     MismatchError,
     NotReadyError,
     UnknownCustomerError,
+    argument,
 )
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.formats.customer_files import read_customer_file
@@ -31,17 +32,16 @@ from qrlora_deploy.runtime.host.devices import Device
 from qrlora_deploy.runtime.host.forking import survive_forks
 from qrlora_deploy.runtime.sessions.bucket_runner import make_runner
 from qrlora_deploy.runtime.sessions.buckets import Buckets
+from qrlora_deploy.runtime.sessions.input_checks import check_inputs
 from qrlora_deploy.runtime.sessions.running import text_inputs
 from qrlora_deploy.runtime.sessions.session import open_session
+from qrlora_deploy.runtime.sessions.versions import Version, Versions
 from qrlora_deploy.runtime.table.memory import make_memory
 from qrlora_deploy.runtime.table.table import BASE_ROW, CoefficientTable, rows_of
 from qrlora_deploy.tasks.answering import Answering
 
 FETCH_ATTEMPTS = 8
 """Rounds of fetching customers for one batch, while others push them out of a full table again."""
-
-SHARED_ANSWERINGS = 4096
-"""Different labels of customers that are remembered, so that those who have the same ones share them."""
 
 
 class SwitchableSession:
@@ -60,6 +60,7 @@ class SwitchableSession:
             batch runs as it comes.
 
     Attributes:
+        buckets: as given.
         base_head: the base's row of the head table, where customers may have heads of their own.
         fetch: finds a customer that is not in the table and returns it, or loads it itself and
             returns None, or raises `InputError`; None: such a customer is refused. A
@@ -84,12 +85,13 @@ class SwitchableSession:
     ) -> None:
         manifest = bundle.manifest
         if manifest.kind != "switchable":
-            raise InputError(f"{bundle.folder} is a {manifest.kind} bundle; export a switchable one without --merge")
+            raise InputError(f"{bundle.folder} is a {manifest.kind} bundle; export a switchable one")
         self.bundle = bundle
         self.manifest = manifest
+        self.buckets = buckets
         self.layout = TableLayout([target.rank for target in manifest.targets], manifest.table_dtype)
         self.fetch: Callable[[str], Coefficients | None] | None = None
-        self._answerings: dict[Answering, Answering] = {}
+        self.versions = Versions(manifest.answering)
         self._on_gpu = Device.of(provider).on_gpu
         self.session = open_session(bundle.model, provider, threads, cuda_graph=buckets is not None)
         check_graph(self.session, bundle)
@@ -126,8 +128,19 @@ class SwitchableSession:
             raise MalformedInputError(f"a customer is called by a text that is not empty, not {customer!r:.40}")
         coefficients = source if isinstance(source, Coefficients) else read_customer_file(Path(source))
         place = f"{customer}" if isinstance(source, Coefficients) else f"{source}"
-        check_customer_fits(coefficients, self.manifest, place)
-        self.table.publish(customer, self._row(coefficients, place), self._note(coefficients))
+        self.table.publish(customer, self._fitting_row(coefficients, place), self.versions.of(coefficients))
+
+    def check(self, coefficients: Coefficients, place: str) -> None:
+        """Make sure that `load` would take a customer; nothing is changed.
+
+        Args:
+            coefficients: the customer.
+            place: its name or file, for the message.
+
+        Raises:
+            InputError: as `load`.
+        """
+        self._fitting_row(coefficients, place)
 
     def holds(self, customer: str, coefficients: Coefficients) -> bool:
         """Whether `customer` is in the table with exactly these coefficients, head, labels and thresholds.
@@ -138,8 +151,10 @@ class SwitchableSession:
         if customer not in self.table:
             return False
         self._check_usable()
-        check_customer_fits(coefficients, self.manifest, customer)
-        return self.table.holds(customer, self._row(coefficients, customer), self._note(coefficients))
+        row, version = self._fitting_row(coefficients, customer), self.versions.of(coefficients)
+        # Of what came from a packed file no digest is known.
+        notes = (version, self.versions.without_digest(version.answering))
+        return any(self.table.holds(customer, row, note) for note in notes)
 
     def unload(self, customer: str) -> bool:
         """Forget a customer; runs that hold it end undisturbed. False where there is none."""
@@ -153,8 +168,8 @@ class SwitchableSession:
         self, inputs: dict[str, np.ndarray], customers: Sequence[str | None]
     ) -> tuple[np.ndarray, list[tuple[str, ...]]]:
         """The logits of a batch, each row for its customer, and the labels of each row; `run` also says more of it."""
-        logits, answering = self.run(inputs, customers)
-        return logits, [row.labels for row in answering]
+        logits, versions = self.answer(inputs, customers)
+        return logits, [version.answering.labels for version in versions]
 
     def run(self, inputs: dict[str, np.ndarray], customers: Sequence[str | None]) -> tuple[np.ndarray, list[Answering]]:
         """Answer a batch, each row for its customer.
@@ -172,20 +187,46 @@ class SwitchableSession:
             UnknownCustomerError: a customer is not there.
             QrloraError: the model fails, or this is a forked child of the session's process, on a GPU.
         """
+        logits, versions = self.answer(inputs, customers)
+        return logits, [version.answering for version in versions]
+
+    def answer(
+        self, inputs: dict[str, np.ndarray], customers: Sequence[str | None]
+    ) -> tuple[np.ndarray, list[Version]]:
+        """As `run`, with the version of its customer that answered each row."""
         self._check_usable()
         if isinstance(customers, (str, bytes)) or not isinstance(customers, Sequence):
             raise MalformedInputError(f"customers must be a list with one for each row, not {type(customers).__name__}")
-        self._check_inputs(inputs, len(customers))
+        check_inputs(inputs, self._text_inputs, len(customers))
         held: dict[str | None, int] = {}
         try:
             self._hold(customers, held)
             slot = rows_of(customers, held)
             logits = self._runner.run(inputs, slot)
-            base = self.manifest.answering
-            answering = [self.table.note_of(int(row)) or base for row in slot]
+            versions = [self.table.note_of(row) or self.versions.base for row in slot.tolist()]
         finally:
             self.table.release(held.values())
-        return logits, answering
+        return logits, versions
+
+    def lacks(self, customers: Sequence[str | None]) -> list[str]:
+        """Those of `customers` that are not in the table now."""
+        return [name for name in dict.fromkeys(customers) if name is not None and name not in self.table]
+
+    def bring(self, customers: Sequence[str | None]) -> None:
+        """Make sure that customers are in the table; those that are not are fetched.
+
+        In a full table one may be pushed out again before it is asked for; `predict` fetches it then.
+
+        Raises:
+            UnknownCustomerError: a customer is not there.
+            InputError: its file cannot be served.
+        """
+        self._check_usable()
+        held: dict[str | None, int] = {}
+        try:
+            self._hold(customers, held)
+        finally:
+            self.table.release(held.values())
 
     def _hold(self, customers: Sequence[str | None], held: dict[str | None, int]) -> None:
         """Hold the row of every customer, fetching those that are not in the table."""
@@ -209,34 +250,10 @@ class SwitchableSession:
         if self._lost:
             raise NotReadyError("a session on a GPU cannot be used in a forked process; open it after the fork")
 
-    def _check_inputs(self, inputs: dict[str, np.ndarray], rows: int) -> None:
-        missing = [name for name in self._text_inputs if name not in inputs]
-        if missing:
-            raise MalformedInputError(f"the inputs lack {', '.join(missing)}")
-        for name in self._text_inputs:
-            _check_array(name, inputs[name])
-        shapes = {inputs[name].shape for name in self._text_inputs}
-        if len(shapes) != 1 or len(next(iter(shapes))) != 2 or next(iter(shapes))[0] != rows:
-            raise MalformedInputError(
-                f"{rows} customers need inputs of one shape [{rows}, length], not {sorted(shapes)}"
-            )
-        if 0 in next(iter(shapes)):
-            raise MalformedInputError("there is nothing to answer: the inputs are empty")
-        for name in self._text_inputs:
-            # The graph takes them for rows from the end of its table, without an error.
-            if inputs[name].min() < 0:
-                raise MalformedInputError(f"the input {name} has a negative number")
-
-    def _note(self, coefficients: Coefficients) -> Answering | None:
-        return self.own_answering(Answering(coefficients.labels, coefficients.thresholds))
-
-    def own_answering(self, found: Answering) -> Answering | None:
-        """What the table notes of a customer: None where it decides as the base; those who decide alike share it."""
-        if found == self.manifest.answering:
-            return None
-        if len(self._answerings) >= SHARED_ANSWERINGS:
-            self._answerings = {}
-        return self._answerings.setdefault(found, found)
+    def _fitting_row(self, coefficients: Coefficients, place: str) -> dict[str, np.ndarray]:
+        """The row of a customer, which may not fit at all."""
+        check_customer_fits(coefficients, self.manifest, place)
+        return self._row(coefficients, place)
 
     def _row(self, coefficients: Coefficients, place: str) -> dict[str, np.ndarray]:
         """The row of a customer that fits, by input; refuses a head or labels that do not."""
@@ -254,7 +271,7 @@ class SwitchableSession:
 
     def _head_row(self, coefficients: Coefficients, place: str) -> np.ndarray:
         if self.head is None:
-            raise MismatchError(f"{place} has a head of its own; export the bundle with --head-labels N")
+            raise MismatchError(f"{place} has a head of its own; export the bundle with {argument('head_labels')}")
         labels = len(coefficients.labels)
         if labels > self.head.labels:
             raise MismatchError(f"{place} has {labels} labels, the bundle room for {self.head.labels}")
@@ -266,12 +283,6 @@ class SwitchableSession:
         if len(weight) != labels:
             raise InputError(f"{place} has {labels} labels but a head for {len(weight)}")
         return row
-
-
-def _check_array(name: str, array: object) -> None:
-    if not isinstance(array, np.ndarray) or array.dtype != np.int64:
-        found = f"an array of {array.dtype}" if isinstance(array, np.ndarray) else f"a {type(array).__name__}"
-        raise MalformedInputError(f"the input {name} must be an array of int64, not {found}")
 
 
 def _read_base_head(bundle: Bundle, head: HeadLayout) -> np.ndarray:

@@ -3,7 +3,7 @@
 import numpy as np
 import onnxruntime
 
-from qrlora_deploy.errors import ProviderError
+from qrlora_deploy.errors import ProviderError, argument
 
 TOKEN_INDEX = "token_index"
 """The input of such a graph: `[tokens]` int64, positions in the batch as one row `[batch * length]`."""
@@ -24,7 +24,7 @@ def check_runtime() -> None:
     if _release(onnxruntime.__version__) < _release(FIRST_RUNTIME):
         raise ProviderError(
             f"ONNX Runtime {onnxruntime.__version__} gives wrong answers for padding-free graphs; "
-            f"install {FIRST_RUNTIME} or newer, or export without --padding-free"
+            f"install {FIRST_RUNTIME} or newer, or export without {argument('padding_free')}"
         )
 
 

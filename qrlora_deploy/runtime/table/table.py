@@ -48,6 +48,10 @@ class CoefficientTable:
         max_rows: rows at most; then a customer of a bulk that was never used gives way, or the one
             that was not used for longest. None: no bound.
 
+    Attributes:
+        loads: versions of customers that were published since the start.
+        evictions: customers that made room for others.
+
     Raises:
         InputError: the numbers of rows make no sense.
         QrloraError: the memory does not fit the device.
@@ -60,6 +64,7 @@ class CoefficientTable:
             raise InputError(f"a table has {MOST_ROWS} rows at most, not {rows}")
         self.memory = make(rows)
         self.max_rows = max_rows
+        self.loads = self.evictions = 0
         # Short: look-ups and counts only. Never held while memory is copied.
         self._lock = threading.Lock()
         # One writer at a time, so that a row is not lost while the memory grows.
@@ -138,6 +143,7 @@ class CoefficientTable:
                 if note is not None:
                     self._use.note([row], note)
                 self._use.retire(self._directory.put(customer, row))
+                self.loads += 1
 
     def publish_bulk(
         self,
@@ -184,6 +190,7 @@ class CoefficientTable:
                 for number, special in own.items():
                     self._use.note([int(rows[number])], special)
                 older, names = self._directory.add(bulk), self._directory.entries()
+                self.loads += count
             self._supersede(bulk, older, names)
 
     def remove(self, customer: str) -> bool:
@@ -295,6 +302,7 @@ class CoefficientTable:
         row = self._directory.give_way(self._use.holders)
         if row is not None:
             self._use.forget(row)
+            self.evictions += 1
             return row
         raise TableFullError(f"all {self.max_rows} rows of the table are in use; open it with more rows")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from qrlora_deploy.errors import CheckFailed
+from qrlora_deploy.errors import CheckFailed, argument
 from qrlora_deploy.runtime.bundle.bundle import REFERENCE_FILE, Bundle
 from qrlora_deploy.runtime.bundle.row_layout import TABLE
 from qrlora_deploy.runtime.verification.bounds import BOUNDS, Bounds
@@ -82,7 +82,7 @@ class ParityReport:
         if failures:
             raise CheckFailed(
                 f"{'; '.join(failures)} ({self.precision}, {self.rows} inputs, worst: {self.worst})"
-                + ("" if self.precision == "fp32" else "; choose another --precision")
+                + ("" if self.precision == "fp32" else f"; choose another {argument('precision')}")
             )
 
     def _failures(self) -> list[str]:

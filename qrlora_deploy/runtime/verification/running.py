@@ -6,17 +6,10 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from qrlora_deploy.errors import CheckFailed, FileFormatError, ProviderError, first_line
+from qrlora_deploy.errors import CheckFailed, FileFormatError, ProviderError, argument, first_line
 from qrlora_deploy.runtime.sessions.running import is_padding_free
 from qrlora_deploy.runtime.sessions.session import open_session
 from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX, kept_tokens
-
-WHERE_IT_RUNS = {
-    "fp16": "export and verify it with --provider cuda",
-    "bf16": "export and verify it with --provider cuda",
-    "int8": "install ONNX Runtime 1.24 or newer, or export without --calibration",
-}
-"""What to do where a kernel is missing; 1.23 has none for the scales of a calibrated graph."""
 
 
 def open_for_check(model: Path, precision: str, provider: str = "cpu", threads: int | None = None) -> Any:
@@ -35,8 +28,15 @@ def open_for_check(model: Path, precision: str, provider: str = "cpu", threads: 
             raise
         kernel = reason.rpartition("NOT_IMPLEMENTED : ")[2]
         raise ProviderError(
-            f"{provider} cannot run a graph in {precision}: {kernel}; {WHERE_IT_RUNS[precision]}"
+            f"{provider} cannot run a graph in {precision}: {kernel}; {_where_it_runs(precision)}"
         ) from error
+
+
+def _where_it_runs(precision: str) -> str:
+    """What to do where a kernel is missing; 1.23 has none for the scales of a calibrated graph."""
+    if precision == "int8":
+        return f"install ONNX Runtime 1.24 or newer, or export without {argument('calibration')}"
+    return f"export and verify it with {argument('provider', 'cuda')}"
 
 
 def run_logits(session: Any, inputs: dict[str, np.ndarray], what: str) -> np.ndarray:

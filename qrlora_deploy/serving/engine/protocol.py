@@ -22,7 +22,11 @@ class EngineStats:
         rejected: refusals by the error's kind.
         queue_s: sum of the seconds that answered rows waited.
         run_s: sum of the seconds of all runs.
+        run_tokens: tokens of the rows that were answered.
+        padded_tokens: rows x padded length of all runs; run_tokens / padded_tokens says how little was padded.
         resident: customers in the table.
+        loads: versions of customers that were brought into the table.
+        evictions: customers that made room there for others.
         draining: no new request is taken.
     """
 
@@ -34,7 +38,11 @@ class EngineStats:
     rejected: tuple[tuple[str, int], ...] = ()
     queue_s: float = 0.0
     run_s: float = 0.0
+    run_tokens: int = 0
+    padded_tokens: int = 0
     resident: int = 0
+    loads: int = 0
+    evictions: int = 0
     draining: bool = False
 
 

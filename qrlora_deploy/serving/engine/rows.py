@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qrlora_deploy.tasks.answering import Answering
+
 
 @dataclass(frozen=True)
 class Load:
@@ -57,11 +59,20 @@ class RowAnswer:
     """What the model gave for a row.
 
     Attributes:
-        logits: fp32, `[labels of the customer]`.
-        labels: names of the customer's outputs.
-        digest: of the content of the customer that answered, as `Coefficients.digest`; empty for the base.
+        logits: fp32, `[labels of the customer]`, or `[tokens, labels]` where each token of the row has an answer; where
+            the answer is an embedding, that: `[width]`.
+        labels: names of the customer's outputs; none of an embedding.
+        digest: of the content of the customer that answered, as `Coefficients.digest`; empty for the base
+            and for customers of a packed file.
+        thresholds: as of `Answering`.
     """
 
     logits: np.ndarray
     labels: tuple[str, ...]
     digest: str
+    thresholds: tuple[float, ...] = ()
+
+    @property
+    def answering(self) -> Answering:
+        """How the logits become an answer."""
+        return Answering(self.labels, self.thresholds)

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from qrlora_deploy.tasks.base import Task
+from qrlora_deploy.training.fleet.customers import Customer
 from qrlora_deploy.training.fleet.model import FleetModel
-from qrlora_deploy.training.fleet.plan import Customer
 from qrlora_deploy.training.fleet.pool import PackedRows, RowPool
 from qrlora_deploy.training.fleet.schedule import StepRows
 from qrlora_deploy.training.fleet.scoring import Answers

@@ -8,7 +8,7 @@ from qrlora_deploy.data.columns import label_column_of
 from qrlora_deploy.data.examples import Examples, examples_of, read_examples
 from qrlora_deploy.data.labels import settled, text_of
 from qrlora_deploy.data.readers import READERS, Columns, Table, read_table
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, argument
 
 Keeps = Callable[[str], bool]
 
@@ -40,7 +40,9 @@ def read_groups(
     if not place.is_dir() and not place.is_file():
         raise InputError(f"{place}: no such file or folder")
     if place.is_file() and customer_column is None:
-        raise InputError(f"{place} is one file for all customers; name the column of their ids by --customer-column")
+        raise InputError(
+            f"{place} is one file for all customers; name the column of their ids by {argument('customer_column')}"
+        )
     files = [place] if place.is_file() else _files(place)
     if customer_column is None:
         return _one_file_each(files, text_column, label_column, keeps)
@@ -99,7 +101,9 @@ def _read(file: Path, customer_column: str) -> Table:
         for fault in table.faults.values():
             raise InputError(fault)  # of the one row or of all of them
     if customer_column not in table.columns:
-        raise InputError(f"{file}: no column {customer_column} (--customer-column); it has {', '.join(table.columns)}")
+        raise InputError(
+            f"{file}: no column {customer_column} ({argument('customer_column')}); it has {', '.join(table.columns)}"
+        )
     return table
 
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.models.capacity import segment_rows
 from qrlora_deploy.models.checkpoint import Checkpoint
+from qrlora_deploy.training.fleet.customers import Customer, FleetCustomers
 from qrlora_deploy.training.fleet.engine import Engine, free_share
 from qrlora_deploy.training.fleet.model import FleetModel
 from qrlora_deploy.training.fleet.options import FleetOptions
-from qrlora_deploy.training.fleet.plan import Customer, Plan
 from qrlora_deploy.training.fleet.schedule import Schedule
 from qrlora_deploy.training.fleet.scoring import Answers, score_answers
 from qrlora_deploy.training.fleet.summary import (
@@ -66,15 +66,15 @@ class Fleet:
         basis: Basis,
         settings: TrainSettings,
         options: FleetOptions,
-        plan: Plan,
+        chosen: FleetCustomers,
         device: torch.device,
     ) -> None:
         self.settings, self.options, self.device = settings, options, device
         self.origin = Origin(checkpoint.name, checkpoint.digest, basis.digest, options.basis_file)
-        self.lines = {name: Line(name, FAILED, reason) for name, reason in plan.refused.items()}
+        self.lines = {name: Line(name, FAILED, reason) for name, reason in chosen.refused.items()}
         self.failed = len(self.lines)
-        waiting = self._waiting(plan.customers) if options.resume else plan.customers
-        self.total = len(plan.customers) + len(plan.refused)
+        waiting = self._waiting(chosen.customers) if options.resume else chosen.customers
+        self.total = len(chosen.customers) + len(chosen.refused)
         # The longest first: at the end few would be left to train beside each other.
         self.queue = deque(sorted(waiting, key=lambda customer: -len(customer.train)))
         self.ready: TokenRows | None = None
@@ -190,7 +190,7 @@ class Fleet:
             self.active[slot].loss = loss
             if not np.isfinite(loss):
                 epoch = int(self.schedule.epoch[slot])
-                self._drop(slot, f"the loss became {loss} in epoch {epoch}; try a smaller --learning-rate")
+                self._drop(slot, f"the loss became {loss} in epoch {epoch}; try a smaller {argument('learning_rate')}")
         left = [slot for slot in ended.tolist() if slot in self.active]
         judged = [slot for slot in left if self.active[slot].customer.evaluation]
         self._judge(judged)
@@ -235,7 +235,9 @@ class Fleet:
         """Metrics of some customers by their answers; those whose answers are no numbers are dropped."""
         found = score_answers(answers)
         for slot in set(slots) - found.keys():
-            self._drop(slot, "the model answers NaN or Inf: training diverged; try a smaller --learning-rate")
+            self._drop(
+                slot, f"the model answers NaN or Inf: training diverged; try a smaller {argument('learning_rate')}"
+            )
         return found
 
     def _finish(self, slots: list[int]) -> None:
@@ -246,7 +248,9 @@ class Fleet:
         for slot, found in zip(slots, learnt, strict=True):
             customer = self.active[slot].customer
             if not found.is_finite:
-                self._drop(slot, "training diverged: a coefficient is NaN or Inf; try a smaller --learning-rate")
+                self._drop(
+                    slot, f"training diverged: a coefficient is NaN or Inf; try a smaller {argument('learning_rate')}"
+                )
                 continue
             self.writer.write(Trained(customer, self._ran(slot), found), self.options.file_of(customer.name))
             self._forget(slot)

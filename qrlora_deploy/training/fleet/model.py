@@ -14,9 +14,9 @@ from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.models.adapter import resolve_layer
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.models.head import check_not_adapted, check_stored, draw_weight, output_layer
+from qrlora_deploy.training.fleet.adam import AdamTable
 from qrlora_deploy.training.fleet.branch import RowHead, RowLinear, RowValues, attach_rows, padded_rank
 from qrlora_deploy.training.fleet.shipping import ship
-from qrlora_deploy.training.fleet.table import AdamTable
 from qrlora_deploy.training.fleet.tokens import IDS
 from qrlora_deploy.training.loop import halve_frozen, has_bf16, load_tokenizer, mixed_precision
 from qrlora_deploy.training.outputs import Outputs, base_outputs

@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.formats.coefficients import SUFFIX
 from qrlora_deploy.io.outputs import check_file, check_report_folder
 from qrlora_deploy.io.temporary import remove_dead
-from qrlora_deploy.training.fleet.plan import Customer, Shard
+from qrlora_deploy.training.fleet.customers import Customer, Shard
 from qrlora_deploy.training.fleet.summary import TRAINED, Line, summary_file
 
 ROWS_PER_STEP = {"cpu": 256, "cuda": 4096}
@@ -42,7 +42,7 @@ class FleetOptions:
 
     def __post_init__(self) -> None:
         if self.rows_per_step is not None and self.rows_per_step < 1:
-            raise InputError(f"--rows-per-step must be at least 1, not {self.rows_per_step}")
+            raise InputError(f"{argument('rows_per_step')} must be at least 1, not {self.rows_per_step}")
 
     def file_of(self, name: str) -> Path:
         """The file of a customer."""
@@ -77,7 +77,7 @@ class FleetOptions:
         if there:
             raise InputError(
                 f"{self.output} holds files of {len(there)} of these customers, such as {there[0]}{SUFFIX}; "
-                "pass over finished ones by --resume, or give another --output"
+                f"pass over finished ones by {argument('resume', True)}, or give another {argument('output')}"
             )
 
 

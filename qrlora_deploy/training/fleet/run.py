@@ -4,12 +4,13 @@ import time
 
 import torch
 
-from qrlora_deploy.errors import InputError, QrloraError
+from qrlora_deploy.errors import InputError, QrloraError, argument
 from qrlora_deploy.formats.basis import Basis
-from qrlora_deploy.models.checkpoint import Checkpoint, check_basis_fits
+from qrlora_deploy.models.basis_fit import check_basis_fits
+from qrlora_deploy.models.checkpoint import Checkpoint
+from qrlora_deploy.training.fleet.customers import FleetSource, choose_customers
 from qrlora_deploy.training.fleet.loop import Fleet, Progress
 from qrlora_deploy.training.fleet.options import FleetOptions, FleetReport
-from qrlora_deploy.training.fleet.plan import FleetSource, plan_fleet
 from qrlora_deploy.training.fleet.summary import (
     summary_file,
     write_summary,
@@ -47,22 +48,24 @@ def train_fleet(
     if settings.dropout:
         raise InputError("a fleet trains without dropout: its masks would depend on who else is in the batch")
     if settings.tune_thresholds and source.evaluation is None:
-        raise InputError("--tune-thresholds chooses them on held-out rows; give --eval")
+        raise InputError(f"{argument('tune_thresholds')} chooses them on held-out rows; give {argument('evaluation')}")
     device = _device(settings, options.local_rank)
     check_basis_fits(checkpoint, basis)
     settings = settings.resolved(basis.total_rank)
     start = time.perf_counter()
-    plan = plan_fleet(source, checkpoint, settings, options.shard)
-    options.open_output(plan.customers)
-    fleet = Fleet(checkpoint, basis, settings, options, plan, device)
+    chosen = choose_customers(source, checkpoint, settings, options.shard)
+    options.open_output(chosen.customers)
+    fleet = Fleet(checkpoint, basis, settings, options, chosen, device)
     summary = summary_file(options.output, options.shard)
     try:
         fleet.run(progress)
     except torch.OutOfMemoryError as error:
-        raise QrloraError("out of GPU memory; try a smaller --rows-per-step or --max-length") from error
+        raise QrloraError(
+            f"out of GPU memory; try a smaller {argument('rows_per_step')} or {argument('max_length')}"
+        ) from error
     finally:
         write_summary(fleet.lines.values(), summary)
-    return FleetReport(list(fleet.lines.values()), plan.strangers, time.perf_counter() - start, summary)
+    return FleetReport(list(fleet.lines.values()), chosen.strangers, time.perf_counter() - start, summary)
 
 
 def _device(settings: TrainSettings, local_rank: int) -> torch.device:

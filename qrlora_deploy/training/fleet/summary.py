@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qrlora_deploy.errors import InputError, shortened
+from qrlora_deploy.errors import InputError, argument, shortened
 from qrlora_deploy.formats.coefficients import read_coefficients
 from qrlora_deploy.io.files import atomic_file
-from qrlora_deploy.training.fleet.plan import Customer, Shard
+from qrlora_deploy.training.fleet.customers import Customer, Shard
 from qrlora_deploy.training.settings import TrainSettings, fingerprint
 
 TRAINED, SKIPPED, FAILED = "trained", "skipped", "failed"
@@ -110,7 +110,7 @@ def resumed_text(kept: int, again: Mapping[str, int], new: int) -> str:
     """
     reasons = ", ".join(f"{count} {reason}" for reason, count in again.items())
     more = f" ({reasons})" if again else ""
-    return f"--resume: {kept} kept, {sum(again.values())} trained again{more}, {new} new"
+    return f"{argument('resume', True)}: {kept} kept, {sum(again.values())} trained again{more}, {new} new"
 
 
 def trained_line(name: str, path: Path, record: dict[str, Any], status: str = TRAINED) -> Line:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
 from qrlora_deploy.io.threads import finish
+from qrlora_deploy.training.fleet.customers import Customer
 from qrlora_deploy.training.fleet.model import Learnt
-from qrlora_deploy.training.fleet.plan import Customer
 from qrlora_deploy.training.fleet.summary import RUN, Line, run_digest, trained_line
 from qrlora_deploy.training.record import Ran, training_record
 from qrlora_deploy.training.settings import TrainSettings

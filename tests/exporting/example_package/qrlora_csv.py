@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qrlora_deploy.errors import CheckFailed, InputError
+from qrlora_deploy.errors import CheckFailed, InputError, argument
 from qrlora_deploy.exporting.exporter import Verdict
 from qrlora_deploy.exporting.job import ExportJob, Original
 from qrlora_deploy.exporting.options import option
@@ -31,7 +31,7 @@ class CsvOptions:
     def __post_init__(self) -> None:
         """Refuse what no table can be, by an InputError: options may come from Python as well."""
         if not 1 <= self.digits <= 17:
-            raise InputError(f"--digits must be between 1 and 17, not {self.digits}")
+            raise InputError(f"{argument('digits')} must be between 1 and 17, not {self.digits}")
 
 
 class CsvExporter:
@@ -59,7 +59,7 @@ class CsvExporter:
     def verify(self, output: Path, original: Original | None, provider: str) -> Verdict:
         """Compare the table with the coefficients, which the table alone does not have."""
         if original is None:
-            raise InputError(f"{output} carries nothing to compare with; give --coefficients")
+            raise InputError(f"{output} carries nothing to compare with; give {argument('coefficients')}")
         found = [float(row[2]) for row in _rows(output) if row != HEADER]
         expected = original.coefficients.values.tolist()
         wrong = sum(abs(one - other) > 1e-6 * abs(other) for one, other in zip(found, expected, strict=False))

@@ -331,14 +331,14 @@ def test_loading_replaces_what_is_there(fresh: SwitchableSession, sample: Path, 
     fresh.load("a", replace(tiny_customer, head=head, labels=("x", "y")))
     fresh.load("other", scaled(tiny_customer, 7))
     held, _ = fresh.table.hold(["a"])
-    memory, labels = fresh.table.memory, fresh.table.note_of(held["a"])
+    memory, version = fresh.table.memory, fresh.table.note_of(held["a"])
     load_packed(fresh, sample)
     assert sorted(fresh.customers()) == ["a", "b.c", "d" * 128, "other"]
     # The run that began before keeps what it began with.
     part = memory.parts[TABLE]
     assert isinstance(part, HostMemory)
     np.testing.assert_array_equal(part.array[held["a"]], fresh.layout.row(tiny_customer.values))
-    assert fresh.table.note_of(held["a"]) == labels == Answering(("x", "y"))
+    assert fresh.table.note_of(held["a"]) == version and version.answering == Answering(("x", "y"))
     fresh.table.release(held.values())
     expected = [fresh.layout.row(scaled(tiny_customer, number).values) for number in (0, 1, 7)]
     np.testing.assert_array_equal(rows(fresh, ["a", "b.c", "other"]), np.stack(expected))

@@ -14,13 +14,13 @@ from qrlora_deploy.tasks.base import Task
 from qrlora_deploy.tasks.classification import Classification
 from qrlora_deploy.tasks.multi_label import MultiLabel
 from qrlora_deploy.tasks.regression import Regression
+from qrlora_deploy.training.fleet.adam import AdamTable
 from qrlora_deploy.training.fleet.branch import RowHead, RowValues
 from qrlora_deploy.training.fleet.engine import _places
 from qrlora_deploy.training.fleet.pool import RowPool
 from qrlora_deploy.training.fleet.schedule import Schedule
 from qrlora_deploy.training.fleet.scoring import Answers, score_answers
 from qrlora_deploy.training.fleet.shipping import in_one_copy, ship
-from qrlora_deploy.training.fleet.table import AdamTable
 from qrlora_deploy.training.fleet.targets import TargetTable
 from qrlora_deploy.training.fleet.tokens import TokenRows
 from tests.tolerances import FP32_SIDE_BRANCH, Tolerance

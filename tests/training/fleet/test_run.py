@@ -25,10 +25,10 @@ from qrlora_deploy.training.fleet import model as fleet_model
 from qrlora_deploy.training.fleet import pool as fleet_pool
 from qrlora_deploy.training.fleet import writing
 from qrlora_deploy.training.fleet.branch import RowLinear
+from qrlora_deploy.training.fleet.customers import Customer, FleetSource
 from qrlora_deploy.training.fleet.engine import CHUNK_TOKENS, Chunk, Engine
 from qrlora_deploy.training.fleet.model import FleetModel
 from qrlora_deploy.training.fleet.options import FleetOptions, FleetReport
-from qrlora_deploy.training.fleet.plan import Customer, FleetSource
 from qrlora_deploy.training.fleet.run import train_fleet
 from qrlora_deploy.training.fleet.schedule import StepRows
 from qrlora_deploy.training.fleet.shipping import in_one_copy
@@ -146,6 +146,23 @@ def test_multi_label_customers_share_a_frozen_head(
         check_same(customer, alone(base, tiny_basis, tmp_path, name, settings))
 
 
+def test_rerankers_become_what_they_are_alone(still_base: Checkpoint, tiny_basis: Basis, tmp_path: Path) -> None:
+    names, settings = write_folders(tmp_path, [(12, 8), (7, 6), (19, 9)]), settings_of(head="output", task="reranker")
+    for number, name in enumerate(names):
+        for place, count in (("data", 12 + 3 * number), ("held-out", 8)):
+            first, second = (random_rows(count, seed + number) for seed in (200, 300))
+            marks = ("0", "1", "0.25") if number else ("0", "1")
+            labels = [marks[row % len(marks)] for row in range(count)]
+            rows = [(one[0], other[0], label) for one, other, label in zip(first, second, labels, strict=True)]
+            write_rows(tmp_path / place / f"{name}.tsv", rows, ("text", "text_pair", "label"))
+    report = run(still_base, tiny_basis, tmp_path, settings)
+    assert [(line.status, line.reason) for line in report.lines] == [("trained", "")] * len(names)
+    for name in names:
+        customer = read_coefficients(tmp_path / "out" / f"{name}.safetensors")
+        assert customer.task == "text-ranking" and np.abs(customer.values).max() > 0.05
+        check_same(customer, alone(still_base, tiny_basis, tmp_path, name, settings))
+
+
 def test_thresholds_are_those_of_the_best_epoch_alone_too(
     still_base: Checkpoint, tiny_basis: Basis, tmp_path: Path
 ) -> None:
@@ -165,18 +182,18 @@ def test_thresholds_are_those_of_the_best_epoch_alone_too(
     for name in names[2:]:
         other = read_coefficients(tmp_path / "out" / f"{name}.safetensors")
         assert not other.thresholds and "tuned_metrics" not in other.training
-    with pytest.raises(InputError, match="--tune-thresholds chooses them on held-out rows; give --eval"):
+    with pytest.raises(InputError, match="tune_thresholds chooses them on held-out rows; give evaluation"):
         run(still_base, tiny_basis, tmp_path, settings, held_out=False)
 
 
-@pytest.mark.parametrize(("held_out", "reason"), [(True, "decides without thresholds"), (False, "give --eval")])
+@pytest.mark.parametrize(("held_out", "reason"), [(True, "decides without thresholds"), (False, "give evaluation")])
 def test_thresholds_are_refused_before_training_where_there_are_none(
     still_base: Checkpoint, tiny_basis: Basis, tmp_path: Path, held_out: bool, reason: str
 ) -> None:
     name, *_ = write_folders(tmp_path)
-    with pytest.raises(InputError, match=f"--tune-thresholds.*{reason}"):
+    with pytest.raises(InputError, match=f"tune_thresholds.*{reason}"):
         alone(still_base, tiny_basis, tmp_path, name, settings_of(tune_thresholds=True), held_out)
-    with pytest.raises(InputError, match=f"--tune-thresholds.*{reason}"):
+    with pytest.raises(InputError, match=f"tune_thresholds.*{reason}"):
         run(still_base, tiny_basis, tmp_path, settings_of(tune_thresholds=True), held_out)
 
 
@@ -317,7 +334,7 @@ def test_a_customer_that_diverges_is_dropped_alone(
     monkeypatch.setattr(Engine, "_row_losses", spoil)
     report = run(still_base, tiny_basis, tmp_path, settings)
     failed = [line for line in report.lines if line.status == "failed"]
-    assert [line.reason for line in failed] == ["the loss became inf in epoch 1; try a smaller --learning-rate"]
+    assert [line.reason for line in failed] == ["the loss became inf in epoch 1; try a smaller learning_rate"]
     for name in set(names) - {failed[0].customer}:
         one, two = (read_coefficients(tmp_path / place / f"{name}.safetensors") for place in ("out", "before"))
         check_same(one, two)
@@ -327,7 +344,7 @@ def test_a_rate_that_is_too_large_for_all_fails_all(still_base: Checkpoint, tiny
     write_folders(tmp_path)
     report = run(still_base, tiny_basis, tmp_path, settings_of(learning_rate=1e30, epochs=2))
     assert {line.status for line in report.lines} == {"failed"}
-    assert all("try a smaller --learning-rate" in line.reason for line in report.lines)
+    assert all("try a smaller learning_rate" in line.reason for line in report.lines)
     assert list((tmp_path / "out").iterdir()) == [report.summary]
 
 

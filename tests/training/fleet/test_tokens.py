@@ -11,7 +11,7 @@ from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.tasks.classification import Classification
 from qrlora_deploy.training.fleet import tokens
-from qrlora_deploy.training.fleet.plan import Customer
+from qrlora_deploy.training.fleet.customers import Customer
 from qrlora_deploy.training.fleet.tokens import RowEncoder, TokenRows, TokensAhead
 from qrlora_deploy.training.outputs import Outputs
 from qrlora_deploy.training.rows import build_rows

@@ -15,8 +15,8 @@ from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
 from qrlora_deploy.formats.customer_files import read_customer
 from qrlora_deploy.tasks.classification import Classification
 from qrlora_deploy.training.fleet import writing
+from qrlora_deploy.training.fleet.customers import Customer
 from qrlora_deploy.training.fleet.model import Learnt
-from qrlora_deploy.training.fleet.plan import Customer
 from qrlora_deploy.training.fleet.writing import Origin, Trained, Writer
 from qrlora_deploy.training.outputs import Outputs
 from qrlora_deploy.training.record import Ran

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qrlora_deploy.bench.record import Comparison, Measurement, Report, Subject, shape_name
+from qrlora_deploy.bench.report import Report
+from qrlora_deploy.bench.report_parts import Comparison, Measurement, Subject, shape_name
 
 SHOWN = ("p50", "p90", "p95", "p99", "p99.9")
 MB = 1e6

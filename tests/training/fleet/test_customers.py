@@ -13,8 +13,8 @@ from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.tasks.classification import Classification
 from qrlora_deploy.tasks.multi_label import MultiLabel
 from qrlora_deploy.tasks.regression import Regression
+from qrlora_deploy.training.fleet.customers import FleetSource, Shard, choose_customers
 from qrlora_deploy.training.fleet.grouping import read_groups
-from qrlora_deploy.training.fleet.plan import FleetSource, Shard, plan_fleet
 from tests.training.fleet.making import random_rows, settings_of, write_rows
 
 GOOD = b"id\ttext\tlabel\na\tbook a flight\ttravel\nb\trice\tkitchen\na\tplay music\thome\n"
@@ -98,11 +98,11 @@ def test_shards_part_the_customers_and_stay_as_they_are(tmp_path: Path, checkpoi
         tmp_path / "all.tsv", [(name, *row) for name in names for row in random_rows(2, 0)], ("id", "text", "label")
     )
     source = FleetSource(tmp_path / "all.tsv", customer_column="id")
-    plans = [plan_fleet(source, checkpoint, settings_of(), Shard(index, 4)) for index in range(4)]
-    parts = [[customer.name for customer in plan.customers] for plan in plans]
+    parts_found = [choose_customers(source, checkpoint, settings_of(), Shard(index, 4)) for index in range(4)]
+    parts = [[customer.name for customer in found.customers] for found in parts_found]
     assert sorted(name for part in parts for name in part) == sorted(names[:-1])
     assert all(3 < len(part) < 25 for part in parts)
-    assert [name for plan in plans for name in plan.refused] == ["no id"]
+    assert [name for found in parts_found for name in found.refused] == ["no id"]
     # A hash of the name alone: pinned, so that a run may be resumed by another version and on another machine.
     assert [Shard(index, 4).holds("acme") for index in range(4)] == [True, False, False, False]
     for index, count in ((4, 4), (-1, 4), (0, 0)):
@@ -113,9 +113,11 @@ def test_shards_part_the_customers_and_stay_as_they_are(tmp_path: Path, checkpoi
 @pytest.mark.parametrize("name", ["../out", ".hidden", "a/b", "a b", "a" * 129, "ä"])
 def test_what_is_no_customer_id_is_refused(tmp_path: Path, checkpoint: Checkpoint, name: str) -> None:
     write_rows(tmp_path / "all.tsv", [(name, "rice", "kitchen"), ("good", "rice", "kitchen")], ("id", "text", "label"))
-    plan = plan_fleet(FleetSource(tmp_path / "all.tsv", customer_column="id"), checkpoint, settings_of(), Shard())
-    assert [customer.name for customer in plan.customers] == ["good"] and plan.refused.keys() == {name}
-    assert "no customer id" in plan.refused[name]
+    found = choose_customers(
+        FleetSource(tmp_path / "all.tsv", customer_column="id"), checkpoint, settings_of(), Shard()
+    )
+    assert [customer.name for customer in found.customers] == ["good"] and found.refused.keys() == {name}
+    assert "no customer id" in found.refused[name]
 
 
 def test_held_out_rows_belong_to_their_customer(tmp_path: Path, checkpoint: Checkpoint) -> None:
@@ -123,9 +125,9 @@ def test_held_out_rows_belong_to_their_customer(tmp_path: Path, checkpoint: Chec
     rows = [("a", "rice", "kitchen"), ("b", "rice", "unheard of"), ("stranger", "rice", "kitchen")]
     write_rows(tmp_path / "dev.tsv", rows, ("id", "text", "label"))
     source = FleetSource(tmp_path / "all.tsv", tmp_path / "dev.tsv", "id")
-    plan = plan_fleet(source, checkpoint, settings_of(), Shard())
-    assert [(customer.name, len(customer.evaluation_targets)) for customer in plan.customers] == [("a", 1)]
-    assert "unheard of" in plan.refused["b"] and plan.strangers == 1
+    found = choose_customers(source, checkpoint, settings_of(), Shard())
+    assert [(customer.name, len(customer.evaluation_targets)) for customer in found.customers] == [("a", 1)]
+    assert "unheard of" in found.refused["b"] and found.strangers == 1
 
 
 def test_files_whose_names_differ_in_case_alone_are_refused(tmp_path: Path) -> None:
@@ -150,14 +152,14 @@ def test_a_fleet_of_numbers_is_no_mixture(tmp_path: Path, checkpoint: Checkpoint
     content = numbers_of(("a", [1.5, 2.5, 3]), ("b", [1.5, float("nan"), 2.5]), ("c", [1, 2, 3]), ("d", ["x", "y"]))
     (tmp_path / "all.jsonl").write_text(content)
     source = FleetSource(tmp_path / "all.jsonl", customer_column="id")
-    plan = plan_fleet(source, checkpoint, settings_of(head="output"), Shard())
-    assert {item.name: item.outputs.task for item in plan.customers} == {
+    found = choose_customers(source, checkpoint, settings_of(head="output"), Shard())
+    assert {item.name: item.outputs.task for item in found.customers} == {
         "a": Regression(),
         "d": Classification(),
     }
-    assert "row 2 has no label" in plan.refused["b"]
-    assert plan.refused["c"] == "its labels are whole numbers, those of a fractions; say what they are by --task"
-    said = plan_fleet(source, checkpoint, settings_of(head="output", task="regression"), Shard())
+    assert "row 2 has no label" in found.refused["b"]
+    assert found.refused["c"] == "its labels are whole numbers, those of a fractions; say what they are by task"
+    said = choose_customers(source, checkpoint, settings_of(head="output", task="regression"), Shard())
     assert {item.name: item.outputs.task for item in said.customers} == dict.fromkeys("ac", Regression())
     assert "a regression needs numbers as labels, not 'x', 'y'" in said.refused["d"]
 
@@ -167,21 +169,21 @@ def test_customers_of_several_labels_a_row_train_beside_the_others(tmp_path: Pat
     lines = [json.dumps({"id": name, "text": "rice", "label": label}) for name, label in rows]
     (tmp_path / "all.jsonl").write_text("\n".join(lines) + "\n")
     source = FleetSource(tmp_path / "all.jsonl", customer_column="id")
-    plan = plan_fleet(source, checkpoint, settings_of(head="output"), Shard())
+    found = choose_customers(source, checkpoint, settings_of(head="output"), Shard())
     # Names in lists are no numbers that were meant, whatever others have.
-    found = {item.name: item.outputs.task for item in plan.customers}
-    assert found == {"a": Classification(), "b": MultiLabel(), "c": Regression()} and not plan.refused
-    assert plan.customers[1].targets == [[1.0, 1.0], [0.0, 0.0]]
-    judged = plan_fleet(source, checkpoint, settings_of(head="output", metric="f1_micro"), Shard())
+    tasks = {item.name: item.outputs.task for item in found.customers}
+    assert tasks == {"a": Classification(), "b": MultiLabel(), "c": Regression()} and not found.refused
+    assert found.customers[1].targets == [[1.0, 1.0], [0.0, 0.0]]
+    judged = choose_customers(source, checkpoint, settings_of(head="output", metric="f1_micro"), Shard())
     assert [item.name for item in judged.customers] == ["b"]
-    assert "--metric must be one of accuracy, f1, matthews for text-classification" in judged.refused["a"]
+    assert "metric must be one of accuracy, f1, matthews for text-classification" in judged.refused["a"]
 
 
 def test_a_column_that_was_written_in_two_ways_is_one_for_all_customers(tmp_path: Path, checkpoint: Checkpoint) -> None:
     (tmp_path / "all.jsonl").write_text(numbers_of(("a", [1.0, 2.0]), ("b", [1, 2])))
     source = FleetSource(tmp_path / "all.jsonl", customer_column="id")
-    plan = plan_fleet(source, checkpoint, settings_of(head="output"), Shard())
-    assert {item.name: item.outputs.labels for item in plan.customers} == {"a": ("1", "2"), "b": ("1", "2")}
+    found = choose_customers(source, checkpoint, settings_of(head="output"), Shard())
+    assert {item.name: item.outputs.labels for item in found.customers} == {"a": ("1", "2"), "b": ("1", "2")}
 
 
 def test_ids_are_text_as_labels_are(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qrlora_deploy.data.examples import Examples, check_alike
 from qrlora_deploy.data.labels import WHOLE
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.formats.coefficients import CUSTOMER_ID
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.tasks.registry import BY_OPTION
@@ -38,7 +38,9 @@ class Shard:
 
     def __post_init__(self) -> None:
         if not 0 <= self.index < self.count:
-            raise InputError(f"--shard {self.index}/{self.count}: give I/N with I from 0 to N - 1, such as 0/4")
+            raise InputError(
+                f"{argument('shard')} {self.index}/{self.count}: give part I of N with I from 0 to N - 1, such as 0/4"
+            )
 
     def holds(self, name: str) -> bool:
         """Whether a customer belongs here; the same on every machine, whoever else is in the data."""
@@ -89,7 +91,7 @@ class Customer:
 
 
 @dataclass(frozen=True)
-class Plan:
+class FleetCustomers:
     """The customers of a shard.
 
     Attributes:
@@ -103,7 +105,9 @@ class Plan:
     strangers: int = 0
 
 
-def plan_fleet(source: FleetSource, checkpoint: Checkpoint, settings: TrainSettings, shard: Shard) -> Plan:
+def choose_customers(
+    source: FleetSource, checkpoint: Checkpoint, settings: TrainSettings, shard: Shard
+) -> FleetCustomers:
     """Read the data and sort the customers into those that can be trained and those that cannot.
 
     Args:
@@ -114,7 +118,7 @@ def plan_fleet(source: FleetSource, checkpoint: Checkpoint, settings: TrainSetti
 
     Raises:
         InputError: a file or folder as a whole cannot be read, or the base has no usable head; what
-            is wrong with one customer alone is in the plan instead.
+            is wrong with one customer alone is in the answer instead.
     """
     frozen = settings.head == "frozen"
     checkpoint = taken_for(checkpoint, settings.task)
@@ -148,7 +152,7 @@ def plan_fleet(source: FleetSource, checkpoint: Checkpoint, settings: TrainSetti
         customers = [customer for customer in customers if customer.name not in unclear]
         refused |= unclear
     strangers = (held_out.examples.keys() | held_out.refused.keys()) - groups.examples.keys() - groups.refused.keys()
-    return Plan(customers, refused, len(strangers))
+    return FleetCustomers(customers, refused, len(strangers))
 
 
 def _read(source: FleetSource, place: Path, shard: Shard) -> Groups:
@@ -160,7 +164,7 @@ def _unclear(customers: list[Customer]) -> dict[str, str]:
     fractions = [customer.name for customer in customers if customer.outputs.new and customer.outputs.task.is_number]
     if not fractions:
         return {}
-    reason = f"its labels are whole numbers, those of {fractions[0]} fractions; say what they are by --task"
+    reason = f"its labels are whole numbers, those of {fractions[0]} fractions; say what they are by {argument('task')}"
     return {
         customer.name: reason
         for customer in customers

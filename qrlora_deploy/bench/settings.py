@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from qrlora_deploy.bench.record import SCENARIOS, Scenario
+from qrlora_deploy.bench.report_parts import SCENARIOS, Scenario
 from qrlora_deploy.bench.subjects import Mix
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, argument
 
 PEERS = ("torch-eager", "torch-compile", "peft")
 Peer = Literal["torch-eager", "torch-compile", "peft"]
@@ -38,7 +38,7 @@ USUAL_LENGTH = 128
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchSettings:
     """Settings of one benchmark.
 
     Attributes:
@@ -95,35 +95,45 @@ class Plan:
         """Check what can be checked before anything is opened.
 
         Raises:
-            InputError: naming the option.
+            InputError: naming the argument.
         """
         if not self.bundles:
             raise InputError("give at least one bundle to measure")
         if self.data is not None and self.lengths:
-            raise InputError("--length and --data exclude each other: texts have their own lengths")
+            raise InputError(
+                f"{argument('lengths')} and {argument('data')} exclude each other: texts have their own lengths"
+            )
         self._check_sizes()
         if not self.batches or not self.scenarios:
-            raise InputError("give at least one --batch and one --scenario")
+            raise InputError(f"give at least one {argument('batches')} and one {argument('scenarios')}")
         unknown = [name for name in self.scenarios if name not in SCENARIOS]
         if unknown:
-            raise InputError(f"--scenario {', '.join(unknown)}: choose from {', '.join(SCENARIOS)}")
+            raise InputError(f"{argument('scenarios', unknown)}: choose from {', '.join(SCENARIOS)}")
         if self.peers and self.base is None:
-            raise InputError(f"--peer {', '.join(self.peers)} needs --base, the folder of the Hugging Face checkpoint")
+            raise InputError(
+                f"{argument('peers', self.peers)} needs {argument('base')}, the folder of the Hugging Face checkpoint"
+            )
         if self.cuda_graph != "off" and self.provider != "cuda":
-            raise InputError(f"--cuda-graph {self.cuda_graph} needs --provider cuda, not {self.provider}")
+            raise InputError(
+                f"{argument('cuda_graph', self.cuda_graph)} needs {argument('provider', 'cuda')}, not {self.provider}"
+            )
 
     def _check_sizes(self) -> None:
-        for option, sizes in (("--batch", self.batches), ("--length", self.lengths)):
+        for option, sizes in ((argument("batches"), self.batches), (argument("lengths"), self.lengths)):
             if any(size < 1 for size in sizes):
                 raise InputError(f"{option} must be at least 1, not {min(sizes)}")
         for name, most in BOUNDS.items():
             value = getattr(self, name)
             # Written so that nan is refused too.
             if value is not None and not 0 < value <= most:
-                raise InputError(f"--{name.replace('_', '-')} must be above 0 and at most {most:g}, not {value}")
+                raise InputError(f"{argument(name)} must be above 0 and at most {most:g}, not {value}")
         batch, length = max(self.batches, default=1), max(self.lengths, default=USUAL_LENGTH)
         if batch * length > MAX_TOKENS:
-            options = f"--batch {batch} and --length {length}" if self.lengths else f"--batch {batch}"
+            options = (
+                f"{argument('batches', [batch])} and {argument('lengths', [length])}"
+                if self.lengths
+                else argument("batches", [batch])
+            )
             raise InputError(f"{options}: a batch of more than {MAX_TOKENS} tokens is none that is served")
 
     @property

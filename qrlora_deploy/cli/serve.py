@@ -1,0 +1,234 @@
+"""`qrlora-deploy serve`."""
+
+import ipaddress
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import click
+
+from qrlora_deploy.cli.options import ANY_PATH, COUNT, EXISTING_FILE, FiniteRange, common
+from qrlora_deploy.cli.output import Output
+from qrlora_deploy.errors import CheckFailed, InputError
+
+if TYPE_CHECKING:
+    from qrlora_deploy.runtime.sessions.buckets import Buckets
+    from qrlora_deploy.serving.assembly import Assembly
+    from qrlora_deploy.serving.opening import ModelPlaces, RunOptions
+    from qrlora_deploy.serving.server import ServerOptions
+
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+SECONDS = FiniteRange(min=0, max=86_400)
+SHOWN = 5
+"""Customers' files that are named where many cannot be used."""
+
+
+@click.command("serve")
+@click.argument("bundle", required=False, type=FOLDER)
+@click.option("--model", "models", multiple=True, metavar="NAME=BUNDLE", help="A further model; repeatable.")
+@click.option("--customers", multiple=True, metavar="[NAME=]DIR", help="Folder of coefficients files; it is followed.")
+@click.option("--packed", multiple=True, metavar="[NAME=]FILE", help="Packed file of customers.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any free one.")
+@click.option("--grpc-port", type=click.IntRange(0, 65535), help="Answer over gRPC, too, on this port.")
+@click.option(
+    "--admin-port",
+    type=click.IntRange(0, 65535),
+    help="Offer the admin API on this port, to keys with that right.",
+)
+@click.option("--admin-host", default="127.0.0.1", show_default=True, help="Address of the admin API.")
+@click.option("--audit-log", type=ANY_PATH, help="With --admin-port: a line for each change is added to this file.")
+@click.option("--provider", default="cpu", show_default=True, help="cpu, cuda, cuda:1 or tensorrt.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="Threads within an operator.")
+@click.option("--buckets", metavar="ROWS:LENGTHS", help="Run in these shapes only, such as 1,8,32:32,128.")
+@click.option("--max-rows", type=COUNT, help="Rows of the table of customers; without it the table grows.")
+@click.option("--max-batch-tokens", type=COUNT, default=16384, show_default=True, help="Rows x length of a run.")
+@click.option("--max-wait-ms", type=SECONDS, default=0.0, show_default=True, help="A free engine waits for more rows.")
+@click.option("--max-queue-rows", type=COUNT, default=4096, show_default=True, help="Rows that wait; then 429.")
+@click.option("--max-body-mib", type=click.IntRange(1, 2047), default=64, show_default=True, help="MiB of a body.")
+@click.option("--keys", type=EXISTING_FILE, help="File of keys; without it everybody is answered.")
+@click.option("--insecure", is_flag=True, help="Listen beyond this machine without keys.")
+@click.option("--tls-cert", type=EXISTING_FILE, help="Certificates, PEM.")
+@click.option("--tls-key", type=EXISTING_FILE, help="Key of the first one, PEM.")
+@click.option("--tls-client-ca", type=EXISTING_FILE, help="Clients need a certificate that is signed by this one.")
+@click.option(
+    "--drain-delay", type=SECONDS, default=0.0, show_default=True, help="Seconds from SIGTERM on that all is answered."
+)
+@click.option(
+    "--drain-seconds",
+    "drain_s",
+    type=SECONDS,
+    default=45.0,
+    show_default=True,
+    help="Seconds for what was begun until then.",
+)
+@click.option("--count-customer", "counted", multiple=True, metavar="ID", help="Metrics tell its rows; repeatable.")
+@click.option("--check", is_flag=True, help="Open and check everything, each customer's file too, and end.")
+@click.option("--log-json", is_flag=True, help="Logs as lines of JSON on stderr, each request among them.")
+@common
+def command(bundle: Path | None, models: tuple[str, ...], check: bool, log_json: bool, **options: Any) -> Output:
+    """Answer over HTTP, and gRPC, for BUNDLE and its customers: Open Inference Protocol v2; plain JSON at /v1/classify.
+
+    SIGTERM ends it without losing a request: readiness goes off, --drain-delay passes, what was begun is finished.
+    SIGHUP reads the keys and the packed files again.
+
+    \b
+    Examples:
+      qrlora-deploy serve bundle --customers customers
+      qrlora-deploy serve bundle --customers customers --keys keys.json --host 0.0.0.0 --drain-delay 10
+      qrlora-deploy serve --model intents=bundle --model spam=other-bundle --customers intents=customers --check
+    """
+    _check_usage(bundle, models, **options)
+    from qrlora_deploy.serving.assembly import Assembly, AssemblyOptions
+    from qrlora_deploy.serving.json_log import log_as_json
+
+    if log_json:
+        log_as_json()
+    else:
+        _log_plainly()
+    places = _places(bundle, models, options["customers"], options["packed"])
+    assembly = Assembly(
+        AssemblyOptions(
+            places,
+            _run_options(**options),
+            _server_options(options),
+            keys=options["keys"],
+            grpc_port=options["grpc_port"],
+            admin_port=options["admin_port"],
+            admin_host=options["admin_host"],
+            audit_log=options["audit_log"],
+            counted=options["counted"],
+        )
+    )
+    return _checked(assembly) if check else Output({}, live=lambda stream: _serve(assembly, stream))
+
+
+def _check_usage(bundle: Path | None, models: Sequence[str], **options: Any) -> None:
+    if bundle is None and not models:
+        raise click.UsageError("give a BUNDLE, or --model NAME=BUNDLE")
+    if bool(options["tls_cert"]) != bool(options["tls_key"]):
+        raise click.UsageError("--tls-cert and --tls-key belong together")
+    if options["tls_client_ca"] and not options["tls_cert"]:
+        raise click.UsageError("--tls-client-ca needs --tls-cert and --tls-key")
+    guarded = options["keys"] or options["tls_client_ca"] or options["insecure"]
+    if not guarded and not _is_here(options["host"]):
+        raise click.UsageError(
+            f"--host {options['host']} lets everybody ask for every customer; give --keys FILE, or --insecure"
+        )
+
+
+def _is_here(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _log_plainly() -> None:
+    import logging
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("qrlora_deploy")
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+
+
+def _places(
+    bundle: Path | None, models: Sequence[str], customers: Sequence[str], packed: Sequence[str]
+) -> "list[ModelPlaces]":
+    from qrlora_deploy.serving.opening import ModelPlaces
+
+    folders = {} if bundle is None else {bundle.resolve().name: bundle}
+    for text in models:
+        name, equals, path = text.partition("=")
+        if not (name and equals and path):
+            raise InputError(f"--model {text!r:.80} must be NAME=BUNDLE")
+        if name in folders:
+            raise InputError(f"--model {name!r:.80} is given twice; each model needs a name of its own")
+        folders[name] = Path(path)
+    of_folder = _by_name("--customers", customers, list(folders))
+    of_file = _by_name("--packed", packed, list(folders))
+    return [ModelPlaces(name, path, of_folder.get(name), of_file.get(name)) for name, path in folders.items()]
+
+
+def _by_name(option: str, values: Sequence[str], names: Sequence[str]) -> dict[str, Path]:
+    """`[NAME=]PATH` by the model's name, the first model's where none is given."""
+    found: dict[str, Path] = {}
+    for value in values:
+        head, equals, rest = value.partition("=")
+        name, path = (head, rest) if equals and head in names else (names[0], value)
+        if name in found:
+            raise InputError(f"{option} is given twice for the model {name}; give it once")
+        if not Path(path).exists():
+            raise InputError(f"{option} {value}: there is no {path}")
+        found[name] = Path(path)
+    return found
+
+
+def _run_options(**options: Any) -> "RunOptions":
+    from qrlora_deploy.serving.engine.limits import Limits
+    from qrlora_deploy.serving.opening import RunOptions
+
+    limits = Limits(
+        max_queue_rows=options["max_queue_rows"],
+        max_batch_tokens=options["max_batch_tokens"],
+        max_wait_s=options["max_wait_ms"] / 1000,
+    )
+    buckets = None if options["buckets"] is None else _buckets(options["buckets"])
+    return RunOptions(options["provider"], options["threads"], buckets, options["max_rows"], limits)
+
+
+def _buckets(text: str) -> "Buckets":
+    from qrlora_deploy.runtime.sessions.buckets import Buckets
+
+    sizes = [[part.strip() for part in side.split(",")] for side in text.split(":")]
+    if len(sizes) != 2 or not all(part.isascii() and part.isdecimal() and len(part) < 7 for part in sum(sizes, [])):
+        raise InputError(f"--buckets {text!r:.80} must be ROWS:LENGTHS, such as 1,8,32:32,128")
+    return Buckets(tuple(map(int, sizes[0])), tuple(map(int, sizes[1])))
+
+
+def _server_options(options: dict[str, Any]) -> "ServerOptions":
+    from qrlora_deploy.serving.http.limits import MIB, HttpLimits
+    from qrlora_deploy.serving.server import ServerOptions, Tls
+
+    cert, key, authority = options["tls_cert"], options["tls_key"], options["tls_client_ca"]
+    return ServerOptions(
+        host=options["host"],
+        port=options["port"],
+        tls=Tls(cert, key, authority) if cert and key else None,
+        limits=HttpLimits(max_body_bytes=options["max_body_mib"] * MIB),
+        drain_delay_s=options["drain_delay"],
+        drain_s=options["drain_s"],
+    )
+
+
+def _checked(assembly: "Assembly") -> Output:
+    url, record = assembly.server.http.url, []
+    problems: list[str] = []
+    facts: dict[str, str] = {}
+    for model in assembly.models:
+        count, wrong = model.check_customers()
+        problems += wrong
+        record.append({"model": model.served.name, "customers": count, "problems": wrong})
+        facts[model.served.name] = f"{count} customers' files, {model.served.engine.stats().resident} in memory"
+    assembly.close()
+    failure = None
+    if problems:
+        more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        failure = CheckFailed(f"{len(problems)} customers cannot be served: {'; '.join(problems[:SHOWN])}{more}")
+    headline = "" if problems else f"everything is in order; it would listen on {url}"
+    return Output({"models": record, "url": url}, headline, facts, failure=failure)
+
+
+def _serve(assembly: "Assembly", stream: IO[str]) -> None:
+    def started() -> None:
+        names = ", ".join(model.served.name for model in assembly.models)
+        stream.write(f"serving {names} on {assembly.server.http.url}\n")
+        for name, companion in assembly.companions.items():
+            stream.write(f"{name} on port {companion.port}\n")
+        stream.flush()
+
+    assembly.run(started)

@@ -1,0 +1,162 @@
+"""From a request to its answers: admit, tokenise in a thread, queue, wait. HTTP and gRPC come through here."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+
+from qrlora_deploy.errors import InputError, MalformedInputError, QrloraError, UnknownCustomerError
+from qrlora_deploy.serving.engine.protocol import Ticket
+from qrlora_deploy.serving.engine.rows import Load, Row, RowAnswer
+from qrlora_deploy.serving.refusals import DeadlineError, RefusalError
+from qrlora_deploy.serving.served import ServedModel
+
+UNKNOWN = "no customer of that name is known here, or this key may not use it; check the name and the key"
+"""One text for both: nobody learns by it which customers there are."""
+
+UNUSABLE = "the file of a customer in this request cannot be used by this server; its log says why"
+
+SHORT_BYTES = 512
+"""Of a request's texts or token ids: with so few, handing them to a thread takes longer than tokenising them."""
+
+FAILED = "the server failed to answer; its log says why"
+
+logger = logging.getLogger(__name__)
+
+
+class Allows(Protocol):
+    """What a key may do."""
+
+    def allows(self, customer: str) -> bool:
+        """Whether it may use a customer, be there one of that name or not."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What is asked, as texts.
+
+    Attributes:
+        texts: the texts, or the first ones of the pairs.
+        pairs: the second texts, one per text; None: there are none.
+    """
+
+    texts: Sequence[str]
+    pairs: Sequence[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """What is asked, as a client tokenised it.
+
+    Attributes:
+        inputs: int64 `[n, length]` by name, as for `RowTokenizer.rows_of_ids`.
+    """
+
+    inputs: Mapping[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.inputs["input_ids"])
+
+
+Question = Texts | TokenIds
+
+
+async def answer(
+    model: ServedModel,
+    question: Question,
+    customers: Sequence[str | None],
+    deadline_s: float | None = None,
+    access: Allows | None = None,
+) -> list[RowAnswer]:
+    """Answer every row, in the order given.
+
+    Args:
+        model: who answers.
+        question: texts or token ids.
+        customers: one for each row, None being the base.
+        deadline_s: a time of `time.monotonic` after which nobody waits for the answer.
+        access: of the key that asks; None: everything is allowed.
+
+    Raises:
+        QrloraError: as `Engine.admit` and `Engine.submit` say. Its message holds no path of the server.
+    """
+    _check_counts(question, customers)
+    _check_kind(model, question)
+    if access is not None and not all(access.allows(name) for name in set(customers) if name is not None):
+        raise UnknownCustomerError(UNKNOWN)
+    load = _load(model, question)
+    ticket = model.engine.admit(load, customers, deadline_s)
+    try:
+        rows = await _tokenised(model, question, customers, load)
+    except BaseException:
+        model.engine.release(ticket)
+        raise
+    try:
+        return await _answered(model, ticket, rows, deadline_s)
+    except QrloraError as error:
+        raise _public(error) from error
+
+
+def _check_counts(question: Question, customers: Sequence[str | None]) -> None:
+    if not len(question):
+        raise MalformedInputError("the request holds no texts; give at least one")
+    if isinstance(question, Texts) and question.pairs is not None and len(question.pairs) != len(question):
+        raise MalformedInputError(f"there are {len(question)} texts but {len(question.pairs)} second texts")
+    if len(customers) != len(question):
+        raise MalformedInputError(f"there are {len(question)} texts but {len(customers)} customers")
+
+
+def _check_kind(model: ServedModel, question: Question) -> None:
+    if model.task.needs_pairs and isinstance(question, Texts) and question.pairs is None:
+        raise MalformedInputError(f"the model {model.name} scores pairs of texts; give the second texts too")
+
+
+def _load(model: ServedModel, question: Question) -> Load:
+    if isinstance(question, Texts):
+        return Load.of_texts(question.texts, question.pairs, model.tokenizer.max_length)
+    ids = question.inputs["input_ids"]
+    return Load(len(ids), ids.size, sum(array.nbytes for array in question.inputs.values()))
+
+
+async def _tokenised(model: ServedModel, question: Question, customers: Sequence[str | None], load: Load) -> list[Row]:
+    if isinstance(question, Texts):
+        make = partial(model.tokenizer.rows, question.texts, question.pairs, customers)
+    else:
+        make = partial(model.tokenizer.rows_of_ids, question.inputs, customers)
+    if load.size_bytes <= SHORT_BYTES:
+        return make()
+    return await asyncio.get_running_loop().run_in_executor(model.pool, make)
+
+
+async def _answered(
+    model: ServedModel, ticket: Ticket, rows: Sequence[Row], deadline_s: float | None
+) -> list[RowAnswer]:
+    if deadline_s is not None and time.monotonic() >= deadline_s:
+        model.engine.release(ticket)
+        raise DeadlineError("the request's time had passed before it was queued")
+    # Whoever stops to wait, by the deadline or since the client has gone, cancels the rows that still wait.
+    waiting = asyncio.wrap_future(model.engine.submit(ticket, rows))
+    if deadline_s is None:
+        return await waiting
+    try:
+        return await asyncio.wait_for(waiting, max(0.0, deadline_s - time.monotonic()))
+    except TimeoutError as error:
+        raise DeadlineError("the request's time passed before it was answered") from error
+
+
+def _public(error: QrloraError) -> QrloraError:
+    """The error that a client may see: files and folders of the server are none of its business."""
+    if isinstance(error, UnknownCustomerError):
+        return UnknownCustomerError(UNKNOWN)
+    if isinstance(error, MalformedInputError | RefusalError) or error.kind == "not_ready":
+        return error
+    logger.warning("a request failed: %s", error)
+    return InputError(UNUSABLE) if isinstance(error, InputError) else QrloraError(FAILED)

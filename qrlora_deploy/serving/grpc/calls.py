@@ -1,0 +1,85 @@
+"""A call: what it brings beside its message, and how it is refused."""
+
+import logging
+import re
+import secrets
+import time
+import traceback
+from collections.abc import Sequence
+
+import grpc
+
+from qrlora_deploy.errors import QrloraError
+from qrlora_deploy.serving.access import Access, key_of
+from qrlora_deploy.serving.answering import FAILED
+from qrlora_deploy.serving.refusals import status_of
+
+REQUEST_ID = "x-request-id"
+"""A client may send it; it comes back in the trailing metadata, and stands in the log."""
+
+GOOD_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+RETRY_AFTER = "retry-after"
+"""Seconds, in the trailing metadata of a refusal that is worth another try: as the header of that name over HTTP."""
+
+PUSHBACK = "grpc-retry-pushback-ms"
+"""The same in milliseconds, as gRPC's own retries read it."""
+
+Metadata = Sequence[tuple[str, str | bytes]] | None
+
+logger = logging.getLogger(__name__)
+
+
+def value_in(metadata: Metadata, name: str) -> str | None:
+    """The first value of a name; None where there is none, or one that is no text."""
+    for key, value in metadata or ():
+        if key == name:
+            return value if isinstance(value, str) else None
+    return None
+
+
+def key_in(metadata: Metadata) -> str | None:
+    """The key in `authorization: Bearer KEY`."""
+    return key_of(value_in(metadata, "authorization"))
+
+
+class Call:
+    """A call that is being answered.
+
+    Attributes:
+        access: of the key that came with it.
+        deadline_s: a time of `time.monotonic` after which the client does not wait; None: it waits for ever.
+        request_id: the client's own, or one made up.
+        customers: of the rows that it asks for.
+    """
+
+    def __init__(self, context: grpc.aio.ServicerContext, access: Access) -> None:
+        self._context = context
+        remaining_s = context.time_remaining()
+        self.deadline_s = None if remaining_s is None else time.monotonic() + remaining_s
+        given = value_in(context.invocation_metadata(), REQUEST_ID) or ""
+        self.request_id = given if GOOD_ID.fullmatch(given) else secrets.token_hex(8)
+        self.access = access
+        self.customers: Sequence[str | None] = ()
+        context.set_trailing_metadata(((REQUEST_ID, self.request_id),))
+
+    async def refuse(self, error: QrloraError) -> None:
+        """End it by an error's status and its one line.
+
+        Raises:
+            grpc.aio.AbortError: always; gRPC ends the call by it.
+        """
+        trailing = [(REQUEST_ID, self.request_id)]
+        again_s = getattr(error, "retry_after_s", None)
+        if again_s is not None:
+            trailing += [(RETRY_AFTER, f"{again_s:g}"), (PUSHBACK, str(round(again_s * 1000)))]
+        await self._context.abort(grpc.StatusCode[status_of(error).grpc], str(error), tuple(trailing))
+
+    def refusal_of(self, error: Exception) -> QrloraError:
+        """The error that the client is told of; what is none of ours is logged, without what a client sent."""
+        if isinstance(error, QrloraError):
+            return error
+        # The message of a foreign exception may hold a customer's text; where it came from holds none.
+        place = "".join(traceback.format_tb(error.__traceback__))
+        logger.error("request %s: %s\n%s", self.request_id, type(error).__name__, place)
+        return QrloraError(FAILED)

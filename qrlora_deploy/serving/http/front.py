@@ -1,0 +1,273 @@
+"""The routes of the HTTP front."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from qrlora_deploy.errors import MalformedInputError
+from qrlora_deploy.serving.access import Access, key_of, open_access
+from qrlora_deploy.serving.answering import Question, answer
+from qrlora_deploy.serving.engine.rows import RowAnswer
+from qrlora_deploy.serving.http.classify import classify_answer, parse_classify
+from qrlora_deploy.serving.http.embeddings import embeddings_answer, parse_embeddings
+from qrlora_deploy.serving.http.openapi import openapi
+from qrlora_deploy.serving.http.protocol import InferAnswer, parse_infer, parse_object, write_answer
+from qrlora_deploy.serving.http.replies import JSON, error_reply, json_reply, reply_to_error
+from qrlora_deploy.serving.inference.describing import (
+    model_config,
+    model_metadata,
+    model_stats,
+    repository_index,
+    server_metadata,
+)
+from qrlora_deploy.serving.inference.questions import deadline_of, question_of
+from qrlora_deploy.serving.inference.requests import InferRequest
+from qrlora_deploy.serving.json_log import log_request
+from qrlora_deploy.serving.life import Life
+from qrlora_deploy.serving.outputs import OUTPUTS, answer_parameters, outputs_of
+from qrlora_deploy.serving.parts import Keys, Metrics
+from qrlora_deploy.serving.served import VERSION, Models, ServedModel
+
+HEADER_LENGTH = "inference-header-content-length"
+TIMEOUT = "x-request-timeout-ms"
+BINARY = "application/octet-stream"
+METRICS = "text/plain; version=0.0.4; charset=utf-8"
+
+
+GONE, GIVE_UP = "gone", "give_up"
+"""In the state of a request: its client has gone; what to call then."""
+
+CLIENT_GONE = 499
+"""The usual status, in logs and metrics, of a request whose client did not wait. Nobody gets it."""
+
+Handler = Callable[[Request, Access], Awaitable[Response]]
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """An ASGI application of one route, with what all have in common: the key, errors as replies, and counting."""
+
+    front: "Front"
+    path: str
+    handler: Handler
+    is_open: bool = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        request, start, access = Request(scope, receive, send), time.perf_counter(), open_access
+        try:
+            access = open_access if self.is_open else self.front.access(request)
+            reply = await self.handler(request, access)
+        except Exception as error:
+            reply = reply_to_error(error, _request_id(request))
+        except asyncio.CancelledError:
+            if not scope["state"].get(GONE):
+                raise
+            reply = error_reply("the client has gone", CLIENT_GONE)
+        scope["state"].pop(GIVE_UP, None)
+        self.front.tell(request, self.path, reply.status_code, time.perf_counter() - start, access.key_id)
+        await reply(scope, receive, send)
+
+
+@dataclass
+class Front:
+    """Answers over HTTP.
+
+    Attributes:
+        models: what is served.
+        life: whether requests are taken.
+        keys: who may ask; None: everybody.
+        metrics: counts; None: nobody does.
+    """
+
+    models: Models
+    life: Life = field(default_factory=Life)
+    keys: Keys | None = None
+    metrics: Metrics | None = None
+
+    def routes(self) -> list[Route]:
+        """All of them. Health and the description of the interface need no key."""
+        model = "/v2/models/{model}"
+        routes = [
+            self._route("/v2/health/live", "GET", self.live, is_open=True),
+            self._route("/v2/health/ready", "GET", self.ready, is_open=True),
+            self._route("/openapi.json", "GET", self.describe, is_open=True),
+            self._route("/v1/classify", "POST", self.classify),
+            self._route("/v1/embeddings", "POST", self.embeddings),
+            self._route("/v2", "GET", self.server),
+            self._route("/v2/", "GET", self.server),
+            self._route("/v2/repository/index", "POST", self.index),
+            self._route("/v2/models/stats", "GET", self.all_stats),
+            *(
+                self._route(f"{prefix}{rest}", method, handler)
+                for prefix in (model, f"{model}/versions/{{version}}")
+                for rest, method, handler in (
+                    ("/infer", "POST", self.infer),
+                    ("", "GET", self.model),
+                    ("/ready", "GET", self.model_ready),
+                    ("/stats", "GET", self.stats),
+                    ("/config", "GET", self.config),
+                )
+            ),
+        ]
+        if self.metrics is not None:
+            routes.append(self._route("/metrics", "GET", self.scrape))
+        return routes
+
+    def _route(self, path: str, method: str, handler: Handler, is_open: bool = False) -> Route:
+        return Route(path, Endpoint(self, path, handler, is_open), methods=[method])
+
+    def access(self, request: Request) -> Access:
+        """What a request's key may do.
+
+        Raises:
+            UnauthenticatedError: it has none that is known.
+        """
+        return open_access if self.keys is None else self.keys.access(key_of(request.headers.get("authorization")))
+
+    def tell(self, request: Request, route: str, code: int, seconds: float, key_id: str) -> None:
+        """Count a request and log it."""
+        customers: Sequence[str | None] = getattr(request.state, "customers", ())
+        if self.metrics is not None:
+            self.metrics.observe(route, code, seconds, len(customers), customers)
+        log_request(_request_id(request), request.method, route, code, seconds, len(customers), key_id)
+
+    def _model(self, request: Request) -> ServedModel:
+        return self.models.find(request.path_params["model"], request.path_params.get("version"))
+
+    async def live(self, request: Request, access: Access) -> Response:
+        """The process runs."""
+        return json_reply({"live": True})
+
+    async def ready(self, request: Request, access: Access) -> Response:
+        """Requests are welcome."""
+        ready = self.life.ready and all(model.ready for model in self.models)
+        return json_reply({"ready": ready}, 200 if ready else 503)
+
+    async def model_ready(self, request: Request, access: Access) -> Response:
+        """The same for a model."""
+        model = self._model(request)
+        ready = self.life.ready and model.ready
+        return json_reply({"name": model.name, "ready": ready}, 200 if ready else 503)
+
+    async def describe(self, request: Request, access: Access) -> Response:
+        """What people and tools read to use this."""
+        return json_reply(openapi())
+
+    async def server(self, request: Request, access: Access) -> Response:
+        """Name, version, extensions."""
+        return json_reply(server_metadata())
+
+    async def model(self, request: Request, access: Access) -> Response:
+        """A model's inputs and outputs."""
+        return json_reply(model_metadata(self._model(request)))
+
+    async def config(self, request: Request, access: Access) -> Response:
+        """The same as Triton's tools want it."""
+        return json_reply(model_config(self._model(request)))
+
+    async def stats(self, request: Request, access: Access) -> Response:
+        """Counters of a model's engine."""
+        return json_reply({"model_stats": [model_stats(self._model(request))]})
+
+    async def all_stats(self, request: Request, access: Access) -> Response:
+        """Counters of all engines."""
+        return json_reply({"model_stats": [model_stats(model) for model in self.models]})
+
+    async def index(self, request: Request, access: Access) -> Response:
+        """All models; those that are ready, where the body asks so."""
+        body = await request.body()
+        record = parse_object(body) if body else {}
+        found = repository_index(self.models, self.life.ready)
+        return json_reply([model for model in found if model["state"] == "READY"] if record.get("ready") else found)
+
+    async def scrape(self, request: Request, access: Access) -> Response:
+        """For Prometheus."""
+        assert self.metrics is not None
+        return Response(self.metrics.text(), headers={"content-type": METRICS})
+
+    async def classify(self, request: Request, access: Access) -> Response:
+        """Texts in plain JSON."""
+        question, customers, name = parse_classify(parse_object(await request.body()))
+        model = self.models.first if name is None else self.models.find(name)
+        if not model.task.has_labels:
+            raise MalformedInputError(f"the model {model.name} answers with embeddings; ask /v1/embeddings")
+        deadline_s = deadline_of(request.headers.get(TIMEOUT))
+        answers = await self._answer(request, model, question, customers, deadline_s, access)
+        return json_reply(classify_answer(model, customers, answers))
+
+    async def embeddings(self, request: Request, access: Access) -> Response:
+        """Vectors of texts, as clients of OpenAI's interface ask for them."""
+        asked = parse_embeddings(parse_object(await request.body()))
+        model = self.models.first if asked.model is None else self.models.find(asked.model)
+        if model.task.has_labels:
+            raise MalformedInputError(f"the model {model.name} answers with labels, not embeddings; ask /v1/classify")
+        deadline_s = deadline_of(request.headers.get(TIMEOUT))
+        answers = await self._answer(request, model, asked.question, asked.customers, deadline_s, access)
+        return json_reply(embeddings_answer(model, asked, answers))
+
+    async def infer(self, request: Request, access: Access) -> Response:
+        """The protocol's inference."""
+        model = self._model(request)
+        asked = parse_infer(await request.body(), _header_length(request), outputs_of(model.task))
+        question, customers = question_of(asked)
+        deadline_s = deadline_of(request.headers.get(TIMEOUT), asked.parameters.get("timeout"))
+        answers = await self._answer(request, model, question, customers, deadline_s, access)
+        return _infer_reply(_written(model, asked, answers))
+
+    async def _answer(
+        self,
+        request: Request,
+        model: ServedModel,
+        question: Question,
+        customers: list[str | None],
+        deadline_s: float | None,
+        access: Access,
+    ) -> list[RowAnswer]:
+        request.state.customers = customers
+        task = asyncio.current_task()
+        if task is not None:
+            request.scope["state"][GIVE_UP] = task.cancel
+        self.life.check()
+        return await answer(model, question, customers, deadline_s, access)
+
+
+async def not_found(request: Request, error: Exception) -> Response:
+    """A path or method that there is not."""
+    code = getattr(error, "status_code", 404)
+    what = "is not asked that way" if code == 405 else "is not there"
+    reply = error_reply(f"{request.url.path[:120]!a} {what}; GET /openapi.json lists what is", code)
+    reply.headers.update(getattr(error, "headers", None) or {})
+    return reply
+
+
+def _request_id(request: Request) -> str:
+    return getattr(request.state, "request_id", "-")
+
+
+def _header_length(request: Request) -> int | None:
+    text = request.headers.get(HEADER_LENGTH)
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdecimal() and len(text) < 12):
+        raise MalformedInputError("Inference-Header-Content-Length must be a whole number of bytes")
+    return int(text)
+
+
+def _written(model: ServedModel, asked: InferRequest, answers: list[RowAnswer]) -> InferAnswer:
+    values = [(wanted, OUTPUTS[wanted.name](answers, model.task)) for wanted in asked.wanted]
+    return write_answer(
+        model.name, VERSION, asked.id, values, answer_parameters(model.bundle.manifest.base_digest, answers)
+    )
+
+
+def _infer_reply(written: InferAnswer) -> Response:
+    if written.header_length is None:
+        return Response(written.body, media_type=JSON)
+    return Response(written.body, media_type=BINARY, headers={HEADER_LENGTH: str(written.header_length)})

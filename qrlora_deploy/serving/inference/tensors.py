@@ -1,0 +1,147 @@
+"""Tensors of the Open Inference Protocol v2, in JSON and in its binary extension. Pure: bytes in, arrays out.
+
+Whatever is wrong with what a client sent is a `MalformedInputError` that names the tensor.
+"""
+
+import math
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from qrlora_deploy.errors import MalformedInputError, QrloraError
+from qrlora_deploy.serving.outputs import PADDING
+
+MAX_DIMENSIONS = 8
+
+LENGTH = struct.Struct("<I")
+"""Before each element of BYTES in binary data."""
+
+RAW: dict[str, np.dtype[Any]] = {"INT64": np.dtype("<i8"), "FP32": np.dtype("<f4"), "FP16": np.dtype("<f2")}
+"""Datatypes of fixed size, little-endian, as binary data has them."""
+
+
+def check_shape(shape: Any, place: str) -> tuple[int, ...]:
+    """The shape of a tensor.
+
+    Raises:
+        MalformedInputError: it is none.
+    """
+    sizes = shape if isinstance(shape, list) else []
+    whole = all(type(size) is int and size >= 0 for size in sizes)
+    if not sizes or len(sizes) > MAX_DIMENSIONS or not whole:
+        raise MalformedInputError(f"{place}: shape must be a list of 1 to {MAX_DIMENSIONS} whole numbers from 0 up")
+    return tuple(sizes)
+
+
+def numbers_of_json(data: Any, shape: tuple[int, ...], place: str) -> np.ndarray:
+    """INT64 from `data`, flat or nested.
+
+    Raises:
+        MalformedInputError: it is no list of whole numbers of 64 bits, or of another size than the shape.
+    """
+    try:
+        array = np.asarray(data)
+    # numpy says by either that lists are ragged or too deep.
+    except (ValueError, OverflowError, RecursionError) as error:
+        raise MalformedInputError(f"{place}: data is not a list of numbers of the shape {list(shape)}") from error
+    if array.size and array.dtype.kind != "i":
+        raise MalformedInputError(f"{place}: data must hold whole numbers of 64 bits alone")
+    if array.size != math.prod(shape):
+        raise _wrong_size(place, array.size, shape)
+    return array.astype(np.int64).reshape(shape)
+
+
+def texts_of_json(data: Any, shape: tuple[int, ...], place: str) -> list[str]:
+    """Texts from `data`, flat or nested.
+
+    Raises:
+        MalformedInputError: it holds something else, or another number of them.
+    """
+    flat = data if isinstance(data, list) else [data]
+    for _ in shape[1:]:
+        if any(isinstance(item, list) for item in flat):
+            flat = [item for part in flat for item in (part if isinstance(part, list) else [part])]
+    if not all(isinstance(item, str) for item in flat):
+        raise MalformedInputError(f"{place}: data of BYTES must be a list of texts")
+    if len(flat) != math.prod(shape):
+        raise _wrong_size(place, len(flat), shape)
+    return flat
+
+
+def numbers_of_bytes(raw: memoryview, shape: tuple[int, ...], place: str) -> np.ndarray:
+    """INT64 from binary data.
+
+    Raises:
+        MalformedInputError: it has another size than the shape.
+    """
+    dtype = RAW["INT64"]
+    if len(raw) != math.prod(shape) * dtype.itemsize:
+        raise MalformedInputError(f"{place}: {len(raw)} bytes are not INT64 of the shape {list(shape)}")
+    return np.frombuffer(raw, dtype=dtype).reshape(shape)
+
+
+def texts_of_bytes(raw: memoryview, shape: tuple[int, ...], place: str) -> list[str]:
+    """Texts from binary data: each begins with its length in four bytes.
+
+    Raises:
+        MalformedInputError: the lengths do not fit the data or the shape, or a text is not UTF-8.
+    """
+    count, start = math.prod(shape), 0
+    found: list[str] = []
+    # No loop over a number that a client made up: each text takes four bytes.
+    while start < len(raw) and len(found) <= count:
+        end = start + LENGTH.size
+        if end > len(raw):
+            raise MalformedInputError(f"{place}: the binary data ends within a length")
+        start, end = end, end + LENGTH.unpack_from(raw, start)[0]
+        if end > len(raw):
+            raise MalformedInputError(f"{place}: text {len(found)} is longer than the binary data")
+        found.append(text_of(raw[start:end], len(found), place))
+        start = end
+    if len(found) != count:
+        raise _wrong_size(place, len(found), shape)
+    return found
+
+
+def text_of(raw: memoryview | bytes, number: int, place: str) -> str:
+    """A text from its bytes.
+
+    Raises:
+        MalformedInputError: they are not UTF-8.
+    """
+    try:
+        return str(raw, "utf-8")
+    except UnicodeDecodeError as error:
+        raise MalformedInputError(f"{place}: text {number} is not UTF-8") from error
+
+
+def _wrong_size(place: str, found: int, shape: Sequence[int]) -> MalformedInputError:
+    return MalformedInputError(f"{place}: the shape {list(shape)} is not that of {found} elements")
+
+
+def to_json(values: np.ndarray, name: str) -> np.ndarray | list[Any]:
+    """An output as flat `data`, for orjson, which writes fp32 with as many digits as it has.
+
+    Raises:
+        QrloraError: it holds NaN or an infinite number, for which JSON has no word; null would hide it.
+    """
+    if values.dtype != object and not np.isfinite(values).all():
+        row = int(np.argwhere(~np.isfinite(values))[0][0])
+        raise QrloraError(
+            f"row {row} of {name} is not finite, which JSON cannot say; ask for binary data to see it, and verify "
+            f"the customer"
+        )
+    return values.ravel().tolist() if values.dtype == object else np.ascontiguousarray(values.ravel())
+
+
+def to_bytes(values: np.ndarray, datatype: str) -> bytes:
+    """An output as binary data."""
+    if datatype == "BYTES":
+        encoded = [text.encode() for text in values.ravel()]
+        return b"".join(part for text in encoded for part in (LENGTH.pack(len(text)), text))
+    with np.errstate(over="ignore"):
+        found = values.astype(RAW[datatype])
+    found[values == PADDING["FP32"]] = PADDING[datatype]
+    return found.tobytes()

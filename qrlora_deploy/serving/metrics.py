@@ -1,0 +1,179 @@
+"""What Prometheus reads: counters of requests, and those of each model's engine at the moment of the scrape."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
+from prometheus_client.process_collector import ProcessCollector
+
+from qrlora_deploy.serving.engine.protocol import Engine, EngineStats
+from qrlora_deploy.version import __version__
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+"""Upper ends of the histogram of requests."""
+
+MAX_ROUTES = 64
+OTHER = "other"
+"""What routes beyond `MAX_ROUTES` are counted under: a label's values stay for as long as the process."""
+
+
+class Served(Protocol):
+    """A model that is served: its name, and what answers."""
+
+    @property
+    def name(self) -> str:
+        """In URLs, and the label `model`."""
+
+    @property
+    def engine(self) -> Engine:
+        """Whose counters are read."""
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """Where requests of a route and a code are counted."""
+
+    requests: Counter
+    seconds: Histogram
+    rows: Counter
+
+
+class Metrics:
+    """Metrics of a server, in a registry of its own.
+
+    Args:
+        models: asked anew at every scrape.
+        customers: that are counted by name. Others are not told apart: every value of a label costs memory for as long
+            as the process lives, and customers may be millions.
+    """
+
+    def __init__(self, models: Iterable[Served], customers: Iterable[str] = ()) -> None:
+        self._customers = frozenset(customers)
+        self._counted: dict[tuple[str, int], _Counted] = {}
+        self.registry = registry = CollectorRegistry()
+        self._requests = Counter(
+            "qrlora_requests", "Requests that were answered.", ["route", "code"], registry=registry
+        )
+        self._seconds = Histogram(
+            "qrlora_request_seconds",
+            "From a request's arrival to its answer.",
+            ["route"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self._asked = Counter(
+            "qrlora_request_rows", "Rows of requests that were answered well.", ["route"], registry=registry
+        )
+        if self._customers:
+            self._by_customer = Counter(
+                "qrlora_customer_rows",
+                "Rows that were answered, of the customers on the list.",
+                ["customer"],
+                registry=registry,
+            )
+        self.registry.register(_Engines(models))
+        ProcessCollector(registry=self.registry)
+
+    def observe(self, route: str, code: int, seconds: float, rows: int, customers: Sequence[str | None] = ()) -> None:
+        """Count a request.
+
+        Args:
+            route: its pattern, such as `/v2/models/{model}/infer`; never the path itself, which a client chooses.
+            code: of the HTTP answer.
+            seconds: it took.
+            rows: that it had.
+            customers: of its rows, one for each.
+        """
+        counted = self._counted.get((route, code)) or self._count_new(route, code)
+        counted.requests.inc()
+        counted.seconds.observe(seconds)
+        if code < 400:
+            counted.rows.inc(rows)
+            self._count(customers)
+
+    def _count(self, customers: Sequence[str | None]) -> None:
+        if self._customers:
+            for name in customers:
+                if name in self._customers:
+                    self._by_customer.labels(name).inc()
+
+    def _count_new(self, route: str, code: int) -> "_Counted":
+        # Finding a label's value takes longer than counting.
+        routes = {name for name, _ in self._counted}
+        known = route if route in routes or len(routes) < MAX_ROUTES else OTHER
+        counted = _Counted(
+            self._requests.labels(known, str(code)), self._seconds.labels(known), self._asked.labels(known)
+        )
+        if known == route:
+            self._counted[route, code] = counted
+        return counted
+
+    def text(self) -> bytes:
+        """All metrics in Prometheus' text format, UTF-8."""
+        return generate_latest(self.registry)
+
+
+COUNTERS = {
+    "qrlora_rows": ("Rows that were answered; by qrlora_batches it is how full batches are.", "rows"),
+    "qrlora_batches": ("Batches that were run.", "batches"),
+    "qrlora_tokenised_rows": ("Rows that were tokenised; what is refused for load never is.", "tokenised_rows"),
+    "qrlora_table_loads": ("Versions of customers that were brought into the table.", "loads"),
+    "qrlora_table_evictions": ("Customers that made room for others in the table.", "evictions"),
+}
+
+GAUGES = {
+    "qrlora_queue_rows": ("Rows that wait.", "queued_rows"),
+    "qrlora_queue_tokens": ("Tokens of the rows that wait.", "queued_tokens"),
+    "qrlora_table_resident": ("Customers in the table on the device.", "resident"),
+    "qrlora_draining": ("1 while no new request is taken.", "draining"),
+}
+
+SUMMARIES = {
+    "qrlora_queue_seconds": ("What rows waited.", "rows", "queue_s"),
+    "qrlora_run_seconds": ("What batches took to run.", "batches", "run_s"),
+}
+
+
+class _Engines:
+    """Reads the counters of the engines when it is asked: nothing is counted twice, and nothing between scrapes."""
+
+    def __init__(self, models: Iterable[Served]) -> None:
+        self._models = models
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: registering must not ask an engine that may not have started."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """One family of metrics after the other, with the label `model`."""
+        stats = {model.name: model.engine.stats() for model in self._models}
+        yield from _simple(CounterMetricFamily, COUNTERS, stats)
+        yield from _simple(GaugeMetricFamily, GAUGES, stats)
+        for name, (text, count, total) in SUMMARIES.items():
+            summary = SummaryMetricFamily(name, text, labels=["model"])
+            for model, it in stats.items():
+                summary.add_metric([model], getattr(it, count), getattr(it, total))
+            yield summary
+        rejected = CounterMetricFamily("qrlora_rejected", "Refusals, by their reason.", labels=["model", "reason"])
+        for model, it in stats.items():
+            for reason, times in it.rejected:
+                rejected.add_metric([model, reason], times)
+        yield rejected
+        build = GaugeMetricFamily("qrlora_build_info", "1, with the version of the server.", labels=["version"])
+        build.add_metric([__version__], 1)
+        yield build
+
+
+def _simple(
+    kind: type[CounterMetricFamily] | type[GaugeMetricFamily],
+    families: Mapping[str, tuple[str, str]],
+    stats: Mapping[str, EngineStats],
+) -> Iterator[Metric]:
+    """Families of one number a model, each an attribute of its counters."""
+    for name, (text, attribute) in families.items():
+        family = kind(name, text, labels=["model"])
+        for model, it in stats.items():
+            family.add_metric([model], getattr(it, attribute))
+        yield family

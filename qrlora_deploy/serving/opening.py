@@ -1,0 +1,154 @@
+"""From a bundle and its customers on the disk to a model that is served."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qrlora_deploy.errors import InputError, QrloraError
+from qrlora_deploy.formats.customer_files import customer_ids, read_customer
+from qrlora_deploy.runtime.bundle.bundle import Bundle, open_bundle
+from qrlora_deploy.runtime.customers.packed_erasing import erase_packed
+from qrlora_deploy.runtime.sessions.buckets import Buckets
+from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
+from qrlora_deploy.serving.customer_folder import CustomerFolder
+from qrlora_deploy.serving.engine.limits import Limits
+from qrlora_deploy.serving.engine.local import LocalEngine
+from qrlora_deploy.serving.engine.models import MergedModel
+from qrlora_deploy.serving.engine.quotas import Quotas
+from qrlora_deploy.serving.engine.sources import source_of
+from qrlora_deploy.serving.served import ServedModel
+from qrlora_deploy.serving.tokenizing import RowTokenizer
+from qrlora_deploy.tasks.registry import task_named
+
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a model runs.
+
+    Attributes:
+        provider: "cpu", "cuda", "cuda:1" or "tensorrt".
+        threads: within an operator; None: ONNX Runtime's choice.
+        buckets: shapes to run in; None: whatever comes.
+        max_rows: of the coefficient table; None: it grows.
+        limits: of the engine.
+    """
+
+    provider: str = "cpu"
+    threads: int | None = None
+    buckets: Buckets | None = None
+    max_rows: int | None = None
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True)
+class ModelPlaces:
+    """Where a model lies.
+
+    Attributes:
+        name: in URLs.
+        bundle: folder.
+        customers: folder of coefficients files, which is followed; None: there is none.
+        packed: file of many customers; None: there is none.
+
+    Raises:
+        InputError: the name cannot stand in a URL.
+    """
+
+    name: str
+    bundle: Path
+    customers: Path | None = None
+    packed: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not MODEL_NAME.fullmatch(self.name):
+            raise InputError(
+                f"{self.name!r:.140} cannot be the name of a model: A-Z a-z 0-9 . _ - are allowed; name it: "
+                f"qrlora-deploy serve --model NAME={self.bundle}"
+            )
+
+
+class OpenModel:
+    """A model, open: its session, its customers and its engine.
+
+    Attributes:
+        places: where it came from.
+        session: what runs.
+        served: what fronts are given.
+
+    Raises:
+        QrloraError: the bundle, the packed file or the folder cannot be used.
+    """
+
+    def __init__(self, places: ModelPlaces, options: RunOptions, quotas: Quotas | None = None) -> None:
+        self.places = places
+        bundle = open_bundle(places.bundle)
+        if task_named(bundle.manifest.task).answers_words:
+            raise InputError(
+                f"{places.bundle} answers for words ({bundle.manifest.task}); serve answers for texts alone"
+            )
+        self.session = _open_session(bundle, options)
+        self._source = source_of(places.customers, places.packed)
+        if isinstance(self.session, SwitchableSession):
+            self._source.open(self.session)
+        elif places.customers or places.packed:
+            raise InputError(f"{places.bundle} is a merged bundle: it holds one customer and takes no others")
+        engine = LocalEngine(self.session, options.limits, quotas)
+        self.served = ServedModel(places.name, bundle, engine, RowTokenizer(bundle))
+
+    def customer_folder(self) -> CustomerFolder | None:
+        """The folder of customers, for who changes it; None: there is none."""
+        if self.places.customers is None or not isinstance(self.session, SwitchableSession):
+            return None
+        return CustomerFolder(self.places.customers, self.session.check, elsewhere=self._forget)
+
+    def _forget(self, customer: str) -> bool:
+        """Take a customer, whose file is gone, from the packed file and from memory; whether it was there.
+
+        Raises:
+            InputError: the packed file is damaged, or holds nobody else.
+        """
+        packed = self.places.packed is not None and erase_packed(self.places.packed, customer)
+        loaded = isinstance(self.session, SwitchableSession) and self.session.unload(customer)
+        return packed or loaded
+
+    def reload(self) -> None:
+        """See at once what has changed in the folder, and load the packed file again.
+
+        Raises:
+            InputError: it is damaged or of another bundle; what was loaded before stays.
+        """
+        if isinstance(self.session, SwitchableSession):
+            self._source.reload()
+
+    def check_customers(self) -> tuple[int, list[str]]:
+        """Read every file of the folder and hold it against the bundle.
+
+        Returns:
+            How many there are, and what is wrong with those that cannot be served, one line each.
+        """
+        folder = self.places.customers
+        if folder is None or not isinstance(self.session, SwitchableSession):
+            return 0, []
+        names, problems = sorted(customer_ids(folder)), []
+        for name in names:
+            try:
+                self.session.check(read_customer(folder, name), name)
+            except QrloraError as error:
+                problems.append(f"{name}: {error}")
+        return len(names), problems
+
+    def close(self) -> None:
+        """Let go of the customers and end the engine."""
+        self._source.close()
+        self.served.engine.close()
+        self.served.pool.shutdown(wait=False)
+
+
+def _open_session(bundle: Bundle, options: RunOptions) -> SwitchableSession | MergedModel:
+    if bundle.manifest.kind == "merged":
+        return MergedModel(bundle, options.provider, options.threads, options.buckets)
+    return SwitchableSession(
+        bundle, options.provider, max_rows=options.max_rows, threads=options.threads, buckets=options.buckets
+    )

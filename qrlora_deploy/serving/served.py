@@ -1,0 +1,87 @@
+"""The models of a server: what the fronts of every protocol are given."""
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from qrlora_deploy.errors import InputError, QrloraError
+from qrlora_deploy.runtime.bundle.bundle import Bundle
+from qrlora_deploy.serving.engine.protocol import Engine
+from qrlora_deploy.serving.tokenizing import RowTokenizer
+from qrlora_deploy.tasks.base import Task
+from qrlora_deploy.tasks.registry import task_named
+
+VERSION = "1"
+"""Of every model: a bundle is sealed, so another one is another model."""
+
+
+class UnknownModelError(QrloraError):
+    """There is no model of that name."""
+
+    kind = "not_found"
+
+
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max(2, os.cpu_count() or 1), thread_name_prefix="tokenising")
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A bundle that is answered for.
+
+    Attributes:
+        name: in URLs.
+        bundle: what is served.
+        engine: answers.
+        tokenizer: makes rows of texts, in threads of `pool`.
+    """
+
+    name: str
+    bundle: Bundle
+    engine: Engine
+    tokenizer: RowTokenizer
+    pool: ThreadPoolExecutor = field(default_factory=_pool, repr=False, compare=False)
+
+    @property
+    def task(self) -> Task:
+        """Of the bundle."""
+        return task_named(self.bundle.manifest.task)
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken."""
+        return not self.engine.stats().draining
+
+
+class Models:
+    """Models by name; the first one answers where none is named.
+
+    Raises:
+        InputError: there is none, or two have one name.
+    """
+
+    def __init__(self, models: Sequence[ServedModel]) -> None:
+        self._models = {model.name: model for model in models}
+        if not models or len(self._models) < len(models):
+            raise InputError("a server needs models, each with a name of its own")
+
+    def __iter__(self) -> Iterator[ServedModel]:
+        return iter(self._models.values())
+
+    @property
+    def first(self) -> ServedModel:
+        """What answers where a request names no model."""
+        return next(iter(self._models.values()))
+
+    def find(self, name: str, version: str | None = None) -> ServedModel:
+        """The model of a name.
+
+        Raises:
+            UnknownModelError: there is none, or not in this version.
+        """
+        if name not in self._models:
+            raise UnknownModelError(f"there is no model {name!r:.80}; POST /v2/repository/index lists what there is")
+        if version not in (None, "", VERSION):
+            raise UnknownModelError(f"the model {name!r} has the version {VERSION} alone, not {version!r:.40}")
+        return self._models[name]
