@@ -11,7 +11,13 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from qrlora_deploy.errors import MalformedInputError
-from qrlora_deploy.serving.inference.requests import MAX_TENSORS, InferRequest, Tensor, chosen_outputs
+from qrlora_deploy.serving.inference.requests import (
+    MAX_TENSORS,
+    InferRequest,
+    Tensor,
+    checked_parameters,
+    chosen_outputs,
+)
 from qrlora_deploy.serving.inference.tensors import check_shape, numbers_of_bytes, text_of, texts_of_bytes
 
 CONTENTS = {"BYTES": "bytes_contents", "INT64": "int64_contents"}
@@ -52,7 +58,7 @@ def read_infer(message: Any, names: Sequence[str]) -> InferRequest:
         tensors = getattr(message, name)
         if len(tensors) > MAX_TENSORS or len({tensor.name for tensor in tensors}) < len(tensors):
             raise MalformedInputError(f"each of {name} must have a name of its own; {MAX_TENSORS} may be given")
-    parameters = parameters_of(message.parameters)
+    parameters = checked_parameters(parameters_of(message.parameters), "the request")
     raw_outputs = {"binary_data_output": bool(message.raw_input_contents)} | parameters
     outputs = [{"name": output.name, "parameters": parameters_of(output.parameters)} for output in message.outputs]
     return InferRequest(message.id, parameters, _inputs(message), chosen_outputs(outputs, raw_outputs, names))
@@ -65,6 +71,7 @@ def _inputs(message: Any) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for number, tensor in enumerate(message.inputs):
         place = f"input {tensor.name!r:.60}"
+        checked_parameters(parameters_of(tensor.parameters), place)
         shape = check_shape(list(tensor.shape), place)
         if tensor.datatype not in CONTENTS:
             raise MalformedInputError(f"{place}: datatype must be BYTES or INT64, not {tensor.datatype!r:.40}")

@@ -80,6 +80,12 @@ LIES = {
     "a parameter of another type": (request([texts(["a"])]), "customer"),
 }
 LIES["a parameter of another type"][0].parameters["customer"].int64_param = 7
+_ELSEWHERE = request([texts(["a"])])
+_ELSEWHERE.inputs[0].parameters["shared_memory_region"].string_param = "region"
+LIES["a tensor that is elsewhere"] = (_ELSEWHERE, "shared_memory_region")
+_HALF = request([texts(["a"])], ["logits"])
+_HALF.parameters["datatype"].string_param = "FP16"
+LIES["half precision that is not raw"] = (_HALF, "FP16")
 _FEWER_RAW = raw_request([("text", "BYTES", [1], raw_texts(["a"])), ("customer", "BYTES", [1], raw_texts(["acme"]))])
 del _FEWER_RAW.raw_input_contents[1]
 LIES["fewer raw elements than inputs"] = (_FEWER_RAW, "raw_input_contents")
