@@ -253,7 +253,9 @@ class _Whole:
 def _write(part: Examples, file: Path) -> None:
     """The rows as a file for a fleet."""
     if part.words is None:
-        rows = ["text\tlabel", *(f"{text}\t{label}" for text, label in zip(part.texts, part.labels, strict=True))]
+        columns = [part.texts, *([part.pairs] if part.pairs is not None else []), map(str, part.labels)]
+        names = ["text", *(["text_pair"] if part.pairs is not None else []), "label"]
+        rows = ["\t".join(row) for row in (names, *zip(*columns, strict=True))]
     else:
         rows = [
             json.dumps({"tokens": [text[start:end] for start, end in places], "tags": tags})

@@ -28,10 +28,8 @@ class Client:
         verify: the server's certificate, as httpx takes it; an `ssl.SSLContext` may hold the client's own.
         http: an httpx client of the caller's, in place of one of its own; it is not closed.
 
-    Examples:
-        >>> with Client("http://localhost:8000", key=key) as client:
-        ...     client.classify(["my card was stolen"], customer="acme")[0].label
-        'banking'
+    It is closed by `with`: `with Client("http://localhost:8080", key=key) as client:` and then, for one,
+    `client.classify(["my card was stolen"], customer="acme")[0].label`.
     """
 
     def __init__(

@@ -1,15 +1,29 @@
 """Whether a basis was made from a base."""
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from qrlora_deploy.errors import BasisMismatchError
 from qrlora_deploy.formats.basis import Basis
 
-if TYPE_CHECKING:
-    from qrlora_deploy.models.checkpoint import Checkpoint
+
+class Weights(Protocol):
+    """What is asked of a checkpoint: `Checkpoint` has it."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+
+    def check_usable(self) -> None:
+        """Make sure that its files are whole."""
+
+    def tensor_of(self, module_path: str) -> str:
+        """The tensor of a target's weight."""
+
+    def tensor_digest(self, tensor: str) -> str:
+        """Of a tensor as it is stored."""
 
 
-def check_basis_fits(checkpoint: "Checkpoint", basis: Basis) -> None:
+def check_basis_fits(checkpoint: Weights, basis: Basis) -> None:
     """Make sure that a basis was made from the weights of this checkpoint.
 
     Raises:

@@ -1,11 +1,14 @@
 """Who asks, and for whom that one may ask: keys of a file that is followed while the server runs."""
 
+import gc
 import hmac
 import logging
+import math
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from array import array
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -66,32 +69,82 @@ def key_of(authorization: str | None) -> str | None:
     return key.strip() or None if scheme.lower() == "bearer" else None
 
 
-@dataclass(frozen=True)
-class _Known:
-    digest: bytes
-    expires_s: float | None
-    access: Access
+ADMIN, EVERYONE = 1, 2
+"""Bits of a key's rights."""
+
+DIGEST_BYTES = 32
 
 
 @dataclass(frozen=True)
 class _State:
-    """A file of keys, ready to be asked."""
+    """A file of keys, ready to be asked. There may be a hundred thousand, so that nothing is an object of its own which
+    Python's collector would walk over again and again: key `n` is `digests[32 * n:]`, `expires_s[n]` and so on.
+
+    Attributes:
+        rows: numbers of the keys by their ids; the one behind the last is nobody's.
+        expires_s: seconds since 1970; infinite: never.
+        rights: bits.
+        customers: names, without those of the groups.
+    """
 
     salt: bytes
-    known: Mapping[str, _Known]
+    rows: Mapping[str, int]
+    digests: bytes
+    expires_s: "array[float]"
+    rights: bytes
+    customers: Sequence[tuple[str, ...]]
+    key_groups: Sequence[tuple[str, ...]]
+    groups: Mapping[str, frozenset[str]]
     quotas: Mapping[str, Quota]
 
     @classmethod
     def of(cls, file: KeysFile) -> "_State":
         groups = {name: frozenset(names) for name, names in file.groups.items()}
-        known = {key.id: _Known(bytes.fromhex(key.hash), key.expires_s, _access_of(key, groups)) for key in file.keys}
-        return cls(bytes.fromhex(file.salt), known, dict(file.quotas))
+        return cls(
+            bytes.fromhex(file.salt),
+            {key.id: row for row, key in enumerate(file.keys)},
+            b"".join(bytes.fromhex(key.hash) for key in file.keys) + bytes(DIGEST_BYTES),
+            array("d", [math.inf if key.expires_s is None else key.expires_s for key in file.keys] + [-math.inf]),
+            bytes([*(_rights_of(key, groups) for key in file.keys), 0]),
+            [tuple(key.customers) for key in file.keys],
+            [tuple(key.groups) for key in file.keys],
+            groups,
+            dict(file.quotas),
+        )
+
+    def verified(self, key: str) -> tuple[int, str] | None:
+        """Number and id of a key that is known and has not expired."""
+        key_id = id_of(key)
+        # Who is unknown is compared, too: it takes as long.
+        row = self.rows.get(key_id, len(self.rows))
+        right = hmac.compare_digest(
+            hash_of(self.salt, key), self.digests[row * DIGEST_BYTES : (row + 1) * DIGEST_BYTES]
+        )
+        return (row, key_id) if right and time.time() < self.expires_s[row] else None
+
+    def access(self, row: int, key_id: str) -> Access:
+        rights = self.rights[row]
+        if rights & EVERYONE:
+            return Access(key_id, None, bool(rights & ADMIN))
+        # Keys share the sets of their groups, which may be large.
+        names = (frozenset(self.customers[row]), *(self.groups[name] for name in self.key_groups[row]))
+        return Access(key_id, names, bool(rights & ADMIN))
 
 
-def _access_of(key: StoredKey, groups: Mapping[str, frozenset[str]]) -> Access:
-    # Keys share the sets of their groups, which may be large.
-    names = (frozenset(key.customers), *(groups[name] for name in key.groups))
-    return Access(key.id, None if any(ANYONE in part for part in names) else names, key.admin)
+def _rights_of(key: StoredKey, groups: Mapping[str, frozenset[str]]) -> int:
+    everyone = ANYONE in key.customers or any(ANYONE in groups[name] for name in key.groups)
+    return (ADMIN if key.admin else 0) | (EVERYONE if everyone else 0)
+
+
+def _read(path: Path) -> _State:
+    """Read a file of keys, without Python's collector: it walks over all that is made, and every request would wait."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        return _State.of(read_keys(path))
+    finally:
+        if was_on:
+            gc.enable()
 
 
 class QuotaNumbers(NamedTuple):
@@ -123,7 +176,7 @@ class Keys:
         self._changed = changed
         self._lock = threading.Lock()
         self._seen = signature_of(status_of(path))
-        self._state = _State.of(read_keys(path))
+        self._state = _read(path)
         self._looked = time.monotonic()
 
     @classmethod
@@ -151,11 +204,10 @@ class Keys:
         if not key:
             raise UnauthenticatedError("a key is needed; send it as the header Authorization: Bearer KEY")
         state = self._state
-        found = state.known.get(id_of(key), _NOBODY)
-        right = hmac.compare_digest(hash_of(state.salt, key), found.digest)
-        if not right or found is _NOBODY or (found.expires_s is not None and time.time() >= found.expires_s):
+        found = state.verified(key)
+        if found is None:
             raise UnauthenticatedError("the key is not known or has expired")
-        return found.access
+        return state.access(*found)
 
     def quotas(self) -> QuotaNumbers:
         """What `Quotas` and `Quotas.change` take: `quotas.change(*keys.quotas())`."""
@@ -183,11 +235,11 @@ class Keys:
         # Also where it is refused: the same file is refused once.
         self._seen = signature
         try:
-            self._state = _State.of(read_keys(self.path))
+            self._state = _read(self.path)
         except QrloraError as error:
             _log.warning("%s; the keys that were read before go on", error)
             return False
-        _log.info("%s was read again: %d keys", self.path, len(self._state.known))
+        _log.info("%s was read again: %d keys", self.path, len(self._state.rows))
         return True
 
     def _look(self) -> None:
@@ -200,7 +252,3 @@ class Keys:
             self.reload()
         except Exception:
             _log.exception("%s could not be looked at; the keys that were read before go on", self.path)
-
-
-_NOBODY = _Known(bytes(32), None, Access())
-"""Whom an unknown key is compared with, so that it takes as long as a known one."""

@@ -37,7 +37,6 @@ class Reranking(Task):
     needs_pairs = True
     metrics = ("average_precision", "accuracy", "spearman")
     signal = "spearman"
-    trains_in_fleets = False
 
     def recognise(self, examples: "Examples") -> str | None:
         """Never, as `Task.recognise`: 0 and 1 beside two texts are mostly classes."""
@@ -76,9 +75,17 @@ class Reranking(Task):
 
     def loss(self, logits: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
         """The mean binary cross entropy, targets `[n]`; transformers has no such forward for one output."""
+        return self.row_losses(logits, targets).mean()
+
+    def row_losses(self, logits: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
+        """The binary cross entropy of each row, as `Task.row_losses`."""
         from torch.nn import functional
 
-        return functional.binary_cross_entropy_with_logits(logits.float().squeeze(-1), targets.float())
+        return functional.binary_cross_entropy_with_logits(logits[:, 0].float(), targets.float(), reduction="none")
+
+    def decisive(self, logits: "torch.Tensor") -> "torch.Tensor":
+        """The score, before its sigmoid."""
+        return logits[:, :1]
 
     def score(self, logits: np.ndarray, targets: np.ndarray, names: Sequence[str] = ()) -> dict[str, float]:
         """Average precision of the order of all pairs, the share of right decisions, and spearman.

@@ -28,6 +28,7 @@ NEEDED = {
     "export": "base --basis basis.safetensors -o new",
     "predict": "bundle --text a",
     "bench": "bundle",
+    "serve": "bundle",
     "quickstart": "--out new",
     "doctor": "--plan base --customers 1",
 }

@@ -15,7 +15,12 @@ from qrlora_deploy.installation.parts import OF_COMMAND, PARTS, lacking, missing
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-SPELT = {"sklearn": "scikit-learn"}
+SPELT = {
+    "sklearn": "scikit-learn",
+    "grpc": "grpcio",
+    "grpc_health": "grpcio-health-checking",
+    "grpc_reflection": "grpcio-reflection",
+}
 
 
 def packages(lines: list[str]) -> set[str]:
@@ -26,7 +31,8 @@ def packages(lines: list[str]) -> set[str]:
 def test_modules_are_those_that_the_extra_brings(part: str) -> None:
     brought = packages(PROJECT["optional-dependencies"][part])
     named = {SPELT.get(module, module).replace("-", "_") for module in PARTS[part]}
-    assert named == brought - {"qrlora_deploy"}
+    # uvicorn does without uvloop, and gRPC's packages bring protobuf.
+    assert named == brought - {"qrlora_deploy", "uvloop", "protobuf"}
 
 
 def test_the_base_install_has_no_framework_and_the_card_is_whole() -> None:
@@ -35,12 +41,14 @@ def test_the_base_install_has_no_framework_and_the_card_is_whole() -> None:
     extras = PROJECT["optional-dependencies"]
     everything = base.union(*(packages(extras[part]) for part in ("train", "export", "bench", "gpu")))
     assert everything >= {"torch", "transformers", "onnx", "onnxruntime_gpu", "optimum", "safetensors", "click"}
-    assert extras["all"] == ["qrlora-deploy[train,export,bench,gpu]"] and extras["all"][0] in extras["quickstart"]
+    assert extras["all"] == ["qrlora-deploy[train,export,bench,serve,gpu]"]
+    assert "qrlora-deploy[train,export,bench,gpu]" in extras["quickstart"]
 
 
 def test_every_command_with_a_part_is_there() -> None:
-    assert set(COMMANDS) - set(OF_COMMAND) == {"inspect", "combine", "doctor"}
-    assert set(OF_COMMAND) < set(COMMANDS) and set().union(*OF_COMMAND.values()) == set(PARTS)
+    assert set(COMMANDS) - set(OF_COMMAND) == {"inspect", "combine", "doctor", "keys", "customers"}
+    # The client is a library alone.
+    assert set(OF_COMMAND) < set(COMMANDS) and set().union(*OF_COMMAND.values()) == set(PARTS) - {"client"}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A folder of customers that is written to: what comes is checked, what goes is kept, nothing leads out of it."""
 
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -177,3 +178,22 @@ def test_a_foreign_file_among_the_versions_is_passed_over(
     with pytest.raises(FileFormatError):
         folder.roll_back("acme")
     assert folder.customers() == []
+
+
+def test_a_copy_of_the_folder_is_a_backup(
+    tmp_path: Path, place: Path, folder: CustomerFolder, session: SwitchableSession, content: Content
+) -> None:
+    for factor in (1.0, 2.0):
+        folder.put("acme", content(factor))
+    folder.put("bolt", content(3.0))
+    folder.delete("bolt")
+    shutil.copytree(place, tmp_path / "backup")
+    for name in ("acme", "bolt"):
+        folder.erase(name)
+    shutil.copytree(tmp_path / "backup", place, dirs_exist_ok=True)
+    restored = CustomerFolder(place, session.check)
+    assert restored.customers() == ["acme"] and (place / "acme.safetensors").read_bytes() == content(2.0)
+    restored.roll_back("acme")
+    restored.roll_back("bolt")
+    assert (place / "acme.safetensors").read_bytes() == content(1.0)
+    assert (place / "bolt.safetensors").read_bytes() == content(3.0)

@@ -58,6 +58,8 @@ def cut(rows: Sequence[WaitingRow], shapes: Shapes) -> list[list[WaitingRow]]:
     Args:
         rows: in the order in which they should be answered.
     """
+    if len(rows) == 1:
+        return [list(rows)]
     place = {id(row): number for number, row in enumerate(rows)}
     batches = []
     # The longest first: what follows a row in its batch is padded up to it.

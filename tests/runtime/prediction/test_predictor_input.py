@@ -104,6 +104,7 @@ OTHERS: dict[str, Callable[[Any], Any]] = {
     "kind": lambda value: {"merged": "switchable", "switchable": "merged"}[value],
     "task": lambda _: "text-regression",
     "labels": lambda value: value[::-1],
+    "thresholds": lambda value: [0.25] * 4 if not value else [],
     "precision": lambda _: "fp16",
     "calibration": lambda _: {"method": "minmax", "rows": 1, "texts_digest": "0" * 64},
     "opset": lambda value: value + 1,

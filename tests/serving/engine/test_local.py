@@ -162,6 +162,14 @@ def test_rows_that_no_model_takes(
     assert not session.asked and _nothing_is_held(engine)
 
 
+def test_rows_without_inputs_or_with_others_first(engine: LocalEngine) -> None:
+    for inputs in ({}, {"another": np.ones(3, np.int64), **a_row(4).inputs}):
+        request = engine.submit(engine.admit(Load(1, 10, 10), [None]), [Row(inputs, None)])
+        with pytest.raises(MalformedInputError, match="of row 0 must"):
+            request.result(30)
+    assert _nothing_is_held(engine)
+
+
 def test_rows_of_another_customer_than_admitted(engine: LocalEngine) -> None:
     request = engine.submit(engine.admit(Load(1, 10, 10), ["c1"]), [a_row(4, "c2")])
     with pytest.raises(MalformedInputError, match="not of the customers"):

@@ -171,8 +171,8 @@ def test_customers_of_several_labels_a_row_train_beside_the_others(tmp_path: Pat
     source = FleetSource(tmp_path / "all.jsonl", customer_column="id")
     found = choose_customers(source, checkpoint, settings_of(head="output"), Shard())
     # Names in lists are no numbers that were meant, whatever others have.
-    found = {item.name: item.outputs.task for item in found.customers}
-    assert found == {"a": Classification(), "b": MultiLabel(), "c": Regression()} and not found.refused
+    tasks = {item.name: item.outputs.task for item in found.customers}
+    assert tasks == {"a": Classification(), "b": MultiLabel(), "c": Regression()} and not found.refused
     assert found.customers[1].targets == [[1.0, 1.0], [0.0, 0.0]]
     judged = choose_customers(source, checkpoint, settings_of(head="output", metric="f1_micro"), Shard())
     assert [item.name for item in judged.customers] == ["b"]

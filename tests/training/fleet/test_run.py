@@ -146,6 +146,23 @@ def test_multi_label_customers_share_a_frozen_head(
         check_same(customer, alone(base, tiny_basis, tmp_path, name, settings))
 
 
+def test_rerankers_become_what_they_are_alone(still_base: Checkpoint, tiny_basis: Basis, tmp_path: Path) -> None:
+    names, settings = write_folders(tmp_path, [(12, 8), (7, 6), (19, 9)]), settings_of(head="output", task="reranker")
+    for number, name in enumerate(names):
+        for place, count in (("data", 12 + 3 * number), ("held-out", 8)):
+            first, second = (random_rows(count, seed + number) for seed in (200, 300))
+            marks = ("0", "1", "0.25") if number else ("0", "1")
+            labels = [marks[row % len(marks)] for row in range(count)]
+            rows = [(one[0], other[0], label) for one, other, label in zip(first, second, labels, strict=True)]
+            write_rows(tmp_path / place / f"{name}.tsv", rows, ("text", "text_pair", "label"))
+    report = run(still_base, tiny_basis, tmp_path, settings)
+    assert [(line.status, line.reason) for line in report.lines] == [("trained", "")] * len(names)
+    for name in names:
+        customer = read_coefficients(tmp_path / "out" / f"{name}.safetensors")
+        assert customer.task == "text-ranking" and np.abs(customer.values).max() > 0.05
+        check_same(customer, alone(still_base, tiny_basis, tmp_path, name, settings))
+
+
 def test_thresholds_are_those_of_the_best_epoch_alone_too(
     still_base: Checkpoint, tiny_basis: Basis, tmp_path: Path
 ) -> None:
