@@ -18,7 +18,6 @@ from qrlora_deploy.serving.engine.quotas import Quotas
 from qrlora_deploy.serving.engine.sources import source_of
 from qrlora_deploy.serving.served import ServedModel
 from qrlora_deploy.serving.tokenizing import RowTokenizer
-from qrlora_deploy.tasks.registry import task_named
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -84,10 +83,6 @@ class OpenModel:
     def __init__(self, places: ModelPlaces, options: RunOptions, quotas: Quotas | None = None) -> None:
         self.places = places
         bundle = open_bundle(places.bundle)
-        if task_named(bundle.manifest.task).answers_words:
-            raise InputError(
-                f"{places.bundle} answers for words ({bundle.manifest.task}); serve answers for texts alone"
-            )
         self.session = _open_session(bundle, options)
         self._source = source_of(places.customers, places.packed)
         if isinstance(self.session, SwitchableSession):

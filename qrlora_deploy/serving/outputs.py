@@ -76,7 +76,9 @@ DATATYPES = dict.fromkeys(OUTPUTS, "BYTES") | dict.fromkeys(("logits", "scores",
 
 
 def outputs_of(task: Task) -> tuple[str, ...]:
-    """Names of the outputs that a task has."""
+    """Names of the outputs that a task has; none where each word has an answer: those are no tensors."""
+    if task.answers_words:
+        return ()
     return ("logits", "scores", "labels", "label", "digest") if task.has_labels else ("embeddings", "digest")
 
 

@@ -9,6 +9,7 @@ from qrlora_deploy.runtime.bundle.bundle import CONFIG_FILE, Bundle
 from qrlora_deploy.runtime.bundle.sealed_facts import read_config_facts
 from qrlora_deploy.runtime.prediction.tokenizing import TextEncoder, batches
 from qrlora_deploy.serving.engine.rows import Row
+from qrlora_deploy.tasks.registry import task_named
 
 IDS, MASK, SEGMENTS = "input_ids", "attention_mask", "token_type_ids"
 
@@ -32,6 +33,7 @@ class RowTokenizer:
         self._encoder = TextEncoder(bundle)
         self._names = self._encoder.names
         self._left = bundle.manifest.padding_side == "left"
+        self._answers_words = task_named(bundle.manifest.task).answers_words
         self._limits = {IDS: facts.token_rows, SEGMENTS: facts.segment_rows}
 
     def rows(self, texts: Sequence[str], pairs: Sequence[str] | None, customers: Sequence[str | None]) -> list[Row]:
@@ -40,6 +42,8 @@ class RowTokenizer:
         Raises:
             MalformedInputError: a text cannot be read; its number is named.
         """
+        if self._answers_words:
+            return self._rows_with_words(texts, pairs, customers)
         found: dict[int, Row] = {}
         size = TOGETHER if MASK in self._names else 1
         for numbers in batches(texts, pairs, size):
@@ -48,6 +52,18 @@ class RowTokenizer:
             owners = [customers[number] for number in numbers]
             found.update(zip(numbers, self._unpadded(inputs, owners), strict=True))
         return [found[number] for number in range(len(texts))]
+
+    def _rows_with_words(
+        self, texts: Sequence[str], pairs: Sequence[str] | None, customers: Sequence[str | None]
+    ) -> list[Row]:
+        """One text at a time: words are found by the numbers of tokens, which padding may move."""
+        if pairs is not None:
+            raise MalformedInputError("this model tags the words of one text and takes no pairs")
+        rows = []
+        for number, (text, customer) in enumerate(zip(texts, customers, strict=True)):
+            inputs, (words,) = self._encoder.encode_words([text], [number])
+            rows.append(Row({name: inputs[name][0] for name in self._names}, customer, words))
+        return rows
 
     def rows_of_ids(self, inputs: Mapping[str, np.ndarray], customers: Sequence[str | None]) -> list[Row]:
         """The rows of token ids, as a client tokenised them.

@@ -1,4 +1,4 @@
-"""Bundles of other tasks behind a server: embeddings, held against transformers, and what is refused."""
+"""Bundles of embeddings behind a server, held against transformers."""
 
 import base64
 from collections.abc import Iterator
@@ -12,17 +12,17 @@ pytest.importorskip("httpx", reason="needs the extra client")
 
 from starlette.testclient import TestClient
 
-from qrlora_deploy.errors import InputError
 from qrlora_deploy.formats.coefficients import read_coefficients
 from qrlora_deploy.runtime.prediction.predictor import Predictor
 from qrlora_deploy.serving.http.app import make_app
 from qrlora_deploy.serving.http.front import Front
 from qrlora_deploy.serving.opening import ModelPlaces, OpenModel, RunOptions
 from qrlora_deploy.serving.served import Models
-from qrlora_deploy.tasks.registry import BY_NAME
 from tests.cli.running import succeed_here
 from tests.cli.test_embedding import EMBEDDING, pooled, save_encoder
 from tests.tiny import SENTENCES
+
+pytestmark = pytest.mark.slow
 
 TEXTS = list(SENTENCES)
 OWNERS = ["acme", None] * 3
@@ -110,12 +110,9 @@ def test_what_is_wrong(client: TestClient, path: str, record: dict[str, object],
     assert reply.status_code == 400 and words in reply.json()["error"]
 
 
-def test_tasks_that_need_more_than_texts(
-    client: TestClient, place: Path, opened: OpenModel, monkeypatch: pytest.MonkeyPatch
+def test_a_task_on_pairs_needs_second_texts(
+    client: TestClient, opened: OpenModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(type(opened.served.task), "needs_pairs", True)
     reply = client.post("/v1/embeddings", json={"input": "a"})
     assert reply.status_code == 400 and "second texts" in reply.json()["error"]
-    monkeypatch.setattr(BY_NAME["feature-extraction"].__class__, "answers_words", True)
-    with pytest.raises(InputError, match="serve answers for texts alone"):
-        OpenModel(ModelPlaces("words", place / "bundle"), RunOptions())

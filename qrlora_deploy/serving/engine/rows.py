@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qrlora_deploy.tasks.answering import Answering
+from qrlora_deploy.tokenization.words import LocatedWords
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,12 @@ class Row:
     Attributes:
         inputs: the graph's text inputs by name, int64 `[length]` each, without padding.
         customer: whose row it is; None: the base's.
+        words: of the text, where each has an answer; they come back with it.
     """
 
     inputs: Mapping[str, np.ndarray]
     customer: str | None
+    words: LocatedWords | None = None
 
     @property
     def length(self) -> int:
@@ -65,12 +68,14 @@ class RowAnswer:
         digest: of the content of the customer that answered, as `Coefficients.digest`; empty for the base
             and for customers of a packed file.
         thresholds: as of `Answering`.
+        words: of the row.
     """
 
     logits: np.ndarray
     labels: tuple[str, ...]
     digest: str
     thresholds: tuple[float, ...] = ()
+    words: LocatedWords | None = None
 
     @property
     def answering(self) -> Answering:

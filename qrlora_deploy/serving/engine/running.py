@@ -106,7 +106,7 @@ class BatchRunner:
         own = self.collator.unpadded(logits, row.length)
         if answering.labels:
             own = answering.own(own)
-        return RowAnswer(own, answering.labels, version.digest, answering.thresholds)
+        return RowAnswer(own, answering.labels, version.digest, answering.thresholds, row.row.words)
 
     def _count(self, rows: Sequence[WaitingRow], start_s: float) -> None:
         seconds = self._clock() - start_s

@@ -1,6 +1,7 @@
 """`POST /v1/classify`: texts in plain JSON, answers in plain JSON."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from qrlora_deploy.errors import MalformedInputError, QrloraError
@@ -74,14 +75,15 @@ def classify_answer(model: ServedModel, customers: Sequence[str | None], answers
 
 
 def _one(model: ServedModel, number: int, customer: str | None, given: RowAnswer) -> dict[str, Any]:
-    answer = given.answering.answer(model.task, given.logits)
+    answer = given.answering.answer(model.task, given.logits, given.words)
     # NaN is unequal to itself, and infinite numbers less themselves are NaN.
     if answer.score - answer.score != 0:
         raise QrloraError(f"the answer to text {number} is not finite; verify the customer")
+    spans = [asdict(span) for span in answer.spans]
     return {
         "label": answer.label,
         "score": answer.score,
         "labels": list(answer.labels),
         "customer": customer,
         "customer_digest": given.digest,
-    }
+    } | ({"spans": spans} if model.task.answers_words else {})

@@ -40,8 +40,24 @@ SCHEMAS: dict[str, Any] = {
             "label": {"type": "string", "description": "the most likely one"},
             "score": {"type": "number", "description": "its probability; of a regression the value"},
             "labels": {"type": "array", "items": {"type": "string"}, "description": "all that apply"},
+            "spans": {
+                "type": "array",
+                "items": {"$ref": "#/components/schemas/Span"},
+                "description": "what was found in the text, of a model that tags words",
+            },
             "customer": {"type": ["string", "null"]},
             "customer_digest": {"type": "string", "description": "of the content that answered; empty for the base"},
+        },
+    },
+    "Span": {
+        "type": "object",
+        "required": ["text", "label", "start", "end", "score"],
+        "properties": {
+            "text": {"type": "string"},
+            "label": {"type": "string"},
+            "start": {"type": "integer", "description": "of its first character in the text"},
+            "end": {"type": "integer"},
+            "score": {"type": "number"},
         },
     },
     "ClassifyAnswer": {

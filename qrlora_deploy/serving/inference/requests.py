@@ -77,6 +77,8 @@ def chosen_outputs(
     Raises:
         MalformedInputError: there is no such output, or not in that form.
     """
+    if not names:
+        raise MalformedInputError("this model tags words, which are no tensors; ask POST /v1/classify for its spans")
     asked = outputs or [{"name": name} for name in names]
     return tuple(_one_wanted(item, parameters, names) for item in asked)
 
