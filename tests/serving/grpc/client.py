@@ -1,7 +1,8 @@
 """A client of the protocol that shares nothing with the server: its messages are those of `compile_proto`, in a pool of
 the client's own."""
 
-from collections.abc import AsyncIterator, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -124,3 +125,15 @@ def _split(raw: bytes) -> list[bytes]:
         found.append(raw[4 : 4 + size])
         raw = raw[4 + size :]
     return found
+
+
+def asking(service: InferenceService, ask: Callable[[Client], Coroutine[Any, Any, Any]], **options: Any) -> Any:
+    """What `ask` gives, of a client of a running server that is well afterwards."""
+
+    async def run() -> Any:
+        async with serving(service, **options) as (_, client):
+            found = await ask(client)
+            assert len((await client.infer(request([texts(["fine"])], ["label"]))).outputs) == 1
+            return found
+
+    return asyncio.run(run())

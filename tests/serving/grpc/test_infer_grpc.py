@@ -1,7 +1,5 @@
 """Inference over gRPC, held against a `Predictor` on the same bundle and customers."""
 
-import asyncio
-from collections.abc import Callable, Coroutine
 from typing import Any
 
 import numpy as np
@@ -15,12 +13,12 @@ from qrlora_deploy.serving.grpc.service import InferenceService
 from qrlora_deploy.version import __version__
 from tests.serving.grpc.client import (
     Client,
+    asking,
     message,
     outputs_of,
     raw_request,
     raw_texts,
     request,
-    serving,
     tensor,
     texts,
 )
@@ -32,16 +30,6 @@ NAMES = [name or "" for name in OWNERS]
 TEXTS = list(SENTENCES)
 OWN_LABELS = {"gamma": ("no", "yes"), "delta": tuple("abcdef")}
 LOWEST = np.finfo(np.float32).min
-
-
-def asking(service: InferenceService, ask: Callable[[Client], Coroutine[Any, Any, Any]]) -> Any:
-    """What `ask` gives, of a client of a running server."""
-
-    async def run() -> Any:
-        async with serving(service) as (_, client):
-            return await ask(client)
-
-    return asyncio.run(run())
 
 
 @pytest.fixture
