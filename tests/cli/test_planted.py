@@ -30,7 +30,7 @@ READERS = {
     "inspect packed.safetensors": (
         "runtime.customers.packed_header._sizes",
         "runtime.customers.packed_header.PackedHeader._json",
-        "runtime.customers.packed_check._check_tail",
+        "runtime.customers.packed_tail.PackedTail.ids",
         "runtime.customers.packed_check.digest_piece",
     ),
     "inspect bundle": (
