@@ -140,9 +140,8 @@ def export_switchable(job: ExportJob, options: OnnxOptions = DEFAULTS) -> Manife
             reference = mixed_reference(side, synthetic_customers(side, head), head, options.table_dtype)
         rows = make_switchable(prepared.model, basis, head_labels, options.table_dtype, task.answers_words)
         base_head = head_arrays(read_base_head(checkpoint)) if head else None
-        content = Content(
-            "switchable", task.name, labels, reference[0].logits.shape[-1], head=head, base_head=base_head
-        )
+        outputs = reference[0].logits.shape[-1]
+        content = Content("switchable", task.name, labels, outputs, head=head, base_head=base_head)
         tables = base_tables(checkpoint, basis, head, options.table_dtype)
         return _Plan(content, reference, rows, tables, answered)
 

@@ -128,7 +128,7 @@ def coefficients_of(
     state = _state_of(model)
     if state is None:
         raise InputError("the model has no side branches; give it some by attach first")
-    inner = _inner(model)
+    inner: Any = _inner(model)
     _check_nothing_else(inner, state)
     checkpoint = taken_for(as_checkpoint(_name_of(inner) if base is None else base), task)
     check_basis_fits(checkpoint, state.basis)
@@ -136,7 +136,8 @@ def coefficients_of(
     values = get_coefficients(state.adapters)
     if not all(np.isfinite(array).all() for array in (values, *head.values())):
         raise QrloraError("training diverged: a coefficient is NaN or Inf; try a smaller learning rate")
-    task, labels = (_task_of(inner), labels_of(inner)) if head else (checkpoint.task, checkpoint.labels)
+    labels = labels_of(inner) if head else checkpoint.labels
+    task = task_of(inner.config, type(inner).__name__, len(labels), "") if head else checkpoint.task
     return Coefficients(
         values=values,
         basis_digest=state.basis.digest,
@@ -295,7 +296,3 @@ def _head_of(model: nn.Module, state: _Attached, checkpoint: Checkpoint) -> dict
     names = state.trained_head or (tuple(state.own_head.before) if state.own_head else ())
     check_stored(names, checkpoint)
     return {name: model.get_parameter(name).detach().float().cpu().numpy().copy() for name in names}
-
-
-def _task_of(model: Any) -> str:
-    return task_of(model.config, type(model).__name__, len(labels_of(model)), "")

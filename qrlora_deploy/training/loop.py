@@ -26,7 +26,7 @@ from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.models.support import check_padding
 from qrlora_deploy.tasks.base import Task
 from qrlora_deploy.training.rows import collate_pairs
-from qrlora_deploy.training.settings import RunSettings, choose_device
+from qrlora_deploy.training.settings import RunSettings, choose_device, diverged
 
 Progress = Callable[[str, int, int], None]
 
@@ -135,9 +135,7 @@ class Watch(TrainerCallback):
         """The mean loss of an epoch is known."""
         loss = (logs or {}).get("loss", 0.0)
         if not math.isfinite(loss):
-            raise QrloraError(
-                f"the loss became {loss} in epoch {state.epoch:.0f}; try a smaller {argument('learning_rate')}"
-            )
+            raise QrloraError(diverged(f"the loss became {loss} in epoch {state.epoch:.0f}"))
 
 
 def training_arguments(folder: Path, settings: RunSettings, rate: float, rows: int, **options: Any) -> Any:
@@ -225,7 +223,7 @@ def trainer_parts(task: Task, tokenizer: Any, names: Sequence[str] = ()) -> dict
 def _finite(logits: np.ndarray) -> np.ndarray:
     # The step after the last logged loss may have been the one that was too long.
     if not np.isfinite(logits).all():
-        raise QrloraError(f"the model answers NaN or Inf: training diverged; try a smaller {argument('learning_rate')}")
+        raise QrloraError(diverged("the model answers NaN or Inf: training diverged"))
     return logits
 
 
@@ -237,7 +235,7 @@ def check_trained(trainer: SmallTrainer) -> None:
     """
     wrong = [name for name, value in trainer.trainable().items() if not bool(value.isfinite().all())]
     if wrong:
-        raise QrloraError(f"training diverged: {wrong[0]} is NaN or Inf; try a smaller {argument('learning_rate')}")
+        raise QrloraError(diverged(f"training diverged: {wrong[0]} is NaN or Inf"))
 
 
 def evaluate(trainer: Trainer, task: Task) -> dict[str, float]:

@@ -220,6 +220,11 @@ def choose_device(device: str) -> str:
     return "cuda" if available and device != "cpu" else "cpu"
 
 
+def diverged(what: str) -> str:
+    """A message of training that ran off: what became of it, and what helps."""
+    return f"{what}; try a smaller {argument('learning_rate')}"
+
+
 def _check_rate(name: str, rate: float) -> None:
     # Above, the optimizer overflows fp32 before the loss can say that the run diverged.
     if not 0 < rate <= MAX_RATE:

@@ -42,7 +42,7 @@ from qrlora_deploy.training.loop import (
 from qrlora_deploy.training.outputs import Outputs, customer_outputs, encode_rows, taken_for
 from qrlora_deploy.training.record import Ran, training_record
 from qrlora_deploy.training.rows import Rows, build_rows, texts_of
-from qrlora_deploy.training.settings import TrainSettings, choose_device, fingerprint
+from qrlora_deploy.training.settings import TrainSettings, choose_device, diverged, fingerprint
 from qrlora_deploy.training.tuning import Tuned, tune
 
 
@@ -117,7 +117,7 @@ def train(
     values = get_coefficients(job.adapters)
     head = {name: parameter.detach().float().cpu().numpy() for name, parameter in job.head.items()}
     if not all(np.isfinite(array).all() for array in (values, *head.values())):
-        raise QrloraError(f"training diverged: a coefficient is NaN or Inf; try a smaller {argument('learning_rate')}")
+        raise QrloraError(diverged("training diverged: a coefficient is NaN or Inf"))
     ran = Ran(
         steps=trainer.state.global_step,
         epochs=round(float(trainer.state.epoch or 0), 2),

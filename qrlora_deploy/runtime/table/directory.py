@@ -1,7 +1,8 @@
 """Which customer has which row of a table: an entry for each, or an index for all that were published together."""
 
 from collections import OrderedDict
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
+from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -10,6 +11,9 @@ from qrlora_deploy.runtime.table.id_index import CHUNK, IdIndex
 
 RECENT = 2**16
 """Customers of bulks whose rows are kept at hand: a dictionary answers ten times as fast as an index."""
+
+FLIP_CUSTOMERS = 2048
+"""Customers whose row numbers change under one hold of the lock: a bulk does not keep runs waiting."""
 
 GONE = -1
 """The row of a customer that has another one by now, or none."""
@@ -156,12 +160,6 @@ class Directory:
                 return row
         return None
 
-    def give_up_entry(self, customer: str, bulk: Bulk) -> list[int]:
-        """Forget an entry where `bulk` has a row for its customer; returns the row."""
-        if customer not in self._row_of or bulk.row_of(customer) is None:
-            return []
-        return [self._row_of.pop(customer)]
-
     def add(self, bulk: Bulk) -> tuple[Bulk, ...]:
         """Put a bulk before the others, and return those."""
         older = self.bulks
@@ -169,9 +167,31 @@ class Directory:
         self._recent.clear()
         return older
 
-    def drop_empty(self) -> None:
-        """Forget bulks whose customers have all gone."""
+    def supersede(self, bulk: Bulk, older: Sequence[Bulk], names: Sequence[str]) -> Iterator[Callable[[], list[int]]]:
+        """Steps that take the customers of a new bulk out of everything older, for other threads to come in between.
+
+        Args:
+            bulk: after `add`, which returned `older`.
+            older: the bulks before it.
+            names: of those with an entry of their own.
+
+        Returns:
+            Short steps; each returns the rows that nobody has any more.
+        """
+        for first in range(0, len(names), FLIP_CUSTOMERS):
+            yield partial(self._give_up_entries, names[first : first + FLIP_CUSTOMERS], bulk)
+        for other in older:
+            places = np.flatnonzero(other.index.places_in(bulk.index) >= 0)
+            for first in range(0, len(places), FLIP_CUSTOMERS):
+                yield partial(other.take_out_many, places[first : first + FLIP_CUSTOMERS])
+        yield self._drop_empty
+
+    def _give_up_entries(self, names: Sequence[str], bulk: Bulk) -> list[int]:
+        return [self._row_of.pop(name) for name in names if name in self._row_of and bulk.row_of(name) is not None]
+
+    def _drop_empty(self) -> list[int]:
         self.bulks = tuple(bulk for bulk in self.bulks if bulk.live)
+        return []
 
     def _find_in_bulks(self, customer: str) -> int | None:
         for bulk in self.bulks:

@@ -29,9 +29,6 @@ BASE_ROW = 0
 MOST_ROWS = 2**31 - 1
 """As many as a bulk has customers; more have no size that the libraries beneath can count."""
 
-FLIP_CUSTOMERS = 2048
-"""Customers whose row numbers change under one hold of the lock: a bulk does not keep runs waiting."""
-
 
 class TableFullError(InputError):
     """No row is free and none can be had; later there may be one."""
@@ -241,17 +238,9 @@ class CoefficientTable:
 
     def _supersede(self, bulk: Bulk, older: Sequence[Bulk], names: Sequence[str]) -> None:
         """Take the customers of a new bulk out of everything older, in steps that keep no run waiting."""
-        for first in range(0, len(names), FLIP_CUSTOMERS):
+        for step in self._directory.supersede(bulk, older, names):
             with self._lock:
-                for name in names[first : first + FLIP_CUSTOMERS]:
-                    self._use.retire(self._directory.give_up_entry(name, bulk))
-        for other in older:
-            places = np.flatnonzero(other.index.places_in(bulk.index) >= 0)
-            for first in range(0, len(places), FLIP_CUSTOMERS):
-                with self._lock:
-                    self._use.retire(other.take_out_many(places[first : first + FLIP_CUSTOMERS]))
-        with self._lock:
-            self._directory.drop_empty()
+                self._use.retire(step())
 
     def _take_row(self) -> int:
         """A row that nobody reads. Called by the one writer."""
@@ -292,8 +281,7 @@ class CoefficientTable:
             self._free.add_range(rows)
 
     def _write_parts(self, parts: list[tuple[int, Block]]) -> None:
-        # Per block, so that other writers wait for a few megabytes only. The memory may have grown
-        # since the last one: what was written is in the new one too.
+        # Per block, so that other writers wait for little. The memory may have grown since: it has what was written.
         with self._writing:
             for first, part in parts:
                 self.memory.write_rows(first, part)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from qrlora_deploy.errors import InputError, argument
+from qrlora_deploy.errors import InputError
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.models.capacity import segment_rows
 from qrlora_deploy.models.checkpoint import Checkpoint
@@ -27,7 +27,7 @@ from qrlora_deploy.training.fleet.summary import (
 from qrlora_deploy.training.fleet.tokens import RowEncoder, TokenRows, TokensAhead
 from qrlora_deploy.training.fleet.writing import Origin, Trained, Writer
 from qrlora_deploy.training.record import Ran
-from qrlora_deploy.training.settings import TrainSettings
+from qrlora_deploy.training.settings import TrainSettings, diverged
 from qrlora_deploy.training.trunk.memory import free_bytes
 from qrlora_deploy.training.tuning import Tuned
 
@@ -190,7 +190,7 @@ class Fleet:
             self.active[slot].loss = loss
             if not np.isfinite(loss):
                 epoch = int(self.schedule.epoch[slot])
-                self._drop(slot, f"the loss became {loss} in epoch {epoch}; try a smaller {argument('learning_rate')}")
+                self._drop(slot, diverged(f"the loss became {loss} in epoch {epoch}"))
         left = [slot for slot in ended.tolist() if slot in self.active]
         judged = [slot for slot in left if self.active[slot].customer.evaluation]
         self._judge(judged)
@@ -235,9 +235,7 @@ class Fleet:
         """Metrics of some customers by their answers; those whose answers are no numbers are dropped."""
         found = score_answers(answers)
         for slot in set(slots) - found.keys():
-            self._drop(
-                slot, f"the model answers NaN or Inf: training diverged; try a smaller {argument('learning_rate')}"
-            )
+            self._drop(slot, diverged("the model answers NaN or Inf: training diverged"))
         return found
 
     def _finish(self, slots: list[int]) -> None:
@@ -248,9 +246,7 @@ class Fleet:
         for slot, found in zip(slots, learnt, strict=True):
             customer = self.active[slot].customer
             if not found.is_finite:
-                self._drop(
-                    slot, f"training diverged: a coefficient is NaN or Inf; try a smaller {argument('learning_rate')}"
-                )
+                self._drop(slot, diverged("training diverged: a coefficient is NaN or Inf"))
                 continue
             self.writer.write(Trained(customer, self._ran(slot), found), self.options.file_of(customer.name))
             self._forget(slot)
