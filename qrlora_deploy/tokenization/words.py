@@ -1,14 +1,20 @@
 """Words of a text, and which token of it speaks for each: tags belong to words, and tokenizers know parts of them."""
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import chain
 
 Place = tuple[int, int]
 """Where something begins in a text and where it ends, in characters."""
 
-WORD = re.compile(r"\w+|[^\w\s]")
-"""A run of letters and digits, or one other character. Data that come as words need not follow it."""
+JOINING = ("Mn", "Mc", "Me", "Cf")
+"""Categories of characters that belong to the one before: accents, vowel signs, joiners, soft hyphens."""
+
+PLANES = (range(0x20000), range(0xE0000, 0xE1000))
+"""Where such characters are: the planes between hold ideographs or nothing."""
 
 NO_TOKEN = -1
 
@@ -28,6 +34,18 @@ class LocatedWords:
     tokens: Sequence[int]
 
 
+@cache
+def _word() -> re.Pattern[str]:
+    """A run of letters and digits, or one other character, each with what joins it.
+
+    Data that come as words need not follow it. What joins is no word by itself: tokenizers drop much of it, and a
+    word without a token would part the entity around it.
+    """
+    characters = map(chr, chain(*PLANES))
+    joining = "".join(character for character in characters if unicodedata.category(character) in JOINING)
+    return re.compile(rf"\w[\w{joining}]*|[^\w\s{joining}][{joining}]*")
+
+
 def words_of(text: str, borders: Sequence[int] = ()) -> tuple[Place, ...]:
     """The places of the words of a text.
 
@@ -37,7 +55,7 @@ def words_of(text: str, borders: Sequence[int] = ()) -> tuple[Place, ...]:
     """
     cuts = set(borders)
     found: list[Place] = []
-    for match in WORD.finditer(text):
+    for match in _word().finditer(text):
         start = match.start()
         for end in (*(place for place in range(start + 1, match.end()) if place in cuts), match.end()):
             found.append((start, end))

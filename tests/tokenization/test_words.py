@@ -61,6 +61,27 @@ def test_words_of_a_text() -> None:
     assert words_of(" \n") == ()
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Jose\u0301 Garci\u0301a", ["Jose\u0301", "Garci\u0301a"]),
+        ("\u0928\u092e\u0938\u094d\u0924\u0947 \u0926\u0941", ["\u0928\u092e\u0938\u094d\u0924\u0947", "\u0926\u0941"]),
+        ("M\u00fcn\u00adchen \u200eist", ["M\u00fcn\u00adchen", "ist"]),
+        ("\u2764\ufe0f!", ["\u2764\ufe0f", "!"]),
+        ("\u0301", []),
+    ],
+)
+def test_what_joins_a_character_belongs_to_its_word(text: str, words: list[str]) -> None:
+    assert [text[start:end] for start, end in words_of(text)] == words
+
+
+def test_an_accent_without_a_token_parts_no_word() -> None:
+    """The tokenizer drops accents, as BERT's does; as words of their own they were outside of every entity."""
+    text = "jose\u0301 garci\u0301a"
+    offsets = build_tokenizer()(text, return_offsets_mapping=True)["offset_mapping"]
+    assert NO_TOKEN not in locate(text, words_of(text), offsets).tokens
+
+
 def test_places_in_the_whole_text() -> None:
     assert shift_of("abcd", "ab") == 0 and shift_of("abcd", "cd") == 2 and shift_of("abcd", "abd") is None
     assert moved([(0, 0), (1, 2)], 3) == [(3, 3), (4, 5)] and moved([(1, 2)], 0) == [(1, 2)]
