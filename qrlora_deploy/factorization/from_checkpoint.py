@@ -21,7 +21,7 @@ from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.models.targets import is_conv1d
 from qrlora_deploy.rank_rules.base import RankRule
 from qrlora_deploy.rank_rules.fixed_rank import FixedRank
-from qrlora_deploy.rank_rules.registry import chosen_ranks
+from qrlora_deploy.rank_rules.registry import check_rule, chosen_ranks
 from qrlora_deploy.version import __version__
 
 Progress = Callable[[str, int, int], None]
@@ -59,6 +59,7 @@ def factorize(
         )
     if device not in ("cpu", "cuda"):
         raise InputError(f"{argument('device')} must be cpu or cuda, not {device}")
+    check_rule(rule)
     checkpoint.check_base()
     _check_rank(checkpoint, names, rule)
     done: dict[str, BasisTarget] = {}

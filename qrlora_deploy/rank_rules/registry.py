@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from qrlora_deploy.errors import FileFormatError, InputError
+from qrlora_deploy.errors import FileFormatError, InputError, QrloraError, argument
 from qrlora_deploy.io.strict import from_json
 from qrlora_deploy.rank_rules.base import RankRule
 from qrlora_deploy.rank_rules.energy_share import EnergyShare
@@ -56,6 +56,26 @@ def read_rule(stored: Mapping[str, Any]) -> RankRule:
     return from_json(found, json.dumps(parameters), f"the rank rule {kind}")
 
 
+def check_rule(rule: RankRule) -> None:
+    """Make sure, before hours of work, that a rule is one and that a file can keep it and give it back.
+
+    Raises:
+        InputError: it has no kind of its own, lacks a part, or has parameters that are no plain JSON values.
+    """
+    missing = [name for name in ("kind", "per_target", "parameters", "choose") if not hasattr(rule, name)]
+    if missing:
+        raise InputError(f"{argument('rule')} must be a rank rule; {type(rule).__name__} has no {', '.join(missing)}")
+    if type(rule) is not BY_KIND.get(rule.kind, type(rule)):
+        raise InputError(f"{argument('rule')}: the kind {rule.kind!r} is another rule's; give this one its own")
+    try:
+        stored = json.dumps(stored_rule(rule), allow_nan=False)
+        kept = read_rule(json.loads(stored)).kind
+    except (TypeError, ValueError, QrloraError) as error:
+        raise InputError(f"{argument('rule')}: no file can keep {rule.kind!r}: {error}") from error
+    if kept != rule.kind:
+        raise InputError(f"{argument('rule')}: {rule.kind!r} has a parameter called kind, which is its name in a file")
+
+
 def chosen_ranks(rule: RankRule, diagonals: Mapping[str, np.ndarray]) -> dict[str, int]:
     """The rule's rank of each target, in the order of `diagonals`, checked: a rule may be anybody's.
 
@@ -63,9 +83,12 @@ def chosen_ranks(rule: RankRule, diagonals: Mapping[str, np.ndarray]) -> dict[st
         InputError: the rule refuses, or leaves a target out, or gives a rank that the target cannot have.
     """
     ranks = rule.choose(diagonals)
-    if ranks.keys() != diagonals.keys():
+    if not isinstance(ranks, Mapping) or ranks.keys() != diagonals.keys():
         raise InputError(f"the rank rule {rule.kind} must give one rank for each target, and no other")
     for name, diagonal in diagonals.items():
-        if not 1 <= ranks[name] <= len(diagonal):
-            raise InputError(f"the rank rule {rule.kind} gives {name} rank {ranks[name]}, not 1 to {len(diagonal)}")
+        rank = ranks[name]
+        if not isinstance(rank, int | np.integer) or isinstance(rank, bool) or not 1 <= rank <= len(diagonal):
+            raise InputError(
+                f"the rank rule {rule.kind} gives {name} rank {rank!r}, not a whole number from 1 to {len(diagonal)}"
+            )
     return {name: int(ranks[name]) for name in diagonals}

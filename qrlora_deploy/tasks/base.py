@@ -45,6 +45,7 @@ class Task(ABC):
         peft_type: what PEFT calls it.
         has_labels: whether outputs have names, which an output layer and the labels of data give; else a model has no
             head, and data no labels.
+        names_outputs: whether labels of data name outputs, so that a new head may know others.
         needs_pairs: whether a question is a pair of texts.
         pairs_apart: whether the texts of a pair are read each by itself, and pairs are for training alone.
         least_size: an error of an answer is measured by the largest number in the answers, or by this if that is less.
@@ -54,6 +55,7 @@ class Task(ABC):
         has_accuracy: whether an answer is right or wrong.
         is_number: whether a row's label is a number.
         judges_labels: whether a row's target has a value for every label; else it is one value.
+        least_batch: rows of a step, and rows of data, below which a loss says nothing.
     """
 
     name: ClassVar[str]
@@ -65,6 +67,7 @@ class Task(ABC):
     pipeline: ClassVar[str] = "text-classification"
     peft_type: ClassVar[str] = "SEQ_CLS"
     has_labels: ClassVar[bool] = True
+    names_outputs: ClassVar[bool] = True
     needs_pairs: ClassVar[bool] = False
     pairs_apart: ClassVar[bool] = False
     least_size: ClassVar[float] = 1.0
@@ -74,6 +77,7 @@ class Task(ABC):
     has_accuracy: ClassVar[bool] = True
     is_number: ClassVar[bool] = False
     judges_labels: ClassVar[bool] = False
+    least_batch: ClassVar[int] = 1
 
     @abstractmethod
     def recognise(self, examples: "Examples") -> str | None:

@@ -43,6 +43,8 @@ class Embedding(Task):
     output_shape = ("batch", "width")
     output_name = "embeddings"
     has_labels = False
+    names_outputs = False
+    least_batch = 2
     pairs_apart = True
     least_size = 0.0
     metrics = ("mrr_at_10", "accuracy_at_1")

@@ -27,6 +27,7 @@ class Regression(Task):
     signal = "pearson"
     has_accuracy = False
     is_number = True
+    names_outputs = False
 
     def recognise(self, examples: "Examples") -> str | None:
         """Every label is a number and one is written with a decimal point, as `Task.recognise`.

@@ -34,6 +34,7 @@ class Reranking(Task):
     option = "reranker"
     problem_type = None
     pipeline = "text-ranking"
+    names_outputs = False
     needs_pairs = True
     metrics = ("average_precision", "accuracy", "spearman")
     signal = "spearman"

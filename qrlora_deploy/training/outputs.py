@@ -153,9 +153,9 @@ def encode_rows(
         way = (
             f"leave such rows out, or train a head for the labels of {argument('data')} by {argument('head', 'output')}"
         )
-        raise InputError(f"{error}; {way}" if frozen else str(error)) from error
+        raise InputError(f"{error}; {way}" if frozen and outputs.task.names_outputs else str(error)) from error
     try:
         return targets, outputs.task.encode(evaluation, outputs.labels) if evaluation else []
     except InputError as error:
-        more = "" if frozen else f", or give {argument('data')} examples of it"
+        more = f", or give {argument('data')} examples of it" if outputs.task.names_outputs and not frozen else ""
         raise InputError(f"{error}; leave such rows out of {argument('evaluation')}{more}") from error

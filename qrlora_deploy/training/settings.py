@@ -144,6 +144,23 @@ class TrainSettings(RunSettings):
         if not task.judges_labels:
             raise InputError(f"{argument('tune_thresholds')}: {task.name} decides without thresholds; leave it out")
 
+    def check_batches(self, task: Task, rows: int) -> None:
+        """Make sure that steps over so many rows can teach a task anything.
+
+        Raises:
+            InputError: a step would have too few rows for its loss.
+        """
+        if self.batch_size < task.least_batch:
+            raise InputError(
+                f"{argument('batch_size', self.batch_size)}: a {task.name} learns from {task.least_batch} rows a step "
+                f"or more, each against the others"
+            )
+        if rows < task.least_batch:
+            raise InputError(
+                f"{argument('data')} holds {rows} row; a {task.name} learns from {task.least_batch} or more, each "
+                f"against the others"
+            )
+
     def metric_of(self, task: Task) -> str:
         """The metric that chooses the best epoch of a `task`.
 

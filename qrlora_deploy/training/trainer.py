@@ -102,6 +102,7 @@ def train(
     outputs = customer_outputs(checkpoint, train, settings.head, settings.task)
     metric = settings.metric_of(outputs.task)
     settings.check_tuning(outputs.task, evaluation is not None)
+    settings.check_batches(outputs.task, len(train))
     job = _prepare(checkpoint, basis, train, evaluation, outputs, settings)
     job.model.to(device)
     data = {"data_digest": train.digest, "evaluation_digest": evaluation.digest if evaluation else None}

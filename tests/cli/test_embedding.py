@@ -169,6 +169,17 @@ def test_bench_runs_and_says_that_there_is_no_accuracy(place: Path, tmp_path: Pa
     assert [item["error"] for item in report["accuracy"]] == ["a feature-extraction has no accuracy"]
 
 
+def test_one_pair_a_step_or_in_all_teaches_nothing_and_is_refused(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "one.tsv").write_text("anchor\tpositive\na\tb\n", "utf-8")
+    train = ["train", "mean", "--basis", "mean.safetensors", "-o", tmp_path / "c.safetensors", "--data"]
+    for data, size, message in (
+        (tmp_path / "one.tsv", 6, "--data holds 1 row; a feature-extraction learns from 2 or more"),
+        ("pairs.tsv", 1, "--batch-size 1: a feature-extraction learns from 2 rows a step or more"),
+    ):
+        found = run_here(*train, data, "--task", "embedding", "--max-length", 32, "--batch-size", size, cwd=place)
+        assert found.code == 2 and message in found.err
+
+
 def test_what_does_not_fit_is_refused_in_one_line(place: Path, tmp_path: Path) -> None:
     def refused(*arguments: object) -> str:
         ran = run_here(*arguments, cwd=place)

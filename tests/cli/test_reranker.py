@@ -115,3 +115,7 @@ def test_what_does_not_fit_is_refused_in_one_line(place: Path, tmp_path: Path) -
     (tmp_path / "single.tsv").write_text("text\tlabel\na\t1\nb\t0\n", "utf-8")
     single = run_here(*train, tmp_path / "single.tsv", cwd=place)
     assert single.code == 2 and "single.tsv holds single texts; --task reranker needs pairs" in single.err
+    (tmp_path / "graded.tsv").write_text("text\ttext_pair\tlabel\na\tb\t2\n", "utf-8")
+    graded = run_here(*train, tmp_path / "graded.tsv", cwd=place)
+    # Another head would not take such a label either, so none is offered.
+    assert graded.code == 2 and "not '2'; --task regression takes others" in graded.err and "--head" not in graded.err

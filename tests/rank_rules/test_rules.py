@@ -14,7 +14,7 @@ from qrlora_deploy.errors import FileFormatError, InputError
 from qrlora_deploy.rank_rules.base import RankRule
 from qrlora_deploy.rank_rules.energy_share import EnergyShare
 from qrlora_deploy.rank_rules.fixed_rank import FixedRank
-from qrlora_deploy.rank_rules.registry import BY_KIND, chosen_ranks, read_rule, rule_of, stored_rule
+from qrlora_deploy.rank_rules.registry import BY_KIND, check_rule, chosen_ranks, read_rule, rule_of, stored_rule
 from qrlora_deploy.rank_rules.unknown import UnknownRule
 from tests.rank_rules.ranks import rank_of
 
@@ -158,8 +158,11 @@ class Answering:
     [
         ({"a": 1}, "answering must give one rank for each target"),
         ({"a": 1, "b": 1, "c": 1}, "one rank for each target, and no other"),
-        ({"a": 1, "b": 0}, "answering gives b rank 0, not 1 to 2"),
-        ({"a": 4, "b": 1}, "answering gives a rank 4, not 1 to 3"),
+        ({"a": 1, "b": 0}, "answering gives b rank 0, not a whole number from 1 to 2"),
+        ({"a": 2.5, "b": 1}, "answering gives a rank 2.5, not a whole number"),
+        ({"a": "2", "b": 1}, "answering gives a rank '2', not a whole number"),
+        (None, "must give one rank for each target"),
+        ({"a": 4, "b": 1}, "answering gives a rank 4, not a whole number from 1 to 3"),
     ],
 )
 def test_what_a_rule_answers_is_checked(answer: dict[str, int], message: str) -> None:
@@ -170,3 +173,36 @@ def test_what_a_rule_answers_is_checked(answer: dict[str, int], message: str) ->
 def test_ranks_come_in_the_order_of_the_targets() -> None:
     ranks = chosen_ranks(Answering({"b": np.int64(2), "a": 3}), {"a": np.ones(3), "b": np.ones(2)})
     assert list(ranks.items()) == [("a", 3), ("b", 2)] and all(type(rank) is int for rank in ranks.values())
+
+
+class Foreign:
+    """A rule of somebody else's."""
+
+    per_target = False
+
+    def __init__(self, kind: Any, **parameters: Any) -> None:
+        self.kind, self.parameters = kind, parameters
+
+    def choose(self, diagonals: Mapping[str, np.ndarray]) -> dict[str, int]:
+        return dict.fromkeys(diagonals, 1)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (Foreign("budget", total=np.float32(2)), "rule: no file can keep 'budget': Object of type float32"),
+        (Foreign("budget", total=math.nan), "rule: no file can keep 'budget': Out of range float"),
+        (Foreign("", total=1), "rule: no file can keep '': rule.kind must name a rank rule"),
+        (Foreign("budget", kind="other"), "'budget' has a parameter called kind"),
+        (Foreign("energy-share", tau=0.5), "the kind 'energy-share' is another rule's"),
+        ("tau", "rule must be a rank rule; str has no kind, per_target, parameters, choose"),
+    ],
+)
+def test_a_rule_that_no_file_could_give_back_is_refused(rule: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check_rule(rule)
+
+
+def test_a_rule_of_anybody_s_is_taken() -> None:
+    for rule in (Foreign("budget", total=3), EnergyShare(0.5), FixedRank(2), UnknownRule("other", {"a": 1})):
+        check_rule(rule)
