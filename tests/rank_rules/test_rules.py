@@ -180,7 +180,7 @@ class Foreign:
 
     per_target = False
 
-    def __init__(self, kind: Any, **parameters: Any) -> None:
+    def __init__(self, kind: Any, /, **parameters: Any) -> None:
         self.kind, self.parameters = kind, parameters
 
     def choose(self, diagonals: Mapping[str, np.ndarray]) -> dict[str, int]:
