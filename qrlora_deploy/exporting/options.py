@@ -88,4 +88,21 @@ def make_options(exporter: "Exporter", given: Mapping[str, Any], others: Iterabl
                 f"{argument(name)} is no option of {argument('format', exporter.name)}; "
                 + (f"it belongs to {' and '.join(having)}" if having else "no exporter has it")
             )
+        _check(name, given[name], facts_of(exporter.options)[name])
     return exporter.options(**given)
+
+
+def _check(name: str, value: Any, facts: OptionFacts) -> None:
+    """Hold a caller's value against what the command line holds it against, by an InputError; a default is not."""
+    if value == facts.default and type(value) is type(facts.default):
+        return
+    if facts.choices and value not in facts.choices:
+        raise InputError(f"unknown {argument(name)} {value!r:.40}; choose from {', '.join(facts.choices)}")
+    if facts.kind not in (int, float) or (facts.least is None and facts.most is None):
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, facts.kind)):
+        raise InputError(f"{argument(name)} must be a number, not {value!r:.40}")
+    low, high = facts.least, facts.most
+    if (low is not None and value < low) or (high is not None and value > high):
+        limits = " and ".join([f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None))
+        raise InputError(f"{argument(name)} must be {limits}, not {value}")

@@ -1,16 +1,20 @@
 """Another package's exporter: found, offered, run and checked by the command line as ours are."""
 
 import csv
+import importlib
 import importlib.metadata
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from qrlora_deploy.errors import InputError
+from qrlora_deploy.exporting.options import make_options
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
 from tests.cli.running import Ran, environment
@@ -112,3 +116,21 @@ def test_the_example_is_the_one_of_the_documentation() -> None:
     for file in ("pyproject.toml", "qrlora_csv.py"):
         assert (EXAMPLE / file).read_text("utf-8").strip() in page, file
     assert all(point.name != "csv" for point in importlib.metadata.entry_points(group="qrlora_deploy.exporters"))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"separator": "dot"}, "unknown separator 'dot'; choose from comma, semicolon"),
+        ({"digits": 18}, "digits must be at least 1 and at most 17, not 18"),
+        ({"digits": "9"}, "digits must be a number, not '9'"),
+    ],
+)
+def test_a_caller_is_held_to_the_limits_that_the_command_line_shows(
+    given: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(EXAMPLE)
+    exporter = importlib.import_module("qrlora_csv").EXPORTER
+    assert make_options(exporter, {"separator": "semicolon", "digits": 17}).digits == 17
+    with pytest.raises(InputError, match=message):
+        make_options(exporter, given)
