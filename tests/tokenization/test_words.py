@@ -1,7 +1,7 @@
 """Words and their first tokens, held against the count of words that the library tokenizers keeps itself."""
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -31,6 +31,7 @@ TOKENIZERS = {
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(words=st.lists(LETTERS, min_size=1, max_size=8))
 def test_the_first_token_of_a_word_is_that_of_the_library(kind: str, words: list[str]) -> None:
     text, places = joined(words)
