@@ -79,7 +79,7 @@ def test_what_joins_a_character_belongs_to_its_word(text: str, words: list[str])
 def test_an_accent_without_a_token_parts_no_word() -> None:
     """The tokenizer drops accents, as BERT's does; as words of their own they were outside of every entity."""
     text = "jose\u0301 garci\u0301a"
-    offsets = build_tokenizer()(text, return_offsets_mapping=True)["offset_mapping"]
+    offsets = build_word_pieces().encode(text).offsets
     assert NO_TOKEN not in locate(text, words_of(text), offsets).tokens
 
 
