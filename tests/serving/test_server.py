@@ -78,7 +78,8 @@ def test_a_body_whose_chunks_are_none_is_told(front: Front, chunk: bytes) -> Non
 
 
 def test_whose_body_is_not_whole_at_the_end_is_told(front: Front, caplog: pytest.LogCaptureFixture) -> None:
-    with running(front, drain_s=0.2) as server, server.connect() as connection:
+    server = Running(front, ServerOptions(drain_s=0.2))
+    with server.connect() as connection:
         connection.sendall(request("/v1/classify", ASK)[:-3])
         until(lambda: bool(server.server.http._uvicorn.server_state.tasks))
         server.stop()
