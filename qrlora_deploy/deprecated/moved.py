@@ -136,20 +136,22 @@ class MovedModules:
         sys.modules[module.__name__] = importlib.import_module(MOVED[module.__name__])
 
 
-def names_of(module: str) -> Callable[[str], Any]:
-    """A `__getattr__` for a package that has the name of a former module: it offers what that module offered.
+def names_of(*modules: str, here: str | None = None) -> Callable[[str], Any]:
+    """A `__getattr__` for what has the name of a former module: it offers what that module offered.
 
     Args:
-        module: dotted name of the former module now.
+        modules: dotted names of those that hold its parts now.
+        here: dotted name of what asks; None: the package of the first one.
     """
+    place = here or modules[0].rpartition(".")[0]
 
     def get(name: str) -> Any:
-        if not name.startswith("__"):
+        for module in () if name.startswith("__") else modules:
             found = getattr(importlib.import_module(module), name, None)
             if found is not None:
-                _warn(f"{module.rpartition('.')[0]}.{name}", f"{module}.{name}")
+                _warn(f"{place}.{name}", f"{module}.{name}")
                 return found
-        raise AttributeError(f"module {module.rpartition('.')[0]!r} has no attribute {name!r}")
+        raise AttributeError(f"module {place!r} has no attribute {name!r}")
 
     return get
 

@@ -2,4 +2,6 @@
 
 from qrlora_deploy.deprecated.moved import names_of
 
-__getattr__ = names_of("qrlora_deploy.exporting.registry")
+__getattr__ = names_of(
+    "qrlora_deploy.exporting.registry", "qrlora_deploy.exporting.job", "qrlora_deploy.exporting.exporter"
+)

@@ -10,6 +10,7 @@ import safetensors
 import torch
 from torch import nn
 
+from qrlora_deploy.deprecated.moved import names_of
 from qrlora_deploy.errors import InputError, library_errors
 from qrlora_deploy.models.capacity import check_ids
 from qrlora_deploy.models.completeness import is_head
@@ -30,6 +31,8 @@ from qrlora_deploy.models.tokenizer_files import has_tokenizer, read_tokenizer
 from qrlora_deploy.models.weight_files import StoredTensor, digest_of, read_headers, weight_files
 from qrlora_deploy.tasks.base import Task
 from qrlora_deploy.tasks.registry import TASKS, has_task_head
+
+__getattr__ = names_of("qrlora_deploy.models.basis_fit", here=__name__)
 
 
 @dataclass(frozen=True)

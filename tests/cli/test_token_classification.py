@@ -12,10 +12,9 @@ import torch
 import transformers
 
 from qrlora_deploy.data.examples import read_examples
-from qrlora_deploy.errors import InputError, MalformedInputError
+from qrlora_deploy.errors import MalformedInputError
 from qrlora_deploy.formats.coefficients import read_coefficients
 from qrlora_deploy.runtime import Buckets, Predictor, open_bundle
-from qrlora_deploy.serving.opening import ModelPlaces, OpenModel, RunOptions
 from tests.cli.running import run_here, succeed_here
 from tests.tiny import SENTENCES, build_tokenizer, save_base
 from tests.tolerances import FP32_ONNX
@@ -250,8 +249,6 @@ def test_other_data_and_other_bases_are_refused_in_a_line(place: Path, tmp_path:
     ]
     shown = run_here(*fleet, cwd=place)
     assert "a fleet trains no token-classification; train this customer by `train`" in shown.err + shown.out
-    with pytest.raises(InputError, match="answers for words"):
-        OpenModel(ModelPlaces("all", switchable(place)), RunOptions())
     with pytest.raises(MalformedInputError, match="takes no pairs"):
         Predictor(open_bundle(switchable(place))).predict(["a"], ["b"])
 

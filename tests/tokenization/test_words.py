@@ -1,12 +1,12 @@
 """Words and their first tokens, held against the count of words that the library tokenizers keeps itself."""
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from qrlora_deploy.tokenization.words import NO_TOKEN, joined, locate, moved, shift_of, words_of
-from tests.tiny import SENTENCES, build_tokenizer
+from tests.tiny import SENTENCES, build_word_pieces
 
 BLANK = "\u0120"
 LETTERS = st.text("abcxyzé", min_size=1, max_size=6)
@@ -24,13 +24,14 @@ def byte_level(trims: bool) -> Tokenizer:
 
 
 TOKENIZERS = {
-    "WordPiece": build_tokenizer().backend_tokenizer,
+    "WordPiece": build_word_pieces(),
     "bytes": byte_level(trims=False),
     "bytes, trimmed": byte_level(trims=True),
 }
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(words=st.lists(LETTERS, min_size=1, max_size=8))
 def test_the_first_token_of_a_word_is_that_of_the_library(kind: str, words: list[str]) -> None:
     text, places = joined(words)
