@@ -114,8 +114,8 @@ def from_json(datatype: str, shape: Sequence[int], data: Any) -> np.ndarray:
             raise ValueError("a text is none")
         return _objects(texts, shape)
     dtype = np.dtype(DTYPES[datatype])
-    allowed = {"b": {bool}, "i": {int}, "u": {int}, "f": {int, float}}[dtype.kind]
-    if not set(map(type, values.flat)) <= allowed:
+    allowed = {"b": (bool,), "i": (int,), "u": (int,), "f": (int, float)}[dtype.kind]
+    if not set(map(type, values.flat)).issubset(allowed):
         raise ValueError("a number is none")
     array = values.astype(dtype)
     if dtype.kind in "iu" and (array != values).any():
