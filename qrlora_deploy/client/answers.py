@@ -47,17 +47,20 @@ class Inference:
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_answers(body: bytes) -> list[Answer]:
-    """The answers of `/v1/classify`.
+def read_answers(body: bytes, count: int) -> list[Answer]:
+    """The answers of `/v1/classify` to so many texts.
 
     Raises:
-        BadAnswerError: it is none of it.
+        BadAnswerError: it is none of it, or holds another number of them.
     """
     record = parse_object(body)
     try:
-        return [_answer(item) for item in record["answers"]]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        answers = [_answer(item) for item in record["answers"]]
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise _bad("its answers have another form") from error
+    if len(answers) != count:
+        raise _bad(f"it holds {len(answers)} answers to {count} texts")
+    return answers
 
 
 def _answer(item: Mapping[str, Any]) -> Answer:
@@ -90,7 +93,7 @@ def read_inference(body: bytes, header_length: str | None) -> Inference:
             start += size
         parameters = dict(record.get("parameters") or {})
         return Inference(outputs, str(record.get("model_name", "")), str(record.get("id", "")), parameters)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise _bad("its outputs have another form") from error
 
 

@@ -73,7 +73,7 @@ class AsyncClient:
             MalformedInputError: what is asked cannot be sent.
         """
         body, _ = await self._ask(classify_call(texts, customer, customers, pairs, model), deadline_s)
-        return read_answers(body)
+        return read_answers(body, len(texts))
 
     async def infer(
         self,

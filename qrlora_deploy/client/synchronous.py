@@ -90,7 +90,7 @@ class Client:
             MalformedInputError: what is asked cannot be sent.
         """
         body, _ = self._ask(classify_call(texts, customer, customers, pairs, model), deadline_s)
-        return read_answers(body)
+        return read_answers(body, len(texts))
 
     def infer(
         self,

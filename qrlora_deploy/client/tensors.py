@@ -105,19 +105,22 @@ def from_json(datatype: str, shape: Sequence[int], data: Any) -> np.ndarray:
     Raises:
         ValueError: they do not fit the shape or the datatype.
         KeyError: there is no such datatype.
-        TypeError: a number is none.
+        OverflowError: a number or a size is beyond what NumPy has.
     """
+    values = np.asarray(data, dtype=object)
     if datatype == "BYTES":
-        texts = np.asarray(data, dtype=object).ravel().tolist()
+        texts = values.ravel().tolist()
         if not all(isinstance(text, str) for text in texts):
             raise ValueError("a text is none")
         return _objects(texts, shape)
-    array = np.asarray(data)
     dtype = np.dtype(DTYPES[datatype])
-    allowed = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}[dtype.kind]
-    if array.size and array.dtype.kind not in allowed:
+    allowed = {"b": (bool,), "i": (int,), "u": (int,), "f": (int, float)}[dtype.kind]
+    if not set(map(type, values.flat)).issubset(allowed):
         raise ValueError("a number is none")
-    return array.astype(dtype).reshape(shape)
+    array = values.astype(dtype)
+    if dtype.kind in "iu" and (array != values).any():
+        raise ValueError("a number is beyond its datatype")
+    return array.reshape(shape)
 
 
 def _objects(texts: list[str], shape: Sequence[int]) -> np.ndarray:

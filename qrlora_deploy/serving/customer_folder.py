@@ -5,12 +5,10 @@ Versions lie in a hidden folder beside the customers' files, which a store that 
 among those that are there, and never becomes a path.
 """
 
-import hashlib
 import shutil
 import threading
-import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from heapq import nsmallest
 from pathlib import Path
@@ -19,11 +17,11 @@ from qrlora_deploy.errors import QrloraError, UnknownCustomerError
 from qrlora_deploy.formats.coefficients import SUFFIX, Coefficients
 from qrlora_deploy.formats.customer_files import check_customer_id, customer_ids, read_customer_file
 from qrlora_deploy.io.files import atomic_file
-from qrlora_deploy.io.temporary import scratch_folder
+from qrlora_deploy.io.temporary import remove_dead, scratch_folder
 from qrlora_deploy.serving.refusals import TooLargeError
+from qrlora_deploy.serving.version_names import VERSION_NAME, hash_in, hash_of, next_name
 
 VERSIONS = ".versions"
-
 Check = Callable[[Coefficients, str], None]
 """Raises InputError where a bundle could not serve a customer: `SwitchableSession.check`."""
 
@@ -104,7 +102,7 @@ class CustomerFolder:
         """
         check_customer_id(customer)
         digest = self._digest_of(content, customer)
-        with self._lock:
+        with self._changing(customer):
             self._keep_current(customer)
             name = self._store(customer, content)
             self._replace(customer, content)
@@ -117,10 +115,11 @@ class CustomerFolder:
         Raises:
             UnknownCustomerError: there is none.
         """
-        with self._lock:
+        with self._changing(customer):
             self._find(customer)
             self._keep_current(customer)
-            self._place(customer).unlink()
+            # Somebody else may have taken it away meanwhile, which is what is asked for.
+            self._place(customer).unlink(missing_ok=True)
 
     def erase(self, customer: str) -> None:
         """Take the customer's file and all versions away, for good, and the customer from wherever else it is.
@@ -130,7 +129,7 @@ class CustomerFolder:
             InputError: it cannot be taken from elsewhere; its files are gone.
         """
         check_customer_id(customer)
-        with self._lock:
+        with self._changing(customer):
             had_files = erase_files(self.folder, customer)
             # After its file: a request that came between would read it again.
             if not (self._elsewhere(customer) or had_files):
@@ -143,16 +142,16 @@ class CustomerFolder:
             UnknownCustomerError: there is neither a file nor a version.
         """
         check_customer_id(customer)
-        with self._lock:
+        with self._changing(customer):
             content = self._current(customer)
             if content is not None:
                 self._keep_current(customer)
             names = self._names(customer)
             if not names:
                 raise _unknown(customer)
-            current = None if content is None else _hash_of(content)
+            current = None if content is None else hash_of(content)
             return [
-                StoredVersion(name, self._version_file(customer, name).stat().st_size, _hash_in(name) == current)
+                StoredVersion(name, self._version_file(customer, name).stat().st_size, hash_in(name) == current)
                 for name in names
             ]
 
@@ -169,13 +168,22 @@ class CustomerFolder:
             InputError: the bundle cannot serve it any more.
         """
         kept = self.versions(customer)
-        with self._lock:
+        with self._changing(customer):
             name = _chosen(kept, customer, version)
             content = self._version_file(customer, name).read_bytes()
             digest = self._digest_of(content, customer)
             # It keeps its place among the versions: rolling back twice goes back by two.
             self._replace(customer, content)
             return Changed(name, digest)
+
+    @contextmanager
+    def _changing(self, customer: str) -> Iterator[None]:
+        """One at a time; what the system says of a file becomes one line, as where somebody else moves it."""
+        with self._lock:
+            try:
+                yield
+            except OSError as error:
+                raise QrloraError(f"the files of {customer} cannot be changed: {error.strerror or error}") from error
 
     def _digest_of(self, content: bytes, customer: str) -> str:
         """The digest of a file, after every check."""
@@ -196,18 +204,18 @@ class CustomerFolder:
     def _keep_current(self, customer: str) -> None:
         """Keep what the customer is now, also where nobody put it through here."""
         content = self._current(customer)
-        if content is not None and _hash_of(content) not in map(_hash_in, self._names(customer)):
+        if content is not None and hash_of(content) not in map(hash_in, self._names(customer)):
             self._store(customer, content)
 
     def _store(self, customer: str, content: bytes) -> str:
         # Of one that is kept already, the newest name: a version that is put again is the newest.
-        names, mark = self._names(customer), _hash_of(content)
-        name = f"{max(time.time_ns() // 10**6, _time_in(names[0]) + 1 if names else 0):014d}-{mark}"
+        names = self._names(customer)
+        name = next_name(content, names)
         self._versions(customer).mkdir(parents=True, exist_ok=True)
         with atomic_file(self._version_file(customer, name)) as temporary:
             temporary.write_bytes(content)
         for older in names:
-            if _hash_in(older) == mark:
+            if hash_in(older) == hash_in(name):
                 self._version_file(customer, older).unlink()
         return name
 
@@ -219,8 +227,8 @@ class CustomerFolder:
     def _names(self, customer: str) -> list[str]:
         """Of the versions that are kept, the newest first."""
         folder = self._versions(customer)
-        found = [path.name.removesuffix(SUFFIX) for path in folder.glob(f"*-*{SUFFIX}")] if folder.is_dir() else []
-        return sorted((name for name in found if _time_in(name) >= 0), reverse=True)
+        found = [path.name.removesuffix(SUFFIX) for path in folder.glob(f"*{SUFFIX}") if path.is_file()]
+        return sorted(filter(VERSION_NAME.fullmatch, found), reverse=True)
 
     def _find(self, customer: str) -> None:
         check_customer_id(customer)
@@ -231,9 +239,10 @@ class CustomerFolder:
         """What the customer's file holds; None where there is none that could have been served."""
         path = self._place(customer)
         inside = path.is_file() and path.resolve().is_relative_to(self.folder.resolve())
-        if not inside or path.stat().st_size > self.max_file_bytes:
-            return None
-        return path.read_bytes()
+        try:
+            return path.read_bytes() if inside and path.stat().st_size <= self.max_file_bytes else None
+        except FileNotFoundError:
+            return None  # Somebody else has taken it away since.
 
     def _place(self, customer: str) -> Path:
         return self.folder / f"{customer}{SUFFIX}"
@@ -253,6 +262,8 @@ def erase_files(folder: Path, customer: str) -> bool:
     """
     file, versions = folder / f"{customer}{SUFFIX}", folder / VERSIONS / customer
     there = file.is_file() or file.is_symlink() or versions.is_dir()
+    # A process that was killed while it wrote the customer has left a copy.
+    remove_dead(folder, [file.name])
     try:
         file.unlink(missing_ok=True)
         if versions.is_dir():
@@ -272,20 +283,6 @@ def _chosen(kept: list[StoredVersion], customer: str, version: str | None) -> st
     if current + 1 >= len(names):
         raise UnknownVersionError(f"no version of {customer} is kept that is older than what is served")
     return names[current + 1]
-
-
-def _hash_of(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
-def _hash_in(name: str) -> str:
-    return name.partition("-")[2]
-
-
-def _time_in(name: str) -> int:
-    """Milliseconds since 1970; -1 where the name is none of a version."""
-    text = name.partition("-")[0]
-    return int(text) if text.isascii() and text.isdecimal() else -1
 
 
 def _unknown(customer: str) -> UnknownCustomerError:

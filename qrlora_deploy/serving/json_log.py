@@ -12,6 +12,9 @@ from qrlora_deploy.errors import shortened
 FIELDS = "fields"
 """The attribute of a log record that holds what stands beside its message."""
 
+LIBRARIES = ("uvicorn", "grpc", "asyncio")
+"""Loggers of what a server is made of: their lines are among its own."""
+
 MAX_ID = 128
 """Characters of a request's id, which a client may choose."""
 
@@ -54,14 +57,14 @@ def time_text(seconds: float) -> str:
 
 
 def log_as_json(stream: IO[str] | None = None, level: int = logging.INFO) -> logging.Handler:
-    """Write what the package logs as lines of JSON, the access log among it.
+    """Write what the package and `LIBRARIES` log as lines of JSON, the access log among it.
 
     Args:
         stream: where to; None: stderr.
         level: from which on.
 
     Returns:
-        The handler, which belongs to the package's logger until it is removed.
+        The handler, which belongs to their loggers until it is removed.
     """
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter())
@@ -70,6 +73,8 @@ def log_as_json(stream: IO[str] | None = None, level: int = logging.INFO) -> log
     logger.setLevel(level)
     # Otherwise a handler of the root would write each line once more.
     logger.propagate = False
+    for name in LIBRARIES:
+        logging.getLogger(name).addHandler(handler)
     return handler
 
 

@@ -72,14 +72,14 @@ def ask(request: pytest.FixtureRequest) -> Ask:
 
 def test_texts_are_sent_and_answers_are_read(ask: Ask) -> None:
     with scripted(Reply()) as script:
-        assert ask(script, "classify", ["a", "\u00e9"], "acme", pairs=["b", "c"], model="tiny") == [ANSWER]
+        assert ask(script, "classify", ["\u00e9"], "acme", pairs=["b"], model="tiny") == [ANSWER]
         assert ask(script, "classify", ["a"], customers=["acme"]) == [ANSWER]
     first, second = script.asked
     assert first.path == "/v1/classify" and first.headers["authorization"] == f"Bearer {KEY}"
     assert json.loads(first.body) == {
-        "texts": ["a", "\u00e9"],
+        "texts": ["\u00e9"],
         "customer": "acme",
-        "pairs": ["b", "c"],
+        "pairs": ["b"],
         "model": "tiny",
     }
     assert json.loads(second.body) == {"texts": ["a"], "customers": ["acme"]}
@@ -179,6 +179,9 @@ WRONG = {
     "no label": b'{"answers": [{"score": 1}]}',
     "a number as label": b'{"answers": [{"label": 1, "score": 1}]}',
     "a text as score": b'{"answers": [{"label": "a", "score": "x"}]}',
+    "a score that no float holds": b'{"answers": [{"label": "a", "score": 1%s}]}' % (b"0" * 400),
+    "fewer answers than texts": b'{"answers": []}',
+    "more answers than texts": b'{"answers": [{"label": "a", "score": 1}, {"label": "b", "score": 1}]}',
     "deep": b"[" * 100_000,
     "cut": Reply().body[:-9],
 }

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -197,3 +199,55 @@ def test_a_copy_of_the_folder_is_a_backup(
     restored.roll_back("bolt")
     assert (place / "acme.safetensors").read_bytes() == content(1.0)
     assert (place / "bolt.safetensors").read_bytes() == content(3.0)
+
+
+def test_what_a_killed_process_left_of_the_customer_is_erased_too(
+    place: Path, folder: CustomerFolder, content: Content
+) -> None:
+    folder.put("acme", content())
+    program = (
+        "import os, pathlib, sys\n"
+        "from qrlora_deploy.io.files import atomic_file\n"
+        "with atomic_file(pathlib.Path(sys.argv[1])) as temporary:\n"
+        "    temporary.write_bytes(b'secret')\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    command = [sys.executable, "-c", program, str(place / "acme.safetensors")]
+    assert subprocess.run(command, timeout=60).returncode == -9
+    assert any(path.read_bytes() == b"secret" for path in place.rglob("acme.safetensors"))
+    folder.erase("acme")
+    assert [path for path in place.rglob("*") if path.is_file()] == []
+
+
+def test_files_that_somebody_else_takes_away_meanwhile_are_no_failure(
+    place: Path, folder: CustomerFolder, content: Content, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.put("acme", content())
+    keep = folder._keep_current
+
+    def taken_away(customer: str) -> None:
+        keep(customer)
+        (place / "acme.safetensors").unlink()
+
+    monkeypatch.setattr(folder, "_keep_current", taken_away)
+    folder.delete("acme")
+    assert folder.customers() == []
+
+
+def test_what_is_no_version_is_passed_over(place: Path, folder: CustomerFolder, content: Content) -> None:
+    folder.put("acme", content(1.0))
+    folder.put("acme", content(2.0))
+    kept = place / ".versions" / "acme"
+    (kept / "00000000000001-abcdabcdabcdabcd.safetensors").mkdir()
+    (kept / "00000000000002-abcdabcdabcdabcd.safetensors").symlink_to("nowhere")
+    (kept / f"{'9' * 30}-abcdabcdabcdabcd.safetensors").write_bytes(content(3.0))
+    assert len(folder.versions("acme")) == 2
+    folder.roll_back("acme")
+    assert (place / "acme.safetensors").read_bytes() == content(1.0)
+
+
+def test_what_the_system_says_of_a_folder_is_one_line(place: Path, folder: CustomerFolder, content: Content) -> None:
+    (place / ".versions").write_bytes(b"")
+    with pytest.raises(QrloraError, match="the files of acme cannot be changed: "):
+        folder.put("acme", content())
+    assert not (place / "acme.safetensors").exists()

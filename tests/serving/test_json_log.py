@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("orjson", reason="needs the extra serve")
 
-from qrlora_deploy.serving.json_log import json_line, log_as_json, log_request
+from qrlora_deploy.serving.json_log import LIBRARIES, json_line, log_as_json, log_request
 
 
 @pytest.fixture
@@ -22,7 +22,8 @@ def stream() -> Iterator[io.StringIO]:
     stream = io.StringIO()
     handler = log_as_json(stream)
     yield stream
-    logger.removeHandler(handler)
+    for name in (logger.name, *LIBRARIES):
+        logging.getLogger(name).removeHandler(handler)
     logger.setLevel(before[0])
     logger.propagate = before[1]
 
@@ -57,6 +58,13 @@ def test_what_else_is_logged_is_a_line_too(stream: io.StringIO) -> None:
     first, second = map(json.loads, stream.getvalue().splitlines())
     assert first["level"] == "warning" and "\n" not in first["message"] and "\x1b" not in first["message"]
     assert "KeyError: 'gone'" in second["exception"]
+
+
+@pytest.mark.parametrize("name", ["uvicorn.error", "grpc._server", "asyncio"])
+def test_what_a_servers_libraries_log_is_a_line_too(stream: io.StringIO, name: str) -> None:
+    logging.getLogger(name).error("two\nlines")
+    (line,) = map(json.loads, stream.getvalue().splitlines())
+    assert (line["level"], line["logger"]) == ("error", name)
 
 
 @settings(max_examples=200, deadline=None)

@@ -128,6 +128,22 @@ def test_each_lie_is_named(change: dict[str, Any], words: str) -> None:
         parse_infer(head + raw, len(head), NAMES)
 
 
+@pytest.mark.parametrize("shape", [[0, 2**62], [2**63 - 1, 0], [2**40, 2**40, 0]])
+def test_a_size_of_0_hides_no_others(shape: list[int]) -> None:
+    record, raw = binary_input("input_ids", "INT64", shape, b"")
+    for body in (body_of([(record, raw)]), body_of([({**record, "parameters": {}, "data": []}, b"")])):
+        with pytest.raises(MalformedInputError, match="shape"):
+            parse_infer(*body, NAMES)
+
+
+@pytest.mark.parametrize("other", ["a" * 2**20, True, 1.0, None, [1, 2], {"a": 1}, 2**63])
+def test_numbers_among_which_something_else_is_are_refused(other: Any) -> None:
+    # A long text must not make every other element as long: this would take 200 GB.
+    record = {"name": "input_ids", "datatype": "INT64", "shape": [50_001, 1], "data": [1] * 50_000 + [other]}
+    with pytest.raises(MalformedInputError, match="data must hold whole numbers"):
+        parse_infer(*body_of([(record, b"")]), NAMES)
+
+
 def test_a_text_that_is_not_utf8_is_refused() -> None:
     raw = struct.pack("<I", 1) + b"\xff"
     with pytest.raises(MalformedInputError, match="text 0 is not UTF-8"):

@@ -67,6 +67,27 @@ def test_a_slow_body_ends(front: Front) -> None:
         assert connection.recv(1) == b""
 
 
+@pytest.mark.parametrize("chunk", [b"zz\r\n{}\r\n", b"2\r\n{}xx\r\n", b"f" * 40])
+def test_a_body_whose_chunks_are_none_is_told(front: Front, chunk: bytes) -> None:
+    head = b"POST /v1/classify HTTP/1.1\r\nhost: test\r\ntransfer-encoding: chunked\r\n\r\n"
+    with running(front) as server, server.connect() as connection:
+        connection.sendall(head + chunk)
+        code, headers, record = read_reply(connection)
+        assert (code, headers["connection"], record["error"]) == (400, "close", "this is no HTTP request")
+        assert connection.recv(1) == b""
+
+
+def test_whose_body_is_not_whole_at_the_end_is_told(front: Front, caplog: pytest.LogCaptureFixture) -> None:
+    server = Running(front, ServerOptions(drain_s=0.2))
+    with server.connect() as connection:
+        connection.sendall(request("/v1/classify", ASK)[:-3])
+        until(lambda: bool(server.server.http._uvicorn.server_state.tasks))
+        server.stop()
+        code, headers, record = read_reply(connection)
+        assert code == 503 and "ends" in record["error"] and headers["retry-after"] == "1"
+    assert "Traceback" not in caplog.text
+
+
 @pytest.mark.parametrize(
     "head",
     [

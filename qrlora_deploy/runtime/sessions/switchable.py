@@ -40,6 +40,8 @@ from qrlora_deploy.runtime.table.memory import make_memory
 from qrlora_deploy.runtime.table.table import BASE_ROW, CoefficientTable, rows_of
 from qrlora_deploy.tasks.answering import Answering
 
+START_ROWS = 64
+
 FETCH_ATTEMPTS = 8
 """Rounds of fetching customers for one batch, while others push them out of a full table again."""
 
@@ -51,7 +53,7 @@ class SwitchableSession:
         bundle: an open bundle of the kind "switchable".
         provider: "cpu", "cuda", "cuda:1" or "tensorrt", or a `Device` with options of its own; the table
             lies on that device.
-        rows: rows of the table at the start; it doubles when it is full.
+        rows: rows of the table at the start, which doubles when it is full. None: 64, or `max_rows` where that is less.
         max_rows: rows at most, with the base's; then the customer that was not used for longest
             gives way. None: no bound.
         threads: threads within an operator.
@@ -78,7 +80,7 @@ class SwitchableSession:
         self,
         bundle: Bundle,
         provider: str | Device = "cpu",
-        rows: int = 64,
+        rows: int | None = None,
         max_rows: int | None = None,
         threads: int | None = None,
         buckets: Buckets | None = None,
@@ -100,6 +102,7 @@ class SwitchableSession:
         widths = {TABLE: self.layout.width} | ({HEAD_TABLE: self.head.width} if self.head else {})
         self.base_head = _read_base_head(bundle, self.head) if self.head else None
         dtypes = {TABLE: self.layout.dtype}
+        rows = min(START_ROWS, max_rows or START_ROWS) if rows is None else rows
         self.table = CoefficientTable(lambda count: make_memory(widths, count, provider, dtypes), rows, max_rows)
         nobody = {TABLE: np.zeros(self.layout.width, dtype=self.layout.dtype)}
         self.table.memory.write(BASE_ROW, nobody | ({} if self.base_head is None else {HEAD_TABLE: self.base_head}))

@@ -135,6 +135,11 @@ class GuardedProtocol(HttpToolsProtocol):
             self._refusal = (431, f"the headers are longer than {self.http_limits.max_head_bytes} bytes")
             raise HeadTooLong
 
+    def _within_body(self) -> bool:
+        """Whether what is wrong belongs to the request that is next to be answered, and not to one behind it."""
+        cycle = self._running
+        return cycle is not None and cycle is self.cycle and cycle.more_body and not cycle.response_started
+
     def _await_head(self) -> None:
         self._head_timer = self.loop.call_later(self.http_limits.head_s, self._head_is_late)
 
@@ -156,7 +161,7 @@ class GuardedProtocol(HttpToolsProtocol):
         body = orjson.dumps({"error": message})
         retry = b"retry-after: 1\r\n" if code == 503 else b""
         head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n" % len(body)
-        if self.cycle is None or self.cycle.response_complete:
+        if self.cycle is None or self.cycle.response_complete or self._within_body():
             self.transport.write(b"".join([STATUS_LINE[code], head, retry, b"\r\n", body]))
         self.transport.close()
         self.loop.call_later(LINGER_S, self.transport.abort)

@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qrlora_deploy.serving.http.encodings import WORTH_BYTES, check_encoding, chosen, deflated, inflated
 from qrlora_deploy.serving.http.limits import HttpLimits
+from qrlora_deploy.serving.http.replies import error_reply
 from qrlora_deploy.serving.life import Life
 from qrlora_deploy.serving.refusals import OverloadedError, SlowClientError, TooLargeError
 
@@ -45,9 +46,14 @@ class Guard:
         if not GOOD_ID.fullmatch(request_id):
             request_id = secrets.token_hex(8).encode()
         scope.setdefault("state", {})["request_id"] = request_id.decode("ascii")
-        body = _Body(self, headers, receive)
+        body, reply = _Body(self, headers, receive), _Reply(self, headers, request_id, send)
         try:
-            await self._app(scope, body.receive, _Reply(self, headers, request_id, send).send)
+            await self._app(scope, body.receive, reply.send)
+        except asyncio.CancelledError:
+            # Of a server that ends: its time for what was begun is over.
+            if reply.begun or not self.closes:
+                raise
+            await error_reply("the server ends; try again soon", 503, 1.0)(scope, receive, reply.send)
         finally:
             self._held -= body.held
 
@@ -134,12 +140,17 @@ class _Body:
 
 
 class _Reply:
-    """A reply on its way out: with the request's id, compressed where the client takes that."""
+    """A reply on its way out: with the request's id, compressed where the client takes that.
+
+    Attributes:
+        begun: its head has been sent.
+    """
 
     def __init__(self, guard: Guard, headers: Mapping[bytes, bytes], request_id: bytes, send: Send) -> None:
         self._guard, self._send, self._request_id = guard, send, request_id
         self._encoding = chosen(headers.get(b"accept-encoding", b"").decode("latin-1"))
         self._start: Message | None = None
+        self.begun = False
 
     async def send(self, message: Message) -> None:
         """Send the start together with the body, whose length decides what the headers are."""
@@ -149,6 +160,7 @@ class _Reply:
         start, self._start = self._start, None
         if start is not None:
             message = await self._finished(start, message)
+            self.begun = True
             await self._send(start)
         await self._send(message)
 

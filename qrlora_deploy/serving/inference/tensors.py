@@ -15,6 +15,9 @@ from qrlora_deploy.serving.outputs import PADDING
 
 MAX_DIMENSIONS = 8
 
+MAX_ELEMENTS = 2**31
+"""No body is long enough for more; beside a size of 0 a shape could say anything, and numpy refuses what overflows."""
+
 LENGTH = struct.Struct("<I")
 """Before each element of BYTES in binary data."""
 
@@ -32,6 +35,8 @@ def check_shape(shape: Any, place: str) -> tuple[int, ...]:
     whole = all(type(size) is int and size >= 0 for size in sizes)
     if not sizes or len(sizes) > MAX_DIMENSIONS or not whole:
         raise MalformedInputError(f"{place}: shape must be a list of 1 to {MAX_DIMENSIONS} whole numbers from 0 up")
+    if math.prod(size or 1 for size in sizes) > MAX_ELEMENTS:
+        raise MalformedInputError(f"{place}: the shape is beyond {MAX_ELEMENTS} elements, which no body holds")
     return tuple(sizes)
 
 
@@ -42,15 +47,19 @@ def numbers_of_json(data: Any, shape: tuple[int, ...], place: str) -> np.ndarray
         MalformedInputError: it is no list of whole numbers of 64 bits, or of another size than the shape.
     """
     try:
-        array = np.asarray(data)
+        # As objects: of one long text among many elements numpy's own choice would make all as long.
+        array = np.asarray(data, dtype=object)
     # numpy says by either that lists are ragged or too deep.
-    except (ValueError, OverflowError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise MalformedInputError(f"{place}: data is not a list of numbers of the shape {list(shape)}") from error
-    if array.size and array.dtype.kind != "i":
+    if not set(map(type, array.flat)) <= {int}:
         raise MalformedInputError(f"{place}: data must hold whole numbers of 64 bits alone")
     if array.size != math.prod(shape):
         raise _wrong_size(place, array.size, shape)
-    return array.astype(np.int64).reshape(shape)
+    try:
+        return array.astype(np.int64).reshape(shape)
+    except OverflowError as error:
+        raise MalformedInputError(f"{place}: data must hold whole numbers of 64 bits alone") from error
 
 
 def texts_of_json(data: Any, shape: tuple[int, ...], place: str) -> list[str]:

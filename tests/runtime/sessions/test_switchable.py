@@ -441,6 +441,10 @@ def test_a_full_table_forgets_the_customer_that_was_not_asked_for_longest(bundle
     np.testing.assert_allclose(one(session, inputs, "acme"), kept, **EXACT)
 
 
+def test_a_table_may_be_bounded_by_fewer_rows_than_it_begins_with(bundle: Bundle) -> None:
+    assert SwitchableSession(bundle, max_rows=2, threads=1).table.memory.rows == 2
+
+
 @pytest.mark.parametrize(("first", "most"), [(1, None), (0, None), (8, 4)])
 def test_numbers_of_rows_that_make_no_sense_are_refused(bundle: Bundle, first: int, most: int | None) -> None:
     with pytest.raises(InputError, match="at least 2 rows"):

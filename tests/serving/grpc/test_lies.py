@@ -31,6 +31,7 @@ LIES = {
         request([tensor("input_ids", "INT64", [2**32, 2**32], int64_contents=[1])]),
         "shape",
     ),
+    "a size of 0 beside one that is too large": (request([tensor("input_ids", "INT64", [0, 2**62])]), "shape"),
     "another field of contents": (request([tensor("text", "BYTES", [1], int64_contents=[1])]), "bytes_contents"),
     "two fields of contents": (
         request([tensor("text", "BYTES", [1], bytes_contents=[b"a"], fp32_contents=[1.0])]),
