@@ -47,10 +47,9 @@ def save_base(folder: Path, labels: tuple[str, ...] = LABELS, tokens: int = 64) 
     return folder
 
 
-def build_tokenizer(tokens: int = 64):  # type: ignore[no-untyped-def]
-    """A WordPiece tokenizer over the words of `SENTENCES`; other words fall apart into letters."""
+def build_word_pieces():  # type: ignore[no-untyped-def]
+    """A WordPiece tokenizer of `tokenizers` over the words of `SENTENCES`; other words fall apart into letters."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     letters = string.ascii_lowercase + string.digits + string.punctuation
@@ -61,8 +60,15 @@ def build_tokenizer(tokens: int = 64):  # type: ignore[no-untyped-def]
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
+    return tokenizer
+
+
+def build_tokenizer(tokens: int = 64):  # type: ignore[no-untyped-def]
+    """`build_word_pieces` as transformers has it."""
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=build_word_pieces(),
         model_max_length=tokens,
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
         pad_token="[PAD]",

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from qrlora_deploy.bench import record as report
+from qrlora_deploy.bench import report
 from qrlora_deploy.errors import FileFormatError, InputError
 from qrlora_deploy.formats import basis, coefficients, provenance
 from qrlora_deploy.io.versions import Versions

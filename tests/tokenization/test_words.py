@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from qrlora_deploy.tokenization.words import NO_TOKEN, joined, locate, moved, shift_of, words_of
-from tests.tiny import SENTENCES, build_tokenizer
+from tests.tiny import SENTENCES, build_word_pieces
 
 BLANK = "\u0120"
 LETTERS = st.text("abcxyzé", min_size=1, max_size=6)
@@ -24,7 +24,7 @@ def byte_level(trims: bool) -> Tokenizer:
 
 
 TOKENIZERS = {
-    "WordPiece": build_tokenizer().backend_tokenizer,
+    "WordPiece": build_word_pieces(),
     "bytes": byte_level(trims=False),
     "bytes, trimmed": byte_level(trims=True),
 }
