@@ -12,7 +12,7 @@ FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 @click.group("customers")
 def command() -> None:
-    """What is done with customers of a server beside serving them.
+    """Remove customers for good, from folders and packed files.
 
     \b
     Examples:

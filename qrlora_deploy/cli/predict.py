@@ -119,16 +119,18 @@ def _answer(predictor: "Predictor", requests: "list[Request]", batch_size: int) 
         return _embed(predictor, requests, batch_size)
     answers = predictor.predict([request.text for request in requests], pairs or None, batch_size, owners)
     record = [
-        {"customer": request.customer, "text": request.text, "label": answer.label}
+        {"customer": request.customer, "text": request.text}
+        | ({"pair": request.pair} if pairs else {})
+        | {"label": answer.label}
         | {"labels": answer.labels, "score": answer.score, "logits": answer.logits}
         | ({"spans": answer.spans} if predictor.task.answers_words else {})
         for request, answer in zip(requests, answers, strict=True)
     ]
     rows = [
-        [request.text, in_words(answer, predictor.task.answers_words), answer.score]
+        [request.text, *([request.pair] if pairs else []), in_words(answer, predictor.task.answers_words), answer.score]
         for request, answer in zip(requests, answers, strict=True)
     ]
-    columns = ["text", "label", "score"]
+    columns = ["text", *(["pair"] if pairs else []), "label", "score"]
     if predictor.switchable is not None:
         columns = ["customer", *columns]
         rows = [[request.customer, *row] for request, row in zip(requests, rows, strict=True)]

@@ -18,7 +18,7 @@ class AsyncClient:
     """As `Client`, for asyncio and trio.
 
     Args:
-        url: of the server, such as `https://host:8000`.
+        url: of the server, such as `https://host:8080`.
         key: sent with each request.
         deadline_s: seconds that a request with all its tries may take; None: no bound.
         retries: how often it is tried again.

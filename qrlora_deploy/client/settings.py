@@ -34,7 +34,7 @@ class Settings:
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-            raise InputError(f"{self.url!r:.80} is no address of a server; write it as https://host:8000")
+            raise InputError(f"{self.url!r:.80} is no address of a server; write it as https://host:8080")
         if self.key is not None and not (self.key.isascii() and self.key.isprintable() and self.key.strip()):
             raise InputError("the key holds characters that no key has; give it as `keys add` showed it")
         object.__setattr__(self, "url", self.url.rstrip("/"))

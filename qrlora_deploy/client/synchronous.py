@@ -21,7 +21,7 @@ class Client:
     after a random wait, never before the server asks for it, and never beyond its deadline.
 
     Args:
-        url: of the server, such as `https://host:8000`.
+        url: of the server, such as `https://host:8080`.
         key: sent with each request.
         deadline_s: seconds that a request with all its tries may take; None: no bound.
         retries: how often it is tried again.

@@ -123,7 +123,8 @@ def make_plan(
     if basis is not None and rank is not None:
         raise InputError("a basis has its ranks; give either a basis or a rank")
     if not is_file(base / "config.json"):
-        raise InputError(f"{base} holds no config.json: give the folder of a checkpoint; fetch one of the hub first")
+        fetch = "`hf download NAME --local-dir base` fetches one of the hub"
+        raise InputError(f"{base} holds no config.json: give the folder of a checkpoint; {fetch}")
     figures, config = recorded(), read_model_config(base / "config.json")
     stored = read_headers(weight_files(base))
     weights = linear_layers(stored, base / "config.json")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qrlora_deploy.errors import InputError, MalformedInputError, MismatchError, UnknownCustomerError
+from qrlora_deploy.errors import InputError, MalformedInputError, MismatchError, UnknownCustomerError, argument
 from qrlora_deploy.runtime.bundle.bundle import Bundle, check_graph
 from qrlora_deploy.runtime.host.devices import Device
 from qrlora_deploy.runtime.prediction.tokenizing import TextEncoder, as_texts, batches, check_texts
@@ -114,7 +114,8 @@ class Predictor:
         texts = as_texts(texts, "texts")
         pairs = None if pairs is None else as_texts(pairs, "pairs")
         if self.task.needs_pairs and pairs is None:
-            raise MalformedInputError(f"a bundle for {self.task.name} scores pairs of texts; give the second texts too")
+            what = f"a bundle for {self.task.name} scores pairs of texts"
+            raise MalformedInputError(f"{what}; give the second texts too, by {argument('pairs')}")
         if pairs is not None and self.task.answers_words:
             raise MalformedInputError(f"a {self.task.name} tags the words of one text and takes no pairs")
         rows = self._rows(texts, pairs, batch_size, customers)

@@ -241,9 +241,10 @@ class Front:
 async def not_found(request: Request, error: Exception) -> Response:
     """A path or method that there is not."""
     code = getattr(error, "status_code", 404)
-    what = "is not asked that way" if code == 405 else "is not there"
+    headers = getattr(error, "headers", None) or {}
+    what = f"is not asked that way, but by {headers.get('Allow')}" if code == 405 else "is not there"
     reply = error_reply(f"{request.url.path[:120]!a} {what}; GET /openapi.json lists what is", code)
-    reply.headers.update(getattr(error, "headers", None) or {})
+    reply.headers.update(headers)
     return reply
 
 
