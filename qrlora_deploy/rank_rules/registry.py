@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from qrlora_deploy.errors import FileFormatError, InputError, QrloraError, argument
+from qrlora_deploy.errors import FileFormatError, InputError, QrloraError
 from qrlora_deploy.io.strict import from_json
 from qrlora_deploy.rank_rules.base import RankRule
 from qrlora_deploy.rank_rules.energy_share import EnergyShare
@@ -64,16 +64,16 @@ def check_rule(rule: RankRule) -> None:
     """
     missing = [name for name in ("kind", "per_target", "parameters", "choose") if not hasattr(rule, name)]
     if missing:
-        raise InputError(f"{argument('rule')} must be a rank rule; {type(rule).__name__} has no {', '.join(missing)}")
+        raise InputError(f"rule must be a rank rule; {type(rule).__name__} has no {', '.join(missing)}")
     if type(rule) is not BY_KIND.get(rule.kind, type(rule)):
-        raise InputError(f"{argument('rule')}: the kind {rule.kind!r} is another rule's; give this one its own")
+        raise InputError(f"rule: the kind {rule.kind!r} is another rule's; give this one its own")
     try:
         stored = json.dumps(stored_rule(rule), allow_nan=False)
         kept = read_rule(json.loads(stored)).kind
     except (TypeError, ValueError, QrloraError) as error:
-        raise InputError(f"{argument('rule')}: no file can keep {rule.kind!r}: {error}") from error
+        raise InputError(f"rule: no file can keep {rule.kind!r}: {error}") from error
     if kept != rule.kind:
-        raise InputError(f"{argument('rule')}: {rule.kind!r} has a parameter called kind, which is its name in a file")
+        raise InputError(f"rule: {rule.kind!r} has a parameter called kind, which is its name in a file")
 
 
 def chosen_ranks(rule: RankRule, diagonals: Mapping[str, np.ndarray]) -> dict[str, int]:
