@@ -242,9 +242,9 @@ def test_what_cannot_be_sent_is_refused_here() -> None:
     assert script.asked == []
 
 
-@pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://host", "http://", "http://host/?a=b"])
+@pytest.mark.parametrize("url", ["", "localhost:8080", "ftp://host", "http://", "http://host/?a=b"])
 def test_an_address_that_is_none_is_refused(url: str) -> None:
-    with pytest.raises(InputError, match="https://host:8000"):
+    with pytest.raises(InputError, match="https://host:8080"):
         Client(url)
 
 
