@@ -1,0 +1,1 @@
+"""What a server of `serve` reaches beside the same session within the process."""

@@ -1,0 +1,151 @@
+"""Requests to a server, from a process of their own: by a Poisson clock, or each as soon as the last one is answered.
+
+It speaks HTTP by hand: a client library would take more of the cores than the server that is measured.
+"""
+
+import argparse
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from qrlora_deploy.data.sample import sample_texts
+
+ZIPF = 1.2
+"""Customers are drawn by rank to this power: few have most of the traffic."""
+
+
+@dataclass
+class Told:
+    """What came back: seconds from the scheduled start of each request, by status."""
+
+    seconds: dict[int, list[float]] = field(default_factory=dict)
+
+    def add(self, status: int, seconds: float) -> None:
+        """A request was answered."""
+        self.seconds.setdefault(status, []).append(seconds)
+
+    def record(self, rows: int, wall_s: float) -> dict[str, object]:
+        """Counts, rates and percentiles in ms by status."""
+        return {
+            "wall_s": wall_s,
+            "rows_per_s": rows * len(self.seconds.get(200, [])) / wall_s,
+            "by_status": {
+                str(status): {
+                    "requests": len(found),
+                    **{f"p{share}": float(np.percentile(found, share) * 1e3) for share in (50, 90, 99)},
+                }
+                for status, found in sorted(self.seconds.items())
+            },
+        }
+
+
+def bodies(count: int, rows: int, customers: int, seed: int) -> list[bytes]:
+    """`count` requests of `rows` texts each, their customers drawn by Zipf."""
+    random = np.random.default_rng(seed)
+    texts = sample_texts()
+    weights = 1 / np.arange(1, customers + 1) ** ZIPF
+    drawn = random.choice(customers, size=(count, rows), p=weights / weights.sum())
+    made = []
+    for owners in drawn:
+        chosen = [texts[index] for index in random.integers(len(texts), size=rows)]
+        body = json.dumps({"texts": chosen, "customers": [name_of(owner) for owner in owners]}).encode()
+        head = f"POST /v1/classify HTTP/1.1\r\nHost: s\r\nContent-Length: {len(body)}\r\n\r\n"
+        made.append(head.encode() + body)
+    return made
+
+
+def name_of(number: int) -> str:
+    """A customer's id."""
+    return f"c{number:06}"
+
+
+class Connection:
+    """One connection that is kept, with one request at a time."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+    async def ask(self, request: bytes) -> int:
+        """The status of the answer, whose body has been read."""
+        if self._streams is None:
+            self._streams = await asyncio.open_connection("127.0.0.1", self._port)
+        reader, writer = self._streams
+        writer.write(request)
+        head = await reader.readuntil(b"\r\n\r\n")
+        lines = head.lower().split(b"\r\n")
+        length = next(int(line.split(b":")[1]) for line in lines if line.startswith(b"content-length"))
+        await reader.readexactly(length)
+        if b"connection: close" in lines:
+            writer.close()
+            self._streams = None
+        return int(head.split(b" ", 2)[1])
+
+
+async def closed(port: int, requests: Sequence[bytes], connections: int, seconds: float) -> tuple[Told, float]:
+    """Each connection asks again as soon as it is answered."""
+    told, start, turns = Told(), time.perf_counter(), iter(range(10**9))
+
+    async def work() -> None:
+        connection = Connection(port)
+        while time.perf_counter() - start < seconds:
+            begin = time.perf_counter()
+            status = await connection.ask(requests[next(turns) % len(requests)])
+            told.add(status, time.perf_counter() - begin)
+
+    await asyncio.gather(*(work() for _ in range(connections)))
+    return told, time.perf_counter() - start
+
+
+async def opened(
+    port: int, requests: Sequence[bytes], connections: int, seconds: float, rate: float, seed: int
+) -> tuple[Told, float]:
+    """Requests begin by a Poisson clock whatever is answered; times count from when they should have begun."""
+    arrivals = np.cumsum(np.random.default_rng(seed).exponential(1 / rate, int(rate * seconds)))
+    told, start = Told(), time.perf_counter()
+    free: asyncio.Queue[Connection] = asyncio.Queue()
+    for _ in range(connections):
+        free.put_nowait(Connection(port))
+
+    async def one(number: int, due: float) -> None:
+        connection = await free.get()
+        status = await connection.ask(requests[number % len(requests)])
+        told.add(status, time.perf_counter() - due)
+        free.put_nowait(connection)
+
+    tasks = []
+    for number, arrival in enumerate(arrivals):
+        due = start + arrival
+        early = due - time.perf_counter()
+        if early > 0:
+            await asyncio.sleep(early)
+        tasks.append(asyncio.create_task(one(number, due)))
+    await asyncio.gather(*tasks)
+    return told, time.perf_counter() - start
+
+
+def main() -> None:
+    """Print a line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--rows", type=int, default=1, help="of a request")
+    parser.add_argument("--customers", type=int, default=1)
+    parser.add_argument("--connections", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--rate", type=float, help="requests a second, open loop; without it closed loop")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    requests = bodies(2048, options.rows, options.customers, options.seed)
+    common = (options.port, requests, options.connections, options.seconds)
+    run = opened(*common, options.rate, options.seed) if options.rate else closed(*common)
+    told, wall_s = asyncio.run(run)
+    json.dump(told.record(options.rows, wall_s), sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
