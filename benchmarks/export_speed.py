@@ -47,12 +47,16 @@ def prepare(folder: Path, shape: str, checkout: Path) -> None:
     write_coefficients(customer, folder / "acme.safetensors")
 
 
+def variables_of(checkout: Path) -> dict[str, str]:
+    """The environment of a process that imports the project from a checkout."""
+    return os.environ | {"PYTHONPATH": f"{checkout}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+
+
 def run_command(checkout: Path, folder: Path, *words: str) -> float:
     """Seconds of a command of a checkout."""
-    path = f"{checkout}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     command = [sys.executable, "-m", "qrlora_deploy.cli", *words]
     start = time.perf_counter()
-    subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": path}, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, cwd=folder, env=variables_of(checkout), check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start
 
 

@@ -9,7 +9,6 @@ is that of two turns that stand beside each other. Answers of both must agree to
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common.measuring import environment
-from benchmarks.export_speed import ROOT, prepare, run_command
+from benchmarks.export_speed import ROOT, prepare, run_command, variables_of
 from qrlora_deploy.formats.coefficients import read_coefficients, write_coefficients
 from qrlora_deploy.io.files import write_json
 
@@ -73,7 +72,7 @@ class Contender:
         shape = [str(number) for number in (arguments.calls, BATCH, LENGTH, arguments.threads)]
         self._process = subprocess.Popen(
             [sys.executable, "-c", CHILD, str(folder), *shape],
-            env=os.environ | {"PYTHONPATH": f"{checkout}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
+            env=variables_of(checkout),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

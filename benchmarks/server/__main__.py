@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common.measuring import environment
-from benchmarks.export_speed import ROOT, prepare, run_command
+from benchmarks.export_speed import ROOT, prepare, run_command, variables_of
 from benchmarks.server.load import name_of
 from qrlora_deploy.io.files import write_json
 from qrlora_deploy.runtime.bundle.bundle import open_bundle
@@ -67,13 +67,12 @@ class Process:
     """A process that says when it is ready and is asked by lines."""
 
     def __init__(self, *command: str) -> None:
-        path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
         self.popen = subprocess.Popen(
             [sys.executable, *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"PYTHONPATH": path},
+            env=variables_of(ROOT),
         )
         self.first = self.line()
 
@@ -130,8 +129,7 @@ def load(port: int, **options: float) -> dict[str, Any]:
     """What the client saw."""
     words = [f"--{name}={value}" for name, value in options.items()]
     command = [sys.executable, "-m", "benchmarks.server.load", f"--port={port}", *words]
-    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    found = subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": path})
+    found = subprocess.run(command, check=True, capture_output=True, env=variables_of(ROOT))
     record: dict[str, Any] = json.loads(found.stdout)
     return record
 

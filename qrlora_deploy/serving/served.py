@@ -69,17 +69,14 @@ class Models:
     def __iter__(self) -> Iterator[ServedModel]:
         return iter(self._models.values())
 
-    @property
-    def first(self) -> ServedModel:
-        """What answers where a request names no model."""
-        return next(iter(self._models.values()))
-
-    def find(self, name: str, version: str | None = None) -> ServedModel:
-        """The model of a name.
+    def find(self, name: str | None, version: str | None = None) -> ServedModel:
+        """The model of a name; the first one where a request names none.
 
         Raises:
             UnknownModelError: there is none, or not in this version.
         """
+        if name is None:
+            return next(iter(self))
         if name not in self._models:
             raise UnknownModelError(f"there is no model {name!r:.80}; POST /v2/repository/index lists what there is")
         if version not in (None, "", VERSION):

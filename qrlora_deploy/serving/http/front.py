@@ -195,7 +195,7 @@ class Front:
     async def classify(self, request: Request, access: Access) -> Response:
         """Texts in plain JSON."""
         question, customers, name = parse_classify(parse_object(await request.body()))
-        model = self.models.first if name is None else self.models.find(name)
+        model = self.models.find(name)
         if not model.task.has_labels:
             raise MalformedInputError(f"the model {model.name} answers with embeddings; ask /v1/embeddings")
         deadline_s = deadline_of(request.headers.get(TIMEOUT))
@@ -205,7 +205,7 @@ class Front:
     async def embeddings(self, request: Request, access: Access) -> Response:
         """Vectors of texts, as clients of OpenAI's interface ask for them."""
         asked = parse_embeddings(parse_object(await request.body()))
-        model = self.models.first if asked.model is None else self.models.find(asked.model)
+        model = self.models.find(asked.model)
         if model.task.has_labels:
             raise MalformedInputError(f"the model {model.name} answers with labels, not embeddings; ask /v1/classify")
         deadline_s = deadline_of(request.headers.get(TIMEOUT))
