@@ -242,7 +242,7 @@ def _build_trainer(
         **trainer_parts(job.outputs.task, job.tokenizer, job.outputs.labels),
     }
     if cached is None:
-        packed = collator_for(job.outputs.task, job.tokenizer, packed=True) if settings.packing else None
+        packed = collator_for(job.outputs.task, job.tokenizer, settings.max_length) if settings.packing else None
         return SmallTrainer(**parts, train_collator=packed)
     start = sum(len(texts_of(row)) for row in job.rows)
     evaluation = numbered(job.evaluation, start) if job.evaluation else None
