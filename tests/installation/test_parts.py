@@ -41,7 +41,7 @@ def test_the_base_install_has_no_framework_and_the_card_is_whole() -> None:
     extras = PROJECT["optional-dependencies"]
     everything = base.union(*(packages(extras[part]) for part in ("train", "export", "bench", "gpu")))
     assert everything >= {"torch", "transformers", "onnx", "onnxruntime_gpu", "optimum", "safetensors", "click"}
-    assert extras["all"] == ["qrlora-deploy[train,export,bench,serve,gpu]"]
+    assert extras["all"] == ["qrlora-deploy[train,export,bench,serve,llm,gpu]"]
     assert "qrlora-deploy[train,export,bench,gpu]" in extras["quickstart"]
 
 
