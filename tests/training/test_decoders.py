@@ -7,10 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 
 import qrlora_deploy as qr
-from qrlora_deploy.cli import main
 from qrlora_deploy.data.examples import read_examples
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.formats.basis import Basis, read_basis
@@ -20,6 +18,7 @@ from qrlora_deploy.models.checkpoint import open_checkpoint
 from qrlora_deploy.training.forward_only import check_reads_forward
 from qrlora_deploy.training.settings import TrainSettings, default_rate
 from qrlora_deploy.training.trainer import train
+from tests.cli.running import run_here
 from tests.tiny import SENTENCES, save_base
 from tests.tiny_decoder import save_decoder
 
@@ -49,9 +48,9 @@ def basis(basis_file: Path) -> Basis:
 
 
 def run(*arguments: Any) -> str:
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    assert result.exit_code == 0, result.output
-    return result.output
+    ran = run_here(*arguments, cwd=Path.cwd())
+    assert ran.code == 0, ran.err
+    return ran.out
 
 
 def lines(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -182,5 +181,6 @@ def test_fleets_of_decoders_are_refused_in_one_line(base: Path, basis_file: Path
     (tmp_path / "data").mkdir()
     lines(tmp_path / "data" / "acme.jsonl", PLAIN)
     options = ("--basis", basis_file, "--data", tmp_path / "data", "-o", tmp_path / "out")
-    result = CliRunner().invoke(main, [str(part) for part in ("train-fleet", base, *options)])
-    assert result.exit_code != 0 and "text-generation" in result.output and "`train`" in result.output, result.output
+    ran = run_here("train-fleet", base, *options, cwd=tmp_path)
+    assert ran.code == 2 and ran.err.count("\n") == 1
+    assert "a fleet trains no text-generation; train these customers by `train`" in ran.err
