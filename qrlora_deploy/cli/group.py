@@ -24,6 +24,7 @@ from qrlora_deploy.version import __version__
 
 COMMANDS = (
     "quickstart",
+    "convert",
     "warmup",
     "factorize",
     "train",

