@@ -184,3 +184,35 @@ def test_fleets_of_decoders_are_refused_in_one_line(base: Path, basis_file: Path
     ran = run_here("train-fleet", base, *options, cwd=tmp_path)
     assert ran.code == 2 and ran.err.count("\n") == 1
     assert "a fleet trains no text-generation; train these customers by `train`" in ran.err
+
+
+def test_labels_are_judged_by_their_likelihoods(base: Path, basis: Basis, tmp_path: Path) -> None:
+    data = read_examples(lines(tmp_path / "a.jsonl", PLAIN * 2))
+    settings = TrainSettings(epochs=2, batch_size=4, device="cpu")
+    checkpoint = open_checkpoint(str(base))
+    found = train(checkpoint, basis, data, data, settings, tmp_path / "run")
+    model, tokenizer = checkpoint.load_model(), checkpoint.tokenizer()
+    for values, stored in (
+        (np.zeros(basis.total_rank, np.float32), found.training["baseline"]),
+        (found.values, found.training["metrics"]),
+    ):
+        adapters = attach(model, basis) if values is not found.values else adapters
+        set_coefficients(adapters, basis, values)
+        right = 0
+        for row in PLAIN:
+            scores = {}
+            for word in WORDS:
+                prompt, whole = (tokenizer(text)["input_ids"] for text in (row["prompt"], row["prompt"] + word))
+                ids = torch.tensor([[*whole, tokenizer.eos_token_id]])
+                with torch.no_grad():
+                    known = torch.log_softmax(model(input_ids=ids).logits[0].double(), 1)
+                scores[word] = sum(float(known[place - 1, ids[0, place]]) for place in range(len(prompt), ids.shape[1]))
+            right += max(scores, key=lambda word: scores[word]) == row["completion"]
+        assert stored["label_accuracy"] == right / 4
+
+
+def test_answers_that_are_no_labels_are_not_judged_as_such(base: Path, basis: Basis, tmp_path: Path) -> None:
+    data = read_examples(lines(tmp_path / "a.jsonl", PLAIN))
+    settings = TrainSettings(epochs=1, device="cpu")
+    found = train(open_checkpoint(str(base)), basis, data, data, settings, tmp_path / "run")
+    assert "label_accuracy" not in found.training["metrics"]
