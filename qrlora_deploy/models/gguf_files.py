@@ -97,7 +97,7 @@ def _stored_types(source: Path) -> dict[str, int]:
 def _read(source: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """The model without what marks it as quantised, which `save_pretrained` would refuse, and its tokenizer."""
     place = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
-    read = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=dtype)
+    read = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=dtype, trust_remote_code=False)
     config = type(read.config).from_dict(
         {name: value for name, value in read.config.to_dict().items() if name != "quantization_config"}
     )
@@ -110,7 +110,7 @@ def _read(source: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         model.get_submodule(path).register_buffer(attribute, buffer, persistent=False)
     model.tie_weights()
     model.generation_config = read.generation_config
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**place)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**place, trust_remote_code=False)
     return model.eval(), tokenizer
 
 

@@ -14,7 +14,7 @@ from qrlora_deploy.training.precision import mixed_precision
 from qrlora_deploy.training.rows import Rows
 
 MAX_LABELS = 20
-MAX_ROWS = 20_000
+MAX_ROWS = 2_000
 """Rows times labels: each is read once, before training and after it."""
 
 METRIC = "label_accuracy"

@@ -17,7 +17,7 @@ from jinja2.filters import FILTERS
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-from qrlora_deploy.tokenization.template_budget import MAX_BITS, MAX_NODES, MAX_TEXT, budget
+from qrlora_deploy.chat.budget import MAX_BITS, MAX_NODES, MAX_TEXT, budget
 
 TEXT_METHODS = {
     *("strip", "lstrip", "rstrip", "removeprefix", "removesuffix", "split", "rsplit", "splitlines", "partition"),

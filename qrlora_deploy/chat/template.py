@@ -1,7 +1,7 @@
 """Chat templates: the small program that a base brings along to write a chat as one text.
 
 It is rendered here and not by transformers, so that training and a serving host without transformers write the same text,
-under the same bounds (`template_sandbox`).
+under the same bounds (`sandbox`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from typing import Any
 from qrlora_deploy.errors import FileFormatError, InputError, library_errors
 from qrlora_deploy.installation.parts import need
 from qrlora_deploy.io.reading import is_file, parse_json, read_text
-from qrlora_deploy.tokenization.template_budget import MAX_TEXT, new_budget
+from qrlora_deploy.chat.budget import MAX_TEXT, new_budget
 
 DEFAULT = "default"
 FILE = "chat_template.jinja"
@@ -46,7 +46,7 @@ class ChatTemplate:
     @cached_property
     def _template(self) -> Any:
         # Imported here: a host without jinja2 has no chats, and does the rest.
-        from qrlora_deploy.tokenization.template_sandbox import BoundedEnvironment
+        from qrlora_deploy.chat.sandbox import BoundedEnvironment
 
         with library_errors("the chat template cannot be used", InputError):
             return BoundedEnvironment().bounded(self.source)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from qrlora_deploy.errors import FileFormatError, InputError, MissingPartError
-from qrlora_deploy.tokenization.chat_template import ChatTemplate, read_chat_template
-from qrlora_deploy.tokenization.chat_text import chat_texts
-from tests.tokenization.chat_templates import FAMILIES, LLAMA, QWEN, SMOL
+from qrlora_deploy.chat.template import ChatTemplate, read_chat_template
+from qrlora_deploy.chat.text import chat_texts
+from tests.chat.templates import FAMILIES, LLAMA, QWEN, SMOL
 
 TOKENS = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
 CHATS = [
@@ -123,7 +123,7 @@ def test_what_a_template_may_not_do_ends_in_one_line(name: str) -> None:
 
 
 def test_time_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qrlora_deploy.tokenization.template_budget.MAX_SECONDS", 0.0)
+    monkeypatch.setattr("qrlora_deploy.chat.budget.MAX_SECONDS", 0.0)
     with pytest.raises(InputError, match="the chat template was stopped: it takes more than 0 seconds"):
         ChatTemplate(SMOL, {}).render(CHATS[0])
 
