@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qrlora_deploy.chat.template import ChatTemplate, choose_template
+from qrlora_deploy.chat.text import ChatText, chat_texts
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.data.lines import place_of
 from qrlora_deploy.data.turns import COMPLETION, Turns
 from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.tasks.base import IGNORED
-from qrlora_deploy.chat.template import ChatTemplate, choose_template
-from qrlora_deploy.chat.text import ChatText, chat_texts
 from qrlora_deploy.training.rows import Row, Rows
 
 
