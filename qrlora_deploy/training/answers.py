@@ -66,7 +66,8 @@ def answer_rows(tokenizer: Any, examples: Examples, max_length: int) -> AnswerRo
         made += learned
     if not made:
         raise InputError(
-            f"{examples.name}: no row has an answer within its first {max_length} tokens; raise {argument('max_length')}"
+            f"{examples.name}: no row has an answer within its first {max_length} tokens; "
+            f"raise {argument('max_length')}"
         )
     return AnswerRows(made, cut, unread)
 
