@@ -67,7 +67,9 @@ class CustomerRows:
     ) -> dict[str, tuple[torch.Tensor, tuple[str | int, ...]]]:
         """Examples of `count` customers' numbers: their coefficients, and their heads where they may have one."""
         dtype = torch.float16 if self.layout.dtype == TABLE_DTYPES["fp16"] else torch.float32
-        found = {name: (torch.full((count, self.layout.width), 0.01, dtype=dtype), (axis, self.layout.width))}
+        found: dict[str, tuple[torch.Tensor, tuple[str | int, ...]]] = {
+            name: (torch.full((count, self.layout.width), 0.01, dtype=dtype), (axis, self.layout.width))
+        }
         if self.head is not None:
             found[head_name] = (torch.full((count, self.head.width), 0.01), (axis, self.head.width))
         return found
