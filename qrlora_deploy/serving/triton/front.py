@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from qrlora_deploy.errors import MalformedInputError, QrloraError
+from qrlora_deploy.errors import MalformedInputError, QrloraError, first_line
 from qrlora_deploy.runtime.bundle.bundle import open_bundle
 from qrlora_deploy.runtime.bundle.row_layout import TABLE_OF
 from qrlora_deploy.runtime.customers.packed import load_packed
@@ -173,11 +173,17 @@ class Front:
             inputs=[backend.Tensor(name, array) for name, array in batch.inputs.items()],
             preferred_memory=backend.PreferredMemory(backend.TRITONSERVER_MEMORY_CPU, 0),
         )
-        response = await request.async_exec()
-        if response.has_error():
-            error = GraphError(f"{self.settings.graph}: {response.error().message()}")
+        reason = ""
+        try:
+            response = await request.async_exec()
+            if response.has_error():
+                reason = response.error().message()
+        # The backend's exceptions are in Triton's process alone; it raises one where the graph's model is not loaded.
+        except Exception as error:
+            reason = first_line(error)
+        if reason:
             for one, _ in batch.places:
-                asked[one].error = error
+                asked[one].error = GraphError(f"{self.settings.graph}: {reason}")
             return
         logits = backend.get_output_tensor_by_name(response, answer).as_numpy()
         for number, (one, row) in enumerate(batch.places):

@@ -87,6 +87,7 @@ class Backend:
     Attributes:
         runs: of each run the inputs that it was given, several batches joined.
         fails: whether every graph is broken.
+        loaded: whether the graphs are loaded.
     """
 
     Tensor, TritonError, InferenceResponse, PreferredMemory = Tensor, TritonError, InferenceResponse, PreferredMemory
@@ -98,7 +99,7 @@ class Backend:
             for model in repository.glob("*/1/model.onnx")
         }
         self.runs: list[dict[str, np.ndarray]] = []
-        self.fails = False
+        self.fails, self.loaded = False, True
         self._waiting: list[tuple[Any, asyncio.Future[InferenceResponse]]] = []
 
     @staticmethod
@@ -163,4 +164,6 @@ class _Inner:
         return self.model, tuple((name, array.shape[1:]) for name, array in self.arrays.items())
 
     async def async_exec(self) -> InferenceResponse:
+        if not self._backend.loaded:
+            raise RuntimeError(f"Model {self.model!r} is not ready")
         return await self._backend.wait(self)

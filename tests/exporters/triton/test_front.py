@@ -168,6 +168,9 @@ def test_a_graph_that_fails_is_said_to(start: Start) -> None:
     running.backend.fails = True
     (response,) = running.ask(asked(["a"]))
     assert (response.error().code, response.error().message()) == ("INTERNAL", "intents_graph: out of memory")
+    running.backend.loaded = False
+    (response,) = running.ask(asked(["a"]))
+    assert response.error().message() == "intents_graph: Model 'intents_graph' is not ready"
 
 
 def test_only_the_outputs_that_are_asked_for_come(start: Start) -> None:
