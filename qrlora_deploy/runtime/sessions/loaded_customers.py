@@ -148,7 +148,8 @@ class LoadedCustomers:
         """A copy of the row of each customer, None being the base: `[n, width]` by table; and their versions.
 
         Raises:
-            UnknownCustomerError: a customer is not there. InputError: its file cannot be served.
+            UnknownCustomerError: a customer is not there.
+            InputError: its file cannot be served.
         """
         self._check_usable()
         held: dict[str | None, int] = {}

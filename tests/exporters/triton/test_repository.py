@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+import safetensors
+import safetensors.numpy
 import torch
 
 from exporters.triton.config_text import Word, config_text
@@ -27,6 +29,7 @@ from qrlora_deploy.models.adapter import attach, set_coefficients
 from qrlora_deploy.models.checkpoint import open_checkpoint
 from qrlora_deploy.runtime import open_bundle
 from qrlora_deploy.runtime.bundle.row_layout import HeadLayout, TableLayout
+from qrlora_deploy.runtime.bundle.sealed_facts import read_reference_facts
 from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
 from tests.cli.running import run_here, succeed_here
 from tests.tiny import SENTENCES
@@ -356,3 +359,36 @@ def test_more_labels_than_the_base_needs_head_labels(tiny_base: Path, tiny_basis
         export_repository(job, TritonOptions(head_labels=2))
     with pytest.raises(InputError, match="a per-row bundle serves all customers"):
         export_repository(replace(job, coefficients=object()), TritonOptions())  # type: ignore[arg-type]
+
+
+def drop(tensors: dict[str, np.ndarray]) -> None:
+    del tensors["1.coefficients"]
+
+
+def shorten(tensors: dict[str, np.ndarray]) -> None:
+    tensors["1.coefficients"] = tensors["1.coefficients"][:-1]
+
+
+def narrow(tensors: dict[str, np.ndarray]) -> None:
+    tensors["1.head"] = tensors["1.head"][:, :-1]
+
+
+def flatten(tensors: dict[str, np.ndarray]) -> None:
+    tensors["0.head"] = tensors["0.head"].reshape(-1)
+
+
+@pytest.mark.parametrize("spoil", [drop, shorten, narrow, flatten])
+def test_a_reference_whose_rows_bring_too_little_is_refused(
+    spoil: Callable[[dict[str, np.ndarray]], None], repository: Path, tmp_path: Path
+) -> None:
+    source = repository / "intents_graph" / "1" / "reference.safetensors"
+    with safetensors.safe_open(source, framework="np") as file:
+        metadata = file.metadata()
+    tensors = safetensors.numpy.load_file(source)
+    facts = read_reference_facts(source)
+    layout = TableLayout([target.rank for target in open_bundle(source.parent).manifest.targets])
+    np.testing.assert_array_equal(facts.columns, layout.columns)
+    spoil(tensors)
+    safetensors.numpy.save_file(tensors, tmp_path / "reference.safetensors", metadata)
+    with pytest.raises(FileFormatError, match=r"its (coefficients|head) have another shape"):
+        read_reference_facts(tmp_path / "reference.safetensors")
