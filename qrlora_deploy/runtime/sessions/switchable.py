@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 
 from qrlora_deploy.errors import (
-    FileFormatError,
     InputError,
     MalformedInputError,
     MismatchError,
@@ -19,15 +18,8 @@ from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.formats.customer_files import read_customer_file
 from qrlora_deploy.runtime.bundle.bundle import Bundle, check_graph
 from qrlora_deploy.runtime.bundle.compatibility import check_customer_fits
-from qrlora_deploy.runtime.bundle.row_layout import (
-    BASE_HEAD_FILE,
-    HEAD_TABLE,
-    TABLE,
-    HeadLayout,
-    TableLayout,
-    head_arrays,
-)
-from qrlora_deploy.runtime.bundle.sealed_facts import read_head_row
+from qrlora_deploy.runtime.bundle.row_layout import HEAD_TABLE, TABLE, HeadLayout, TableLayout, head_arrays
+from qrlora_deploy.runtime.bundle.sealed_facts import read_base_head
 from qrlora_deploy.runtime.host.devices import Device
 from qrlora_deploy.runtime.host.forking import survive_forks
 from qrlora_deploy.runtime.sessions.bucket_runner import make_runner
@@ -100,7 +92,7 @@ class SwitchableSession:
         self._text_inputs = text_inputs(manifest)
         self.head = HeadLayout(manifest.head_labels, manifest.head_features) if manifest.head_labels else None
         widths = {TABLE: self.layout.width} | ({HEAD_TABLE: self.head.width} if self.head else {})
-        self.base_head = _read_base_head(bundle, self.head) if self.head else None
+        self.base_head = read_base_head(bundle.folder, self.head, len(manifest.labels)) if self.head else None
         dtypes = {TABLE: self.layout.dtype}
         rows = min(START_ROWS, max_rows or START_ROWS) if rows is None else rows
         self.table = CoefficientTable(lambda count: make_memory(widths, count, provider, dtypes), rows, max_rows)
@@ -171,8 +163,8 @@ class SwitchableSession:
         self, inputs: dict[str, np.ndarray], customers: Sequence[str | None]
     ) -> tuple[np.ndarray, list[tuple[str, ...]]]:
         """The logits of a batch, each row for its customer, and the labels of each row; `run` also says more of it."""
-        logits, versions = self.answer(inputs, customers)
-        return logits, [version.answering.labels for version in versions]
+        logits, answering = self.run(inputs, customers)
+        return logits, [it.labels for it in answering]
 
     def run(self, inputs: dict[str, np.ndarray], customers: Sequence[str | None]) -> tuple[np.ndarray, list[Answering]]:
         """Answer a batch, each row for its customer.
@@ -190,13 +182,19 @@ class SwitchableSession:
             UnknownCustomerError: a customer is not there.
             QrloraError: the model fails, or this is a forked child of the session's process, on a GPU.
         """
-        logits, versions = self.answer(inputs, customers)
+        logits, versions = self._answer(inputs, customers, self._version_of)
         return logits, [version.answering for version in versions]
 
     def answer(
         self, inputs: dict[str, np.ndarray], customers: Sequence[str | None]
     ) -> tuple[np.ndarray, list[Version]]:
-        """As `run`, with the version of its customer that answered each row."""
+        """As `run`, with the version of its customer that answered each row, and its digest."""
+        return self._answer(inputs, customers, self._version_with_digest)
+
+    def _answer(
+        self, inputs: dict[str, np.ndarray], customers: Sequence[str | None], version_of: Callable[[int], Version]
+    ) -> tuple[np.ndarray, list[Version]]:
+        """Logits, and the version in each row's row of the table, which is held meanwhile."""
         self._check_usable()
         if isinstance(customers, (str, bytes)) or not isinstance(customers, Sequence):
             raise MalformedInputError(f"customers must be a list with one for each row, not {type(customers).__name__}")
@@ -206,10 +204,24 @@ class SwitchableSession:
             self._hold(customers, held)
             slot = rows_of(customers, held)
             logits = self._runner.run(inputs, slot)
-            versions = [self.table.note_of(row) or self.versions.base for row in slot.tolist()]
+            versions = [version_of(row) for row in slot.tolist()]
         finally:
             self.table.release(held.values())
         return logits, versions
+
+    def _version_of(self, row: int) -> Version:
+        """What the table notes of a row that is held."""
+        return self.table.note_of(row) or self.versions.base
+
+    def _version_with_digest(self, row: int) -> Version:
+        version = self._version_of(row)
+        if version.digest or row == BASE_ROW:
+            return version
+        # Of a packed file, so without a head of its own.
+        values = self.layout.values(self.table.memory.parts[TABLE].read_rows(row, 1)[0])
+        version = version.with_digest(values)
+        self.table.note(row, version)
+        return version
 
     def lacks(self, customers: Sequence[str | None]) -> list[str]:
         """Those of `customers` that are not in the table now."""
@@ -286,14 +298,3 @@ class SwitchableSession:
         if len(weight) != labels:
             raise InputError(f"{place} has {labels} labels but a head for {len(weight)}")
         return row
-
-
-def _read_base_head(bundle: Bundle, head: HeadLayout) -> np.ndarray:
-    """The base's row of the head table."""
-    path = bundle.folder / BASE_HEAD_FILE
-    row = read_head_row(path, head)
-    # Where there is no label the bias is -inf.
-    labels = int(np.isfinite(row[-head.labels :]).sum())
-    if labels != len(bundle.manifest.labels):
-        raise FileFormatError(f"{path} has a head for {labels} of {len(bundle.manifest.labels)} labels")
-    return row

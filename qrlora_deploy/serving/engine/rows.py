@@ -65,8 +65,7 @@ class RowAnswer:
         logits: fp32, `[labels of the customer]`, or `[tokens, labels]` where each token of the row has an answer; where
             the answer is an embedding, that: `[width]`.
         labels: names of the customer's outputs; none of an embedding.
-        digest: of the content of the customer that answered, as `Coefficients.digest`; empty for the base
-            and for customers of a packed file.
+        digest: of the content of the customer that answered, as `Coefficients.digest`; empty for the base.
         thresholds: as of `Answering`.
         words: of the row.
     """
