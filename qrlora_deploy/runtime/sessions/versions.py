@@ -18,7 +18,7 @@ class Version:
     Attributes:
         answering: how its logits become an answer.
         digest: `Coefficients.digest`; empty for the base, and for a customer of a packed file until it is asked for:
-            the file keeps one for all of them, and to make each when millions are loaded takes longer than to load them.
+            the file keeps one for all of them, and making millions would take longer than loading them.
     """
 
     answering: Answering

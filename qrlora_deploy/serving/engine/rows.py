@@ -17,11 +17,13 @@ class Load:
         rows: texts.
         tokens: of all rows, without padding; before the texts are tokenised the most that they can be.
         size_bytes: of the texts.
+        asker: whose request it is, such as the id of a key; those who ask take turns where customers are fetched.
     """
 
     rows: int
     tokens: int
     size_bytes: int
+    asker: str = ""
 
     @classmethod
     def of_texts(cls, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int) -> "Load":
