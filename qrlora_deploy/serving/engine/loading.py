@@ -45,9 +45,10 @@ class _Fetch:
 class Loading:
     """Fetches customers in threads, and gives a request back when all of its customers are there.
 
-    Safe for many threads. Whoever asks (`Load.asker`) has a turn after each of the others, and its requests take turns among themselves; so
-    neither a key that asks for many customers nor a request for many keeps others waiting behind all of them. A
-    customer that several requests wait for is fetched once; one that fails, fails every request that waits for it.
+    Safe for many threads. Whoever asks (`Load.asker`) has a turn after each of the others, and its requests take turns
+    among themselves; so neither a key that asks for many customers nor a request for many keeps others waiting behind
+    all of them. A customer that several requests wait for is fetched once; one that fails, fails every request that
+    waits for it.
 
     Args:
         fetch: brings a customer into memory.
