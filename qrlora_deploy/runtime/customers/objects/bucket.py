@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import datetime
 from typing import Any, TypeVar
 
 from qrlora_deploy.errors import InputError, UnknownCustomerError
@@ -131,8 +132,13 @@ def mark_of(facts: Mapping[str, Any]) -> bytes:
         facts: by name, of a listing or of the object alone.
     """
     tags = [str(facts[name]).strip('"') for name in TAGS if facts.get(name)]
-    told = tags or [str(facts.get(name)) for name in (*TIMES, "size")]
+    told = tags or [str(_plain(facts.get(name))) for name in (*TIMES, "size")]
     return hashlib.blake2b("\n".join(told).encode(), digest_size=16).digest()
+
+
+def _plain(value: Any) -> Any:
+    """A time as seconds: a list of fsspec's and the facts of one object may tell the same one in two ways."""
+    return value.timestamp() if isinstance(value, datetime) else value
 
 
 def _customers(listed: Iterable[Mapping[str, Any]], key_of: Callable[[Mapping[str, Any]], str]) -> Iterator[Found]:
