@@ -15,9 +15,15 @@ from pathlib import Path
 
 from qrlora_deploy.errors import QrloraError, UnknownCustomerError
 from qrlora_deploy.formats.coefficients import SUFFIX, Coefficients
-from qrlora_deploy.formats.customer_files import MAX_SENT_BYTES, check_customer_id, customer_ids, read_customer_content
+from qrlora_deploy.formats.customer_files import (
+    MAX_SENT_BYTES,
+    check_customer_id,
+    customer_ids,
+    customer_of,
+    read_customer_content,
+)
 from qrlora_deploy.io.files import atomic_file
-from qrlora_deploy.io.temporary import remove_dead
+from qrlora_deploy.io.temporary import remove_dead, remove_dead_where
 from qrlora_deploy.serving.refusals import TooLargeError
 from qrlora_deploy.serving.version_names import VERSION_NAME, hash_in, hash_of, next_name
 
@@ -82,6 +88,8 @@ class CustomerFolder:
         self.folder, self.max_file_bytes = folder, max_file_bytes
         self._check, self._keep, self._elsewhere = check, keep, elsewhere
         self._lock = threading.Lock()
+        # What a process left that was killed while it wrote; what a live one writes is locked, and stays.
+        remove_dead_where(folder, lambda name: customer_of(name) is not None)
 
     def customers(self, after: str = "", limit: int = 1000) -> list[str]:
         """The first `limit` ids that come after one, sorted.
@@ -209,6 +217,7 @@ class CustomerFolder:
         names = self._names(customer)
         name = next_name(content, names)
         self._versions(customer).mkdir(parents=True, exist_ok=True)
+        remove_dead_where(self._versions(customer), lambda name: VERSION_NAME.fullmatch(Path(name).stem) is not None)
         with atomic_file(self._version_file(customer, name)) as temporary:
             temporary.write_bytes(content)
         for older in names:

@@ -105,6 +105,7 @@ class LocalEngine:
             run_s=runner.run_s,
             run_tokens=runner.tokens,
             padded_tokens=runner.padded_tokens,
+            last_run_s=runner.last_run_s,
             resident=len(self._model.table),
             loads=self._model.table.loads,
             evictions=self._model.table.evictions,

@@ -40,6 +40,7 @@ class BatchRunner:
         queue_s: how long the rows that were answered had waited, together.
         tokens: of those rows.
         padded_tokens: rows x length of the runs, as they were padded.
+        last_run_s: when the last one ended, in seconds of the Unix epoch; 0: there was none.
     """
 
     def __init__(self, model: Model, shapes: Shapes, pace: Pace, clock: Callable[[], float] = time.monotonic) -> None:
@@ -49,6 +50,7 @@ class BatchRunner:
         self.queue_s = 0.0
         self.tokens = 0
         self.padded_tokens = 0
+        self.last_run_s = 0.0
         self._turn = Turns()
         self._model, self._shapes, self._pace, self._clock = model, shapes, pace, clock
         rows = _most_rows(model)
@@ -116,6 +118,7 @@ class BatchRunner:
         self.tokens += sum(row.length for row in rows)
         self.padded_tokens += padded
         self.batches += 1
+        self.last_run_s = time.time()
         self.run_s += seconds
         self.queue_s += sum(start_s - row.request.queued_s for row in rows)
 
