@@ -1,14 +1,18 @@
 """Customers who are fetched: once for all who wait, those who ask in turn, and nobody waits for one who is slow."""
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
 
 from qrlora_deploy.errors import QrloraError, UnknownCustomerError
 from qrlora_deploy.formats.coefficients import Coefficients
+from qrlora_deploy.serving.access import Access, open_access
+from qrlora_deploy.serving.answering import Texts, answer
 from qrlora_deploy.serving.engine.admission import Place
 from qrlora_deploy.serving.engine.loading import Loading
 from qrlora_deploy.serving.engine.local import LocalEngine
@@ -16,6 +20,8 @@ from qrlora_deploy.serving.engine.requests import Request
 from qrlora_deploy.serving.engine.rows import Load
 from qrlora_deploy.serving.engine.running import MOST_LOADERS
 from qrlora_deploy.serving.refusals import DrainingError
+from qrlora_deploy.serving.served import ServedModel
+from qrlora_deploy.serving.tokenizing import RowTokenizer
 from tests.runtime.place import until
 from tests.serving.engine.place import WatchedSession, a_row, alone, ask
 from tests.tolerances import FP32_ONNX
@@ -139,3 +145,19 @@ def test_first_loads_pass_slow_files_and_unknown_names(
     go_on.set()
     assert all(request.result(30)[0].digest == crowd["c5"].digest for request in slow)
     assert sum(name.startswith("slow") for name in fetched) == MOST_LOADERS - 1, "each one once"
+
+
+def test_the_key_of_a_request_is_who_asks(session: WatchedSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    with LocalEngine(session) as engine:
+        admit = engine.admit
+
+        def noted(load: Load, *arguments: Any) -> Place:
+            asked.append(load.asker)
+            return admit(load, *arguments)
+
+        monkeypatch.setattr(engine, "admit", noted)
+        model = ServedModel("tiny", session.bundle, engine, RowTokenizer(session.bundle))
+        for access in (Access("3f9a01c2b7d4"), open_access, None):
+            asyncio.run(answer(model, Texts(["where is it"]), ["c1"], access=access))
+    assert asked == ["3f9a01c2b7d4", "", ""]

@@ -38,6 +38,10 @@ JITTER = 0.2
 """Part of the time between listings by which each is moved, so that servers do not list in step."""
 
 
+CLOSE_S = 2.0
+"""What `close` waits for a listing that is under way."""
+
+
 @dataclass(frozen=True)
 class ObjectStoreStats:
     """How an object store is doing.
@@ -104,7 +108,8 @@ class ObjectStore:
         """Stop to list and let go of the session; what is in its table stays there."""
         self._closing.set()
         if self._thread.is_alive():
-            self._thread.join()
+            # A question that has no answer yet is not waited for: its thread ends with the process at the latest.
+            self._thread.join(CLOSE_S)
         if self.session.fetch == self.fetch:
             self.session.fetch = None
 
