@@ -77,7 +77,7 @@ class Bucket:
         check_customer_id(customer)
         key = f"{self._root}/{customer}{SUFFIX}"
         try:
-            return self.patience.attempt(lambda: self._read(key))
+            return self.patience.attempt(lambda: self._read(key), what=customer)
         except FileNotFoundError:
             raise UnknownCustomerError(f"{self.url} holds no customer {customer!r}") from None
 
@@ -115,7 +115,7 @@ class Bucket:
 
     def _asked(self, do: Callable[[], T]) -> T:
         try:
-            return self.patience.attempt(do, at_once=True)
+            return self.patience.attempt(do)
         except FileNotFoundError:
             raise InputError(f"{self.url}: there is no such place") from None
 

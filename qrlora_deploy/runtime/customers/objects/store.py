@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qrlora_deploy.errors import InputError, UnknownCustomerError
+from qrlora_deploy.errors import InputError, NotReadyError, UnknownCustomerError
 from qrlora_deploy.formats.coefficients import SUFFIX
 from qrlora_deploy.formats.customer_files import check_customer_id, read_customer_content
 from qrlora_deploy.runtime.customers.events import Report, StoreEvent, event_of, is_refusal, tell
@@ -136,7 +136,13 @@ class ObjectStore:
             refused = self._refused.get(customer)
             if refused is not None:
                 raise refused[2](refused[1])
-            self._bring(customer)
+            try:
+                self._bring(customer)
+            except StoreDownError as error:
+                if not self._complaint:
+                    self._complain(str(error))
+                # Without the place: clients are told of it.
+                raise NotReadyError("the store of this customer does not answer; try again soon") from error
 
     def look(self) -> None:
         """List the place, and bring what has changed.

@@ -214,6 +214,38 @@ def test_a_store_that_is_down_takes_nobody_away(objects: ObjectPlace, error: Exc
     assert objects.logits("cold") == objects.expected(2)
 
 
+def test_one_object_that_cannot_be_read_says_nothing_of_the_others(objects: ObjectPlace) -> None:
+    for number, name in enumerate(("denied", "fine", "b", "c", "last")):
+        objects.put(name, number)
+    store = objects.store()
+    files, denied = store.bucket._files, {"denied"}
+
+    class Denying(Broken):
+        def __getattr__(self, name: str) -> Any:
+            method = super().__getattr__(name)
+
+            def ask(path: str, *arguments: Any, **options: Any) -> Any:
+                if any(path.endswith(f"/{customer}.safetensors") for customer in denied):
+                    raise PermissionError("forbidden: secret-endpoint")
+                return method(path, *arguments, **options)
+
+            return ask
+
+    store.bucket._files = Denying(files)
+    for _ in range(5):
+        with pytest.raises(NotReadyError, match="^the store of this customer does not answer; try again soon$"):
+            objects.logits("denied")
+    assert store.stats().up and objects.logits("fine") == objects.expected(1)
+    assert objects.kinds() == ["failed", "loaded"] and "secret-endpoint" in objects.events[0].message
+    denied |= {"b", "c"}
+    for name in ("denied", "b", "c", "last"):
+        with pytest.raises(NotReadyError):
+            objects.logits(name)
+    assert not store.stats().up, "three in a row are too many"
+    store.look()
+    assert store.stats().up and objects.logits("last") == objects.expected(4)
+
+
 def test_a_moment_s_failure_is_passed_over(objects: ObjectPlace) -> None:
     objects.put("acme", 1)
     store = objects.store()
