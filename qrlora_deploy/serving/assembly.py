@@ -143,6 +143,6 @@ def _grpc(front: Front, options: ServerOptions, port: int) -> Companion:
     from qrlora_deploy.serving.grpc.server import GrpcServer
     from qrlora_deploy.serving.grpc.service import InferenceService
 
-    service = InferenceService(front.models, front.life, front.keys, front.metrics)
+    service = InferenceService(front.models, front.life, front.keys, front.metrics, counts=front.counts)
     limits = GrpcLimits(max_message_bytes=options.limits.max_body_bytes)
     return GrpcServer(service, options.host, port, options.tls, limits)

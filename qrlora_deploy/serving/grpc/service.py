@@ -18,9 +18,10 @@ from qrlora_deploy.serving.inference.describing import model_metadata, server_me
 from qrlora_deploy.serving.inference.questions import deadline_of, question_of
 from qrlora_deploy.serving.json_log import log_request
 from qrlora_deploy.serving.life import Life
+from qrlora_deploy.serving.live.totals import RequestCounts
 from qrlora_deploy.serving.outputs import OUTPUTS, answer_parameters, outputs_of
 from qrlora_deploy.serving.parts import Keys, Metrics
-from qrlora_deploy.serving.refusals import OverloadedError, status_of
+from qrlora_deploy.serving.refusals import GONE, OverloadedError, reason_of, status_of
 from qrlora_deploy.serving.served import VERSION, Models
 from qrlora_deploy.version import __version__
 
@@ -30,6 +31,9 @@ OK, CANCELLED = 200, 499
 MAX_HELD_BYTES = 2**30
 
 _NAMES = {f"/{SERVICE}/{name}": name for name in METHODS}
+
+INFER = "ModelInfer"
+"""The method that asks a model."""
 
 OPEN = ("ServerLive", "ServerReady", "ModelReady")
 """Methods that need no key: probes have none."""
@@ -44,6 +48,7 @@ class InferenceService(grpc.GenericRpcHandler):
         keys: who may ask; None: everybody.
         metrics: counts; None: nobody does.
         max_held_bytes: of all messages that are being answered at a time.
+        counts: of requests, for the live page; None: nobody looks.
 
     Attributes:
         running: calls that are being answered.
@@ -56,8 +61,10 @@ class InferenceService(grpc.GenericRpcHandler):
         keys: Keys | None = None,
         metrics: Metrics | None = None,
         max_held_bytes: int = MAX_HELD_BYTES,
+        counts: RequestCounts | None = None,
     ) -> None:
         self.models, self.life, self.keys, self.metrics = models, life, keys, metrics
+        self.counts = counts or RequestCounts()
         self.max_held_bytes = max_held_bytes
         self.running = self._held = 0
 
@@ -89,33 +96,35 @@ class InferenceService(grpc.GenericRpcHandler):
 
     async def _refuse(self, name: str, error: QrloraError, messages: Any, context: grpc.aio.ServicerContext) -> None:
         call = Call(context, open_access)
-        self._tell(call, name, status_of(error).http, 0.0)
+        self._tell(call, name, status_of(error).http, 0.0, reason_of(error))
         await call.refuse(error)
 
     async def _handle(self, name: str, access: Access, body: bytes, context: grpc.aio.ServicerContext) -> Any:
         """Answer a call: errors as statuses, and counting."""
-        start, code, call = time.perf_counter(), CANCELLED, Call(context, access)
+        start, code, reason, call = time.perf_counter(), CANCELLED, GONE, Call(context, access)
         method: Callable[[Any, Call], Awaitable[Any]] = getattr(self, name)
         self.running += 1
         self._held += len(body)
         try:
             reply = await method(parse(METHODS[name][0], body), call)
-            code = OK
+            code, reason = OK, ""
             return reply
         except Exception as error:
             refusal = call.refusal_of(error)
-            code = status_of(refusal).http
+            code, reason = status_of(refusal).http, reason_of(refusal)
             await call.refuse(refusal)
         finally:
             self.running -= 1
             self._held -= len(body)
-            self._tell(call, name, code, time.perf_counter() - start)
+            self._tell(call, name, code, time.perf_counter() - start, reason)
 
-    def _tell(self, call: Call, name: str, code: int, seconds: float) -> None:
+    def _tell(self, call: Call, name: str, code: int, seconds: float, reason: str) -> None:
         """Count a call and log it."""
         route, rows = f"/{SERVICE}/{name}", len(call.customers)
         if self.metrics is not None:
             self.metrics.observe(route, code, seconds, rows, call.customers)
+        if name == INFER:
+            self.counts.count(seconds, rows, reason)
         log_request(call.request_id, "grpc", route, code, seconds, rows, call.access.key_id)
 
     async def ServerLive(self, message: Any, call: Call) -> Any:
