@@ -82,7 +82,9 @@ class Browser:
             self._listen(answer)
 
     def open(self, url: str) -> None:
+        """Go to a page, and wait until its script has run."""
         self.call("Page.navigate", url=url)
+        self.wait_for(f"document.readyState === 'complete' && location.href.startsWith({url!r})")
 
     def ask(self, script: str) -> Any:
         """What an expression of JavaScript gives, in the page."""

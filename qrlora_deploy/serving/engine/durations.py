@@ -11,7 +11,7 @@ LEAST_S = 1e-5
 GROWTH = 1.05
 """Each bucket ends so many times as far up as the one before it."""
 
-BUCKETS = 336
+BUCKETS = 340
 """The last one holds everything above about two minutes."""
 
 ERROR = math.sqrt(GROWTH) - 1
