@@ -62,7 +62,8 @@ SHOWN = 5
     show_default=True,
     help="Seconds for what was begun until then.",
 )
-@click.option("--count-customer", "counted", multiple=True, metavar="ID", help="Metrics tell its rows; repeatable.")
+@click.option("--count-customer", "counted", multiple=True, metavar="ID", help="Metrics and spans name it; repeatable.")
+@click.option("--otel", is_flag=True, help="Send OpenTelemetry spans, as the OTEL_ variables say.")
 @click.option("--check", is_flag=True, help="Open and check everything, each customer's file too, and end.")
 @click.option("--log-json", is_flag=True, help="Logs as lines of JSON on stderr, each request among them.")
 @common
@@ -98,6 +99,7 @@ def command(bundle: Path | None, models: tuple[str, ...], check: bool, log_json:
             admin_host=options["admin_host"],
             audit_log=options["audit_log"],
             counted=options["counted"],
+            otel=options["otel"],
         )
     )
     return _checked(assembly) if check else Output({}, live=lambda stream: _serve(assembly, stream))

@@ -15,11 +15,13 @@ from qrlora_deploy.serving.http.classify import classify_answer, parse_classify
 from qrlora_deploy.serving.http.embeddings import embeddings_answer, parse_embeddings
 from qrlora_deploy.serving.http.endpoint import (
     GIVE_UP,
+    SPANS,
     Endpoint,
     Handler,
     Outcome,
     customers_of,
     request_id_of,
+    spans_of,
 )
 from qrlora_deploy.serving.http.live_page import LivePage
 from qrlora_deploy.serving.http.openapi import openapi
@@ -39,7 +41,7 @@ from qrlora_deploy.serving.life import Life
 from qrlora_deploy.serving.live.totals import RequestCounts
 from qrlora_deploy.serving.live.window import Window
 from qrlora_deploy.serving.outputs import OUTPUTS, answer_parameters, outputs_of
-from qrlora_deploy.serving.parts import Keys, Metrics
+from qrlora_deploy.serving.parts import Keys, Metrics, Spans, Tracing
 from qrlora_deploy.serving.served import VERSION, Models, ServedModel
 
 HEADER_LENGTH = "inference-header-content-length"
@@ -59,6 +61,7 @@ class Front:
         metrics: counts; None: nobody does.
         counts: of this front and those beside it, for the live page.
         window: what that page shows; None: of `counts` and the engines.
+        tracing: begins spans; None: there are none.
     """
 
     models: Models
@@ -67,6 +70,7 @@ class Front:
     metrics: Metrics | None = None
     counts: RequestCounts = field(default_factory=RequestCounts)
     window: Window | None = None
+    tracing: Tracing | None = None
 
     def __post_init__(self) -> None:
         self.live_window = self.window or Window(self.counts.totals, self.models.stats)
@@ -112,6 +116,22 @@ class Front:
         """
         return open_access if self.keys is None else self.keys.access(key_of(request.headers.get("authorization")))
 
+    def begin_spans(self, request: Request, endpoint: Endpoint) -> Spans | None:
+        """The spans of a request, with the names of OpenTelemetry's conventions; None: nobody wants them."""
+        if self.tracing is None:
+            return None
+        attributes = {
+            "http.request.method": request.method,
+            "http.route": endpoint.path,
+            # The pattern, where the path has a part that the client chose.
+            "url.path": endpoint.path,
+            "url.scheme": request.url.scheme,
+            "qrlora.request_id": request_id_of(request),
+        }
+        spans = self.tracing.begin(f"{request.method} {endpoint.path}", request.headers, attributes)
+        request.scope["state"][SPANS] = spans
+        return spans
+
     def tell(self, request: Request, outcome: Outcome, endpoint: Endpoint) -> None:
         """Count a request and log it."""
         customers, code, seconds = customers_of(request), outcome.code, outcome.seconds
@@ -120,7 +140,14 @@ class Front:
         if endpoint.asks:
             self.counts.count(seconds, len(customers), outcome.reason)
         log_request(
-            request_id_of(request), request.method, endpoint.path, code, seconds, len(customers), outcome.key_id
+            request_id_of(request),
+            request.method,
+            endpoint.path,
+            code,
+            seconds,
+            len(customers),
+            outcome.key_id,
+            "" if self.tracing is None or (spans := spans_of(request)) is None else spans.trace_id,
         )
 
     def _model(self, request: Request) -> ServedModel:
@@ -220,7 +247,7 @@ class Front:
         if task is not None:
             request.scope["state"][GIVE_UP] = task.cancel
         self.life.check()
-        return await answer(model, question, customers, deadline_s, access)
+        return await answer(model, question, customers, deadline_s, access, spans_of(request))
 
 
 async def not_found(request: Request, error: Exception) -> Response:

@@ -1,0 +1,1 @@
+"""Spans of requests for OpenTelemetry, written by hand; nothing here is imported unless spans are asked for."""
