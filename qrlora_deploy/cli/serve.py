@@ -10,6 +10,7 @@ import click
 from qrlora_deploy.cli.options import ANY_PATH, COUNT, EXISTING_FILE, FiniteRange, common
 from qrlora_deploy.cli.output import Output
 from qrlora_deploy.errors import CheckFailed, InputError
+from qrlora_deploy.installation.parts import need
 
 if TYPE_CHECKING:
     from qrlora_deploy.runtime.sessions.buckets import Buckets
@@ -80,6 +81,8 @@ def command(bundle: Path | None, models: tuple[str, ...], check: bool, log_json:
       qrlora-deploy serve --model intents=bundle --model spam=other-bundle --customers intents=customers --check
     """
     _check_usage(bundle, models, **options)
+    if options["otel"]:
+        need("otel", "`serve --otel`")
     from qrlora_deploy.serving.assembly import Assembly, AssemblyOptions
     from qrlora_deploy.serving.json_log import log_as_json
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qrlora_deploy.errors import InputError, argument
-from qrlora_deploy.installation.parts import need
 from qrlora_deploy.serving.access import Keys
 from qrlora_deploy.serving.engine.quotas import Quotas
 from qrlora_deploy.serving.http.front import Front
@@ -149,7 +148,6 @@ class Assembly:
 
 
 def _tracing(customers: Sequence[str]) -> "Tracing":
-    need("otel", argument("otel"))
     from qrlora_deploy.serving.tracing.sending import open_tracing
 
     return open_tracing(customers)
