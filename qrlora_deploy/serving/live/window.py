@@ -18,7 +18,7 @@ STEPS = 150
 """Whose numbers are kept: five minutes."""
 
 RECENT_STEPS = 30
-"""Of what is told as "now": the last minute. So many totals are kept, some 300 kB."""
+"""Of what is told as "now": the last minute. So many totals are kept, some 0.5 MB a model."""
 
 Requests = Callable[[], RequestTotals]
 """Totals of all fronts; where those are several processes, their sum."""
