@@ -1,5 +1,6 @@
 """Runs a batch so that a row fails for nothing but itself."""
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -52,7 +53,7 @@ class BatchRunner:
         self.queued = Durations()
         self.tokens = 0
         self.padded_tokens = 0
-        self._turn = Turns()
+        self._turn, self._counting = Turns(), threading.Lock()
         self._model, self._shapes, self._pace, self._clock = model, shapes, pace, clock
         rows = getattr(model.table, "max_rows", None)
         # One row is the base's, and some are held by those who fetch customers meanwhile.
@@ -99,6 +100,8 @@ class BatchRunner:
                 return None
             logits, versions = self._model.answer(inputs, customers)
             run = self._counted(rows, start_s)
+        # After the turn, so that the next run does not wait for it.
+        self._count_waits(rows, start_s)
         return [
             (row, self._answer(row, values, version, run))
             for row, values, version in zip(rows, logits, versions, strict=True)
@@ -122,11 +125,14 @@ class BatchRunner:
         self.padded_tokens += padded
         self.batches += 1
         self.run_s += seconds
-        for row in rows:
-            waited_s = start_s - row.request.queued_s
-            self.queue_s += waited_s
-            self.queued.add(waited_s)
         return Run(start_s, end_s, len(rows), padded)
+
+    def _count_waits(self, rows: Sequence[WaitingRow], start_s: float) -> None:
+        with self._counting:
+            for row in rows:
+                waited_s = start_s - row.request.queued_s
+                self.queue_s += waited_s
+                self.queued.add(waited_s)
 
 
 def as_ours(error: BaseException) -> QrloraError:
