@@ -1,7 +1,7 @@
 """What a front is given beside its models."""
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from qrlora_deploy.serving.access import Access
 from qrlora_deploy.serving.engine.rows import Run
@@ -26,6 +26,16 @@ class Metrics(Protocol):
 
     def observe(self, route: str, code: int, seconds: float, rows: int, customers: Sequence[str | None] = ()) -> None:
         """Count a request."""
+
+
+class LiveNumbers(Protocol):
+    """What the page for people shows; `live.window.Window` is one."""
+
+    async def follow(self) -> None:
+        """Look at the totals again and again, until it is cancelled."""
+
+    async def ask(self) -> dict[str, Any]:
+        """As `Window.numbers`."""
 
 
 class Spans(Protocol):

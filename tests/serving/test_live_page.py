@@ -12,6 +12,7 @@ from qrlora_deploy.serving.access import Access
 from qrlora_deploy.serving.http.app import make_app
 from qrlora_deploy.serving.http.front import Front
 from qrlora_deploy.serving.http.live_page import FILES, NUMBERS
+from qrlora_deploy.serving.live.window import Window
 from qrlora_deploy.serving.refusals import UnauthenticatedError
 from qrlora_deploy.serving.served import Models, ServedModel
 from tests.tiny import SENTENCES
@@ -47,6 +48,7 @@ def client(front: Front) -> Iterator[TestClient]:
 
 def numbers(front: Front, client: TestClient) -> Any:
     """The numbers after a step; no test waits for the clock."""
+    assert isinstance(front.live_window, Window)
     later_s = front.live_window._clock() + 2
     front.live_window._clock = lambda: later_s
     return client.get(NUMBERS).json()

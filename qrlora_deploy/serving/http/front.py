@@ -41,7 +41,7 @@ from qrlora_deploy.serving.life import Life
 from qrlora_deploy.serving.live.totals import RequestCounts
 from qrlora_deploy.serving.live.window import Window
 from qrlora_deploy.serving.outputs import OUTPUTS, answer_parameters, outputs_of
-from qrlora_deploy.serving.parts import Keys, Metrics, Spans, Tracing
+from qrlora_deploy.serving.parts import Keys, LiveNumbers, Metrics, Spans, Tracing
 from qrlora_deploy.serving.served import VERSION, Models, ServedModel
 
 HEADER_LENGTH = "inference-header-content-length"
@@ -69,11 +69,11 @@ class Front:
     keys: Keys | None = None
     metrics: Metrics | None = None
     counts: RequestCounts = field(default_factory=RequestCounts)
-    window: Window | None = None
+    window: LiveNumbers | None = None
     tracing: Tracing | None = None
 
     def __post_init__(self) -> None:
-        self.live_window = self.window or Window(self.counts.totals, self.models.stats)
+        self.live_window: LiveNumbers = self.window or Window(self.counts.totals, self.models.stats)
 
     def routes(self) -> list[Route]:
         """All of them. Health and the description of the interface need no key."""

@@ -11,7 +11,7 @@ from qrlora_deploy.serving import live
 from qrlora_deploy.serving.access import Access
 from qrlora_deploy.serving.http.replies import json_reply
 from qrlora_deploy.serving.life import Life
-from qrlora_deploy.serving.live.window import Window
+from qrlora_deploy.serving.parts import LiveNumbers
 from qrlora_deploy.serving.served import Models
 from qrlora_deploy.version import __version__
 
@@ -46,10 +46,10 @@ class LivePage:
     Args:
         models: that are served.
         life: whether requests are taken.
-        window: of the last minutes.
+        window: the last minutes of all processes.
     """
 
-    def __init__(self, models: Models, life: Life, window: Window) -> None:
+    def __init__(self, models: Models, life: Life, window: LiveNumbers) -> None:
         self._models, self._life, self._window = models, life, window
         self._started_s = time.monotonic()
         folder = resources.files(live)
@@ -66,7 +66,7 @@ class LivePage:
         return Response(body, headers={"content-type": kind, **HEADERS})
 
     async def _numbers(self, request: Request, access: Access) -> Response:
-        numbers = self._window.numbers()
+        numbers = await self._window.ask()
         models = [
             {"name": model.name, "ready": self._life.ready and model.ready, **numbers["models"].get(model.name, {})}
             for model in self._models

@@ -61,6 +61,10 @@ class Window:
             self.look()
             await asyncio.sleep(STEP_S)
 
+    async def ask(self) -> dict[str, Any]:
+        """The same as `numbers`, for who asks over a network."""
+        return self.numbers()
+
     def numbers(self) -> dict[str, Any]:
         """What the page shows, for JSON. It names models and reasons, and never a customer.
 
