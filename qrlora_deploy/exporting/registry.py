@@ -21,6 +21,7 @@ BUILT_IN = (
     EntryPoint("onnx", "exporters.onnx.exporter:EXPORTER", GROUP),
     EntryPoint("onnx-adapter", "exporters.onnx_adapter.exporter:EXPORTER", GROUP),
     EntryPoint("peft", "exporters.peft.exporter:EXPORTER", GROUP),
+    EntryPoint("triton", "exporters.triton.exporter:EXPORTER", GROUP),
 )
 """This project's own. They are registered here alone, so that a checkout works without being installed."""
 

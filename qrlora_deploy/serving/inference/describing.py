@@ -87,9 +87,10 @@ def model_stats(model: ServedModel) -> dict[str, Any]:
             "success": _duration(stats.rows, stats.queue_s + stats.run_s),
             "fail": _duration(_refused(stats), 0.0),
             "queue": _duration(stats.rows, stats.queue_s),
-            "compute_input": nothing,
+            # Triton's tools stop where the three have different counts.
+            "compute_input": _duration(stats.batches, 0.0),
             "compute_infer": _duration(stats.batches, stats.run_s),
-            "compute_output": nothing,
+            "compute_output": _duration(stats.batches, 0.0),
             "cache_hit": nothing,
             "cache_miss": nothing,
         },
