@@ -169,7 +169,7 @@ class LoadedCustomers:
         return [self.table.note_of(row) or self.versions.base for row in slot.tolist()]
 
     def _versions_with_digests(self, slot: np.ndarray) -> list[Version]:
-        """The same, those of a packed file with their digests too, which are made where nobody asked for them before."""
+        """The same, those of a packed file with their digests too, which are made when they are first asked for."""
         return [
             version if version.digest or row == BASE_ROW else self._with_digest(row, version)
             for row, version in zip(slot.tolist(), self._versions_of(slot), strict=True)
