@@ -10,6 +10,7 @@ import click
 from qrlora_deploy.cli.options import ANY_PATH, COUNT, EXISTING_FILE, FiniteRange, common
 from qrlora_deploy.cli.output import Output
 from qrlora_deploy.errors import CheckFailed, InputError
+from qrlora_deploy.installation.parts import need
 
 if TYPE_CHECKING:
     from qrlora_deploy.runtime.sessions.buckets import Buckets
@@ -75,7 +76,8 @@ SHOWN = 5
     show_default=True,
     help="Seconds for what was begun until then.",
 )
-@click.option("--count-customer", "counted", multiple=True, metavar="ID", help="Metrics tell its rows; repeatable.")
+@click.option("--count-customer", "counted", multiple=True, metavar="ID", help="Metrics and spans name it; repeatable.")
+@click.option("--otel", is_flag=True, help="Send OpenTelemetry spans, as the OTEL_ variables say.")
 @click.option("--check", is_flag=True, help="Open and check everything, each customer's file too, and end.")
 @click.option("--log-json", is_flag=True, help="Logs as lines of JSON on stderr, each request among them.")
 @common
@@ -93,6 +95,8 @@ def command(bundle: Path | None, models: tuple[str, ...], check: bool, log_json:
       qrlora-deploy serve --model intents=bundle --model spam=other-bundle --customers intents=customers --check
     """
     _check_usage(bundle, models, **options)
+    if options["otel"]:
+        need("otel", "`serve --otel`")
     from qrlora_deploy.serving.assembly import Assembly, AssemblyOptions
     from qrlora_deploy.serving.json_log import log_as_json
 
@@ -112,6 +116,7 @@ def command(bundle: Path | None, models: tuple[str, ...], check: bool, log_json:
             admin_host=options["admin_host"],
             audit_log=options["audit_log"],
             counted=options["counted"],
+            otel=options["otel"],
         )
     )
     return _checked(assembly) if check else Output({}, live=lambda stream: _serve(assembly, stream))

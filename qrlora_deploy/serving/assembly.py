@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.runtime.customers.objects.store import ObjectStoreStats
@@ -15,6 +16,9 @@ from qrlora_deploy.serving.metrics import Metrics
 from qrlora_deploy.serving.opening import ModelPlaces, OpenModel, RunOptions
 from qrlora_deploy.serving.served import Models
 from qrlora_deploy.serving.server import Companion, Server, ServerOptions
+
+if TYPE_CHECKING:
+    from qrlora_deploy.serving.tracing.spans import Tracing
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,8 @@ class AssemblyOptions:
         admin_port: None: without the admin API.
         admin_host: where the admin API listens.
         audit_log: file that changes by the admin API are told to.
-        counted: customers whose rows metrics tell by name.
+        counted: customers whose rows metrics tell by name, and whom spans name.
+        otel: send spans, as the `OTEL_` variables of the process say.
 
     Raises:
         InputError: the admin API is asked for without keys or audit log.
@@ -45,6 +50,7 @@ class AssemblyOptions:
     admin_host: str = "127.0.0.1"
     audit_log: Path | None = None
     counted: Sequence[str] = ()
+    otel: bool = False
 
     def __post_init__(self) -> None:
         if self.admin_port is not None and (self.keys is None or self.audit_log is None):
@@ -67,6 +73,7 @@ class Assembly:
         self.models: list[OpenModel] = []
         self._quotas: list[Quotas] = []
         self._keys: Keys | None = None
+        self._tracing: Tracing | None = None
         self.companions: dict[str, Companion] = {}
         try:
             self._open(options)
@@ -76,6 +83,8 @@ class Assembly:
 
     def _open(self, options: AssemblyOptions) -> None:
         # Files that are quick to read come first: who misspells one need not wait for a model.
+        if options.otel:
+            self._tracing = _tracing(options.counted)
         if options.keys is not None:
             self._keys = Keys.open(options.keys, self._change_quotas)
         for places in options.places:
@@ -84,7 +93,8 @@ class Assembly:
         if self._keys is not None:
             self._change_quotas(self._keys)
         models = Models([model.served for model in self.models])
-        front = Front(models, keys=self._keys, metrics=Metrics(list(models), options.counted, self._stores()))
+        metrics = Metrics(list(models), options.counted, self._stores())
+        front = Front(models, keys=self._keys, metrics=metrics, tracing=self._tracing)
         if options.grpc_port is not None:
             self.companions["gRPC"] = _grpc(front, options.server, options.grpc_port)
         if options.admin_port is not None:
@@ -138,6 +148,14 @@ class Assembly:
         for model in self.models:
             model.close()
         self.models = []
+        if self._tracing is not None:
+            self._tracing.close()
+
+
+def _tracing(customers: Sequence[str]) -> "Tracing":
+    from qrlora_deploy.serving.tracing.sending import open_tracing
+
+    return open_tracing(customers)
 
 
 def _grpc(front: Front, options: ServerOptions, port: int) -> Companion:
@@ -147,6 +165,8 @@ def _grpc(front: Front, options: ServerOptions, port: int) -> Companion:
     from qrlora_deploy.serving.grpc.server import GrpcServer
     from qrlora_deploy.serving.grpc.service import InferenceService
 
-    service = InferenceService(front.models, front.life, front.keys, front.metrics)
+    service = InferenceService(
+        front.models, front.life, front.keys, front.metrics, counts=front.counts, tracing=front.tracing
+    )
     limits = GrpcLimits(max_message_bytes=options.limits.max_body_bytes)
     return GrpcServer(service, options.host, port, options.tls, limits)

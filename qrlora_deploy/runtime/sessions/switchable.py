@@ -87,22 +87,19 @@ class SwitchableSession(LoadedCustomers):
             UnknownCustomerError: a customer is not there.
             QrloraError: the model fails, or this is a forked child of the session's process, on a GPU.
         """
-        logits, versions = self._answer(inputs, customers, self._versions_of)
+        logits, versions = self._answer(inputs, customers, self.version_of)
         return logits, [version.answering for version in versions]
 
     def answer(
         self, inputs: dict[str, np.ndarray], customers: Sequence[str | None]
     ) -> tuple[np.ndarray, list[Version]]:
         """As `run`, with the version of its customer that answered each row, and its digest."""
-        return self._answer(inputs, customers, self._versions_with_digests)
+        return self._answer(inputs, customers, self.version_with_digest)
 
     def _answer(
-        self,
-        inputs: dict[str, np.ndarray],
-        customers: Sequence[str | None],
-        versions_of: Callable[[np.ndarray], list[Version]],
+        self, inputs: dict[str, np.ndarray], customers: Sequence[str | None], version_of: Callable[[int], Version]
     ) -> tuple[np.ndarray, list[Version]]:
-        """Logits, and the versions in the rows of the table, which are held meanwhile."""
+        """Logits, and the version in each row's row of the table, which is held meanwhile."""
         self._check_usable()
         if isinstance(customers, (str, bytes)) or not isinstance(customers, Sequence):
             raise MalformedInputError(f"customers must be a list with one for each row, not {type(customers).__name__}")
@@ -112,7 +109,7 @@ class SwitchableSession(LoadedCustomers):
             self._hold(customers, held)
             slot = rows_of(customers, held)
             logits = self._runner.run(inputs, slot)
-            versions = versions_of(slot)
+            versions = [version_of(row) for row in slot.tolist()]
         finally:
             self.table.release(held.values())
         return logits, versions
