@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qrlora_deploy.models.decoder_family import Decoder
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -82,6 +84,7 @@ class Family:
         token_head: gives that of a model that answers tokens.
         refused: why models of these types do not work the whole way.
         shared: layers that a merged model may have adapted and a switchable graph may not.
+        decoder: how its models that write text are built; None: there are none, or they cannot be exported.
     """
 
     name: str
@@ -92,6 +95,7 @@ class Family:
     token_head: Callable[[Any], Head] | None = None
     refused: str = ""
     shared: Shared | None = None
+    decoder: Decoder | None = None
 
 
 def _pooled_head(model: Any) -> Head:
@@ -159,6 +163,7 @@ FAMILIES = (
         "Llama and what has its module names",
         attention=Attention("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     ),
+    Family("Llama, SmolLM", ("llama",), decoder=Decoder()),
     Family("DeBERTa", ("deberta",), shared=Shared(lambda _config: ("pos_proj", "pos_q_proj"), POSITIONS)),
     Family("DeBERTa-v2 and -v3", ("deberta-v2",), shared=Shared(_deberta_positions, POSITIONS)),
     Family("OPT", ("opt",), shared=Shared(lambda _config: ("fc1", "fc2"), "see the tokens of all texts in one row")),
