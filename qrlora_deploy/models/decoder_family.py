@@ -10,16 +10,19 @@ class Decoder:
     A checkpoint with tensors that its description does not name is refused, so a lack here does no harm.
 
     Attributes:
-        query: path in a block of the projection of queries; key and value are beside it. Empty: `packed` has all three.
-        query_norm: of each head of the queries; key_norm: of the keys. Empty: there are none.
-        gate: the feed-forward part's gate; up: beside it. Empty: `packed_feed_forward` has both, gate first.
+        attention: paths in a block of the projections of queries, keys and values, or of the one that has all three.
+        output: the layer behind the heads.
+        feed_forward: gate and what it is multiplied with, or the layer that has both.
+        contract: the layer behind them.
+        query_norm: of each head of the queries; empty: there is none.
+        key_norm: of the keys, as `query_norm`.
         attention_norm: before the attention.
-        after_attention: of what the attention gives, before it is added. Empty: there is none.
+        after_attention: of what the attention gives, before it is added; empty: there is none.
         feed_forward_norm: before the feed-forward part.
-        after_feed_forward: of what that gives, before it is added. Empty: there is none.
+        after_feed_forward: of what that gives, before it is added; empty: there is none.
         norm_offset: what is added to the weights of a norm.
         scaled_embedding: whether embeddings are multiplied by the square root of their width.
-        windows: whether a `sliding_window` of the config is in force where no `use_sliding_window` denies it.
+        windows: whether its attention heeds the `sliding_window` of a config.
     """
 
     attention: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
