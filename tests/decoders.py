@@ -166,3 +166,13 @@ def write_tiny(folder: Path, checkpoint: Checkpoint, basis: Basis, values: np.nd
 def save_tiny(folder: Path, family: str = "Llama", **changes: Any) -> Checkpoint:
     """The checkpoint of `save_decoder`."""
     return open_checkpoint(str(save_decoder(folder, family, **changes)))
+
+
+def save_bundle(folder: Path, checkpoint: Checkpoint, basis: Basis, **options: Any) -> Path:
+    """A whole switchable bundle of a decoder, exported and checked; returns `folder`."""
+    from exporters.onnx.exporter import EXPORTER
+    from exporters.onnx.options import OnnxOptions
+    from qrlora_deploy.exporting.job import ExportJob
+
+    EXPORTER.export(ExportJob(checkpoint, basis, folder), OnnxOptions(**options))
+    return folder
