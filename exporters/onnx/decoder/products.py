@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from exporters.onnx.decoder.branches import Branch, Branches, path_of, q_of
+from exporters.onnx.decoder.blockwise import blockwise
 from exporters.onnx.decoder.nodes import Nodes
 from exporters.onnx.decoder.tensors import Tensors
 from qrlora_deploy.errors import InputError, argument
@@ -25,11 +26,18 @@ class Products:
         tensors: of the base.
         branches: a customer per row; without targets where the bundle is merged.
         folds: a customer to fold in, by module path.
+        bits: of the weights, 4 or 8; 0: they are not quantised.
     """
 
     def __init__(
-        self, nodes: Nodes, tensors: Tensors, branches: Branches, folds: dict[str, tuple[BasisTarget, np.ndarray]]
+        self,
+        nodes: Nodes,
+        tensors: Tensors,
+        branches: Branches,
+        folds: dict[str, tuple[BasisTarget, np.ndarray]],
+        bits: int = 0,
     ) -> None:
+        self._bits = bits
         self._most_waste = MOST_WASTE if nodes.dtype == np.float32 else np.inf
         self._nodes, self._tensors, self._branches, self._folds = nodes, tensors, branches, folds
         self._folded: set[str] = set()
@@ -60,8 +68,12 @@ class Products:
             )
 
     def _plain(self, x: str, layers: Sequence[str]) -> str:
-        weight = self._nodes.weight(f"{_common(layers)}.weight", lambda: self._packed(layers))
-        return self._nodes.add("MatMul", [x, weight])
+        name = f"{_common(layers)}.weight"
+        if self._bits:
+            shapes = [self._tensors.shape(f"{layer}.weight") for layer in layers]
+            shape = sum(rows for rows, _ in shapes), shapes[0][1]
+            return blockwise(self._nodes, x, name, shape, lambda: self._rows(layers), self._bits)
+        return self._nodes.add("MatMul", [x, self._nodes.weight(name, lambda: self._packed(layers))])
 
     def _scaled(self, x: str, layers: Sequence[str], branch: Branch) -> str:
         """`c * (x R)` of all targets that read `x`."""
@@ -72,7 +84,13 @@ class Products:
         return nodes.add("Mul", [projected, coefficients])
 
     def _extended(self, x: str, scaled: str, layers: Sequence[str], q: Callable[[], np.ndarray]) -> str:
-        """`[x, scaled] [W; Q]`: one product gives base and branch, and nothing has to be added."""
+        """`[x, scaled] [W; Q]`: one product gives base and branch, and nothing has to be added.
+
+        A quantised W has a product of its own, as the branch stays in full.
+        """
+        if self._bits:
+            factor = self._nodes.weight(f"{_common(layers)}.Q", q)
+            return self._nodes.add("Add", [self._plain(x, layers), self._nodes.add("MatMul", [scaled, factor])])
         both = self._nodes.add("Concat", [x, scaled], axis=-1)
 
         def stacked() -> np.ndarray:
@@ -103,7 +121,11 @@ class Products:
 
     def _packed(self, layers: Sequence[str]) -> np.ndarray:
         """`[in, out]` of all layers."""
-        return np.concatenate([self._merged(layer).T for layer in layers], axis=1)
+        return self._rows(layers).T
+
+    def _rows(self, layers: Sequence[str]) -> np.ndarray:
+        """`[out, in]` of all layers."""
+        return np.concatenate([self._merged(layer) for layer in layers])
 
     def _merged(self, layer: str) -> np.ndarray:
         """`[out, in]` in the graph's dtype, the customer folded in in fp64 and rounded once."""
