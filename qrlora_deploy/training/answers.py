@@ -141,7 +141,9 @@ class AnswerCollator:
         """`input_ids`, `labels` and `attention_mask` or `position_ids`, each `[n, longest]` int64."""
         import torch
 
-        groups = packed_groups([len(row["input_ids"]) for row in rows]) if self.packed else [[n] for n in range(len(rows))]
+        groups = (
+            packed_groups([len(row["input_ids"]) for row in rows]) if self.packed else [[n] for n in range(len(rows))]
+        )
         columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
         lengths = [[len(rows[number]["input_ids"]) for number in group] for group in groups]
         longest = max(map(sum, lengths))
