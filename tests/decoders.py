@@ -1,4 +1,4 @@
-"""Small random decoders, their bases, customers, references and bundles; also used outside of the tests of exporters."""
+"""Small random decoders, their bases, customers, references and bundles, for tests of exporters and others."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +97,7 @@ def force(
     lengths: tuple[int, ...] = (11, 4, 7),
     steps: int = 4,
 ) -> Forced:
-    """What transformers' own forward gives for a customer in each row, with the project's side branches in the model."""
+    """What transformers' own forward gives for a customer in each row, with side branches in the model."""
     import torch
     from transformers import AutoModelForCausalLM
 

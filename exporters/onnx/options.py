@@ -116,7 +116,8 @@ def check_precision(precision: str, provider: str, calibrated: bool = False) -> 
     if precision in ("int8", "int4") and provider != "cpu":
         # ONNX Runtime's GPU providers have no kernel for its products and would copy to the CPU for each.
         raise InputError(
-            f"{precision} is for the CPU, not {argument('provider', provider)}; choose {argument('precision', 'fp16')} there"
+            f"{precision} is for the CPU, not {argument('provider', provider)}; "
+            f"choose {argument('precision', 'fp16')} there"
         )
     if precision == "bf16" and provider == "cpu":
         raise ProviderError(

@@ -44,7 +44,7 @@ def blockwise(
 def quantize(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """`[out, in]` fp32 as whole numbers `[out, blocks, bytes]` uint8 and scales `[out, blocks]` fp32.
 
-    The number of a block that is largest in size becomes the lowest level, exactly; the last block is filled with zeros.
+    The number of a block that is largest in size becomes the lowest level, exactly; the last block is filled up.
     """
     rows, width = weight.shape
     blocks = -(-width // BLOCK)

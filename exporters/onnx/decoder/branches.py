@@ -98,10 +98,7 @@ class Branches:
     def check_all_taken(self) -> None:
         """Refuse, by an InputError, targets that no product has: they would be left out without a word."""
         if self._left:
-            raise InputError(
-                f"the basis adapts {sorted(self._left)[0]}, which a decoder's graph cannot; make a basis of the layers "
-                f"in its blocks ({argument('targets')} of factorize)"
-            )
+            raise outside(sorted(self._left)[0])
 
     def order(self) -> np.ndarray:
         """Columns of a table in the order in which the graph uses them."""
@@ -112,6 +109,14 @@ class Branches:
 def path_of(name: str) -> str:
     """Module path of a target, whether or not its basis was made from the headless model."""
     return name if name.startswith("model.") else f"model.{name}"
+
+
+def outside(target: str) -> InputError:
+    """That a target is none of the layers that a graph adapts."""
+    return InputError(
+        f"the basis adapts {target}, which a decoder's graph cannot; make a basis of the layers in its blocks "
+        f"({argument('targets')} of factorize)"
+    )
 
 
 def names_in_block(layer: int, paths: Iterable[str]) -> list[str]:

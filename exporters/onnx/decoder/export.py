@@ -4,13 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from exporters.onnx.decoder.bundle_files import Made, seal, write_side_files
 from exporters.onnx.decoder.graph import Plan, write_decoder
 from exporters.onnx.decoder.options import check_options
 from exporters.onnx.decoder.precision import PRECISIONS
-from exporters.onnx.decoder.reference import SLOTS, Rows, choose_rows, customers_of, lend, make_case
+from exporters.onnx.decoder.reference import SLOTS, choose_rows, customers_of, lend, make_case
 from exporters.onnx.decoder.shape import Shape, read_shape
 from exporters.onnx.decoder.tensors import Tensors
 from exporters.onnx.options import OnnxOptions

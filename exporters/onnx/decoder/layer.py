@@ -1,4 +1,4 @@
-"""One block of a decoder: attention with the cache in place, the feed-forward part, norms fused with their residuals."""
+"""The blocks of a decoder: attention with its cache in place, feed-forward parts, norms fused with residuals."""
 
 import numpy as np
 

@@ -4,14 +4,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from exporters.onnx.decoder.branches import Branch, Branches, path_of, q_of
 from exporters.onnx.decoder.blockwise import blockwise
+from exporters.onnx.decoder.branches import Branch, Branches, outside, path_of, q_of
 from exporters.onnx.decoder.nodes import Nodes
 from exporters.onnx.decoder.tensors import Tensors
-from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.factorization.decomposition import update
 from qrlora_deploy.formats.basis import Basis, BasisTarget
-
 
 MOST_WASTE = 0.2
 """Zeros, by a product's weights, that joint branches may bring where a graph is for the CPU, on which bytes cost more
@@ -61,11 +59,9 @@ class Products:
 
     def check_all_folded(self) -> None:
         """Refuse, by an InputError, targets that no product has: the customer would be lost in part."""
-        if self._folds.keys() - self._folded:
-            raise InputError(
-                f"the basis adapts {sorted(self._folds.keys() - self._folded)[0]}, which a decoder's graph cannot; make "
-                f"a basis of the layers in its blocks ({argument('targets')} of factorize)"
-            )
+        left = sorted(self._folds.keys() - self._folded)
+        if left:
+            raise outside(left[0])
 
     def _plain(self, x: str, layers: Sequence[str]) -> str:
         name = f"{_common(layers)}.weight"

@@ -1,6 +1,6 @@
 """Rotary positions as two tables, with every scaling that does not depend on the length of a text.
 
-Frequencies are formed as transformers forms them, in fp32 where it does: what is compared later should differ by sums alone.
+Frequencies and angles are rounded to fp32 as transformers rounds them: at far positions that decides what they are.
 """
 
 import math

@@ -54,7 +54,7 @@ class Tensors:
         return np.memmap(stored.file, DTYPES[stored.dtype], "r", stored.start, stored.shape)
 
     def check_all_used(self) -> None:
-        """Refuse, by an InputError, a checkpoint with tensors that the graph does not have: it computes something else."""
+        """Refuse, by an InputError, a checkpoint with tensors that the graph lacks: it computes something else."""
         unused = sorted(name for name in self._stored if name not in self._used and not name.endswith(LEFT_OVER))
         if unused:
             raise InputError(

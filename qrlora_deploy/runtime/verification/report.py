@@ -78,7 +78,7 @@ class ParityReport:
 
 
 class ForcedReport(ParityReport):
-    """Of a decoder: `bound` is a share of the logits' standard deviation, agreement the share of equal likeliest tokens."""
+    """Of a decoder: `bound` is a share of the logits' standard deviation, and labels are the likeliest tokens."""
 
     _answers: ClassVar[str] = "the likeliest tokens"
 

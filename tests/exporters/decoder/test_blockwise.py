@@ -1,4 +1,4 @@
-"""Weights of 4 and 8 bits against the formula, and graphs with them against PyTorch on the weights that they stand for."""
+"""Weights of 4 and 8 bits against the formula, and their graphs against PyTorch on what they stand for."""
 
 from pathlib import Path
 
