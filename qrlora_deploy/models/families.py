@@ -123,7 +123,7 @@ def _deberta_positions(config: Any) -> Sequence[str]:
 PLACES = "it reads where words stand on a page, not texts alone"
 POSITIONS = "see relative positions, which all texts share"
 
-HEAD_NORMS = {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}
+HEAD_NORMS: dict[str, Any] = {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}
 
 GEMMA: dict[str, Any] = {
     "after_attention": "post_attention_layernorm",

@@ -154,6 +154,6 @@ def _outputs(plan: Plan, nodes: Nodes) -> list[onnx.ValueInfoProto]:
 
 
 def _cache(plan: Plan, nodes: Nodes, prefix: str) -> list[onnx.ValueInfoProto]:
-    axes = ["batch", plan.shape.kv_heads, "buffer", plan.shape.head_size]
+    axes: list[str | int | None] = ["batch", plan.shape.kv_heads, "buffer", plan.shape.head_size]
     names = [f"{prefix}.{layer}.{part}" for layer in range(plan.shape.layers) for part in ("key", "value")]
     return [helper.make_tensor_value_info(name, nodes.kind, axes) for name in names]
