@@ -119,9 +119,14 @@ def check_forced(session: Any, reference: Sequence[Case], precision: str = "fp32
 
 
 def bound_of_forced(reference: Sequence[Case], precision: str) -> float:
-    """What an error may be: a share of the standard deviation of all logits."""
+    """What an error may be: a share of the standard deviation of all logits; more with an fp16 table.
+
+    Rounding coefficients to fp16 moves logits by some 2^-11 of the customer's effect; four times that is allowed for.
+    """
     spread = float(np.concatenate([np.ravel(case.logits) for case in reference]).std())
-    return DECODER_BOUNDS[precision].relative * spread
+    rounded = any(case.inputs[TABLE].dtype == np.float16 for case in reference if TABLE in case.inputs)
+    effect = max(float(np.abs(case.logits - case.base_logits).max()) for case in reference)
+    return DECODER_BOUNDS[precision].relative * spread + (2.0**-9 * effect if rounded else 0.0)
 
 
 def _base(session: Any, case: Case) -> np.ndarray:
