@@ -54,7 +54,9 @@ class Task:
 def banking() -> Task:
     """The quickstart's first customer, whose labels are written out."""
     return Task(
-        "banking", _drawn(_written(train_examples("banking")), TRAIN_ROWS), _drawn(_written(held_out_examples("banking")))
+        "banking",
+        _drawn(_written(train_examples("banking")), TRAIN_ROWS),
+        _drawn(_written(held_out_examples("banking"))),
     )
 
 

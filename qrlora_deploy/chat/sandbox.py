@@ -1,7 +1,7 @@
 """jinja2's immutable sandbox with bounds: what a chat template may use, and how much of it.
 
-The sandbox keeps a template from Python's insides and from changing what it is given. It bounds neither time nor memory,
-so filters and methods that can make much out of little are left out, and loops, calls and texts are counted.
+The sandbox keeps a template from Python's insides and from changing what it is given. It bounds neither time nor
+memory, so filters and methods that can make much out of little are left out, and loops, calls and texts are counted.
 """
 
 import datetime
@@ -25,12 +25,12 @@ TEXT_METHODS = {
     *("capitalize", "casefold", "swapcase", "isdigit", "isalpha", "isalnum", "isspace", "isupper", "islower"),
     *("isnumeric", "isdecimal", "replace", "join"),
 }
-METHODS = {
+METHODS: dict[type, set[str]] = {
     str: TEXT_METHODS,
     dict: {"keys", "values", "items", "get"},
     list: {"index", "count"},
     tuple: {"index", "count"},
-    **{kind: set[str]() for kind in (int, float, bool, bytes, type(None))},
+    **{kind: set() for kind in (int, float, bool, bytes, type(None))},
 }
 """By the type of a value, its methods that a template may call."""
 
@@ -52,7 +52,11 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def __init__(self) -> None:
         super().__init__(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation], finalize=_finalize, cache_size=0
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[loopcontrols, Generation],
+            finalize=_finalize,
+            cache_size=0,
         )
         self.filters = {name: FILTERS[name] for name in KEPT_FILTERS} | OWN_FILTERS
         self.globals = {name: self.globals[name] for name in ("range", "dict", "namespace", "cycler", "joiner")}
@@ -82,11 +86,13 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         _check_operator(operator, left, right)
         return budget().value(super().call_binop(context, operator, left, right))
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 - as jinja2's own
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """What a method, macro or function returns, counted."""
         own = getattr(__obj, "__self__", None)
-        if isinstance(own, str) and __obj.__name__ in ("replace", "join"):
-            return {"replace": _replace, "join": _joined}[__obj.__name__](__context, own, *args, **kwargs)
+        if isinstance(own, str) and __obj.__name__ == "replace":
+            return _replace(__context, own, *args, **kwargs)
+        if isinstance(own, str) and __obj.__name__ == "join":
+            return _joined(__context, own, *args, **kwargs)
         budget().take()
         return budget().value(super().call(__context, __obj, *args, **kwargs))
 
@@ -94,7 +100,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 class _Counted(NodeTransformer):
     """Puts counting into a template: each step of a loop, each list that is written, each joining of texts."""
 
-    def visit_For(self, node: nodes.For, *args: Any, **kwargs: Any) -> nodes.Node:  # noqa: N802 - named by jinja2
+    def visit_For(self, node: nodes.For, *args: Any, **kwargs: Any) -> nodes.Node:
         if node.recursive:
             raise SecurityError("recursive loops are not supported")
         written = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
@@ -102,24 +108,24 @@ class _Counted(NodeTransformer):
         node.iter = _filtered(node.iter, STEPS, written)
         return node
 
-    def visit_Macro(self, node: nodes.Macro, *args: Any, **kwargs: Any) -> nodes.Node:  # noqa: N802
+    def visit_Macro(self, node: nodes.Macro, *args: Any, **kwargs: Any) -> nodes.Node:
         written = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
         self.generic_visit(node, *args, **kwargs)
         # What stands in it as it is, counted at each call.
         node.body.insert(0, nodes.ExprStmt(_filtered(nodes.Const(""), TEXT, written)))
         return node
 
-    def visit_List(self, node: nodes.List, *args: Any, **kwargs: Any) -> nodes.Node:  # noqa: N802
+    def visit_List(self, node: nodes.List, *args: Any, **kwargs: Any) -> nodes.Node:
         return _filtered(self.generic_visit(node, *args, **kwargs), PARTS)
 
-    def visit_Dict(self, node: nodes.Dict, *args: Any, **kwargs: Any) -> nodes.Node:  # noqa: N802
+    def visit_Dict(self, node: nodes.Dict, *args: Any, **kwargs: Any) -> nodes.Node:
         return _filtered(self.generic_visit(node, *args, **kwargs), PARTS)
 
-    def visit_Tuple(self, node: nodes.Tuple, *args: Any, **kwargs: Any) -> nodes.Node:  # noqa: N802
+    def visit_Tuple(self, node: nodes.Tuple, *args: Any, **kwargs: Any) -> nodes.Node:
         self.generic_visit(node, *args, **kwargs)
         return _filtered(node, PARTS) if node.ctx == "load" else node
 
-    def visit_Concat(self, node: nodes.Concat, *args: Any, **kwargs: Any) -> nodes.Node:  # noqa: N802
+    def visit_Concat(self, node: nodes.Concat, *args: Any, **kwargs: Any) -> nodes.Node:
         self.generic_visit(node, *args, **kwargs)
         first, *others = (_filtered(part, TEXT) for part in node.nodes)
         for other in others:

@@ -1,7 +1,7 @@
 """Chat templates: the small program that a base brings along to write a chat as one text.
 
-It is rendered here and not by transformers, so that training and a serving host without transformers write the same text,
-under the same bounds (`sandbox`).
+It is rendered here and not by transformers, so that training and a serving host without transformers write the same
+text, under the same bounds (`sandbox`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,10 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from qrlora_deploy.chat.budget import MAX_TEXT, new_budget
 from qrlora_deploy.errors import FileFormatError, InputError, library_errors
 from qrlora_deploy.installation.parts import need
 from qrlora_deploy.io.reading import is_file, parse_json, read_text
-from qrlora_deploy.chat.budget import MAX_TEXT, new_budget
 
 DEFAULT = "default"
 FILE = "chat_template.jinja"
@@ -22,6 +22,9 @@ MAX_SOURCE = 256 * 2**10
 """Characters of a template; the longest known has a tenth of them."""
 
 MAX_MESSAGES = 10_000
+
+NOTHING: dict[str, Any] = {"tools": None, "documents": None}
+"""What templates ask for, and chats here do not have."""
 
 
 class ChatTemplate:
@@ -62,13 +65,14 @@ class ChatTemplate:
         Raises:
             InputError: the template refuses the chat, is broken, or takes too much; one line says which.
         """
-        if len(messages) > MAX_MESSAGES or sum(len(str(value)) for each in messages for value in each.values()) > MAX_TEXT:
+        length = sum(len(str(value)) for message in messages for value in message.values())
+        if len(messages) > MAX_MESSAGES or length > MAX_TEXT:
             raise InputError(f"a chat may have {MAX_MESSAGES:,} messages and {MAX_TEXT:,} characters at most")
         # Nothing of it is shared with the template, whatever that does to it.
         given = {"messages": [dict(message) for message in messages], "add_generation_prompt": add_generation_prompt}
         with new_budget(), library_errors("the chat template refuses the chat", InputError):
             try:
-                text = "".join(self._template.generate(**{"tools": None, "documents": None} | self.tokens | more | given))
+                text = "".join(self._template.generate(**NOTHING | self.tokens | more | given))
             except InputError as error:
                 raise InputError(f"the chat template was stopped: {error}") from error
         if len(text) > MAX_TEXT:

@@ -28,7 +28,7 @@ def command(source: Path, output: Path, dtype: str) -> Output:
     Examples:
       qrlora-deploy convert SmolLM2-135M-Instruct.Q4_1.gguf -o base
     """
-    from qrlora_deploy.models.gguf_files import convert_gguf
+    from qrlora_deploy.api.converting import convert
 
-    record = convert_gguf(source, output, dtype)
+    record = convert(source, output, dtype=dtype)
     return Output({"output": output} | record, f"wrote {output}", record)

@@ -48,7 +48,7 @@ class Examples:
     labels: Sequence[Label]
     name: str
     words: list[tuple[Place, ...]] | None = None
-    turns: list[Turns] | None = None
+    turns: Sequence[Turns] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)

@@ -85,7 +85,7 @@ def _check_shapes(model: nn.Module, customer: Coefficients) -> None:
 
 
 def labels_of(model: Any) -> tuple[str, ...]:
-    """Names of the outputs of a model in memory, in their order; none of an encoder without a task head or a decoder."""
+    """Names of the outputs of a model in memory, in their order; none of a decoder, or an encoder without a head."""
     if is_encoder(type(model).__name__) or writes_text(type(model).__name__):
         return ()
     return output_names(Path(CONFIG), model.config.id2label)

@@ -31,8 +31,9 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[
     for name, array in ordered.items():
         if array.dtype.str not in DTYPES or not array.flags.c_contiguous:
             raise ValueError(f"{name} must be contiguous and a float, not {array.dtype}")
-        header[name] = {"dtype": DTYPES[array.dtype.str], "shape": list(array.shape), "data_offsets": [start, start + array.nbytes]}
-        start += array.nbytes
+        end = start + array.nbytes
+        header[name] = {"dtype": DTYPES[array.dtype.str], "shape": list(array.shape), "data_offsets": [start, end]}
+        start = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % ALIGNMENT)
     with path.open("wb") as file:

@@ -97,7 +97,7 @@ class CausalLM(Task):
         return logits[..., NLL].sum() / (targets[:, 1:] != IGNORED).sum().clamp(min=1)
 
     def score(self, logits: np.ndarray, targets: np.ndarray, names: Sequence[str] = ()) -> dict[str, float]:
-        """`nll` a token, `exact_match`: the share of rows whose every target is the likeliest token, and that of tokens.
+        """`nll` a token, the share of rows whose every target is the likeliest token, and the share of such tokens.
 
         A row matches exactly where greedy writing gives its answers to the last token, the end of text included: each
         token is the likeliest one behind the right ones before it.

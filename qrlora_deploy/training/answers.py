@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qrlora_deploy.chat.template import ChatTemplate, choose_template
+from qrlora_deploy.chat.text import ChatText, chat_texts
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.data.lines import place_of
 from qrlora_deploy.data.turns import COMPLETION, Turns
 from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.tasks.base import IGNORED
-from qrlora_deploy.chat.template import ChatTemplate, choose_template
-from qrlora_deploy.chat.text import ChatText, chat_texts
 from qrlora_deploy.training.rows import Row, Rows
 
 
@@ -66,7 +66,8 @@ def answer_rows(tokenizer: Any, examples: Examples, max_length: int) -> AnswerRo
         made += learned
     if not made:
         raise InputError(
-            f"{examples.name}: no row has an answer within its first {max_length} tokens; raise {argument('max_length')}"
+            f"{examples.name}: no row has an answer within its first {max_length} tokens; "
+            f"raise {argument('max_length')}"
         )
     return AnswerRows(made, cut, unread)
 

@@ -22,7 +22,8 @@ LLAMA = """{{- bos_token }}
 {{- "<|eot_id|>" }}
 {%- for message in messages %}
     {%- if not (message.role == 'ipython' or 'tool_calls' in message) %}
-        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim + '<|eot_id|>' }}
+        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+        {{- message['content'] | trim + '<|eot_id|>' }}
     {%- elif tools is not none %}
         {{- tools | tojson(indent=4) }}
     {%- endif %}
@@ -47,7 +48,8 @@ QWEN = """{%- set ns = namespace(last=-1, parts=[]) %}
             {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
         {%- endif %}
         {%- if loop.index0 > ns.last %}
-            {{- wrapped('assistant', '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n') + content + '<|im_end|>\\n' }}
+            {{- wrapped('assistant', '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n') }}
+            {{- content + '<|im_end|>\\n' }}
         {%- else %}
             {{- wrapped('assistant', content) + '<|im_end|>\\n' }}
         {%- endif %}
@@ -57,7 +59,8 @@ QWEN = """{%- set ns = namespace(last=-1, parts=[]) %}
     {{- '<|im_start|>assistant\\n' }}
     {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
 {%- endif %}"""
-GEMMA = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
+GEMMA = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}
+{{- raise_exception('System role not supported') }}{% endif %}
 {%- for message in messages %}
 {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
 {{- raise_exception('Conversation roles must alternate user/assistant') }}
@@ -66,7 +69,8 @@ GEMMA = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_excep
 {{- '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"""
-MISTRAL = """{%- if messages[0]["role"] == "system" %}{%- set system = messages[0]["content"] %}{%- set rest = messages[1:] %}
+MISTRAL = """{%- if messages[0]["role"] == "system" %}
+{%- set system = messages[0]["content"] %}{%- set rest = messages[1:] %}
 {%- else %}{%- set rest = messages %}{%- endif %}
 {{- bos_token }}
 {%- for message in rest | selectattr('role', 'in', ['user', 'assistant']) | list %}

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from qrlora_deploy.errors import FileFormatError, InputError, MissingPartError
 from qrlora_deploy.chat.template import ChatTemplate, read_chat_template
 from qrlora_deploy.chat.text import chat_texts
+from qrlora_deploy.errors import FileFormatError, InputError, MissingPartError
 from tests.chat.templates import FAMILIES, LLAMA, QWEN, SMOL
 
 TOKENS = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
@@ -76,9 +76,10 @@ STOPPED = {
     "written in a loop": "{% for a in range(99999) %}" + "x" * 5000 + "{% endfor %}",
     "doubled by ~": "{% set n = namespace(x='ab') %}{% for a in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
     "doubled by +": "{% set n = namespace(x='ab') %}{% for a in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
-    "doubled by a block": "{% set n = namespace(x='ab') %}{% for a in range(60) %}{% set y %}{{ n.x }}{{ n.x }}{% endset %}"
-    "{% set n.x = y %}{% endfor %}",
-    "doubled lists": "{% set n = namespace(x=[1]) %}{% for a in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
+    "doubled by a block": "{% set n = namespace(x='ab') %}{% for a in range(60) %}{% set y %}{{ n.x }}{{ n.x }}"
+    "{% endset %}{% set n.x = y %}{% endfor %}",
+    "doubled lists": "{% set n = namespace(x=[1]) %}{% for a in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}"
+    "{{ n.x }}",
     "joined lists": "{% set n = namespace(x=[1]) %}{% for a in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
     "times": "{{ 'a' * 99999999999 }}",
     "times in a list": "{{ [0] * 99999999999 }}",
@@ -92,7 +93,8 @@ STOPPED = {
     "joined by a filter": "{{ range(99999) | join('a' * 4000000) }}",
     "indented": "{{ [1] | tojson(indent=999999999) }}",
     "a macro that calls itself": "{% macro m() %}{{ m() }}{{ m() }}{% endmacro %}{{ m() }}",
-    "macros of macros": "{% macro a() %}" + "x" * 9000 + "{% endmacro %}{% for b in range(99999) %}{{ a() }}{% endfor %}",
+    "macros of macros": "{% macro a() %}" + "x" * 9000 + "{% endmacro %}"
+    "{% for b in range(99999) %}{{ a() }}{% endfor %}",
     "a recursive loop": "{% for a in [1] recursive %}{{ loop([1]) }}{% endfor %}",
     "a date of any width": "{{ strftime_now('%999999999d') }}",
     "format": "{{ '{:999999999}'.format(1) }}",
@@ -175,7 +177,7 @@ def test_turns_that_are_written_otherwise_later_are_rows_of_their_own() -> None:
 
 def test_a_template_that_asks_otherwise_than_it_writes_is_refused() -> None:
     odd = "{% for m in messages %}{{ m.content }};{% endfor %}{% if add_generation_prompt %}BOT:{% endif %}"
-    with pytest.raises(InputError, match="the chat template does not go on from where it asks for answer 2 of the chat"):
+    with pytest.raises(InputError, match="the chat template does not go on from where it asks for answer 2 of"):
         chat_texts(ChatTemplate(odd, {}), CHATS[1])
 
 

@@ -27,7 +27,9 @@ IDS = torch.tensor([[3, 40, 5, 60, 7, 200, 9, 11]])
 @pytest.fixture(scope="module", params=["Llama", "Qwen2", "GPT2"])
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("decoder") / "base"
-    own = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 48} if request.param == "GPT2" else {}
+    own = (
+        {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 48} if request.param == "GPT2" else {}
+    )
     return save_decoder(folder, request.param, **own, tie_word_embeddings=request.param != "Qwen2")
 
 

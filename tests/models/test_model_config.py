@@ -16,8 +16,6 @@ import torch
 from transformers import (
     AutoModelForSequenceClassification,
     BertForQuestionAnswering,
-    LlamaConfig,
-    LlamaForCausalLM,
     ViTConfig,
     ViTForImageClassification,
     WhisperConfig,

@@ -105,9 +105,8 @@ def test_scores_are_those_of_greedy_writing(base: Checkpoint, attached: Any) -> 
     rows = []
     for number, prompt in enumerate(prompts):
         ids = torch.tensor([prompt])
-        written = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0
-        )
+        mask, options = torch.ones_like(ids), {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        written = model.generate(ids, attention_mask=mask, max_new_tokens=5, **options)
         answer = written[0, len(prompt) :].tolist()
         if number == 1:
             answer[3] = (answer[3] + 1) % len(tokenizer)  # one token is another one

@@ -192,11 +192,11 @@ def test_labels_are_judged_by_their_likelihoods(base: Path, basis: Basis, tmp_pa
     checkpoint = open_checkpoint(str(base))
     found = train(checkpoint, basis, data, data, settings, tmp_path / "run")
     model, tokenizer = checkpoint.load_model(), checkpoint.tokenizer()
+    adapters = attach(model, basis)
     for values, stored in (
         (np.zeros(basis.total_rank, np.float32), found.training["baseline"]),
         (found.values, found.training["metrics"]),
     ):
-        adapters = attach(model, basis) if values is not found.values else adapters
         set_coefficients(adapters, basis, values)
         right = 0
         for row in PLAIN:
