@@ -1,6 +1,6 @@
 """A decoder as an ONNX bundle: one customer folded in, or any customer in any row."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from exporters.onnx.decoder.reference import SLOTS, choose_rows, customers_of, l
 from exporters.onnx.decoder.shape import Shape, read_shape
 from exporters.onnx.decoder.tensors import Tensors
 from exporters.onnx.options import OnnxOptions
-from exporters.onnx.prepared import choose_texts
+from exporters.onnx.prepared import BATCH, choose_texts
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.exporting.job import ExportJob
 from qrlora_deploy.formats.coefficients import Coefficients
@@ -66,7 +66,7 @@ def export_decoder(job: ExportJob, options: OnnxOptions) -> Manifest:
     customer = job.coefficients
     _check_fits(job, customer)
     progress(0)
-    case = _reference(job, decoder, choose_texts(options.data).texts, options.table_dtype)
+    case = _reference(job, decoder, _texts(options), options.table_dtype)
     progress(1)
     with atomic_folder(job.output) as folder:
         tensors = Tensors(job.checkpoint.stored, job.checkpoint.name)
@@ -107,6 +107,14 @@ def _open(job: ExportJob) -> Decoder:
     return Decoder(tokenizer, shape, _padding(tokenizer, checkpoint.config))
 
 
+def _texts(options: OnnxOptions) -> Sequence[str]:
+    """Those of the check; prompts, answers and chats are read as one text each."""
+    rows = options.data.turns if options.data is not None else None
+    if rows is None:
+        return choose_texts(options.data).texts
+    return ["\n".join(turn.content for turn in turns) for turns in rows[:BATCH]]
+
+
 def _padding(tokenizer: Any, config: Any) -> int:
     """A token to fill rows up with, which nobody reads."""
     ends = config.eos_token_id
@@ -122,7 +130,7 @@ def _check_fits(job: ExportJob, customer: Coefficients | None) -> None:
         plan_folds(job.checkpoint, job.basis, customer, job.checkpoint.skeleton())
 
 
-def _reference(job: ExportJob, decoder: Decoder, texts: Any, table_dtype: str) -> Case:
+def _reference(job: ExportJob, decoder: Decoder, texts: Sequence[str], table_dtype: str) -> Case:
     rows = choose_rows(decoder.tokenizer, texts, decoder.shape.positions, decoder.padding)
     model = job.checkpoint.load_model(attn_implementation="eager")
     customer = job.coefficients

@@ -13,13 +13,15 @@ import pytest
 from exporters.onnx.decoder import layer
 from exporters.onnx.exporter import EXPORTER
 from exporters.onnx.options import OnnxOptions
+from qrlora_deploy.data.examples import read_examples
 from qrlora_deploy.errors import BasisMismatchError, CheckFailed, InputError, ProviderError
 from qrlora_deploy.exporting.job import ExportJob
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
-from qrlora_deploy.models.checkpoint import Checkpoint
+from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.runtime import open_bundle
 from tests.decoders import make_basis, make_customers, save_bundle, save_tiny
+from tests.tiny import save_base
 
 
 def customer_of(checkpoint: Checkpoint, basis: Basis) -> Coefficients:
@@ -119,3 +121,18 @@ def test_how_text_is_generated_comes_along(base: tuple[Checkpoint, Basis], tmp_p
     (checkpoint.folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 5], "temperature": 0.4}))
     folder = save_bundle(tmp_path / "bundle", checkpoint, basis)
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [3, 5]
+
+
+def test_data_of_the_check_may_be_prompts_and_answers(base: tuple[Checkpoint, Basis], tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps({"prompt": "please transfer money to", "completion": " my sister"}))
+    data = read_examples(str(file), None, None, labelled=False)
+    manifest = open_bundle(save_bundle(tmp_path / "bundle", *base, data=data)).manifest
+    assert manifest.parity.max_abs_error < manifest.parity.bound
+
+
+def test_int4_is_for_decoders_alone(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(save_base(tmp_path / "base")))
+    basis = make_basis(checkpoint, ("query",))
+    with pytest.raises(InputError, match="int4 is for decoders"):
+        EXPORTER.export(ExportJob(checkpoint, basis, tmp_path / "bundle"), OnnxOptions(precision="int4"))
