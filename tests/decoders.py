@@ -36,7 +36,7 @@ def save_decoder(folder: Path, family: str = "Llama", **changes: Any) -> Path:
 
     tokenizer = build_tokenizer(128)
     tokenizer.chat_template = CHAT
-    settings = SIZES | {"vocab_size": len(tokenizer), "tie_word_embeddings": True} | changes
+    settings = SIZES | {"vocab_size": len(tokenizer) + 3, "tie_word_embeddings": True} | changes
     config = getattr(transformers, f"{family}Config")(**settings)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)

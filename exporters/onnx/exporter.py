@@ -44,6 +44,10 @@ class OnnxExporter:
         bundle = open_bundle(output)
         if original is None:
             report = verify(bundle, provider)
+        elif bundle.manifest.deciding_task.writes_text:
+            from exporters.onnx.decoder.verifying import verify_decoder
+
+            report = verify_decoder(bundle, original, provider)
         else:
             from exporters.onnx.verifying import verify_against
 

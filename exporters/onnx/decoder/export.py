@@ -13,6 +13,7 @@ from exporters.onnx.decoder.shape import Shape, read_shape
 from exporters.onnx.decoder.tensors import Tensors
 from exporters.onnx.options import OnnxOptions
 from exporters.onnx.prepared import BATCH, choose_texts
+from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.exporting.job import ExportJob
 from qrlora_deploy.formats.coefficients import Coefficients
@@ -21,6 +22,7 @@ from qrlora_deploy.io.outputs import check_free_folder
 from qrlora_deploy.merging.arithmetic import plan_folds
 from qrlora_deploy.models.basis_fit import check_basis_fits
 from qrlora_deploy.models.capacity import check_ids, max_tokens
+from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.runtime.bundle.bundle import MODEL_FILE, Manifest
 from qrlora_deploy.runtime.bundle.row_layout import TableLayout
 from qrlora_deploy.runtime.verification.forced import check_forced
@@ -62,11 +64,11 @@ def export_decoder(job: ExportJob, options: OnnxOptions) -> Manifest:
     progress = _progress(job)
     check_options(options)
     check_free_folder(job.output)
-    decoder = _open(job)
+    decoder = open_decoder(job.checkpoint)
     customer = job.coefficients
     _check_fits(job, customer)
     progress(0)
-    case = _reference(job, decoder, _texts(options), options.table_dtype)
+    case = _reference(job, decoder, texts_of(options.data), options.table_dtype)
     progress(1)
     with atomic_folder(job.output) as folder:
         tensors = Tensors(job.checkpoint.stored, job.checkpoint.name)
@@ -94,9 +96,13 @@ def _progress(job: ExportJob) -> Callable[[int], None]:
     return step
 
 
-def _open(job: ExportJob) -> Decoder:
-    """What can be refused is refused before a weight is read."""
-    checkpoint = job.checkpoint
+def open_decoder(checkpoint: Checkpoint) -> Decoder:
+    """A base that can be exported; what can be refused is refused before a weight is read.
+
+    Raises:
+        InputError: the base writes no text or is not whole, its family or a setting of it is not supported, or its
+            tokenizer is none that serving can use.
+    """
     checkpoint.require_task_head()
     checkpoint.check_usable()
     tokenizer = checkpoint.tokenizer()
@@ -107,11 +113,11 @@ def _open(job: ExportJob) -> Decoder:
     return Decoder(tokenizer, shape, _padding(tokenizer, checkpoint.config))
 
 
-def _texts(options: OnnxOptions) -> Sequence[str]:
-    """Those of the check; prompts, answers and chats are read as one text each."""
-    rows = options.data.turns if options.data is not None else None
+def texts_of(data: Examples | None) -> Sequence[str]:
+    """Texts of the check; prompts, answers and chats are read as one text each."""
+    rows = data.turns if data is not None else None
     if rows is None:
-        return choose_texts(options.data).texts
+        return choose_texts(data).texts
     return ["\n".join(turn.content for turn in turns) for turns in rows[:BATCH]]
 
 

@@ -15,7 +15,7 @@ from exporters.onnx.exporter import EXPORTER
 from exporters.onnx.options import OnnxOptions
 from qrlora_deploy.data.examples import read_examples
 from qrlora_deploy.errors import BasisMismatchError, CheckFailed, InputError, ProviderError
-from qrlora_deploy.exporting.job import ExportJob
+from qrlora_deploy.exporting.job import ExportJob, Original
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
@@ -61,6 +61,20 @@ def test_a_merged_bundle(base: tuple[Checkpoint, Basis], tmp_path: Path) -> None
     assert manifest.customer_effect > 1000 * manifest.parity.bound
     assert "coefficient_table" not in {record.name for record in manifest.inputs}
     assert EXPORTER.verify(tmp_path / "bundle", None, "cpu").failure is None
+    original = Original(checkpoint, basis, customer)
+    assert EXPORTER.verify(tmp_path / "bundle", original, "cpu").failure is None
+    with pytest.raises(BasisMismatchError, match="coefficients"):
+        other = replace(customer, values=2 * customer.values)
+        EXPORTER.verify(tmp_path / "bundle", replace(original, coefficients=other), "cpu")
+
+
+def test_a_customer_is_verified_anew(base: tuple[Checkpoint, Basis], tmp_path: Path) -> None:
+    folder = save_bundle(tmp_path / "bundle", *base)
+    original = Original(*base, customer_of(*base))
+    assert EXPORTER.verify(folder, original, "cpu").failure is None
+    nobody = replace(original.coefficients, values=np.zeros_like(original.coefficients.values))
+    with pytest.raises(CheckFailed, match="does not move the logits"):
+        EXPORTER.verify(folder, replace(original, coefficients=nobody), "cpu")
 
 
 @pytest.mark.parametrize("options", [{"precision": "fp16"}, {"table_dtype": "fp16"}])
