@@ -147,3 +147,17 @@ def test_what_no_graph_computes_is_refused(family: str, changes: dict[str, Any],
     checkpoint = save_tiny(tmp_path / "base", family, **changes)
     with pytest.raises(InputError, match=message):
         write_tiny(tmp_path / "bundle", checkpoint, make_basis(checkpoint))
+
+
+def test_shards_in_another_dtype(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    save_decoder(tmp_path / "base")
+    folder = tmp_path / "shards"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    checkpoint = open_checkpoint(str(folder))
+    forced, found = both(tmp_path, checkpoint, make_basis(checkpoint))
+    np.testing.assert_allclose(difference(found, forced.logits), 0, **DECODER_FP32)
