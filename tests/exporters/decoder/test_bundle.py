@@ -19,7 +19,7 @@ from qrlora_deploy.exporting.job import ExportJob, Original
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
-from qrlora_deploy.runtime import open_bundle
+from qrlora_deploy.runtime import Predictor, open_bundle
 from tests.decoders import make_basis, make_customers, save_bundle, save_tiny
 from tests.tiny import save_base
 
@@ -150,3 +150,9 @@ def test_int4_is_for_decoders_alone(tmp_path: Path) -> None:
     basis = make_basis(checkpoint, ("query",))
     with pytest.raises(InputError, match="int4 is for decoders"):
         EXPORTER.export(ExportJob(checkpoint, basis, tmp_path / "bundle"), OnnxOptions(precision="int4"))
+
+
+def test_a_decoder_predicts_no_labels(base: tuple[Checkpoint, Basis], tmp_path: Path) -> None:
+    folder = save_bundle(tmp_path / "bundle", *base)
+    with pytest.raises(InputError, match="is a decoder, which writes text; ask it by `generate`"):
+        Predictor(open_bundle(folder))
