@@ -43,7 +43,7 @@ from qrlora_deploy.cli.output import Output, progress_bar, show_remark, size_tex
     show_default=True,
     help="In which the frozen base computes; coefficients are fp32.",
 )
-@training_options(epochs=5, batch_size=32, rate=BY_COEFFICIENTS)
+@training_options(epochs=5, batch_size=32, rate=f"{BY_COEFFICIENTS}; three times that for causal-lm")
 @common
 def command(
     base: str,

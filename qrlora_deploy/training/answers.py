@@ -113,12 +113,27 @@ def _chat_rows(tokenizer: Any, template: ChatTemplate, place: str, turns: Turns)
 
 
 def _located(tokenizer: Any, text: ChatText) -> Row:
-    encoded = tokenizer(text.text, add_special_tokens=False, return_offsets_mapping=True)
+    starts = [start for start, _ in text.answers]
+    tokens = _tokens(tokenizer, text.text, [0])
+    ids = [token for token, _, _ in tokens]
+    alone = [tokenizer(text.text[:start], add_special_tokens=False)["input_ids"] for start in starts]
+    if any(ids[: len(prompt)] != prompt for prompt in alone):
+        # A token of both prompt and answer: the prompt gets those that it has alone, which is what generation reads.
+        tokens = _tokens(tokenizer, text.text, [0, *starts])
     labels = [
-        token if any(start <= first < end for start, end in text.answers) else IGNORED
-        for token, (first, _) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        token if any(start <= first < end for start, end in text.answers) else IGNORED for token, first, _ in tokens
     ]
-    return {"input_ids": encoded["input_ids"], "labels": labels}
+    return {"input_ids": [token for token, _, _ in tokens], "labels": labels}
+
+
+def _tokens(tokenizer: Any, text: str, starts: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Each token with its first character and the one behind its last; parts that begin at `starts` by themselves."""
+    found = []
+    for start, end in zip(starts, (*starts[1:], len(text)), strict=True):
+        encoded = tokenizer(text[start:end], add_special_tokens=False, return_offsets_mapping=True)
+        places = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        found += [(token, start + first, start + last) for token, (first, last) in places]
+    return found
 
 
 def _cut(row: Row, max_length: int) -> Row:

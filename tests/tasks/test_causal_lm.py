@@ -162,3 +162,18 @@ def test_long_rows_are_cut_and_told(base: Checkpoint) -> None:
     assert made.remark(12) == "3 rows are cut at max_length=12; 1 of them have no answer before that"
     with pytest.raises(InputError, match="some.jsonl: no row has an answer within its first 2 tokens"):
         answer_rows(base.tokenizer(), plain(), 2)
+
+
+def test_a_token_of_prompt_and_answer_is_parted(base: Checkpoint) -> None:
+    tokenizer = base.tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ' ' + m.content + ';' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    chat = (Turn("user", "book"), Turn("assistant", "user of a"))
+    (row,) = answer_rows(tokenizer, plain([chat]), 64).rows
+    prompt = tokenizer("user book;assistant ", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("user book;assistant user of a;", add_special_tokens=False)["input_ids"]
+    answer = tokenizer("user of a;", add_special_tokens=False)["input_ids"]
+    assert whole[: len(prompt)] != prompt  # " user" is one token
+    assert row == {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
