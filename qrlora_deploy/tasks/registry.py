@@ -86,6 +86,8 @@ def task_of_config(problem_type: str | None, outputs: int, architecture: str = "
         architecture: name of the model's class.
         named: a task's name in `TASK_FIELD` of the config, or from the user; counts where the head may be that task's.
     """
+    if writes_text(architecture):
+        return BY_NAME[CausalLM.name]
     alone = _tasks_of(architecture)
     if len(alone) == 1:
         return alone[0]
