@@ -95,6 +95,8 @@ async def answer(
     load = _load(model, question)
     ticket = model.engine.admit(load, customers, deadline_s)
     try:
+        if ticket.pending is not None:
+            await ticket.pending
         rows = await _tokenised(model, question, customers, load)
     except BaseException:
         model.engine.release(ticket)

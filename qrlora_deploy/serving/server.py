@@ -27,6 +27,13 @@ END, RELOAD = ("SIGINT", "SIGTERM"), "SIGHUP"
 logger = logging.getLogger(__name__)
 
 
+class Starts(Protocol):
+    """Begins with the server."""
+
+    async def start(self) -> None:
+        """Begin; done when it is there."""
+
+
 class Companion(Protocol):
     """Another front of the same models and the same life, such as gRPC's, that begins and ends with this one."""
 
@@ -58,6 +65,7 @@ class ServerOptions:
         limits: of its clients.
         drain_delay_s: from the signal that ends it to when nobody new is taken.
         drain_s: from there to the end, for what was begun.
+        is_shared: other processes listen on the same ports.
     """
 
     host: str = "127.0.0.1"
@@ -66,6 +74,7 @@ class ServerOptions:
     limits: HttpLimits = field(default_factory=HttpLimits)
     drain_delay_s: float = 0.0
     drain_s: float = 45.0
+    is_shared: bool = False
 
 
 class Server:
@@ -76,6 +85,8 @@ class Server:
         options: where and how.
         reload: called in a thread at SIGHUP.
         companions: further fronts.
+        before: what must be there before anybody is listened to, such as connections to engines.
+        has_signals: False: whoever made it calls `stop` and `begin_reload`.
 
     Raises:
         InputError: the address is taken or none, or a file of TLS cannot be used.
@@ -87,10 +98,13 @@ class Server:
         options: ServerOptions,
         reload: Callable[[], None] = lambda: None,
         companions: Sequence[Companion] = (),
+        before: "Sequence[Starts]" = (),
+        has_signals: bool = True,
     ) -> None:
         self._front, self._options, self._reload = front, options, reload
+        self._before, self._has_signals = before, has_signals
         app = make_app(front, options.limits)
-        self.http = HttpListener(app, options.host, options.port, options.tls, options.limits)
+        self.http = HttpListener(app, options.host, options.port, options.tls, options.limits, options.is_shared)
         self._listeners: tuple[Companion, ...] = (self.http, *companions)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._signals = 0
@@ -119,6 +133,8 @@ class Server:
         self._listen_to_signals()
         begun: list[Companion] = []
         try:
+            for it in self._before:
+                await it.start()
             for listener in self._listeners:
                 await listener.start()
                 begun.append(listener)
@@ -133,12 +149,13 @@ class Server:
             await self._finish(begun)
 
     def _listen_to_signals(self) -> None:
-        if threading.current_thread() is not threading.main_thread() or self._loop is None:
+        is_main = threading.current_thread() is threading.main_thread()
+        if not (is_main and self._has_signals) or self._loop is None:
             return
         for name in END:
             self._loop.add_signal_handler(getattr(signal, name), self._end)
         if hasattr(signal, RELOAD):
-            self._loop.add_signal_handler(signal.SIGHUP, self._begin_reload)
+            self._loop.add_signal_handler(signal.SIGHUP, self.begin_reload)
 
     def _end(self) -> None:
         self._signals += 1
@@ -148,7 +165,8 @@ class Server:
             for listener in self._listeners:
                 listener.hurry()
 
-    def _begin_reload(self) -> None:
+    def begin_reload(self) -> None:
+        """Read certificates and all else again, as at SIGHUP. In the event loop."""
         self._reloading = asyncio.create_task(self._reloaded())
 
     async def _reloaded(self) -> None:

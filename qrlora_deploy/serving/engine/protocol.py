@@ -1,8 +1,9 @@
 """What a front asks of an engine, wherever that runs."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Awaitable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 from qrlora_deploy.runtime.bundle.manifest import Manifest
@@ -46,10 +47,33 @@ class EngineStats:
     draining: bool = False
 
 
+def sum_of(stats: Sequence[EngineStats]) -> EngineStats:
+    """Counters of several engines together; one that drains is enough."""
+    rejected: Counter[str] = Counter()
+    for it in stats:
+        rejected.update(dict(it.rejected))
+    names = [field.name for field in fields(EngineStats) if field.name not in ("rejected", "draining")]
+    return EngineStats(
+        rejected=tuple(sorted(rejected.items())),
+        draining=any(it.draining for it in stats),
+        **{name: sum(getattr(it, name) for it in stats) for name in names},
+    )
+
+
 class Ticket(Protocol):
-    """A request's reserved place in the queue. Give it to `submit`, or `release` it."""
+    """A request's reserved place in the queue. Give it to `submit`, or `release` it.
+
+    Attributes:
+        load: what it was asked for.
+        pending: None: the place is reserved. An engine in another process reserves it when this is done; it raises
+            what `admit` raises, and until then nothing may be given to `submit`.
+    """
 
     load: Load
+
+    @property
+    def pending(self) -> Awaitable[None] | None:
+        """What to await."""
 
 
 class Engine(Protocol):
