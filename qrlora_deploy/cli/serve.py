@@ -129,7 +129,7 @@ def _check_usage(bundle: Path | None, models: Sequence[str], **options: Any) -> 
     if bundle is None and not models:
         raise click.UsageError("give a BUNDLE, or --model NAME=BUNDLE")
     if len(options["devices"]) > 1 and not options["processes"]:
-        raise click.UsageError("several --device need --processes N: each has an engine of its own, and N fronts ask them")
+        raise click.UsageError("several --device need --processes N: an engine for each, and N fronts that ask them")
     if bool(options["tls_cert"]) != bool(options["tls_key"]):
         raise click.UsageError("--tls-cert and --tls-key belong together")
     if options["tls_client_ca"] and not options["tls_cert"]:

@@ -53,7 +53,7 @@ class AssemblyOptions:
 
     def __post_init__(self) -> None:
         if self.devices and not self.fronts:
-            raise InputError(f"several devices need processes of their own; say how many fronts: {argument('processes', 2)}")
+            raise InputError(f"several devices need processes of their own: give {argument('processes', 2)}")
         if self.admin_port is not None and (self.keys is None or self.audit_log is None):
             raise InputError(f"{argument('admin_port')} needs {argument('keys')} and {argument('audit_log')}")
 

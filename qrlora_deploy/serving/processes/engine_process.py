@@ -113,5 +113,3 @@ class EngineProcess:
         for it in self._parts.models:
             if it.served.name == model:
                 threading.Thread(target=it.unload, args=(customer,), name="forget", daemon=True).start()
-
-

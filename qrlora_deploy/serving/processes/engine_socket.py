@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import os
 import threading
 from collections.abc import Mapping
 from concurrent.futures import CancelledError, Future
@@ -61,7 +60,7 @@ class EngineSocket:
         self._loop = asyncio.get_running_loop()
         self._path.unlink(missing_ok=True)
         self._server = await self._loop.create_unix_server(self._connected, self._path)
-        os.chmod(self._path, 0o600)
+        self._path.chmod(0o600)
         self._telling = asyncio.create_task(self._tell())
 
     async def stop(self) -> None:

@@ -73,5 +73,5 @@ def command(options: ChildOptions, descriptor: int) -> list[str]:
 
 def environment() -> dict[str, str]:
     """Of a process: it finds the modules that this one found."""
-    paths = [str(Path(path).resolve()) for path in sys.path if path] + [os.getcwd()] * ("" in sys.path)
+    paths = [str(Path(path).resolve()) for path in sys.path if path] + [str(Path.cwd())] * ("" in sys.path)
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}

@@ -1,4 +1,4 @@
-"""The process that a user starts: it starts engines and fronts, starts again those that fail, and ends them in order."""
+"""The process that a user starts: it starts engines and fronts, starts again what fails, and ends all in order."""
 
 import asyncio
 import logging
@@ -133,20 +133,16 @@ class Supervisor:
         begin_s = time.monotonic()
         how = await child.run()
         self._children.remove(child)
-        if child.failure is not None:
-            self._failure = self._failure or child.failure
         if self._ending.is_set():
-            if how and child.failure is None and self._failure is None:
-                self._failure = QrloraError(f"{child.name} {how} while the server ended")
+            if how and self._failure is None:
+                self._failure = child.failure or QrloraError(f"{child.name} {how} while the server ended")
             return
-        if child.failure is None:
-            logger.error("%s %s", child.name, how or "ended")
+        logger.error("%s %s", child.name, child.failure or how or "ended")
         if not child.was_ready and child.times == 0:
             self._fail(child, how)
         elif child.options.role == ENGINE:
             self._engine_ended(child, how, time.monotonic() - begin_s)
         else:
-            self._failure = None
             await asyncio.sleep(min(FRONT_MAX_S, FRONT_S * 2**child.times))
             if not self._ending.is_set():
                 self._start(FRONT, child.options.number, 1 if child.was_ready else child.times + 1)
@@ -155,12 +151,11 @@ class Supervisor:
         if child.times and (lived_s < AGAIN_S or not child.was_ready):
             self._fail(child, how, f"for the second time within {AGAIN_S:g} s")
             return
-        self._failure = None
         logger.error("%s is started again; until it is ready, requests are refused", child.name)
         self._start(ENGINE, child.options.number, 1)
 
     def _fail(self, child: Child, how: str, when: str = "") -> None:
-        self._failure = self._failure or QrloraError(
+        self._failure = child.failure or QrloraError(
             f"{child.name} {how or 'ended'} {when or 'before it was ready'}; the server ends, its log says more"
         )
         self._ending.set()
@@ -202,7 +197,7 @@ class Supervisor:
     @contextmanager
     def _obeying_signals(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
-        handlers = {
+        handlers: dict[int, Callable[[], object]] = {
             signal.SIGINT: self._end,
             signal.SIGTERM: self._end,
             signal.SIGHUP: partial(self._tell, Order.RELOAD),
