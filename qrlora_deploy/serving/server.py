@@ -10,10 +10,10 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from qrlora_deploy.errors import QrloraError, argument
 from qrlora_deploy.serving.http.app import make_app
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 class Starts(Protocol):
     """Begins with the server."""
 
-    async def start(self) -> None:
+    def start(self) -> Coroutine[Any, Any, None]:
         """Begin; done when it is there."""
 
 
@@ -98,7 +98,7 @@ class Server:
         options: ServerOptions,
         reload: Callable[[], None] = lambda: None,
         companions: Sequence[Companion] = (),
-        before: "Sequence[Starts]" = (),
+        before: Sequence[Starts] = (),
         has_signals: bool = True,
     ) -> None:
         self._front, self._options, self._reload = front, options, reload
@@ -133,13 +133,13 @@ class Server:
         self._listen_to_signals()
         begun: list[Companion] = []
         try:
-            for it in self._before:
-                await it.start()
-            for listener in self._listeners:
+            await self._wait_for_what_is_before()
+            for listener in self._listeners if not self._ending.is_set() else ():
                 await listener.start()
                 begun.append(listener)
-            self._front.life.begin()
-            started()
+            if not self._ending.is_set():
+                self._front.life.begin()
+                started()
             await self._ending.wait()
         finally:
             self._front.life.drain()
@@ -147,6 +147,18 @@ class Server:
                 async with asyncio.timeout(self._options.drain_delay_s if self._ending.is_set() else 0):
                     await self._at_once.wait()
             await self._finish(begun)
+
+    async def _wait_for_what_is_before(self) -> None:
+        """Or for the end, which may come first."""
+        ending = asyncio.create_task(self._ending.wait())
+        for it in self._before:
+            starting = asyncio.ensure_future(it.start())
+            await asyncio.wait((starting, ending), return_when=asyncio.FIRST_COMPLETED)
+            if not starting.done():
+                starting.cancel()
+                break
+            starting.result()
+        ending.cancel()
 
     def _listen_to_signals(self) -> None:
         is_main = threading.current_thread() is threading.main_thread()

@@ -1,6 +1,5 @@
 """`qrlora-deploy serve --processes`: the same answers from several processes, and what happens when one dies."""
 
-import json
 import os
 import re
 import shutil
@@ -90,7 +89,7 @@ class Load:
     def __init__(self, url: str, count: int = 4) -> None:
         self.url, self.codes, self.failures, self.wrong = url, [], [], []  # type: ignore[var-annotated]
         self.retry = set()  # type: ignore[var-annotated]
-        self.ends = threading.Event()
+        self.ends, self.not_ready = threading.Event(), threading.Event()
         with httpx.Client(base_url=url, timeout=30) as client:
             self.expected = {name: raw_logits(client, name) for name in ("acme", "beta")}
         self.threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(count)]
@@ -126,8 +125,6 @@ class Load:
         if client.get("/v2/health/ready").status_code != 200:
             self.not_ready.set()
 
-    not_ready = threading.Event()
-
     def stop(self) -> None:
         self.ends.set()
         for thread in self.threads:
@@ -136,9 +133,11 @@ class Load:
 
 def test_the_same_bits_as_in_one_process(place: Path) -> None:
     names = (None, "acme", "beta", "gamma", "delta")
-    with Served("bundle", "--customers", "customers", "--threads", 1, cwd=place) as server:
-        with httpx.Client(base_url=server.url, timeout=30) as client:
-            expected = {name: raw_logits(client, name) for name in names}
+    with (
+        Served("bundle", "--customers", "customers", "--threads", 1, cwd=place) as server,
+        httpx.Client(base_url=server.url, timeout=30) as client,
+    ):
+        expected = {name: raw_logits(client, name) for name in names}
     with serve(place) as server:
         assert len(children(server, "front")) == 2 and len(children(server, "engine")) == 1
         for _ in range(4):
@@ -149,3 +148,103 @@ def test_the_same_bits_as_in_one_process(place: Path) -> None:
         assert metric(server.url, "qrlora_rows_total") == 4 * len(names) * len(TEXTS)
         assert 'qrlora_requests_total{code="404",route="/v1/classify"} 4.0' in httpx.get(f"{server.url}/metrics").text
     assert server.end() == 0 and server.errors == []
+
+
+def test_a_front_that_is_killed_costs_its_own_requests_alone(place: Path) -> None:
+    with serve(place) as server:
+        load = Load(server.url)
+        until(lambda: len(load.codes) > 40)
+        before = children(server, "front")
+        os.kill(before[0], signal.SIGKILL)
+        until(lambda: len(set(children(server, "front")) - set(before)) == 1)
+        answered = len(load.codes)
+        until(lambda: len(load.codes) > answered + 40)
+        load.stop()
+        # Those who were connected to it lost their connection; nobody else noticed.
+        assert set(load.codes) == {200} and not load.wrong
+        assert all(isinstance(failure, httpx.TransportError) for failure in load.failures)
+        until(lambda: metric(server.url, "qrlora_queue_rows") == 0)
+    assert server.end() == 0
+    assert any(re.search(r"front \d \(process \d+\) was ended by SIGKILL", line) for line in server.errors)
+
+
+def test_an_engine_that_is_killed_is_started_once_again(place: Path) -> None:
+    with serve(place) as server:
+        load = Load(server.url)
+        until(lambda: len(load.codes) > 20)
+        os.kill(children(server, "engine")[0], signal.SIGKILL)
+        until(lambda: 503 in load.codes and load.not_ready.is_set())
+        until(lambda: is_ready(server.url))
+        answered = load.codes.count(200)
+        until(lambda: load.codes.count(200) > answered + 20)
+        load.stop()
+        assert set(load.codes) == {200, 503} and not load.wrong and not load.failures and load.retry == {"1"}
+        assert any("engine 0" in line and "SIGKILL" in line for line in server.errors)
+        os.kill(children(server, "engine")[0], signal.SIGKILL)
+        assert server.wait() == 1
+    assert "was ended by SIGKILL for the second time within 600 s" in server.errors[-1]
+    assert not any("Traceback" in line for line in server.errors)
+
+
+def test_sigterm_under_load_loses_no_request(place: Path) -> None:
+    with serve(place, "--drain-delay", 2) as server:
+        load = Load(server.url)
+        until(lambda: len(load.codes) > 40)
+        # The whole group is told, as by systemd or a terminal; the supervisor alone acts on it.
+        for pid in (*children(server, "front"), *children(server, "engine"), server.process.pid):
+            os.kill(pid, signal.SIGTERM)
+        until(load.not_ready.is_set)
+        load.stop()
+        assert set(load.codes) == {200} and not load.failures and not load.wrong
+        assert server.wait() == 0
+    assert server.errors == []
+
+
+def test_sighup_reads_keys_again_in_every_process(place: Path) -> None:
+    first = run_here("keys", "add", "keys.json", "--customer", "*", "--json", cwd=place).json["key"]
+    with serve(place, "--keys", "keys.json") as server:
+
+        def codes(key: str) -> set[int]:
+            headers = {"authorization": f"Bearer {key}"}
+            record = {"texts": TEXTS[:1], "customer": "beta"}
+            # Each on a connection of its own: they meet both fronts.
+            return {
+                httpx.post(f"{server.url}/v1/classify", json=record, headers=headers).status_code for _ in range(12)
+            }
+
+        assert codes(first) == {200} and codes("other") == {401}
+        second = run_here("keys", "add", "keys.json", "--customer", "acme", "--json", cwd=place).json["key"]
+        server.send(signal.SIGHUP)
+        until(lambda: codes(second) == {404})
+    assert server.end() == 0 and server.errors == []
+
+
+def test_nothing_stays_where_the_supervisor_is_killed(place: Path) -> None:
+    with serve(place) as server:
+        pids = children(server, "front") + children(server, "engine")
+        server.send(signal.SIGKILL)
+        server.process.wait(DEADLINE_S)
+        until(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in pids))
+
+
+REFUSED = {
+    "no such device": ("--processes 1 --device tpu", "tpu"),
+    "devices of one process": ("--device cpu --device cpu", "--processes"),
+    "an option that is none": ("--provider-option arena", "must be KEY=VALUE"),
+    "an option of no provider": ("--processes 1 --provider-option no=1 --device cuda", ""),
+    "keys that are none": ("--processes 1 --keys bundle/manifest.json", "manifest.json"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_served_is_one_line(place: Path, name: str) -> None:
+    line, words = REFUSED[name]
+    ran = run("serve", "bundle", "--port", "0", *line.split(), cwd=place)
+    assert ran.code == 2 and words in ran.err.splitlines()[-1], ran.err
+    assert "Traceback" not in ran.err
+
+
+def test_check_opens_the_model_on_each_device(place: Path) -> None:
+    line = "serve bundle --customers customers --check --port 0 --processes 2 --device cpu --device cpu --json"
+    ran = run_here(*line.split(), cwd=place)
+    assert ran.code == 0 and ran.json["models"] == [{"model": "bundle", "customers": 4, "problems": []}]

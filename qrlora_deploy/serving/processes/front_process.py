@@ -32,7 +32,7 @@ def run_front(options: ChildOptions, control: Control) -> None:
         made_of.server,
         (lambda: None) if keys is None else (lambda: _read_again(keys)),
         companions,
-        before=[*links, control],
+        before=[control, *links],
         has_signals=False,
     )
     control.stop, control.reload = server.stop, server.begin_reload

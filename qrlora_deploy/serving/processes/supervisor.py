@@ -134,7 +134,7 @@ class Supervisor:
         how = await child.run()
         self._children.remove(child)
         if self._ending.is_set():
-            if how and self._failure is None:
+            if how and child.was_ready and self._failure is None:
                 self._failure = child.failure or QrloraError(f"{child.name} {how} while the server ended")
             return
         logger.error("%s %s", child.name, child.failure or how or "ended")
@@ -183,10 +183,13 @@ class Supervisor:
         """End the fronts, which answer what was begun, and then the engines."""
         self._ending.set()
         server = self._options.server
+        for child in self._children:
+            if not child.was_ready:
+                # It has nothing to finish.
+                child.kill()
         fronts = self._of(FRONT)
         for child in fronts:
             child.tell(Order.STOP)
-        # Fronts that never were ready, or cannot reach an engine, have nothing to finish.
         patience_s = server.drain_delay_s + server.drain_s + GRACE_S if self._failure is None else GRACE_S
         await _ended(fronts, patience_s)
         engines = self._of(ENGINE)
