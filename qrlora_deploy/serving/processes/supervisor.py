@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from qrlora_deploy.errors import InputError, QrloraError
+from qrlora_deploy.runtime.host.devices import Device
 from qrlora_deploy.serving.addresses import at_port, bound_socket
 from qrlora_deploy.serving.assembly import AssemblyOptions
 from qrlora_deploy.serving.processes.children import Child
@@ -46,11 +47,14 @@ class Supervisor:
         ports: of the companions, by what they are called.
 
     Raises:
-        InputError: an address is taken or none.
+        InputError: an address is taken or none, or there is no such device.
     """
 
     def __init__(self, options: AssemblyOptions, log_json: bool = False) -> None:
         self._devices = list(options.devices) or [options.run.provider]
+        for device in self._devices:
+            # Said at once, and not by a process once it has opened everything else.
+            Device.of(device)
         self._log_json = log_json
         self._held: list[socket.socket] = []
         server = options.server
@@ -114,11 +118,13 @@ class Supervisor:
             self._start(ENGINE, number)
         for number in range(self._options.fronts):
             self._start(FRONT, number)
-        ready = asyncio.gather(*(child.ready.wait() for child in self._children))
-        ending = asyncio.ensure_future(self._ending.wait())
-        await asyncio.wait((ready, ending), return_when=asyncio.FIRST_COMPLETED)
-        ready.cancel()
-        ending.cancel()
+        ready = [asyncio.create_task(child.ready.wait()) for child in self._children]
+        ending = asyncio.create_task(self._ending.wait())
+        while any(not it.done() for it in ready) and not ending.done():
+            await asyncio.wait((*ready, ending), return_when=asyncio.FIRST_COMPLETED)
+            ready = [it for it in ready if not it.done()]
+        for it in (*ready, ending):
+            it.cancel()
 
     def _start(self, role: str, number: int, times: int = 0) -> None:
         """Start a process; `times` says how often it has failed of late."""
@@ -137,10 +143,11 @@ class Supervisor:
             if how and child.was_ready and self._failure is None:
                 self._failure = child.failure or QrloraError(f"{child.name} {how} while the server ended")
             return
-        logger.error("%s %s", child.name, child.failure or how or "ended")
         if not child.was_ready and child.times == 0:
             self._fail(child, how)
-        elif child.options.role == ENGINE:
+            return
+        logger.error("%s %s", child.name, child.failure or how or "ended")
+        if child.options.role == ENGINE:
             self._engine_ended(child, how, time.monotonic() - begin_s)
         else:
             await asyncio.sleep(min(FRONT_MAX_S, FRONT_S * 2**child.times))
