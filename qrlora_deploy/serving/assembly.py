@@ -5,8 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qrlora_deploy.errors import InputError, argument
+from qrlora_deploy.runtime.customers.objects.store import ObjectStoreStats
 from qrlora_deploy.serving.access import Keys
 from qrlora_deploy.serving.engine.quotas import Quotas
 from qrlora_deploy.serving.http.front import Front
@@ -16,6 +18,9 @@ from qrlora_deploy.serving.metrics import Metrics
 from qrlora_deploy.serving.opening import ModelPlaces, OpenModel, RunOptions
 from qrlora_deploy.serving.served import Models
 from qrlora_deploy.serving.server import Companion, Server, ServerOptions
+
+if TYPE_CHECKING:
+    from qrlora_deploy.serving.tracing.spans import Tracing
 
 
 @dataclass(frozen=True)
@@ -31,9 +36,10 @@ class AssemblyOptions:
         admin_port: None: without the admin API.
         admin_host: where the admin API listens.
         audit_log: file that changes by the admin API are told to.
-        counted: customers whose rows metrics tell by name.
+        counted: customers whose rows metrics tell by name, and whom spans name.
         processes: for HTTP, gRPC, keys and tokenising; 0: all in one process.
         devices: with `processes`, one for each process of an engine; none: `run.provider`.
+        otel: send spans, as the `OTEL_` variables of the process say.
 
     Raises:
         InputError: the admin API is asked for without keys or audit log, or several devices without `processes`.
@@ -50,6 +56,7 @@ class AssemblyOptions:
     counted: Sequence[str] = ()
     processes: int = 0
     devices: Sequence[str] = ()
+    otel: bool = False
 
     def __post_init__(self) -> None:
         if self.devices and not self.processes:
@@ -71,6 +78,7 @@ class Assembly:
     """
 
     def __init__(self, options: AssemblyOptions) -> None:
+        self._tracing: Tracing | None = None
         self.companions: dict[str, Companion] = {}
         self.parts = EngineParts(options)
         try:
@@ -95,9 +103,12 @@ class Assembly:
         return {name: companion.port for name, companion in self.companions.items()}
 
     def _open(self, options: AssemblyOptions) -> None:
+        if options.otel:
+            self._tracing = tracing_of(options.counted)
         parts = self.parts
         models = Models([model.served for model in parts.models])
-        front = Front(models, keys=parts.keys, metrics=Metrics(list(models), options.counted))
+        metrics = Metrics(list(models), options.counted, parts.stores())
+        front = Front(models, keys=parts.keys, metrics=metrics, tracing=self._tracing)
         if options.grpc_port is not None:
             self.companions["gRPC"] = grpc_companion(front, options.server, options.grpc_port)
         if options.admin_port is not None:
@@ -120,6 +131,8 @@ class Assembly:
         if hasattr(self, "server"):
             self.server.http.close()
         self.parts.close()
+        if self._tracing is not None:
+            self._tracing.close()
 
 
 class EngineParts:
@@ -154,6 +167,10 @@ class EngineParts:
         if self.keys is not None:
             self._change_quotas(self.keys)
 
+    def stores(self) -> dict[str, Callable[[], ObjectStoreStats]]:
+        """By the model's name, what says how the object store of its customers is doing."""
+        return {model.served.name: ask for model in self.models if (ask := model.object_stats) is not None}
+
     def _change_quotas(self, keys: Keys) -> None:
         for quotas in self._quotas:
             quotas.change(*keys.quotas())
@@ -184,8 +201,8 @@ class EngineParts:
         }
         if not folders:
             raise InputError(
-                f"{argument('admin_port')} has nothing to change: no model has a folder of customers; "
-                f"give one by {argument('customers')}"
+                f"{argument('admin_port')} has nothing to change: no model has a folder of customers, and those of an "
+                f"object store are changed there; give a folder by {argument('customers')}"
             )
         app = make_admin_app(Admin(folders, self.keys, AuditLog(options.audit_log), reload), life)
         server = options.server
@@ -209,6 +226,13 @@ class EngineParts:
         self.models = []
 
 
+def tracing_of(customers: Sequence[str]) -> "Tracing":
+    """What sends spans, as the `OTEL_` variables of the process say; customers of the list are named."""
+    from qrlora_deploy.serving.tracing.sending import open_tracing
+
+    return open_tracing(customers)
+
+
 def grpc_companion(front: Front, options: ServerOptions, port: int) -> Companion:
     """A gRPC server for what a front has."""
     # Before it is imported: it would write a line of its own for each client that it cannot understand.
@@ -217,6 +241,8 @@ def grpc_companion(front: Front, options: ServerOptions, port: int) -> Companion
     from qrlora_deploy.serving.grpc.server import GrpcServer
     from qrlora_deploy.serving.grpc.service import InferenceService
 
-    service = InferenceService(front.models, front.life, front.keys, front.metrics)
+    service = InferenceService(
+        front.models, front.life, front.keys, front.metrics, counts=front.counts, tracing=front.tracing
+    )
     limits = GrpcLimits(max_message_bytes=options.limits.max_body_bytes)
     return GrpcServer(service, options.host, port, options.tls, limits, options.is_shared)

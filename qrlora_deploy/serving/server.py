@@ -132,6 +132,7 @@ class Server:
         self._ending, self._at_once = asyncio.Event(), asyncio.Event()
         self._listen_to_signals()
         begun: list[Companion] = []
+        following = asyncio.create_task(self._front.live_window.follow())
         try:
             await self._wait_for_what_is_before()
             for listener in self._listeners if not self._ending.is_set() else ():
@@ -147,6 +148,7 @@ class Server:
                 async with asyncio.timeout(self._options.drain_delay_s if self._ending.is_set() else 0):
                     await self._at_once.wait()
             await self._finish(begun)
+            following.cancel()
 
     async def _wait_for_what_is_before(self) -> None:
         """Or for the end, which may come first."""

@@ -2,7 +2,7 @@
 
 from qrlora_deploy.runtime.bundle.bundle import open_bundle
 from qrlora_deploy.serving.access import Keys
-from qrlora_deploy.serving.assembly import grpc_companion
+from qrlora_deploy.serving.assembly import grpc_companion, tracing_of
 from qrlora_deploy.serving.http.front import Front
 from qrlora_deploy.serving.opening import ModelPlaces
 from qrlora_deploy.serving.processes.control import Control, SharedMetrics
@@ -23,7 +23,8 @@ def run_front(options: ChildOptions, control: Control) -> None:
     keys = None if made_of.keys is None else Keys.open(made_of.keys)
     links = [EngineLink(options.socket_of(number)) for number in range(len(options.devices))]
     models = Models([_served(places, links) for places in made_of.places])
-    front = Front(models, keys=keys, metrics=SharedMetrics(control, made_of.counted))
+    tracing = tracing_of(made_of.counted) if made_of.otel else None
+    front = Front(models, keys=keys, metrics=SharedMetrics(control, made_of.counted), tracing=tracing)
     companions = []
     if made_of.grpc_port is not None:
         companions.append(grpc_companion(front, made_of.server, made_of.grpc_port))
@@ -36,7 +37,11 @@ def run_front(options: ChildOptions, control: Control) -> None:
         has_signals=False,
     )
     control.stop, control.reload = server.stop, server.begin_reload
-    server.run(control.ready)
+    try:
+        server.run(control.ready)
+    finally:
+        if tracing is not None:
+            tracing.close()
 
 
 def _read_again(keys: Keys) -> None:

@@ -18,7 +18,7 @@ from qrlora_deploy.errors import (
     UnknownCustomerError,
 )
 from qrlora_deploy.serving.engine.protocol import EngineStats
-from qrlora_deploy.serving.engine.rows import Row, RowAnswer
+from qrlora_deploy.serving.engine.rows import Row, RowAnswer, Run
 from qrlora_deploy.serving.processes.links import BrokenFrameError, record_of
 from qrlora_deploy.serving.refusals import DeadlineError, DrainingError, OverloadedError, QuotaError, TooLargeError
 
@@ -109,11 +109,19 @@ def unpack_rows(payload: bytearray, customers: Sequence[str | None]) -> list[Row
 def pack_answers(answers: Sequence[RowAnswer]) -> tuple[bytes, ...]:
     """The payload of answers; what many rows have in common is in it once."""
     kinds: dict[tuple[tuple[str, ...], tuple[float, ...]], int] = {}
+    runs: dict[Run | None, int] = {}
     rows = [
-        (kinds.setdefault((answer.labels, answer.thresholds), len(kinds)), answer.digest, answer.logits.shape)
+        (
+            kinds.setdefault((answer.labels, answer.thresholds), len(kinds)),
+            runs.setdefault(answer.run, len(runs)),
+            answer.digest,
+            answer.logits.shape,
+        )
         for answer in answers
     ]
-    return with_numbers([list(kinds), rows], *(np.asarray(answer.logits, dtype=np.float32) for answer in answers))
+    return with_numbers(
+        [list(kinds), list(runs), rows], *(np.asarray(answer.logits, dtype=np.float32) for answer in answers)
+    )
 
 
 def unpack_answers(payload: bytearray, rows: Sequence[Row]) -> list[RowAnswer]:
@@ -135,10 +143,11 @@ def unpack_answers(payload: bytearray, rows: Sequence[Row]) -> list[RowAnswer]:
 def _answers(head: Any, numbers: np.ndarray, rows: Sequence[Row]) -> Iterator[RowAnswer]:
     begin = 0
     kinds = [(tuple(labels), tuple(thresholds)) for labels, thresholds in head[0]]
-    for row, (kind, digest, shape) in zip(rows, head[1], strict=True):
+    runs = [None if run is None else Run(**run) for run in head[1]]
+    for row, (kind, run, digest, shape) in zip(rows, head[2], strict=True):
         end = begin + int(np.prod(shape))
         labels, thresholds = kinds[kind]
-        yield RowAnswer(numbers[begin:end].reshape(shape), labels, digest, thresholds, row.words)
+        yield RowAnswer(numbers[begin:end].reshape(shape), labels, digest, thresholds, row.words, runs[run])
         begin = end
 
 
