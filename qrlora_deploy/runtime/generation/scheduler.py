@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from qrlora_deploy.errors import argument
@@ -51,7 +51,6 @@ class Group:
 
     cache: Any
     placement: Placement[Seat]
-    seats: list[Seat] = field(default_factory=list)
 
 
 class Scheduler:

@@ -20,7 +20,9 @@ def check_stops(stops: Sequence[str]) -> tuple[str, ...]:
         raise InputError(f"{argument('stop')} may have {MOST_STOPS} texts at most, not {len(stops)}")
     for stop in stops:
         if not isinstance(stop, str) or not 0 < len(stop) <= MOST_CHARACTERS:
-            raise InputError(f"{argument('stop')} must hold texts of 1 to {MOST_CHARACTERS} characters, not {stop!r:.40}")
+            raise InputError(
+                f"{argument('stop')} must hold texts of 1 to {MOST_CHARACTERS} characters, not {stop!r:.30}"
+            )
     return tuple(dict.fromkeys(stops))
 
 
