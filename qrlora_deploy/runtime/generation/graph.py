@@ -124,7 +124,7 @@ class _Bound:
         dtype, element = ELEMENTS[graph._logits_type]
         self.logits = np.zeros((rows, graph.vocabulary), dtype=dtype)
         self._binding = graph._session.io_binding()
-        arrays = dict(zip(INPUTS, (self.ids, self.last, self.total, self.token), strict=True))
+        arrays: dict[str, np.ndarray] = dict(zip(INPUTS, (self.ids, self.last, self.total, self.token), strict=True))
         if graph.switchable:
             arrays[SLOT] = self.slot
         for name, array in arrays.items():

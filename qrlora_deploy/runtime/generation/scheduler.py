@@ -91,8 +91,12 @@ class Scheduler:
         """Requests that have a row."""
         return sum(len(group.placement.rows) for group in self.groups.values())
 
-    def check(self, needed: int) -> None:
-        """Make sure that a request can get a row some day, and may wait for it.
+    def check(self, needed: int, arriving: int = 0) -> None:
+        """Make sure that a request can get a row some day, and may wait for it. For any thread.
+
+        Args:
+            needed: tokens that it may come to.
+            arriving: requests that were checked and are not in the queue yet.
 
         Raises:
             CacheFullError: `cache full`, and why.
@@ -103,8 +107,9 @@ class Scheduler:
                 f"cache full: {needed} tokens of prompt and answer take {size} bytes of cache, all of it has "
                 f"{self._budget.most}; raise {argument('max_cache_bytes')} or lower {argument('max_tokens')}"
             )
-        if len(self.waiting) >= self._max_waiting:
-            raise CacheFullError(f"cache full: {len(self.waiting)} requests wait for a row already; ask again later")
+        waiting = len(self.waiting) + arriving
+        if waiting >= self._max_waiting:
+            raise CacheFullError(f"cache full: {waiting} requests wait for a row already; ask again later")
 
     def capacity_for(self, needed: int) -> int:
         """The smallest capacity that holds so many tokens; the largest one where none does."""
@@ -170,7 +175,7 @@ def in_turn(seats: Iterable[Seat], budget: int, chunk: Callable[[Seat], int]) ->
 
     The first one is always among them, or nothing would ever be read.
     """
-    chosen = []
+    chosen: list[Seat] = []
     for seat in seats:
         budget -= chunk(seat)
         if chosen and budget < 0:
