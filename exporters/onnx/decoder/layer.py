@@ -1,0 +1,123 @@
+"""One block of a decoder: attention with the cache in place, the feed-forward part, norms fused with their residuals."""
+
+import numpy as np
+
+from exporters.onnx.decoder.branches import names_in_block
+from exporters.onnx.decoder.nodes import MICROSOFT, Nodes
+from exporters.onnx.decoder.products import Products
+from exporters.onnx.decoder.rotary import rotary_tables
+from exporters.onnx.decoder.shape import Shape
+from exporters.onnx.decoder.tensors import Tensors
+
+SEQLENS, TOTAL = "seqlens_k", "total_sequence_length"
+NORM = "SimplifiedLayerNormalization"
+
+
+class Blocks:
+    """Adds the blocks of a decoder, from the first to the last.
+
+    Args:
+        nodes: the graph.
+        tensors: of the base.
+        products: of its layers.
+        shape: sizes and settings.
+    """
+
+    def __init__(self, nodes: Nodes, tensors: Tensors, products: Products, shape: Shape) -> None:
+        self._nodes, self._tensors, self._products, self._shape = nodes, tensors, products, shape
+
+    def add_all(self, embedded: str) -> str:
+        """From embeddings to the normed output of the last block, both `[batch, tokens, hidden]`."""
+        shape, family = self._shape, self._shape.family
+        residual, hidden = embedded, self.norm(embedded, self._gain(0, family.attention_norm))
+        for layer in range(shape.layers):
+            attended = self._attend(layer, hidden)
+            attended = self._behind(layer, attended, family.after_attention)
+            hidden, residual = self._add_and_norm(attended, residual, self._gain(layer, family.feed_forward_norm))
+            grown = self._behind(layer, self._feed_forward(layer, hidden), family.after_feed_forward)
+            last = layer + 1 == shape.layers
+            gain = "model.norm" if last else self._gain(layer + 1, family.attention_norm)
+            hidden, residual = self._add_and_norm(grown, residual, gain)
+        return hidden
+
+    def norm(self, x: str, gain: str) -> str:
+        """`x` by its root mean square, times the weights `gain`."""
+        return self._nodes.add(NORM, [x, self._norm_weight(gain)], axis=-1, epsilon=self._shape.epsilon, stash_type=1)
+
+    def _behind(self, layer: int, x: str, path: str) -> str:
+        return self.norm(x, self._gain(layer, path)) if path else x
+
+    def _add_and_norm(self, x: str, residual: str, gain: str) -> tuple[str, str]:
+        """The normed sum, and the sum."""
+        count = len(self._nodes.nodes)
+        hidden, _, _, total = self._nodes.add_many(
+            f"Skip{NORM}",
+            [x, residual, self._norm_weight(gain)],
+            [f"normed_{count}", "", "", f"residual_{count}"],
+            MICROSOFT,
+            epsilon=self._shape.epsilon,
+        )
+        return hidden, total
+
+    def _attend(self, layer: int, hidden: str) -> str:
+        shape, nodes = self._shape, self._nodes
+        packed = self._products.multiply(hidden, names_in_block(layer, shape.family.attention))
+        past = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
+        cos, sin = self._positions(layer)
+        inputs = [packed, "", "", *past, SEQLENS, TOTAL, cos, sin, *self._head_norms(layer)]
+        outputs = [f"attended.{layer}", f"present.{layer}.key", f"present.{layer}.value"]
+        attended = nodes.add_many("GroupQueryAttention", inputs, outputs, MICROSOFT, **self._settings(layer))[0]
+        return self._products.multiply(attended, names_in_block(layer, [shape.family.output]))
+
+    def _settings(self, layer: int) -> dict[str, float]:
+        """Attributes of the attention of a layer; what is as the operator has it by itself is left out."""
+        shape = self._shape
+        window = shape.windows[layer]
+        found: dict[str, float] = {"num_heads": shape.heads, "kv_num_heads": shape.kv_heads, "do_rotary": 1}
+        found |= {"local_window_size": window} if window else {}
+        found |= {"scale": shape.scale} if shape.scale else {}
+        found |= {"softcap": shape.softcap} if shape.softcap else {}
+        return found | ({"qk_norm_epsilon": shape.epsilon} if shape.family.query_norm else {})
+
+    def _head_norms(self, layer: int) -> list[str]:
+        """Further inputs of the attention, where queries and keys are normed head by head."""
+        family = self._shape.family
+        if not family.query_norm:
+            return []
+        gains = [self._norm_weight(self._gain(layer, path)) for path in (family.query_norm, family.key_norm)]
+        return ["", "", "", "", "", *gains]
+
+    def _positions(self, layer: int) -> tuple[str, str]:
+        """Cosines and sines of a layer; layers with the same settings share them."""
+        settings, shape = self._shape.rotary[layer], self._shape
+        kind = self._shape.rotary.index(settings)
+
+        def table(index: int) -> np.ndarray:
+            return rotary_tables(settings, shape.rotary_size, shape.positions)[index]
+
+        return (
+            self._nodes.weight(f"rotary.{kind}.cos", lambda: table(0)),
+            self._nodes.weight(f"rotary.{kind}.sin", lambda: table(1)),
+        )
+
+    def _feed_forward(self, layer: int, hidden: str) -> str:
+        nodes, family = self._nodes, self._shape.family
+        both = self._products.multiply(hidden, names_in_block(layer, family.feed_forward))
+        gate, up = nodes.add_many("Split", [both], 2, axis=-1, num_outputs=2)
+        grown = nodes.add("Mul", [self._activate(gate), up])
+        return self._products.multiply(grown, names_in_block(layer, [family.contract]))
+
+    def _activate(self, gate: str) -> str:
+        if self._shape.activation == "gelu_tanh":
+            return self._nodes.add("FastGelu", [gate], MICROSOFT)
+        if self._nodes.dtype == np.float32 or self._nodes.dtype == np.float16:
+            return self._nodes.add("QuickGelu", [gate], MICROSOFT, alpha=1.0)
+        # It has no kernel for bf16.
+        return self._nodes.add("Mul", [gate, self._nodes.add("Sigmoid", [gate])])
+
+    def _gain(self, layer: int, path: str) -> str:
+        return names_in_block(layer, [path])[0]
+
+    def _norm_weight(self, path: str) -> str:
+        offset = self._shape.family.norm_offset
+        return self._nodes.weight(f"{path}.weight", lambda: self._tensors.read(f"{path}.weight").astype(np.float32) + offset)
