@@ -183,8 +183,10 @@ class Engine:
             for seat in writing.values():
                 self._end(seat.owner, "error", error)
             return
-        for row, seat in writing.items():
+        for seat in writing.values():
+            # All of them before the first one leaves: then others move, with as many tokens as they have.
             seat.past += 1
+        for row, seat in writing.items():
             self._take(seat.owner, logits[row])
 
     def _take(self, running: Running, logits: np.ndarray) -> None:
