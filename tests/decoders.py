@@ -40,7 +40,7 @@ def save_decoder(folder: Path, family: str = "Llama", **changes: Any) -> Path:
     config = getattr(transformers, f"{family}Config")(**settings)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+        model = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")(config).eval()
         for name, parameter in model.named_parameters():
             # Gains, biases and logits that matter: zeros and ones would hide that one is missing.
             spread = 0.2 if parameter.dim() == 1 else 1.5 * parameter.shape[-1] ** -0.5
@@ -166,3 +166,13 @@ def write_tiny(folder: Path, checkpoint: Checkpoint, basis: Basis, values: np.nd
 def save_tiny(folder: Path, family: str = "Llama", **changes: Any) -> Checkpoint:
     """The checkpoint of `save_decoder`."""
     return open_checkpoint(str(save_decoder(folder, family, **changes)))
+
+
+def save_bundle(folder: Path, checkpoint: Checkpoint, basis: Basis, **options: Any) -> Path:
+    """A whole switchable bundle of a decoder, exported and checked; returns `folder`."""
+    from exporters.onnx.exporter import EXPORTER
+    from exporters.onnx.options import OnnxOptions
+    from qrlora_deploy.exporting.job import ExportJob
+
+    EXPORTER.export(ExportJob(checkpoint, basis, folder), OnnxOptions(**options))
+    return folder

@@ -21,7 +21,11 @@ class OnnxExporter:
     shown = ("kind", "task", "labels", "precision", "calibration", "opset", "head_labels", "parity", "customer_effect")
 
     def export(self, job: ExportJob, options: OnnxOptions) -> Mapping[str, Any]:
-        """The bundle's manifest; see `export_merged` and `export_switchable`."""
+        """The bundle's manifest; see `export_merged`, `export_switchable` and `export_decoder`."""
+        if job.checkpoint.writes_text:
+            from exporters.onnx.decoder.export import export_decoder
+
+            return export_decoder(job, options).model_dump(mode="json")
         from exporters.onnx.export import export_merged, export_switchable
 
         export = export_switchable if job.coefficients is None else export_merged

@@ -64,7 +64,7 @@ class Blocks:
         packed = self._products.multiply(hidden, names_in_block(layer, shape.family.attention))
         past = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
         cos, sin = self._positions(layer)
-        inputs = [packed, "", "", *past, SEQLENS, TOTAL, cos, sin, *self._head_norms(layer)]
+        inputs = [*self._norm_heads(layer, packed), *past, SEQLENS, TOTAL, cos, sin]
         outputs = [f"attended.{layer}", f"present.{layer}.key", f"present.{layer}.value"]
         attended = nodes.add_many("GroupQueryAttention", inputs, outputs, MICROSOFT, **self._settings(layer))[0]
         return self._products.multiply(attended, names_in_block(layer, [shape.family.output]))
@@ -77,15 +77,26 @@ class Blocks:
         found |= {"local_window_size": window} if window else {}
         found |= {"scale": shape.scale} if shape.scale else {}
         found |= {"softcap": shape.softcap} if shape.softcap else {}
-        return found | ({"qk_norm_epsilon": shape.epsilon} if shape.family.query_norm else {})
+        return found
 
-    def _head_norms(self, layer: int) -> list[str]:
-        """Further inputs of the attention, where queries and keys are normed head by head."""
-        family = self._shape.family
+    def _norm_heads(self, layer: int, packed: str) -> list[str]:
+        """Queries, keys and values; where queries and keys have norms head by head they come apart.
+
+        The attention has inputs for these norms, which its kernel for the CPU refuses.
+        """
+        shape, family, nodes = self._shape, self._shape.family, self._nodes
         if not family.query_norm:
-            return []
-        gains = [self._norm_weight(self._gain(layer, path)) for path in (family.query_norm, family.key_norm)]
-        return ["", "", "", "", "", *gains]
+            return [packed, "", ""]
+        sizes = nodes.constant("attention_sizes", [shape.queries, shape.keys, shape.keys], np.int64)
+        queries, keys, values = nodes.add_many("Split", [packed, sizes], 3, axis=-1)
+        apart = nodes.constant("apart", [0, 0, -1, shape.head_size], np.int64)
+        joined = nodes.constant("joined", [0, 0, -1], np.int64)
+
+        def normed(x: str, path: str) -> str:
+            heads = nodes.add("Reshape", [x, apart])
+            return nodes.add("Reshape", [self.norm(heads, self._gain(layer, path)), joined])
+
+        return [normed(queries, family.query_norm), normed(keys, family.key_norm), values]
 
     def _positions(self, layer: int) -> tuple[str, str]:
         """Cosines and sines of a layer; layers with the same settings share them."""

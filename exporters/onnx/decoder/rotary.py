@@ -84,4 +84,12 @@ def _yarn_attention(settings: Settings, factor: float) -> float:
     return scale(one) / scale(all_dimensions) if one and all_dimensions else scale(1)
 
 
-KINDS = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}
+def _longrope(plain: np.ndarray, settings: Settings, size: int) -> tuple[np.ndarray, float]:
+    """The short factors: a bundle takes no text that is longer than they are for."""
+    old, given = settings["original_max_position_embeddings"], settings.get("attention_factor")
+    factor = settings["factor"]
+    wide = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(old))
+    return plain / np.asarray(settings["short_factor"], dtype=np.float64), float(given) if given else wide
+
+
+KINDS = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn, "longrope": _longrope}

@@ -62,10 +62,11 @@ class Shape:
         return self.kv_heads * self.head_size
 
 
-def read_shape(config: Any, name: str) -> Shape:
+def read_shape(config: Any, name: str, positions: int = 0) -> Shape:
     """From the config as transformers has it.
 
     Args:
+        positions: tokens of the longest text; 0: as many as the config says.
         name: of the checkpoint, for messages.
 
     Raises:
@@ -90,7 +91,7 @@ def read_shape(config: Any, name: str) -> Shape:
         kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         head_size=size,
         vocabulary=config.vocab_size,
-        positions=config.max_position_embeddings,
+        positions=positions or config.max_position_embeddings,
         epsilon=float(config.rms_norm_eps),
         activation=_activation(config, name),
         tied=bool(config.tie_word_embeddings),
@@ -128,10 +129,18 @@ def _rotary(config: Any) -> tuple[Mapping[str, Any], ...]:
     if found is None:
         scaling = dict(getattr(config, "rope_scaling", None) or {})
         scaling.setdefault("rope_type", scaling.pop("type", "default"))
-        whole = {"rope_theta": config.rope_theta, **scaling}
-        whole.setdefault("original_max_position_embeddings", config.max_position_embeddings)
+        found = {"rope_theta": config.rope_theta, **scaling}
         local = {"rope_type": "default", "rope_theta": getattr(config, "rope_local_base_freq", None)}
-        return tuple(local if kind == "sliding_attention" and local["rope_theta"] else whole for kind in kinds)
+        if local["rope_theta"]:
+            found = {"full_attention": found, "sliding_attention": local}
     if "rope_theta" in found:
-        return (found,) * len(kinds)
-    return tuple(found[kind] for kind in kinds)
+        return (_whole(found, config),) * len(kinds)
+    return tuple(_whole(found[kind], config) for kind in kinds)
+
+
+def _whole(settings: Mapping[str, Any], config: Any) -> Mapping[str, Any]:
+    """Settings with what transformers takes from the config where they lack it."""
+    old = settings.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    old = old or config.max_position_embeddings
+    factor = settings.get("factor") or config.max_position_embeddings / old
+    return {**settings, "original_max_position_embeddings": old, "factor": factor}
