@@ -64,7 +64,7 @@ class GenerationAnswer:
         base_digest: of the base's weights.
         prompt_tokens: tokens of the prompt.
         reused_tokens: of these, how many were read for an earlier prompt that began alike.
-        seed: of the random numbers: the same request with it gives the same answer.
+        seed: of the random numbers: the same request with it gives the same answer. None: it was greedy.
         logprobs: of each token, where they were asked for.
         error: why it was refused or failed; None where it was not.
     """

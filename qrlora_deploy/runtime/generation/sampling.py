@@ -33,7 +33,7 @@ class Sampling:
             multiplied.
         presence_penalty: subtracted from the logits of tokens of the answer.
         frequency_penalty: subtracted once for every time that the answer has the token.
-        seed: of the random numbers; None draws one, which the answer tells.
+        seed: of the random numbers, if there are any; None draws one, which the answer tells.
         logprobs: None tells none; 0 tells those of the chosen tokens, n also those of the n best ones.
 
     Raises:
@@ -112,12 +112,13 @@ class Sampler:
         prompt: ids of the prompt.
 
     Attributes:
-        seed: of its random numbers.
+        seed: of its random numbers; None where there are none.
     """
 
     def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
         self.sampling = sampling
-        self.seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
+        drawn = secrets.randbits(32) if sampling.seed is None else sampling.seed
+        self.seed = None if sampling.greedy else drawn
         self._step = 0
         self._seen = set(prompt) if sampling.repetition_penalty != 1 else set()
         self._counts: dict[int, int] = {}
@@ -139,6 +140,7 @@ class Sampler:
     def _draw(self, logits: np.ndarray) -> int:
         if self.sampling.greedy:
             return int(logits.argmax())
+        assert self.seed is not None
         ids, probabilities = candidates(logits, self.sampling)
         place = np.searchsorted(probabilities.cumsum(), uniform(self.seed, self._step), side="right")
         return int(ids[min(int(place), len(ids) - 1)])

@@ -25,6 +25,7 @@ from qrlora_deploy.runtime.generation.writing import Writer
 from qrlora_deploy.runtime.host.devices import Device
 from qrlora_deploy.runtime.sessions.customer_rows import CustomerRows
 from qrlora_deploy.runtime.sessions.session import open_session
+from qrlora_deploy.tasks.registry import BY_NAME
 
 BLOCK_TOKENS = 128
 """A prompt is read, and its beginning kept, in blocks of so many tokens."""
@@ -289,6 +290,6 @@ def check_bundle(bundle: Bundle) -> None:
     Raises:
         InputError: it is for another task.
     """
-    task = bundle.manifest.task
-    if task != "text-generation":
-        raise InputError(f"{bundle.folder} is for {task} and writes no text; export a decoder, or use predict")
+    task = BY_NAME[bundle.manifest.task]
+    if not task.writes_text:
+        raise InputError(f"{bundle.folder} is for {task.name} and writes no text; ask it by `predict`")
