@@ -2,7 +2,6 @@
 
 import os
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -190,7 +189,7 @@ class GenerationSession:
 
         A request that is refused gets an answer with its `error`; the others go on.
         """
-        streams: deque[AnswerStream] = deque()
+        streams: list[AnswerStream] = []
         coming = enumerate(requests)
         try:
             while True:
@@ -212,14 +211,13 @@ class GenerationSession:
         found = {event.number: event.answer for event in self.generate(requests) if event.answer is not None}
         return [found[number] for number in range(len(found))]
 
-    def _events(self, streams: "deque[AnswerStream]") -> Iterator[GenerationEvent]:
+    def _events(self, streams: "list[AnswerStream]") -> Iterator[GenerationEvent]:
         """What has happened by the next step, without the streams that have ended."""
         streams[0].wait()
-        for _ in range(len(streams)):
-            stream = streams.popleft()
+        for stream in list(streams):
             yield from stream.ready()
-            if not stream.ended:
-                streams.append(stream)
+            if stream.ended:
+                streams.remove(stream)
 
     def _refusal(self, request: GenerationRequest, error: QrloraError) -> GenerationAnswer:
         return GenerationAnswer("", (), "error", request.customer, self.bundle.manifest.base_digest, error=error)

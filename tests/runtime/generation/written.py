@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 
 from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
-from tests.decoders import save_bundle
+from tests.decoders import SIZES, save_bundle
 from tests.runtime.generation.tiny import NAMES, Made, make_decoder
+
+END = SIZES["eos_token_id"]
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,13 @@ class Written:
         return Path(shutil.copytree(self.customers, folder))
 
     def greedy(self, prompt: str, customer: str | None, new: int) -> str:
-        """The text of PyTorch's greedy answer to a text."""
+        """The text of PyTorch's greedy answer to a text, up to the end token."""
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(self.bundle / "tokenizer.json"))
         tokenizer.no_padding()
-        return str(tokenizer.decode(self.made.by_torch(tokenizer.encode(prompt).ids, customer, new)))
+        tokens = self.made.by_torch(tokenizer.encode(prompt).ids, customer, new)
+        return str(tokenizer.decode(tokens[: tokens.index(END)] if END in tokens else tokens))
 
 
 def write_everything(folder: Path) -> Written:
