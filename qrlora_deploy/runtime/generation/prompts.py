@@ -1,6 +1,6 @@
 """From a prompt to the ids that a model reads."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,12 @@ from qrlora_deploy.errors import FileFormatError, MalformedInputError, argument
 from qrlora_deploy.io.reading import is_file, parse_json, read_text
 from qrlora_deploy.io.strict import from_value
 from qrlora_deploy.runtime.bundle.bundle import CONFIG_FILE, TOKENIZER_FILE
+from qrlora_deploy.runtime.generation.chats import read_chat_template
 from qrlora_deploy.runtime.generation.requests import GenerationRequest
 from qrlora_deploy.runtime.prediction.tokenizing import check_texts
 
 GENERATION_FILE = "generation_config.json"
 MAX_CONFIG_BYTES = 16 * 2**20
-
-Render = Callable[[Sequence[Mapping[str, Any]]], str]
-"""From the messages of a chat to the text that the model reads, which ends where its answer begins."""
 
 
 class PromptReader:
@@ -28,7 +26,6 @@ class PromptReader:
         folder: of the bundle.
         longest: tokens that the model takes, the answer included.
         vocabulary: ids from 0 on that the model has a row for.
-        render: the chat template; None: the base has none.
 
     Attributes:
         tokenizer: a `tokenizers.Tokenizer`.
@@ -38,8 +35,8 @@ class PromptReader:
         FileFormatError: a file of the bundle cannot be read.
     """
 
-    def __init__(self, folder: Path, longest: int, vocabulary: int, render: Render | None = None) -> None:
-        self._folder, self._longest, self._vocabulary, self._render = folder, longest, vocabulary, render
+    def __init__(self, folder: Path, longest: int, vocabulary: int) -> None:
+        self._folder, self._longest, self._vocabulary = folder, longest, vocabulary
         path = folder / TOKENIZER_FILE
         try:
             self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
@@ -49,6 +46,7 @@ class PromptReader:
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.ends = read_ends(folder)
+        self._template = read_chat_template(folder)
 
     def read(self, request: GenerationRequest) -> list[int]:
         """The ids of a request's prompt.
@@ -92,11 +90,15 @@ class PromptReader:
         return list(ids)
 
     def _rendered(self, messages: Any) -> str:
-        if self._render is None:
+        """The text of a chat, up to where the answer begins."""
+        if self._template is None:
             raise MalformedInputError(
                 f"{self._folder} has no chat template, so it takes no messages; give one text as {argument('prompt')}"
             )
-        return self._render(messages)
+        for message in messages:
+            if not all(isinstance(message.get(name), str) for name in ("role", "content")):
+                raise MalformedInputError(f'a message needs texts as "role" and "content", not {dict(message)!r:.80}')
+        return self._template.render(messages, add_generation_prompt=True)
 
 
 class _Ends(BaseModel):

@@ -236,11 +236,10 @@ def test_customers_that_cannot_be_served_are_refused_in_one_line(written: Writte
 
 
 def test_a_full_cache_is_refused(written: Written) -> None:
-    with open_session(written, max_cache_bytes=100_000) as opened:
+    with open_session(written, max_cache_bytes=90_000, capacities=[32, 128]) as opened:
         error = refused(opened, prompt_of(0, 100))
-        assert isinstance(error, CacheFullError) and str(error).startswith(
-            "cache full: 128 tokens of prompt and answer"
-        )
+        assert isinstance(error, CacheFullError)
+        assert str(error).startswith("cache full: 128 tokens of prompt and answer take 98304 bytes of cache")
     with open_session(written, max_waiting=2) as opened:
         for _ in range(2):
             opened.submit(GenerationRequest(PROMPTS[0]))
