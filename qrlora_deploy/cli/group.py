@@ -34,6 +34,7 @@ COMMANDS = (
     "export",
     "verify",
     "predict",
+    "generate",
     "pack",
     "customers",
     "serve",

@@ -30,6 +30,7 @@ from qrlora_deploy.training.cached_trainer import (
     numbered,
 )
 from qrlora_deploy.training.checkpoints import STATE, Sealing, open_work_dir
+from qrlora_deploy.training.forward_only import check_reads_forward
 from qrlora_deploy.training.loop import (
     Progress,
     SmallTrainer,
@@ -42,7 +43,6 @@ from qrlora_deploy.training.loop import (
     trainer_parts,
     training_arguments,
 )
-from qrlora_deploy.training.forward_only import check_reads_forward
 from qrlora_deploy.training.outputs import Outputs, customer_outputs, encode_rows, taken_for
 from qrlora_deploy.training.record import Ran, training_record
 from qrlora_deploy.training.rows import Rows, build_rows, texts_of

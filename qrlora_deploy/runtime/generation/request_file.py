@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 from pydantic import Field
 
 from qrlora_deploy.errors import FileFormatError, InputError, argument
+from qrlora_deploy.io.files import atomic_file
+from qrlora_deploy.io.outputs import check_replaceable
 from qrlora_deploy.io.reading import parse_json
 from qrlora_deploy.runtime.generation.requests import GenerationAnswer, GenerationRequest
 from qrlora_deploy.runtime.generation.sampling import Sampling
-from qrlora_deploy.runtime.prediction.requests import OwnedLine, lines_of, parse_line
+from qrlora_deploy.runtime.prediction.requests import MAX_LINE_BYTES, OwnedLine, lines_of, parse_line
 
 PARTIAL = ".partial"
 """Behind the name of a file of answers that is not whole."""
@@ -116,15 +119,15 @@ class AnswerFile:
         done: answers that are written.
 
     Raises:
-        InputError: there is a part of other requests.
+        InputError: there is a part of other requests, or the file is there and holds something else than answers.
     """
 
     def __init__(
         self, path: Path, requests: list[GenerationRequest], model: Mapping[str, Any], resume: bool = False
     ) -> None:
+        check_replaceable(path, "file of answers", _is_answers)
         self.path, self.partial = path, path.with_name(path.name + PARTIAL)
-        asked = json.dumps([repr(request) for request in requests]) + json.dumps(dict(model), sort_keys=True)
-        self._header = json.dumps({"requests_digest": hashlib.sha256(asked.encode()).hexdigest()}).encode() + b"\n"
+        self._header = json.dumps({"requests_digest": _digest(requests, model)}).encode() + b"\n"
         self.done = self._cut_to_whole_lines(len(requests)) if resume and self.partial.exists() else 0
         if not self.done:
             self.partial.write_bytes(self._header)
@@ -143,12 +146,9 @@ class AnswerFile:
     def finish(self) -> None:
         """Give the file its name; every answer is there."""
         self._file.close()
-        whole = self.partial.with_name(self.partial.name + ".whole")
-        with self.partial.open("rb") as source, whole.open("wb") as target:
+        with atomic_file(self.path) as whole, self.partial.open("rb") as source, whole.open("wb") as target:
             source.readline()
-            while block := source.read(2**20):
-                target.write(block)
-        whole.replace(self.path)
+            shutil.copyfileobj(source, target)
         self.partial.unlink()
 
     def close(self) -> None:
@@ -177,3 +177,16 @@ class AnswerFile:
                 lines, end = lines + 1, end + len(line)
             file.truncate(end)
         return lines
+
+
+def _is_answers(path: Path) -> bool:
+    with path.open("rb") as file:
+        return b'"finish_reason"' in file.readline(MAX_LINE_BYTES)
+
+
+def _digest(requests: list[GenerationRequest], model: Mapping[str, Any]) -> str:
+    """SHA-256 over what is asked and what answers."""
+    found = hashlib.sha256(json.dumps(dict(model), sort_keys=True).encode())
+    for request in requests:
+        found.update(ascii(request).encode())
+    return found.hexdigest()

@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from qrlora_deploy.runtime.generation.prefixes import PrefixCache
 from qrlora_deploy.runtime.generation.prompts import PromptReader, check_room
 from qrlora_deploy.runtime.generation.requests import GenerationAnswer, GenerationEvent, GenerationRequest
 from qrlora_deploy.runtime.generation.scheduler import Scheduler
+from qrlora_deploy.runtime.generation.streams import AnswerStream
 from qrlora_deploy.runtime.generation.writing import Writer
 from qrlora_deploy.runtime.host.devices import Device
 from qrlora_deploy.runtime.sessions.customer_rows import CustomerRows
@@ -157,7 +158,7 @@ class GenerationSession:
         if self.store is not None:
             self.store.close()
 
-    def submit(self, request: GenerationRequest, number: int = 0) -> "AnswerStream":
+    def submit(self, request: GenerationRequest, number: int = 0) -> AnswerStream:
         """Take a request; its events come while the stream is read.
 
         Args:
@@ -183,6 +184,15 @@ class GenerationSession:
         running = Running(number, prompt, request.customer, needed, writer, deadline)
         self._engine.arrive(running)
         return AnswerStream(running, self._advance)
+
+    def check_customer(self, customer: str | None) -> None:
+        """Make sure that a customer is there.
+
+        Raises:
+            UnknownCustomerError: it is not.
+            InputError: its file cannot be served.
+        """
+        self._holder.check(customer)
 
     def generate(self, requests: Iterable[GenerationRequest]) -> Iterator[GenerationEvent]:
         """The events of many requests, as they happen; they are taken as rows become free.
@@ -211,7 +221,7 @@ class GenerationSession:
         found = {event.number: event.answer for event in self.generate(requests) if event.answer is not None}
         return [found[number] for number in range(len(found))]
 
-    def _events(self, streams: "list[AnswerStream]") -> Iterator[GenerationEvent]:
+    def _events(self, streams: list[AnswerStream]) -> Iterator[GenerationEvent]:
         """What has happened by the next step, without the streams that have ended."""
         streams[0].wait()
         for stream in list(streams):
@@ -227,59 +237,6 @@ class GenerationSession:
         with self._stepping:
             if not running.events:
                 self._engine.step()
-
-
-class AnswerStream:
-    """The events of one request. Reading it does the work, for all requests of its session.
-
-    Attributes:
-        ended: whether the last event was taken.
-    """
-
-    def __init__(self, running: Running, advance: Callable[[Running], None]) -> None:
-        self._running, self._advance = running, advance
-        self.ended = False
-
-    def __iter__(self) -> Iterator[GenerationEvent]:
-        return self
-
-    def __next__(self) -> GenerationEvent:
-        if self.ended:
-            raise StopIteration
-        while not self._running.events:
-            self._advance(self._running)
-        event = self._running.events.popleft()
-        self.ended = event.answer is not None
-        return event
-
-    def wait(self) -> None:
-        """Go on until there is an event, or one step."""
-        if not self._running.events:
-            self._advance(self._running)
-
-    def ready(self) -> Iterator[GenerationEvent]:
-        """The events that have happened; does no work."""
-        while self._running.events and not self.ended:
-            yield next(self)
-
-    def cancel(self) -> None:
-        """End the answer as it is, by the next step."""
-        self._running.cancelled = True
-
-    def result(self) -> GenerationAnswer:
-        """The whole answer.
-
-        Raises:
-            QrloraError: it failed.
-        """
-        answer = None
-        for event in self:
-            answer = event.answer
-        if answer is None:
-            raise NotReadyError("the answer was taken already; keep the last event of the stream")
-        if answer.error is not None:
-            raise answer.error
-        return answer
 
 
 def check_bundle(bundle: Bundle) -> None:

@@ -52,13 +52,12 @@ def read_requests(path: Path) -> list[Request]:
     """
     try:
         with path.open("rb") as file:
-            requests = [
-                parse_line(Request, path, number, line) for number, line in lines_of(file, path) if line.strip()
-            ]
+            numbered = [(number, line) for number, line in lines_of(file, path) if line.strip()]
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
-    if not requests:
+    if not numbered:
         raise InputError(f"{path} holds no requests")
+    requests = [parse_line(Request, path, number, line) for number, line in numbered]
     if len({request.pair is None for request in requests}) > 1:
         raise FileFormatError(f"{path}: some requests have a pair and some have none")
     return requests
