@@ -36,6 +36,7 @@ ROOMS = (
     "runtime.sessions",
     "runtime.customers",
     "runtime.prediction",
+    "runtime.generation",
     "runtime.verification",
     "runtime",
     "serving.refusals",

@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime
 
 from qrlora_deploy.errors import UnknownCustomerError
 from qrlora_deploy.formats.basis import Basis
-from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.runtime.bundle.row_layout import TABLE, TableLayout
 from qrlora_deploy.runtime.generation.budget import Budget
 from qrlora_deploy.runtime.generation.cache import KvCache
@@ -23,7 +22,9 @@ from qrlora_deploy.runtime.generation.sampling import Sampling
 from qrlora_deploy.runtime.generation.scheduler import Scheduler
 from qrlora_deploy.runtime.generation.writing import Writer
 from qrlora_deploy.runtime.table.memory import HostMemory, TableMemory
-from tests.decoders import make_basis, make_customers, save_tiny, write_tiny
+
+if TYPE_CHECKING:
+    from qrlora_deploy.models.checkpoint import Checkpoint
 
 NAMES = ("one", "two", "three")
 
@@ -36,7 +37,7 @@ class Made:
         values: `[4, total_rank]`: the base's zeros and those of `NAMES`.
     """
 
-    checkpoint: Checkpoint
+    checkpoint: "Checkpoint"
     basis: Basis
     values: np.ndarray
     model: Path
@@ -70,6 +71,8 @@ class Made:
 
 def make_decoder(folder: Path, family: str = "Llama", **changes: Any) -> Made:
     """A decoder in `folder`."""
+    from tests.decoders import make_basis, make_customers, save_tiny, write_tiny
+
     checkpoint = save_tiny(folder / "base", family, **changes)
     basis = make_basis(checkpoint)
     return Made(

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
-from tests.decoders import SIZES, save_bundle
 from tests.runtime.generation.tiny import NAMES, Made, make_decoder
 
-END = SIZES["eos_token_id"]
+END = 3
+"""The end token of the tiny decoders."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,9 @@ class Written:
 
 def write_everything(folder: Path) -> Written:
     """A bundle and its customers in `folder`."""
+    from tests.decoders import SIZES, save_bundle
+
+    assert SIZES["eos_token_id"] == END
     made = make_decoder(folder)
     bundle = save_bundle(folder / "switchable", made.checkpoint, made.basis)
     written = Written(made, bundle, folder / "customers")
