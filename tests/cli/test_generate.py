@@ -142,32 +142,10 @@ def _header_of(place: Path, asked: list[object]) -> str:
     return partial.read_text()
 
 
-def test_a_conversation(place: Path, written: Written) -> None:
-    lines = [
-        "hello",
-        f"@two {PROMPT}",
-        "@two",
-        PROMPT,
-        "@nobody hi",
-        "/base",
-        "/customers",
-        "/what",
-        "hello",
-        "/quit",
-        "no",
-    ]
+def talk(place: Path, lines: list[str], *arguments: str) -> Ran:
+    """Type lines into a conversation."""
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "qrlora_deploy.cli",
-            "generate",
-            "bundle",
-            "--customers",
-            "customers",
-            "--max-tokens",
-            "5",
-        ],
+        [sys.executable, "-m", "qrlora_deploy.cli", "generate", "bundle", "--max-tokens", "5", *arguments],
         input="\n".join(lines),
         capture_output=True,
         text=True,
@@ -176,29 +154,22 @@ def test_a_conversation(place: Path, written: Written) -> None:
         timeout=120,
         check=False,
     )
+    return Ran(done.returncode, done.stdout, done.stderr)
+
+
+def test_a_conversation(place: Path, written: Written) -> None:
+    lines = ["hello", f"@two {PROMPT}", "@two", PROMPT, "@nobody hi", "/base", "/customers", "/what", "hello", "/quit"]
+    ran = talk(place, [*lines, "not any more"], "--customers", "customers")
     asked = [("hello", None), (PROMPT, "two"), (PROMPT, "two"), ("hello", None)]
-    assert [line.strip() for line in done.stdout.splitlines()] == [
-        written.greedy(text, owner, 5) for text, owner in asked
-    ]
-    assert done.returncode == 0 and "holds no customer 'nobody'" in done.stderr and "there is no /what" in done.stderr
-    assert "one, three, two" in done.stderr and "Traceback" not in done.stderr
+    expected = [written.greedy(text, owner, 5) for text, owner in asked]
+    assert ran.code == 0 and [line.strip() for line in ran.out.splitlines()] == expected
+    for part in ("holds no customer 'nobody'", "there is no /what", "one, three, two"):
+        assert part in ran.err
+    assert "Traceback" not in ran.err
 
 
 def test_a_conversation_remembers_a_chat(place: Path) -> None:
-    def talk(*lines: str) -> list[str]:
-        ran = subprocess.run(
-            [sys.executable, "-m", "qrlora_deploy.cli", "generate", "bundle", "--chat", "--max-tokens", "5"],
-            input="\n".join(lines),
-            capture_output=True,
-            text=True,
-            cwd=place,
-            env=environment(),
-            timeout=120,
-            check=False,
-        )
-        return ran.stdout.splitlines()
-
-    first, second, anew = talk("hi", "hi", "/new", "hi")[:3]
+    first, second, anew = talk(place, ["hi", "hi", "/new", "hi"], "--chat").out.splitlines()
     assert first == anew != second
 
 
@@ -246,19 +217,14 @@ def test_options_that_do_not_go_together(arguments: list[str], text: str, place:
 def test_it_needs_no_pytorch(place: Path) -> None:
     code = (
         "import sys, runpy\n"
-        "sys.argv = ['qrlora-deploy', 'generate', 'bundle', '--customers', 'customers', '--prompt', 'a', '--max-tokens', '2']\n"
+        "sys.argv = ['qrlora-deploy', 'generate', 'bundle', '--customers', 'customers', '--prompt', 'a']\n"
         "try:\n    runpy.run_module('qrlora_deploy.cli', run_name='__main__')\n"
         "except SystemExit as end:\n    assert not end.code, end\n"
         "assert not {'torch', 'transformers', 'onnx'} & sys.modules.keys()\n"
     )
+    command = [sys.executable, "-c", code]
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=place,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+        command, cwd=place, env=environment(), capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
 

@@ -1,6 +1,7 @@
 """Files of requests and of their answers: what a line may say, order, and going on after an interruption."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from qrlora_deploy.errors import FileFormatError, InputError
 from qrlora_deploy.runtime.generation.request_file import AnswerFile, read_generation_requests
 from qrlora_deploy.runtime.generation.requests import GenerationRequest
 from qrlora_deploy.runtime.generation.sampling import Sampling
-from tests.damaging import damaged
+from tests.damaging import damaged_bytes
 
 DEFAULTS = GenerationRequest(" ", "acme", Sampling(temperature=0.5, seed=3), 20, ["END"])
 MODEL = {"base": "0" * 64}
@@ -70,7 +71,7 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
 def test_damaged_files_are_read_or_refused(tmp_path: Path, seed: int) -> None:
     content = write(tmp_path / "whole.jsonl", {"prompt": "a", "top_k": 3}, {"prompt": "é"}).read_bytes()
     path = tmp_path / "damaged.jsonl"
-    path.write_bytes(damaged(content, seed))
+    path.write_bytes(damaged_bytes(content, random.Random(seed)))
     try:
         read_generation_requests(path, DEFAULTS)
     except InputError as error:
