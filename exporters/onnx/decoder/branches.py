@@ -37,6 +37,12 @@ class Branch:
         """Columns of all targets."""
         return sum(self.ranks)
 
+    @property
+    def waste(self) -> float:
+        """Zeros in `q`, by the weights of the product that it is part of."""
+        used = sum(rank * len(target.q) for target, rank in zip(self.targets, self.ranks, strict=True))
+        return (self.rank * self.outputs - used) / (self.outputs * self.targets[0].r.shape[1])
+
     def r(self) -> np.ndarray:
         """`[in, rank]`: all R beside each other, the padding zero."""
         parts = [
@@ -55,6 +61,11 @@ class Branch:
         return whole
 
 
+def q_of(target: BasisTarget) -> np.ndarray:
+    """`[padded rank, outputs]`: one Q by itself, the padding zero."""
+    return np.pad(target.q.T, ((0, padded_rank(target.rank) - target.rank), (0, 0)))
+
+
 class Branches:
     """The branches of a decoder, by the layers that a product has.
 
@@ -64,7 +75,7 @@ class Branches:
 
     def __init__(self, basis: Basis | None) -> None:
         targets = basis.targets if basis else ()
-        self._targets = {_path(target.name): target for target in targets}
+        self._targets = {path_of(target.name): target for target in targets}
         starts = np.cumsum([0, *(padded_rank(target.rank) for target in targets)])
         self._columns = {target.name: int(start) for target, start in zip(targets, starts, strict=False)}
         self._left = set(self._targets)
@@ -96,7 +107,8 @@ class Branches:
         return np.concatenate([self._columns[one.name] + np.arange(padded_rank(one.rank)) for one in targets])
 
 
-def _path(name: str) -> str:
+def path_of(name: str) -> str:
+    """Module path of a target, whether or not its basis was made from the headless model."""
     return name if name.startswith("model.") else f"model.{name}"
 
 

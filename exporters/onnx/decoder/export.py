@@ -9,7 +9,7 @@ import numpy as np
 from exporters.onnx.decoder.bundle_files import Made, seal, write_side_files
 from exporters.onnx.decoder.graph import Plan, write_decoder
 from exporters.onnx.decoder.options import check_options
-from exporters.onnx.decoder.precision import dtype_of
+from exporters.onnx.decoder.precision import PRECISIONS
 from exporters.onnx.decoder.reference import SLOTS, Rows, choose_rows, customers_of, lend, make_case
 from exporters.onnx.decoder.shape import Shape, read_shape
 from exporters.onnx.decoder.tensors import Tensors
@@ -73,10 +73,11 @@ def export_decoder(job: ExportJob, options: OnnxOptions) -> Manifest:
     with atomic_folder(job.output) as folder:
         tensors = Tensors(job.checkpoint.stored, job.checkpoint.name)
         values = None if customer is None else customer.values
-        dtype = dtype_of(options.precision)
-        model = write_decoder(
-            Plan(decoder.shape, tensors, job.basis, values, dtype, options.table_dtype), folder, MODEL_FILE
+        precision = PRECISIONS[options.precision]
+        plan = Plan(
+            decoder.shape, tensors, job.basis, values, precision.dtype, options.table_dtype, precision.bits
         )
+        model = write_decoder(plan, folder, MODEL_FILE)
         progress(2)
         session = open_for_check(folder / MODEL_FILE, options.precision, options.provider)
         report = check_forced(session, [case], options.precision)

@@ -9,6 +9,7 @@ import onnx
 from onnx import TensorProto, helper
 from onnx.helper import np_dtype_to_tensor_dtype
 
+from exporters.onnx.decoder.blockwise import blockwise
 from exporters.onnx.decoder.branches import Branches
 from exporters.onnx.decoder.external_data import ExternalData
 from exporters.onnx.decoder.layer import SEQLENS, TOTAL, Blocks
@@ -24,6 +25,9 @@ OPSET, IR_VERSION = 21, 10
 NO_SLOT = 2**31 - 1
 """What a negative slot becomes: a row that no table has. Gather takes -1 for the last row, which is a customer's."""
 
+HEAD_BITS = 8
+"""Of a head, where weights are quantised: it is read whole for every token, and its errors are those of logits."""
+
 EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -38,6 +42,7 @@ class Plan:
         values: `[total_rank]` fp32 of the customer that is folded in; None: any customer in any row.
         dtype: of weights and activations.
         table_dtype: of the coefficient table, "fp32" or "fp16".
+        bits: of the base's weights, 4 or 8; 0: they are not quantised.
     """
 
     shape: Shape
@@ -46,6 +51,7 @@ class Plan:
     values: np.ndarray | None = None
     dtype: Any = np.float32
     table_dtype: str = "fp32"
+    bits: int = 0
 
 
 def write_decoder(plan: Plan, folder: Path, file: str) -> onnx.ModelProto:
@@ -65,7 +71,7 @@ def _build(plan: Plan, nodes: Nodes) -> onnx.ModelProto:
     merged = plan.values is not None
     branches = Branches(None if merged else plan.basis)
     folds = folds_of(plan.basis, plan.values) if plan.values is not None else {}
-    products = Products(nodes, plan.tensors, branches, folds)
+    products = Products(nodes, plan.tensors, branches, folds, plan.bits)
     _answer(plan, nodes, Blocks(nodes, plan.tensors, products, plan.shape).add_all(_embed(plan, nodes)))
     branches.check_all_taken()
     products.check_all_folded()
@@ -91,14 +97,22 @@ def _answer(plan: Plan, nodes: Nodes, hidden: str) -> None:
     """Logits of the last token of each row alone."""
     flat = nodes.add("Reshape", [hidden, nodes.constant("flat", [-1, plan.shape.hidden], np.int64)])
     last = nodes.add("Gather", [flat, "token"])
-    head = EMBEDDING if plan.shape.tied else "lm_head.weight"
-    logits = nodes.add("Gemm", [last, nodes.weight(head, lambda: plan.tensors.read(head))], transB=1)
+    logits = _head(plan, nodes, last)
     if nodes.dtype != np.float32:
         logits = nodes.add("Cast", [logits], to=TensorProto.FLOAT)
     if plan.shape.logits_softcap:
         cap = nodes.constant("logits_softcap", plan.shape.logits_softcap, np.float32)
         logits = nodes.add("Mul", [nodes.add("Tanh", [nodes.add("Div", [logits, cap])]), cap])
     nodes.nodes[-1].output[0] = "logits"
+
+
+def _head(plan: Plan, nodes: Nodes, last: str) -> str:
+    """`[batch, hidden]` to `[batch, vocabulary]`; a tied head is the embedding itself, unless it is quantised."""
+    name = EMBEDDING if plan.shape.tied else "lm_head.weight"
+    if plan.bits:
+        shape = plan.shape.vocabulary, plan.shape.hidden
+        return blockwise(nodes, last, "lm_head", shape, lambda: plan.tensors.read(name).astype(np.float32), HEAD_BITS)
+    return nodes.add("Gemm", [last, nodes.weight(name, lambda: plan.tensors.read(name))], transB=1)
 
 
 def _add_coefficients(plan: Plan, nodes: Nodes, branches: Branches, products: Products) -> None:

@@ -61,13 +61,13 @@ class Blocks:
 
     def _attend(self, layer: int, hidden: str) -> str:
         shape, nodes = self._shape, self._nodes
-        packed = self._products.multiply(hidden, names_in_block(layer, shape.family.attention))
+        projected = self._products.multiply(hidden, names_in_block(layer, shape.family.attention))
         past = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
         cos, sin = self._positions(layer)
-        inputs = [*self._norm_heads(layer, packed), *past, SEQLENS, TOTAL, cos, sin]
+        inputs = [*self._norm_heads(layer, projected), *past, SEQLENS, TOTAL, cos, sin]
         outputs = [f"attended.{layer}", f"present.{layer}.key", f"present.{layer}.value"]
         attended = nodes.add_many("GroupQueryAttention", inputs, outputs, MICROSOFT, **self._settings(layer))[0]
-        return self._products.multiply(attended, names_in_block(layer, [shape.family.output]))
+        return self._products.one(attended, names_in_block(layer, [shape.family.output])[0])
 
     def _settings(self, layer: int) -> dict[str, float]:
         """Attributes of the attention of a layer; what is as the operator has it by itself is left out."""
@@ -79,16 +79,18 @@ class Blocks:
         found |= {"softcap": shape.softcap} if shape.softcap else {}
         return found
 
-    def _norm_heads(self, layer: int, packed: str) -> list[str]:
+    def _norm_heads(self, layer: int, projected: list[str]) -> list[str]:
         """Queries, keys and values; where queries and keys have norms head by head they come apart.
 
         The attention has inputs for these norms, which its kernel for the CPU refuses.
         """
         shape, family, nodes = self._shape, self._shape.family, self._nodes
         if not family.query_norm:
-            return [packed, "", ""]
-        sizes = nodes.constant("attention_sizes", [shape.queries, shape.keys, shape.keys], np.int64)
-        queries, keys, values = nodes.add_many("Split", [packed, sizes], 3, axis=-1)
+            return projected if len(projected) > 1 else [*projected, "", ""]
+        if len(projected) == 1:
+            sizes = nodes.constant("attention_sizes", [shape.queries, shape.keys, shape.keys], np.int64)
+            projected = nodes.add_many("Split", [*projected, sizes], 3, axis=-1)
+        queries, keys, values = projected
         apart = nodes.constant("apart", [0, 0, -1, shape.head_size], np.int64)
         joined = nodes.constant("joined", [0, 0, -1], np.int64)
 
@@ -113,10 +115,12 @@ class Blocks:
 
     def _feed_forward(self, layer: int, hidden: str) -> str:
         nodes, family = self._nodes, self._shape.family
-        both = self._products.multiply(hidden, names_in_block(layer, family.feed_forward))
-        gate, up = nodes.add_many("Split", [both], 2, axis=-1, num_outputs=2)
+        expanded = self._products.multiply(hidden, names_in_block(layer, family.feed_forward))
+        if len(expanded) == 1:
+            expanded = nodes.add_many("Split", expanded, 2, axis=-1, num_outputs=2)
+        gate, up = expanded
         grown = nodes.add("Mul", [self._activate(gate), up])
-        return self._products.multiply(grown, names_in_block(layer, [family.contract]))
+        return self._products.one(grown, names_in_block(layer, [family.contract])[0])
 
     def _activate(self, gate: str) -> str:
         if self._shape.activation == "gelu_tanh":

@@ -1,15 +1,21 @@
 """Products of a decoder: one matrix for all layers that read one input, with their branches as one more."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from exporters.onnx.decoder.branches import Branch, Branches
+from exporters.onnx.decoder.branches import Branch, Branches, path_of, q_of
+from exporters.onnx.decoder.blockwise import blockwise
 from exporters.onnx.decoder.nodes import Nodes
 from exporters.onnx.decoder.tensors import Tensors
 from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.factorization.decomposition import update
 from qrlora_deploy.formats.basis import Basis, BasisTarget
+
+
+MOST_WASTE = 0.2
+"""Zeros, by a product's weights, that joint branches may bring where a graph is for the CPU, on which bytes cost more
+than operators; on a GPU it is the other way round, and branches are always joint."""
 
 
 class Products:
@@ -20,26 +26,38 @@ class Products:
         tensors: of the base.
         branches: a customer per row; without targets where the bundle is merged.
         folds: a customer to fold in, by module path.
+        bits: of the weights, 4 or 8; 0: they are not quantised.
     """
 
     def __init__(
-        self, nodes: Nodes, tensors: Tensors, branches: Branches, folds: dict[str, tuple[BasisTarget, np.ndarray]]
+        self,
+        nodes: Nodes,
+        tensors: Tensors,
+        branches: Branches,
+        folds: dict[str, tuple[BasisTarget, np.ndarray]],
+        bits: int = 0,
     ) -> None:
+        self._bits = bits
+        self._most_waste = MOST_WASTE if nodes.dtype == np.float32 else np.inf
         self._nodes, self._tensors, self._branches, self._folds = nodes, tensors, branches, folds
         self._folded: set[str] = set()
         self.parts: list[str] = []
         """Names of the coefficients of each branch `[batch, 1, rank]`, to be taken in turn."""
 
-    def multiply(self, x: str, layers: Sequence[str]) -> str:
-        """`[batch, tokens, in]` to the outputs of all `layers` beside each other."""
+    def multiply(self, x: str, layers: Sequence[str]) -> list[str]:
+        """`[batch, tokens, in]` to the outputs of all `layers` beside each other, or to those of each."""
         sizes = [self._tensors.shape(f"{layer}.weight")[0] for layer in layers]
         branch = self._branches.take(layers, sizes)
-        name = _common(layers)
         if branch is None:
-            y = self._nodes.add("MatMul", [x, self._nodes.weight(f"{name}.weight", lambda: self._packed(layers))])
-        else:
-            y = self._with_branch(x, layers, branch, name)
-        return self._with_bias(y, layers, name)
+            return [self._with_bias(self._plain(x, layers), layers)]
+        scaled = self._scaled(x, layers, branch)
+        if branch.waste <= self._most_waste:
+            return [self._with_bias(self._extended(x, scaled, layers, branch.q), layers)]
+        return self._each(x, scaled, layers, branch)
+
+    def one(self, x: str, layer: str) -> str:
+        """The outputs of a single layer."""
+        return self.multiply(x, [layer])[0]
 
     def check_all_folded(self) -> None:
         """Refuse, by an InputError, targets that no product has: the customer would be lost in part."""
@@ -49,29 +67,65 @@ class Products:
                 f"a basis of the layers in its blocks ({argument('targets')} of factorize)"
             )
 
-    def _with_branch(self, x: str, layers: Sequence[str], branch: Branch, name: str) -> str:
-        """`[x, c * (x R)] [W; Q]`: one product gives base and branch, and nothing has to be added."""
+    def _plain(self, x: str, layers: Sequence[str]) -> str:
+        name = f"{_common(layers)}.weight"
+        if self._bits:
+            shapes = [self._tensors.shape(f"{layer}.weight") for layer in layers]
+            shape = sum(rows for rows, _ in shapes), shapes[0][1]
+            return blockwise(self._nodes, x, name, shape, lambda: self._rows(layers), self._bits)
+        return self._nodes.add("MatMul", [x, self._nodes.weight(name, lambda: self._packed(layers))])
+
+    def _scaled(self, x: str, layers: Sequence[str], branch: Branch) -> str:
+        """`c * (x R)` of all targets that read `x`."""
         nodes = self._nodes
         coefficients = f"coefficients_{len(self.parts)}"
         self.parts.append(coefficients)
-        projected = nodes.add("MatMul", [x, nodes.weight(f"{name}.R", branch.r)])
-        scaled = nodes.add("Mul", [projected, coefficients])
-        both = nodes.add("Concat", [x, scaled], axis=-1)
-        weight = nodes.weight(f"{name}.weight_and_Q", lambda: self._stacked(layers, branch))
-        return nodes.add("MatMul", [both, weight])
+        projected = nodes.add("MatMul", [x, nodes.weight(f"{_common(layers)}.R", branch.r)])
+        return nodes.add("Mul", [projected, coefficients])
 
-    def _with_bias(self, y: str, layers: Sequence[str], name: str) -> str:
+    def _extended(self, x: str, scaled: str, layers: Sequence[str], q: Callable[[], np.ndarray]) -> str:
+        """`[x, scaled] [W; Q]`: one product gives base and branch, and nothing has to be added.
+
+        A quantised W has a product of its own, as the branch stays in full.
+        """
+        if self._bits:
+            factor = self._nodes.weight(f"{_common(layers)}.Q", q)
+            return self._nodes.add("Add", [self._plain(x, layers), self._nodes.add("MatMul", [scaled, factor])])
+        both = self._nodes.add("Concat", [x, scaled], axis=-1)
+
+        def stacked() -> np.ndarray:
+            return np.concatenate([self._packed(layers), q().astype(self._nodes.dtype)], axis=0)
+
+        return self._nodes.add("MatMul", [both, self._nodes.weight(f"{_common(layers)}.weight_and_Q", stacked)])
+
+    def _each(self, x: str, scaled: str, layers: Sequence[str], branch: Branch) -> list[str]:
+        """Every layer by itself, with what belongs to it of `scaled`."""
+        nodes = self._nodes
+        sizes = nodes.constant(f"{_common(layers)}.ranks", branch.ranks, np.int64)
+        parts = nodes.add_many("Split", [scaled, sizes], len(branch.ranks), axis=-1) if len(branch.ranks) > 1 else [scaled]
+        own = {path_of(target.name): (part, target) for target, part in zip(branch.targets, parts, strict=True)}
+
+        def output(layer: str) -> str:
+            if layer not in own:
+                return self._plain(x, [layer])
+            part, target = own[layer]
+            return self._extended(x, part, [layer], lambda: q_of(target))
+
+        return [self._with_bias(output(layer), [layer]) for layer in layers]
+
+    def _with_bias(self, y: str, layers: Sequence[str]) -> str:
         if not any(self._tensors.has(f"{layer}.bias") for layer in layers):
             return y
-        return self._nodes.add("Add", [y, self._nodes.weight(f"{name}.bias", lambda: self._biases(layers))])
+        bias = self._nodes.weight(f"{_common(layers)}.bias", lambda: self._biases(layers))
+        return self._nodes.add("Add", [y, bias])
 
     def _packed(self, layers: Sequence[str]) -> np.ndarray:
         """`[in, out]` of all layers."""
-        return np.concatenate([self._merged(layer).T for layer in layers], axis=1)
+        return self._rows(layers).T
 
-    def _stacked(self, layers: Sequence[str], branch: Branch) -> np.ndarray:
-        packed = self._packed(layers)
-        return np.concatenate([packed, branch.q().astype(self._nodes.dtype)], axis=0)
+    def _rows(self, layers: Sequence[str]) -> np.ndarray:
+        """`[out, in]` of all layers."""
+        return np.concatenate([self._merged(layer) for layer in layers])
 
     def _merged(self, layer: str) -> np.ndarray:
         """`[out, in]` in the graph's dtype, the customer folded in in fp64 and rounded once."""
@@ -94,11 +148,7 @@ class Products:
 def folds_of(basis: Basis, values: np.ndarray) -> dict[str, tuple[BasisTarget, np.ndarray]]:
     """A customer's `values [total_rank]` by module path."""
     parts = basis.split(values)
-    return {
-        (name if name.startswith("model.") else f"model.{name}"): (target, parts[target.name])
-        for target in basis.targets
-        for name in [target.name]
-    }
+    return {path_of(target.name): (target, parts[target.name]) for target in basis.targets}
 
 
 def _common(layers: Sequence[str]) -> str:
