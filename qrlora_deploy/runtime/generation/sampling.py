@@ -16,6 +16,9 @@ from qrlora_deploy.errors import InputError, QrloraError, argument
 MOST_SEED = 2**64 - 1
 MOST_LOGPROBS = 20
 
+SORTED = 1024
+"""Tokens that are sorted where these hold enough of the probability."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -171,15 +174,25 @@ def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.n
     values = logits[ids].astype(np.float64)
     probabilities = _normalized(np.exp((values - values.max()) / sampling.temperature))
     if sampling.top_p < 1:
-        # Stable: of equal ones the lower id comes first.
-        order = np.argsort(-probabilities, kind="stable")
-        before = probabilities[order].cumsum() - probabilities[order]
-        kept = np.sort(order[before < sampling.top_p])
+        kept = _nucleus(probabilities, sampling.top_p)
         ids, probabilities = ids[kept], _normalized(probabilities[kept])
     if sampling.min_p > 0:
         likely = probabilities >= sampling.min_p * probabilities.max()
         ids, probabilities = ids[likely], _normalized(probabilities[likely])
     return ids, probabilities
+
+
+def _nucleus(probabilities: np.ndarray, share: float) -> np.ndarray:
+    """Places, rising, of the best ones whose sum reaches `share`; of equal ones the first are better."""
+    places = np.arange(len(probabilities))
+    if len(probabilities) > SORTED:
+        best = _best(probabilities, SORTED)
+        # Sorting a whole vocabulary takes longer than all the rest.
+        places = best if probabilities[best].sum() > share else places
+    # Stable: of equal ones the first stays the first.
+    order = places[np.argsort(-probabilities[places], kind="stable")]
+    sums = probabilities[order].cumsum()
+    return np.sort(order[sums - probabilities[order] < share])
 
 
 def uniform(seed: int, step: int) -> float:

@@ -62,6 +62,20 @@ def test_probabilities_are_those_of_transformers(seed: int, options: dict[str, A
     np.testing.assert_allclose(found, of_transformers(logits, prompt, sampling), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("scale", [0.01, 1.0, 8.0])
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.95])
+def test_of_a_large_vocabulary_the_same_tokens_are_kept(scale: float, share: float) -> None:
+    """Where few tokens hold the share not all are sorted."""
+    logits = np.random.default_rng(1).normal(0, scale, 5000).round(2).astype(np.float32)  # with many equal ones
+    ids, probabilities = candidates(logits, Sampling(temperature=1.0, top_p=share))
+    exact = np.exp(logits.astype(np.float64))
+    exact /= exact.sum()
+    best = sorted(range(5000), key=lambda token: (-exact[token], token))
+    count = int(np.searchsorted(exact[best].cumsum(), share)) + 1
+    assert ids.tolist() == sorted(best[:count])
+    np.testing.assert_allclose(probabilities, exact[ids] / exact[ids].sum(), rtol=1e-12, atol=0)
+
+
 def test_repetition_penalty_grows_with_the_answer() -> None:
     sampler = Sampler(Sampling(repetition_penalty=4.0), [0])
     logits = np.array([4.0, 3.0, 2.0, -1.0], dtype=np.float32)
