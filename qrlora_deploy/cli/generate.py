@@ -7,6 +7,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
+from qrlora_deploy.cli.generated import as_chat, show_stream
 from qrlora_deploy.cli.options import (
     ANY_PATH,
     COUNT,
@@ -177,30 +178,6 @@ def _requests(
         replace(defaults, prompt=as_chat(text, system) if chat else text, customer=owner)
         for text, owner in zip(prompts, owners, strict=True)
     ]
-
-
-def as_chat(text: str, system: str | None) -> list[dict[str, str]]:
-    """What a user says as messages."""
-    first = [] if system is None else [{"role": "system", "content": system}]
-    return [*first, {"role": "user", "content": text}]
-
-
-def show_stream(session: "GenerationSession", request: "GenerationRequest", stdout: IO[str]) -> "GenerationAnswer":
-    """Write an answer to `stdout` while it is written; returns it.
-
-    Raises:
-        QrloraError: it was refused or failed.
-    """
-    stream = session.submit(request)
-    try:
-        for event in stream:
-            stdout.write(event.text)
-            stdout.flush()
-    finally:
-        stream.cancel()
-    answer = stream.result()
-    stdout.write("\n")
-    return answer
 
 
 def _answer(session: "GenerationSession", asked: "list[GenerationRequest]", stream: bool) -> Output:

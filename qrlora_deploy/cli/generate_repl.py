@@ -7,7 +7,7 @@ from typing import IO, TYPE_CHECKING
 
 import click
 
-from qrlora_deploy.cli.generate import as_chat, show_stream
+from qrlora_deploy.cli.generated import as_chat, show_stream
 from qrlora_deploy.cli.repl import LISTED, read_line
 from qrlora_deploy.errors import InputError, QrloraError, one_line
 
