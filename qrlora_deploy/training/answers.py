@@ -9,8 +9,8 @@ from qrlora_deploy.data.lines import place_of
 from qrlora_deploy.data.turns import COMPLETION, Turns
 from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.tasks.base import IGNORED
-from qrlora_deploy.tokenization.chat_template import ChatTemplate, choose_template
-from qrlora_deploy.tokenization.chat_text import ChatText, chat_texts
+from qrlora_deploy.chat.template import ChatTemplate, choose_template
+from qrlora_deploy.chat.text import ChatText, chat_texts
 from qrlora_deploy.training.rows import Row, Rows
 
 
@@ -129,28 +129,29 @@ class AnswerCollator:
 
     Args:
         padding: a token; nothing looks at it.
-        packed: whether short rows share one of the batch, `position_ids` beginning anew with each, by which
-            transformers lets each see itself alone.
+        room: tokens that short rows may share one row of the batch up to, `position_ids` beginning anew with each, by
+            which transformers lets each see itself alone; None: none do.
     """
 
-    def __init__(self, padding: int, packed: bool = False) -> None:
+    def __init__(self, padding: int, room: int | None = None) -> None:
         self.padding = padding
-        self.packed = packed
+        self.room = room
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         """`input_ids`, `labels` and `attention_mask` or `position_ids`, each `[n, longest]` int64."""
         import torch
 
-        groups = packed_groups([len(row["input_ids"]) for row in rows]) if self.packed else [[n] for n in range(len(rows))]
+        sizes = [len(row["input_ids"]) for row in rows]
+        groups = [[number] for number in range(len(rows))] if self.room is None else packed_groups(sizes, self.room)
         columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
-        lengths = [[len(rows[number]["input_ids"]) for number in group] for group in groups]
+        lengths = [[sizes[number] for number in group] for group in groups]
         longest = max(map(sum, lengths))
         for group in groups:
             for name, filler in (("input_ids", self.padding), ("labels", IGNORED)):
                 joined = [value for number in group for value in _sealed(name, rows[number][name])]
                 columns[name].append(joined + [filler] * (longest - len(joined)))
         batch = {name: torch.tensor(values) for name, values in columns.items()}
-        if self.packed:
+        if self.room is not None:
             places = [[place for length in (*own, longest - sum(own)) for place in range(length)] for own in lengths]
             return batch | {"position_ids": torch.tensor(places)}
         masks = [[1] * sum(own) + [0] * (longest - sum(own)) for own in lengths]
@@ -162,15 +163,20 @@ def _sealed(name: str, values: list[int]) -> list[int]:
     return [IGNORED, *values[1:]] if name == "labels" else values
 
 
-def packed_groups(lengths: Sequence[int]) -> list[list[int]]:
-    """Which rows share one: the longest first, each into the first one with room, of the length of the longest."""
-    room: list[int] = []
+def packed_groups(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """Which rows share one: the longest first, each into the first one that has room for it.
+
+    Args:
+        lengths: of the rows, in tokens.
+        room: of each shared row; a longer one is by itself.
+    """
+    left: list[int] = []
     groups: list[list[int]] = []
     for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
-        place = next((place for place, left in enumerate(room) if left >= lengths[number]), len(room))
-        if place == len(room):
-            room.append(max(lengths))
+        place = next((place for place, free in enumerate(left) if free >= lengths[number]), len(left))
+        if place == len(left):
+            left.append(room)
             groups.append([])
-        room[place] -= lengths[number]
+        left[place] -= lengths[number]
         groups[place].append(number)
     return groups

@@ -30,7 +30,7 @@ from qrlora_deploy.training.cached_trainer import (
     numbered,
 )
 from qrlora_deploy.training.checkpoints import STATE, Sealing, open_work_dir
-from qrlora_deploy.training.forward_only import check_reads_forward
+from qrlora_deploy.training.label_likelihoods import LabelRows, label_rows
 from qrlora_deploy.training.loop import (
     Progress,
     SmallTrainer,
@@ -43,6 +43,7 @@ from qrlora_deploy.training.loop import (
     trainer_parts,
     training_arguments,
 )
+from qrlora_deploy.training.forward_only import check_reads_forward
 from qrlora_deploy.training.outputs import Outputs, customer_outputs, encode_rows, taken_for
 from qrlora_deploy.training.record import Ran, training_record
 from qrlora_deploy.training.rows import Rows, build_rows, texts_of
@@ -62,6 +63,14 @@ class _Job:
     evaluation: Rows | None
     outputs: Outputs
     settings: TrainSettings
+    label_rows: LabelRows | None = None
+
+    def scores(self, trainer: SmallTrainer) -> dict[str, float]:
+        """Metrics on the held-out rows, where there are any."""
+        found = evaluate(trainer, self.outputs.task) if self.evaluation else {}
+        if self.label_rows is None:
+            return found
+        return found | self.label_rows.score(self.model, trainer.data_collator, self.settings.batch_size)
 
 
 def train(
@@ -116,9 +125,9 @@ def train(
     with explained_failures(work_dir):
         cached, cache_place = _cache_trunk(job, CacheWish(settings.trunk_cache, work_dir, progress))
         trainer = _build_trainer(job, cached, metric, work_dir, progress)
-        baseline = evaluate(trainer, outputs.task) if job.evaluation and not outputs.new else {}
+        baseline = {} if outputs.new else job.scores(trainer)
         loss = _run(trainer, last, settings)
-        metrics = evaluate(trainer, outputs.task) if job.evaluation else {}
+        metrics = job.scores(trainer)
         tuned = tune(outputs.task, *held_out_logits(trainer)) if settings.tune_thresholds else Tuned()
     values = get_coefficients(job.adapters)
     head = {name: parameter.detach().float().cpu().numpy() for name, parameter in job.head.items()}
@@ -177,9 +186,12 @@ def _prepare(
         rows = [part.rows for part in made]
         outputs = replace(outputs, remark=made[0].remark(settings.max_length))
         check_reads_forward(model, rows[0], settings.packing)
+        labelled = label_rows(tokenizer, train, evaluation, settings.max_length)
     else:
+        labelled = None
         rows = [build_rows(tokenizer, *pair, settings.max_length, task) for pair in zip(parts, targets, strict=False)]
-    return _Job(model, adapters, head, tokenizer, rows[0], rows[1] if evaluation else None, outputs, settings)
+    held_out = rows[1] if evaluation else None
+    return _Job(model, adapters, head, tokenizer, rows[0], held_out, outputs, settings, labelled)
 
 
 def _loading(checkpoint: Checkpoint, settings: TrainSettings) -> dict[str, Any]:
@@ -242,7 +254,7 @@ def _build_trainer(
         **trainer_parts(job.outputs.task, job.tokenizer, job.outputs.labels),
     }
     if cached is None:
-        packed = collator_for(job.outputs.task, job.tokenizer, packed=True) if settings.packing else None
+        packed = collator_for(job.outputs.task, job.tokenizer, settings.max_length) if settings.packing else None
         return SmallTrainer(**parts, train_collator=packed)
     start = sum(len(texts_of(row)) for row in job.rows)
     evaluation = numbered(job.evaluation, start) if job.evaluation else None

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.tokenization.chat_template import ChatTemplate
+from qrlora_deploy.chat.template import ChatTemplate
 from qrlora_deploy.tokenization.words import Place
 
 Message = Mapping[str, str]
