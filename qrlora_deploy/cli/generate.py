@@ -72,6 +72,7 @@ def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--system", help="With --chat: what the system says first.")
 @click.option("--stream", is_flag=True, help="Show an answer while it is written.")
 @click.option("--max-tokens", type=COUNT, default=256, show_default=True, help="Of an answer.")
+@click.option("--timeout-s", type=FiniteRange(), help="Seconds after which an answer ends as it is.")
 @click.option("--stop", multiple=True, help="A text before which answers end; repeatable.")
 @sampling_options
 @click.option("--max-rows", type=COUNT, default=8, show_default=True, help="Answers that are written side by side.")
@@ -92,6 +93,7 @@ def command(
     system: str | None,
     stream: bool,
     max_tokens: int,
+    timeout_s: float | None,
     stop: tuple[str, ...],
     max_rows: int,
     max_cache_bytes: int,
@@ -117,7 +119,7 @@ def command(
 
     only = names[0] if len(names) == 1 else None
     chosen = Sampling(**{name: sampling[name] for name in SAMPLING})
-    defaults = GenerationRequest(" ", only, chosen, max_tokens, stop)
+    defaults = GenerationRequest(" ", only, chosen, max_tokens, stop, timeout_s)
     asked = _requests(defaults, prompt, jsonl, names, chat, system)
     if customers is None and any(request.customer is not None for request in asked):
         raise InputError(f"{jsonl} names customers; give --customers, the folder with the coefficients files")

@@ -52,7 +52,7 @@ def row_capacities(longest: int, wanted: Sequence[int] | None = None) -> tuple[i
     if wanted is not None:
         sizes = sorted(set(wanted))
         if not sizes or sizes[0] < 1 or sizes[-1] > longest:
-            raise InputError(f"{argument('capacities')} must be from 1 to {longest} tokens, not {list(wanted)}")
+            raise InputError(f"capacities must be from 1 to {longest} tokens, not {list(wanted)}")
         return tuple(sizes)
     sizes = []
     size = SMALLEST_CAPACITY

@@ -65,5 +65,5 @@ def batch_buckets(most: int, wanted: Sequence[int] | None = None) -> tuple[int, 
         return tuple(sorted({most, *(2**power for power in range(most.bit_length()) if 2**power < most)}))
     sizes = sorted(set(wanted))
     if not sizes or sizes[0] < 1 or sizes[-1] != most:
-        raise InputError(f"{argument('batches')} must be sizes from 1 to {most}, with {most}, not {list(wanted)}")
+        raise InputError(f"batches must be sizes from 1 to {most}, with {most}, not {list(wanted)}")
     return tuple(sizes)

@@ -7,11 +7,11 @@ from typing import Any
 import tokenizers
 from pydantic import BaseModel
 
+from qrlora_deploy.chat.template import read_chat_template
 from qrlora_deploy.errors import FileFormatError, MalformedInputError, argument
 from qrlora_deploy.io.reading import is_file, parse_json, read_text
 from qrlora_deploy.io.strict import from_value
 from qrlora_deploy.runtime.bundle.bundle import CONFIG_FILE, TOKENIZER_FILE
-from qrlora_deploy.runtime.generation.chats import read_chat_template
 from qrlora_deploy.runtime.generation.requests import GenerationRequest
 from qrlora_deploy.runtime.prediction.tokenizing import check_texts
 

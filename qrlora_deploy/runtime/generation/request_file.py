@@ -30,6 +30,7 @@ class _RequestLine(OwnedLine):
     messages: list[dict[str, str]] | None = Field(default=None, min_length=1)
     max_tokens: int | None = None
     stop: list[str] | None = None
+    timeout_s: float | None = None
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
@@ -78,6 +79,7 @@ def _request(path: Path, number: int, line: str, defaults: GenerationRequest) ->
             sampling,
             given.get("max_tokens", defaults.max_tokens),
             given.get("stop", defaults.stop),
+            given.get("timeout_s", defaults.timeout_s),
         )
     except InputError as error:
         raise FileFormatError(f"{place}: {error}") from error
