@@ -67,11 +67,7 @@ def check_parity(session: Any, reference: Sequence[Case], task: Task, precision:
     bound = bound_of(reference, precision, task.least_size)
     # What is as small as errors may be has no direction to compare.
     shown = shows_customers(reference, task.least_size)
-<<<<<<< HEAD
-    effect = compare_effects(np.concatenate(effects), _effects_of(reference)) if shown else (None, None)
-=======
-    effect = _compare_effects(np.concatenate(effects), measured) if shown else (None, None)
->>>>>>> next
+    effect = compare_effects(np.concatenate(effects), _effects_of(measured)) if shown else (None, None)
     return ParityReport(worst[1], bound, agreed / rows, len(reference), rows, worst[0], errors, precision, *effect)
 
 
