@@ -146,7 +146,9 @@ def run_forced(session: Any, forced: Forced, further: dict[str, np.ndarray], buf
 NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
-def write_tiny(folder: Path, checkpoint: Checkpoint, basis: Basis, values: np.ndarray | None = None, **options: Any) -> Path:
+def write_tiny(
+    folder: Path, checkpoint: Checkpoint, basis: Basis, values: np.ndarray | None = None, **options: Any
+) -> Path:
     """`model.onnx` of a decoder and its weights in `folder`; returns the file.
 
     Args:
@@ -159,7 +161,9 @@ def write_tiny(folder: Path, checkpoint: Checkpoint, basis: Basis, values: np.nd
 
     folder.mkdir(exist_ok=True)
     tensors = Tensors(checkpoint.stored, checkpoint.name)
-    write_decoder(Plan(read_shape(checkpoint.config, checkpoint.name), tensors, basis, values, **options), folder, "model.onnx")
+    write_decoder(
+        Plan(read_shape(checkpoint.config, checkpoint.name), tensors, basis, values, **options), folder, "model.onnx"
+    )
     return folder / "model.onnx"
 
 

@@ -180,7 +180,11 @@ class Checkpoint:
         """Tensors that may be missing: nobody uses another head than a task's, and encoders are often saved without
         their pooler."""
         model = self.skeleton()
-        return [] if self.has_task_head or self.writes_text else [name for name in model.state_dict() if is_head(model, name)]
+        return (
+            []
+            if self.has_task_head or self.writes_text
+            else [name for name in model.state_dict() if is_head(model, name)]
+        )
 
     def check_holds(self, model: Any, meant: Container[str] = ()) -> None:
         """Make sure that the files hold every tensor of a model, by their headers.

@@ -48,7 +48,9 @@ def check_task_head(name: str, config: Any, architecture: str, task: str) -> Non
         return
     task = task or str(getattr(config, TASK_FIELD, ""))
     if task in BY_NAME and BY_NAME[task].writes_text:
-        raise InputError(f"{name} is a {architecture}; {task} needs a decoder that writes text, such as LlamaForCausalLM")
+        raise InputError(
+            f"{name} is a {architecture}; {task} needs a decoder that writes text, such as LlamaForCausalLM"
+        )
     headless = task in BY_NAME and not BY_NAME[task].has_labels
     if has_task_head(architecture) and headless:
         raise InputError(f"{name} is a {architecture} with a task head; {task} needs an encoder without")

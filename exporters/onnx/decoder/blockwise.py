@@ -18,7 +18,9 @@ LEVELS = {4: 8, 8: 128}
 """By the number of bits: what stands for zero."""
 
 
-def blockwise(nodes: Nodes, x: str, name: str, shape: tuple[int, int], make: Callable[[], np.ndarray], bits: int) -> str:
+def blockwise(
+    nodes: Nodes, x: str, name: str, shape: tuple[int, int], make: Callable[[], np.ndarray], bits: int
+) -> str:
     """A product with a rounded weight.
 
     Args:

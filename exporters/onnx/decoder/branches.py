@@ -84,7 +84,9 @@ class Branches:
     def take(self, layers: Sequence[str], sizes: Sequence[int]) -> Branch | None:
         """The branch of a product with these layers of so many outputs; None: none of them is a target."""
         ends = np.cumsum([0, *sizes])
-        found = [(self._targets[name], int(end)) for name, end in zip(layers, ends, strict=False) if name in self._targets]
+        found = [
+            (self._targets[name], int(end)) for name, end in zip(layers, ends, strict=False) if name in self._targets
+        ]
         if not found:
             return None
         found.sort(key=lambda pair: self._columns[pair[0].name])

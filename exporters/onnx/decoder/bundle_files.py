@@ -83,9 +83,7 @@ def write_side_files(folder: Path, job: ExportJob, tokenizer: Any, made: Made) -
     else:
         GenerationConfig.from_model_config(checkpoint.config).to_json_file(folder / GENERATION_FILE)
     kind = kind_of(job)
-    readme = README.format(
-        task=CausalLM.name, kind=kind, precision=made.report.precision, what=WHAT[kind], opset=OPSET
-    )
+    readme = README.format(task=CausalLM.name, kind=kind, precision=made.report.precision, what=WHAT[kind], opset=OPSET)
     (folder / "README.md").write_text(readme, encoding="utf-8")
 
 

@@ -74,9 +74,7 @@ def export_decoder(job: ExportJob, options: OnnxOptions) -> Manifest:
         tensors = Tensors(job.checkpoint.stored, job.checkpoint.name)
         values = None if customer is None else customer.values
         precision = PRECISIONS[options.precision]
-        plan = Plan(
-            decoder.shape, tensors, job.basis, values, precision.dtype, options.table_dtype, precision.bits
-        )
+        plan = Plan(decoder.shape, tensors, job.basis, values, precision.dtype, options.table_dtype, precision.bits)
         model = write_decoder(plan, folder, MODEL_FILE)
         progress(2)
         session = open_for_check(folder / MODEL_FILE, options.precision, options.provider)

@@ -135,4 +135,6 @@ class Blocks:
 
     def _norm_weight(self, path: str) -> str:
         offset = self._shape.family.norm_offset
-        return self._nodes.weight(f"{path}.weight", lambda: self._tensors.read(f"{path}.weight").astype(np.float32) + offset)
+        return self._nodes.weight(
+            f"{path}.weight", lambda: self._tensors.read(f"{path}.weight").astype(np.float32) + offset
+        )

@@ -102,7 +102,9 @@ class Products:
         """Every layer by itself, with what belongs to it of `scaled`."""
         nodes = self._nodes
         sizes = nodes.constant(f"{_common(layers)}.ranks", branch.ranks, np.int64)
-        parts = nodes.add_many("Split", [scaled, sizes], len(branch.ranks), axis=-1) if len(branch.ranks) > 1 else [scaled]
+        parts = (
+            nodes.add_many("Split", [scaled, sizes], len(branch.ranks), axis=-1) if len(branch.ranks) > 1 else [scaled]
+        )
         own = {path_of(target.name): (part, target) for target, part in zip(branch.targets, parts, strict=True)}
 
         def output(layer: str) -> str:

@@ -47,8 +47,23 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {}),
     "phi3": ("Phi3", {"sliding_window": 6, "tie_word_embeddings": False, "hidden_size": 64}),
     "gemma": ("Gemma", {"hidden_activation": "gelu_pytorch_tanh"}),
-    "gemma2": ("Gemma2", {"sliding_window": 6, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 4.0}),
-    "gemma3": ("Gemma3Text", {"sliding_window": 6, "query_pre_attn_scalar": 24, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "gemma2": (
+        "Gemma2",
+        {
+            "sliding_window": 6,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 4.0,
+        },
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        {
+            "sliding_window": 6,
+            "query_pre_attn_scalar": 24,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
     "untied": ("Llama", {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}),
 }
 
