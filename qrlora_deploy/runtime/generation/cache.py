@@ -1,6 +1,5 @@
 """Key-value buffers of rows that hold the same number of tokens, bound to the graph in place."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +62,7 @@ class KvCache:
 
     def resize(self, rows: int) -> None:
         """Have memory for so many rows; the first ones keep what they hold."""
+        self.generation += 1
         for index, array in enumerate(self._arrays):
             # One after the other: no more than one buffer is there twice.
             changed = self._empty(rows)
@@ -70,7 +70,6 @@ class KvCache:
             changed[:kept] = array[:kept]
             self._arrays[index] = changed
         self.rows = rows
-        self.generation += 1
 
     def copy_row(self, source: int, target: int, tokens: int) -> None:
         """Copy the first `tokens` of a row to another row."""
@@ -97,8 +96,3 @@ class KvCache:
     def _empty(self, rows: int) -> np.ndarray:
         # Zeros, since NaN in a place that no row attends would still spoil a product with zero.
         return np.zeros((rows, self.shape.heads, self.capacity, self.shape.head_size), dtype=self.shape.dtype)
-
-
-def tokens_of(block: Sequence[np.ndarray]) -> int:
-    """Tokens of a block."""
-    return int(block[0].shape[1])

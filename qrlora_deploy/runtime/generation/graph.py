@@ -97,10 +97,6 @@ class DecoderGraph:
         bound.fill(tokens[:, None], past, slots)
         return bound.run(memory)
 
-    def forget(self, cache: KvCache) -> None:
-        """Let go of what was bound for a cache that is not used any more."""
-        self._bound = {key: bound for key, bound in self._bound.items() if bound.cache is not cache}
-
     def _decoding(self, cache: KvCache, rows: int) -> "_Bound":
         key = (cache.capacity, rows)
         bound = self._bound.get(key)

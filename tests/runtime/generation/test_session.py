@@ -257,6 +257,36 @@ def test_a_closed_session_answers_what_it_had_begun_and_takes_nothing(written: W
         opened.submit(GenerationRequest(PROMPTS[0]))
 
 
+def test_a_merged_bundle_answers_for_its_customer(written: Written, session: GenerationSession, tmp_path: Path) -> None:
+    from exporters.onnx.exporter import EXPORTER
+    from exporters.onnx.options import OnnxOptions
+    from qrlora_deploy.exporting.job import ExportJob
+
+    one = written.customer("one")
+    EXPORTER.export(ExportJob(written.made.checkpoint, written.made.basis, tmp_path / "merged", one), OnnxOptions())
+    with GenerationSession.open(tmp_path / "merged", threads=1) as merged:
+        requests = [GenerationRequest(prompt, max_tokens=12) for prompt in PROMPTS]
+        answers = merged.answers(requests)
+        assert isinstance(refused(merged, PROMPTS[0], "one"), UnknownCustomerError)
+    expected = session.answers(replace(request, customer="one") for request in requests)
+    assert [answer.tokens for answer in answers] == [answer.tokens for answer in expected]
+    assert {answer.customer_digest for answer in answers} == {one.digest}
+    with pytest.raises(InputError, match="is a merged bundle and takes no customers"):
+        GenerationSession.open(tmp_path / "merged", written.customers)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_weights_of_few_bits_answer_in_a_batch_as_alone(written: Written, precision: str, tmp_path: Path) -> None:
+    from tests.decoders import save_bundle
+
+    made = written.made
+    bundle = save_bundle(tmp_path / "bundle", made.checkpoint, made.basis, precision=precision)
+    with GenerationSession.open(bundle, written.customers, threads=1, max_rows=4, batches=[4]) as opened:
+        requests = [GenerationRequest(PROMPTS[n], (None, *NAMES)[n], max_tokens=12) for n in range(4)]
+        alone = [opened.submit(request).result().tokens for request in requests]
+        assert [answer.tokens for answer in opened.answers(requests)] == alone
+
+
 def test_a_bundle_of_another_task_is_refused(switchable: Path) -> None:
     with pytest.raises(InputError, match="is for text-classification and writes no text"):
         GenerationSession.open(switchable)
