@@ -193,7 +193,7 @@ def test_a_base_without_a_chat_template_takes_no_chat(place: Path, written: Writ
     from qrlora_deploy.runtime.generation.session import GenerationSession
 
     session = GenerationSession.open(written.bundle, threads=1)
-    session._prompts._template = None
+    session._prompts.template = None
     with pytest.raises(MalformedInputError, match="has no chat template, so it takes no messages"):
         session.submit(GenerationRequest([{"role": "user", "content": "hi"}]))
 

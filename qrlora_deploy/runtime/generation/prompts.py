@@ -1,13 +1,14 @@
 """From a prompt to the ids that a model reads."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from pydantic import BaseModel
 
-from qrlora_deploy.chat.template import read_chat_template
+from qrlora_deploy.chat.template import ChatTemplate, read_chat_template
 from qrlora_deploy.errors import FileFormatError, MalformedInputError, argument
 from qrlora_deploy.io.reading import is_file, parse_json, read_text
 from qrlora_deploy.io.strict import from_value
@@ -46,7 +47,11 @@ class PromptReader:
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.ends = read_ends(folder)
-        self._template = read_chat_template(folder)
+
+    @cached_property
+    def template(self) -> ChatTemplate | None:
+        """The chat template; None: the base has none. Texts need none, nor what renders it."""
+        return read_chat_template(self._folder)
 
     def read(self, request: GenerationRequest) -> list[int]:
         """The ids of a request's prompt.
@@ -91,14 +96,14 @@ class PromptReader:
 
     def _rendered(self, messages: Any) -> str:
         """The text of a chat, up to where the answer begins."""
-        if self._template is None:
+        if self.template is None:
             raise MalformedInputError(
                 f"{self._folder} has no chat template, so it takes no messages; give one text as {argument('prompt')}"
             )
         for message in messages:
             if not all(isinstance(message.get(name), str) for name in ("role", "content")):
                 raise MalformedInputError(f'a message needs texts as "role" and "content", not {dict(message)!r:.80}')
-        return self._template.render(messages, add_generation_prompt=True)
+        return self.template.render(messages, add_generation_prompt=True)
 
 
 class _Ends(BaseModel):
