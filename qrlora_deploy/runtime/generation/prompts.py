@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 from pydantic import BaseModel
 
@@ -84,15 +86,16 @@ class PromptReader:
         return self._checked(ids)
 
     def _checked(self, ids: Any) -> list[int]:
+        ids = ids.tolist() if isinstance(ids, np.ndarray) else ids
         if not isinstance(ids, Sequence) or isinstance(ids, bytes):
             raise MalformedInputError(f"a prompt is a text, ids of tokens or messages, not {type(ids).__name__}")
         for value in ids:
-            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < self._vocabulary:
+            if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= value < self._vocabulary:
                 raise MalformedInputError(
                     f"the prompt has the token {value!r:.40}, and the model knows those from 0 to "
                     f"{self._vocabulary - 1} alone"
                 )
-        return list(ids)
+        return [int(value) for value in ids]
 
     def _rendered(self, messages: Any) -> str:
         """The text of a chat, up to where the answer begins."""

@@ -306,6 +306,9 @@ def test_bad_requests_name_what_is_wrong(options: dict[str, Any], text: str) -> 
         GenerationRequest("text", **options)
 
 
-def test_numbers_of_other_types_are_as_good(session: GenerationSession) -> None:
-    tokens = [int(token) for token in np.array(prompt_of(4, 6))]
-    assert session.submit(GenerationRequest(tuple(tokens), max_tokens=4)).result().prompt_tokens == 6
+def test_ids_may_be_numpys(session: GenerationSession) -> None:
+    ids = np.array(prompt_of(4, 6))
+    prompts: list[Any] = [ids, list(ids), tuple(ids.tolist())]
+    answers = [session.submit(GenerationRequest(prompt, max_tokens=4)).result() for prompt in prompts]
+    assert len({answer.tokens for answer in answers}) == 1 and answers[0].prompt_tokens == 6
+    assert "the token [4, 5]" in str(refused(session, np.array([[4, 5]])))
