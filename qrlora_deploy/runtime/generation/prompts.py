@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +89,7 @@ class PromptReader:
         if not isinstance(ids, Sequence) or isinstance(ids, bytes):
             raise MalformedInputError(f"a prompt is a text, ids of tokens or messages, not {type(ids).__name__}")
         for value in ids:
-            if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= value < self._vocabulary:
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value < self._vocabulary:
                 raise MalformedInputError(
                     f"the prompt has the token {value!r:.40}, and the model knows those from 0 to "
                     f"{self._vocabulary - 1} alone"
