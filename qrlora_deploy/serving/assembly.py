@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qrlora_deploy.errors import InputError, argument
+from qrlora_deploy.runtime.customers.objects.store import ObjectStoreStats
 from qrlora_deploy.serving.access import Keys
 from qrlora_deploy.serving.engine.quotas import Quotas
 from qrlora_deploy.serving.http.front import Front
@@ -83,12 +84,15 @@ class Assembly:
         if self._keys is not None:
             self._change_quotas(self._keys)
         models = Models([model.served for model in self.models])
-        front = Front(models, keys=self._keys, metrics=Metrics(list(models), options.counted))
+        front = Front(models, keys=self._keys, metrics=Metrics(list(models), options.counted, self._stores()))
         if options.grpc_port is not None:
             self.companions["gRPC"] = _grpc(front, options.server, options.grpc_port)
         if options.admin_port is not None:
             self.companions["admin API"] = self._admin(front, options)
         self.server = Server(front, options.server, self.reload, list(self.companions.values()))
+
+    def _stores(self) -> dict[str, Callable[[], ObjectStoreStats]]:
+        return {model.served.name: ask for model in self.models if (ask := model.object_stats) is not None}
 
     def _change_quotas(self, keys: Keys) -> None:
         for quotas in self._quotas:
@@ -103,8 +107,8 @@ class Assembly:
         folders = {model.served.name: folder for model in self.models if (folder := model.customer_folder())}
         if not folders:
             raise InputError(
-                f"{argument('admin_port')} has nothing to change: no model has a folder of customers; "
-                f"give one by {argument('customers')}"
+                f"{argument('admin_port')} has nothing to change: no model has a folder of customers, and those of an "
+                f"object store are changed there; give a folder by {argument('customers')}"
             )
         app = make_admin_app(Admin(folders, self._keys, AuditLog(options.audit_log), self.reload), front.life)
         return HttpListener(app, options.admin_host, options.admin_port, options.server.tls, options.server.limits)

@@ -47,8 +47,9 @@ def test_the_base_install_has_no_framework_and_the_card_is_whole() -> None:
 
 def test_every_command_with_a_part_is_there() -> None:
     assert set(COMMANDS) - set(OF_COMMAND) == {"inspect", "combine", "doctor", "keys", "customers"}
-    # The client is a library alone, and chats are a part of what commands take.
-    assert set(OF_COMMAND) < set(COMMANDS) and set().union(*OF_COMMAND.values()) == set(PARTS) - {"client", "llm"}
+    # The client is a library alone; chats and object stores are asked for where there are any.
+    others = {"client", "llm", "store"}
+    assert set(OF_COMMAND) < set(COMMANDS) and set().union(*OF_COMMAND.values()) == set(PARTS) - others
 
 
 @pytest.mark.parametrize(

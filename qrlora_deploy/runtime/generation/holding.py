@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from qrlora_deploy.errors import UnknownCustomerError
 from qrlora_deploy.runtime.bundle.row_layout import TABLE
-from qrlora_deploy.runtime.sessions.customer_rows import CustomerRows
+from qrlora_deploy.runtime.sessions.loaded_customers import LoadedCustomers
 from qrlora_deploy.runtime.table.memory import TableMemory
 from qrlora_deploy.runtime.table.table import BASE_ROW
 
@@ -16,7 +16,7 @@ class Held:
 
     Attributes:
         slot: its row of the table.
-        digest: of the customer's coefficients, as far as it is known; empty for the base.
+        digest: of the customer's coefficients; empty for the base.
         numbers: SHA-256 of the row, which says what it answers by, whoever has it.
     """
 
@@ -34,7 +34,7 @@ class Holder:
         digest: of the customer in a merged bundle.
     """
 
-    def __init__(self, rows: CustomerRows | None, place: str, digest: str = "") -> None:
+    def __init__(self, rows: LoadedCustomers | None, place: str, digest: str = "") -> None:
         self._rows, self._place = rows, place
         self._nobody = Held(BASE_ROW, digest, b"")
 
@@ -72,12 +72,12 @@ class Holder:
         try:
             self._rows.hold([customer], held)
             slot = held[customer]
-            version = self._rows.table.note_of(slot)
+            digest = self._rows.version_with_digest(slot).digest
             row = self._rows.table.memory.parts[TABLE].read_rows(slot, 1)
         except BaseException:
             self._rows.table.release(held.values())
             raise
-        return Held(slot, version.digest if version is not None else "", hashlib.sha256(row.tobytes()).digest())
+        return Held(slot, digest, hashlib.sha256(row.tobytes()).digest())
 
     def release(self, held: Held) -> None:
         """Let go of a version."""

@@ -59,8 +59,8 @@ class GenerationAnswer:
         finish_reason: why it ended.
         stop: the stop string that ended it; None where none did.
         customer: as asked.
-        customer_digest: `Coefficients.digest` of the version that answered; empty for the base, for customers of a
-            packed file, and where nothing was answered.
+        customer_digest: `Coefficients.digest` of the version that answered; empty for the base, and where nothing was
+            answered.
         base_digest: of the base's weights.
         prompt_tokens: tokens of the prompt.
         reused_tokens: of these, how many were read for an earlier prompt that began alike.

@@ -23,7 +23,7 @@ from qrlora_deploy.runtime.generation.scheduler import Scheduler
 from qrlora_deploy.runtime.generation.streams import AnswerStream
 from qrlora_deploy.runtime.generation.writing import Writer
 from qrlora_deploy.runtime.host.devices import Device
-from qrlora_deploy.runtime.sessions.customer_rows import CustomerRows
+from qrlora_deploy.runtime.sessions.loaded_customers import LoadedCustomers
 from qrlora_deploy.runtime.sessions.session import open_session
 from qrlora_deploy.tasks.registry import BY_NAME
 
@@ -92,7 +92,7 @@ class GenerationSession:
         graph = DecoderGraph(opened)
         self.bundle = bundle
         self.longest = manifest.max_length
-        self.customers = CustomerRows(bundle, provider, max_rows=customer_rows) if graph.switchable else None
+        self.customers = LoadedCustomers(bundle, provider, max_rows=customer_rows) if graph.switchable else None
         self.store: CustomerStore | None = None
         self._prompts = PromptReader(bundle.folder, self.longest, graph.vocabulary)
         budget = Budget(max_cache_bytes)

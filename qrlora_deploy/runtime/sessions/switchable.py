@@ -1,16 +1,19 @@
 """One session for every customer of a base: any customer in any row of a batch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from qrlora_deploy.errors import MalformedInputError
+from qrlora_deploy.errors import (
+    InputError,
+    MalformedInputError,
+)
 from qrlora_deploy.runtime.bundle.bundle import Bundle, check_graph
 from qrlora_deploy.runtime.host.devices import Device
 from qrlora_deploy.runtime.sessions.bucket_runner import make_runner
 from qrlora_deploy.runtime.sessions.buckets import Buckets
-from qrlora_deploy.runtime.sessions.customer_rows import CustomerRows, check_switchable
 from qrlora_deploy.runtime.sessions.input_checks import check_inputs
+from qrlora_deploy.runtime.sessions.loaded_customers import LoadedCustomers
 from qrlora_deploy.runtime.sessions.running import text_inputs
 from qrlora_deploy.runtime.sessions.session import open_session
 from qrlora_deploy.runtime.sessions.versions import Version
@@ -18,7 +21,7 @@ from qrlora_deploy.runtime.table.table import rows_of
 from qrlora_deploy.tasks.answering import Answering
 
 
-class SwitchableSession(CustomerRows):
+class SwitchableSession(LoadedCustomers):
     """A switchable bundle, open, and the customers that it serves. Safe for many threads.
 
     Args:
@@ -34,11 +37,7 @@ class SwitchableSession(CustomerRows):
             batch runs as it comes.
 
     Attributes:
-        buckets: as given.
-        base_head: the base's row of the head table, where customers may have heads of their own.
-        fetch: finds a customer that is not in the table and returns it, or loads it itself and
-            returns None, or raises `InputError`; None: such a customer is refused. A
-            `CustomerStore` puts its own here.
+        buckets: as given. Others are those of `LoadedCustomers`.
 
     Raises:
         InputError: the bundle is of another kind.
@@ -55,20 +54,22 @@ class SwitchableSession(CustomerRows):
         threads: int | None = None,
         buckets: Buckets | None = None,
     ) -> None:
-        manifest = check_switchable(bundle)
+        manifest = bundle.manifest
+        if manifest.kind != "switchable":
+            raise InputError(f"{bundle.folder} is a {manifest.kind} bundle; export a switchable one")
         self.buckets = buckets
         self.session = open_session(bundle.model, provider, threads, cuda_graph=buckets is not None)
         check_graph(self.session, bundle)
-        super().__init__(bundle, provider, rows, max_rows)
         self._text_inputs = text_inputs(manifest)
+        super().__init__(bundle, provider, rows, max_rows)
         self._runner = make_runner(self.session, manifest, provider, buckets, lambda: self.table.memory)
 
     def predict(
         self, inputs: dict[str, np.ndarray], customers: Sequence[str | None]
     ) -> tuple[np.ndarray, list[tuple[str, ...]]]:
         """The logits of a batch, each row for its customer, and the labels of each row; `run` also says more of it."""
-        logits, versions = self.answer(inputs, customers)
-        return logits, [version.answering.labels for version in versions]
+        logits, answering = self.run(inputs, customers)
+        return logits, [it.labels for it in answering]
 
     def run(self, inputs: dict[str, np.ndarray], customers: Sequence[str | None]) -> tuple[np.ndarray, list[Answering]]:
         """Answer a batch, each row for its customer.
@@ -86,13 +87,19 @@ class SwitchableSession(CustomerRows):
             UnknownCustomerError: a customer is not there.
             QrloraError: the model fails, or this is a forked child of the session's process, on a GPU.
         """
-        logits, versions = self.answer(inputs, customers)
+        logits, versions = self._answer(inputs, customers, self.version_of)
         return logits, [version.answering for version in versions]
 
     def answer(
         self, inputs: dict[str, np.ndarray], customers: Sequence[str | None]
     ) -> tuple[np.ndarray, list[Version]]:
-        """As `run`, with the version of its customer that answered each row."""
+        """As `run`, with the version of its customer that answered each row, and its digest."""
+        return self._answer(inputs, customers, self.version_with_digest)
+
+    def _answer(
+        self, inputs: dict[str, np.ndarray], customers: Sequence[str | None], version_of: Callable[[int], Version]
+    ) -> tuple[np.ndarray, list[Version]]:
+        """Logits, and the version in each row's row of the table, which is held meanwhile."""
         self.check_usable()
         if isinstance(customers, (str, bytes)) or not isinstance(customers, Sequence):
             raise MalformedInputError(f"customers must be a list with one for each row, not {type(customers).__name__}")
@@ -102,7 +109,7 @@ class SwitchableSession(CustomerRows):
             self.hold(customers, held)
             slot = rows_of(customers, held)
             logits = self._runner.run(inputs, slot)
-            versions = [self.table.note_of(row) or self.versions.base for row in slot.tolist()]
+            versions = [version_of(row) for row in slot.tolist()]
         finally:
             self.table.release(held.values())
         return logits, versions

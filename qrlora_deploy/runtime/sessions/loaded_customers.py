@@ -1,4 +1,4 @@
-"""The customers of a switchable bundle, each in a row of a coefficient table."""
+"""The customers of a bundle in a table: they come, change and go while batches hold their rows."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 
 from qrlora_deploy.errors import (
-    FileFormatError,
     InputError,
     MalformedInputError,
     MismatchError,
@@ -19,21 +18,19 @@ from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.formats.customer_files import read_customer_file
 from qrlora_deploy.runtime.bundle.bundle import Bundle
 from qrlora_deploy.runtime.bundle.compatibility import check_customer_fits
-from qrlora_deploy.runtime.bundle.manifest import Manifest
 from qrlora_deploy.runtime.bundle.row_layout import (
-    BASE_HEAD_FILE,
     HEAD_TABLE,
     TABLE,
     HeadLayout,
     TableLayout,
     head_arrays,
 )
-from qrlora_deploy.runtime.bundle.sealed_facts import read_head_row
+from qrlora_deploy.runtime.bundle.sealed_facts import read_base_head
 from qrlora_deploy.runtime.host.devices import Device
 from qrlora_deploy.runtime.host.forking import survive_forks
-from qrlora_deploy.runtime.sessions.versions import Versions
+from qrlora_deploy.runtime.sessions.versions import Version, Versions
 from qrlora_deploy.runtime.table.memory import make_memory
-from qrlora_deploy.runtime.table.table import BASE_ROW, CoefficientTable
+from qrlora_deploy.runtime.table.table import BASE_ROW, CoefficientTable, rows_of
 
 START_ROWS = 64
 
@@ -41,15 +38,12 @@ FETCH_ATTEMPTS = 8
 """Rounds of fetching customers for one batch, while others push them out of a full table again."""
 
 
-class CustomerRows:
-    """Customers that are loaded, and the rows that runs hold. Safe for many threads.
+class LoadedCustomers:
+    """The customers of a bundle, in a table. Safe for many threads.
 
     Args:
-        bundle: an open bundle of the kind "switchable".
-        provider: where the table lies.
-        rows: rows of the table at the start, which doubles when it is full. None: 64, or `max_rows` where that is less.
-        max_rows: rows at most, with the base's; then the customer that was not used for longest
-            gives way. None: no bound.
+        bundle: an open bundle for many customers.
+        provider: on whose device the table lies, as for `SwitchableSession`; so are the others.
 
     Attributes:
         base_head: the base's row of the head table, where customers may have heads of their own.
@@ -58,7 +52,7 @@ class CustomerRows:
             `CustomerStore` puts its own here.
 
     Raises:
-        InputError: the bundle is of another kind.
+        InputError: the bundle holds one customer.
         QrloraError: the table does not fit the device.
     """
 
@@ -71,7 +65,9 @@ class CustomerRows:
         rows: int | None = None,
         max_rows: int | None = None,
     ) -> None:
-        manifest = check_switchable(bundle)
+        manifest = bundle.manifest
+        if manifest.kind == "merged":
+            raise InputError(f"{bundle.folder} is a merged bundle and takes no customers; export a switchable one")
         self.bundle = bundle
         self.manifest = manifest
         self.layout = TableLayout([target.rank for target in manifest.targets], manifest.table_dtype)
@@ -80,7 +76,7 @@ class CustomerRows:
         self._on_gpu = Device.of(provider).on_gpu
         self.head = HeadLayout(manifest.head_labels, manifest.head_features) if manifest.head_labels else None
         widths = {TABLE: self.layout.width} | ({HEAD_TABLE: self.head.width} if self.head else {})
-        self.base_head = _read_base_head(bundle, self.head) if self.head else None
+        self.base_head = read_base_head(bundle.folder, self.head, len(manifest.labels)) if self.head else None
         dtypes = {TABLE: self.layout.dtype}
         rows = min(START_ROWS, max_rows or START_ROWS) if rows is None else rows
         self.table = CoefficientTable(lambda count: make_memory(widths, count, provider, dtypes), rows, max_rows)
@@ -146,6 +142,41 @@ class CustomerRows:
         """The customers that are in the table."""
         return self.table.customers()
 
+    def rows(self, customers: Sequence[str | None]) -> tuple[dict[str, np.ndarray], list[Version]]:
+        """A copy of the row of each customer, None being the base: `[n, width]` by table; and their versions.
+
+        Raises:
+            UnknownCustomerError: a customer is not there.
+            InputError: its file cannot be served.
+        """
+        self.check_usable()
+        held: dict[str | None, int] = {}
+        try:
+            self.hold(customers, held)
+            slot = rows_of(customers, held)
+            found = {
+                name: np.concatenate([part.read_rows(row, 1) for row in slot.tolist()])
+                for name, part in self.table.memory.parts.items()
+            }
+            return found, [self.version_of(row) for row in slot.tolist()]
+        finally:
+            self.table.release(held.values())
+
+    def version_of(self, row: int) -> Version:
+        """What the table notes of a row that is held."""
+        return self.table.note_of(row) or self.versions.base
+
+    def version_with_digest(self, row: int) -> Version:
+        """As `version_of`; a customer of a packed file gets its digest now, which the table keeps."""
+        version = self.version_of(row)
+        if version.digest or row == BASE_ROW:
+            return version
+        # Of a packed file, so without a head of its own.
+        values = self.layout.values(self.table.memory.parts[TABLE].read_rows(row, 1)[0])
+        version = version.with_digest(values)
+        self.table.note(row, version)
+        return version
+
     def lacks(self, customers: Sequence[str | None]) -> list[str]:
         """Those of `customers` that are not in the table now."""
         return [name for name in dict.fromkeys(customers) if name is not None and name not in self.table]
@@ -171,8 +202,8 @@ class CustomerRows:
 
         Args:
             customers: None is the base.
-            held: gets their rows, also of those that were found before another one was not; `table.release` gives
-                them back.
+            held: gets their rows, also those that were held before another customer was not found; `table.release`
+                gives them back.
 
         Raises:
             UnknownCustomerError: a customer is not there.
@@ -237,25 +268,3 @@ class CustomerRows:
         if len(weight) != labels:
             raise InputError(f"{place} has {labels} labels but a head for {len(weight)}")
         return row
-
-
-def check_switchable(bundle: Bundle) -> Manifest:
-    """The manifest of a bundle with any customer in any row.
-
-    Raises:
-        InputError: it is of another kind.
-    """
-    if bundle.manifest.kind != "switchable":
-        raise InputError(f"{bundle.folder} is a {bundle.manifest.kind} bundle; export a switchable one")
-    return bundle.manifest
-
-
-def _read_base_head(bundle: Bundle, head: HeadLayout) -> np.ndarray:
-    """The base's row of the head table."""
-    path = bundle.folder / BASE_HEAD_FILE
-    row = read_head_row(path, head)
-    # Where there is no label the bias is -inf.
-    labels = int(np.isfinite(row[-head.labels :]).sum())
-    if labels != len(bundle.manifest.labels):
-        raise FileFormatError(f"{path} has a head for {labels} of {len(bundle.manifest.labels)} labels")
-    return row
