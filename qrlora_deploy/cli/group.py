@@ -35,6 +35,7 @@ COMMANDS = (
     "export",
     "verify",
     "predict",
+    "generate",
     "pack",
     "customers",
     "serve",

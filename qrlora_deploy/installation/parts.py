@@ -63,6 +63,7 @@ OF_COMMAND: Mapping[str, tuple[str, ...]] = {
     "export": ("export",),
     "verify": ("cpu",),
     "predict": ("cpu",),
+    "generate": ("cpu",),
     "pack": ("cpu",),
     "bench": ("bench", "cpu"),
     "serve": ("serve", "cpu"),
