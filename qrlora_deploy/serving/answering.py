@@ -100,9 +100,11 @@ async def answer(
         raise UnknownCustomerError(UNKNOWN)
     load = _load(model, question)
     ticket = model.engine.admit(load, customers, deadline_s)
-    if spans is not None:
-        spans.stage("tokenise")
     try:
+        if ticket.pending is not None:
+            await ticket.pending
+        if spans is not None:
+            spans.stage("tokenise")
         rows = await _tokenised(model, question, customers, load)
     except BaseException:
         model.engine.release(ticket)

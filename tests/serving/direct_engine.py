@@ -19,6 +19,7 @@ class DirectTicket:
     """A place in the queue."""
 
     load: Load
+    pending: None = None
 
 
 class DirectEngine:

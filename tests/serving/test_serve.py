@@ -152,7 +152,8 @@ def test_sighup_reads_keys_and_packed_files_again(place: Path, customers: dict[s
     assert not any(key in line for key in (first, second) for line in server.errors)
 
 
-def test_grpc_and_the_admin_api_share_models_keys_and_quotas(place: Path, customers: dict[str, Coefficients]) -> None:
+@pytest.mark.parametrize("processes", [0, 2])
+def test_grpc_and_the_admin_api_share_models_keys_and_quotas(place: Path, processes: int) -> None:
     grpc = pytest.importorskip("grpc", reason="needs the extra serve")
     from tests.serving.grpc.client import Client, message
 
@@ -161,7 +162,17 @@ def test_grpc_and_the_admin_api_share_models_keys_and_quotas(place: Path, custom
     stored["quotas"] = {"beta": {"rows_per_second": 1, "burst": 3}}
     (place / "keys.json").write_text(json.dumps(stored), "utf-8")
     ports = ("--grpc-port", 0, "--admin-port", 0, "--audit-log", "audit.jsonl", "--count-customer", "beta")
-    options = ("--model", "tiny=bundle", "--customers", "customers", "--keys", "keys.json", *ports)
+    options = (
+        "--model",
+        "tiny=bundle",
+        "--customers",
+        "customers",
+        "--keys",
+        "keys.json",
+        "--processes",
+        processes,
+        *ports,
+    )
     headers = {"authorization": f"Bearer {key}"}
     with Served(*options, cwd=place) as server:
 

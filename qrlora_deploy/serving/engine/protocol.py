@@ -1,7 +1,7 @@
 """What a front asks of an engine, wherever that runs."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -84,10 +84,25 @@ GAUGES = ("queued_rows", "queued_tokens", "resident")
 """Numbers of what an engine holds."""
 
 
+def sum_of(stats: Iterable[EngineStats]) -> EngineStats:
+    """Counters of several engines together."""
+    return sum(stats, EngineStats())
+
+
 class Ticket(Protocol):
-    """A request's reserved place in the queue. Give it to `submit`, or `release` it."""
+    """A request's reserved place in the queue. Give it to `submit`, or `release` it.
+
+    Attributes:
+        load: what it was asked for.
+        pending: None: the place is reserved. An engine in another process reserves it when this is done; it raises
+            what `admit` raises, and until then nothing may be given to `submit`.
+    """
 
     load: Load
+
+    @property
+    def pending(self) -> Awaitable[None] | None:
+        """What to await."""
 
 
 class Engine(Protocol):

@@ -202,7 +202,7 @@ class Front:
     async def scrape(self, request: Request, access: Access) -> Response:
         """For Prometheus."""
         assert self.metrics is not None
-        return Response(self.metrics.text(), headers={"content-type": METRICS})
+        return Response(await self.metrics.scrape(), headers={"content-type": METRICS})
 
     async def classify(self, request: Request, access: Access) -> Response:
         """Texts in plain JSON."""

@@ -1,0 +1,132 @@
+"""What all processes count, together: metrics, of which fronts tell what they counted, and the last minutes."""
+
+import asyncio
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from qrlora_deploy.serving.engine.protocol import EngineStats, sum_of
+from qrlora_deploy.serving.live.totals import RequestTotals
+from qrlora_deploy.serving.live.window import STEP_S, Window
+from qrlora_deploy.serving.metrics import Metrics
+from qrlora_deploy.serving.processes.children import Child
+from qrlora_deploy.serving.processes.control import Order
+from qrlora_deploy.serving.processes.links import BrokenFrameError, record_of
+from qrlora_deploy.serving.processes.messages import unpack_stats
+from qrlora_deploy.serving.processes.options import ENGINE
+
+PATIENCE_S = 1.0
+"""For a process to tell its state: a scrape goes on without one that does not."""
+
+
+class _Known:
+    """An engine's counters as they were told last, in place of the engine."""
+
+    def __init__(self) -> None:
+        self.told: list[EngineStats] = []
+
+    def stats(self) -> EngineStats:
+        """Of all devices together."""
+        return sum_of(self.told)
+
+
+@dataclass(frozen=True)
+class _Model:
+    name: str
+    engine: Any
+
+
+class Gathering:
+    """Adds up what the processes of a server count. It belongs to one event loop.
+
+    Args:
+        counted: customers that are counted by name.
+
+    Attributes:
+        children: the processes.
+    """
+
+    def __init__(self, counted: Sequence[str] = ()) -> None:
+        self.children: list[Child] = []
+        self._models: dict[str, _Model] = {}
+        self._metrics = Metrics(_Values(self._models), counted)
+        self._numbers = itertools.count(1)
+        self._asked: dict[int, asyncio.Future[Any]] = {}
+        self._answering: set[asyncio.Task[None]] = set()
+        self._requests = RequestTotals()
+        self._window = Window(lambda: self._requests, self._stats)
+
+    def received(self, child: Child, kind: int, number: int, payload: bytearray) -> None:
+        """A frame of a process."""
+        if kind == Order.COUNTED:
+            for counted in record_of(payload):
+                self._metrics.observe(*counted)
+        elif kind == Order.STATE:
+            waiting = self._asked.get(number)
+            if waiting is not None and not waiting.done():
+                waiting.set_result(record_of(payload))
+        elif kind in (Order.SCRAPE, Order.LOOK):
+            answering = asyncio.create_task(self._answer(child, Order(kind), number))
+            self._answering.add(answering)
+            answering.add_done_callback(self._answering.discard)
+        else:
+            raise BrokenFrameError(f"a process sends no frames of the kind {kind}")
+
+    async def follow(self) -> None:
+        """Keep the last minutes, until it is cancelled."""
+        while True:
+            await self._gather()
+            self._window.look()
+            await asyncio.sleep(STEP_S)
+
+    async def _answer(self, child: Child, order: Order, number: int) -> None:
+        await self._gather()
+        if order == Order.SCRAPE:
+            child.tell(Order.SCRAPED, number, self._metrics.text())
+        else:
+            child.tell(Order.SEEN, number, orjson.dumps(self._window.numbers()))
+
+    async def _gather(self) -> None:
+        """Ask all processes for what they have counted."""
+        asked = [it for it in self.children if it.was_ready]
+        states = await asyncio.gather(*map(self._state, asked))
+        told: dict[str, list[EngineStats]] = {name: [] for name in self._models}
+        requests = RequestTotals()
+        for child, state in zip(asked, states, strict=True):
+            if state and child.options.role == ENGINE:
+                for name, record in state.items():
+                    told.setdefault(name, []).append(unpack_stats(record))
+            elif state:
+                requests += RequestTotals.of_record(state)
+        self._requests = requests
+        for name, stats in told.items():
+            self._models.setdefault(name, _Model(name, _Known())).engine.told = stats
+
+    def _stats(self) -> dict[str, EngineStats]:
+        return {name: model.engine.stats() for name, model in self._models.items()}
+
+    async def _state(self, child: Child) -> Any:
+        """What a process says of itself; what it has counted comes before. None: it does not answer."""
+        number = next(self._numbers)
+        self._asked[number] = asyncio.get_running_loop().create_future()
+        child.tell(Order.ASK_STATE, number)
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                return await self._asked[number]
+        except TimeoutError:
+            return None
+        finally:
+            del self._asked[number]
+
+
+class _Values:
+    """The models as they are known at the moment."""
+
+    def __init__(self, models: dict[str, _Model]) -> None:
+        self._models = models
+
+    def __iter__(self) -> Any:
+        return iter(list(self._models.values()))
