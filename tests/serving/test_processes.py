@@ -248,3 +248,38 @@ def test_check_opens_the_model_on_each_device(place: Path) -> None:
     line = "serve bundle --customers customers --check --port 0 --processes 2 --device cpu --device cpu --json"
     ran = run_here(*line.split(), cwd=place)
     assert ran.code == 0 and ran.json["models"] == [{"model": "bundle", "customers": 4, "problems": []}]
+
+
+def test_an_engine_for_each_device_and_what_is_erased_is_gone_from_all(
+    place: Path, customers: dict[str, Coefficients]
+) -> None:
+    # Of the first two each device has one.
+    names = ("acme", "beta", "other")
+    for file in (place / "customers").iterdir():
+        file.unlink()
+    (place / "only").mkdir()
+    for name in names:
+        write_coefficients(customers["acme"], place / "only" / f"{name}.safetensors")
+    assert run_here("pack", "only", "--bundle", "bundle", "-o", "packed.safetensors", cwd=place).code == 0
+    key = run_here("keys", "add", "keys.json", "--customer", "*", "--admin", "--json", cwd=place).json["key"]
+    guarded = ("--keys", "keys.json", "--admin-port", 0, "--audit-log", "audit.jsonl")
+    headers = {"authorization": f"Bearer {key}"}
+    with serve(place, "--packed", "packed.safetensors", "--device", "cpu", "--device", "cpu", *guarded) as server:
+        assert len(children(server, "engine")) == 2
+
+        def code(name: str) -> int:
+            record = {"texts": TEXTS, "customer": name}
+            return int(httpx.post(f"{server.url}/v1/classify", json=record, headers=headers).status_code)
+
+        assert {name: code(name) for name in names} == dict.fromkeys(names, 200)
+        scraped = httpx.get(f"{server.url}/metrics", headers=headers).text
+        # Both engines together.
+        assert f'qrlora_rows_total{{model="bundle"}} {len(TEXTS) * len(names)}.0' in scraped
+        assert f'qrlora_table_resident{{model="bundle"}} {2 * len(names)}.0' in scraped
+        admin = f"http://127.0.0.1:{server.ports['--admin-port']}/v1/models/bundle/customers"
+        for name in names[:2]:
+            assert httpx.delete(f"{admin}/{name}?erase=true", headers=headers).status_code == 200
+        until(lambda: [code(name) for name in names] == [404, 404, 200])
+        assert httpx.post(f"{admin.rpartition('/v1')[0]}/v1/reload", headers=headers).status_code == 200
+        assert code("other") == 200
+    assert server.end() == 0 and server.errors == []

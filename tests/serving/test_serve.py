@@ -311,8 +311,9 @@ def test_the_examples_of_the_page_work(place: Path) -> None:
             assert json.loads(ran.stdout)
 
 
-def test_the_second_signal_does_not_wait(place: Path) -> None:
-    with Served("bundle", "--drain-delay", 600, cwd=place) as server:
+@pytest.mark.parametrize("processes", [0, 1])
+def test_the_second_signal_does_not_wait(place: Path, processes: int) -> None:
+    with Served("bundle", "--drain-delay", 600, "--processes", processes, cwd=place) as server:
         server.send(signal.SIGTERM)
         deadline = time.monotonic() + 20
         while httpx.get(f"{server.url}/v2/health/ready").status_code == 200:

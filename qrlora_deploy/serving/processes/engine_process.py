@@ -5,6 +5,8 @@ import logging
 import threading
 from functools import partial
 
+import uvicorn
+
 from qrlora_deploy.serving.assembly import EngineParts
 from qrlora_deploy.serving.http.listener import HttpListener
 from qrlora_deploy.serving.life import Life
@@ -28,7 +30,8 @@ def run_engine(options: ChildOptions, control: Control) -> None:
     """
     parts = EngineParts(options.engine_run())
     try:
-        asyncio.run(EngineProcess(options, control, parts).run())
+        with asyncio.Runner(loop_factory=uvicorn.Config("").get_loop_factory()) as runner:
+            runner.run(EngineProcess(options, control, parts).run())
     finally:
         parts.close()
 

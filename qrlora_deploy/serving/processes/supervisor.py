@@ -199,6 +199,9 @@ class Supervisor:
         fronts = self._of(FRONT)
         for child in fronts:
             child.tell(Order.STOP)
+            if self._failure is not None:
+                # At once: nobody can answer what they wait for.
+                child.tell(Order.STOP)
         patience_s = server.drain_delay_s + server.drain_s + GRACE_S if self._failure is None else GRACE_S
         await _ended(fronts, patience_s)
         engines = self._of(ENGINE)
