@@ -115,13 +115,13 @@ def command(bundle: Path | None, models: tuple[str, ...], check: bool, log_json:
         admin_host=options["admin_host"],
         audit_log=options["audit_log"],
         counted=options["counted"],
-        fronts=options["processes"],
+        processes=options["processes"],
         devices=devices,
         otel=options["otel"],
     )
     if check:
         return _checked(made_of)
-    if made_of.fronts:
+    if made_of.processes:
         from qrlora_deploy.serving.processes.supervisor import Supervisor
 
         supervisor = Supervisor(made_of, log_json)

@@ -37,11 +37,11 @@ class AssemblyOptions:
         audit_log: file that changes by the admin API are told to.
         counted: customers whose rows metrics tell by name, and whom spans name.
         otel: send spans, as the `OTEL_` variables of the process say.
-        fronts: processes for HTTP, gRPC, keys and tokenising; 0: all in one process.
-        devices: with `fronts`, one for each process of an engine; none: `run.provider`.
+        processes: for HTTP, gRPC, keys and tokenising; 0: all in one process.
+        devices: with `processes`, one for each process of an engine; none: `run.provider`.
 
     Raises:
-        InputError: the admin API is asked for without keys or audit log, or several devices without `fronts`.
+        InputError: the admin API is asked for without keys or audit log, or several devices without `processes`.
     """
 
     places: Sequence[ModelPlaces]
@@ -54,11 +54,11 @@ class AssemblyOptions:
     audit_log: Path | None = None
     counted: Sequence[str] = ()
     otel: bool = False
-    fronts: int = 0
+    processes: int = 0
     devices: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if self.devices and not self.fronts:
+        if self.devices and not self.processes:
             raise InputError(f"several devices need processes of their own: give {argument('processes', 2)}")
         if self.admin_port is not None and (self.keys is None or self.audit_log is None):
             raise InputError(f"{argument('admin_port')} needs {argument('keys')} and {argument('audit_log')}")

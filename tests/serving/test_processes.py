@@ -231,7 +231,7 @@ REFUSED = {
     "no such device": ("--processes 1 --device tpu", "tpu"),
     "devices of one process": ("--device cpu --device cpu", "--processes"),
     "an option that is none": ("--provider-option arena", "must be KEY=VALUE"),
-    "an option of no provider": ("--processes 1 --provider-option no=1 --device cuda", ""),
+    "an option twice": ("--provider-option a=1 --provider-option a=2", "given twice"),
     "keys that are none": ("--processes 1 --keys bundle/manifest.json", "manifest.json"),
 }
 

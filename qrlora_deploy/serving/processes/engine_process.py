@@ -30,7 +30,7 @@ def run_engine(options: ChildOptions, control: Control) -> None:
     """
     parts = EngineParts(options.engine_run())
     try:
-        with asyncio.Runner(loop_factory=uvicorn.Config("").get_loop_factory()) as runner:
+        with asyncio.Runner(loop_factory=uvicorn.Config("", log_config=None).get_loop_factory()) as runner:
             runner.run(EngineProcess(options, control, parts).run())
     finally:
         parts.close()

@@ -39,7 +39,7 @@ class Supervisor:
     """A server of several processes.
 
     Args:
-        options: what it is made of; `fronts` is at least 1.
+        options: what it is made of; `processes` is at least 1.
         log_json: logs are lines of JSON.
 
     Attributes:
@@ -118,7 +118,7 @@ class Supervisor:
     async def _start_all(self) -> None:
         for number in range(len(self._devices)):
             self._start(ENGINE, number)
-        for number in range(self._options.fronts):
+        for number in range(self._options.processes):
             self._start(FRONT, number)
         ready = [asyncio.create_task(child.ready.wait()) for child in self._children]
         ending = asyncio.create_task(self._ending.wait())
