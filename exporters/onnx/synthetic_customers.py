@@ -12,7 +12,15 @@ from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.models.head import output_layer
-from qrlora_deploy.runtime.bundle.row_layout import HEAD_TABLE, SLOT, TABLE, HeadLayout, TableLayout, head_arrays
+from qrlora_deploy.runtime.bundle.row_layout import (
+    HEAD_TABLE,
+    SLOT,
+    TABLE,
+    TABLE_OF,
+    HeadLayout,
+    TableLayout,
+    head_arrays,
+)
 from qrlora_deploy.runtime.verification.parity import Case, without_padding
 
 SYNTHETIC = 3
@@ -135,6 +143,13 @@ def mixed_reference(
         for index, (name, inputs) in enumerate(batches.items())
         for slots in [_slots(index, inputs, len(everyone))]
     ]
+
+
+def brought(inputs: Inputs) -> Inputs:
+    """Inputs of a switchable graph as those of a per-row one: each row has what its slot of the tables has."""
+    slot = inputs[SLOT]
+    rows = {name: inputs[table][slot] for name, table in TABLE_OF.items() if table in inputs}
+    return {name: array for name, array in inputs.items() if name not in (SLOT, TABLE, HEAD_TABLE)} | rows
 
 
 def _tables(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qrlora_deploy.errors import InputError, argument
+from qrlora_deploy.runtime.customers.objects.store import ObjectStoreStats
 from qrlora_deploy.serving.access import Keys
 from qrlora_deploy.serving.engine.quotas import Quotas
 from qrlora_deploy.serving.http.front import Front
@@ -36,9 +37,9 @@ class AssemblyOptions:
         admin_host: where the admin API listens.
         audit_log: file that changes by the admin API are told to.
         counted: customers whose rows metrics tell by name, and whom spans name.
-        otel: send spans, as the `OTEL_` variables of the process say.
         processes: for HTTP, gRPC, keys and tokenising; 0: all in one process.
         devices: with `processes`, one for each process of an engine; none: `run.provider`.
+        otel: send spans, as the `OTEL_` variables of the process say.
 
     Raises:
         InputError: the admin API is asked for without keys or audit log, or several devices without `processes`.
@@ -53,9 +54,9 @@ class AssemblyOptions:
     admin_host: str = "127.0.0.1"
     audit_log: Path | None = None
     counted: Sequence[str] = ()
-    otel: bool = False
     processes: int = 0
     devices: Sequence[str] = ()
+    otel: bool = False
 
     def __post_init__(self) -> None:
         if self.devices and not self.processes:
@@ -77,8 +78,7 @@ class Assembly:
     """
 
     def __init__(self, options: AssemblyOptions) -> None:
-        # Before a model is opened: what a variable asks for may not be there.
-        self._tracing = tracing_of(options)
+        self._tracing: Tracing | None = None
         self.companions: dict[str, Companion] = {}
         self.parts = EngineParts(options)
         try:
@@ -103,9 +103,11 @@ class Assembly:
         return {name: companion.port for name, companion in self.companions.items()}
 
     def _open(self, options: AssemblyOptions) -> None:
+        if options.otel:
+            self._tracing = tracing_of(options.counted)
         parts = self.parts
         models = Models([model.served for model in parts.models])
-        metrics = Metrics(list(models), options.counted)
+        metrics = Metrics(list(models), options.counted, parts.stores())
         front = Front(models, keys=parts.keys, metrics=metrics, tracing=self._tracing)
         if options.grpc_port is not None:
             self.companions["gRPC"] = grpc_companion(front, options.server, options.grpc_port)
@@ -165,6 +167,10 @@ class EngineParts:
         if self.keys is not None:
             self._change_quotas(self.keys)
 
+    def stores(self) -> dict[str, Callable[[], ObjectStoreStats]]:
+        """By the model's name, what says how the object store of its customers is doing."""
+        return {model.served.name: ask for model in self.models if (ask := model.object_stats) is not None}
+
     def _change_quotas(self, keys: Keys) -> None:
         for quotas in self._quotas:
             quotas.change(*keys.quotas())
@@ -195,8 +201,8 @@ class EngineParts:
         }
         if not folders:
             raise InputError(
-                f"{argument('admin_port')} has nothing to change: no model has a folder of customers; "
-                f"give one by {argument('customers')}"
+                f"{argument('admin_port')} has nothing to change: no model has a folder of customers, and those of an "
+                f"object store are changed there; give a folder by {argument('customers')}"
             )
         app = make_admin_app(Admin(folders, self.keys, AuditLog(options.audit_log), reload), life)
         server = options.server
@@ -220,17 +226,11 @@ class EngineParts:
         self.models = []
 
 
-def tracing_of(options: AssemblyOptions) -> "Tracing | None":
-    """What begins the spans that a server is asked for; None: it is not.
-
-    Raises:
-        InputError: a variable asks for what there is not.
-    """
-    if not options.otel:
-        return None
+def tracing_of(customers: Sequence[str]) -> "Tracing":
+    """What sends spans, as the `OTEL_` variables of the process say; customers of the list are named."""
     from qrlora_deploy.serving.tracing.sending import open_tracing
 
-    return open_tracing(options.counted)
+    return open_tracing(customers)
 
 
 def grpc_companion(front: Front, options: ServerOptions, port: int) -> Companion:

@@ -8,7 +8,7 @@ import numpy as np
 
 from qrlora_deploy.errors import CheckFailed, argument
 from qrlora_deploy.runtime.bundle.bundle import REFERENCE_FILE, Bundle
-from qrlora_deploy.runtime.bundle.row_layout import TABLE
+from qrlora_deploy.runtime.bundle.row_layout import COEFFICIENTS, TABLE
 from qrlora_deploy.runtime.verification.bounds import BOUNDS, Bounds
 from qrlora_deploy.runtime.verification.reference import Case, read_reference, without_padding, write_reference
 from qrlora_deploy.runtime.verification.running import open_for_check, run_logits
@@ -141,7 +141,7 @@ def bound_of(reference: Sequence[Case], precision: str = "fp32", least_size: flo
     about as much of the customer's effect; four times that is allowed for where effects cancel.
     """
     largest = max(float(np.abs(case.logits[np.isfinite(case.logits)]).max(initial=0)) for case in reference)
-    rounded = any(case.inputs[TABLE].dtype == np.float16 for case in reference if TABLE in case.inputs)
+    rounded = any(_coefficients(case).dtype == np.float16 for case in reference)
     rounding = 2.0**-9 * customer_effect(reference) if rounded else 0.0
     return BOUNDS[precision].relative * max(least_size, largest) + rounding
 
@@ -162,9 +162,15 @@ def _base_logits(session: Any, case: Case) -> np.ndarray:
 
     The table is set to zero and not the slot: each row keeps its customer's head.
     """
-    if TABLE not in case.inputs:
+    name = next((name for name in (TABLE, COEFFICIENTS) if name in case.inputs), None)
+    if name is None:
         return case.base_logits
-    return _run(session, case, case.inputs | {TABLE: np.zeros_like(case.inputs[TABLE])})
+    return _run(session, case, case.inputs | {name: np.zeros_like(case.inputs[name])})
+
+
+def _coefficients(case: Case) -> np.ndarray:
+    """Of the customers of a case, as the graph takes them; of a merged graph none."""
+    return case.inputs.get(TABLE, case.inputs.get(COEFFICIENTS, np.empty(0, dtype=np.float32)))
 
 
 def _effect(logits: np.ndarray, base_logits: np.ndarray, case: Case) -> np.ndarray:

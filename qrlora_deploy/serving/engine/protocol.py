@@ -1,7 +1,7 @@
 """What a front asks of an engine, wherever that runs."""
 
 from collections import Counter
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -31,6 +31,7 @@ class EngineStats:
         loads: versions of customers that were brought into the table.
         evictions: customers that made room there for others.
         draining: no new request is taken.
+        last_run_s: when the last run ended, in seconds of the Unix epoch; 0: there was none.
     """
 
     rows: int = 0
@@ -48,6 +49,7 @@ class EngineStats:
     loads: int = 0
     evictions: int = 0
     draining: bool = False
+    last_run_s: float = 0.0
 
     def __add__(self, other: "EngineStats") -> "EngineStats":
         """Those of two engines together; one that drains is enough."""
@@ -56,6 +58,7 @@ class EngineStats:
             rejected=tuple(sorted((Counter(dict(self.rejected)) + Counter(dict(other.rejected))).items())),
             queue_counts=tuple(a + b for a, b in zip_longest(self.queue_counts, other.queue_counts, fillvalue=0)),
             draining=self.draining or other.draining,
+            last_run_s=max(self.last_run_s, other.last_run_s),
             **sums,
         )
 
@@ -84,8 +87,8 @@ GAUGES = ("queued_rows", "queued_tokens", "resident")
 """Numbers of what an engine holds."""
 
 
-def sum_of(stats: Iterable[EngineStats]) -> EngineStats:
-    """Counters of several engines together."""
+def sum_of(stats: Sequence[EngineStats]) -> EngineStats:
+    """Counters of several engines together; zeros of none."""
     return sum(stats, EngineStats())
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import dataclass, field
+from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -101,7 +102,7 @@ class Front:
             ),
         ]
         if self.metrics is not None:
-            routes.append(self._route("/metrics", "GET", self.scrape))
+            routes.append(self._route("/metrics", "GET", partial(scraped, self.metrics)))
         page = LivePage(self.models, self.life, self.live_window)
         return routes + [self._route(path, "GET", handler, is_open) for path, handler, is_open in page.handlers()]
 
@@ -199,11 +200,6 @@ class Front:
         found = repository_index(self.models, self.life.ready)
         return json_reply([model for model in found if model["state"] == "READY"] if record.get("ready") else found)
 
-    async def scrape(self, request: Request, access: Access) -> Response:
-        """For Prometheus."""
-        assert self.metrics is not None
-        return Response(await self.metrics.scrape(), headers={"content-type": METRICS})
-
     async def classify(self, request: Request, access: Access) -> Response:
         """Texts in plain JSON."""
         question, customers, name = parse_classify(parse_object(await request.body()))
@@ -280,3 +276,8 @@ def _infer_reply(written: InferAnswer) -> Response:
     if written.header_length is None:
         return Response(written.body, media_type=JSON)
     return Response(written.body, media_type=BINARY, headers={HEADER_LENGTH: str(written.header_length)})
+
+
+async def scraped(metrics: Metrics, request: Request, access: Access) -> Response:
+    """For Prometheus."""
+    return Response(await metrics.scrape(), headers={"content-type": METRICS})

@@ -59,7 +59,7 @@ class Span:
             queue_p50_ms, queue_p99_ms: that rows waited for their run.
             And what `engine_numbers` says of all models.
         """
-        requests, together = self.requests, sum_of(self.engines.values())
+        requests, together = self.requests, sum_of(list(self.engines.values()))
         return {
             "requests_s": _short(requests.answered / self.seconds),
             "refused_s": _short(sum(requests.refused.values()) / self.seconds),

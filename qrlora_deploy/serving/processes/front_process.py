@@ -23,14 +23,9 @@ def run_front(options: ChildOptions, control: Control) -> None:
     keys = None if made_of.keys is None else Keys.open(made_of.keys)
     links = [EngineLink(options.socket_of(number)) for number in range(len(options.devices))]
     models = Models([_served(places, links) for places in made_of.places])
-    tracing = tracing_of(made_of)
-    front = Front(
-        models,
-        keys=keys,
-        metrics=SharedMetrics(control, made_of.counted),
-        window=SharedWindow(control),
-        tracing=tracing,
-    )
+    tracing = tracing_of(made_of.counted) if made_of.otel else None
+    metrics, window = SharedMetrics(control, made_of.counted), SharedWindow(control)
+    front = Front(models, keys=keys, metrics=metrics, window=window, tracing=tracing)
     companions = []
     if made_of.grpc_port is not None:
         companions.append(grpc_companion(front, made_of.server, made_of.grpc_port))

@@ -113,14 +113,15 @@ def pack_answers(answers: Sequence[RowAnswer]) -> tuple[bytes, ...]:
     rows = [
         (
             kinds.setdefault((answer.labels, answer.thresholds), len(kinds)),
+            runs.setdefault(answer.run, len(runs)),
             answer.digest,
             answer.logits.shape,
-            runs.setdefault(answer.run, len(runs)),
         )
         for answer in answers
     ]
-    ran = [run and (run.start_s, run.end_s, run.rows, run.padded_tokens) for run in runs]
-    return with_numbers([list(kinds), rows, ran], *(np.asarray(answer.logits, dtype=np.float32) for answer in answers))
+    return with_numbers(
+        [list(kinds), list(runs), rows], *(np.asarray(answer.logits, dtype=np.float32) for answer in answers)
+    )
 
 
 def unpack_answers(payload: bytearray, rows: Sequence[Row]) -> list[RowAnswer]:
@@ -142,9 +143,8 @@ def unpack_answers(payload: bytearray, rows: Sequence[Row]) -> list[RowAnswer]:
 def _answers(head: Any, numbers: np.ndarray, rows: Sequence[Row]) -> Iterator[RowAnswer]:
     begin = 0
     kinds = [(tuple(labels), tuple(thresholds)) for labels, thresholds in head[0]]
-    # Times of `time.monotonic` are those of the machine.
-    runs = [run and Run(*run) for run in head[2]]
-    for row, (kind, digest, shape, run) in zip(rows, head[1], strict=True):
+    runs = [None if run is None else Run(**run) for run in head[1]]
+    for row, (kind, run, digest, shape) in zip(rows, head[2], strict=True):
         end = begin + int(np.prod(shape))
         labels, thresholds = kinds[kind]
         yield RowAnswer(numbers[begin:end].reshape(shape), labels, digest, thresholds, row.words, runs[run])
