@@ -3,6 +3,7 @@
 import ipaddress
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -60,11 +61,7 @@ SHOWN = 5
     "--provider-option", "provider_options", multiple=True, metavar="KEY=VALUE", help="For the provider; repeatable."
 )
 @click.option(
-    "--processes",
-    type=click.IntRange(0, 256),
-    default=0,
-    show_default=True,
-    help="Processes for HTTP, gRPC, keys and tokenising, beside one for each device; 0: one process for all.",
+    "--processes", type=click.IntRange(0, 256), default=0, help="Processes beside the engines'; 0: one for all."
 )
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads within an operator.")
 @click.option("--buckets", metavar="ROWS:LENGTHS", help="Run in these shapes only, such as 1,8,32:32,128.")
@@ -118,7 +115,6 @@ def command(bundle: Path | None, models: tuple[str, ...], check: bool, log_json:
     else:
         log_plainly()
     places = _places(bundle, models, options["customers"], options["packed"], options["poll_s"])
-    devices = options["devices"] if options["processes"] else ()
     made_of = AssemblyOptions(
         places,
         _run_options(**options),
@@ -130,7 +126,7 @@ def command(bundle: Path | None, models: tuple[str, ...], check: bool, log_json:
         audit_log=options["audit_log"],
         counted=options["counted"],
         processes=options["processes"],
-        devices=devices,
+        devices=options["devices"] if options["processes"] else (),
         otel=options["otel"],
     )
     if check:
@@ -138,17 +134,15 @@ def command(bundle: Path | None, models: tuple[str, ...], check: bool, log_json:
     if made_of.processes:
         from qrlora_deploy.serving.processes.supervisor import Supervisor
 
-        supervisor = Supervisor(made_of, log_json)
-        return Output({}, live=lambda stream: _serve(supervisor, made_of, stream))
-    assembly = Assembly(made_of)
-    return Output({}, live=lambda stream: _serve(assembly, made_of, stream))
+        return Output({}, live=partial(_serve, Supervisor(made_of, log_json), made_of))
+    return Output({}, live=partial(_serve, Assembly(made_of), made_of))
 
 
 def _check_usage(bundle: Path | None, models: Sequence[str], **options: Any) -> None:
     if bundle is None and not models:
         raise click.UsageError("give a BUNDLE, or --model NAME=BUNDLE")
     if len(options["devices"]) > 1 and not options["processes"]:
-        raise click.UsageError("several --device need --processes N: an engine for each, and N fronts that ask them")
+        raise click.UsageError("several --device need --processes N: an engine for each, N fronts for all")
     if bool(options["tls_cert"]) != bool(options["tls_key"]):
         raise click.UsageError("--tls-cert and --tls-key belong together")
     if options["tls_client_ca"] and not options["tls_cert"]:
