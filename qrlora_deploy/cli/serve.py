@@ -61,11 +61,7 @@ SHOWN = 5
     "--provider-option", "provider_options", multiple=True, metavar="KEY=VALUE", help="For the provider; repeatable."
 )
 @click.option(
-    "--processes",
-    type=click.IntRange(0, 256),
-    default=0,
-    show_default=True,
-    help="Processes for HTTP, gRPC, keys and tokenising, beside one for each device; 0: one process for all.",
+    "--processes", type=click.IntRange(0, 256), default=0, help="Processes beside the engines'; 0: one for all."
 )
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads within an operator.")
 @click.option("--buckets", metavar="ROWS:LENGTHS", help="Run in these shapes only, such as 1,8,32:32,128.")
@@ -234,8 +230,9 @@ def _provider_options(texts: Sequence[str]) -> dict[str, str]:
         name, equals, value = text.partition("=")
         if not (name and equals):
             raise InputError(f"--provider-option {text!r:.80} must be KEY=VALUE, such as gpu_mem_limit=8589934592")
-        if found.setdefault(name, value) is not value:
+        if name in found:
             raise InputError(f"--provider-option {name!r:.80} is given twice; give it once")
+        found[name] = value
     return found
 
 

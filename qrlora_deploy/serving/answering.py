@@ -106,11 +106,11 @@ async def answer(
     if access is not None:
         load = replace(load, asker=access.key_id)
     ticket = model.engine.admit(load, customers, deadline_s)
-    if spans is not None:
-        spans.stage("tokenise")
     try:
         if ticket.pending is not None:
             await _in_time(ticket.pending, deadline_s)
+        if spans is not None:
+            spans.stage("tokenise")
         rows = await _tokenised(model, question, customers, load)
     except BaseException:
         model.engine.release(ticket)

@@ -41,7 +41,7 @@ class Counted:
         assert seconds > 0 and len(customers) == rows
         self.seen.append((route, code, rows))
 
-    def text(self) -> bytes:
+    async def scrape(self) -> bytes:
         return b"# counted\n"
 
 

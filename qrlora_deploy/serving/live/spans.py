@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qrlora_deploy.serving.engine.durations import percentile
-from qrlora_deploy.serving.engine.protocol import EngineStats
+from qrlora_deploy.serving.engine.protocol import EngineStats, sum_of
 from qrlora_deploy.serving.live.totals import RequestTotals
 
 Numbers = dict[str, float | None]
@@ -59,7 +59,7 @@ class Span:
             queue_p50_ms, queue_p99_ms: that rows waited for their run.
             And what `engine_numbers` says of all models.
         """
-        requests, together = self.requests, sum(self.engines.values(), EngineStats())
+        requests, together = self.requests, sum_of(list(self.engines.values()))
         return {
             "requests_s": _short(requests.answered / self.seconds),
             "refused_s": _short(sum(requests.refused.values()) / self.seconds),

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +29,16 @@ class RequestTotals:
     rows: int = 0
     refused: Mapping[str, int] = field(default_factory=dict)
     seconds: np.ndarray = field(default_factory=_none)
+
+    def as_record(self) -> list[Any]:
+        """For JSON."""
+        return [self.answered, self.rows, dict(self.refused), self.seconds.tolist()]
+
+    @classmethod
+    def of_record(cls, record: list[Any]) -> "RequestTotals":
+        """From `as_record`."""
+        answered, rows, refused, seconds = record
+        return cls(answered, rows, refused, np.array(seconds, dtype=np.int64))
 
     def since(self, before: "RequestTotals") -> "RequestTotals":
         """What was counted after `before`. A front that was started anew in between has counted from 0."""

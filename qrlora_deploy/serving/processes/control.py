@@ -25,11 +25,13 @@ class Order(IntEnum):
     COUNTED = 4
     SCRAPE = 5
     FORGOTTEN = 6
+    LOOK = 7
     STOP = 11
     RELOAD = 12
     ASK_STATE = 13
     SCRAPED = 14
     FORGET = 15
+    SEEN = 16
 
 
 class Control:
@@ -49,7 +51,7 @@ class Control:
         self._numbers = itertools.count(1)
         self._link: Link | None = None
         self._counted: list[Any] = []
-        self._scrapes: dict[int, asyncio.Future[bytes]] = {}
+        self._asked: dict[int, asyncio.Future[bytes]] = {}
         self.stop: Callable[[], None] = lambda: None
         self.reload: Callable[[], None] = lambda: None
         self.state: Callable[[], Any] = lambda: None
@@ -83,17 +85,17 @@ class Control:
         """Remember something that the supervisor counts."""
         self._counted.append(counted)
 
-    async def scrape(self) -> bytes:
-        """All metrics of the server."""
+    async def ask(self, order: Order) -> bytes:
+        """What the supervisor knows of the whole server: `SCRAPE` asks for all metrics, `LOOK` for the last minutes."""
         assert self._link is not None
         number = next(self._numbers)
-        self._scrapes[number] = asyncio.get_running_loop().create_future()
+        self._asked[number] = asyncio.get_running_loop().create_future()
         self._flush()
-        self._link.send(Order.SCRAPE, number)
+        self._link.send(order, number)
         try:
-            return await self._scrapes[number]
+            return await self._asked[number]
         finally:
-            del self._scrapes[number]
+            del self._asked[number]
 
     def _flush(self) -> None:
         if self._counted:
@@ -114,8 +116,8 @@ class Control:
         elif kind == Order.ASK_STATE:
             self._flush()
             link.send_record(Order.STATE, number, self.state())
-        elif kind == Order.SCRAPED:
-            waiting = self._scrapes.get(number)
+        elif kind in (Order.SCRAPED, Order.SEEN):
+            waiting = self._asked.get(number)
             if waiting is not None and not waiting.done():
                 waiting.set_result(bytes(payload))
         elif kind == Order.FORGET:
@@ -142,4 +144,23 @@ class SharedMetrics:
 
     async def scrape(self) -> bytes:
         """As `Metrics.scrape`."""
-        return await self._control.scrape()
+        return await self._control.ask(Order.SCRAPE)
+
+
+class SharedWindow:
+    """The last minutes of all processes, which the supervisor keeps.
+
+    Args:
+        control: to it.
+    """
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+
+    async def follow(self) -> None:
+        """Nothing: the supervisor does."""
+
+    async def ask(self) -> dict[str, Any]:
+        """As `Window.ask`."""
+        record: dict[str, Any] = orjson.loads(await self._control.ask(Order.LOOK))
+        return record

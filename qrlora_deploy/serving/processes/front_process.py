@@ -5,7 +5,7 @@ from qrlora_deploy.serving.access import Keys
 from qrlora_deploy.serving.assembly import grpc_companion, tracing_of
 from qrlora_deploy.serving.http.front import Front
 from qrlora_deploy.serving.opening import ModelPlaces
-from qrlora_deploy.serving.processes.control import Control, SharedMetrics
+from qrlora_deploy.serving.processes.control import Control, SharedMetrics, SharedWindow
 from qrlora_deploy.serving.processes.options import ChildOptions
 from qrlora_deploy.serving.processes.remote_engine import EngineLink, RemoteEngine
 from qrlora_deploy.serving.served import Models, ServedModel
@@ -24,7 +24,8 @@ def run_front(options: ChildOptions, control: Control) -> None:
     links = [EngineLink(options.socket_of(number)) for number in range(len(options.devices))]
     models = Models([_served(places, links) for places in made_of.places])
     tracing = tracing_of(made_of.counted) if made_of.otel else None
-    front = Front(models, keys=keys, metrics=SharedMetrics(control, made_of.counted), tracing=tracing)
+    metrics, window = SharedMetrics(control, made_of.counted), SharedWindow(control)
+    front = Front(models, keys=keys, metrics=metrics, window=window, tracing=tracing)
     companions = []
     if made_of.grpc_port is not None:
         companions.append(grpc_companion(front, made_of.server, made_of.grpc_port))
@@ -37,6 +38,7 @@ def run_front(options: ChildOptions, control: Control) -> None:
         has_signals=False,
     )
     control.stop, control.reload = server.stop, server.begin_reload
+    control.state = lambda: front.counts.totals().as_record()
     try:
         server.run(control.ready)
     finally:

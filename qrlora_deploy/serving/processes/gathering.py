@@ -1,4 +1,4 @@
-"""Metrics of all processes together: fronts tell what they counted, engines are asked when somebody wants to know."""
+"""What all processes count, together: metrics, of which fronts tell what they counted, and the last minutes."""
 
 import asyncio
 import itertools
@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import orjson
+
 from qrlora_deploy.serving.engine.protocol import EngineStats, sum_of
+from qrlora_deploy.serving.live.totals import RequestTotals
+from qrlora_deploy.serving.live.window import STEP_S, Window
 from qrlora_deploy.serving.metrics import Metrics
 from qrlora_deploy.serving.processes.children import Child
 from qrlora_deploy.serving.processes.control import Order
@@ -51,7 +55,9 @@ class Gathering:
         self._metrics = Metrics(_Values(self._models), counted)
         self._numbers = itertools.count(1)
         self._asked: dict[int, asyncio.Future[Any]] = {}
-        self._scrapes: set[asyncio.Task[None]] = set()
+        self._answering: set[asyncio.Task[None]] = set()
+        self._requests = RequestTotals()
+        self._window = Window(lambda: self._requests, self._stats)
 
     def received(self, child: Child, kind: int, number: int, payload: bytearray) -> None:
         """A frame of a process."""
@@ -62,22 +68,45 @@ class Gathering:
             waiting = self._asked.get(number)
             if waiting is not None and not waiting.done():
                 waiting.set_result(record_of(payload))
-        elif kind == Order.SCRAPE:
-            scrape = asyncio.create_task(self._scrape(child, number))
-            self._scrapes.add(scrape)
-            scrape.add_done_callback(self._scrapes.discard)
+        elif kind in (Order.SCRAPE, Order.LOOK):
+            answering = asyncio.create_task(self._answer(child, Order(kind), number))
+            self._answering.add(answering)
+            answering.add_done_callback(self._answering.discard)
         else:
             raise BrokenFrameError(f"a process sends no frames of the kind {kind}")
 
-    async def _scrape(self, child: Child, number: int) -> None:
-        states = await asyncio.gather(*(self._state(it) for it in self.children if it.was_ready))
-        for model in self._models.values():
-            model.engine.told = []
-        for state in states:
-            for name, record in (state or {}).items():
-                model = self._models.setdefault(name, _Model(name, _Known()))
-                model.engine.told.append(unpack_stats(record))
-        child.tell(Order.SCRAPED, number, self._metrics.text())
+    async def follow(self) -> None:
+        """Keep the last minutes, until it is cancelled."""
+        while True:
+            await self._gather()
+            self._window.look()
+            await asyncio.sleep(STEP_S)
+
+    async def _answer(self, child: Child, order: Order, number: int) -> None:
+        await self._gather()
+        if order == Order.SCRAPE:
+            child.tell(Order.SCRAPED, number, self._metrics.text())
+        else:
+            child.tell(Order.SEEN, number, orjson.dumps(self._window.numbers()))
+
+    async def _gather(self) -> None:
+        """Ask all processes for what they have counted."""
+        asked = [it for it in self.children if it.was_ready]
+        states = await asyncio.gather(*map(self._state, asked))
+        told: dict[str, list[EngineStats]] = {name: [] for name in self._models}
+        requests = RequestTotals()
+        for child, state in zip(asked, states, strict=True):
+            if state and child.options.role == ENGINE:
+                for name, record in state.items():
+                    told.setdefault(name, []).append(unpack_stats(record))
+            elif state:
+                requests += RequestTotals.of_record(state)
+        self._requests = requests
+        for name, stats in told.items():
+            self._models.setdefault(name, _Model(name, _Known())).engine.told = stats
+
+    def _stats(self) -> dict[str, EngineStats]:
+        return {name: model.engine.stats() for name, model in self._models.items()}
 
     async def _state(self, child: Child) -> Any:
         """What a process says of itself; what it has counted comes before. None: it does not answer."""
@@ -86,12 +115,11 @@ class Gathering:
         child.tell(Order.ASK_STATE, number)
         try:
             async with asyncio.timeout(PATIENCE_S):
-                state = await self._asked[number]
+                return await self._asked[number]
         except TimeoutError:
             return None
         finally:
             del self._asked[number]
-        return state if child.options.role == ENGINE else None
 
 
 class _Values:

@@ -104,6 +104,7 @@ class Supervisor:
     async def _run(self, folder: Path, started: Callable[[], None]) -> None:
         self._folder, self._ending = folder, asyncio.Event()
         self.gathering = Gathering(self._options.counted)
+        following = asyncio.create_task(self.gathering.follow())
         with self._obeying_signals():
             try:
                 await self._start_all()
@@ -112,6 +113,7 @@ class Supervisor:
                 await self._ending.wait()
             finally:
                 await self._finish()
+                following.cancel()
 
     async def _start_all(self) -> None:
         for number in range(len(self._devices)):

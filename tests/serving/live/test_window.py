@@ -156,4 +156,4 @@ def test_counters_of_engines_are_added() -> None:
     )
     assert (found.since(one).rows, found.since(one).resident, found.since(one).queue_counts) == (10, 88, (0, 0))
     names = {it.name for it in fields(EngineStats)}
-    assert set(COUNTERS) | set(GAUGES) | {"rejected", "queue_counts", "draining"} == names
+    assert set(COUNTERS) | set(GAUGES) | {"rejected", "queue_counts", "draining", "last_run_s"} == names

@@ -1,18 +1,14 @@
 """Spans that leave the process: what the variables of OpenTelemetry say, and `serve --otel` beside a collector."""
 
-import http.server
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace.export import ConsoleSpanExporter
 
 from qrlora_deploy.errors import InputError
@@ -22,50 +18,8 @@ from qrlora_deploy.serving.tracing.sending import make_exporter, make_resource, 
 from qrlora_deploy.version import __version__
 from tests.cli.running import environment, run
 from tests.serving.process import Served
+from tests.serving.tracing.collector import Collector
 from tests.serving.tracing.looking import STAGES, TRACE, TRACEPARENT
-
-
-class Collector:
-    """Takes spans as an OpenTelemetry collector does.
-
-    Attributes:
-        requests: path, headers and message of each.
-        url: of it.
-    """
-
-    def __init__(self) -> None:
-        self.requests: list[tuple[str, Any, Any]] = []
-        outer = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["content-length"]))
-                outer.requests.append((self.path, self.headers, ExportTraceServiceRequest.FromString(body)))
-                self.send_response(200)
-                self.send_header("content-length", "0")
-                self.end_headers()
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        self._thread = threading.Thread(target=self._server.serve_forever)
-        self._thread.start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-    def spans(self) -> list[Any]:
-        return [
-            span
-            for _, _, message in self.requests
-            for resource in message.resource_spans
-            for scope in resource.scope_spans
-            for span in scope.spans
-        ]
 
 
 @pytest.fixture
