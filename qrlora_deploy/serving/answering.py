@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -13,6 +13,7 @@ import numpy as np
 from qrlora_deploy.errors import InputError, MalformedInputError, QrloraError, UnknownCustomerError
 from qrlora_deploy.serving.engine.protocol import Ticket
 from qrlora_deploy.serving.engine.rows import Load, Row, RowAnswer
+from qrlora_deploy.serving.parts import Spans
 from qrlora_deploy.serving.refusals import DeadlineError, RefusalError
 from qrlora_deploy.serving.served import ServedModel
 
@@ -31,6 +32,10 @@ logger = logging.getLogger(__name__)
 
 class Allows(Protocol):
     """What a key may do."""
+
+    @property
+    def key_id(self) -> str:
+        """Of the key; empty where none was asked for."""
 
     def allows(self, customer: str) -> bool:
         """Whether it may use a customer, be there one of that name or not."""
@@ -75,6 +80,7 @@ async def answer(
     customers: Sequence[str | None],
     deadline_s: float | None = None,
     access: Allows | None = None,
+    spans: Spans | None = None,
 ) -> list[RowAnswer]:
     """Answer every row, in the order given.
 
@@ -84,25 +90,39 @@ async def answer(
         customers: one for each row, None being the base.
         deadline_s: a time of `time.monotonic` after which nobody waits for the answer.
         access: of the key that asks; None: everything is allowed.
+        spans: are told of the stages; None: nobody wants to know.
 
     Raises:
         QrloraError: as `Engine.admit` and `Engine.submit` say. Its message holds no path of the server.
     """
+    if spans is not None:
+        spans.asks(model.name, customers)
+        spans.stage("admit")
     _check_counts(question, customers)
     _check_kind(model, question)
     if access is not None and not all(access.allows(name) for name in set(customers) if name is not None):
         raise UnknownCustomerError(UNKNOWN)
     load = _load(model, question)
+    if access is not None:
+        load = replace(load, asker=access.key_id)
     ticket = model.engine.admit(load, customers, deadline_s)
+    if spans is not None:
+        spans.stage("tokenise")
     try:
         rows = await _tokenised(model, question, customers, load)
     except BaseException:
         model.engine.release(ticket)
         raise
+    if spans is not None:
+        spans.has_tokens(sum(row.length for row in rows))
+        spans.stage("wait")
     try:
-        return await _answered(model, ticket, rows, deadline_s)
+        answers = await _answered(model, ticket, rows, deadline_s)
     except QrloraError as error:
         raise _public(error) from error
+    if spans is not None:
+        spans.ran(list({id(it.run): it.run for it in answers if it.run is not None}.values()))
+    return answers
 
 
 def _check_counts(question: Question, customers: Sequence[str | None]) -> None:

@@ -4,8 +4,10 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qrlora_deploy.errors import InputError, argument
+from qrlora_deploy.runtime.customers.objects.store import ObjectStoreStats
 from qrlora_deploy.serving.access import Keys
 from qrlora_deploy.serving.engine.quotas import Quotas
 from qrlora_deploy.serving.http.front import Front
@@ -14,6 +16,9 @@ from qrlora_deploy.serving.metrics import Metrics
 from qrlora_deploy.serving.opening import ModelPlaces, OpenModel, RunOptions
 from qrlora_deploy.serving.served import Models
 from qrlora_deploy.serving.server import Companion, Server, ServerOptions
+
+if TYPE_CHECKING:
+    from qrlora_deploy.serving.tracing.spans import Tracing
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,8 @@ class AssemblyOptions:
         admin_port: None: without the admin API.
         admin_host: where the admin API listens.
         audit_log: file that changes by the admin API are told to.
-        counted: customers whose rows metrics tell by name.
+        counted: customers whose rows metrics tell by name, and whom spans name.
+        otel: send spans, as the `OTEL_` variables of the process say.
 
     Raises:
         InputError: the admin API is asked for without keys or audit log.
@@ -44,6 +50,7 @@ class AssemblyOptions:
     admin_host: str = "127.0.0.1"
     audit_log: Path | None = None
     counted: Sequence[str] = ()
+    otel: bool = False
 
     def __post_init__(self) -> None:
         if self.admin_port is not None and (self.keys is None or self.audit_log is None):
@@ -66,6 +73,7 @@ class Assembly:
         self.models: list[OpenModel] = []
         self._quotas: list[Quotas] = []
         self._keys: Keys | None = None
+        self._tracing: Tracing | None = None
         self.companions: dict[str, Companion] = {}
         try:
             self._open(options)
@@ -75,6 +83,8 @@ class Assembly:
 
     def _open(self, options: AssemblyOptions) -> None:
         # Files that are quick to read come first: who misspells one need not wait for a model.
+        if options.otel:
+            self._tracing = _tracing(options.counted)
         if options.keys is not None:
             self._keys = Keys.open(options.keys, self._change_quotas)
         for places in options.places:
@@ -83,12 +93,16 @@ class Assembly:
         if self._keys is not None:
             self._change_quotas(self._keys)
         models = Models([model.served for model in self.models])
-        front = Front(models, keys=self._keys, metrics=Metrics(list(models), options.counted))
+        metrics = Metrics(list(models), options.counted, self._stores())
+        front = Front(models, keys=self._keys, metrics=metrics, tracing=self._tracing)
         if options.grpc_port is not None:
             self.companions["gRPC"] = _grpc(front, options.server, options.grpc_port)
         if options.admin_port is not None:
             self.companions["admin API"] = self._admin(front, options)
         self.server = Server(front, options.server, self.reload, list(self.companions.values()))
+
+    def _stores(self) -> dict[str, Callable[[], ObjectStoreStats]]:
+        return {model.served.name: ask for model in self.models if (ask := model.object_stats) is not None}
 
     def _change_quotas(self, keys: Keys) -> None:
         for quotas in self._quotas:
@@ -103,8 +117,8 @@ class Assembly:
         folders = {model.served.name: folder for model in self.models if (folder := model.customer_folder())}
         if not folders:
             raise InputError(
-                f"{argument('admin_port')} has nothing to change: no model has a folder of customers; "
-                f"give one by {argument('customers')}"
+                f"{argument('admin_port')} has nothing to change: no model has a folder of customers, and those of an "
+                f"object store are changed there; give a folder by {argument('customers')}"
             )
         app = make_admin_app(Admin(folders, self._keys, AuditLog(options.audit_log), self.reload), front.life)
         return HttpListener(app, options.admin_host, options.admin_port, options.server.tls, options.server.limits)
@@ -134,6 +148,14 @@ class Assembly:
         for model in self.models:
             model.close()
         self.models = []
+        if self._tracing is not None:
+            self._tracing.close()
+
+
+def _tracing(customers: Sequence[str]) -> "Tracing":
+    from qrlora_deploy.serving.tracing.sending import open_tracing
+
+    return open_tracing(customers)
 
 
 def _grpc(front: Front, options: ServerOptions, port: int) -> Companion:
@@ -143,6 +165,8 @@ def _grpc(front: Front, options: ServerOptions, port: int) -> Companion:
     from qrlora_deploy.serving.grpc.server import GrpcServer
     from qrlora_deploy.serving.grpc.service import InferenceService
 
-    service = InferenceService(front.models, front.life, front.keys, front.metrics)
+    service = InferenceService(
+        front.models, front.life, front.keys, front.metrics, counts=front.counts, tracing=front.tracing
+    )
     limits = GrpcLimits(max_message_bytes=options.limits.max_body_bytes)
     return GrpcServer(service, options.host, port, options.tls, limits)

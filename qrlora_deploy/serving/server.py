@@ -118,6 +118,7 @@ class Server:
         self._ending, self._at_once = asyncio.Event(), asyncio.Event()
         self._listen_to_signals()
         begun: list[Companion] = []
+        following = asyncio.create_task(self._front.live_window.follow())
         try:
             for listener in self._listeners:
                 await listener.start()
@@ -131,6 +132,7 @@ class Server:
                 async with asyncio.timeout(self._options.drain_delay_s if self._ending.is_set() else 0):
                     await self._at_once.wait()
             await self._finish(begun)
+            following.cancel()
 
     def _listen_to_signals(self) -> None:
         if threading.current_thread() is not threading.main_thread() or self._loop is None:

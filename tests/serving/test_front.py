@@ -1,6 +1,7 @@
 """What a server says of itself: the shapes of the protocol and of Triton, keys, errors, OpenAPI."""
 
 import re
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -90,10 +91,13 @@ def test_the_shapes_that_perf_analyzer_reads(client: TestClient) -> None:
     assert config["max_batch_size"] == 0
     needed = [item["name"] for item in config["input"] if not item["optional"]]
     assert needed == ["text"] and config["input"][0]["data_type"] == "TYPE_STRING"
+    assert client.get("/v2/models/tiny/stats").json()["model_stats"][0]["last_inference"] == 0
+    before_ms = time.time() * 1000 - 1
     assert client.post("/v1/classify", json={"texts": list(SENTENCES)}).status_code == 200
     for path in ("/v2/models/tiny/stats", "/v2/models/tiny/versions/1/stats", "/v2/models/stats"):
         (stats,) = client.get(path).json()["model_stats"]
         assert (stats["inference_count"], stats["execution_count"]) == (6, 1)
+        assert before_ms <= stats["last_inference"] <= time.time() * 1000 + 1
         assert set(stats["inference_stats"]) >= {"success", "fail", "queue", "compute_infer"}
         assert all(set(value) == {"count", "ns"} for value in stats["inference_stats"].values())
         # Version 2.60.0 ends where these differ.
@@ -181,7 +185,7 @@ def test_openapi_describes_what_is_answered(client: TestClient, front: Front) ->
         assert set(re.findall(r"{(\w+)}", path)) == named
         assert all(operation["responses"] for method, operation in item.items() if method in ("get", "post"))
     routes = {route.path for route in front.routes() if "versions" not in route.path}
-    assert set(document["paths"]) == routes - {"/openapi.json", "/v2/"}
+    assert set(document["paths"]) == routes - {"/openapi.json", "/v2/", "/", "/live.css", "/live.js", "/live.svg"}
     for path, record in (
         ("/v1/classify", ASK),
         ("/v2/models/{model}/infer", {"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": ["a"]}]}),

@@ -90,6 +90,10 @@ class TableLayout:
         row[self.columns] = values
         return row
 
+    def values(self, row: np.ndarray) -> np.ndarray:
+        """A customer's numbers `[total_rank]` fp32 from its row `[width]`: `row`, the other way round."""
+        return row[self.columns].astype(np.float32)
+
     @cached_property
     def _sizes(self) -> tuple[int, int, bool]:
         """Total rank, width, and whether there is padding."""

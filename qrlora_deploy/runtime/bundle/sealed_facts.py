@@ -11,7 +11,14 @@ import safetensors.numpy
 from qrlora_deploy.errors import FileFormatError, InputError, library_errors
 from qrlora_deploy.formats.config_file import label_names, read_model_config
 from qrlora_deploy.io.reading import parse_json, read_text, readable
-from qrlora_deploy.runtime.bundle.row_layout import COEFFICIENTS, HEAD, TABLE_OF, HeadLayout, head_arrays
+from qrlora_deploy.runtime.bundle.row_layout import (
+    BASE_HEAD_FILE,
+    COEFFICIENTS,
+    HEAD,
+    TABLE_OF,
+    HeadLayout,
+    head_arrays,
+)
 from qrlora_deploy.tasks.base import Task
 from qrlora_deploy.tasks.registry import task_of_config
 
@@ -199,3 +206,18 @@ def read_head_row(path: Path, layout: HeadLayout) -> np.ndarray:
         return layout.row(*head_arrays(tensors))
     except InputError as error:
         raise FileFormatError(f"{path} holds no head: {error}") from error
+
+
+def read_base_head(folder: Path, layout: HeadLayout, labels: int) -> np.ndarray:
+    """The output layer of the base in a bundle's folder as a row `[width]` of the head table, fp32.
+
+    Raises:
+        FileFormatError: there is none, or it has not so many labels as the base.
+    """
+    path = folder / BASE_HEAD_FILE
+    row = read_head_row(path, layout)
+    # Where there is no label the bias is -inf.
+    found = int(np.isfinite(row[-layout.labels :]).sum())
+    if found != labels:
+        raise FileFormatError(f"{path} has a head for {found} of {labels} labels")
+    return row

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 
 from qrlora_deploy.errors import (
-    FileFormatError,
     InputError,
     MalformedInputError,
     MismatchError,
@@ -20,14 +19,13 @@ from qrlora_deploy.formats.customer_files import read_customer_file
 from qrlora_deploy.runtime.bundle.bundle import Bundle
 from qrlora_deploy.runtime.bundle.compatibility import check_customer_fits
 from qrlora_deploy.runtime.bundle.row_layout import (
-    BASE_HEAD_FILE,
     HEAD_TABLE,
     TABLE,
     HeadLayout,
     TableLayout,
     head_arrays,
 )
-from qrlora_deploy.runtime.bundle.sealed_facts import read_head_row
+from qrlora_deploy.runtime.bundle.sealed_facts import read_base_head
 from qrlora_deploy.runtime.host.devices import Device
 from qrlora_deploy.runtime.host.forking import survive_forks
 from qrlora_deploy.runtime.sessions.versions import Version, Versions
@@ -78,7 +76,7 @@ class LoadedCustomers:
         self._on_gpu = Device.of(provider).on_gpu
         self.head = HeadLayout(manifest.head_labels, manifest.head_features) if manifest.head_labels else None
         widths = {TABLE: self.layout.width} | ({HEAD_TABLE: self.head.width} if self.head else {})
-        self.base_head = _read_base_head(bundle, self.head) if self.head else None
+        self.base_head = read_base_head(bundle.folder, self.head, len(manifest.labels)) if self.head else None
         dtypes = {TABLE: self.layout.dtype}
         rows = min(START_ROWS, max_rows or START_ROWS) if rows is None else rows
         self.table = CoefficientTable(lambda count: make_memory(widths, count, provider, dtypes), rows, max_rows)
@@ -160,13 +158,24 @@ class LoadedCustomers:
                 name: np.concatenate([part.read_rows(row, 1) for row in slot.tolist()])
                 for name, part in self.table.memory.parts.items()
             }
-            return found, self._versions_of(slot)
+            return found, [self.version_of(row) for row in slot.tolist()]
         finally:
             self.table.release(held.values())
 
-    def _versions_of(self, slot: np.ndarray) -> list[Version]:
-        """Of the rows of a batch, which are held."""
-        return [self.table.note_of(row) or self.versions.base for row in slot.tolist()]
+    def version_of(self, row: int) -> Version:
+        """What the table notes of a row that is held."""
+        return self.table.note_of(row) or self.versions.base
+
+    def version_with_digest(self, row: int) -> Version:
+        """As `version_of`; a customer of a packed file gets its digest now, which the table keeps."""
+        version = self.version_of(row)
+        if version.digest or row == BASE_ROW:
+            return version
+        # Of a packed file, so without a head of its own.
+        values = self.layout.values(self.table.memory.parts[TABLE].read_rows(row, 1)[0])
+        version = version.with_digest(values)
+        self.table.note(row, version)
+        return version
 
     def lacks(self, customers: Sequence[str | None]) -> list[str]:
         """Those of `customers` that are not in the table now."""
@@ -243,14 +252,3 @@ class LoadedCustomers:
         if len(weight) != labels:
             raise InputError(f"{place} has {labels} labels but a head for {len(weight)}")
         return row
-
-
-def _read_base_head(bundle: Bundle, head: HeadLayout) -> np.ndarray:
-    """The base's row of the head table."""
-    path = bundle.folder / BASE_HEAD_FILE
-    row = read_head_row(path, head)
-    # Where there is no label the bias is -inf.
-    labels = int(np.isfinite(row[-head.labels :]).sum())
-    if labels != len(bundle.manifest.labels):
-        raise FileFormatError(f"{path} has a head for {labels} of {len(bundle.manifest.labels)} labels")
-    return row

@@ -1,6 +1,6 @@
 """One session for every customer of a base: any customer in any row of a batch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -68,8 +68,8 @@ class SwitchableSession(LoadedCustomers):
         self, inputs: dict[str, np.ndarray], customers: Sequence[str | None]
     ) -> tuple[np.ndarray, list[tuple[str, ...]]]:
         """The logits of a batch, each row for its customer, and the labels of each row; `run` also says more of it."""
-        logits, versions = self.answer(inputs, customers)
-        return logits, [version.answering.labels for version in versions]
+        logits, answering = self.run(inputs, customers)
+        return logits, [it.labels for it in answering]
 
     def run(self, inputs: dict[str, np.ndarray], customers: Sequence[str | None]) -> tuple[np.ndarray, list[Answering]]:
         """Answer a batch, each row for its customer.
@@ -87,13 +87,19 @@ class SwitchableSession(LoadedCustomers):
             UnknownCustomerError: a customer is not there.
             QrloraError: the model fails, or this is a forked child of the session's process, on a GPU.
         """
-        logits, versions = self.answer(inputs, customers)
+        logits, versions = self._answer(inputs, customers, self.version_of)
         return logits, [version.answering for version in versions]
 
     def answer(
         self, inputs: dict[str, np.ndarray], customers: Sequence[str | None]
     ) -> tuple[np.ndarray, list[Version]]:
-        """As `run`, with the version of its customer that answered each row."""
+        """As `run`, with the version of its customer that answered each row, and its digest."""
+        return self._answer(inputs, customers, self.version_with_digest)
+
+    def _answer(
+        self, inputs: dict[str, np.ndarray], customers: Sequence[str | None], version_of: Callable[[int], Version]
+    ) -> tuple[np.ndarray, list[Version]]:
+        """Logits, and the version in each row's row of the table, which is held meanwhile."""
         self._check_usable()
         if isinstance(customers, (str, bytes)) or not isinstance(customers, Sequence):
             raise MalformedInputError(f"customers must be a list with one for each row, not {type(customers).__name__}")
@@ -103,7 +109,7 @@ class SwitchableSession(LoadedCustomers):
             self._hold(customers, held)
             slot = rows_of(customers, held)
             logits = self._runner.run(inputs, slot)
-            versions = self._versions_of(slot)
+            versions = [version_of(row) for row in slot.tolist()]
         finally:
             self.table.release(held.values())
         return logits, versions

@@ -1,8 +1,10 @@
 """What a front asks of an engine, wherever that runs."""
 
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Protocol
 
 from qrlora_deploy.runtime.bundle.manifest import Manifest
@@ -21,6 +23,7 @@ class EngineStats:
         tokenised_rows: rows that were given to `submit`.
         rejected: refusals by the error's kind.
         queue_s: sum of the seconds that answered rows waited.
+        queue_counts: how many rows waited how long, by the buckets of `Durations`; empty: nobody counted.
         run_s: sum of the seconds of all runs.
         run_tokens: tokens of the rows that were answered.
         padded_tokens: rows x padded length of all runs; run_tokens / padded_tokens says how little was padded.
@@ -28,6 +31,7 @@ class EngineStats:
         loads: versions of customers that were brought into the table.
         evictions: customers that made room there for others.
         draining: no new request is taken.
+        last_run_s: when the last run ended, in seconds of the Unix epoch; 0: there was none.
     """
 
     rows: int = 0
@@ -37,6 +41,7 @@ class EngineStats:
     tokenised_rows: int = 0
     rejected: tuple[tuple[str, int], ...] = ()
     queue_s: float = 0.0
+    queue_counts: tuple[int, ...] = ()
     run_s: float = 0.0
     run_tokens: int = 0
     padded_tokens: int = 0
@@ -44,6 +49,41 @@ class EngineStats:
     loads: int = 0
     evictions: int = 0
     draining: bool = False
+    last_run_s: float = 0.0
+
+    def __add__(self, other: "EngineStats") -> "EngineStats":
+        """Those of two engines together; one that drains is enough."""
+        sums = {name: getattr(self, name) + getattr(other, name) for name in (*COUNTERS, *GAUGES)}
+        return EngineStats(
+            rejected=tuple(sorted((Counter(dict(self.rejected)) + Counter(dict(other.rejected))).items())),
+            queue_counts=tuple(a + b for a, b in zip_longest(self.queue_counts, other.queue_counts, fillvalue=0)),
+            draining=self.draining or other.draining,
+            **sums,
+        )
+
+    def since(self, before: "EngineStats") -> "EngineStats":
+        """What was counted after `before`, and what the engine holds now. An engine that was started anew in between
+        has counted from 0, and nothing is less than that."""
+        counted = {name: max(0, getattr(self, name) - getattr(before, name)) for name in COUNTERS}
+        pairs = zip_longest(self.queue_counts, before.queue_counts, fillvalue=0)
+        return replace(self, rejected=(), queue_counts=tuple(max(0, a - b) for a, b in pairs), **counted)
+
+
+COUNTERS = (
+    "rows",
+    "batches",
+    "tokenised_rows",
+    "queue_s",
+    "run_s",
+    "run_tokens",
+    "padded_tokens",
+    "loads",
+    "evictions",
+)
+"""Numbers of `EngineStats` that only grow."""
+
+GAUGES = ("queued_rows", "queued_tokens", "resident")
+"""Numbers of what an engine holds."""
 
 
 class Ticket(Protocol):

@@ -17,11 +17,13 @@ class Load:
         rows: texts.
         tokens: of all rows, without padding; before the texts are tokenised the most that they can be.
         size_bytes: of the texts.
+        asker: whose request it is, such as the id of a key; those who ask take turns where customers are fetched.
     """
 
     rows: int
     tokens: int
     size_bytes: int
+    asker: str = ""
 
     @classmethod
     def of_texts(cls, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int) -> "Load":
@@ -57,6 +59,23 @@ class Row:
         return len(next(iter(self.inputs.values())))
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run of a batch, for those who look at where the time went.
+
+    Attributes:
+        start_s: a time of `time.monotonic`, which all processes of a machine share.
+        end_s: another one.
+        rows: of the batch.
+        padded_tokens: rows x padded length.
+    """
+
+    start_s: float
+    end_s: float
+    rows: int
+    padded_tokens: int
+
+
 @dataclass(frozen=True)
 class RowAnswer:
     """What the model gave for a row.
@@ -65,10 +84,10 @@ class RowAnswer:
         logits: fp32, `[labels of the customer]`, or `[tokens, labels]` where each token of the row has an answer; where
             the answer is an embedding, that: `[width]`.
         labels: names of the customer's outputs; none of an embedding.
-        digest: of the content of the customer that answered, as `Coefficients.digest`; empty for the base
-            and for customers of a packed file.
+        digest: of the content of the customer that answered, as `Coefficients.digest`; empty for the base.
         thresholds: as of `Answering`.
         words: of the row.
+        run: in which it was answered; None: nobody says.
     """
 
     logits: np.ndarray
@@ -76,6 +95,7 @@ class RowAnswer:
     digest: str
     thresholds: tuple[float, ...] = ()
     words: LocatedWords | None = None
+    run: Run | None = None
 
     @property
     def answering(self) -> Answering:

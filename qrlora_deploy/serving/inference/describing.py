@@ -80,7 +80,7 @@ def model_stats(model: ServedModel) -> dict[str, Any]:
     return {
         "name": model.name,
         "version": VERSION,
-        "last_inference": 0,
+        "last_inference": round(stats.last_run_s * 1000),
         "inference_count": stats.rows,
         "execution_count": stats.batches,
         "inference_stats": {
