@@ -16,7 +16,7 @@ from qrlora_deploy.cli.group import COMMANDS, cli, option_of
 from qrlora_deploy.errors import InputError, argument, options_for_arguments
 from qrlora_deploy.exporting.options import facts_of
 from qrlora_deploy.exporting.registry import all_exporters
-from qrlora_deploy.runtime import Predictor
+from qrlora_deploy.runtime import GenerationRequest, GenerationSession, Predictor, Sampling
 from qrlora_deploy.serving.assembly import AssemblyOptions
 from qrlora_deploy.serving.server import ServerOptions
 from qrlora_deploy.training.settings import TrainSettings
@@ -27,6 +27,7 @@ LIBRARY = {name: path for name, path in MODULES.items() if not inside(name, "qrl
 
 JOBS = (
     qr.combine,
+    qr.convert,
     qr.export,
     qr.factorize,
     qr.merge,
@@ -36,9 +37,14 @@ JOBS = (
     qr.unmerge,
     qr.warmup,
     Predictor.predict,
+    GenerationSession,
+    GenerationSession.open,
 )
-KEYWORDS = (TrainOptions, FleetTrainOptions, WarmupOptions, BenchSettings, AssemblyOptions, ServerOptions)
-"""What the public functions take as `**settings`, and the settings of a benchmark and of a server."""
+KEYWORDS = (
+    *(TrainOptions, FleetTrainOptions, WarmupOptions, BenchSettings, AssemblyOptions, ServerOptions),
+    *(GenerationRequest, Sampling),
+)
+"""What the public functions take as `**settings`, and the settings of a benchmark, of a server and of an answer."""
 
 
 @functools.cache

@@ -20,6 +20,7 @@ ROOMS = (
     "installation",
     "io",
     "tokenization",
+    "chat",
     "data",
     "tasks",
     "rank_rules",
@@ -36,6 +37,7 @@ ROOMS = (
     "runtime.sessions",
     "runtime.customers",
     "runtime.prediction",
+    "runtime.generation",
     "runtime.verification",
     "runtime",
     "serving.refusals",
@@ -119,7 +121,8 @@ def test_the_runtime_stands_alone(name: str) -> None:
     heavy = {found_name for found_name in found if found_name.split(".")[0] in ("torch", "transformers", "onnx")}
     assert heavy == set()
     shared = tuple(
-        f"qrlora_deploy.{room}" for room in ("runtime", "tokenization", "io", "formats", "tasks", "installation")
+        f"qrlora_deploy.{room}"
+        for room in ("runtime", "chat", "tokenization", "io", "formats", "tasks", "installation")
     )
     others = {other for other in project(found) if not any(inside(other, package) for package in shared)}
     assert others <= {"qrlora_deploy.errors", "qrlora_deploy.deprecated.moved"}

@@ -40,7 +40,7 @@ def converse(predictor: "Predictor", store: "CustomerStore | None", customer: st
         click.echo(HELP, err=True)
         while True:
             click.echo(f"{customer or 'base'}> ", nl=False, err=True)
-            line = _read_line(sys.stdin)
+            line = read_line(sys.stdin)
             if not line or line.strip() in ("/quit", "/exit"):
                 return
             try:
@@ -49,7 +49,7 @@ def converse(predictor: "Predictor", store: "CustomerStore | None", customer: st
                 click.echo(f"Error: {one_line(str(error))}", err=True)
 
 
-def _read_line(stdin: IO[str]) -> str:
+def read_line(stdin: IO[str]) -> str:
     """The next line; of one that is far longer than any model reads, the beginning. Empty at the end."""
     line = stdin.readline(MAX_LINE)
     if len(line) == MAX_LINE and not line.endswith("\n"):

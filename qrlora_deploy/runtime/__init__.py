@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from qrlora_deploy.runtime.bundle.bundle import Bundle, Manifest, open_bundle
     from qrlora_deploy.runtime.customers.packed import load_packed
     from qrlora_deploy.runtime.customers.store import CustomerStore, StoreEvent
+    from qrlora_deploy.runtime.generation.requests import GenerationAnswer, GenerationEvent, GenerationRequest
+    from qrlora_deploy.runtime.generation.sampling import Sampling
+    from qrlora_deploy.runtime.generation.session import GenerationSession
     from qrlora_deploy.runtime.host.devices import Device
     from qrlora_deploy.runtime.prediction.predictor import Prediction, Predictor
     from qrlora_deploy.runtime.sessions.buckets import Buckets
@@ -22,10 +25,15 @@ __all__ = [
     "Bundle",
     "CustomerStore",
     "Device",
+    "GenerationAnswer",
+    "GenerationEvent",
+    "GenerationRequest",
+    "GenerationSession",
     "Manifest",
     "ParityReport",
     "Prediction",
     "Predictor",
+    "Sampling",
     "StoreEvent",
     "SwitchableSession",
     "load_packed",
@@ -38,6 +46,9 @@ _PLACES = {
     "bundle.bundle": ("Bundle", "Manifest", "open_bundle"),
     "customers.packed": ("load_packed",),
     "customers.store": ("CustomerStore", "StoreEvent"),
+    "generation.requests": ("GenerationAnswer", "GenerationEvent", "GenerationRequest"),
+    "generation.sampling": ("Sampling",),
+    "generation.session": ("GenerationSession",),
     "host.devices": ("Device",),
     "prediction.predictor": ("Prediction", "Predictor"),
     "sessions.buckets": ("Buckets",),

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -109,6 +109,8 @@ async def answer(
     if spans is not None:
         spans.stage("tokenise")
     try:
+        if ticket.pending is not None:
+            await _in_time(ticket.pending, deadline_s)
         rows = await _tokenised(model, question, customers, load)
     except BaseException:
         model.engine.release(ticket)
@@ -144,6 +146,14 @@ def _load(model: ServedModel, question: Question) -> Load:
         return Load.of_texts(question.texts, question.pairs, model.tokenizer.max_length)
     ids = question.inputs["input_ids"]
     return Load(len(ids), ids.size, sum(array.nbytes for array in question.inputs.values()))
+
+
+async def _in_time(pending: Awaitable[None], deadline_s: float | None) -> None:
+    try:
+        async with asyncio.timeout(None if deadline_s is None else max(0.0, deadline_s - time.monotonic())):
+            await pending
+    except TimeoutError as error:
+        raise DeadlineError("the request's time had passed before it was queued") from error
 
 
 async def _tokenised(model: ServedModel, question: Question, customers: Sequence[str | None], load: Load) -> list[Row]:

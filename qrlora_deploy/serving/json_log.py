@@ -78,6 +78,16 @@ def log_as_json(stream: IO[str] | None = None, level: int = logging.INFO) -> log
     return handler
 
 
+def log_plainly() -> None:
+    """Write the warnings and errors that the package logs as plain lines to stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("qrlora_deploy")
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+
+
 def log_request(
     request_id: str,
     method: str,

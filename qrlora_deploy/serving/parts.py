@@ -21,7 +21,7 @@ class Keys(Protocol):
 class Metrics(Protocol):
     """Counts requests."""
 
-    def text(self) -> bytes:
+    async def scrape(self) -> bytes:
         """What Prometheus reads."""
 
     def observe(self, route: str, code: int, seconds: float, rows: int, customers: Sequence[str | None] = ()) -> None:

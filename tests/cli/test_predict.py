@@ -352,4 +352,4 @@ def test_a_line_without_end_is_read_to_a_bound_and_the_rest_is_no_text() -> None
     from qrlora_deploy.cli import repl
 
     lines = io.StringIO("a" * (repl.MAX_LINE + 5) + "\nhello\n")
-    assert [len(repl._read_line(lines)) for _ in range(3)] == [repl.MAX_LINE, 6, 0]
+    assert [len(repl.read_line(lines)) for _ in range(3)] == [repl.MAX_LINE, 6, 0]

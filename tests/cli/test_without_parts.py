@@ -171,6 +171,7 @@ LINES = {
     "export": "export BASE --basis BASIS -o bundle",
     "verify": "verify MERGED",
     "predict": "predict MERGED --text rice",
+    "generate": "generate MERGED --prompt rice",
     "pack": "pack CUSTOMERS --bundle BUNDLE -o packed.safetensors",
     "bench": "bench BUNDLE",
     "serve": "serve BUNDLE --check",

@@ -43,14 +43,15 @@ def test_the_base_install_has_no_framework_and_the_card_is_whole() -> None:
     extras = PROJECT["optional-dependencies"]
     everything = base.union(*(packages(extras[part]) for part in ("train", "export", "bench", "gpu")))
     assert everything >= {"torch", "transformers", "onnx", "onnxruntime_gpu", "optimum", "safetensors", "click"}
-    assert extras["all"] == ["qrlora-deploy[train,export,bench,serve,gpu]"]
+    assert extras["all"] == ["qrlora-deploy[train,export,bench,serve,llm,gpu]"]
     assert "qrlora-deploy[train,export,bench,gpu]" in extras["quickstart"]
 
 
 def test_every_command_with_a_part_is_there() -> None:
     assert set(COMMANDS) - set(OF_COMMAND) == {"inspect", "combine", "doctor", "keys", "customers"}
-    # The client is a library alone, object stores are asked for where a URL is given, and spans are an option.
-    options = {"client", "store", "otel"}
+    # The client is a library alone, object stores are asked for where a URL is given, spans are an option, and chats
+    # are data.
+    options = {"client", "store", "otel", "llm"}
     assert set(OF_COMMAND) < set(COMMANDS) and set().union(*OF_COMMAND.values()) == set(PARTS) - options
 
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -15,20 +15,31 @@ MAX_LINE_BYTES = 64 * 2**20
 """Far more than any model reads of a text."""
 
 
-class Request(BaseModel):
-    """One line.
+class OwnedLine(BaseModel):
+    """What every line may say.
 
     Attributes:
-        text: the text, or the first one of a pair.
-        pair: the second one.
         customer: whose; None is the base.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
+    customer: str | None = None
+
+
+Line = TypeVar("Line", bound=OwnedLine)
+
+
+class Request(OwnedLine):
+    """One line.
+
+    Attributes:
+        text: the text, or the first one of a pair.
+        pair: the second one.
+    """
+
     text: str
     pair: str | None = None
-    customer: str | None = None
 
 
 def read_requests(path: Path) -> list[Request]:
@@ -41,17 +52,18 @@ def read_requests(path: Path) -> list[Request]:
     """
     try:
         with path.open("rb") as file:
-            requests = [_parse(path, number, line) for number, line in _lines(file, path) if line.strip()]
+            numbered = [(number, line) for number, line in lines_of(file, path) if line.strip()]
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
-    if not requests:
+    if not numbered:
         raise InputError(f"{path} holds no requests")
+    requests = [parse_line(Request, path, number, line) for number, line in numbered]
     if len({request.pair is None for request in requests}) > 1:
         raise FileFormatError(f"{path}: some requests have a pair and some have none")
     return requests
 
 
-def _lines(file: IO[bytes], path: Path) -> Iterator[tuple[int, str]]:
+def lines_of(file: IO[bytes], path: Path) -> Iterator[tuple[int, str]]:
     """The lines with their numbers; one at a time, so that no line takes more memory than it may have bytes."""
     number, start = 0, 0
     # Not `splitlines`: JSON has some of its separators within texts.
@@ -69,9 +81,14 @@ def _lines(file: IO[bytes], path: Path) -> Iterator[tuple[int, str]]:
         start += len(line)
 
 
-def _parse(path: Path, number: int, line: str) -> Request:
+def parse_line(kind: type[Line], path: Path, number: int, line: str) -> Line:
+    """One line as a record of this kind.
+
+    Raises:
+        FileFormatError: it is none, has a name twice or a customer that can be none.
+    """
     place = f"{path} line {number}"
-    request = _validated(place, line)
+    request = _validated(kind, place, line)
     try:
         with library_errors("it is not JSON"):
             # Pydantic takes the last of two. Numbers are not read: those of thousands of digits are none of ours.
@@ -83,9 +100,9 @@ def _parse(path: Path, number: int, line: str) -> Request:
     return request
 
 
-def _validated(place: str, line: str) -> Request:
+def _validated(kind: type[Line], place: str, line: str) -> Line:
     try:
-        return Request.model_validate_json(line)
+        return kind.model_validate_json(line)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "the line"

@@ -101,7 +101,7 @@ class LoadedCustomers:
             InputError: the file cannot be read, is damaged or of another basis, base or task, or holds a number that
                 the table cannot, or the customer has no name; the old version stays.
         """
-        self._check_usable()
+        self.check_usable()
         if not isinstance(customer, str) or not customer:
             raise MalformedInputError(f"a customer is called by a text that is not empty, not {customer!r:.40}")
         coefficients = source if isinstance(source, Coefficients) else read_customer_file(Path(source))
@@ -128,7 +128,7 @@ class LoadedCustomers:
         """
         if customer not in self.table:
             return False
-        self._check_usable()
+        self.check_usable()
         row, version = self._fitting_row(coefficients, customer), self.versions.of(coefficients)
         # Of what came from a packed file no digest is known.
         notes = (version, self.versions.without_digest(version.answering))
@@ -149,10 +149,10 @@ class LoadedCustomers:
             UnknownCustomerError: a customer is not there.
             InputError: its file cannot be served.
         """
-        self._check_usable()
+        self.check_usable()
         held: dict[str | None, int] = {}
         try:
-            self._hold(customers, held)
+            self.hold(customers, held)
             slot = rows_of(customers, held)
             found = {
                 name: np.concatenate([part.read_rows(row, 1) for row in slot.tolist()])
@@ -190,15 +190,26 @@ class LoadedCustomers:
             UnknownCustomerError: a customer is not there.
             InputError: its file cannot be served.
         """
-        self._check_usable()
+        self.check_usable()
         held: dict[str | None, int] = {}
         try:
-            self._hold(customers, held)
+            self.hold(customers, held)
         finally:
             self.table.release(held.values())
 
-    def _hold(self, customers: Sequence[str | None], held: dict[str | None, int]) -> None:
-        """Hold the row of every customer, fetching those that are not in the table."""
+    def hold(self, customers: Sequence[str | None], held: dict[str | None, int]) -> None:
+        """Hold the row of every customer, fetching those that are not in the table.
+
+        Args:
+            customers: None is the base.
+            held: gets their rows, also those that were held before another customer was not found; `table.release`
+                gives them back.
+
+        Raises:
+            UnknownCustomerError: a customer is not there.
+            NotReadyError: the table is too small for what runs at the same time.
+            InputError: a customer's file cannot be served.
+        """
         found, missing = self.table.hold(customers)
         held.update(found)
         for _ in range(FETCH_ATTEMPTS):
@@ -215,7 +226,12 @@ class LoadedCustomers:
                 return
         raise NotReadyError(f"the table of {self.table.max_rows} rows is too small for what runs at the same time")
 
-    def _check_usable(self) -> None:
+    def check_usable(self) -> None:
+        """Make sure that this is no forked child of a process that holds the table on a GPU.
+
+        Raises:
+            NotReadyError: it is one.
+        """
         if self._lost:
             raise NotReadyError("a session on a GPU cannot be used in a forked process; open it after the fork")
 

@@ -100,13 +100,13 @@ class SwitchableSession(LoadedCustomers):
         self, inputs: dict[str, np.ndarray], customers: Sequence[str | None], version_of: Callable[[int], Version]
     ) -> tuple[np.ndarray, list[Version]]:
         """Logits, and the version in each row's row of the table, which is held meanwhile."""
-        self._check_usable()
+        self.check_usable()
         if isinstance(customers, (str, bytes)) or not isinstance(customers, Sequence):
             raise MalformedInputError(f"customers must be a list with one for each row, not {type(customers).__name__}")
         check_inputs(inputs, self._text_inputs, len(customers))
         held: dict[str | None, int] = {}
         try:
-            self._hold(customers, held)
+            self.hold(customers, held)
             slot = rows_of(customers, held)
             logits = self._runner.run(inputs, slot)
             versions = [version_of(row) for row in slot.tolist()]

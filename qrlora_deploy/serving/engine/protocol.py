@@ -1,7 +1,7 @@
 """What a front asks of an engine, wherever that runs."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -58,6 +58,7 @@ class EngineStats:
             rejected=tuple(sorted((Counter(dict(self.rejected)) + Counter(dict(other.rejected))).items())),
             queue_counts=tuple(a + b for a, b in zip_longest(self.queue_counts, other.queue_counts, fillvalue=0)),
             draining=self.draining or other.draining,
+            last_run_s=max(self.last_run_s, other.last_run_s),
             **sums,
         )
 
@@ -86,10 +87,25 @@ GAUGES = ("queued_rows", "queued_tokens", "resident")
 """Numbers of what an engine holds."""
 
 
+def sum_of(stats: Sequence[EngineStats]) -> EngineStats:
+    """Counters of several engines together; zeros of none."""
+    return sum(stats, EngineStats())
+
+
 class Ticket(Protocol):
-    """A request's reserved place in the queue. Give it to `submit`, or `release` it."""
+    """A request's reserved place in the queue. Give it to `submit`, or `release` it.
+
+    Attributes:
+        load: what it was asked for.
+        pending: None: the place is reserved. An engine in another process reserves it when this is done; it raises
+            what `admit` raises, and until then nothing may be given to `submit`.
+    """
 
     load: Load
+
+    @property
+    def pending(self) -> Awaitable[None] | None:
+        """What to await."""
 
 
 class Engine(Protocol):

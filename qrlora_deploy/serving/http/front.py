@@ -280,4 +280,4 @@ def _infer_reply(written: InferAnswer) -> Response:
 
 async def scraped(metrics: Metrics, request: Request, access: Access) -> Response:
     """For Prometheus."""
-    return Response(metrics.text(), headers={"content-type": METRICS})
+    return Response(await metrics.scrape(), headers={"content-type": METRICS})

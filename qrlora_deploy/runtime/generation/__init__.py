@@ -1,0 +1,1 @@
+"""Text generation by a decoder's bundle: any customer in any row of a running batch, without torch."""

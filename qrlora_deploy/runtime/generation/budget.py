@@ -1,0 +1,62 @@
+"""Bounded memory of key-value caches."""
+
+from collections.abc import Sequence
+
+from qrlora_deploy.errors import InputError, NotReadyError, argument
+
+SMALLEST_CAPACITY = 256
+CAPACITY_STEP = 4
+
+
+class CacheFullError(NotReadyError):
+    """There is no room in the key-value caches, now or ever; the line says which."""
+
+
+class Budget:
+    """Bytes that are taken and given back.
+
+    Args:
+        most: bytes at most.
+
+    Attributes:
+        used: bytes that are taken now.
+        peak: the most that were taken at once.
+    """
+
+    def __init__(self, most: int) -> None:
+        if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+            raise InputError(f"{argument('max_cache_bytes')} must be a whole number of at least 1, not {most!r:.40}")
+        self.most, self.used, self.peak = most, 0, 0
+
+    def fits(self, size_bytes: int) -> bool:
+        """Whether so many bytes are free."""
+        return self.used + size_bytes <= self.most
+
+    def take(self, size_bytes: int) -> None:
+        """Take bytes, which must be free; a negative number gives back."""
+        self.used += size_bytes
+        assert 0 <= self.used <= self.most, (self.used, self.most)
+        self.peak = max(self.peak, self.used)
+
+
+def row_capacities(longest: int, wanted: Sequence[int] | None = None) -> tuple[int, ...]:
+    """Tokens that a cache row may hold: few sizes, so that rows of one size run in one batch.
+
+    Args:
+        longest: tokens that the model takes.
+        wanted: the sizes; None: 256, 1,024, 4,096 and so on, and `longest`.
+
+    Raises:
+        InputError: one is not between 1 and `longest`.
+    """
+    if wanted is not None:
+        sizes = sorted(set(wanted))
+        if not sizes or sizes[0] < 1 or sizes[-1] > longest:
+            raise InputError(f"capacities must be from 1 to {longest} tokens, not {list(wanted)}")
+        return tuple(sizes)
+    sizes = []
+    size = SMALLEST_CAPACITY
+    while size < longest:
+        sizes.append(size)
+        size *= CAPACITY_STEP
+    return (*sizes, longest)

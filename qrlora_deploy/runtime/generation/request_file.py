@@ -1,0 +1,194 @@
+"""Requests for answers from a JSON Lines file, and the file of their answers, which an interrupted run goes on with."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from qrlora_deploy.errors import FileFormatError, InputError, argument
+from qrlora_deploy.io.files import atomic_file
+from qrlora_deploy.io.outputs import check_replaceable
+from qrlora_deploy.io.reading import parse_json
+from qrlora_deploy.runtime.generation.requests import GenerationAnswer, GenerationRequest
+from qrlora_deploy.runtime.generation.sampling import Sampling
+from qrlora_deploy.runtime.prediction.requests import MAX_LINE_BYTES, OwnedLine, lines_of, parse_line
+
+PARTIAL = ".partial"
+"""Behind the name of a file of answers that is not whole."""
+
+MAX_HEADER_BYTES = 4096
+
+
+class _RequestLine(OwnedLine):
+    """One line; what it leaves out is as the caller says."""
+
+    prompt: str | None = None
+    messages: list[dict[str, str]] | None = Field(default=None, min_length=1)
+    max_tokens: int | None = None
+    stop: list[str] | None = None
+    timeout_s: float | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    logprobs: int | None = None
+
+
+def read_generation_requests(path: Path, defaults: GenerationRequest) -> list[GenerationRequest]:
+    """Read a file with one JSON object a line: "prompt" or "messages", "customer", and what `GenerationRequest` and
+    `Sampling` have; further keys are ignored.
+
+    Args:
+        path: the file.
+        defaults: for what a line leaves out.
+
+    Raises:
+        FileFormatError: a line is not such an object; it is named.
+        InputError: the file cannot be read or is empty.
+    """
+    try:
+        with path.open("rb") as file:
+            numbered = [(number, line) for number, line in lines_of(file, path) if line.strip()]
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    if not numbered:
+        raise InputError(f"{path} holds no requests")
+    return [_request(path, number, line, defaults) for number, line in numbered]
+
+
+def _request(path: Path, number: int, line: str, defaults: GenerationRequest) -> GenerationRequest:
+    place = f"{path} line {number}"
+    found = parse_line(_RequestLine, path, number, line)
+    prompt = found.prompt if found.messages is None else found.messages
+    if prompt is None or (found.prompt is not None and found.messages is not None):
+        raise FileFormatError(f'{place}: a line needs either "prompt" or "messages"')
+    given = {name: value for name, value in found.model_dump().items() if value is not None}
+    try:
+        sampling = Sampling(**{name: given.get(name, value) for name, value in vars(defaults.sampling).items()})
+        return GenerationRequest(
+            prompt,
+            found.customer or defaults.customer,
+            sampling,
+            given.get("max_tokens", defaults.max_tokens),
+            given.get("stop", defaults.stop),
+            given.get("timeout_s", defaults.timeout_s),
+        )
+    except InputError as error:
+        raise FileFormatError(f"{place}: {error}") from error
+
+
+def answer_record(answer: GenerationAnswer) -> dict[str, Any]:
+    """An answer as JSON has it."""
+    record: dict[str, Any] = {
+        "customer": answer.customer,
+        "text": answer.text,
+        "finish_reason": answer.finish_reason,
+        "stop": answer.stop,
+        "prompt_tokens": answer.prompt_tokens,
+        "completion_tokens": len(answer.tokens),
+        "customer_digest": answer.customer_digest or None,
+        "base_digest": answer.base_digest,
+        "seed": answer.seed,
+    }
+    if answer.logprobs:
+        record["logprobs"] = [
+            {"token": choice.token, "logprob": choice.logprob, "best": [list(pair) for pair in choice.best]}
+            for choice in answer.logprobs
+        ]
+    return record | ({} if answer.error is None else {"error": str(answer.error)})
+
+
+class AnswerFile:
+    """Answers, a line each, in the order of the requests. The file takes its name when it is whole.
+
+    Until then it is `<name>.partial`, whose first line says what was asked.
+
+    Args:
+        path: the file.
+        requests: what is asked.
+        model: what decides the answers besides, such as the bundle's digests.
+        resume: go on with what an interrupted run has written.
+
+    Attributes:
+        done: answers that are written.
+
+    Raises:
+        InputError: there is a part of other requests, or the file is there and holds something else than answers.
+    """
+
+    def __init__(
+        self, path: Path, requests: list[GenerationRequest], model: Mapping[str, Any], resume: bool = False
+    ) -> None:
+        check_replaceable(path, "file of answers", _is_answers)
+        self.path, self.partial = path, path.with_name(path.name + PARTIAL)
+        self._header = json.dumps({"requests_digest": _digest(requests, model)}).encode() + b"\n"
+        self.done = self._cut_to_whole_lines(len(requests)) if resume and self.partial.exists() else 0
+        if not self.done:
+            self.partial.write_bytes(self._header)
+        self._waiting: dict[int, dict[str, Any]] = {}
+        self._file = self.partial.open("ab")
+
+    def add(self, number: int, record: dict[str, Any]) -> None:
+        """Take the answer to the request `number`; it is written when all before it are."""
+        self._waiting[number] = record
+        while self.done in self._waiting:
+            line = json.dumps(self._waiting.pop(self.done), ensure_ascii=False)
+            self._file.write(line.encode("utf-8", "surrogatepass") + b"\n")
+            self.done += 1
+        self._file.flush()
+
+    def finish(self) -> None:
+        """Give the file its name; every answer is there."""
+        self._file.close()
+        with atomic_file(self.path) as whole, self.partial.open("rb") as source, whole.open("wb") as target:
+            source.readline()
+            shutil.copyfileobj(source, target)
+        self.partial.unlink()
+
+    def close(self) -> None:
+        """Stop; the part stays."""
+        self._file.close()
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """The answers that are written, of the part."""
+        with self.partial.open("rb") as file:
+            file.readline()
+            for line in file:
+                yield parse_json(line.decode(), f"{self.partial} is damaged")
+
+    def _cut_to_whole_lines(self, most: int) -> int:
+        """Lines that are whole; a line that was cut off by the interruption is removed."""
+        with self.partial.open("rb+") as file:
+            if file.readline(MAX_HEADER_BYTES) != self._header:
+                raise InputError(
+                    f"{self.partial} answers other requests, or by another model; remove it, or leave out "
+                    f"{argument('resume')}"
+                )
+            lines, end = 0, file.tell()
+            for line in file:
+                if not line.endswith(b"\n") or lines == most:
+                    break
+                lines, end = lines + 1, end + len(line)
+            file.truncate(end)
+        return lines
+
+
+def _is_answers(path: Path) -> bool:
+    with path.open("rb") as file:
+        return b'"finish_reason"' in file.readline(MAX_LINE_BYTES)
+
+
+def _digest(requests: list[GenerationRequest], model: Mapping[str, Any]) -> str:
+    """SHA-256 over what is asked and what answers."""
+    found = hashlib.sha256(json.dumps(dict(model), sort_keys=True).encode())
+    for request in requests:
+        found.update(ascii(request).encode())
+    return found.hexdigest()

@@ -1,0 +1,230 @@
+"""How the next token of a row is chosen from its logits.
+
+A row's random numbers come from its own seed and the number of its token alone, so its neighbours in a batch never
+change what it draws.
+"""
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from qrlora_deploy.errors import InputError, QrloraError, argument
+
+MOST_SEED = 2**64 - 1
+MOST_LOGPROBS = 20
+
+SORTED = 1024
+"""Tokens that are sorted where these hold enough of the probability."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen; the default is greedy.
+
+    The steps are those of transformers, in its order: repetition penalty, presence and frequency penalty,
+    temperature, top-k, top-p, min-p.
+
+    Attributes:
+        temperature: divides the logits; 0 is greedy: the best token, of several equal ones the lowest id.
+        top_k: keep so many best tokens; 0 keeps all. Of equal ones the lower ids are better.
+        top_p: keep the best tokens until their probabilities reach this sum.
+        min_p: keep tokens of at least this share of the best one's probability.
+        repetition_penalty: logits of tokens of prompt and answer are divided by it where they are positive, else
+            multiplied.
+        presence_penalty: subtracted from the logits of tokens of the answer.
+        frequency_penalty: subtracted once for every time that the answer has the token.
+        seed: of the random numbers, if there are any; None draws one, which the answer tells.
+        logprobs: None tells none; 0 tells those of the chosen tokens, n also those of the n best ones.
+
+    Raises:
+        InputError: a value is out of its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                _check(field.name, value)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether no random number is drawn."""
+        return self.temperature == 0
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether the tokens before change the logits."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+RANGES: dict[str, tuple[float, float, str]] = {
+    "temperature": (0, 100, "between 0 (greedy) and 100"),
+    "top_k": (0, 2**31 - 1, "a whole number of at least 0 (all tokens)"),
+    "top_p": (1e-12, 1, "above 0 and at most 1"),
+    "min_p": (0, 1, "between 0 and 1"),
+    "repetition_penalty": (1e-6, 1e6, "above 0"),
+    "presence_penalty": (-100, 100, "between -100 and 100"),
+    "frequency_penalty": (-100, 100, "between -100 and 100"),
+    "seed": (0, MOST_SEED, "a whole number from 0 to 2**64 - 1"),
+    "logprobs": (0, MOST_LOGPROBS, f"a whole number from 0 to {MOST_LOGPROBS}"),
+}
+WHOLE = ("top_k", "seed", "logprobs")
+
+
+def _check(name: str, value: object) -> None:
+    least, most, words = RANGES[name]
+    kinds = (int,) if name in WHOLE else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
+        raise InputError(f"{argument(name)} must be {words}, not {value!r:.40}")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A token that was chosen.
+
+    Attributes:
+        token: its id.
+        logprob: log of its probability by the model alone, before penalties and temperature; None where none was
+            asked for.
+        best: the ids of the best tokens and their logs, the best first.
+    """
+
+    token: int
+    logprob: float | None = None
+    best: tuple[tuple[int, float], ...] = ()
+
+
+class Sampler:
+    """Chooses the tokens of one row.
+
+    Args:
+        sampling: how.
+        prompt: ids of the prompt.
+
+    Attributes:
+        seed: of its random numbers; None where there are none.
+    """
+
+    def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
+        self.sampling = sampling
+        drawn = secrets.randbits(32) if sampling.seed is None else sampling.seed
+        self.seed = None if sampling.greedy else drawn
+        self._step = 0
+        self._seen = set(prompt) if sampling.repetition_penalty != 1 else set()
+        self._counts: dict[int, int] = {}
+
+    def choose(self, logits: np.ndarray) -> Choice:
+        """The next token, by `logits [vocabulary]` fp32, which are not changed.
+
+        Raises:
+            QrloraError: the logits hold NaN or +inf, or no finite number.
+        """
+        _check_logits(logits)
+        penalized = self._penalized(logits) if self.sampling.penalizes else logits
+        token = self._draw(penalized)
+        self._note(token)
+        if self.sampling.logprobs is None:
+            return Choice(token)
+        return _with_logprobs(logits, token, self.sampling.logprobs)
+
+    def _draw(self, logits: np.ndarray) -> int:
+        if self.sampling.greedy:
+            return int(logits.argmax())
+        assert self.seed is not None
+        ids, probabilities = candidates(logits, self.sampling)
+        place = np.searchsorted(probabilities.cumsum(), uniform(self.seed, self._step), side="right")
+        return int(ids[min(int(place), len(ids) - 1)])
+
+    def _note(self, token: int) -> None:
+        self._step += 1
+        if self.sampling.penalizes:
+            self._seen.add(token)
+            self._counts[token] = self._counts.get(token, 0) + 1
+
+    def _penalized(self, logits: np.ndarray) -> np.ndarray:
+        changed, sampling = logits.astype(np.float64), self.sampling
+        if sampling.repetition_penalty != 1:
+            seen = np.fromiter((token for token in self._seen if token < len(logits)), dtype=np.int64)
+            values = changed[seen]
+            divided, multiplied = values / sampling.repetition_penalty, values * sampling.repetition_penalty
+            changed[seen] = np.where(values > 0, divided, multiplied)
+        if self._counts:
+            tokens = np.fromiter(self._counts, dtype=np.int64)
+            counts = np.fromiter(self._counts.values(), dtype=np.float64)
+            changed[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+        return changed
+
+
+def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens that may be drawn, their ids rising, and their probabilities fp64, whose sum is 1."""
+    ids = _best(logits, sampling.top_k) if 0 < sampling.top_k < len(logits) else np.arange(len(logits))
+    values = logits[ids].astype(np.float64)
+    probabilities = _normalized(np.exp((values - values.max()) / sampling.temperature))
+    if sampling.top_p < 1:
+        kept = _nucleus(probabilities, sampling.top_p)
+        ids, probabilities = ids[kept], _normalized(probabilities[kept])
+    if sampling.min_p > 0:
+        likely = probabilities >= sampling.min_p * probabilities.max()
+        ids, probabilities = ids[likely], _normalized(probabilities[likely])
+    return ids, probabilities
+
+
+def _nucleus(probabilities: np.ndarray, share: float) -> np.ndarray:
+    """Places, rising, of the best ones whose sum reaches `share`; of equal ones the first are better."""
+    places = np.arange(len(probabilities))
+    if len(probabilities) > SORTED:
+        best = _best(probabilities, SORTED)
+        # Sorting a whole vocabulary takes longer than all the rest.
+        places = best if probabilities[best].sum() > share else places
+    # Stable: of equal ones the first stays the first.
+    order = places[np.argsort(-probabilities[places], kind="stable")]
+    sums = probabilities[order].cumsum()
+    return np.sort(order[sums - probabilities[order] < share])
+
+
+def uniform(seed: int, step: int) -> float:
+    """A number in [0, 1) that follows from seed and step alone."""
+    key = np.array([seed, step], dtype=np.uint64)
+    return float(np.random.Generator(np.random.Philox(key=key)).random())
+
+
+def _normalized(weights: np.ndarray) -> np.ndarray:
+    total: np.ndarray = weights / weights.sum()
+    return total
+
+
+def _best(logits: np.ndarray, count: int) -> np.ndarray:
+    """Ids of the `count` largest logits, rising; of equal ones the lowest."""
+    least = np.partition(logits, len(logits) - count)[len(logits) - count]
+    above = np.flatnonzero(logits > least)
+    equal = np.flatnonzero(logits == least)[: count - len(above)]
+    return np.sort(np.concatenate([above, equal]))
+
+
+def _with_logprobs(logits: np.ndarray, token: int, count: int) -> Choice:
+    values = logits.astype(np.float64)
+    values -= values.max()
+    values -= math.log(np.exp(values).sum())
+    best = _best(values, min(count, len(values))) if count else np.empty(0, dtype=np.int64)
+    best = best[np.argsort(-values[best], kind="stable")]
+    return Choice(token, float(values[token]), tuple((int(one), float(values[one])) for one in best))
+
+
+def _check_logits(logits: np.ndarray) -> None:
+    # One pass: the largest is NaN where any is.
+    largest = logits.max()
+    if not math.isfinite(largest):
+        raise QrloraError(f"the model gave {largest} for a token; its weights or this customer's numbers are unusable")
