@@ -188,6 +188,8 @@ def test_packed_customers_and_a_small_table(
     owners: list[str | None] = ["acme", "beta", None]
     known, unknown = running.ask(asked(list(SENTENCES[:3]), owners), asked(["a"], ["gamma"]))
     check(known, list(SENTENCES[:3]), owners, session)
+    digests = [customers[name].digest.encode() if name else b"" for name in owners]
+    assert known.arrays()["digest"][:, 0].tolist() == digests
     assert unknown.error().code == "NOT_FOUND"
     small = start(max_customers="1")
     for name in ("acme", "beta", "acme"):
