@@ -6,13 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qrlora_deploy.errors import InputError, argument
-from qrlora_deploy.serving.access import Keys
-from qrlora_deploy.serving.engine.quotas import Quotas
 from qrlora_deploy.serving.http.front import Front
 from qrlora_deploy.serving.http.listener import HttpListener
-from qrlora_deploy.serving.metrics import Metrics
+from qrlora_deploy.serving.opened import OpenedFront
 from qrlora_deploy.serving.opening import ModelPlaces, OpenModel, RunOptions
-from qrlora_deploy.serving.served import Models
 from qrlora_deploy.serving.server import Companion, Server, ServerOptions
 
 
@@ -54,7 +51,6 @@ class Assembly:
     """Everything that a server needs, open; nothing answers yet.
 
     Attributes:
-        models: open.
         server: to be run.
         companions: by what they are called: "gRPC" and "admin API".
 
@@ -63,9 +59,7 @@ class Assembly:
     """
 
     def __init__(self, options: AssemblyOptions) -> None:
-        self.models: list[OpenModel] = []
-        self._quotas: list[Quotas] = []
-        self._keys: Keys | None = None
+        self._opened: OpenedFront | None = None
         self.companions: dict[str, Companion] = {}
         try:
             self._open(options)
@@ -73,40 +67,33 @@ class Assembly:
             self.close()
             raise
 
+    @property
+    def models(self) -> list[OpenModel]:
+        """Open; none after `close`."""
+        return self._opened.models if self._opened is not None else []
+
     def _open(self, options: AssemblyOptions) -> None:
-        # Files that are quick to read come first: who misspells one need not wait for a model.
-        if options.keys is not None:
-            self._keys = Keys.open(options.keys, self._change_quotas)
-        for places in options.places:
-            self._quotas.append(Quotas())
-            self.models.append(OpenModel(places, options.run, self._quotas[-1]))
-        if self._keys is not None:
-            self._change_quotas(self._keys)
-        models = Models([model.served for model in self.models])
-        front = Front(models, keys=self._keys, metrics=Metrics(list(models), options.counted))
+        self._opened = opened = OpenedFront(options.places, options.run, options.keys, options.counted)
+        front = opened.front
         if options.grpc_port is not None:
             self.companions["gRPC"] = _grpc(front, options.server, options.grpc_port)
         if options.admin_port is not None:
-            self.companions["admin API"] = self._admin(front, options)
+            self.companions["admin API"] = self._admin(opened, options)
         self.server = Server(front, options.server, self.reload, list(self.companions.values()))
 
-    def _change_quotas(self, keys: Keys) -> None:
-        for quotas in self._quotas:
-            quotas.change(*keys.quotas())
-
-    def _admin(self, front: Front, options: AssemblyOptions) -> HttpListener:
+    def _admin(self, opened: OpenedFront, options: AssemblyOptions) -> HttpListener:
         from qrlora_deploy.serving.admin import Admin, make_admin_app
         from qrlora_deploy.serving.audit import AuditLog
 
-        if self._keys is None or options.audit_log is None or options.admin_port is None:
+        if opened.keys is None or options.audit_log is None or options.admin_port is None:
             raise InputError(f"{argument('admin_port')} needs {argument('keys')} and {argument('audit_log')}")
-        folders = {model.served.name: folder for model in self.models if (folder := model.customer_folder())}
+        folders = {model.served.name: folder for model in opened.models if (folder := model.customer_folder())}
         if not folders:
             raise InputError(
                 f"{argument('admin_port')} has nothing to change: no model has a folder of customers; "
                 f"give one by {argument('customers')}"
             )
-        app = make_admin_app(Admin(folders, self._keys, AuditLog(options.audit_log), self.reload), front.life)
+        app = make_admin_app(Admin(folders, opened.keys, AuditLog(options.audit_log), self.reload), opened.front.life)
         return HttpListener(app, options.admin_host, options.admin_port, options.server.tls, options.server.limits)
 
     def reload(self) -> None:
@@ -115,10 +102,8 @@ class Assembly:
         Raises:
             InputError: a packed file cannot be used; what was loaded before stays.
         """
-        if self._keys is not None:
-            self._keys.reload()
-        for model in self.models:
-            model.reload()
+        if self._opened is not None:
+            self._opened.reload()
 
     def run(self, started: Callable[[], None]) -> None:
         """Serve until a signal ends it; as `Server.run`."""
@@ -131,9 +116,8 @@ class Assembly:
         """Give everything back. Twice is no error."""
         if hasattr(self, "server"):
             self.server.http.close()
-        for model in self.models:
-            model.close()
-        self.models = []
+        if self._opened is not None:
+            self._opened.close()
 
 
 def _grpc(front: Front, options: ServerOptions, port: int) -> Companion:

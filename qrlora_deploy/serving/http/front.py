@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from qrlora_deploy.errors import MalformedInputError
+from qrlora_deploy.errors import MalformedInputError, QrloraError
 from qrlora_deploy.serving.access import Access, key_of, open_access
 from qrlora_deploy.serving.answering import Question, answer
 from qrlora_deploy.serving.engine.rows import RowAnswer
@@ -43,6 +43,9 @@ METRICS = "text/plain; version=0.0.4; charset=utf-8"
 GONE, GIVE_UP = "gone", "give_up"
 """In the state of a request: its client has gone; what to call then."""
 
+ENDED_BY = "ended_by"
+"""In the state of a request: the kind of the error that it ended with."""
+
 CLIENT_GONE = 499
 """The usual status, in logs and metrics, of a request whose client did not wait. Nobody gets it."""
 
@@ -65,6 +68,7 @@ class Endpoint:
             access = open_access if self.is_open else self.front.access(request)
             reply = await self.handler(request, access)
         except Exception as error:
+            scope["state"][ENDED_BY] = getattr(error, "kind", QrloraError.kind)
             reply = reply_to_error(error, _request_id(request))
         except asyncio.CancelledError:
             if not scope["state"].get(GONE):

@@ -1,0 +1,189 @@
+"""The front of replicas that are elsewhere: the same routes, each request asked of the replica that it belongs to."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Protocol
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from qrlora_deploy.errors import QrloraError
+from qrlora_deploy.serving.access import Access
+from qrlora_deploy.serving.engine.protocol import EngineStats
+from qrlora_deploy.serving.http.front import GIVE_UP, HEADER_LENGTH, TIMEOUT, Front, Handler
+from qrlora_deploy.serving.http.replies import json_reply
+from qrlora_deploy.serving.inference.questions import deadline_of
+from qrlora_deploy.serving.metrics import Metrics
+from qrlora_deploy.serving.parts import Keys
+from qrlora_deploy.serving.ray.calls import Call, Headers, Reply
+from qrlora_deploy.serving.ray.whose import customer_of
+from qrlora_deploy.serving.refusals import DeadlineError, DrainingError, OverloadedError
+from qrlora_deploy.serving.served import Models
+
+READY_S = 5.0
+"""For a replica to say that it is ready."""
+
+BUSY = (OverloadedError.kind, DrainingError.kind)
+"""Refusals that another replica may not share. A quota is none of them: it would be as many quotas as replicas."""
+
+OF_THE_CONNECTION = frozenset({b"accept-encoding", b"connection", b"content-encoding", b"content-length", b"expect",
+                               b"transfer-encoding", b"upgrade", b"x-request-id"})  # fmt: skip
+"""Headers that the front has dealt with, or writes itself."""
+
+
+class LostError(QrloraError):
+    """A replica has ended before it answered; whether it had begun is not known."""
+
+    kind = "lost"
+
+
+class Replicas(Protocol):
+    """The replicas, wherever they are."""
+
+    async def ask(self, call: Call) -> Reply:
+        """Ask the replica that a call belongs to.
+
+        Raises:
+            LostError: it ended meanwhile.
+            OverloadedError: all are busy, and as many calls wait for one as may.
+            DrainingError: there are none.
+        """
+
+    async def stats(self) -> list[Mapping[str, EngineStats]]:
+        """Counters of every replica by the model's name."""
+
+
+class NoModels(Models):
+    """Models of a process that has none of its own."""
+
+    def __init__(self) -> None:
+        self._models = {}
+
+
+class RelayFront(Front):
+    """Answers by asking replicas.
+
+    A request whose replica ended, or refused it for load, is asked once more of the next one: answering changes
+    nothing, so it may be done twice.
+
+    Args:
+        replicas: who answers.
+        keys: who may ask anything at all; replicas look up what a key may ask. None: everybody.
+        counted: customers whose rows metrics tell by name.
+    """
+
+    def __init__(self, replicas: Replicas, keys: Keys | None = None, counted: Iterable[str] = ()) -> None:
+        self._replicas = replicas
+        self._counters: dict[str, EngineStats] = {}
+        super().__init__(NoModels(), keys=keys, metrics=Metrics(_Totals(self._counters), counted))
+
+    def _route(self, path: str, method: str, handler: Handler, is_open: bool = False) -> Route:
+        own = path in ("/v2/health/live", "/v2/health/ready", "/openapi.json", "/metrics")
+        return super()._route(path, method, handler if own else self.relay, is_open)
+
+    async def ready(self, request: Request, access: Access) -> Response:
+        """Requests are welcome, and a replica would answer."""
+        ready = self.life.ready and await self._one_is_ready()
+        return json_reply({"ready": ready}, 200 if ready else 503)
+
+    async def _one_is_ready(self) -> bool:
+        try:
+            async with asyncio.timeout(READY_S):
+                return (await self._replicas.ask(Call("GET", "/v2/health/ready"))).status == 200
+        except (TimeoutError, QrloraError):
+            return False
+
+    async def scrape(self, request: Request, access: Access) -> Response:
+        """For Prometheus: requests of this front, and the engines of all replicas together."""
+        self._counters.clear()
+        self._counters.update(_sums(await self._replicas.stats()))
+        return await super().scrape(request, access)
+
+    async def relay(self, request: Request, access: Access) -> Response:
+        """Ask a replica."""
+        body = await request.body()
+        customer = customer_of(body, request.headers.get(HEADER_LENGTH)) if request.method == "POST" else None
+        call = Call(request.method, request.url.path, _headers(request.headers.raw), body, customer)
+        task = asyncio.current_task()
+        if task is not None:
+            request.scope["state"][GIVE_UP] = task.cancel
+        self.life.check()
+        reply = await _in_time(self._twice(call), deadline_of(request.headers.get(TIMEOUT)))
+        request.state.customers = reply.customers
+        response = Response(reply.body, reply.status)
+        response.raw_headers = list(_headers(reply.headers))
+        return response
+
+    async def _twice(self, call: Call) -> Reply:
+        try:
+            reply = await self._replicas.ask(call)
+        except LostError:
+            return await self._replicas.ask(call)
+        if reply.refusal not in BUSY:
+            return reply
+        return await self._replicas.ask(replace(call, avoid=(reply.replica,)))
+
+
+@dataclass(frozen=True)
+class _Total:
+    """Engines of all replicas of a model, as metrics ask for one."""
+
+    name: str
+    engine: "_Stats"
+
+
+@dataclass(frozen=True)
+class _Stats:
+    found: EngineStats
+
+    def stats(self) -> EngineStats:
+        return self.found
+
+
+class _Totals:
+    """The models of the last scrape."""
+
+    def __init__(self, counters: Mapping[str, EngineStats]) -> None:
+        self._counters = counters
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        return iter([_Total(name, _Stats(stats)) for name, stats in self._counters.items()])
+
+
+def _sums(replicas: Iterable[Mapping[str, EngineStats]]) -> dict[str, EngineStats]:
+    found: dict[str, EngineStats] = {}
+    for replica in replicas:
+        for model, stats in replica.items():
+            found[model] = _sum(found.get(model, EngineStats()), stats)
+    return found
+
+
+def _sum(one: EngineStats, other: EngineStats) -> EngineStats:
+    numbers = {
+        field.name: getattr(one, field.name) + getattr(other, field.name)
+        for field in fields(EngineStats)
+        if field.name not in ("rejected", "draining")
+    }
+    rejected = dict(one.rejected)
+    for reason, times in other.rejected:
+        rejected[reason] = rejected.get(reason, 0) + times
+    return EngineStats(**numbers, rejected=tuple(sorted(rejected.items())), draining=one.draining or other.draining)
+
+
+def _headers(pairs: Iterable[tuple[bytes, bytes]]) -> Headers:
+    return tuple((name, value) for name, value in pairs if name not in OF_THE_CONNECTION)
+
+
+async def _in_time(waiting: Awaitable[Reply], deadline_s: float | None) -> Reply:
+    if deadline_s is None:
+        return await waiting
+    try:
+        async with asyncio.timeout_at(deadline_s):
+            return await waiting
+    except TimeoutError as error:
+        raise DeadlineError("the request's time passed before it was answered") from error
+
+
+Ask = Callable[[Call], Awaitable[Reply]]
