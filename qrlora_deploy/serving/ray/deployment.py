@@ -22,6 +22,9 @@ from qrlora_deploy.serving.refusals import DrainingError, OverloadedError
 NAME = "replicas"
 """Of the deployment."""
 
+LOOK_BACK_S = 15.0
+"""What replicas tell is averaged over so long; Ray Serve lets them tell every ten seconds."""
+
 STATS_S = 5.0
 """For replicas to tell their counters."""
 
@@ -122,7 +125,7 @@ def _settings(options: RayOptions) -> dict[str, Any]:
             initial_replicas=scaling.least,
             upscale_delay_s=scaling.up_s,
             downscale_delay_s=scaling.down_s,
-            look_back_period_s=max(1.0, min(30.0, scaling.up_s)),
+            look_back_period_s=LOOK_BACK_S,
             policy=AutoscalingPolicy(policy_function=ByQueuedRows, policy_kwargs={"rows": scaling.rows}),
         )
     }
@@ -167,7 +170,9 @@ class RayReplicas:
 
     async def stats(self) -> list[dict[str, EngineStats]]:
         """As `Replicas.stats`."""
-        return list(await self._handle.broadcast("stats").results_async(timeout_s=STATS_S))
+        told = await self._handle.broadcast("stats").results_async(timeout_s=STATS_S, return_exceptions=True)
+        # One that ends meanwhile has nothing to tell.
+        return [stats for stats in told if isinstance(stats, dict)]
 
     def reload(self) -> list[str]:
         """Let every replica read its keys, folders and packed files again; what is wrong, one line each."""

@@ -1,7 +1,8 @@
 """The front of replicas that are elsewhere: the same routes, each request asked of the replica that it belongs to."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+import time
+from collections.abc import Awaitable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
@@ -148,7 +149,7 @@ class _Totals:
     def __init__(self, counters: Mapping[str, EngineStats]) -> None:
         self._counters = counters
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[_Total]:
         return iter([_Total(name, _Stats(stats)) for name, stats in self._counters.items()])
 
 
@@ -180,10 +181,7 @@ async def _in_time(waiting: Awaitable[Reply], deadline_s: float | None) -> Reply
     if deadline_s is None:
         return await waiting
     try:
-        async with asyncio.timeout_at(deadline_s):
+        async with asyncio.timeout(deadline_s - time.monotonic()):
             return await waiting
     except TimeoutError as error:
         raise DeadlineError("the request's time passed before it was answered") from error
-
-
-Ask = Callable[[Call], Awaitable[Reply]]

@@ -24,10 +24,13 @@ class CustomerRouter(RequestRouter):
         if call is None:
             return [candidate_replicas]
         by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        others = by_name.keys() - set(call.avoid)
+        names = list(by_name.keys() - set(call.avoid)) or list(by_name)
         if call.customer is None:
-            return [[by_name[name] for name in others], candidate_replicas]
-        return [[by_name[name]] for name in ranked(call.customer, others or by_name.keys())]
+            return [[by_name[name] for name in names]]
+        best_first = [by_name[name] for name in ranked(call.customer, names)]
+        # Ray asks each that it believes to be full, one after another and up to a tenth of a second each.
+        free = {replica.replica_id for replica in self.select_available_replicas(best_first)}
+        return [[replica] for replica in sorted(best_first, key=lambda replica: replica.replica_id not in free)]
 
 
 def _call(request: PendingRequest | None) -> Call | None:
