@@ -13,17 +13,13 @@ from ray.serve.schema import LoggingConfig
 
 from qrlora_deploy.serving.engine.protocol import EngineStats
 from qrlora_deploy.serving.ray.calls import Call, Reply
-from qrlora_deploy.serving.ray.relay import LostError
 from qrlora_deploy.serving.ray.replica import Replica, ReplicaOptions
 from qrlora_deploy.serving.ray.router import CustomerRouter
 from qrlora_deploy.serving.ray.scaling import QUEUED_ROWS, Scaling, wanted
-from qrlora_deploy.serving.refusals import DrainingError, OverloadedError
+from qrlora_deploy.serving.refusals import DrainingError, LostError, OverloadedError
 
 NAME = "replicas"
 """Of the deployment."""
-
-LOOK_BACK_S = 15.0
-"""What replicas tell is averaged over so long; Ray Serve lets them tell every ten seconds."""
 
 STATS_S = 5.0
 """For replicas to tell their counters."""
@@ -125,7 +121,7 @@ def _settings(options: RayOptions) -> dict[str, Any]:
             initial_replicas=scaling.least,
             upscale_delay_s=scaling.up_s,
             downscale_delay_s=scaling.down_s,
-            look_back_period_s=LOOK_BACK_S,
+            look_back_period_s=max(1.0, 1.5 * scaling.up_s),
             policy=AutoscalingPolicy(policy_function=ByQueuedRows, policy_kwargs={"rows": scaling.rows}),
         )
     }

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
+from prometheus_client import Counter
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -20,7 +21,7 @@ from qrlora_deploy.serving.metrics import Metrics
 from qrlora_deploy.serving.parts import Keys
 from qrlora_deploy.serving.ray.calls import Call, Headers, Reply
 from qrlora_deploy.serving.ray.whose import customer_of
-from qrlora_deploy.serving.refusals import DeadlineError, DrainingError, OverloadedError
+from qrlora_deploy.serving.refusals import DeadlineError, DrainingError, LostError, OverloadedError
 from qrlora_deploy.serving.served import Models
 
 READY_S = 5.0
@@ -32,12 +33,6 @@ BUSY = (OverloadedError.kind, DrainingError.kind)
 OF_THE_CONNECTION = frozenset({b"accept-encoding", b"connection", b"content-encoding", b"content-length", b"expect",
                                b"transfer-encoding", b"upgrade", b"x-request-id"})  # fmt: skip
 """Headers that the front has dealt with, or writes itself."""
-
-
-class LostError(QrloraError):
-    """A replica has ended before it answered; whether it had begun is not known."""
-
-    kind = "lost"
 
 
 class Replicas(Protocol):
@@ -78,7 +73,14 @@ class RelayFront(Front):
     def __init__(self, replicas: Replicas, keys: Keys | None = None, counted: Iterable[str] = ()) -> None:
         self._replicas = replicas
         self._counters: dict[str, EngineStats] = {}
-        super().__init__(NoModels(), keys=keys, metrics=Metrics(_Totals(self._counters), counted))
+        metrics = Metrics(_Totals(self._counters), counted)
+        self._again = Counter(
+            "qrlora_asked_again",
+            "Requests that another replica was asked.",
+            ["reason"],
+            registry=metrics.registry,
+        )
+        super().__init__(NoModels(), keys=keys, metrics=metrics)
 
     def _route(self, path: str, method: str, handler: Handler, is_open: bool = False) -> Route:
         own = path in ("/v2/health/live", "/v2/health/ready", "/openapi.json", "/metrics")
@@ -111,7 +113,8 @@ class RelayFront(Front):
         if task is not None:
             request.scope["state"][GIVE_UP] = task.cancel
         self.life.check()
-        reply = await _in_time(self._twice(call), deadline_of(request.headers.get(TIMEOUT)))
+        deadline_s = deadline_of(request.headers.get(TIMEOUT))
+        reply = await _in_time(self._twice(call), deadline_s)
         request.state.customers = reply.customers
         response = Response(reply.body, reply.status)
         response.raw_headers = list(_headers(reply.headers))
@@ -120,10 +123,12 @@ class RelayFront(Front):
     async def _twice(self, call: Call) -> Reply:
         try:
             reply = await self._replicas.ask(call)
-        except LostError:
+        except LostError as error:
+            self._again.labels(error.kind).inc()
             return await self._replicas.ask(call)
         if reply.refusal not in BUSY:
             return reply
+        self._again.labels(reply.refusal).inc()
         return await self._replicas.ask(replace(call, avoid=(reply.replica,)))
 
 

@@ -104,8 +104,7 @@ class RayServer:
         """End what was started here. Twice is no error."""
         if hasattr(self, "server"):
             self.server.http.close()
-        if self._options.address is None and ray.is_initialized():
-            serve.shutdown()
+        # A Ray that was started here ends with all of its processes.
         ray.shutdown()
 
 
