@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.process_collector import ProcessCollector
 
-from qrlora_deploy.serving.engine.protocol import Engine, EngineStats
+from qrlora_deploy.serving.engine.protocol import EngineStats
 from qrlora_deploy.version import __version__
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -19,6 +19,13 @@ OTHER = "other"
 """What routes beyond `MAX_ROUTES` are counted under: a label's values stay for as long as the process."""
 
 
+class Counting(Protocol):
+    """An engine, or several together, as far as its counters go."""
+
+    def stats(self) -> EngineStats:
+        """Counters of now."""
+
+
 class Served(Protocol):
     """A model that is served: its name, and what answers."""
 
@@ -27,7 +34,7 @@ class Served(Protocol):
         """In URLs, and the label `model`."""
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> Counting:
         """Whose counters are read."""
 
 

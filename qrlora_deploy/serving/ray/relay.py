@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from prometheus_client import Counter
@@ -20,6 +20,7 @@ from qrlora_deploy.serving.inference.questions import deadline_of
 from qrlora_deploy.serving.metrics import Metrics
 from qrlora_deploy.serving.parts import Keys
 from qrlora_deploy.serving.ray.calls import Call, Headers, Reply
+from qrlora_deploy.serving.ray.totals import Totals
 from qrlora_deploy.serving.ray.whose import customer_of
 from qrlora_deploy.serving.refusals import DeadlineError, DrainingError, LostError, OverloadedError
 from qrlora_deploy.serving.served import Models
@@ -47,7 +48,7 @@ class Replicas(Protocol):
             DrainingError: there are none.
         """
 
-    async def stats(self) -> list[Mapping[str, EngineStats]]:
+    async def stats(self) -> Sequence[Mapping[str, EngineStats]]:
         """Counters of every replica by the model's name."""
 
 
@@ -72,8 +73,8 @@ class RelayFront(Front):
 
     def __init__(self, replicas: Replicas, keys: Keys | None = None, counted: Iterable[str] = ()) -> None:
         self._replicas = replicas
-        self._counters: dict[str, EngineStats] = {}
-        metrics = Metrics(_Totals(self._counters), counted)
+        self._totals = Totals()
+        metrics = Metrics(self._totals, counted)
         self._again = Counter(
             "qrlora_asked_again",
             "Requests that another replica was asked.",
@@ -100,8 +101,7 @@ class RelayFront(Front):
 
     async def scrape(self, request: Request, access: Access) -> Response:
         """For Prometheus: requests of this front, and the engines of all replicas together."""
-        self._counters.clear()
-        self._counters.update(_sums(await self._replicas.stats()))
+        self._totals.take(await self._replicas.stats())
         return await super().scrape(request, access)
 
     async def relay(self, request: Request, access: Access) -> Response:
@@ -130,52 +130,6 @@ class RelayFront(Front):
             return reply
         self._again.labels(reply.refusal).inc()
         return await self._replicas.ask(replace(call, avoid=(reply.replica,)))
-
-
-@dataclass(frozen=True)
-class _Total:
-    """Engines of all replicas of a model, as metrics ask for one."""
-
-    name: str
-    engine: "_Stats"
-
-
-@dataclass(frozen=True)
-class _Stats:
-    found: EngineStats
-
-    def stats(self) -> EngineStats:
-        return self.found
-
-
-class _Totals:
-    """The models of the last scrape."""
-
-    def __init__(self, counters: Mapping[str, EngineStats]) -> None:
-        self._counters = counters
-
-    def __iter__(self) -> Iterator[_Total]:
-        return iter([_Total(name, _Stats(stats)) for name, stats in self._counters.items()])
-
-
-def _sums(replicas: Iterable[Mapping[str, EngineStats]]) -> dict[str, EngineStats]:
-    found: dict[str, EngineStats] = {}
-    for replica in replicas:
-        for model, stats in replica.items():
-            found[model] = _sum(found.get(model, EngineStats()), stats)
-    return found
-
-
-def _sum(one: EngineStats, other: EngineStats) -> EngineStats:
-    numbers = {
-        field.name: getattr(one, field.name) + getattr(other, field.name)
-        for field in fields(EngineStats)
-        if field.name not in ("rejected", "draining")
-    }
-    rejected = dict(one.rejected)
-    for reason, times in other.rejected:
-        rejected[reason] = rejected.get(reason, 0) + times
-    return EngineStats(**numbers, rejected=tuple(sorted(rejected.items())), draining=one.draining or other.draining)
 
 
 def _headers(pairs: Iterable[tuple[bytes, bytes]]) -> Headers:

@@ -97,6 +97,8 @@ def classify(customer: str | None, **more: Any) -> dict[str, Any]:
     return {"texts": TEXTS, "customer": customer} | more
 
 
+TENSOR = {"name": "text", "datatype": "BYTES", "shape": [len(TEXTS)], "data": TEXTS}
+
 REQUESTS: list[tuple[str, str, Any, dict[str, str]]] = [
     *(("POST", "/v1/classify", classify(name), {}) for name in ("acme", "beta", "gamma", "delta", None, "nobody")),
     ("POST", "/v1/classify", {"texts": "one"}, {}),
@@ -104,7 +106,7 @@ REQUESTS: list[tuple[str, str, Any, dict[str, str]]] = [
     ("POST", "/v1/embeddings", {"input": "a"}, {}),
     ("POST", "/v1/classify", classify("acme"), {"x-request-timeout-ms": "0"}),
     ("POST", "/v1/classify", classify("acme"), {"x-request-timeout-ms": "soon"}),
-    ("POST", "/v2/models/tiny/infer", {"inputs": [{"name": "text", "datatype": "BYTES", "shape": [6], "data": TEXTS}]}, {}),
+    ("POST", "/v2/models/tiny/infer", {"inputs": [TENSOR]}, {}),
     ("POST", "/v2/models/none/infer", {}, {}),
     ("POST", "/v2/models/tiny/infer", b"{}binary", {"inference-header-content-length": "2"}),
     ("GET", "/v2", None, {}),

@@ -43,7 +43,12 @@ def test_other_processes_agree() -> None:
 
 def test_the_order_of_a_release_is_that_of_the_next() -> None:
     # Fronts of two releases run side by side during an upgrade, and must send a customer to one place.
-    assert ["".join(ranked(key, "abcde")) for key in ("acme", "bolt", "", "ä" * 40)] == ["ecbda", "aecdb", "dabce", "dcabe"]
+    assert ["".join(ranked(key, "abcde")) for key in ("acme", "bolt", "", "ä" * 40)] == [
+        "ecbda",
+        "aecdb",
+        "dabce",
+        "dcabe",
+    ]
 
 
 def test_customers_are_spread_evenly() -> None:
@@ -54,4 +59,3 @@ def test_customers_are_spread_evenly() -> None:
     # Who loses its place is spread evenly over the others, too.
     second = Counter(ranked(key, places)[1] for key in keys if ranked(key, places)[0] == places[0])
     assert len(second) == 4 and max(second.values()) < 1.4 * min(second.values())
-

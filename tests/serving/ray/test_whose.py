@@ -59,9 +59,12 @@ def test_a_parameter_of_the_protocol(one: str | None) -> None:
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(
-        st.sampled_from(["customer", "customers", "inputs", "parameters", "name", "data", "binary_data_size"]), inner
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["customer", "customers", "inputs", "parameters", "name", "data", "binary_data_size"]),
+            inner,
+        )
     ),
     max_leaves=12,
 )
