@@ -18,6 +18,8 @@ from qrlora_deploy.exporting.options import facts_of
 from qrlora_deploy.exporting.registry import all_exporters
 from qrlora_deploy.runtime import Predictor
 from qrlora_deploy.serving.assembly import AssemblyOptions
+from qrlora_deploy.serving.ray.options import RayServerOptions
+from qrlora_deploy.serving.ray.scaling import Scaling
 from qrlora_deploy.serving.server import ServerOptions
 from qrlora_deploy.training.settings import TrainSettings
 from tests.cli.running import run_here
@@ -37,7 +39,16 @@ JOBS = (
     qr.warmup,
     Predictor.predict,
 )
-KEYWORDS = (TrainOptions, FleetTrainOptions, WarmupOptions, BenchSettings, AssemblyOptions, ServerOptions)
+KEYWORDS = (
+    TrainOptions,
+    FleetTrainOptions,
+    WarmupOptions,
+    BenchSettings,
+    AssemblyOptions,
+    ServerOptions,
+    RayServerOptions,
+    Scaling,
+)
 """What the public functions take as `**settings`, and the settings of a benchmark and of a server."""
 
 

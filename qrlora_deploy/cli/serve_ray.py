@@ -61,9 +61,9 @@ def open_ray_server(
     from qrlora_deploy.installation import parts
 
     parts.need("ray", "`serve --ray`")
-    from qrlora_deploy.serving.ray.deployment import RayOptions
+    from qrlora_deploy.serving.ray.options import RayOptions, RayServerOptions
     from qrlora_deploy.serving.ray.replica import ReplicaOptions
-    from qrlora_deploy.serving.ray.running import RayServer, RayServerOptions
+    from qrlora_deploy.serving.ray.running import RayServer
 
     resolved = [_absolute(place) for place in places]
     keys = options["keys"].resolve() if options["keys"] else None
@@ -93,8 +93,8 @@ def _scaling(replicas: str | None, rows: int | None) -> "Scaling":
     bounds = (replicas or "2").split(":")
     if len(bounds) > 2 or not all(part.isascii() and part.isdecimal() and len(part) < 7 for part in bounds):
         raise InputError(f"--replicas {replicas!r:.80} must be a number, or two as in 1:4")
-    given = {} if rows is None else {"rows": rows}
-    return Scaling(int(bounds[0]), int(bounds[-1]), **given)
+    given = {} if rows is None else {"queued_rows": rows}
+    return Scaling((int(bounds[0]), int(bounds[-1])), **given)
 
 
 def _absolute(place: "ModelPlaces") -> "ModelPlaces":

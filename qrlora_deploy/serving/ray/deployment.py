@@ -1,7 +1,6 @@
 """The application for Ray Serve: what its controller keeps alive, scales and replaces."""
 
 import math
-from dataclasses import dataclass, field
 from typing import Any
 
 import ray.exceptions as lost
@@ -13,6 +12,7 @@ from ray.serve.schema import LoggingConfig
 
 from qrlora_deploy.serving.engine.protocol import EngineStats
 from qrlora_deploy.serving.ray.calls import Call, Reply
+from qrlora_deploy.serving.ray.options import RayOptions
 from qrlora_deploy.serving.ray.replica import Replica, ReplicaOptions
 from qrlora_deploy.serving.ray.router import CustomerRouter
 from qrlora_deploy.serving.ray.scaling import QUEUED_ROWS, Scaling, wanted
@@ -23,31 +23,6 @@ NAME = "replicas"
 
 STATS_S = 5.0
 """For replicas to tell their counters."""
-
-
-@dataclass(frozen=True)
-class RayOptions:
-    """What an application is made of.
-
-    Attributes:
-        replica: what each replica is made of.
-        scaling: how many there are.
-        app: name of the application in Ray Serve.
-        cpus: that Ray reserves for each replica.
-        gpus: the same.
-        max_calls: in a replica at a time; more go to the next one.
-        max_waiting_calls: in a front, while all replicas have as many as they take; then 429.
-        drain_s: for a replica that is stopped to answer what it has.
-    """
-
-    replica: ReplicaOptions
-    scaling: Scaling = field(default_factory=Scaling)
-    app: str = "qrlora"
-    cpus: float = 1.0
-    gpus: float = 0.0
-    max_calls: int = 256
-    max_waiting_calls: int = 4096
-    drain_s: float = 45.0
 
 
 class ServedReplica:
@@ -112,20 +87,9 @@ def application(options: RayOptions) -> serve.Application:
 
 
 def _settings(options: RayOptions) -> dict[str, Any]:
-    scaling = options.scaling
-    fixed: dict[str, Any] = {"num_replicas": scaling.least}
-    by_rows = {
-        "autoscaling_config": AutoscalingConfig(
-            min_replicas=scaling.least,
-            max_replicas=scaling.most,
-            initial_replicas=scaling.least,
-            upscale_delay_s=scaling.up_s,
-            downscale_delay_s=scaling.down_s,
-            look_back_period_s=max(1.0, 1.5 * scaling.up_s),
-            policy=AutoscalingPolicy(policy_function=ByQueuedRows, policy_kwargs={"rows": scaling.rows}),
-        )
-    }
-    return (fixed if scaling.least == scaling.most else by_rows) | {
+    least, most = options.scaling.replicas
+    number = {"num_replicas": most} if least == most else {"autoscaling_config": _autoscaling(options.scaling)}
+    return number | {
         "name": NAME,
         "max_ongoing_requests": options.max_calls,
         "max_queued_requests": options.max_waiting_calls,
@@ -133,9 +97,22 @@ def _settings(options: RayOptions) -> dict[str, Any]:
         "ray_actor_options": {"num_cpus": options.cpus, "num_gpus": options.gpus},
         "graceful_shutdown_wait_loop_s": 0.5,
         "graceful_shutdown_timeout_s": options.drain_s,
-        "max_surge_percent": max(1, math.floor(100 / scaling.most)),
+        "max_surge_percent": max(1, math.floor(100 / most)),
         "logging_config": LoggingConfig(enable_access_log=False),
     }
+
+
+def _autoscaling(scaling: Scaling) -> AutoscalingConfig:
+    least, most = scaling.replicas
+    return AutoscalingConfig(
+        min_replicas=least,
+        max_replicas=most,
+        initial_replicas=least,
+        upscale_delay_s=scaling.up_s,
+        downscale_delay_s=scaling.down_s,
+        look_back_period_s=max(1.0, 1.5 * scaling.up_s),
+        policy=AutoscalingPolicy(policy_function=ByQueuedRows, policy_kwargs={"rows": scaling.queued_rows}),
+    )
 
 
 class RayReplicas:

@@ -4,7 +4,6 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from hashlib import sha256
 
 import ray
@@ -16,9 +15,10 @@ from qrlora_deploy.errors import InputError, QrloraError, argument
 from qrlora_deploy.runtime.bundle.bundle import open_bundle
 from qrlora_deploy.serving.access import Keys
 from qrlora_deploy.serving.opening import ModelPlaces
-from qrlora_deploy.serving.ray.deployment import NAME, RayOptions, RayReplicas, application
+from qrlora_deploy.serving.ray.deployment import NAME, RayReplicas, application
+from qrlora_deploy.serving.ray.options import RayOptions, RayServerOptions
 from qrlora_deploy.serving.ray.relay import RelayFront
-from qrlora_deploy.serving.server import Server, ServerOptions
+from qrlora_deploy.serving.server import Server
 
 OBJECT_STORE_BYTES = 512 * 2**20
 """Of a Ray that is started here: it holds bodies on their way, and nothing else."""
@@ -26,23 +26,6 @@ OBJECT_STORE_BYTES = 512 * 2**20
 FAILED = (ApplicationStatus.NOT_STARTED, ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.DELETING)
 
 LOGGERS = ("ray", "ray.serve")
-
-
-@dataclass(frozen=True)
-class RayServerOptions:
-    """A front and its replicas.
-
-    Attributes:
-        app: the replicas.
-        server: where the front listens, and how its process ends.
-        address: of a Ray that runs; None: one is started here, and ends with the front.
-        counted: customers whose rows metrics tell by name.
-    """
-
-    app: RayOptions
-    server: ServerOptions = field(default_factory=ServerOptions)
-    address: str | None = None
-    counted: Sequence[str] = ()
 
 
 class RayServer:
@@ -113,8 +96,8 @@ def _begin_ray(options: RayServerOptions) -> None:
     for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        if options.address is not None:
-            ray.init(options.address, log_to_driver=False, logging_level="error")
+        if options.ray_address is not None:
+            ray.init(options.ray_address, log_to_driver=False, logging_level="error")
         else:
             ray.init(
                 num_cpus=_cpus(options.app),
@@ -131,7 +114,7 @@ def _begin_ray(options: RayServerOptions) -> None:
 
 def _cpus(app: RayOptions) -> int:
     """For Ray to believe in: on one machine as many replicas start as are asked for, and one more in an upgrade."""
-    return max(os.cpu_count() or 1, math.ceil(app.cpus * (app.scaling.most + 1)))
+    return max(os.cpu_count() or 1, math.ceil(app.cpus * (app.scaling.replicas[1] + 1)))
 
 
 def _deployed(app: RayOptions) -> DeploymentHandle:

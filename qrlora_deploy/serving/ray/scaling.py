@@ -14,9 +14,8 @@ class Scaling:
     """Bounds of the number of replicas, and when it changes.
 
     Attributes:
-        least: replicas.
-        most: replicas; as many as `least`: the number is fixed.
-        rows: that may wait in a replica; with more on average there will be more replicas, with less fewer.
+        replicas: at least and at most; twice the same: so many.
+        queued_rows: that may wait in a replica; with more on average there will be more replicas, with less fewer.
         up_s: that more must wait before there are more.
         down_s: that less must wait before there are fewer.
 
@@ -24,19 +23,19 @@ class Scaling:
         InputError: a number is below its bound.
     """
 
-    least: int = 1
-    most: int = 1
-    rows: int = 256
+    replicas: tuple[int, int] = (2, 2)
+    queued_rows: int = 256
     up_s: float = 10.0
     down_s: float = 300.0
 
     def __post_init__(self) -> None:
-        if not 1 <= self.least <= self.most:
+        least, most = self.replicas
+        if not 1 <= least <= most:
             raise InputError(
-                f"{argument('replicas')} must be a number from 1 up, or two as in 1:4, not {self.least}:{self.most}"
+                f"{argument('replicas', f'{least}:{most}')} must be two numbers from 1 up, the lower one first"
             )
-        if self.rows < 1:
-            raise InputError(f"{argument('queued_rows', self.rows)} must be at least 1")
+        if self.queued_rows < 1:
+            raise InputError(f"{argument('queued_rows', self.queued_rows)} must be at least 1")
 
 
 def wanted(waiting: Iterable[float], replicas: int, rows: int) -> int:

@@ -26,8 +26,8 @@ def test_replicas_for_what_waits(waiting: list[float], replicas: int, replicas_w
 
 
 def test_bounds() -> None:
-    for least, most in ((0, 1), (3, 2)):
-        with pytest.raises(InputError, match=f"not {least}:{most}"):
-            Scaling(least, most)
+    for bounds in ((0, 1), (3, 2)):
+        with pytest.raises(InputError, match=f"replicas='{bounds[0]}:{bounds[1]}' must be two numbers"):
+            Scaling(bounds)
     with pytest.raises(InputError, match="queued_rows=0 must be at least 1"):
-        Scaling(rows=0)
+        Scaling(queued_rows=0)

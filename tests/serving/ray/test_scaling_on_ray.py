@@ -18,10 +18,11 @@ from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
 from qrlora_deploy.serving.engine.limits import Limits
 from qrlora_deploy.serving.opening import ModelPlaces, RunOptions
 from qrlora_deploy.serving.ray.calls import Call
-from qrlora_deploy.serving.ray.deployment import NAME, RayOptions
+from qrlora_deploy.serving.ray.deployment import NAME
+from qrlora_deploy.serving.ray.options import RayOptions, RayServerOptions
 from qrlora_deploy.serving.ray.rendezvous import ranked
 from qrlora_deploy.serving.ray.replica import ReplicaOptions
-from qrlora_deploy.serving.ray.running import RayServer, RayServerOptions
+from qrlora_deploy.serving.ray.running import RayServer
 from qrlora_deploy.serving.ray.scaling import Scaling
 from qrlora_deploy.serving.server import ServerOptions
 from tests.tiny import SENTENCES
@@ -47,7 +48,7 @@ def server(
             patch.setenv(name, value)
         run = RunOptions(threads=1, limits=Limits(max_batch_tokens=32))
         replica = ReplicaOptions([ModelPlaces("tiny", switchable, folder)], run)
-        app = RayOptions(replica, Scaling(1, 3, rows=8, up_s=1.0, down_s=1.0), cpus=0.5)
+        app = RayOptions(replica, Scaling((1, 3), queued_rows=8, up_s=1.0, down_s=1.0), cpus=0.5)
         server = RayServer(RayServerOptions(app, ServerOptions(port=0)))
         yield server
         server.close()
