@@ -21,8 +21,10 @@ class CustomerRouter(RequestRouter):
     ) -> list[list[RunningReplica]]:
         """As `RequestRouter.choose_replicas`: groups of replicas, the best one first."""
         call = _call(pending_request)
-        if call is None:
+        if call is None or pending_request is None:
             return [candidate_replicas]
+        # Without this Ray asks full replicas again and again without a pause, whatever pauses are configured.
+        pending_request.routing_context.should_backoff = True
         by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         names = list(by_name.keys() - set(call.avoid)) or list(by_name)
         if call.customer is None:
