@@ -6,7 +6,12 @@ from typing import Any
 import ray.exceptions as lost
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy, RequestRouterConfig
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    RayServeException,
+    ReplicaUnavailableError,
+)
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
@@ -20,6 +25,15 @@ from qrlora_deploy.serving.refusals import DrainingError, LostError, OverloadedE
 
 NAME = "replicas"
 """Of the deployment."""
+
+LOST = (
+    lost.RayActorError,
+    lost.WorkerCrashedError,
+    lost.NodeDiedError,
+    lost.ObjectLostError,
+    ReplicaUnavailableError,
+)
+"""What Ray says of a call whose replica, or its machine, has ended."""
 
 STATS_S = 5.0
 """For replicas to tell their counters."""
@@ -134,7 +148,7 @@ class RayReplicas:
             except BaseException:
                 response.cancel()
                 raise
-        except (lost.RayActorError, lost.WorkerCrashedError, lost.NodeDiedError) as error:
+        except LOST as error:
             raise LostError("the replica ended before it answered; ask again") from error
         except BackPressureError as error:
             raise OverloadedError("all replicas are busy; try again soon") from error
@@ -143,7 +157,10 @@ class RayReplicas:
 
     async def stats(self) -> list[dict[str, EngineStats]]:
         """As `Replicas.stats`."""
-        told = await self._handle.broadcast("stats").results_async(timeout_s=STATS_S, return_exceptions=True)
+        try:
+            told = await self._handle.broadcast("stats").results_async(timeout_s=STATS_S, return_exceptions=True)
+        except (RayServeException, TimeoutError):
+            return []
         # One that ends meanwhile has nothing to tell.
         return [stats for stats in told if isinstance(stats, dict)]
 

@@ -4,6 +4,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from hashlib import sha256
 
 import ray
@@ -12,12 +13,13 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 
 from qrlora_deploy.errors import InputError, QrloraError, argument
-from qrlora_deploy.runtime.bundle.bundle import open_bundle
 from qrlora_deploy.serving.access import Keys
+from qrlora_deploy.serving.opened import OpenedFront
 from qrlora_deploy.serving.opening import ModelPlaces
 from qrlora_deploy.serving.ray.deployment import NAME, RayReplicas, application
 from qrlora_deploy.serving.ray.options import RayOptions, RayServerOptions
 from qrlora_deploy.serving.ray.relay import RelayFront
+from qrlora_deploy.serving.ray.replica import ReplicaOptions
 from qrlora_deploy.serving.server import Server
 
 OBJECT_STORE_BYTES = 512 * 2**20
@@ -46,8 +48,7 @@ class RayServer:
         self._options, replica = options, options.app.replica
         self._keys = Keys.open(replica.keys) if replica.keys is not None else None
         self._seals = _seals(replica.places)
-        for place in replica.places:
-            open_bundle(place.bundle)
+        _check(replica)
         _begin_ray(options)
         try:
             self._replicas = RayReplicas(_deployed(options.app))
@@ -72,14 +73,13 @@ class RayServer:
         """
         if self._keys is not None:
             self._keys.reload()
-        places = self._options.app.replica.places
-        seals = _seals(places)
+        replica = self._options.app.replica
+        seals = _seals(replica.places)
         if seals == self._seals:
             if wrong := self._replicas.reload():
                 raise QrloraError("; ".join(wrong))
             return
-        for place in places:
-            open_bundle(place.bundle)
+        _check(replica)
         _run(self._options.app)
         self._seals = seals
 
@@ -89,6 +89,15 @@ class RayServer:
             self.server.http.close()
         # A Ray that was started here ends with all of its processes.
         ray.shutdown()
+
+
+def _check(options: ReplicaOptions) -> None:
+    """Open everything once, on the CPU: where replicas cannot start, Ray Serve tries for long and then answers nobody.
+
+    Raises:
+        QrloraError: something cannot be used.
+    """
+    OpenedFront(options.places, replace(options.run, provider="cpu", buckets=None), options.keys).close()
 
 
 def _begin_ray(options: RayServerOptions) -> None:

@@ -48,12 +48,13 @@ def many(tiny_customer: Coefficients) -> dict[str, Coefficients]:
 
 @pytest.fixture(scope="module")
 def place(switchable: Path, many: dict[str, Coefficients], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `bundle`, a link to `v1`, its copy `v2` that says so, and `customers`."""
+    """A folder with `bundle`, a link to `v1`, copies of that with other manifests, and `customers`."""
     folder = tmp_path_factory.mktemp("place")
-    for version in ("v1", "v2"):
+    for indent, version in enumerate(("v1", "v2", "broken")):
         shutil.copytree(switchable, folder / version)
-    manifest = folder / "v2" / "manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()), indent=3))
+        manifest = folder / version / "manifest.json"
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()), indent=indent))
+    (folder / "broken" / "tokenizer.json").write_text("{}")
     (folder / "bundle").symlink_to("v1")
     (folder / "customers").mkdir()
     for name, customer in many.items():
@@ -192,6 +193,12 @@ def kill(process: int, server: Served, load: Load) -> None:
     load.go_on()
 
 
+def change_bundle(version: str, place: Path, server: Served) -> None:
+    (place / "next").symlink_to(version)
+    (place / "next").replace(place / "bundle")
+    server.send(signal.SIGHUP)
+
+
 def test_nothing_is_lost_when_replicas_are_killed_or_replaced(
     place: Path, scores: dict[str, list[float]], many: dict[str, Coefficients]
 ) -> None:
@@ -207,9 +214,11 @@ def test_nothing_is_lost_when_replicas_are_killed_or_replaced(
             assert lost > 0
 
             old = replicas(server)
-            (place / "next").symlink_to("v2")
-            (place / "next").replace(place / "bundle")
-            server.send(signal.SIGHUP)
+            change_bundle("broken", place, server)
+            load.until(lambda: any("not reloaded: " in line for line in server.errors))
+            load.go_on()
+            assert replicas(server) == old
+            change_bundle("v2", place, server)
             load.until(lambda: not old & replicas(server) and len(replicas(server)) == REPLICAS)
             load.go_on()
             assert load.wrong == []
@@ -218,8 +227,9 @@ def test_nothing_is_lost_when_replicas_are_killed_or_replaced(
         answered = load.answered
         print(f"{answered} requests, {lost:g} asked again after {REPLICAS} kills")
         assert metric(server, 'qrlora_requests_total{code="200",route="/v1/classify"}') == answered
+        last = replicas(server)
         assert server.end() == 0
-        assert replicas(server) == set()
+        load.until(lambda: not any(Path(f"/proc/{process}").exists() for process in last))
     assert not [line for line in server.errors if "Traceback" in line]
 
 
