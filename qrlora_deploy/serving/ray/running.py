@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from hashlib import sha256
+from typing import Any
 
 import ray
 from ray import serve
@@ -26,6 +27,8 @@ OBJECT_STORE_BYTES = 512 * 2**20
 """Of a Ray that is started here: it holds bodies on their way, and nothing else."""
 
 FAILED = (ApplicationStatus.NOT_STARTED, ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.DELETING)
+
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
 
 LOGGERS = ("ray", "ray.serve")
 
@@ -104,19 +107,21 @@ def _begin_ray(options: RayServerOptions) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
+    here = {
+        "num_cpus": _cpus(options.app),
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "include_dashboard": False,
+    }
     try:
         if options.ray_address is not None:
-            ray.init(options.ray_address, log_to_driver=False, logging_level="error")
+            ray.init(options.ray_address, **QUIET)
         else:
-            ray.init(
-                num_cpus=_cpus(options.app),
-                object_store_memory=OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="error",
-            )
+            ray.init("local", **here, **QUIET)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InputError(f"{argument('ray_address')}: no Ray can be used there: {error}") from error
+        if options.ray_address is None:
+            raise QrloraError(f"Ray cannot be started here: {error}") from error
+        place = argument("ray_address", options.ray_address)
+        raise InputError(f"{place}: {error}; where it asks for a token, set RAY_AUTH_MODE=token") from error
     # Requests come by our own front, which has keys, bounds and TLS.
     serve.start(proxy_location="Disabled")
 
