@@ -205,10 +205,10 @@ def change_bundle(version: str, place: Path, server: Served) -> None:
     server.send(signal.SIGHUP)
 
 
-def test_nothing_is_lost_when_replicas_are_killed_or_replaced(
+def test_nothing_is_lost_when_replicas_are_killed_or_replaced_and_when_all_end(
     place: Path, scores: dict[str, list[float]], many: dict[str, Coefficients]
 ) -> None:
-    with served(place) as server:
+    with served(place, "--drain-delay", 10) as server:
         with load_on(server, scores, many) as load:
             load.go_on()
             assert len(replicas(server)) == REPLICAS
@@ -236,17 +236,11 @@ def test_nothing_is_lost_when_replicas_are_killed_or_replaced(
         print(f"{answered} requests, {lost:g} asked again after kills")
         assert metric(server, 'qrlora_requests_total{code="200",route="/v1/classify"}') == answered
         last = replicas(server)
-        assert server.end() == 0
+        with load_on(server, scores, many) as load:
+            load.go_on(20)
+            server.send(signal.SIGTERM)
+            load.go_on(20)
+        # The clients have stopped before --drain-delay was over.
+        assert load.wrong == [] and server.wait() == 0
         load.until(lambda: not any(Path(f"/proc/{process}").exists() for process in last))
     assert not [line for line in server.errors if "Traceback" in line]
-
-
-def test_a_server_that_ends_has_answered(
-    place: Path, scores: dict[str, list[float]], many: dict[str, Coefficients]
-) -> None:
-    with served(place, "--drain-delay", 2) as server:
-        with load_on(server, scores, many) as load:
-            load.go_on()
-            server.send(signal.SIGTERM)
-            load.go_on(50)
-        assert load.wrong == [] and server.wait() == 0
