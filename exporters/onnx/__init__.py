@@ -7,15 +7,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from exporters.onnx.export import export_merged, export_switchable
+    from exporters.onnx.export import export_merged, export_per_row, export_switchable
     from exporters.onnx.options import OnnxOptions
     from exporters.onnx.verifying import verify_against
 
-__all__ = ["OnnxOptions", "export_merged", "export_switchable", "verify_against"]
+__all__ = ["OnnxOptions", "export_merged", "export_per_row", "export_switchable", "verify_against"]
 
 PLACES = {
     "OnnxOptions": "exporters.onnx.options",
     "export_merged": "exporters.onnx.export",
+    "export_per_row": "exporters.onnx.export",
     "export_switchable": "exporters.onnx.export",
     "verify_against": "exporters.onnx.verifying",
 }

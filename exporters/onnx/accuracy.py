@@ -16,7 +16,7 @@ from qrlora_deploy.data.cutting import cut_texts, encode_words
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.models.loading import quiet_transformers
-from qrlora_deploy.runtime.bundle.row_layout import SLOT
+from qrlora_deploy.runtime.bundle.row_layout import SLOT, TABLE
 from qrlora_deploy.runtime.verification.parity import run_logits
 from qrlora_deploy.tasks.base import IGNORED, Task
 
@@ -143,17 +143,25 @@ def measure_accuracy(
 
     Args:
         session: of the graph.
-        tables: of a switchable graph: its tables with the base as their only row, by input.
+        tables: of a switchable graph: its tables with the base as their only row, by input; of a per-row graph the
+            base's numbers, `[1, width]`, by input.
 
     Raises:
         CheckFailed: the graph does not run on a batch.
     """
     right = done = 0
     for inputs, targets in zip(labelled.batches, labelled.targets, strict=True):
-        fed = inputs if tables is None else inputs | tables | {SLOT: np.zeros(len(targets), dtype=np.int64)}
+        fed = inputs if tables is None else inputs | _for_rows(tables, len(targets))
         found = run_logits(session, fed, f"a batch of {len(targets)} labelled rows")
         right += int(labelled.task.right(found, targets).sum())
         done += len(targets)
         if progress is not None:
             progress(f"{DESCRIPTION} of the graph", done, labelled.rows)
     return Accuracy(right / labelled.rows, labelled.right / labelled.rows, labelled.rows)
+
+
+def _for_rows(tables: Inputs, rows: int) -> dict[str, np.ndarray]:
+    """What makes each of so many rows the base's."""
+    if TABLE in tables:
+        return {**tables, SLOT: np.zeros(rows, dtype=np.int64)}
+    return {name: np.repeat(array, rows, axis=0) for name, array in tables.items()}

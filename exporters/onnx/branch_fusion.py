@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from exporters.onnx.switchable import CustomerRows, TableBranch
+from exporters.onnx.customer_rows import CustomerRows
+from exporters.onnx.switchable import TableBranch
 from qrlora_deploy.models.targets import is_conv1d
 
 

@@ -49,11 +49,13 @@ RUNTIMES = {23: "1.23", 24: FIRST_RUNTIME}
 WHAT = {
     "merged": "one customer folded into its base, as plain ONNX.",
     "switchable": "any customer of its base in any row of a batch.",
+    "per-row": "any customer of its base in any row of a batch, each row with its customer's numbers.",
 }
 
 PREDICT = {
     "merged": 'qrlora-deploy predict . --text "..."',
     "switchable": 'qrlora-deploy predict . --customers FOLDER --customer acme --text "..."',
+    "per-row": "qrlora-deploy inspect .",
 }
 
 
@@ -62,7 +64,7 @@ class Content:
     """What the graph answers, and for whom.
 
     Attributes:
-        kind: "merged" or "switchable".
+        kind: "merged", "switchable" or "per-row".
         labels: of the customer, or of the base.
         thresholds: of the labels; empty where there are none.
         outputs: size of the last axis of the logits.

@@ -12,6 +12,7 @@ from exporters.onnx.accuracy import Labelled, answer_in_pytorch, choose_labelled
 from exporters.onnx.branch_fusion import fuse_branches, fuses
 from exporters.onnx.bundle_files import Checked, Content, seal, write_side_files
 from exporters.onnx.calibrating import calibration_inputs, calibration_record, texts_to_calibrate
+from exporters.onnx.customer_rows import BroughtRows, CustomerRows
 from exporters.onnx.graph import SMALLEST_EXTERNAL_BYTES, Graph, write_graph
 from exporters.onnx.options import OnnxOptions
 from exporters.onnx.padding_free import Packing
@@ -20,8 +21,14 @@ from exporters.onnx.prepared import Prepared, prepare
 from exporters.onnx.quantizing import quantize_graph
 from exporters.onnx.reference import build_reference
 from exporters.onnx.side_branches import side_branches
-from exporters.onnx.switchable import CustomerRows, make_switchable, plan_head
-from exporters.onnx.synthetic_customers import base_tables, mixed_reference, read_base_head, synthetic_customers
+from exporters.onnx.switchable import make_switchable, plan_head
+from exporters.onnx.synthetic_customers import (
+    base_tables,
+    brought,
+    mixed_reference,
+    read_base_head,
+    synthetic_customers,
+)
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.exporting.job import ExportJob
@@ -31,13 +38,16 @@ from qrlora_deploy.merging.checkpoints import merge_model
 from qrlora_deploy.models.basis_fit import check_basis_fits
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.runtime.bundle.bundle import MODEL_FILE, Manifest
-from qrlora_deploy.runtime.bundle.row_layout import head_arrays
+from qrlora_deploy.runtime.bundle.row_layout import SLOT, head_arrays
 from qrlora_deploy.runtime.sessions.token_index import check_runtime
 from qrlora_deploy.runtime.verification.parity import Case, check_parity, open_for_check
 from qrlora_deploy.tasks.base import Task
 from qrlora_deploy.tasks.registry import BY_OPTION, task_named
 
 DEFAULTS = OnnxOptions()
+
+KINDS = {CustomerRows: "switchable", BroughtRows: "per-row"}
+"""Of a bundle of many customers, by how their numbers come in."""
 
 STEPS = ("reference logits in PyTorch", "export", "parity check", "seal the bundle")
 
@@ -117,12 +127,28 @@ def export_switchable(job: ExportJob, options: OnnxOptions = DEFAULTS) -> Manife
         As `export_merged`; InputError: a layer cannot have a customer per row, or the base has more
         labels than `options.head_labels`.
     """
+    return _export_for_all(job, options, CustomerRows)
+
+
+def export_per_row(job: ExportJob, options: OnnxOptions = DEFAULTS) -> Manifest:
+    """As `export_switchable`, but each row of a batch brings its customer's numbers: no table and no slot.
+
+    The further inputs are `coefficients [batch, width]`, with `options.head_labels` also `head [batch, head width]`.
+
+    Raises:
+        As `export_switchable`.
+    """
+    return _export_for_all(job, options, BroughtRows)
+
+
+def _export_for_all(job: ExportJob, options: OnnxOptions, layout: type[CustomerRows]) -> Manifest:
+    """A bundle that serves every customer; `layout` is how their numbers come in."""
     checkpoint, basis, head_labels = job.checkpoint, job.basis, options.head_labels
     if options.task is not None:
         checkpoint = _taken_for(checkpoint, options.task)
         job = replace(job, checkpoint=checkpoint)
     if job.coefficients is not None:
-        raise InputError("a switchable bundle serves all customers; coefficients belong to a merged one")
+        raise InputError(f"a {KINDS[layout]} bundle serves all customers; coefficients belong to a merged one")
     if head_labels and not task_named(checkpoint.task).has_labels:
         raise InputError(f"{argument('head_labels')} belongs to bases with an output layer; {checkpoint.task} has none")
     if head_labels and head_labels < len(checkpoint.labels):
@@ -138,11 +164,14 @@ def export_switchable(job: ExportJob, options: OnnxOptions = DEFAULTS) -> Manife
         answered = _answer(job, prepared, labelled, task, labels)
         with side_branches(prepared, basis) as side:
             reference = mixed_reference(side, synthetic_customers(side, head), head, options.table_dtype)
-        rows = make_switchable(prepared.model, basis, head_labels, options.table_dtype, task.answers_words)
+        rows = make_switchable(prepared.model, basis, head_labels, options.table_dtype, task.answers_words, layout)
         base_head = head_arrays(read_base_head(checkpoint)) if head else None
         outputs = reference[0].logits.shape[-1]
-        content = Content("switchable", task.name, labels, outputs, head=head, base_head=base_head)
+        content = Content(KINDS[layout], task.name, labels, outputs, head=head, base_head=base_head)
         tables = base_tables(checkpoint, basis, head, options.table_dtype)
+        if layout is BroughtRows:
+            reference = [replace(case, inputs=brought(case.inputs)) for case in reference]
+            tables = brought(tables | {SLOT: np.zeros(1, dtype=np.int64)})
         return _Plan(content, reference, rows, tables, answered)
 
     return _export(job, options, plan)

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from exporters.onnx.switchable import CustomerRows
+from exporters.onnx.customer_rows import CustomerRows
 from qrlora_deploy.errors import QrloraError, argument
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float32}

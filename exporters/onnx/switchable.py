@@ -1,134 +1,17 @@
-"""A model that serves any customer in any row: coefficients come from a table that is an input."""
+"""A model that serves any customer in any row: coefficients come from a table that is an input, or with each row."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from exporters.onnx.padding_free import Packing
+from exporters.onnx.customer_rows import CustomerRows
 from qrlora_deploy.errors import BasisMismatchError, InputError, argument
 from qrlora_deploy.formats.basis import Basis, BasisTarget
 from qrlora_deploy.models.adapter import SideBranch, resolve_layer
 from qrlora_deploy.models.head import output_layer
 from qrlora_deploy.models.targets import is_conv1d
-from qrlora_deploy.runtime.bundle.row_layout import HEAD_TABLE, SLOT, TABLE, TABLE_DTYPES, HeadLayout, TableLayout
-
-MOST_COLUMNS = 4096
-"""Columns of the table that are spread over the tokens of a padding-free batch at once. One operator for many
-targets is faster than one for each; as wide as a feed-forward layer they take no more memory than that does."""
-
-
-NO_SLOT = 2**31 - 1
-"""What a negative slot becomes: a row that no table has. Gather takes -1 for the last row, which is a customer's."""
-
-
-class CustomerRows:
-    """What the customers of the current batch brought; the wrapper fills it before the model runs.
-
-    Args:
-        layout: columns of the coefficient table.
-        head: columns of the head table, where customers may have an output layer of their own.
-
-    Attributes:
-        packing: of a padding-free model, whose blocks see `[1, tokens, in]`.
-        dtype: of the model's activations, and so of the coefficients; a table may have another one.
-        parts: how many columns of the table, from left to right, are used together: those of a target, or of
-            neighbours that read the same input.
-        inputs: what each part was last asked for with, which shows who reads the same.
-        weight: `[batch, labels, features]`; bias: `[batch, labels]`; both fp32.
-    """
-
-    def __init__(self, layout: TableLayout, head: HeadLayout | None = None) -> None:
-        self.layout = layout
-        self.head = head
-        self.packing: Packing | None = None
-        self.dtype = torch.float32
-        self.parts = layout.padded_ranks
-        self.inputs: dict[int, torch.Tensor] = {}
-        self.weight = self.bias = torch.empty(0)
-        self._gathered = torch.empty(0)
-        self._by_row: tuple[torch.Tensor, ...] = ()
-        self._by_token: dict[int, torch.Tensor] = {}
-        self._made: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def examples(self, batch: int) -> dict[str, tuple[torch.Tensor, tuple[str | int, ...]]]:
-        """Example tensors and axes by the name of the input, in the order of the graph's inputs."""
-        # More slots than rows, so that the exporter cannot take the two for one axis.
-        slots = batch + 2
-        widths = {TABLE: self.layout.width} | ({HEAD_TABLE: self.head.width} if self.head else {})
-        tables = {name: (torch.full((slots, width), 0.01), ("slots", width)) for name, width in widths.items()}
-        if self.layout.dtype == TABLE_DTYPES["fp16"]:
-            tables[TABLE] = (tables[TABLE][0].half(), tables[TABLE][1])
-        return {**tables, SLOT: (torch.arange(batch), ("batch",))}
-
-    def fill(self, inputs: dict[str, torch.Tensor]) -> None:
-        """Gather the rows: `coefficient_table [slots, width]`, `head_table`, `slot [batch]`.
-
-        The guard is in the graph, two operators in a run, for clients that do not use this project's sessions.
-        """
-        slot = torch.where(inputs[SLOT] < 0, NO_SLOT, inputs[SLOT])
-        self._gathered = inputs[TABLE].index_select(0, slot).to(self.dtype)
-        self._by_row = torch.split(self._gathered.unsqueeze(1), list(self.parts), dim=2)
-        self._by_token.clear()
-        self._made.clear()
-        if self.head is not None:
-            rows = inputs[HEAD_TABLE].index_select(0, slot)
-            weights = self.head.labels * self.head.features
-            self.weight = rows[:, :weights].unflatten(1, (self.head.labels, self.head.features))
-            self.bias = rows[:, weights:]
-
-    def coefficients(self, part: int, x: torch.Tensor, name: str) -> torch.Tensor:
-        """The coefficients for an input `x`, as they are multiplied with `x @ R`.
-
-        Args:
-            part: index into `parts`.
-            x: `[batch, length, in]` or `[batch, in]`, or `[1, tokens, in]` within a padding-free model's blocks.
-            name: of the layer, for the message.
-
-        Raises:
-            InputError: the input has other axes, so that its rows are not those of the batch.
-        """
-        self.inputs[part] = x
-        packing = self.packing
-        c = self._by_row[part] if packing is None or not packing.inside else self._tokens_part(part, packing)
-        # Checked on a plain run before the export: under it, a comparison of sizes would fix them.
-        if not torch.compiler.is_exporting() and (x.dim() not in (2, 3) or x.shape[0] != c.shape[0]):
-            raise InputError(
-                f"{name} takes an input of shape {list(x.shape)} for a batch of {c.shape[0]} rows, not "
-                f"[batch, length, in], so its rows cannot have customers of their own; make a basis without it "
-                f"({argument('targets')} of factorize), or export a merged bundle"
-            )
-        return c.squeeze(1) if x.dim() == 2 else c
-
-    def once(self, maker: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """`maker(x)`, computed once in a run for all layers that read this very `x`."""
-        found = self._made.get(maker)
-        if found is None or found[0] is not x:
-            found = self._made[maker] = x, maker(x)
-        return found[1]
-
-    def _tokens_part(self, part: int, packing: Packing) -> torch.Tensor:
-        """`[1, tokens, columns]`, a part by the customer of each token."""
-        if part not in self._by_token:
-            first, last = next(run for run in _runs(self.parts) if part in range(*run))
-            start, columns = sum(self.parts[:first]), list(self.parts[first:last])
-            gathered = packing.by_token(self._gathered[:, start : start + sum(columns)])
-            self._by_token |= dict(zip(range(first, last), torch.split(gathered, columns, dim=2), strict=True))
-        return self._by_token[part]
-
-
-def _runs(parts: Sequence[int]) -> list[tuple[int, int]]:
-    """First and last + 1 of neighbours that have up to `MOST_COLUMNS` columns together; a wider part is alone."""
-    runs: list[tuple[int, int]] = []
-    columns = 0
-    for index, part in enumerate(parts):
-        columns += part
-        if not runs or columns > MOST_COLUMNS:
-            runs.append((index, index))
-            columns = part
-        runs[-1] = (runs[-1][0], index + 1)
-    return runs
+from qrlora_deploy.runtime.bundle.row_layout import HeadLayout, TableLayout
 
 
 class TableBranch(SideBranch):
@@ -231,7 +114,12 @@ def plan_head(model: Any, basis: Basis, head_labels: int) -> HeadLayout | None:
 
 
 def make_switchable(
-    model: Any, basis: Basis, head_labels: int = 0, table_dtype: str = "fp32", of_tokens: bool = False
+    model: Any,
+    basis: Basis,
+    head_labels: int = 0,
+    table_dtype: str = "fp32",
+    of_tokens: bool = False,
+    layout: type[CustomerRows] = CustomerRows,
 ) -> CustomerRows:
     """Put a `TableBranch` beside every target of `basis`, in place.
 
@@ -241,6 +129,7 @@ def make_switchable(
         head_labels: most labels that a customer's own output layer may have; 0: all use the model's.
         table_dtype: of the coefficient table, "fp32" or "fp16".
         of_tokens: whether the model answers every token, and not the text as a whole.
+        layout: how customers' numbers come in.
 
     Returns:
         The holder that must be filled before the model runs.
@@ -250,7 +139,7 @@ def make_switchable(
             layer. BasisMismatchError: a shape differs. The model is not changed then.
     """
     head = plan_head(model, basis, head_labels)
-    rows = CustomerRows(TableLayout(list(basis.ranks.values()), table_dtype), head)
+    rows = layout(TableLayout(list(basis.ranks.values()), table_dtype), head)
     replaced: dict[str, nn.Module] = {}
     for index, target in enumerate(basis.targets):
         path, layer = resolve_layer(model, target.name)

@@ -12,7 +12,15 @@ from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.models.head import output_layer
-from qrlora_deploy.runtime.bundle.row_layout import HEAD_TABLE, SLOT, TABLE, HeadLayout, TableLayout, head_arrays
+from qrlora_deploy.runtime.bundle.row_layout import (
+    HEAD_TABLE,
+    SLOT,
+    TABLE,
+    TABLE_OF,
+    HeadLayout,
+    TableLayout,
+    head_arrays,
+)
 from qrlora_deploy.runtime.verification.parity import Case, without_padding
 
 SYNTHETIC = 3
@@ -20,9 +28,12 @@ SYNTHETIC = 3
 
 MIN_EFFECT = 0.25
 """What a made-up customer's effect on the logits is at least, as a share of the base's logits (root mean
-squares over all texts). Trained customers have 0.19 to 0.26. How far a precision turns the effect
+squares over the first texts). Trained customers have 0.19 to 0.26. How far a precision turns the effect
 depends on its size, so a weaker customer would be refused for what no user loses, and a stronger
 one would hide a loss."""
+
+FIRST_TEXTS = 4
+"""Texts on which the strength is measured: it needs no more, and each costs some eight runs of the model."""
 
 SCALES = (0.2, 0.3, 0.45, 0.7, 1.0, 1.5)
 """Mean absolute coefficients that are tried, in this order. At 1 the part of each weight that the basis holds
@@ -54,7 +65,7 @@ def synthetic_customers(side: SideBranches, head: HeadLayout | None) -> list[Coe
     checkpoint = side.prepared.checkpoint
     base = base_customer(checkpoint, side.basis)
     signs = random.choice([-1.0, 1.0], (SYNTHETIC, side.basis.total_rank))
-    inputs = reference_batches(side.prepared)[ALL_TEXTS]
+    inputs = {name: array[:FIRST_TEXTS] for name, array in reference_batches(side.prepared)[ALL_TEXTS].items()}
     values = _strengthen(side, signs * random.uniform(0.5, 1.5, signs.shape), inputs)
     return [replace(base, values=row, **_own_head(checkpoint, head, index, random)) for index, row in enumerate(values)]
 
@@ -132,6 +143,13 @@ def mixed_reference(
         for index, (name, inputs) in enumerate(batches.items())
         for slots in [_slots(index, inputs, len(everyone))]
     ]
+
+
+def brought(inputs: Inputs) -> Inputs:
+    """Inputs of a switchable graph as those of a per-row one: each row has what its slot of the tables has."""
+    slot = inputs[SLOT]
+    rows = {name: inputs[table][slot] for name, table in TABLE_OF.items() if table in inputs}
+    return {name: array for name, array in inputs.items() if name not in (SLOT, TABLE, HEAD_TABLE)} | rows
 
 
 def _tables(

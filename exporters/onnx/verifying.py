@@ -1,9 +1,11 @@
 """A bundle that lies on the disk, against PyTorch."""
 
+from dataclasses import replace
+
 from exporters.onnx.prepared import Prepared, choose_texts
 from exporters.onnx.reference import build_reference
 from exporters.onnx.side_branches import side_branches
-from exporters.onnx.synthetic_customers import mixed_reference
+from exporters.onnx.synthetic_customers import brought, mixed_reference
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import BasisMismatchError, CheckFailed, InputError, argument
 from qrlora_deploy.formats.basis import Basis
@@ -56,6 +58,8 @@ def verify_against(
         )
     with side_branches(prepared, basis) as side:
         reference = mixed_reference(side, [coefficients], head, manifest.table_dtype)
+    if manifest.kind == "per-row":
+        reference = [replace(case, inputs=brought(case.inputs)) for case in reference]
     if not shows_customers(reference, task.least_size):
         raise CheckFailed(
             f"the customer does not move the logits on these texts, so agreement proves nothing; "

@@ -8,7 +8,7 @@ from qrlora_deploy.api.sources import as_checkpoint, base_of
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.exporting.choosing import check_customer, check_output, choose_options
 from qrlora_deploy.exporting.job import ExportJob
-from qrlora_deploy.exporting.registry import find_exporter
+from qrlora_deploy.exporting.registry import faults_named, find_exporter
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.checkpoint import Checkpoint
@@ -64,7 +64,8 @@ def export(
     chosen = choose_options(exporter, options, text_column, label_column)
     check_output(exporter, place)
     checkpoint, frozen, customer = _belonging(base, basis, coefficients)
-    return dict(exporter.export(ExportJob(checkpoint, frozen, place, customer, progress), chosen))
+    with faults_named(exporter.name):
+        return dict(exporter.export(ExportJob(checkpoint, frozen, place, customer, progress), chosen))
 
 
 def _belonging(

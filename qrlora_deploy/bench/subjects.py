@@ -229,7 +229,7 @@ def _describe(spec: Spec, bundle: Bundle, active: str) -> SubjectRecord:
     options = {"threads": str(spec.threads or "default")}
     if spec.provider == "cuda":
         options["cuda_graph"] = "on" if spec.cuda_graph else "off"
-    kind: Kind = bundle.manifest.kind
+    kind: Kind = "merged" if bundle.manifest.kind == "merged" else "switchable"
     if kind == "switchable":
         options["mix"] = spec.mix if spec.folder is not None else "base"
     return SubjectRecord(

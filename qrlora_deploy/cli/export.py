@@ -54,10 +54,12 @@ def command(
     """
     from qrlora_deploy.exporting.choosing import check_customer, check_output, choose_options
     from qrlora_deploy.exporting.job import ExportJob
-    from qrlora_deploy.exporting.registry import find_exporter
+    from qrlora_deploy.exporting.registry import faults_named, find_exporter
 
     exporter = find_exporter(format)
     has_customer = coefficients is not None
+    if merge and exporter.needs_customer is not None:
+        raise click.UsageError(f"--merge belongs to {FORMAT} {DEFAULT}; leave it out with {FORMAT} {format}")
     check_customer(exporter, has_customer)
     if (merge and not has_customer) or (exporter.needs_customer is None and merge != has_customer):
         raise click.UsageError(
@@ -68,7 +70,7 @@ def command(
     chosen = choose_options(exporter, given, text_column, label_column)
     check_output(exporter, output)
     checkpoint, frozen, customer = _open(base, basis, coefficients)
-    with progress_bar() as progress:
+    with progress_bar() as progress, faults_named(format):
         job = ExportJob(checkpoint, frozen, output, customer, progress)
         record = dict(exporter.export(job, chosen))
     return Output(record, f"wrote {output}", _shown(record, exporter.shown))

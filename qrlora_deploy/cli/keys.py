@@ -88,6 +88,6 @@ def revoke(file: Path, key_id: str) -> Output:
     from qrlora_deploy.serving.keys_file import changing_keys, read_keys, without_key, write_keys
 
     with changing_keys(file):
-        changed = without_key(read_keys(file), key_id)
+        changed = without_key(read_keys(file), key_id, file)
         write_keys(changed, file)
     return Output({"id": key_id, "file": file, "keys": len(changed.keys)}, f"revoked {key_id}")

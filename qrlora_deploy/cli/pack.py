@@ -41,8 +41,8 @@ def command(customers: Path, bundle: Path, output: Path, dtype: str | None) -> O
     if output.resolve().parent == customers.resolve():
         raise InputError(f"{output} lies among the customers; write it to another folder")
     manifest = open_bundle(bundle).manifest
-    if manifest.kind != "switchable":
-        raise InputError(f"{bundle} is a {manifest.kind} bundle; only a switchable one serves many customers")
+    if manifest.kind == "merged":
+        raise InputError(f"{bundle} is a merged bundle; only a switchable one serves many customers")
     with progress_bar() as progress:
         count = write_packed(customers, output, manifest, progress, dtype)
     size_bytes = output.stat().st_size

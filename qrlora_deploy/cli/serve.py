@@ -27,7 +27,20 @@ SHOWN = 5
 @click.command("serve")
 @click.argument("bundle", required=False, type=FOLDER)
 @click.option("--model", "models", multiple=True, metavar="NAME=BUNDLE", help="A further model; repeatable.")
-@click.option("--customers", multiple=True, metavar="[NAME=]DIR", help="Folder of coefficients files; it is followed.")
+@click.option(
+    "--customers",
+    multiple=True,
+    metavar="[NAME=]DIR|URL",
+    help="Folder of coefficients files, or their URL in an object store, such as s3://bucket/prefix; it is followed.",
+)
+@click.option(
+    "--poll-seconds",
+    "poll_s",
+    type=FiniteRange(min=0.1, max=86_400),
+    default=30.0,
+    show_default=True,
+    help="Seconds from one listing of an object store to the next.",
+)
 @click.option("--packed", multiple=True, metavar="[NAME=]FILE", help="Packed file of customers.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any free one.")
@@ -79,6 +92,7 @@ def command(
     \b
     Examples:
       qrlora-deploy serve bundle --customers customers
+      qrlora-deploy serve bundle --customers s3://bucket/customers
       qrlora-deploy serve bundle --customers customers --keys keys.json --host 0.0.0.0 --drain-delay 10
       qrlora-deploy serve --model intents=bundle --model spam=other-bundle --customers intents=customers --check
     """
@@ -91,7 +105,7 @@ def command(
         log_as_json()
     else:
         _log_plainly()
-    places = _places(bundle, models, options["customers"], options["packed"])
+    places = _places(bundle, models, options["customers"], options["packed"], options["poll_s"])
     run, server = _run_options(**options), _server_options(options)
     if on_ray and not check:
         on_replicas, names = open_ray_server(places, run, server, options), [place.name for place in places]
@@ -146,8 +160,9 @@ def _log_plainly() -> None:
 
 
 def _places(
-    bundle: Path | None, models: Sequence[str], customers: Sequence[str], packed: Sequence[str]
+    bundle: Path | None, models: Sequence[str], customers: Sequence[str], packed: Sequence[str], poll_s: float
 ) -> "list[ModelPlaces]":
+    from qrlora_deploy.runtime.customers.objects.places import check_url, is_url
     from qrlora_deploy.serving.opening import ModelPlaces
 
     folders = {} if bundle is None else {bundle.resolve().name: bundle}
@@ -158,22 +173,31 @@ def _places(
         if name in folders:
             raise InputError(f"--model {name!r:.80} is given twice; each model needs a name of its own")
         folders[name] = Path(path)
-    of_folder = _by_name("--customers", customers, list(folders))
-    of_file = _by_name("--packed", packed, list(folders))
-    return [ModelPlaces(name, path, of_folder.get(name), of_file.get(name)) for name, path in folders.items()]
+    places = _by_name("--customers", customers, list(folders))
+    urls = {name: place for name, place in places.items() if is_url(place)}
+    of_folder = {name: Path(place) for name, place in places.items() if name not in urls}
+    of_file = {name: Path(place) for name, place in _by_name("--packed", packed, list(folders)).items()}
+    for url in urls.values():
+        check_url(url)
+    for option, paths in (("--customers", of_folder), ("--packed", of_file)):
+        for found in paths.values():
+            if not found.exists():
+                raise InputError(f"{option} {found}: there is no {found}")
+    return [
+        ModelPlaces(name, path, of_folder.get(name), of_file.get(name), urls.get(name), poll_s)
+        for name, path in folders.items()
+    ]
 
 
-def _by_name(option: str, values: Sequence[str], names: Sequence[str]) -> dict[str, Path]:
-    """`[NAME=]PATH` by the model's name, the first model's where none is given."""
-    found: dict[str, Path] = {}
+def _by_name(option: str, values: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    """`[NAME=]PLACE` by the model's name, the first model's where none is given."""
+    found: dict[str, str] = {}
     for value in values:
         head, equals, rest = value.partition("=")
-        name, path = (head, rest) if equals and head in names else (names[0], value)
+        name, place = (head, rest) if equals and head in names else (names[0], value)
         if name in found:
             raise InputError(f"{option} is given twice for the model {name}; give it once")
-        if not Path(path).exists():
-            raise InputError(f"{option} {value}: there is no {path}")
-        found[name] = Path(path)
+        found[name] = place
     return found
 
 

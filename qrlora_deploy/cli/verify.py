@@ -60,7 +60,7 @@ def command(
     if coefficients is None and (basis or base or data):
         raise click.UsageError("--basis, --base and --data need --coefficients, the customer to compare with")
     from qrlora_deploy.exporting.exporter import Verifier
-    from qrlora_deploy.exporting.registry import find_exporter
+    from qrlora_deploy.exporting.registry import faults_named, find_exporter
 
     exporter = find_exporter(format)
     if not isinstance(exporter, Verifier):
@@ -68,7 +68,8 @@ def command(
     original = None
     if coefficients is not None:
         original = _original(coefficients, basis, base, data, (text_column, label_column))
-    verdict = exporter.verify(bundle, original, provider)
+    with faults_named(format):
+        verdict = exporter.verify(bundle, original, provider)
     passed = verdict.failure is None
     facts = plain(verdict.facts)
     headline = f"{bundle}: {'passed' if passed else 'FAILED'}"

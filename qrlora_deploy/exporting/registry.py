@@ -1,10 +1,12 @@
 """Exporters are found by name: those of this project, and those that other packages register as entry points."""
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
-from qrlora_deploy.errors import InputError, QrloraError, argument, library_errors
+from qrlora_deploy.errors import InputError, QrloraError, argument, first_line, library_errors
 from qrlora_deploy.exporting.options import RESERVED
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ BUILT_IN = (
     EntryPoint("onnx", "exporters.onnx.exporter:EXPORTER", GROUP),
     EntryPoint("onnx-adapter", "exporters.onnx_adapter.exporter:EXPORTER", GROUP),
     EntryPoint("peft", "exporters.peft.exporter:EXPORTER", GROUP),
+    EntryPoint("triton", "exporters.triton.exporter:EXPORTER", GROUP),
 )
 """This project's own. They are registered here alone, so that a checkout works without being installed."""
 
@@ -44,6 +47,30 @@ def find_exporter(name: str) -> "Exporter":
             f"{argument('format', name)} is registered more than once, by {' and '.join(owners)}; remove one of them"
         )
     return _load(found[0])
+
+
+@contextmanager
+def faults_named(name: str) -> Iterator[None]:
+    """Let what the exporter `name` raises by mistake say which other package it is of.
+
+    Errors of this project's own, of files and of memory pass as they are, and so does everything of its own exporters.
+
+    Raises:
+        QrloraError: the exporter of another package failed.
+    """
+    owners = [_package(point) for point in _registered() if point.name == name and point not in BUILT_IN]
+    try:
+        yield
+    except (QrloraError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        kind = type(error).__name__
+        if not owners or kind == "OutOfMemoryError":
+            raise
+        raise QrloraError(
+            f"{argument('format', name)}: the exporter of {owners[0]} failed ({kind}: {first_line(error)}); "
+            f"report it to that package"
+        ) from error
 
 
 def all_exporters() -> "list[Exporter]":

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from qrlora_deploy.errors import FileFormatError, InputError
-from qrlora_deploy.io.files import digest_arrays, has_format, read_tensors, write_tensors
+from qrlora_deploy.io.files import digest_arrays, has_format, read_tensors, stored_record, write_tensors
 from qrlora_deploy.io.outputs import prepare_file
 from qrlora_deploy.io.strict import Record, from_value
 from qrlora_deploy.io.versions import Versions
@@ -54,13 +54,18 @@ def _with_kind_of_rule(record: dict[str, Any]) -> dict[str, Any]:
 VERSIONS = Versions(2, {1: _with_kind_of_rule})
 
 
-class _Stored(BaseModel):
+class _StoredTargets(BaseModel):
+    """What a file of any version says of its targets."""
+
+    targets: list[_StoredTarget]
+
+
+class _Stored(_StoredTargets):
     """What a file says beside its tensors; other fields are passed over."""
 
     base_name: str
     basis_digest: str
     rule: dict[str, Any]
-    targets: list[_StoredTarget]
     versions: dict[str, str]
 
 
@@ -227,6 +232,16 @@ def read_basis(path: Path) -> Basis:
         if not all(np.isfinite(array).all() for array in (target.q, target.r, target.diagonal)):
             raise FileFormatError(f"{path}: {target.name} holds NaN or Inf")
     return basis
+
+
+def weight_digests(path: Path) -> dict[str, str]:
+    """By target the digest of the weight that it was made of, from the header of a basis file alone.
+
+    Raises:
+        InputError: it cannot be read, or is no basis.
+    """
+    stored = from_value(_StoredTargets, stored_record(path), f"{path}: the basis is incomplete or damaged")
+    return {target.name: target.weight_digest for target in stored.targets}
 
 
 def _allows(metadata: dict[str, Any], name: str, shape: tuple[int, ...]) -> bool:

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -87,9 +88,7 @@ class Coefficients:
     @cached_property
     def digest(self) -> str:
         """SHA-256 over the values, the head and the thresholds: what the customer does, whatever its file says."""
-        head = {HEAD + name: self.head[name] for name in sorted(self.head)}
-        thresholds = {THRESHOLDS: np.array(self.thresholds)} if self.thresholds else {}
-        return digest_arrays({VALUES: self.values} | head | thresholds)
+        return content_digest(self.values, self.head, self.thresholds)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Coefficients":
@@ -126,6 +125,13 @@ class Coefficients:
                 f"{basis.digest[:12]}; give the basis they were trained on, or train again"
             )
         basis.split(self.values)
+
+
+def content_digest(values: np.ndarray, head: Mapping[str, np.ndarray], thresholds: Sequence[float]) -> str:
+    """`Coefficients.digest` of a customer, from `values [total_rank]` fp32, the head and the thresholds that it has."""
+    heads = {HEAD + name: head[name] for name in sorted(head)}
+    decides = {THRESHOLDS: np.array(thresholds)} if thresholds else {}
+    return digest_arrays({VALUES: values} | heads | decides)
 
 
 def recorded_place(path: Path, output: Path) -> str:

@@ -18,6 +18,10 @@ MAX_CUSTOMER_BYTES = 2**30
 """No customer's file is larger; what is longer is not read to its end."""
 
 
+MAX_SENT_BYTES = 2**24
+"""Nor one that somebody sends, or that an object store holds: those are kept in memory, several at a time."""
+
+
 def check_customer_id(name: str) -> None:
     """Make sure that `name` can be a customer and the name of its file.
 
@@ -95,11 +99,24 @@ def read_customer_file(path: Path, shown: Path | None = None, inside: Path | Non
         content = _content(path, name, inside)
     except OSError as error:
         raise InputError(f"{name} cannot be read: {error.strerror or error}") from error
+    return read_customer_content(content, str(name))
+
+
+def read_customer_content(content: bytes, shown: str) -> Coefficients:
+    """Validate the content of a coefficients file.
+
+    Args:
+        content: all of it.
+        shown: how messages call it.
+
+    Raises:
+        FileFormatError: it is damaged or not complete.
+    """
     with _private_copy(content) as copy:
         try:
             return read_coefficients(copy)
         except InputError as error:
-            raise type(error)(str(error).replace(str(copy), str(name))) from error
+            raise type(error)(str(error).replace(str(copy), shown)) from error
 
 
 def _content(path: Path, shown: Path, inside: Path | None) -> bytes:

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from qrlora_deploy.errors import BasisMismatchError, InputError
-from qrlora_deploy.formats.basis import FORMAT
+from qrlora_deploy.formats.basis import FORMAT, weight_digests
 from qrlora_deploy.formats.config_file import MAX_BYTES
 from qrlora_deploy.inspection.recorded import Recorded
 from qrlora_deploy.io.files import has_format
@@ -69,7 +69,7 @@ def estimated(weights: Mapping[str, tuple[int, int]], rank: int | None, figures:
 
 
 def layers_of_basis(path: Path, stored: Mapping[str, StoredTensor]) -> list[Layer]:
-    """The layers of a basis file, by its header alone.
+    """The layers of a basis file, by its header; of the base the bytes of the first and the last layer are compared.
 
     Args:
         path: the file.
@@ -77,7 +77,7 @@ def layers_of_basis(path: Path, stored: Mapping[str, StoredTensor]) -> list[Laye
 
     Raises:
         InputError: it is no basis, or is damaged.
-        BasisMismatchError: the base has no such layers.
+        BasisMismatchError: the base has no such layers, or has other weights in them.
     """
     if not has_format(FORMAT)(path):
         raise InputError(f"{path} is not a basis file")
@@ -94,4 +94,17 @@ def layers_of_basis(path: Path, stored: Mapping[str, StoredTensor]) -> list[Laye
         layers.append(Layer(q[0], r[1], q[1]))
     if not layers:
         raise InputError(f"{path} is damaged: it holds no factors")
+    _check_weights(path, stored)
     return layers
+
+
+def _check_weights(path: Path, stored: Mapping[str, StoredTensor]) -> None:
+    """Compare two layers: reading all of a large base would take longer than a plan may."""
+    digests = weight_digests(path)
+    for name in dict.fromkeys((next(iter(digests)), next(reversed(digests)))):
+        weight = stored.get(f"{name}.weight")
+        if weight is not None and weight.digest() != digests[name]:
+            raise BasisMismatchError(
+                f"{path} was made from other weights than this base's: those of {name} differ; give the base it was "
+                f"made from"
+            )

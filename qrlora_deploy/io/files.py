@@ -186,18 +186,27 @@ def has_format(kind: str) -> Callable[[Path], bool]:
 
     def found(path: Path) -> bool:
         try:
-            with (
-                readable(path),
-                library_errors(f"{path} is not a safetensors file"),
-                safetensors.safe_open(path, framework="np") as file,
-            ):
-                raw = file.metadata() or {}
-            record = parse_json(raw.get(METADATA_KEY, ""), f"{path} holds no record")
+            record = stored_record(path)
         except InputError:
             return False
         return isinstance(record, dict) and record.get("format") == kind
 
     return found
+
+
+def stored_record(path: Path) -> Any:
+    """The metadata record of a file that `write_tensors` wrote, by its header alone; its digest is not checked.
+
+    Raises:
+        InputError: it cannot be read, or holds no record.
+    """
+    with (
+        readable(path),
+        library_errors(f"{path} is not a safetensors file"),
+        safetensors.safe_open(path, framework="np") as file,
+    ):
+        raw = file.metadata() or {}
+    return parse_json(raw.get(METADATA_KEY, ""), f"{path} holds no record")
 
 
 def read_tensors(

@@ -17,7 +17,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -174,17 +174,21 @@ def remove_dead(parent: Path, names: Iterable[str]) -> None:
 
     What a live process is making stays, and so does what this process may not remove.
     """
-    labels = set(map(_label, names))
+    remove_dead_where(parent, set(map(_label, names)).__contains__)
+
+
+def remove_dead_where(parent: Path, wanted: Callable[[str], bool]) -> None:
+    """`remove_dead` of every name of which `wanted` says so; names of more than `LONGEST_NAME` bytes are hashed."""
     with suppress(OSError), os.scandir(parent) as entries:
-        found = [Path(entry.path) for entry in entries if _belongs(entry, labels)]
+        found = [Path(entry.path) for entry in entries if _belongs(entry, wanted)]
         for folder in found:
             with suppress(OSError):
                 remove_if_dead(folder)
 
 
-def _belongs(entry: "os.DirEntry[str]", labels: Container[str]) -> bool:
+def _belongs(entry: "os.DirEntry[str]", wanted: Callable[[str], bool]) -> bool:
     match = LEFTOVER.fullmatch(entry.name)
-    return match is not None and match[1] in labels and entry.is_dir(follow_symlinks=False)
+    return match is not None and wanted(match[1]) and entry.is_dir(follow_symlinks=False)
 
 
 def remove_if_dead(folder: Path) -> bool:

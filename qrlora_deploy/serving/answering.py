@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -31,6 +31,10 @@ logger = logging.getLogger(__name__)
 
 class Allows(Protocol):
     """What a key may do."""
+
+    @property
+    def key_id(self) -> str:
+        """Of the key; empty where none was asked for."""
 
     def allows(self, customer: str) -> bool:
         """Whether it may use a customer, be there one of that name or not."""
@@ -93,6 +97,8 @@ async def answer(
     if access is not None and not all(access.allows(name) for name in set(customers) if name is not None):
         raise UnknownCustomerError(UNKNOWN)
     load = _load(model, question)
+    if access is not None:
+        load = replace(load, asker=access.key_id)
     ticket = model.engine.admit(load, customers, deadline_s)
     try:
         rows = await _tokenised(model, question, customers, load)

@@ -90,8 +90,8 @@ class Assembly:
         folders = {model.served.name: folder for model in opened.models if (folder := model.customer_folder())}
         if not folders:
             raise InputError(
-                f"{argument('admin_port')} has nothing to change: no model has a folder of customers; "
-                f"give one by {argument('customers')}"
+                f"{argument('admin_port')} has nothing to change: no model has a folder of customers, and those of an "
+                f"object store are changed there; give a folder by {argument('customers')}"
             )
         app = make_admin_app(Admin(folders, opened.keys, AuditLog(options.audit_log), self.reload), opened.front.life)
         return HttpListener(app, options.admin_host, options.admin_port, options.server.tls, options.server.limits)

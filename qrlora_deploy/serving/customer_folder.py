@@ -15,9 +15,15 @@ from pathlib import Path
 
 from qrlora_deploy.errors import QrloraError, UnknownCustomerError
 from qrlora_deploy.formats.coefficients import SUFFIX, Coefficients
-from qrlora_deploy.formats.customer_files import check_customer_id, customer_ids, read_customer_file
+from qrlora_deploy.formats.customer_files import (
+    MAX_SENT_BYTES,
+    check_customer_id,
+    customer_ids,
+    customer_of,
+    read_customer_content,
+)
 from qrlora_deploy.io.files import atomic_file
-from qrlora_deploy.io.temporary import remove_dead, scratch_folder
+from qrlora_deploy.io.temporary import remove_dead, remove_dead_where
 from qrlora_deploy.serving.refusals import TooLargeError
 from qrlora_deploy.serving.version_names import VERSION_NAME, hash_in, hash_of, next_name
 
@@ -76,12 +82,14 @@ class CustomerFolder:
         folder: Path,
         check: Check,
         keep: int = 10,
-        max_file_bytes: int = 2**24,
+        max_file_bytes: int = MAX_SENT_BYTES,
         elsewhere: Callable[[str], bool] = lambda customer: False,
     ) -> None:
         self.folder, self.max_file_bytes = folder, max_file_bytes
         self._check, self._keep, self._elsewhere = check, keep, elsewhere
         self._lock = threading.Lock()
+        # What a process left that was killed while it wrote; what a live one writes is locked, and stays.
+        remove_dead_where(folder, lambda name: customer_of(name) is not None)
 
     def customers(self, after: str = "", limit: int = 1000) -> list[str]:
         """The first `limit` ids that come after one, sorted.
@@ -189,12 +197,9 @@ class CustomerFolder:
         """The digest of a file, after every check."""
         if len(content) > self.max_file_bytes:
             raise TooLargeError(f"the file is longer than the {self.max_file_bytes} bytes that a customer may have")
-        shown = Path(f"{customer}{SUFFIX}")
-        with scratch_folder() as folder:
-            copy = folder / shown.name
-            copy.write_bytes(content)
-            coefficients = read_customer_file(copy, shown)
-        self._check(coefficients, str(shown))
+        shown = f"{customer}{SUFFIX}"
+        coefficients = read_customer_content(content, shown)
+        self._check(coefficients, shown)
         return coefficients.digest
 
     def _replace(self, customer: str, content: bytes) -> None:
@@ -212,6 +217,7 @@ class CustomerFolder:
         names = self._names(customer)
         name = next_name(content, names)
         self._versions(customer).mkdir(parents=True, exist_ok=True)
+        remove_dead_where(self._versions(customer), lambda name: VERSION_NAME.fullmatch(Path(name).stem) is not None)
         with atomic_file(self._version_file(customer, name)) as temporary:
             temporary.write_bytes(content)
         for older in names:

@@ -265,13 +265,18 @@ def with_key(
     return changed, changed.keys[-1], key
 
 
-def without_key(keys: KeysFile, key_id: str) -> KeysFile:
+def without_key(keys: KeysFile, key_id: str, path: Path) -> KeysFile:
     """A file without the key of this id.
 
+    Args:
+        keys: the file.
+        key_id: of the key.
+        path: where the file lies, for the message.
+
     Raises:
-        InputError: there is none.
+        InputError: there is no such key.
     """
     left = [key for key in keys.keys if key.id != key_id]
     if len(left) == len(keys.keys):
-        raise InputError(f"no key has the id {key_id!r}; `qrlora-deploy keys list` shows the ids")
+        raise InputError(f"{path}: no key has the id {key_id!r:.80}; `qrlora-deploy keys list {path}` shows the ids")
     return keys.model_copy(update={"keys": left})

@@ -1,6 +1,6 @@
 """What Prometheus reads: counters of requests, and those of each model's engine at the moment of the scrape."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.process_collector import ProcessCollector
 
+from qrlora_deploy.runtime.customers.objects.store import ObjectStoreStats
 from qrlora_deploy.serving.engine.protocol import EngineStats
 from qrlora_deploy.version import __version__
 
@@ -17,6 +18,9 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 MAX_ROUTES = 64
 OTHER = "other"
 """What routes beyond `MAX_ROUTES` are counted under: a label's values stay for as long as the process."""
+
+
+StoreStats = Callable[[], ObjectStoreStats]
 
 
 class Counting(Protocol):
@@ -54,9 +58,12 @@ class Metrics:
         models: asked anew at every scrape.
         customers: that are counted by name. Others are not told apart: every value of a label costs memory for as long
             as the process lives, and customers may be millions.
+        stores: of models' customers, by the model's name: how each object store is doing.
     """
 
-    def __init__(self, models: Iterable[Served], customers: Iterable[str] = ()) -> None:
+    def __init__(
+        self, models: Iterable[Served], customers: Iterable[str] = (), stores: Mapping[str, StoreStats] | None = None
+    ) -> None:
         self._customers = frozenset(customers)
         self._counted: dict[tuple[str, int], _Counted] = {}
         self.registry = registry = CollectorRegistry()
@@ -81,6 +88,7 @@ class Metrics:
                 registry=registry,
             )
         self.registry.register(_Engines(models))
+        self.registry.register(_Stores(stores or {}))
         ProcessCollector(registry=self.registry)
 
     def observe(self, route: str, code: int, seconds: float, rows: int, customers: Sequence[str | None] = ()) -> None:
@@ -173,10 +181,37 @@ class _Engines:
         yield build
 
 
+STORE_GAUGES = {
+    "qrlora_store_up": ("1 while the object store of the customers answers.", "up"),
+    "qrlora_store_customers": ("Customers that the last listing of the object store showed.", "customers"),
+    "qrlora_store_listing_age_seconds": ("Since the last whole listing was begun.", "age_s"),
+}
+
+STORE_COUNTERS = {"qrlora_store_failures": ("Questions to the object store that failed.", "failures")}
+
+
+class _Stores:
+    """Asks how the object stores are doing, which asks no store anything."""
+
+    def __init__(self, stores: Mapping[str, StoreStats]) -> None:
+        self._stores = stores
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing, as of `_Engines`."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """One family of metrics after the other, with the label `model`; none where there is no store."""
+        if self._stores:
+            stats = {model: ask() for model, ask in self._stores.items()}
+            yield from _simple(GaugeMetricFamily, STORE_GAUGES, stats)
+            yield from _simple(CounterMetricFamily, STORE_COUNTERS, stats)
+
+
 def _simple(
     kind: type[CounterMetricFamily] | type[GaugeMetricFamily],
     families: Mapping[str, tuple[str, str]],
-    stats: Mapping[str, EngineStats],
+    stats: Mapping[str, object],
 ) -> Iterator[Metric]:
     """Families of one number a model, each an attribute of its counters."""
     for name, (text, attribute) in families.items():

@@ -1,8 +1,9 @@
 """What answers requests in one process: models, keys and quotas, open, and the HTTP front over them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from qrlora_deploy.runtime.customers.objects.store import ObjectStoreStats
 from qrlora_deploy.serving.access import Keys
 from qrlora_deploy.serving.engine.quotas import Quotas
 from qrlora_deploy.serving.http.front import Front
@@ -46,7 +47,10 @@ class OpenedFront:
         except BaseException:
             self.close()
             raise
-        self.front = Front(models, keys=self.keys, metrics=Metrics(list(models), counted))
+        self.front = Front(models, keys=self.keys, metrics=Metrics(list(models), counted, self._stores()))
+
+    def _stores(self) -> dict[str, Callable[[], ObjectStoreStats]]:
+        return {model.served.name: ask for model in self.models if (ask := model.object_stats) is not None}
 
     def _change_quotas(self, keys: Keys) -> None:
         for quotas in self._quotas:

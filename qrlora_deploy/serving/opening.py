@@ -1,12 +1,15 @@
 """From a bundle and its customers on the disk to a model that is served."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from qrlora_deploy.errors import InputError, QrloraError
+from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.formats.customer_files import customer_ids, read_customer
 from qrlora_deploy.runtime.bundle.bundle import Bundle, open_bundle
+from qrlora_deploy.runtime.customers.objects.store import POLL_S, ObjectStoreStats
 from qrlora_deploy.runtime.customers.packed_erasing import erase_packed
 from qrlora_deploy.runtime.sessions.buckets import Buckets
 from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
@@ -15,7 +18,7 @@ from qrlora_deploy.serving.engine.limits import Limits
 from qrlora_deploy.serving.engine.local import LocalEngine
 from qrlora_deploy.serving.engine.models import MergedModel
 from qrlora_deploy.serving.engine.quotas import Quotas
-from qrlora_deploy.serving.engine.sources import source_of
+from qrlora_deploy.serving.engine.sources import ObjectSource, source_of
 from qrlora_deploy.serving.served import ServedModel
 from qrlora_deploy.serving.tokenizing import RowTokenizer
 
@@ -50,6 +53,8 @@ class ModelPlaces:
         bundle: folder.
         customers: folder of coefficients files, which is followed; None: there is none.
         packed: file of many customers; None: there is none.
+        objects: URL of customers in an object store, in place of a folder; None: there is none.
+        poll_s: seconds from one listing of the object store to the next.
 
     Raises:
         InputError: the name cannot stand in a URL.
@@ -59,6 +64,8 @@ class ModelPlaces:
     bundle: Path
     customers: Path | None = None
     packed: Path | None = None
+    objects: str | None = None
+    poll_s: float = POLL_S
 
     def __post_init__(self) -> None:
         if not MODEL_NAME.fullmatch(self.name):
@@ -84,10 +91,11 @@ class OpenModel:
         self.places = places
         bundle = open_bundle(places.bundle)
         self.session = _open_session(bundle, options)
-        self._source = source_of(places.customers, places.packed)
+        self._objects = None if places.objects is None else ObjectSource(places.objects, poll_s=places.poll_s)
+        self._source = source_of(places.customers, places.packed, self._objects)
         if isinstance(self.session, SwitchableSession):
             self._source.open(self.session)
-        elif places.customers or places.packed:
+        elif places.customers or places.packed or places.objects:
             raise InputError(f"{places.bundle} is a merged bundle: it holds one customer and takes no others")
         engine = LocalEngine(self.session, options.limits, quotas)
         self.served = ServedModel(places.name, bundle, engine, RowTokenizer(bundle))
@@ -117,22 +125,37 @@ class OpenModel:
         if isinstance(self.session, SwitchableSession):
             self._source.reload()
 
+    @property
+    def object_stats(self) -> Callable[[], ObjectStoreStats] | None:
+        """Says how the object store of its customers is doing; None: there is none."""
+        return None if self._objects is None else self._objects.stats
+
     def check_customers(self) -> tuple[int, list[str]]:
-        """Read every file of the folder and hold it against the bundle.
+        """Read every file of the folder, or object, and hold it against the bundle.
 
         Returns:
             How many there are, and what is wrong with those that cannot be served, one line each.
         """
-        folder = self.places.customers
-        if folder is None or not isinstance(self.session, SwitchableSession):
+        if not isinstance(self.session, SwitchableSession):
             return 0, []
-        names, problems = sorted(customer_ids(folder)), []
+        names, read = self._customers()
+        check, problems = self.session.check, []
         for name in names:
             try:
-                self.session.check(read_customer(folder, name), name)
+                check(read(name), name)
             except QrloraError as error:
                 problems.append(f"{name}: {error}")
         return len(names), problems
+
+    def _customers(self) -> tuple[list[str], Callable[[str], Coefficients]]:
+        """The ids of files or objects, sorted, and what reads one."""
+        folder = self.places.customers
+        if folder is not None:
+            return sorted(customer_ids(folder)), lambda name: read_customer(folder, name)
+        if self._objects is not None:
+            bucket = self._objects.bucket
+            return sorted(name for page in bucket.pages() for name, _ in page), bucket.coefficients
+        return [], lambda name: read_customer(Path(), name)
 
     def close(self) -> None:
         """Let go of the customers and end the engine."""

@@ -40,8 +40,8 @@ for line in sys.argv[1:]:
 """
 """Commands one after another in one process, which imports libraries once. The first that fails ends it."""
 
-EVERYWHERE = {"huggingface_hub"}
-"""`tokenizers` brings it, and the base install that."""
+EVERYWHERE = {"huggingface_hub", "fsspec"}
+"""`tokenizers` brings them, and the base install that."""
 
 
 def run_with(parts: tuple[str, ...], *arguments: str, cwd: Path, code: str = COMMAND) -> Ran:

@@ -12,9 +12,10 @@ import torch
 from exporters.onnx.attention import use_onnx_attention
 from exporters.onnx.bias_folding import fold_attention_biases
 from exporters.onnx.branch_fusion import FusedBranch, fuse_branches, fuses
+from exporters.onnx.customer_rows import CustomerRows, _runs
 from exporters.onnx.graph import write_graph
 from exporters.onnx.padding_free import Packing
-from exporters.onnx.switchable import CustomerRows, TableBranch, _runs, make_switchable
+from exporters.onnx.switchable import TableBranch, make_switchable
 from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.models.targets import choose_targets
 from qrlora_deploy.rank_rules.fixed_rank import FixedRank

@@ -104,6 +104,19 @@ def test_it_needs_its_customer_and_replaces_nothing_else(
     assert (tmp_path / "mine.txt").read_text() == "a letter"
 
 
+def test_merge_is_not_for_it_and_a_mistake_of_it_is_told_as_its_own(
+    packages: Path, tiny_base: Path, tiny_basis_file: Path, tiny_customer_file: Path, tmp_path: Path
+) -> None:
+    common = ["--basis", tiny_basis_file, "--coefficients", tiny_customer_file, "--format", "csv", "-o", "acme.csv"]
+    ran = run(["export", tiny_base, *common, "--merge"], packages, tmp_path)
+    assert ran.code == 2 and "--merge belongs to --format onnx; leave it out with --format csv" in ran.err
+    module = packages / "qrlora_csv.py"
+    module.write_text(module.read_text("utf-8").replace("job.basis.split(", "job.basis.cut("), "utf-8")
+    ran = run(["export", tiny_base, *common], packages, tmp_path)
+    assert ran.code == 1 and "--format csv: the exporter of qrlora-csv failed (AttributeError: " in ran.err
+    assert len(ran.err.strip().splitlines()) == 1 and not (tmp_path / "acme.csv").exists()
+
+
 def test_help_shows_its_options_under_its_name(packages: Path, tmp_path: Path) -> None:
     text = run(["export", "--help"], packages, tmp_path).out
     csv_options = text.partition("Options of --format csv:")[2].partition("Options of --format")[0]

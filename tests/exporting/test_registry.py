@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, QrloraError
 from qrlora_deploy.exporting import registry
-from qrlora_deploy.exporting.registry import BUILT_IN, GROUP, all_exporters, find_exporter
+from qrlora_deploy.exporting.registry import BUILT_IN, GROUP, all_exporters, faults_named, find_exporter
 from tests.exporting.installed import install
 
 MODULE = """
@@ -57,7 +57,7 @@ def test_our_own_are_found_however_the_project_is_installed(packages: Path) -> N
     from exporters.onnx.exporter import EXPORTER
 
     assert find_exporter("onnx") is EXPORTER
-    assert [exporter.name for exporter in all_exporters()] == ["onnx", "onnx-adapter", "peft"]
+    assert [exporter.name for exporter in all_exporters()] == ["onnx", "onnx-adapter", "peft", "triton"]
 
 
 def test_another_package_cannot_take_the_place_of_an_exporter_of_ours(packages: Path) -> None:
@@ -117,3 +117,19 @@ def test_a_fault_of_our_own_exporter_is_no_bad_input(monkeypatch: pytest.MonkeyP
 def test_our_exporters_are_what_we_ask_of_others() -> None:
     for point in BUILT_IN:
         assert registry._problem(point.load(), point.name) is None
+
+
+def test_what_a_foreign_exporter_raises_names_its_package(packages: Path) -> None:
+    install(packages, "other-exporters", {"flat": "flat_exporters:FLAT"})
+    with pytest.raises(QrloraError) as caught, faults_named("flat"):
+        raise KeyError("depth")
+    assert str(caught.value) == (
+        "format='flat': the exporter of other-exporters failed (KeyError: 'depth'); report it to that package"
+    )
+    assert caught.value.exit_code == 1 and isinstance(caught.value.__cause__, KeyError)
+    for error in (InputError("a wrong option"), OSError(28, "no space"), MemoryError()):
+        with pytest.raises(type(error)) as same, faults_named("flat"):
+            raise error
+        assert same.value is error
+    with pytest.raises(KeyError), faults_named("onnx"):
+        raise KeyError("ours")

@@ -219,7 +219,9 @@ def test_speeds_are_scaled_by_the_weights_of_the_blocks(tiny_base: Path, known: 
     assert plan.note == ""
     assert [speed.measured.device for speed in make_plan(tiny_base, 5).speeds] == ["NVIDIA Z9 40GB", "8 CPU cores"]
     # Of a larger base ten: a plan counts on no more.
-    assert [speed.rows_per_s for speed in make_plan(tiny_base, 5, gpu="CPU").speeds] == [10.0]
+    small = make_plan(tiny_base, 5, gpu="CPU")
+    assert [speed.rows_per_s for speed in small.speeds] == [10.0]
+    assert small.note.startswith("not measured on so small a base: the estimates are the rates of larger ones")
 
 
 @pytest.mark.parametrize("name", ["Z9 80GB", "Z", "B300", "", "--"])
@@ -248,6 +250,18 @@ def test_a_basis_of_another_base_is_refused(tiny_base: Path, tiny_basis: Basis, 
         write_basis(replace(tiny_basis, targets=(change,)), tmp_path / "other.safetensors")
         with pytest.raises(BasisMismatchError, match=f"other.safetensors has a layer {change.name} of 32 x .*base has"):
             make_plan(tiny_base, 1, basis=tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_basis_of_other_weights_of_the_same_shapes_is_refused(
+    tiny_base: Path, tiny_basis: Basis, tmp_path: Path, place: int
+) -> None:
+    targets = list(tiny_basis.targets)
+    targets[place] = replace(targets[place], weight_digest="0" * 64)
+    write_basis(replace(tiny_basis, targets=tuple(targets)), tmp_path / "other.safetensors")
+    name = targets[place].name
+    with pytest.raises(BasisMismatchError, match=f"was made from other weights than this base's: those of {name}"):
+        make_plan(tiny_base, 1, basis=tmp_path / "other.safetensors")
 
 
 def test_what_is_no_basis_or_no_base_is_refused(tiny_base: Path, tiny_customer_file: Path, tmp_path: Path) -> None:

@@ -47,8 +47,9 @@ def test_the_base_install_has_no_framework_and_the_card_is_whole() -> None:
 
 def test_every_command_with_a_part_is_there() -> None:
     assert set(COMMANDS) - set(OF_COMMAND) == {"inspect", "combine", "doctor", "keys", "customers"}
-    # The client is a library alone, and Ray is for an option.
-    assert set(OF_COMMAND) < set(COMMANDS) and set().union(*OF_COMMAND.values()) == set(PARTS) - {"client", "ray"}
+    # The client is a library alone, Ray is for an option, and object stores are asked for where a URL is given.
+    assert set(OF_COMMAND) < set(COMMANDS)
+    assert set().union(*OF_COMMAND.values()) == set(PARTS) - {"client", "ray", "store"}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A small honest engine for tests of the fronts: each request is one run of a session, in one thread."""
 
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -62,7 +63,9 @@ class DirectEngine:
             for name in rows[0].inputs
         }
         logits, labels = self.session.predict(inputs, [row.customer for row in rows])
-        self._stats = replace(self._stats, rows=self._stats.rows + len(rows), batches=self._stats.batches + 1)
+        self._stats = replace(
+            self._stats, rows=self._stats.rows + len(rows), batches=self._stats.batches + 1, last_run_s=time.time()
+        )
         return [
             RowAnswer(logits[number, : len(names)], names, self._digests.get(row.customer or "", ""))
             for number, (row, names) in enumerate(zip(rows, labels, strict=True))

@@ -14,6 +14,7 @@ import pytest
 from qrlora_deploy.errors import BasisMismatchError, FileFormatError, InputError, MalformedInputError, QrloraError
 from qrlora_deploy.errors import UnknownCustomerError as Unknown
 from qrlora_deploy.formats.coefficients import Coefficients, read_coefficients, write_coefficients
+from qrlora_deploy.io.files import atomic_file
 from qrlora_deploy.runtime.customers.store import CustomerStore
 from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
 from qrlora_deploy.serving.customer_folder import CustomerFolder, UnknownVersionError
@@ -201,10 +202,8 @@ def test_a_copy_of_the_folder_is_a_backup(
     assert (place / "bolt.safetensors").read_bytes() == content(3.0)
 
 
-def test_what_a_killed_process_left_of_the_customer_is_erased_too(
-    place: Path, folder: CustomerFolder, content: Content
-) -> None:
-    folder.put("acme", content())
+def write_and_be_killed(path: Path) -> None:
+    """A process that is killed while it writes a file, and what it has written."""
     program = (
         "import os, pathlib, sys\n"
         "from qrlora_deploy.io.files import atomic_file\n"
@@ -212,11 +211,34 @@ def test_what_a_killed_process_left_of_the_customer_is_erased_too(
         "    temporary.write_bytes(b'secret')\n"
         "    os.kill(os.getpid(), 9)\n"
     )
-    command = [sys.executable, "-c", program, str(place / "acme.safetensors")]
-    assert subprocess.run(command, timeout=60).returncode == -9
-    assert any(path.read_bytes() == b"secret" for path in place.rglob("acme.safetensors"))
+    assert subprocess.run([sys.executable, "-c", program, str(path)], timeout=60).returncode == -9
+    assert any(left.read_bytes() == b"secret" for left in path.parent.rglob(path.name))
+
+
+def test_what_a_killed_process_left_of_the_customer_is_erased_too(
+    place: Path, folder: CustomerFolder, content: Content
+) -> None:
+    folder.put("acme", content())
+    write_and_be_killed(place / "acme.safetensors")
     folder.erase("acme")
     assert [path for path in place.rglob("*") if path.is_file()] == []
+
+
+def test_what_killed_processes_left_goes_and_what_is_being_written_stays(
+    place: Path, folder: CustomerFolder, session: SwitchableSession, content: Content
+) -> None:
+    version = folder.put("acme", content()).version
+    write_and_be_killed(place / "bolt.safetensors")
+    write_and_be_killed(place / "other.txt")
+    write_and_be_killed(place / ".versions" / "acme" / f"{version}.safetensors")
+    with atomic_file(place / "late.safetensors") as writing:
+        writing.write_bytes(content(3.0))
+        again = CustomerFolder(place, session.check)
+        assert not list(place.glob(".bolt.*")) and list(place.glob(".other.txt.*")), "not what is no customer's"
+    assert again.customers() == ["acme", "late"] and (place / "late.safetensors").read_bytes() == content(3.0)
+    again.put("acme", content(2.0))
+    assert not list((place / ".versions" / "acme").glob(".*"))
+    assert len(again.versions("acme")) == 2
 
 
 def test_files_that_somebody_else_takes_away_meanwhile_are_no_failure(

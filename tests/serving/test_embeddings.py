@@ -14,12 +14,10 @@ from starlette.testclient import TestClient
 
 from qrlora_deploy.formats.coefficients import read_coefficients
 from qrlora_deploy.runtime.prediction.predictor import Predictor
-from qrlora_deploy.serving.http.app import make_app
-from qrlora_deploy.serving.http.front import Front
-from qrlora_deploy.serving.opening import ModelPlaces, OpenModel, RunOptions
-from qrlora_deploy.serving.served import Models
+from qrlora_deploy.serving.opening import OpenModel
 from tests.cli.running import succeed_here
 from tests.cli.test_embedding import EMBEDDING, pooled, save_encoder
+from tests.serving.opened import client_of, opened_model
 from tests.tiny import SENTENCES
 
 pytestmark = pytest.mark.slow
@@ -47,16 +45,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def opened(place: Path) -> Iterator[OpenModel]:
-    model = OpenModel(ModelPlaces("vectors", place / "bundle", place / "customers"), RunOptions(threads=1))
-    yield model
-    model.close()
+    with opened_model("vectors", place / "bundle", place / "customers") as model:
+        yield model
 
 
 @pytest.fixture
 def client(opened: OpenModel) -> TestClient:
-    front = Front(Models([opened.served]))
-    front.life.begin()
-    return TestClient(make_app(front))
+    return client_of(opened)
 
 
 @pytest.fixture

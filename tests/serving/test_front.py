@@ -1,6 +1,7 @@
 """What a server says of itself: the shapes of the protocol and of Triton, keys, errors, OpenAPI."""
 
 import re
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -90,12 +91,19 @@ def test_the_shapes_that_perf_analyzer_reads(client: TestClient) -> None:
     assert config["max_batch_size"] == 0
     needed = [item["name"] for item in config["input"] if not item["optional"]]
     assert needed == ["text"] and config["input"][0]["data_type"] == "TYPE_STRING"
+    assert client.get("/v2/models/tiny/stats").json()["model_stats"][0]["last_inference"] == 0
+    before_ms = time.time() * 1000 - 1
     assert client.post("/v1/classify", json={"texts": list(SENTENCES)}).status_code == 200
     for path in ("/v2/models/tiny/stats", "/v2/models/tiny/versions/1/stats", "/v2/models/stats"):
         (stats,) = client.get(path).json()["model_stats"]
         assert (stats["inference_count"], stats["execution_count"]) == (6, 1)
+        assert before_ms <= stats["last_inference"] <= time.time() * 1000 + 1
         assert set(stats["inference_stats"]) >= {"success", "fail", "queue", "compute_infer"}
         assert all(set(value) == {"count", "ns"} for value in stats["inference_stats"].values())
+        # Version 2.60.0 ends where these differ.
+        assert [stats["inference_stats"][f"compute_{part}"]["count"] for part in ("input", "infer", "output")] == [
+            1
+        ] * 3
 
 
 def test_the_index_of_models(front: Front, client: TestClient) -> None:

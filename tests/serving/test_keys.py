@@ -309,7 +309,7 @@ def test_keys_that_are_added_at_the_same_time_are_all_there(tmp_path: Path) -> N
         (["add", "keys.json", "--group", "eu"], "'eu'"),
         (["add", "keys.json", "--customer", "acme", "--expires", "soon"], "2027-12-31"),
         (["add", "other.json", "--customer", "acme"], "not a file of keys"),
-        (["revoke", "right.json", "000000000000"], "no key has the id"),
+        (["revoke", "right.json", "000000000000"], "right.json: no key has the id"),
     ],
 )
 def test_the_command_line_refuses_in_one_line(tmp_path: Path, arguments: list[str], line: str) -> None:

@@ -12,11 +12,9 @@ from starlette.testclient import TestClient
 
 from qrlora_deploy.runtime.prediction.predictor import Predictor
 from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
-from qrlora_deploy.serving.http.app import make_app
-from qrlora_deploy.serving.http.front import Front
-from qrlora_deploy.serving.opening import ModelPlaces, OpenModel, RunOptions
-from qrlora_deploy.serving.served import Models
+from qrlora_deploy.serving.opening import OpenModel
 from tests.cli.test_token_classification import prepare, switchable
+from tests.serving.opened import client_of, opened_model
 from tests.tiny import SENTENCES
 
 pytestmark = pytest.mark.slow
@@ -34,16 +32,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def opened(place: Path) -> Iterator[OpenModel]:
-    model = OpenModel(ModelPlaces("words", place / "all", place / "customers"), RunOptions(threads=1))
-    yield model
-    model.close()
+    with opened_model("words", place / "all", place / "customers") as model:
+        yield model
 
 
 @pytest.fixture
 def client(opened: OpenModel) -> TestClient:
-    front = Front(Models([opened.served]))
-    front.life.begin()
-    return TestClient(make_app(front))
+    return client_of(opened)
 
 
 def test_spans_are_those_of_a_predictor(client: TestClient, opened: OpenModel) -> None:

@@ -27,11 +27,13 @@ __all__ = [
     "TensorRecord",
     "check_graph",
     "digest_files",
+    "is_graph_file",
     "open_bundle",
 ]
 
 MANIFEST_FILE = "manifest.json"
 MODEL_FILE = "model.onnx"
+WEIGHTS_FILE = "model.onnx.data"
 TOKENIZER_FILE = "tokenizer.json"
 NEEDED = (MODEL_FILE, REFERENCE_FILE, TOKENIZER_FILE, CONFIG_FILE)
 
@@ -71,8 +73,12 @@ def digest_files(folder: Path) -> dict[str, str]:
     return {name: digest_file(file) for name, file in names.items() if name != MANIFEST_FILE}
 
 
-def open_bundle(folder: str | os.PathLike[str]) -> Bundle:
+def open_bundle(folder: str | os.PathLike[str], graph: bool = True) -> Bundle:
     """Check a bundle completely; nothing in it has been given to ONNX Runtime before.
+
+    Args:
+        folder: the bundle.
+        graph: False: its graph and weights run elsewhere, and need not be there; the rest is checked all the same.
 
     Raises:
         FileFormatError: the manifest is damaged or of another version, a file is missing, changed,
@@ -89,16 +95,22 @@ def open_bundle(folder: str | os.PathLike[str]) -> Bundle:
     problems = [
         f"{_shown(name)} {problem}"
         for name, digest in manifest.files.items()
-        if (problem := _check(folder, name, digest))
+        if (graph or not is_graph_file(name)) and (problem := _check(folder, name, digest))
     ]
     if problems:
         remedy = f", {LINKS}" if all(problem.endswith(IS_LINK) for problem in problems) else ". Export it again"
         raise FileFormatError(f"{folder} is not the bundle that was exported: {'; '.join(problems)}{remedy}")
-    _check_external_data(folder, manifest)
+    if graph:
+        _check_external_data(folder, manifest)
     wrong = list(manifest_problems(folder, manifest))
     if wrong:
         raise FileFormatError(f"{folder}/{MANIFEST_FILE} does not fit its bundle: {'; '.join(wrong)}. Export it again")
     return Bundle(folder, manifest)
+
+
+def is_graph_file(name: str) -> bool:
+    """Whether a file of a bundle is its graph or the weights beside it."""
+    return name in (MODEL_FILE, WEIGHTS_FILE)
 
 
 def check_graph(session: Any, bundle: Bundle) -> None:

@@ -15,6 +15,8 @@ from qrlora_deploy.runtime.bundle.manifest_parts import (
     TensorRecord,
 )
 from qrlora_deploy.runtime.bundle.row_layout import (
+    COEFFICIENTS,
+    HEAD,
     HEAD_TABLE,
     TABLE,
     TABLE_DTYPES,
@@ -32,6 +34,14 @@ VERSIONS = Versions(1)
 UNSEALED = {"format_version", "base_name", "files", "parity", "customer_effect", "attention_nodes", "versions"}
 """Fields of a manifest that decide no answer: where it comes from and how it was checked."""
 
+NUMBERS = {
+    TABLE: tuple(map(str, TABLE_DTYPES.values())),
+    COEFFICIENTS: tuple(map(str, TABLE_DTYPES.values())),
+    HEAD_TABLE: ("float32",),
+    HEAD: ("float32",),
+}
+"""Inputs that hold customers' numbers, and the dtypes that they may have."""
+
 Digest = Field(pattern=r"^[0-9a-f]{64}$")
 
 
@@ -45,7 +55,8 @@ class Manifest(Record):
     """What a bundle is and what every one of its files must hash to.
 
     Attributes:
-        kind: "merged": one customer, plain weights; "switchable": any customer in any row.
+        kind: "merged": one customer, plain weights; "switchable": any customer in any row, from a table;
+            "per-row": likewise, and each row brings its customer's numbers.
         thresholds: of a merged multi-label customer, for each label the probability from which on it applies; None:
             0.5 for all of them.
         precision: of weights and activations; the inputs and outputs are the same in every one.
@@ -62,7 +73,7 @@ class Manifest(Record):
     """
 
     format_version: int = VERSIONS.current
-    kind: Literal["merged", "switchable"]
+    kind: Literal["merged", "switchable", "per-row"]
     task: Annotated[str, AfterValidator(_known_task)]
     labels: tuple[str, ...]
     thresholds: tuple[float, ...] | None = None
@@ -99,7 +110,7 @@ class Manifest(Record):
         if self.calibration is not None and self.precision != "int8":
             raise ValueError(f"calibration belongs to int8; {self.precision} has no scales to find")
         if bool(self.head_labels) != bool(self.head_features) or (merged and self.head_labels):
-            raise ValueError("head_labels and head_features belong together, in a switchable bundle")
+            raise ValueError("head_labels and head_features belong together, in a bundle of many customers")
         has_labels = BY_NAME[self.task].has_labels
         if has_labels != bool(self.labels) or (self.head_labels and not has_labels):
             raise ValueError(f"a {self.task} has {'labels' if has_labels else 'neither labels nor heads'}")
@@ -117,23 +128,29 @@ class Manifest(Record):
             raise ValueError("a padded_rank is not that of its rank")
         if len({record.name for record in self.inputs}) < len(self.inputs):
             raise ValueError("two inputs have one name")
-        expected = {}
-        if self.kind == "switchable":
-            expected[TABLE] = ("slots", TableLayout(ranks).width)
-        if self.head_labels:
-            expected[HEAD_TABLE] = ("slots", HeadLayout(self.head_labels, self.head_features).width)
-        if {record.name: record.shape for record in self.inputs if record.name in (TABLE, HEAD_TABLE)} != expected:
+        shapes = {record.name: record.shape for record in self.inputs if record.name in NUMBERS}
+        if shapes != self._shapes_of_numbers(ranks):
             raise ValueError(f"the inputs do not fit the ranks and the head of a {self.kind} bundle")
-        dtypes = {record.name: record.dtype for record in self.inputs}
-        if dtypes.get(HEAD_TABLE, "float32") != "float32" or dtypes.get(TABLE, "float32") not in map(
-            str, TABLE_DTYPES.values()
-        ):
-            raise ValueError("a table is of another dtype than float32, or float16 for the coefficients")
+        for record in self.inputs:
+            if record.name in NUMBERS and record.dtype not in NUMBERS[record.name]:
+                raise ValueError("a table is of another dtype than float32, or float16 for the coefficients")
         columns = self.head_labels or len(self.labels) or self.width
         answer = (BY_NAME[self.task].output_name, BY_NAME[self.task].axes(columns))
         if [(record.name, record.shape) for record in self.outputs] != [answer]:
             raise ValueError(f"the output is not {answer[0]} [{', '.join(map(str, answer[1]))}]")
         return self
+
+    def _shapes_of_numbers(self, ranks: list[int]) -> dict[str, tuple[int | str, ...]]:
+        """Axes of the inputs that hold customers' numbers."""
+        if self.kind == "merged":
+            return {}
+        coefficients, head, axis = (TABLE, HEAD_TABLE, "slots")
+        if self.kind == "per-row":
+            coefficients, head, axis = COEFFICIENTS, HEAD, "batch"
+        found: dict[str, tuple[int | str, ...]] = {coefficients: (axis, TableLayout(ranks).width)}
+        if self.head_labels:
+            found[head] = (axis, HeadLayout(self.head_labels, self.head_features).width)
+        return found
 
     @property
     def width(self) -> int:
@@ -153,8 +170,8 @@ class Manifest(Record):
 
     @property
     def table_dtype(self) -> str:
-        """Of the coefficient table: "fp32" or "fp16"; of a merged bundle, which has none, "fp32"."""
-        found = {record.name: record.dtype for record in self.inputs}.get(TABLE, "float32")
+        """Of customers' coefficients: "fp32" or "fp16"; of a merged bundle, which takes none, "fp32"."""
+        found = next((record.dtype for record in self.inputs if record.name in (TABLE, COEFFICIENTS)), "float32")
         return next(name for name, dtype in TABLE_DTYPES.items() if dtype == found)
 
     def sealed_fields(self) -> dict[str, Any]:

@@ -15,6 +15,12 @@ RANK_MULTIPLE = 8
 TABLE, HEAD_TABLE, SLOT = "coefficient_table", "head_table", "slot"
 """Inputs of a switchable graph beside the text: `[slots, width]`, `[slots, head width]`, `[batch]`."""
 
+COEFFICIENTS, HEAD = "coefficients", "head"
+"""Inputs of a per-row graph beside the text: `[batch, width]`, `[batch, head width]`; a row as in a table."""
+
+TABLE_OF = {COEFFICIENTS: TABLE, HEAD: HEAD_TABLE}
+"""The table whose row each of them is."""
+
 TABLE_DTYPES: dict[str, np.dtype[Any]] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
 """What a coefficient table may hold, by the name of the option; coefficients files are fp32, and a row is
 rounded once, when it is made. The head table is fp32 beside either."""
@@ -83,6 +89,10 @@ class TableLayout:
         row = np.zeros(width, dtype=self.dtype)
         row[self.columns] = values
         return row
+
+    def values(self, row: np.ndarray) -> np.ndarray:
+        """A customer's numbers `[total_rank]` fp32 from its row `[width]`: `row`, the other way round."""
+        return row[self.columns].astype(np.float32)
 
     @cached_property
     def _sizes(self) -> tuple[int, int, bool]:

@@ -11,7 +11,14 @@ import safetensors.numpy
 from qrlora_deploy.errors import FileFormatError, InputError, library_errors
 from qrlora_deploy.formats.config_file import label_names, read_model_config
 from qrlora_deploy.io.reading import parse_json, read_text, readable
-from qrlora_deploy.runtime.bundle.row_layout import HEAD_TABLE, TABLE, HeadLayout, head_arrays
+from qrlora_deploy.runtime.bundle.row_layout import (
+    BASE_HEAD_FILE,
+    COEFFICIENTS,
+    HEAD,
+    TABLE_OF,
+    HeadLayout,
+    head_arrays,
+)
 from qrlora_deploy.tasks.base import Task
 from qrlora_deploy.tasks.registry import task_of_config
 
@@ -119,7 +126,10 @@ def read_reference_facts(path: Path) -> ReferenceFacts:
         for name in ("input_ids", "token_type_ids"):
             if f"{index}.{name}" in tensors:
                 padding.setdefault(name, set()).update(np.unique(tensors[f"{index}.{name}"][free]).tolist())
-    table, heads = (tensors.get(f"0.{name}", np.empty((0, 0), dtype=np.float32)) for name in (TABLE, HEAD_TABLE))
+    table, heads = (_numbers(tensors, name) for name in (COEFFICIENTS, HEAD))
+    if len(heads) and f"0.{HEAD}" in tensors:
+        # Without a table the base's rows are those without coefficients.
+        heads = heads[np.argsort((table != 0).any(axis=1), kind="stable")]
     return ReferenceFacts(
         max_length=max(tensors[f"{index}.input_ids"].shape[1] for index in range(len(cases))),
         padding={name: frozenset(values) for name, values in padding.items()},
@@ -127,6 +137,14 @@ def read_reference_facts(path: Path) -> ReferenceFacts:
         base_head=heads[0] if len(heads) else np.empty(0, dtype=np.float32),
         sealed=_sealed(tensors, path),
     )
+
+
+def _numbers(tensors: dict[str, np.ndarray], name: str) -> np.ndarray:
+    """What customers brought, `[customers, width]`: a table, or the rows of all cases; `[0, 0]` where they did not."""
+    count = sum(key.endswith(f".{name}") for key in tensors)
+    if count:
+        return np.concatenate([tensors[f"{index}.{name}"] for index in range(count)])
+    return tensors.get(f"0.{TABLE_OF[name]}", np.empty((0, 0), dtype=np.float32))
 
 
 def _sealed(tensors: dict[str, np.ndarray], path: Path) -> dict[str, Any]:
@@ -147,7 +165,7 @@ def _read_reference(path: Path) -> tuple[list[str], dict[str, np.ndarray]]:
     with library_errors(damaged), readable(path), safetensors.safe_open(path, framework="np") as file:
         metadata = file.metadata()
         # By their ends: the tables of the other cases are large.
-        ends = (*TEXT_INPUTS, SEALED)
+        ends = (*TEXT_INPUTS, SEALED, *(f".{name}" for name in TABLE_OF))
         names = [name for name in file.keys() if name.endswith(ends) or name.startswith("0.")]  # noqa: SIM118
         tensors = {name: file.get_tensor(name) for name in names}
     cases = parse_json((metadata or {}).get("cases", ""), damaged)
@@ -159,9 +177,21 @@ def _read_reference(path: Path) -> tuple[list[str], dict[str, np.ndarray]]:
         shapes |= {array.shape for array in inputs[2:] if array is not None}
         if len(shapes) != 1 or any(shape is None or len(shape) != 2 for shape in shapes):
             raise FileFormatError(f"{damaged}: its case {index} has inputs of other shapes")
-    if any(tensors[name].ndim != 2 for name in (f"0.{TABLE}", f"0.{HEAD_TABLE}") if name in tensors):
+    if any(tensors[name].ndim != 2 for name in (f"0.{table}" for table in TABLE_OF.values()) if name in tensors):
         raise FileFormatError(f"{damaged}: a table has another shape")
+    _check_numbers(tensors, len(cases), damaged)
     return cases, tensors
+
+
+def _check_numbers(tensors: dict[str, np.ndarray], cases: int, damaged: str) -> None:
+    """Make sure that what customers brought in each row of a case has a row for each, and one width."""
+    for name in TABLE_OF:
+        found = {index: tensors[f"{index}.{name}"] for index in range(cases) if f"{index}.{name}" in tensors}
+        fits = all(
+            array.ndim == 2 and len(array) == len(tensors[f"{index}.input_ids"]) for index, array in found.items()
+        )
+        if found and not (fits and len(found) == cases and len({array.shape[1] for array in found.values()}) == 1):
+            raise FileFormatError(f"{damaged}: its {name} have another shape")
 
 
 def read_head_row(path: Path, layout: HeadLayout) -> np.ndarray:
@@ -176,3 +206,18 @@ def read_head_row(path: Path, layout: HeadLayout) -> np.ndarray:
         return layout.row(*head_arrays(tensors))
     except InputError as error:
         raise FileFormatError(f"{path} holds no head: {error}") from error
+
+
+def read_base_head(folder: Path, layout: HeadLayout, labels: int) -> np.ndarray:
+    """The output layer of the base in a bundle's folder as a row `[width]` of the head table, fp32.
+
+    Raises:
+        FileFormatError: there is none, or it has not so many labels as the base.
+    """
+    path = folder / BASE_HEAD_FILE
+    row = read_head_row(path, layout)
+    # Where there is no label the bias is -inf.
+    found = int(np.isfinite(row[-layout.labels :]).sum())
+    if found != labels:
+        raise FileFormatError(f"{path} has a head for {found} of {labels} labels")
+    return row

@@ -31,7 +31,7 @@ from qrlora_deploy.runtime.customers.packed_header import (
     tail_pieces,
 )
 from qrlora_deploy.runtime.customers.packed_tail import PackedTail
-from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
+from qrlora_deploy.runtime.sessions.loaded_customers import LoadedCustomers
 from qrlora_deploy.runtime.sessions.versions import Version
 from qrlora_deploy.tasks.answering import Answering
 
@@ -47,7 +47,7 @@ HALF_EXPONENT = 0x7C00
 Progress = Callable[[str, int, int], None]
 
 
-def load_packed(session: SwitchableSession, path: str | os.PathLike[str], progress: Progress | None = None) -> int:
+def load_packed(session: LoadedCustomers, path: str | os.PathLike[str], progress: Progress | None = None) -> int:
     """Make every customer of a packed file live in `session`; those that are loaded already change.
 
     Either all of them go live or, on any error, none. Load it before a `CustomerStore` starts: the
@@ -160,7 +160,7 @@ class _Piece:
 
 
 def _blocks(
-    session: SwitchableSession, source: _Source, tail: bytearray, expected: str, progress: Progress | None
+    session: LoadedCustomers, source: _Source, tail: bytearray, expected: str, progress: Progress | None
 ) -> Iterator[dict[str, np.ndarray]]:
     """Rows of the table, block after block; the last step compares the digest."""
     header, path = source.header, source.path
@@ -192,7 +192,7 @@ def _blocks(
         raise FileFormatError(f"{path} was changed after it was written: its content digest does not fit")
 
 
-def _block(session: SwitchableSession, piece: _Piece) -> dict[str, np.ndarray]:
+def _block(session: LoadedCustomers, piece: _Piece) -> dict[str, np.ndarray]:
     block = {TABLE: piece.staged[: piece.count]}
     if session.base_head is not None:
         block[HEAD_TABLE] = np.broadcast_to(session.base_head, (piece.count, len(session.base_head)))

@@ -20,7 +20,7 @@ from qrlora_deploy.runtime.customers.events import Report, StoreEvent, event_of,
 from qrlora_deploy.runtime.customers.polling import Again, Signature, changed_s, newest_first, signature_of, status_of
 from qrlora_deploy.runtime.customers.watching import FolderWatcher
 from qrlora_deploy.runtime.host.forking import survive_forks
-from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
+from qrlora_deploy.runtime.sessions.loaded_customers import LoadedCustomers
 
 __all__ = ["CustomerStore", "StoreEvent", "check_customer_id"]
 
@@ -63,7 +63,7 @@ class CustomerStore:
 
     def __init__(
         self,
-        session: SwitchableSession,
+        session: LoadedCustomers,
         folder: str | os.PathLike[str],
         report: Report | None = None,
         poll: bool = False,

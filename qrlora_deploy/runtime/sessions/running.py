@@ -7,7 +7,7 @@ import numpy as np
 
 from qrlora_deploy.errors import QrloraError, first_line
 from qrlora_deploy.runtime.bundle.bundle import Manifest
-from qrlora_deploy.runtime.bundle.row_layout import HEAD_TABLE, SLOT, TABLE
+from qrlora_deploy.runtime.bundle.row_layout import COEFFICIENTS, HEAD, HEAD_TABLE, SLOT, TABLE
 from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX, kept_tokens
 from qrlora_deploy.runtime.table.memory import TableMemory
 
@@ -79,8 +79,8 @@ def run_bound(session: Any, binding: Any, options: Any = None) -> None:
 
 
 def text_inputs(manifest: Manifest) -> list[str]:
-    """Names of the graph's inputs that come from the text: not those of its tables, nor what a runner computes."""
-    others = (TABLE, HEAD_TABLE, SLOT, TOKEN_INDEX)
+    """Names of the graph's inputs that come from the text: not customers' numbers, nor what a runner computes."""
+    others = (TABLE, HEAD_TABLE, SLOT, COEFFICIENTS, HEAD, TOKEN_INDEX)
     return [record.name for record in manifest.inputs if record.name not in others]
 
 

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-from qrlora_deploy.formats.coefficients import Coefficients
+import numpy as np
+
+from qrlora_deploy.formats.coefficients import Coefficients, content_digest
 from qrlora_deploy.tasks.answering import Answering
 
 SHARED_ANSWERINGS = 4096
@@ -15,12 +17,16 @@ class Version:
 
     Attributes:
         answering: how its logits become an answer.
-        digest: `Coefficients.digest`; empty for the base, and for customers of a packed file, which keeps one
-            digest for all of them.
+        digest: `Coefficients.digest`; empty for the base, and for a customer of a packed file until it is asked for:
+            the file keeps one for all of them, and making millions would take longer than loading them.
     """
 
     answering: Answering
     digest: str = ""
+
+    def with_digest(self, values: np.ndarray) -> "Version":
+        """The same of a customer without a head of its own, with the digest of its `values [total_rank]` fp32."""
+        return Version(self.answering, content_digest(values, {}, self.answering.thresholds))
 
 
 class Versions:

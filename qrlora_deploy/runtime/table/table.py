@@ -236,6 +236,11 @@ class CoefficientTable:
         """What was published with the version in a row that is held; None for the base."""
         return self._use.note_of(row)
 
+    def note(self, row: int, note: Any) -> None:
+        """Let something else go with the version in a row that is held."""
+        with self._lock:
+            self._use.note([row], note)
+
     def _supersede(self, bulk: Bulk, older: Sequence[Bulk], names: Sequence[str]) -> None:
         """Take the customers of a new bulk out of everything older, in steps that keep no run waiting."""
         for step in self._directory.supersede(bulk, older, names):

@@ -3,23 +3,22 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 
-from qrlora_deploy.errors import InputError, MalformedInputError
-from qrlora_deploy.runtime.table.table import TableFullError
+from qrlora_deploy.errors import InputError, MalformedInputError, QrloraError
 from qrlora_deploy.serving.engine.admission import Place, rows_by_customer
 from qrlora_deploy.serving.engine.batching import Shapes
 from qrlora_deploy.serving.engine.limits import Limits
+from qrlora_deploy.serving.engine.loading import Loading
 from qrlora_deploy.serving.engine.models import Model
 from qrlora_deploy.serving.engine.pace import Pace
 from qrlora_deploy.serving.engine.protocol import EngineStats, Ticket
 from qrlora_deploy.serving.engine.quotas import Quotas
 from qrlora_deploy.serving.engine.requests import Request
 from qrlora_deploy.serving.engine.rows import Load, Row, RowAnswer
-from qrlora_deploy.serving.engine.running import FETCHING, BatchRunner, as_ours
+from qrlora_deploy.serving.engine.running import BatchRunner, as_ours, loaders_of
 from qrlora_deploy.serving.engine.waiting_room import CLOSED, WaitingRoom
 from qrlora_deploy.serving.refusals import DrainingError
 
@@ -34,7 +33,7 @@ class LocalEngine:
 
     Rows wait by customer and are taken in fair order (`FairQueue`); those that are taken together are sorted by
     length and cut into batches (`cut`). Customers who are not in the table are fetched before their rows are
-    queued, so one who is unknown fails its own request alone.
+    queued (`Loading`), so one who is unknown fails its own request alone.
 
     Args:
         model: a `SwitchableSession` or a `MergedModel`.
@@ -59,7 +58,7 @@ class LocalEngine:
         shapes = Shapes.of(limits, model.buckets)
         self._runner = BatchRunner(model, shapes, pace, clock)
         self._room = WaitingRoom(limits, quotas or Quotas(), shapes, pace, clock)
-        self._loaders = ThreadPoolExecutor(FETCHING, thread_name_prefix="customer-loader")
+        self._loading = Loading(lambda name: model.bring([name]), loaders_of(model), self._loaded)
         self._threads = [threading.Thread(target=self._serve, name="engine", daemon=True) for _ in range(THREADS)]
         for thread in self._threads:
             thread.start()
@@ -89,7 +88,7 @@ class LocalEngine:
             self._check(request)
             missing = self._model.lacks(list(request.place.customers))
             if missing:
-                self._start_loading(request, missing)
+                self._loading.add(request, missing)
             else:
                 self._room.enqueue(request)
         except Exception as error:
@@ -106,6 +105,7 @@ class LocalEngine:
             run_s=runner.run_s,
             run_tokens=runner.tokens,
             padded_tokens=runner.padded_tokens,
+            last_run_s=runner.last_run_s,
             resident=len(self._model.table),
             loads=self._model.table.loads,
             evictions=self._model.table.evictions,
@@ -118,7 +118,7 @@ class LocalEngine:
     def close(self) -> None:
         """As `Engine.close`; the batch that runs is answered."""
         self._room.close()
-        self._loaders.shutdown(wait=False, cancel_futures=True)
+        self._loading.close()
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join()
@@ -131,23 +131,15 @@ class LocalEngine:
         self._runner.collator.check(request.rows)
         request.wait()
 
-    def _start_loading(self, request: Request, customers: Sequence[str]) -> None:
+    def _loaded(self, request: Request, error: QrloraError | None) -> None:
+        """Queue a request whose customers are there, or end it."""
         try:
-            self._loaders.submit(self._bring, request, customers)
-        except RuntimeError as error:  # The pool was shut down.
-            raise DrainingError(CLOSED) from error
-
-    def _bring(self, request: Request, customers: Iterable[str]) -> None:
-        """Fetch customers and queue the request, in a thread of the loaders."""
-        try:
-            # Where runs hold all of a small table, the batch that the row comes into finds room.
-            with suppress(TableFullError):
-                for customer in customers:
-                    if not request.ended:
-                        self._model.bring([customer])
-            self._room.enqueue(request)
-        except Exception as error:
-            self._room.end([(request, as_ours(error))])
+            if error is None:
+                self._room.enqueue(request)
+        except Exception as failure:
+            error = as_ours(failure)
+        if error is not None:
+            self._room.end([(request, error)])
 
     def _serve(self) -> None:
         """A thread: batches until the engine is closed, whatever happens."""

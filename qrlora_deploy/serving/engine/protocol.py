@@ -28,6 +28,7 @@ class EngineStats:
         loads: versions of customers that were brought into the table.
         evictions: customers that made room there for others.
         draining: no new request is taken.
+        last_run_s: when the last run ended, in seconds of the Unix epoch; 0: there was none.
     """
 
     rows: int = 0
@@ -44,6 +45,7 @@ class EngineStats:
     loads: int = 0
     evictions: int = 0
     draining: bool = False
+    last_run_s: float = 0.0
 
 
 class Ticket(Protocol):

@@ -17,11 +17,13 @@ class Load:
         rows: texts.
         tokens: of all rows, without padding; before the texts are tokenised the most that they can be.
         size_bytes: of the texts.
+        asker: whose request it is, such as the id of a key; those who ask take turns where customers are fetched.
     """
 
     rows: int
     tokens: int
     size_bytes: int
+    asker: str = ""
 
     @classmethod
     def of_texts(cls, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int) -> "Load":
@@ -65,8 +67,7 @@ class RowAnswer:
         logits: fp32, `[labels of the customer]`, or `[tokens, labels]` where each token of the row has an answer; where
             the answer is an embedding, that: `[width]`.
         labels: names of the customer's outputs; none of an embedding.
-        digest: of the content of the customer that answered, as `Coefficients.digest`; empty for the base
-            and for customers of a packed file.
+        digest: of the content of the customer that answered, as `Coefficients.digest`; empty for the base.
         thresholds: as of `Answering`.
         words: of the row.
     """

@@ -16,8 +16,8 @@ from qrlora_deploy.serving.engine.rows import RowAnswer
 from qrlora_deploy.serving.engine.turns import Turns
 from qrlora_deploy.serving.refusals import DeadlineError
 
-FETCHING = 4
-"""Threads that fetch customers who are not in the table; each holds a row of it."""
+MOST_LOADERS = 16
+"""Threads that fetch customers who are not in the table: they wait for files, and each holds a row for a moment."""
 
 Outcome = tuple[WaitingRow, RowAnswer | QrloraError]
 """A row and how it ended."""
@@ -40,6 +40,7 @@ class BatchRunner:
         queue_s: how long the rows that were answered had waited, together.
         tokens: of those rows.
         padded_tokens: rows x length of the runs, as they were padded.
+        last_run_s: when the last one ended, in seconds of the Unix epoch; 0: there was none.
     """
 
     def __init__(self, model: Model, shapes: Shapes, pace: Pace, clock: Callable[[], float] = time.monotonic) -> None:
@@ -49,11 +50,12 @@ class BatchRunner:
         self.queue_s = 0.0
         self.tokens = 0
         self.padded_tokens = 0
+        self.last_run_s = 0.0
         self._turn = Turns()
         self._model, self._shapes, self._pace, self._clock = model, shapes, pace, clock
-        rows = getattr(model.table, "max_rows", None)
+        rows = _most_rows(model)
         # One row is the base's, and some are held by those who fetch customers meanwhile.
-        self._most_customers = None if rows is None else max(1, rows - 1 - FETCHING)
+        self._most_customers = None if rows is None else max(1, rows - 1 - loaders_of(model))
 
     def run(self, rows: Sequence[WaitingRow]) -> list[Outcome]:
         """How each row ends, without those whose request has ended already.
@@ -116,8 +118,20 @@ class BatchRunner:
         self.tokens += sum(row.length for row in rows)
         self.padded_tokens += padded
         self.batches += 1
+        self.last_run_s = time.time()
         self.run_s += seconds
         self.queue_s += sum(start_s - row.request.queued_s for row in rows)
+
+
+def loaders_of(model: Model) -> int:
+    """Threads that fetch customers of a model: they hold less than half of a small table."""
+    rows = _most_rows(model)
+    return MOST_LOADERS if rows is None else max(1, min(MOST_LOADERS, (rows - 1) // 2))
+
+
+def _most_rows(model: Model) -> int | None:
+    rows: int | None = getattr(model.table, "max_rows", None)
+    return rows
 
 
 def as_ours(error: BaseException) -> QrloraError:

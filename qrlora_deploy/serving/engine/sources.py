@@ -7,6 +7,8 @@ from typing import Protocol
 
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.runtime.customers.events import Report
+from qrlora_deploy.runtime.customers.objects.bucket import Bucket
+from qrlora_deploy.runtime.customers.objects.store import POLL_S, ObjectStore, ObjectStoreStats
 from qrlora_deploy.runtime.customers.packed import Progress, load_packed
 from qrlora_deploy.runtime.customers.store import CustomerStore
 from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
@@ -22,6 +24,7 @@ class CustomerSource(Protocol):
 
         Raises:
             InputError: there is no such place, or what is there cannot be served.
+            NotReadyError: the place does not answer.
         """
 
     def reload(self) -> None:
@@ -29,6 +32,7 @@ class CustomerSource(Protocol):
 
         Raises:
             InputError: what is there cannot be served, or the source is not open.
+            NotReadyError: the place does not answer.
         """
 
     def close(self) -> None:
@@ -121,11 +125,61 @@ class PackedSource:
         self._session = None
 
 
+class ObjectSource:
+    """Objects under a URL of a store, listed again and again (`ObjectStore`).
+
+    Args:
+        url: as `check_url` allows.
+        report: called with every event; without it events are logged.
+        poll_s: seconds from one listing to the next.
+
+    Raises:
+        InputError: the URL cannot be opened.
+    """
+
+    def __init__(self, url: str, report: Report | None = None, poll_s: float = POLL_S) -> None:
+        self.bucket = Bucket(url)
+        self._report, self._poll_s = report, poll_s
+        self._store: ObjectStore | None = None
+
+    def open(self, session: SwitchableSession) -> None:
+        """As `CustomerSource.open`: when it returns, every customer that is there is known."""
+        self._store = ObjectStore(session, self.bucket, self._report, self._poll_s)
+        try:
+            self._store.start()
+        except BaseException:
+            self.close()
+            raise
+
+    def reload(self) -> None:
+        """As `CustomerSource.reload`."""
+        self._opened().look()
+
+    def close(self) -> None:
+        """As `CustomerSource.close`."""
+        if self._store is not None:
+            self._store.close()
+            self._store = None
+
+    def stats(self) -> ObjectStoreStats:
+        """How the store is doing.
+
+        Raises:
+            InputError: the source is not open.
+        """
+        return self._opened().stats()
+
+    def _opened(self) -> ObjectStore:
+        if self._store is None:
+            raise InputError(f"{self.bucket.url} is not open; open the source first")
+        return self._store
+
+
 class ManySources:
     """Several sources, opened in turn: a customer that two of them have is the later one's.
 
     Args:
-        sources: packed files first, then a folder at most.
+        sources: packed files first, then a folder or an object store at most.
     """
 
     def __init__(self, sources: Sequence[CustomerSource]) -> None:
@@ -149,13 +203,17 @@ class ManySources:
         _each(lambda source: source.close(), self._sources[::-1])
 
 
-def source_of(folder: Place | None = None, packed: Place | None = None, preload: bool = False) -> CustomerSource:
-    """The source of a folder, a packed file, both or neither; the folder's files win over the packed ones."""
+def source_of(
+    folder: Place | None = None, packed: Place | None = None, objects: CustomerSource | None = None
+) -> CustomerSource:
+    """The source of a folder, a packed file, objects, or none of them; packed customers give way to the others."""
     sources: list[CustomerSource] = []
     if packed is not None:
         sources.append(PackedSource(packed))
     if folder is not None:
-        sources.append(FolderSource(folder, preload=preload))
+        sources.append(FolderSource(folder))
+    if objects is not None:
+        sources.append(objects)
     return sources[0] if len(sources) == 1 else ManySources(sources) if sources else NoSource()
 
 

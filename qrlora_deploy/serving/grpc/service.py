@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import grpc
+from google.protobuf.json_format import ParseDict
 
 from qrlora_deploy.errors import QrloraError
 from qrlora_deploy.serving.access import Access, open_access
@@ -14,7 +15,7 @@ from qrlora_deploy.serving.grpc.calls import Call, Metadata, key_in
 from qrlora_deploy.serving.grpc.reading import parse, read_infer
 from qrlora_deploy.serving.grpc.schema import METHODS, SERVICE
 from qrlora_deploy.serving.grpc.writing import write_infer
-from qrlora_deploy.serving.inference.describing import model_metadata, server_metadata
+from qrlora_deploy.serving.inference.describing import model_config, model_metadata, model_stats, server_metadata
 from qrlora_deploy.serving.inference.questions import deadline_of, question_of
 from qrlora_deploy.serving.json_log import log_request
 from qrlora_deploy.serving.life import Life
@@ -133,8 +134,10 @@ class InferenceService(grpc.GenericRpcHandler):
         return METHODS["ModelReady"][1](ready=self.life.ready and model.ready)
 
     async def ServerMetadata(self, message: Any, call: Call) -> Any:
-        """Name and version; the extensions that HTTP has are none of gRPC's."""
-        return METHODS["ServerMetadata"][1](name=server_metadata()["name"], version=__version__)
+        """Name and version, and Triton's extensions; binary data is none here."""
+        return METHODS["ServerMetadata"][1](
+            name=server_metadata()["name"], version=__version__, extensions=("statistics", "model_configuration")
+        )
 
     async def ModelMetadata(self, message: Any, call: Call) -> Any:
         """A model's inputs and outputs."""
@@ -142,6 +145,16 @@ class InferenceService(grpc.GenericRpcHandler):
         found = model_metadata(model)
         # The message has no field for the parameters.
         return METHODS["ModelMetadata"][1](**{name: found[name] for name in found if name != "parameters"})
+
+    async def ModelConfig(self, message: Any, call: Call) -> Any:
+        """A model's inputs and outputs in Triton's words."""
+        found = model_config(self.models.find(message.name, message.version))
+        return ParseDict({"config": found}, METHODS["ModelConfig"][1]())
+
+    async def ModelStatistics(self, message: Any, call: Call) -> Any:
+        """What a model has answered, or where none is named each."""
+        named = [self.models.find(message.name, message.version)] if message.name else self.models
+        return ParseDict({"model_stats": list(map(model_stats, named))}, METHODS["ModelStatistics"][1]())
 
     async def ModelInfer(self, message: Any, call: Call) -> Any:
         """The protocol's inference."""

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -121,7 +122,7 @@ class Front:
             ),
         ]
         if self.metrics is not None:
-            routes.append(self._route("/metrics", "GET", self.scrape))
+            routes.append(self._route("/metrics", "GET", partial(scraped, self.metrics)))
         return routes
 
     def _route(self, path: str, method: str, handler: Handler, is_open: bool = False) -> Route:
@@ -190,11 +191,6 @@ class Front:
         record = parse_object(body) if body else {}
         found = repository_index(self.models, self.life.ready)
         return json_reply([model for model in found if model["state"] == "READY"] if record.get("ready") else found)
-
-    async def scrape(self, request: Request, access: Access) -> Response:
-        """For Prometheus."""
-        assert self.metrics is not None
-        return Response(self.metrics.text(), headers={"content-type": METRICS})
 
     async def classify(self, request: Request, access: Access) -> Response:
         """Texts in plain JSON."""
@@ -276,3 +272,8 @@ def _infer_reply(written: InferAnswer) -> Response:
     if written.header_length is None:
         return Response(written.body, media_type=JSON)
     return Response(written.body, media_type=BINARY, headers={HEADER_LENGTH: str(written.header_length)})
+
+
+async def scraped(metrics: Metrics, request: Request, access: Access) -> Response:
+    """For Prometheus."""
+    return Response(metrics.text(), headers={"content-type": METRICS})

@@ -80,16 +80,17 @@ def model_stats(model: ServedModel) -> dict[str, Any]:
     return {
         "name": model.name,
         "version": VERSION,
-        "last_inference": 0,
+        "last_inference": round(stats.last_run_s * 1000),
         "inference_count": stats.rows,
         "execution_count": stats.batches,
         "inference_stats": {
             "success": _duration(stats.rows, stats.queue_s + stats.run_s),
             "fail": _duration(_refused(stats), 0.0),
             "queue": _duration(stats.rows, stats.queue_s),
-            "compute_input": nothing,
+            # Triton's tools stop where the three have different counts.
+            "compute_input": _duration(stats.batches, 0.0),
             "compute_infer": _duration(stats.batches, stats.run_s),
-            "compute_output": nothing,
+            "compute_output": _duration(stats.batches, 0.0),
             "cache_hit": nothing,
             "cache_miss": nothing,
         },

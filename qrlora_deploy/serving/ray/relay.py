@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 from prometheus_client import Counter
@@ -84,7 +85,9 @@ class RelayFront(Front):
         super().__init__(NoModels(), keys=keys, metrics=metrics)
 
     def _route(self, path: str, method: str, handler: Handler, is_open: bool = False) -> Route:
-        own = path in ("/v2/health/live", "/v2/health/ready", "/openapi.json", "/metrics")
+        if path == "/metrics":
+            return super()._route(path, method, partial(self._scrape, handler), is_open)
+        own = path in ("/v2/health/live", "/v2/health/ready", "/openapi.json")
         return super()._route(path, method, handler if own else self.relay, is_open)
 
     async def ready(self, request: Request, access: Access) -> Response:
@@ -99,10 +102,10 @@ class RelayFront(Front):
         except (TimeoutError, QrloraError):
             return False
 
-    async def scrape(self, request: Request, access: Access) -> Response:
-        """For Prometheus: requests of this front, and the engines of all replicas together."""
+    async def _scrape(self, scrape: Handler, request: Request, access: Access) -> Response:
+        """Requests of this front, and the engines of all replicas together."""
         self._totals.take(await self._replicas.stats())
-        return await super().scrape(request, access)
+        return await scrape(request, access)
 
     async def relay(self, request: Request, access: Access) -> Response:
         """Ask a replica."""

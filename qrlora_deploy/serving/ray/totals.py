@@ -47,10 +47,11 @@ class Totals:
 
 def added(one: EngineStats, other: EngineStats) -> EngineStats:
     """The sum of two engines' counters."""
-    names = [field.name for field in fields(EngineStats) if field.name not in ("rejected", "draining")]
+    names = [field.name for field in fields(EngineStats) if field.name not in ("rejected", "draining", "last_run_s")]
     rejected = Counter(dict(one.rejected)) + Counter(dict(other.rejected))
     return EngineStats(
         **{name: getattr(one, name) + getattr(other, name) for name in names},
         rejected=tuple(sorted(rejected.items())),
         draining=one.draining or other.draining,
+        last_run_s=max(one.last_run_s, other.last_run_s),
     )

@@ -21,7 +21,7 @@ from qrlora_deploy.runtime.customers.packed_writer import write_packed, write_pa
 from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
 from qrlora_deploy.runtime.table.memory import make_memory
 from qrlora_deploy.runtime.table.table import CoefficientTable, TableFullError
-from tests.runtime.customers.test_packed import forged, refuse
+from tests.runtime.customers.packing import forged, refuse
 
 SAME_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
 DTYPES = st.sampled_from(["fp32", "fp16"])

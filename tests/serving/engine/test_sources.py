@@ -71,8 +71,7 @@ def test_a_packed_file_and_a_folder_that_wins(place: Place, packed: Path) -> Non
     source.open(place.session)
     with LocalEngine(place.session) as engine:
         answers = ask(engine, [a_row(5, "acme"), a_row(5, "bulk")]).result(30)
-        # A packed file has one digest for all of its customers.
-        assert [answer.digest for answer in answers] == [place.version(1).digest, ""]
+        assert [answer.digest for answer in answers] == [place.version(1).digest, place.version(2).digest]
         assert place.logits("acme") == place.expected(1) and place.logits("bulk") == place.expected(2)
         write_packed([("acme", place.version(5)), ("new", place.version(4))], packed, place.session.manifest)
         source.reload()

@@ -151,7 +151,11 @@ def test_what_the_server_says_of_itself(service: InferenceService, model: Any) -
 
     live, ready, model_ready, server, metadata = asking(service, ask)
     assert live.live and ready.ready and model_ready.ready
-    assert (server.name, server.version, list(server.extensions)) == ("qrlora-deploy", __version__, [])
+    assert (server.name, server.version, list(server.extensions)) == (
+        "qrlora-deploy",
+        __version__,
+        ["statistics", "model_configuration"],
+    )
     assert metadata.name == "tiny" and list(metadata.versions) == ["1"]
     inputs = {found.name: (found.datatype, list(found.shape)) for found in metadata.inputs}
     assert inputs["text"] == inputs["customer"] == ("BYTES", [-1]) and inputs["input_ids"] == ("INT64", [-1, -1])

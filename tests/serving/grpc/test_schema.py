@@ -55,6 +55,46 @@ PUBLISHED = {
 }
 """Fields with their numbers, as kserve/open-inference-protocol has them at eeb043e2."""
 
+OF_TRITON = {
+    "ModelConfigRequest": {"name": 1, "version": 2},
+    "ModelConfigResponse": {"config": 1},
+    "ModelConfig": {
+        "name": 1,
+        "platform": 2,
+        "version_policy": 3,
+        "max_batch_size": 4,
+        "input": 5,
+        "output": 6,
+        "parameters": 14,
+        "backend": 17,
+    },
+    "ModelInput": {"name": 1, "data_type": 2, "format": 3, "dims": 4, "optional": 8},
+    "ModelOutput": {"name": 1, "data_type": 2, "dims": 3},
+    "ModelStatisticsRequest": {"name": 1, "version": 2},
+    "ModelStatisticsResponse": {"model_stats": 1},
+    "ModelStatistics": {
+        "name": 1,
+        "version": 2,
+        "last_inference": 3,
+        "inference_count": 4,
+        "execution_count": 5,
+        "inference_stats": 6,
+        "batch_stats": 7,
+    },
+    "InferStatistics": {
+        "success": 1,
+        "fail": 2,
+        "queue": 3,
+        "compute_input": 4,
+        "compute_infer": 5,
+        "compute_output": 6,
+        "cache_hit": 7,
+        "cache_miss": 8,
+    },
+    "StatisticDuration": {"count": 1, "ns": 2},
+}
+"""The same of Triton's extensions, as tritonclient 2.73.0 has them."""
+
 BESIDE_ANOTHER = """
 from google.protobuf import descriptor_pb2, descriptor_pool
 other = descriptor_pb2.FileDescriptorProto(name="grpc_service.proto", package="inference", syntax="proto3")
@@ -71,14 +111,14 @@ def test_the_descriptor_is_that_of_the_proto() -> None:
 
 
 def test_fields_have_the_published_numbers() -> None:
-    for name, fields in PUBLISHED.items():
+    for name, fields in (PUBLISHED | OF_TRITON).items():
         found = POOL.FindMessageTypeByName(f"inference.{name}")
         assert {field.name: field.number for field in found.fields} == fields, name
 
 
 def test_methods_are_the_published_ones() -> None:
     names = ["ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelInfer"]
-    assert list(METHODS) == names and SERVICE == "inference.GRPCInferenceService"
+    assert list(METHODS) == [*names, "ModelConfig", "ModelStatistics"] and SERVICE == "inference.GRPCInferenceService"
     for name, classes in METHODS.items():
         full_names = [found.DESCRIPTOR.full_name for found in classes]
         assert full_names == [f"inference.{name}Request", f"inference.{name}Response"]

@@ -49,6 +49,12 @@ try:
     client.infer("tiny", [tensor("text", texts)], parameters={"customer": "nobody"})
 except InferenceServerException as error:
     assert "NOT_FOUND" in error.status()
+config = client.get_model_config("tiny", as_json=True)["config"]
+assert config["input"][0] == {"name": "text", "data_type": "TYPE_STRING", "dims": ["-1"]}
+assert all(one["optional"] for one in config["input"][1:])
+(stats,) = client.get_inference_statistics("tiny", as_json=True)["model_stats"]
+assert stats["inference_count"] == str(2 * len(texts)) and int(stats["inference_stats"]["compute_infer"]["ns"]) > 0
+assert client.get_inference_statistics().model_stats[0].name == "tiny"
 label = [text.decode() for text in whole.as_numpy("label")]
 print(json.dumps([whole.as_numpy("logits").tolist(), label, one.as_numpy("logits").tolist()]))
 """
