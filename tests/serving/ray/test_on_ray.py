@@ -30,7 +30,7 @@ from tests.serving.process import Served
 from tests.tiny import SENTENCES
 from tests.tolerances import FP32_ONNX
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 
 REPLICAS, CLIENTS = 3, 6
 LOST = 'qrlora_asked_again_total{reason="lost"}'
