@@ -22,6 +22,7 @@ from qrlora_deploy.version import __version__
 
 if TYPE_CHECKING:
     from qrlora_deploy.api.combining import combine
+    from qrlora_deploy.api.converting import convert
     from qrlora_deploy.api.exporting import export
     from qrlora_deploy.api.factorizing import factorize
     from qrlora_deploy.api.merging import merge, unmerge
@@ -59,6 +60,7 @@ __all__ = [
     "attach",
     "coefficients_of",
     "combine",
+    "convert",
     "default_rate",
     "export",
     "factorize",
@@ -78,6 +80,7 @@ __all__ = [
 
 _PLACES = {
     "api.combining": ("combine",),
+    "api.converting": ("convert",),
     "api.exporting": ("export",),
     "api.factorizing": ("factorize",),
     "api.merging": ("merge", "unmerge"),

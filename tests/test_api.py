@@ -123,7 +123,7 @@ def test_defaults_are_those_of_the_command_line(command: str) -> None:
     [
         (WarmupOptions, WarmupSettings, set()),
         (TrainOptions, TrainSettings, set()),
-        (FleetTrainOptions, TrainSettings, {"dropout", "trunk_cache"}),
+        (FleetTrainOptions, TrainSettings, {"dropout", "trunk_cache", "packing", "base_dtype"}),
     ],
 )
 def test_keywords_of_training_are_the_fields_of_the_settings(options: type, settings: type, left_out: set[str]) -> None:

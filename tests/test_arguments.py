@@ -29,6 +29,7 @@ LIBRARY = {name: path for name, path in MODULES.items() if not inside(name, "qrl
 
 JOBS = (
     qr.combine,
+    qr.convert,
     qr.export,
     qr.factorize,
     qr.merge,

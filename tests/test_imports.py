@@ -20,6 +20,7 @@ ROOMS = (
     "installation",
     "io",
     "tokenization",
+    "chat",
     "data",
     "tasks",
     "rank_rules",

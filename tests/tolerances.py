@@ -59,3 +59,9 @@ tiny model of two layers; two customers differ there by 0.77."""
 
 CALIBRATED_ROWS: Tolerance = {"rtol": 0.0, "atol": 0.02}
 """As `INT8_ROWS` with constant scales: only a rounding that is a tie in fp32 may fall to the other side."""
+
+DECODER_FP32: Tolerance = {"rtol": 0.0, "atol": 1e-4}
+"""Logits of a decoder in fp32 by their standard deviation: other sums and another softmax, through the cache too."""
+
+DECODER_FP16: Tolerance = {"rtol": 0.0, "atol": 0.05}
+"""As `DECODER_FP32` in fp16: roundings of 2^-11 = 5e-4 through three layers with random weights, 0.02 at most."""

@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from benchmarks.glue.tasks import Rows, Task, scores
 from qrlora_deploy.tasks.regression import Regression
-from qrlora_deploy.training.loop import WARMUP_SHARE, halve_frozen
+from qrlora_deploy.training.loop import WARMUP_SHARE
+from qrlora_deploy.training.precision import halve_frozen
 
 EVALUATION_BATCH = 256
 

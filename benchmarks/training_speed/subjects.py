@@ -20,7 +20,8 @@ from qrlora_deploy.training.cached_trainer import (
     collate_numbers,
     numbered,
 )
-from qrlora_deploy.training.loop import SmallTrainer, mixed_precision
+from qrlora_deploy.training.loop import SmallTrainer
+from qrlora_deploy.training.precision import mixed_precision
 
 LORA_RANK = 8
 

@@ -120,12 +120,7 @@ def write_side_files(folder: Path, prepared: Prepared, content: Content, checked
     _name_task(model.config, content)
     set_thresholds(model.config, content.thresholds)
     model.config.to_json_file(folder / "config.json")
-    tokenizer.save_pretrained(folder)
-    # What padding and truncation were left on by earlier calls is no part of the tokenizer.
-    plain = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE))
-    plain.no_padding()
-    plain.no_truncation()
-    plain.save(str(folder / TOKENIZER_FILE))
+    write_tokenizer(folder, tokenizer)
     if content.base_head is not None:
         weight, bias = content.base_head
         (folder / BASE_HEAD_FILE).write_bytes(safetensors.numpy.save({"weight": weight, "bias": bias}))
@@ -142,6 +137,16 @@ def write_side_files(folder: Path, prepared: Prepared, content: Content, checked
         inputs=", ".join(f"`{record.name}` {record.dtype} [{_axes(record)}]" for record in checked.graph.inputs),
     )
     (folder / "README.md").write_text(readme, encoding="utf-8")
+
+
+def write_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """The tokenizer's files, and its chat template where it has one."""
+    tokenizer.save_pretrained(folder)
+    # What padding and truncation were left on by earlier calls is no part of the tokenizer.
+    plain = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+    plain.no_padding()
+    plain.no_truncation()
+    plain.save(str(folder / TOKENIZER_FILE))
 
 
 def _answer_text(content: Content) -> str:

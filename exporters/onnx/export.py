@@ -202,6 +202,8 @@ def _export(job: ExportJob, options: OnnxOptions, make_plan: Callable[[Prepared]
         if job.progress is not None:
             job.progress(STEPS[min(done, len(STEPS) - 1)], done, len(STEPS))
 
+    if options.precision == "int4":
+        raise InputError(f"int4 is for decoders, which write text; choose {argument('precision', 'int8')}")
     if options.padding_free:
         check_runtime()
     check_free_folder(job.output)

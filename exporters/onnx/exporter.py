@@ -21,7 +21,11 @@ class OnnxExporter:
     shown = ("kind", "task", "labels", "precision", "calibration", "opset", "head_labels", "parity", "customer_effect")
 
     def export(self, job: ExportJob, options: OnnxOptions) -> Mapping[str, Any]:
-        """The bundle's manifest; see `export_merged` and `export_switchable`."""
+        """The bundle's manifest; see `export_merged`, `export_switchable` and `export_decoder`."""
+        if job.checkpoint.writes_text:
+            from exporters.onnx.decoder.export import export_decoder
+
+            return export_decoder(job, options).model_dump(mode="json")
         from exporters.onnx.export import export_merged, export_switchable
 
         export = export_switchable if job.coefficients is None else export_merged
@@ -40,6 +44,10 @@ class OnnxExporter:
         bundle = open_bundle(output)
         if original is None:
             report = verify(bundle, provider)
+        elif bundle.manifest.deciding_task.writes_text:
+            from exporters.onnx.decoder.verifying import verify_decoder
+
+            report = verify_decoder(bundle, original, provider)
         else:
             from exporters.onnx.verifying import verify_against
 

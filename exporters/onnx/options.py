@@ -11,7 +11,7 @@ from qrlora_deploy.tasks.options import OPTIONS
 if TYPE_CHECKING:
     from qrlora_deploy.data.examples import Examples, TextRows
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 TABLE_DTYPES = ("fp32", "fp16")
 PROVIDERS = ("cpu", "cuda", "tensorrt")
 
@@ -37,7 +37,7 @@ class OnnxOptions:
     precision: str = option(
         "fp32",
         "Of weights and activations; inputs and logits stay as they are. bf16 needs the provider cuda; int8 is for the "
-        "CPU, and customers of a switchable bundle stay in fp32.",
+        "CPU, and customers of a switchable bundle stay in fp32. int4 is for decoders.",
         choices=PRECISIONS,
     )
     calibration: "TextRows | None" = option(
@@ -113,10 +113,11 @@ def check_precision(precision: str, provider: str, calibrated: bool = False) -> 
     """
     if precision not in PRECISIONS:
         raise InputError(f"unknown precision {precision!r}; choose from {', '.join(PRECISIONS)}")
-    if precision == "int8" and provider != "cpu":
+    if precision in ("int8", "int4") and provider != "cpu":
         # ONNX Runtime's GPU providers have no kernel for its products and would copy to the CPU for each.
         raise InputError(
-            f"int8 is for the CPU, not {argument('provider', provider)}; choose {argument('precision', 'fp16')} there"
+            f"{precision} is for the CPU, not {argument('provider', provider)}; "
+            f"choose {argument('precision', 'fp16')} there"
         )
     if precision == "bf16" and provider == "cpu":
         raise ProviderError(

@@ -35,15 +35,7 @@ def verify_against(
         ProviderError: the provider does not load or cannot compute in the bundle's precision.
     """
     manifest = bundle.manifest
-    given = [
-        ("base", checkpoint.digest, manifest.base_digest),
-        ("basis", basis.digest, manifest.basis_digest),
-    ]
-    if manifest.coefficients_digest is not None:
-        given.append(("coefficients", coefficients.digest, manifest.coefficients_digest))
-    wrong = [f"{name} {mine[:12]}, not {theirs[:12]}" for name, mine, theirs in given if mine != theirs]
-    if wrong:
-        raise BasisMismatchError(f"{bundle.folder} was exported from others: {'; '.join(wrong)} as in the bundle")
+    check_originals(bundle, checkpoint, basis, coefficients)
     session = open_for_check(bundle.model, manifest.precision, provider)
     checkpoint = checkpoint.taken_for(manifest.task)
     # The customer's thresholds for the base's rows too: whether two decisions are alike is asked of any.
@@ -66,3 +58,17 @@ def verify_against(
             f"choose other {argument('data')}"
         )
     return check_parity(session, reference, task, manifest.precision)
+
+
+def check_originals(bundle: Bundle, checkpoint: Checkpoint, basis: Basis, coefficients: Coefficients) -> None:
+    """Refuse, by a BasisMismatchError, a base, basis or customer that a bundle was not exported from."""
+    manifest = bundle.manifest
+    given = [
+        ("base", checkpoint.digest, manifest.base_digest),
+        ("basis", basis.digest, manifest.basis_digest),
+    ]
+    if manifest.coefficients_digest is not None:
+        given.append(("coefficients", coefficients.digest, manifest.coefficients_digest))
+    wrong = [f"{name} {mine[:12]}, not {theirs[:12]}" for name, mine, theirs in given if mine != theirs]
+    if wrong:
+        raise BasisMismatchError(f"{bundle.folder} was exported from others: {'; '.join(wrong)} as in the bundle")

@@ -30,8 +30,8 @@ CONFIG_FILE, WEIGHTS_FILE, README_FILE = "adapter_config.json", "adapter_model.s
 PREFIX = "base_model.model"
 """What PEFT puts before every module path of the base: its own model, and its tuner inside."""
 
-ALWAYS_SAVED = ("classifier", "score")
-"""PEFT adds these to `modules_to_save` for its tasks SEQ_CLS and TOKEN_CLS, and demands their weights if they exist."""
+ALWAYS_SAVED = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
+"""By its tasks, what PEFT adds to `modules_to_save`, and demands the weights of if they exist."""
 
 
 def export_peft(job: ExportJob) -> Mapping[str, Any]:
@@ -53,8 +53,9 @@ def export_peft(job: ExportJob) -> Mapping[str, Any]:
     plan_folds(checkpoint, basis, customer, model)
     outputs = check_head(checkpoint, customer)
     layers = {target.name: resolve_layer(model, target.name) for target in basis.targets}
-    to_save = _modules_to_save(customer.head)
-    saved = _saved_modules(model, (*ALWAYS_SAVED, *to_save))
+    always = ALWAYS_SAVED.get(task_named(checkpoint.task).peft_type, ())
+    to_save = _modules_to_save(customer.head, always)
+    saved = _saved_modules(model, (*always, *to_save))
     paths = [path for path, _layer in layers.values()]
     _check_matching(model, paths, saved)
     config = _config(checkpoint, basis, layers, to_save)
@@ -127,10 +128,10 @@ def _factors(
     return tensors
 
 
-def _modules_to_save(head: Iterable[str]) -> list[str]:
+def _modules_to_save(head: Iterable[str], always: tuple[str, ...]) -> list[str]:
     """Paths of the customer's own layers that PEFT does not save on its own account."""
     paths = sorted({name.rpartition(".")[0] for name in head})
-    return [path for path in paths if not set(path.split(".")) & set(ALWAYS_SAVED)]
+    return [path for path in paths if not set(path.split(".")) & set(always)]
 
 
 def _saved_modules(model: nn.Module, names: tuple[str, ...]) -> list[str]:
@@ -185,8 +186,10 @@ def _readme(checkpoint: Checkpoint, customer: Coefficients, outputs: int, output
         # Of another size than the base's, so the base must be opened with room for it.
         options = f", num_labels={outputs}, ignore_mismatched_sizes=True"
     # The paths of an encoder without a task head are those of its own class.
-    kind = task_named(checkpoint.task).model_class if checkpoint.has_task_head else checkpoint.architecture
-    labels = json.dumps(list(customer.labels or checkpoint.labels), ensure_ascii=False)
+    headed = checkpoint.has_task_head or checkpoint.writes_text
+    kind = task_named(checkpoint.task).model_class if headed else checkpoint.architecture
+    names = json.dumps(list(customer.labels or checkpoint.labels), ensure_ascii=False)
+    labels = "" if checkpoint.writes_text else f" Labels, in the order of the logits: {names}"
     return f"""---
 base_model: {json.dumps(checkpoint.name, ensure_ascii=False)}
 library_name: peft
@@ -204,7 +207,7 @@ base = {kind}.from_pretrained({json.dumps(checkpoint.name)}{options})
 model = PeftModel.from_pretrained(base, {json.dumps(output.name)})
 ```
 
-Load the base in fp32 for the logits that the customer was trained with. Labels, in the order of the logits: {labels}
+Load the base in fp32 for the logits that the customer was trained with.{labels}
 
 base {checkpoint.digest[:12]}, basis {customer.basis_digest[:12]}, coefficients {customer.digest[:12]}
 """

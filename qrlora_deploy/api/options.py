@@ -37,3 +37,5 @@ class TrainOptions(FleetTrainOptions, total=False):
 
     dropout: bool
     trunk_cache: str
+    packing: bool
+    base_dtype: str

@@ -22,16 +22,20 @@ def as_checkpoint(base: StrPath | Checkpoint) -> Checkpoint:
 
 
 def as_examples(
-    data: StrPath | Examples, text_column: str | None, label_column: str | None, labelled: bool = True
+    data: StrPath | Examples,
+    text_column: str | None,
+    label_column: str | None,
+    labelled: bool = True,
+    written: bool = False,
 ) -> Examples:
-    """Labelled text: a file, a hub data set, or `Examples`, whose columns are known already.
+    """Labelled text, or prompts and answers: a file, a hub data set, or `Examples`, whose columns are known already.
 
     Raises:
         InputError: nothing can be read there, as of `read_examples`.
     """
     if isinstance(data, Examples):
         return data
-    return read_examples(os.fspath(data), text_column, label_column, labelled=labelled)
+    return read_examples(os.fspath(data), text_column, label_column, labelled=labelled, written=written)
 
 
 def base_of(base: StrPath | Checkpoint | None, coefficients: StrPath | Coefficients) -> Checkpoint:

@@ -18,7 +18,7 @@ from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.training.fleet.customers import FleetSource, Shard
 from qrlora_deploy.training.fleet.options import FleetOptions, FleetReport
 from qrlora_deploy.training.fleet.run import train_fleet as train_all
-from qrlora_deploy.training.settings import TrainSettings, WarmupSettings, choose_device
+from qrlora_deploy.training.settings import RunSettings, TrainSettings, WarmupSettings, choose_device
 from qrlora_deploy.training.trainer import train as train_one
 from qrlora_deploy.training.warmup import warmup as warm_up
 
@@ -64,7 +64,7 @@ def warmup(
     check_free_folder(place)
     chosen = WarmupSettings(**settings)
     choose_device(chosen.device)
-    rows, held_out = _read(data, evaluation, text_column, label_column, chosen.labelled)
+    rows, held_out = _read(data, evaluation, text_column, label_column, chosen)
     return warm_up(as_checkpoint(base), rows, held_out, place, chosen, progress)
 
 
@@ -115,7 +115,7 @@ def train(
     """
     chosen = TrainSettings(**settings)
     choose_device(chosen.device)
-    rows, held_out = _read(data, evaluation, text_column, label_column, chosen.labelled)
+    rows, held_out = _read(data, evaluation, text_column, label_column, chosen)
     frozen = as_basis(basis)
     with _work_folder(work_dir, resume) as folder:
         place = str(frozen.file or "")
@@ -158,7 +158,8 @@ def train_fleet(
         shard: train the i-th of n parts, `(i, n)` with i from 0.
         local_rank: which of several GPUs.
         progress: called with (done, failed, total) when customers are done.
-        settings: keywords of `TrainSettings` but `dropout` and `trunk_cache`, such as `epochs=5`.
+        settings: keywords of `TrainSettings` but `dropout`, `trunk_cache`, `packing` and `base_dtype`, such as
+            `epochs=5`.
 
     Returns:
         One line a customer, and how long it took.
@@ -189,10 +190,11 @@ def _read(
     evaluation: StrPath | Examples | None,
     text_column: str | None,
     label_column: str | None,
-    labelled: bool,
+    settings: RunSettings,
 ) -> tuple[Examples, Examples | None]:
-    rows = as_examples(data, text_column, label_column, labelled)
-    return rows, None if evaluation is None else as_examples(evaluation, text_column, label_column, labelled)
+    columns = (text_column, label_column, settings.labelled, settings.written)
+    rows = as_examples(data, *columns)
+    return rows, None if evaluation is None else as_examples(evaluation, *columns)
 
 
 @contextmanager

@@ -23,9 +23,10 @@ COLUMNS = ("name", "rank", "energy", "condition")
 @output_option("Basis file to write.")
 @click.option(
     "--target",
+    "--targets",
     "targets",
     multiple=True,
-    help="Layers: query,key,value of any family, other names, or a regular expression; repeatable.",
+    help="Layers: query,key,value (or q,k,v) of any family, other names, or a regular expression; repeatable.",
 )
 @click.option("--last-layers", type=COUNT, help="Only the last N blocks.")
 @click.option("--tau", type=FiniteRange(0, 1, min_open=True), help="Share of the energy to keep, by default 0.5.")

@@ -24,6 +24,7 @@ from qrlora_deploy.version import __version__
 
 COMMANDS = (
     "quickstart",
+    "convert",
     "warmup",
     "factorize",
     "train",
@@ -142,12 +143,16 @@ def option_of(argument: str, running: str | None = None) -> str:
     for command in (*filter(None, [running]), *COMMANDS):
         for parameter in _load(command).params:
             if parameter.name == argument:
-                # Some have a short form beside, such as `-o`.
+                # Some have a short form beside, such as `-o`, or another spelling behind.
                 positional = isinstance(parameter, click.Argument)
-                return parameter.human_readable_name if positional else max(parameter.opts, key=len)
+                return parameter.human_readable_name if positional else _first_long(parameter.opts)
     from qrlora_deploy.cli.exporter_options import option_name
 
     return option_name(argument)  # of an exporter, whose options have no other names
+
+
+def _first_long(names: Sequence[str]) -> str:
+    return next((name for name in names if name.startswith("--")), names[0])
 
 
 def _load(name: str) -> click.Command:

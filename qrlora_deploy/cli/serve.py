@@ -2,6 +2,8 @@
 
 import ipaddress
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -11,11 +13,13 @@ from qrlora_deploy.cli.options import ANY_PATH, COUNT, EXISTING_FILE, FiniteRang
 from qrlora_deploy.cli.output import Output
 from qrlora_deploy.cli.serve_ray import check_ray_usage, open_ray_server, ray_options, serve_on_ray
 from qrlora_deploy.errors import CheckFailed, InputError
+from qrlora_deploy.installation.parts import need
 
 if TYPE_CHECKING:
     from qrlora_deploy.runtime.sessions.buckets import Buckets
-    from qrlora_deploy.serving.assembly import Assembly
+    from qrlora_deploy.serving.assembly import Assembly, AssemblyOptions
     from qrlora_deploy.serving.opening import ModelPlaces, RunOptions
+    from qrlora_deploy.serving.processes.supervisor import Supervisor
     from qrlora_deploy.serving.server import ServerOptions
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -53,6 +57,17 @@ SHOWN = 5
 @click.option("--admin-host", default="127.0.0.1", show_default=True, help="Address of the admin API.")
 @click.option("--audit-log", type=ANY_PATH, help="With --admin-port: a line for each change is added to this file.")
 @click.option("--provider", default="cpu", show_default=True, help="cpu, cuda, cuda:1 or tensorrt.")
+@click.option("--device", "devices", multiple=True, help="As --provider; with --processes repeatable, an engine each.")
+@click.option(
+    "--provider-option", "provider_options", multiple=True, metavar="KEY=VALUE", help="For the provider; repeatable."
+)
+@click.option(
+    "--processes",
+    type=click.IntRange(0, 256),
+    default=0,
+    show_default=True,
+    help="Processes for HTTP, gRPC, keys and tokenising, beside one for each device; 0: one process for all.",
+)
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads within an operator.")
 @click.option("--buckets", metavar="ROWS:LENGTHS", help="Run in these shapes only, such as 1,8,32:32,128.")
 @click.option("--max-rows", type=COUNT, help="Rows of the table of customers; without it the table grows.")
@@ -76,8 +91,9 @@ SHOWN = 5
     show_default=True,
     help="Seconds for what was begun until then.",
 )
-@click.option("--count-customer", "counted", multiple=True, metavar="ID", help="Metrics tell its rows; repeatable.")
+@click.option("--count-customer", "counted", multiple=True, metavar="ID", help="Metrics and spans name it; repeatable.")
 @ray_options
+@click.option("--otel", is_flag=True, help="Send OpenTelemetry spans, as the OTEL_ variables say.")
 @click.option("--check", is_flag=True, help="Open and check everything, each customer's file too, and end.")
 @click.option("--log-json", is_flag=True, help="Logs as lines of JSON on stderr, each request among them.")
 @common
@@ -98,37 +114,48 @@ def command(
     """
     _check_usage(bundle, models, **options)
     check_ray_usage(on_ray, options)
+    if options["otel"]:
+        need("otel", "`serve --otel`")
     from qrlora_deploy.serving.assembly import Assembly, AssemblyOptions
-    from qrlora_deploy.serving.json_log import log_as_json
+    from qrlora_deploy.serving.json_log import log_as_json, log_plainly
 
     if log_json:
         log_as_json()
     else:
-        _log_plainly()
+        log_plainly()
     places = _places(bundle, models, options["customers"], options["packed"], options["poll_s"])
     run, server = _run_options(**options), _server_options(options)
     if on_ray and not check:
         on_replicas, names = open_ray_server(places, run, server, options), [place.name for place in places]
         return Output({}, live=lambda stream: serve_on_ray(on_replicas, names, stream))
-    assembly = Assembly(
-        AssemblyOptions(
-            places,
-            run,
-            server,
-            keys=options["keys"],
-            grpc_port=options["grpc_port"],
-            admin_port=options["admin_port"],
-            admin_host=options["admin_host"],
-            audit_log=options["audit_log"],
-            counted=options["counted"],
-        )
+    made_of = AssemblyOptions(
+        places,
+        run,
+        server,
+        keys=options["keys"],
+        grpc_port=options["grpc_port"],
+        admin_port=options["admin_port"],
+        admin_host=options["admin_host"],
+        audit_log=options["audit_log"],
+        counted=options["counted"],
+        processes=options["processes"],
+        devices=options["devices"] if options["processes"] else (),
+        otel=options["otel"],
     )
-    return _checked(assembly) if check else Output({}, live=lambda stream: _serve(assembly, stream))
+    if check:
+        return _checked(made_of)
+    if made_of.processes:
+        from qrlora_deploy.serving.processes.supervisor import Supervisor
+
+        return Output({}, live=partial(_serve, Supervisor(made_of, log_json), made_of))
+    return Output({}, live=partial(_serve, Assembly(made_of), made_of))
 
 
 def _check_usage(bundle: Path | None, models: Sequence[str], **options: Any) -> None:
     if bundle is None and not models:
         raise click.UsageError("give a BUNDLE, or --model NAME=BUNDLE")
+    if len(options["devices"]) > 1 and not options["processes"]:
+        raise click.UsageError("several --device need --processes N: an engine for each, N fronts for all")
     if bool(options["tls_cert"]) != bool(options["tls_key"]):
         raise click.UsageError("--tls-cert and --tls-key belong together")
     if options["tls_client_ca"] and not options["tls_cert"]:
@@ -146,17 +173,6 @@ def _is_here(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def _log_plainly() -> None:
-    import logging
-
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger = logging.getLogger("qrlora_deploy")
-    logger.addHandler(handler)
-    logger.setLevel(logging.WARNING)
-    logger.propagate = False
 
 
 def _places(
@@ -211,7 +227,25 @@ def _run_options(**options: Any) -> "RunOptions":
         max_wait_s=options["max_wait_ms"] / 1000,
     )
     buckets = None if options["buckets"] is None else _buckets(options["buckets"])
-    return RunOptions(options["provider"], options["threads"], buckets, options["max_rows"], limits)
+    return RunOptions(
+        options["devices"][0] if options["devices"] else options["provider"],
+        _provider_options(options["provider_options"]),
+        options["threads"],
+        buckets,
+        options["max_rows"],
+        limits,
+    )
+
+
+def _provider_options(texts: Sequence[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise InputError(f"--provider-option {text!r:.80} must be KEY=VALUE, such as gpu_mem_limit=8589934592")
+        if found.setdefault(name, value) is not value:
+            raise InputError(f"--provider-option {name!r:.80} is given twice; give it once")
+    return found
 
 
 def _buckets(text: str) -> "Buckets":
@@ -238,8 +272,17 @@ def _server_options(options: dict[str, Any]) -> "ServerOptions":
     )
 
 
-def _checked(assembly: "Assembly") -> Output:
-    url, record = assembly.server.http.url, []
+def _checked(made_of: "AssemblyOptions") -> Output:
+    from qrlora_deploy.serving.assembly import Assembly
+
+    for device in made_of.devices[1:]:
+        # Whether a model opens on a device is known when it did.
+        Assembly(replace(made_of, run=replace(made_of.run, provider=device))).close()
+    return _checked_customers(Assembly(made_of))
+
+
+def _checked_customers(assembly: "Assembly") -> Output:
+    url, record = assembly.url, []
     problems: list[str] = []
     facts: dict[str, str] = {}
     for model in assembly.models:
@@ -256,12 +299,12 @@ def _checked(assembly: "Assembly") -> Output:
     return Output({"models": record, "url": url}, headline, facts, failure=failure)
 
 
-def _serve(assembly: "Assembly", stream: IO[str]) -> None:
+def _serve(server: "Assembly | Supervisor", made_of: "AssemblyOptions", stream: IO[str]) -> None:
     def started() -> None:
-        names = ", ".join(model.served.name for model in assembly.models)
-        stream.write(f"serving {names} on {assembly.server.http.url}\n")
-        for name, companion in assembly.companions.items():
-            stream.write(f"{name} on port {companion.port}\n")
+        names = ", ".join(places.name for places in made_of.places)
+        stream.write(f"serving {names} on {server.url}\n")
+        for name, port in server.ports.items():
+            stream.write(f"{name} on port {port}\n")
         stream.flush()
 
-    assembly.run(started)
+    server.run(started)

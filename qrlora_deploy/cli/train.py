@@ -35,7 +35,15 @@ from qrlora_deploy.cli.output import Output, progress_bar, show_remark, size_tex
     show_default=True,
     help="Where the hidden states below the first adapted layer are kept, which are then computed once.",
 )
-@training_options(epochs=5, batch_size=32, rate=BY_COEFFICIENTS)
+@click.option("--packing", is_flag=True, help="Put short prompts with answers into one row; each sees itself alone.")
+@click.option(
+    "--base-dtype",
+    type=click.Choice(["fp32", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="In which the frozen base computes; coefficients are fp32.",
+)
+@training_options(epochs=5, batch_size=32, rate=f"{BY_COEFFICIENTS}; three times that for causal-lm")
 @common
 def command(
     base: str,
@@ -65,7 +73,7 @@ def command(
     check_replaceable(output, "coefficients file", has_format(FORMAT))
     # What was not given is left to the library's defaults, its own for each method.
     chosen = TrainSettings(**{name: value for name, value in settings.items() if value is not None})
-    columns = (text_column, label_column, None, chosen.labelled)
+    columns = (text_column, label_column, None, chosen.labelled, chosen.written)
     examples = read_examples(data, *columns)
     held_out = read_examples(evaluation, *columns) if evaluation else None
     frozen = read_basis(basis)

@@ -21,6 +21,7 @@ from qrlora_deploy.data.labels import Label, column_labels, is_unicode, rows_tex
 from qrlora_deploy.data.lines import place_of
 from qrlora_deploy.data.readers import READERS, Table, read_table, unique_names
 from qrlora_deploy.data.tagged import read_words, tags_of_spans, tags_of_words
+from qrlora_deploy.data.turns import Turns, read_turns, turn_columns
 from qrlora_deploy.errors import InputError, argument, library_errors
 from qrlora_deploy.tokenization.words import Place, joined
 
@@ -39,6 +40,7 @@ class Examples:
             texts where there is no column of them.
         name: file or hub name as it was given, for messages and records.
         words: the places of each row's words, where the words have tags; None where the texts have labels.
+        turns: of each row, where rows are prompts with completions or chats, whose texts and labels are empty.
     """
 
     texts: list[str]
@@ -46,6 +48,7 @@ class Examples:
     labels: Sequence[Label]
     name: str
     words: list[tuple[Place, ...]] | None = None
+    turns: Sequence[Turns] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -59,6 +62,8 @@ class Examples:
             digest.update(json.dumps(row).encode())
         for places in self.words or ():
             digest.update(json.dumps(places).encode())
+        for turns in self.turns or ():
+            digest.update(json.dumps([[turn.role, turn.content] for turn in turns]).encode())
         return digest.hexdigest()
 
     def take(self, rows: Sequence[int]) -> "Examples":
@@ -69,6 +74,7 @@ class Examples:
             pairs=None if self.pairs is None else [self.pairs[row] for row in rows],
             labels=[self.labels[row] for row in rows],
             words=None if self.words is None else [self.words[row] for row in rows],
+            turns=None if self.turns is None else [self.turns[row] for row in rows],
         )
 
 
@@ -103,8 +109,9 @@ def read_examples(
     label_column: str | None = None,
     split: str | None = None,
     labelled: bool = True,
+    written: bool = False,
 ) -> Examples:
-    """Read labelled text.
+    """Read labelled text, or prompts and answers.
 
     Args:
         source: a .tsv, .csv, .jsonl (or .json, one object a line) or .parquet file with named
@@ -115,12 +122,14 @@ def read_examples(
         label_column: the column of the labels; `label` and `labels` are found without it.
         split: the part of a hub data set, "train" if not given.
         labelled: whether there must be labels; else pairs of texts may have no column of them: theirs are empty.
+        written: whether rows must be prompts with completions, or chats. Else they are taken for these where there is
+            a column `messages`, or `prompt` and `completion` without a label.
 
     Raises:
         InputError: nothing can be read there, the columns are not those, a row is ragged or has no
             label, the text is not UTF-8, or there are no rows.
     """
-    return examples_of(str(source), _whole(_read(source, split)), text_column, label_column, labelled)
+    return examples_of(str(source), _whole(_read(source, split)), text_column, label_column, labelled, written)
 
 
 def read_texts(source: str | Path, text_column: str | None = None) -> TextRows:
@@ -157,7 +166,12 @@ def _whole(table: Table) -> Table:
 
 
 def examples_of(
-    source: str, table: Table, text_column: str | None, label_column: str | None, labelled: bool = True
+    source: str,
+    table: Table,
+    text_column: str | None,
+    label_column: str | None,
+    labelled: bool = True,
+    written: bool = False,
 ) -> Examples:
     """Examples from a table that was read, as `read_examples` gives them.
 
@@ -167,10 +181,16 @@ def examples_of(
         text_column: as in `read_examples`.
         label_column: as in `read_examples`.
         labelled: as in `read_examples`.
+        written: as in `read_examples`.
 
     Raises:
         InputError: as `read_examples`, but for the file itself.
     """
+    named = turn_columns(source, table.columns, text_column, label_column, written)
+    if named:
+        _check_rows(source, table)
+        turns = read_turns(source, named, table.columns)
+        return Examples([""] * len(turns), None, [""] * len(turns), source, turns=turns)
     tagged = _tagged_examples(source, table, text_column, label_column)
     if tagged is not None:
         return tagged
@@ -204,8 +224,7 @@ def _tagged_examples(source: str, table: Table, text_column: str | None, label_c
 def _text_columns(source: str, table: Table, text_column: str | None) -> list[list[str]]:
     """The one or two columns of text."""
     columns = table.columns
-    if not columns or not len(next(iter(columns.values()))):
-        raise InputError(f"{source} holds no rows")
+    _check_rows(source, table)
     words = word_column(columns, text_column)
     if words is not None and (text_column is not None or not any(name in columns for name in TEXT_COLUMNS)):
         return [[joined(row)[0] for row in read_words(source, words, columns[words])]]
@@ -213,6 +232,11 @@ def _text_columns(source: str, table: Table, text_column: str | None) -> list[li
     for name in names:
         _check_as_stored(source, table, name)
     return [_texts(source, name, columns[name]) for name in names]
+
+
+def _check_rows(source: str, table: Table) -> None:
+    if not table.columns or not len(next(iter(table.columns.values()))):
+        raise InputError(f"{source} holds no rows")
 
 
 def _check_as_stored(source: str, table: Table, name: str) -> None:

@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field
 from qrlora_deploy.errors import FileFormatError
 from qrlora_deploy.io.reading import parse_json, read_text
 from qrlora_deploy.io.strict import from_value
-from qrlora_deploy.tasks.registry import has_task_head
+from qrlora_deploy.tasks.registry import has_task_head, writes_text
 
 MAX_BYTES = 16 * 2**20
 
@@ -50,6 +50,11 @@ class ModelConfig(BaseModel):
     def has_task_head(self) -> bool:
         """Whether the checkpoint can classify or regress as it is."""
         return has_task_head(self.architecture)
+
+    @property
+    def writes_text(self) -> bool:
+        """Whether the checkpoint is a decoder that writes text."""
+        return writes_text(self.architecture)
 
 
 def read_model_config(path: Path) -> ModelConfig:

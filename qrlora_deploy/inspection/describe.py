@@ -21,6 +21,7 @@ from qrlora_deploy.io.reading import is_file, parse_json, readable
 from qrlora_deploy.models.locating import locate_basis
 from qrlora_deploy.models.output_names import output_names
 from qrlora_deploy.models.weight_files import digest_of, read_headers, weight_files
+from qrlora_deploy.tasks.causal_lm import CausalLM
 from qrlora_deploy.tasks.registry import task_of_config
 
 MANIFEST = "manifest.json"
@@ -241,8 +242,12 @@ def _describe_folder(path: Path) -> Description:
     return _describe_checkpoint(path, size_bytes)
 
 
-def _task_of(config: ModelConfig, outputs: int) -> str:
-    return task_of_config(config.problem_type, outputs, config.architecture, config.qrlora_task).name
+def _task_of(config: ModelConfig, labels: list[str]) -> str | None:
+    if config.writes_text:
+        return CausalLM.name
+    if not labels:
+        return None
+    return task_of_config(config.problem_type, len(labels), config.architecture, config.qrlora_task).name
 
 
 def _describe_checkpoint(path: Path, size_bytes: int) -> Description:
@@ -258,7 +263,7 @@ def _describe_checkpoint(path: Path, size_bytes: int) -> Description:
         "tensors": len(stored),
         "shards": [shard.name for shard in shards],
         "has_task_head": config.has_task_head,
-        "task": _task_of(config, len(labels)) if labels else None,
+        "task": _task_of(config, labels),
         "labels": labels,
         "sizes": {name: size for name in SIZES if (size := getattr(config, name)) is not None},
         "digest": digest_of({name: tensor.digest() for name, tensor in stored.items()}),

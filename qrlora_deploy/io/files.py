@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from qrlora_deploy.errors import FileFormatError, InputError, QrloraError, library_errors
+from qrlora_deploy.io.arrays import save_arrays
 from qrlora_deploy.io.outputs import check_file, check_free_folder, check_report_folder
 from qrlora_deploy.io.reading import is_file, parse_json, readable
 from qrlora_deploy.io.temporary import LOCK, temporary_folder
@@ -178,7 +178,7 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[
     record = json.dumps(sealed, sort_keys=True, separators=(",", ":"), allow_nan=False)
     contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     with atomic_file(path) as temporary:
-        temporary.write_bytes(safetensors.numpy.save(contiguous, {METADATA_KEY: record}))
+        save_arrays(temporary, contiguous, {METADATA_KEY: record})
 
 
 def has_format(kind: str) -> Callable[[Path], bool]:

@@ -30,7 +30,7 @@ from qrlora_deploy.models.task_head import check_task_head, task_of
 from qrlora_deploy.models.tokenizer_files import has_tokenizer, read_tokenizer
 from qrlora_deploy.models.weight_files import StoredTensor, digest_of, read_headers, weight_files
 from qrlora_deploy.tasks.base import Task
-from qrlora_deploy.tasks.registry import TASKS, has_task_head
+from qrlora_deploy.tasks.registry import TASKS, has_task_head, writes_text
 
 __getattr__ = names_of("qrlora_deploy.models.basis_fit", here=__name__)
 
@@ -87,6 +87,11 @@ class Checkpoint:
         """Whether the checkpoint can classify or regress as it is."""
         return has_task_head(self.architecture)
 
+    @property
+    def writes_text(self) -> bool:
+        """Whether the checkpoint is a decoder with the head that it writes text by."""
+        return writes_text(self.architecture)
+
     @cached_property
     def labels(self) -> tuple[str, ...]:
         """Names of the outputs; none where there is no task head."""
@@ -121,7 +126,7 @@ class Checkpoint:
             InputError: it is neither, or is not supported or not whole.
         """
         self._check_kind()
-        if not self.has_task_head and not is_encoder(self.architecture):
+        if not self.has_task_head and not self.writes_text and not is_encoder(self.architecture):
             raise InputError(
                 f"{self.name} is a {self.architecture}, whose head is for another task; give it a task head with "
                 f"`warmup` first and factorize the result"
@@ -135,7 +140,9 @@ class Checkpoint:
 
     def check_family(self) -> None:
         """Refuse, by an InputError, a family of models that does not work the whole way."""
-        if all(class_for(self.config, task.model_class) is None for task in TASKS if task.has_labels):
+        if not self.writes_text and all(
+            class_for(self.config, task.model_class) is None for task in TASKS if task.has_labels
+        ):
             raise InputError(
                 f"{self.name} cannot become a text classifier: transformers has none of model type "
                 f"{self.config.model_type!r}, so it cannot be a base"
@@ -173,7 +180,11 @@ class Checkpoint:
         """Tensors that may be missing: nobody uses another head than a task's, and encoders are often saved without
         their pooler."""
         model = self.skeleton()
-        return [] if self.has_task_head else [name for name in model.state_dict() if is_head(model, name)]
+        return (
+            []
+            if self.has_task_head or self.writes_text
+            else [name for name in model.state_dict() if is_head(model, name)]
+        )
 
     def check_holds(self, model: Any, meant: Container[str] = ()) -> None:
         """Make sure that the files hold every tensor of a model, by their headers.
@@ -265,7 +276,7 @@ class Checkpoint:
             InputError: the base is quantised, or tensors are missing or have other shapes.
         """
         self.check_usable()
-        if not self.has_task_head:
+        if not self.has_task_head and not self.writes_text:
             options = read_pooling(self.folder).config_fields() | options
         return load_weights(self.folder, self.config, self.model_class, self._unused, **options)
 

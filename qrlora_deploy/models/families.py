@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qrlora_deploy.models.decoder_family import Decoder
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -82,6 +84,7 @@ class Family:
         token_head: gives that of a model that answers tokens.
         refused: why models of these types do not work the whole way.
         shared: layers that a merged model may have adapted and a switchable graph may not.
+        decoder: how its models that write text are built; None: there are none, or they cannot be exported.
     """
 
     name: str
@@ -92,6 +95,7 @@ class Family:
     token_head: Callable[[Any], Head] | None = None
     refused: str = ""
     shared: Shared | None = None
+    decoder: Decoder | None = None
 
 
 def _pooled_head(model: Any) -> Head:
@@ -118,6 +122,17 @@ def _deberta_positions(config: Any) -> Sequence[str]:
 
 PLACES = "it reads where words stand on a page, not texts alone"
 POSITIONS = "see relative positions, which all texts share"
+
+HEAD_NORMS: dict[str, Any] = {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}
+
+GEMMA: dict[str, Any] = {
+    "after_attention": "post_attention_layernorm",
+    "feed_forward_norm": "pre_feedforward_layernorm",
+    "after_feed_forward": "post_feedforward_layernorm",
+    "norm_offset": 1.0,
+    "scaled_embedding": True,
+}
+"""Of the second and third one."""
 
 FAMILIES = (
     Family(
@@ -159,6 +174,18 @@ FAMILIES = (
         "Llama and what has its module names",
         attention=Attention("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     ),
+    Family("Llama, SmolLM", ("llama",), decoder=Decoder()),
+    Family("Mistral", ("mistral",), decoder=Decoder(windows=True)),
+    Family("Qwen2", ("qwen2",), decoder=Decoder(windows=True)),
+    Family("Qwen3", ("qwen3",), decoder=Decoder(windows=True, **HEAD_NORMS)),
+    Family(
+        "Phi-3",
+        ("phi3",),
+        decoder=Decoder(attention=("self_attn.qkv_proj",), feed_forward=("mlp.gate_up_proj",), windows=True),
+    ),
+    Family("Gemma", ("gemma",), decoder=Decoder(norm_offset=1.0, scaled_embedding=True)),
+    Family("Gemma 2", ("gemma2",), decoder=Decoder(windows=True, **GEMMA)),
+    Family("Gemma 3", ("gemma3_text",), decoder=Decoder(windows=True, **GEMMA, **HEAD_NORMS)),
     Family("DeBERTa", ("deberta",), shared=Shared(lambda _config: ("pos_proj", "pos_q_proj"), POSITIONS)),
     Family("DeBERTa-v2 and -v3", ("deberta-v2",), shared=Shared(_deberta_positions, POSITIONS)),
     Family("OPT", ("opt",), shared=Shared(lambda _config: ("fc1", "fc2"), "see the tokens of all texts in one row")),

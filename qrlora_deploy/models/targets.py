@@ -10,8 +10,8 @@ from qrlora_deploy.errors import InputError, argument, library_errors
 from qrlora_deploy.models.families import BLOCK, FAMILIES
 from qrlora_deploy.models.support import LeftOut, shared_layers
 
-PROJECTIONS = ("query", "key", "value")
-"""What `Attention` of every family names."""
+PROJECTIONS = {"query": "query", "key": "key", "value": "value", "q": "query", "k": "key", "v": "value"}
+"""What `Attention` of every family names, also by its first letter."""
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -30,8 +30,8 @@ def choose_targets(model: nn.Module, patterns: Sequence[str] = (), last_layers: 
     Args:
         model: a model, which may live on the meta device.
         patterns: names of layers (`query`, `attention.output.dense`) or regular expressions over
-            the whole module path; `query`, `key` and `value` mean those of families that call them
-            otherwise, too; none means every linear layer of every numbered block, but for those
+            the whole module path; `query`, `key` and `value`, or `q`, `k` and `v`, mean those of families that call
+            them otherwise, too; none means every linear layer of every numbered block, but for those
             that a switchable graph cannot take; `left_out` names them.
         last_layers: keep only the last N numbered blocks.
 
@@ -80,7 +80,7 @@ def _own_name(pattern: str, adaptable: Sequence[str]) -> str:
     """What a model's family calls the projection `pattern`; other patterns, and names that the model has, stay."""
     if pattern not in PROJECTIONS or any(_fits(pattern, name) for name in adaptable):
         return pattern
-    known = [getattr(family.attention, pattern) for family in FAMILIES if family.attention is not None]
+    known = [getattr(family.attention, PROJECTIONS[pattern]) for family in FAMILIES if family.attention is not None]
     return next((own for own in known if any(_fits(own, name) for name in adaptable)), pattern)
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -13,6 +13,7 @@ import numpy as np
 from qrlora_deploy.errors import InputError, MalformedInputError, QrloraError, UnknownCustomerError
 from qrlora_deploy.serving.engine.protocol import Ticket
 from qrlora_deploy.serving.engine.rows import Load, Row, RowAnswer
+from qrlora_deploy.serving.parts import Spans
 from qrlora_deploy.serving.refusals import DeadlineError, RefusalError
 from qrlora_deploy.serving.served import ServedModel
 
@@ -79,6 +80,7 @@ async def answer(
     customers: Sequence[str | None],
     deadline_s: float | None = None,
     access: Allows | None = None,
+    spans: Spans | None = None,
 ) -> list[RowAnswer]:
     """Answer every row, in the order given.
 
@@ -88,10 +90,14 @@ async def answer(
         customers: one for each row, None being the base.
         deadline_s: a time of `time.monotonic` after which nobody waits for the answer.
         access: of the key that asks; None: everything is allowed.
+        spans: are told of the stages; None: nobody wants to know.
 
     Raises:
         QrloraError: as `Engine.admit` and `Engine.submit` say. Its message holds no path of the server.
     """
+    if spans is not None:
+        spans.asks(model.name, customers)
+        spans.stage("admit")
     _check_counts(question, customers)
     _check_kind(model, question)
     if access is not None and not all(access.allows(name) for name in set(customers) if name is not None):
@@ -100,15 +106,25 @@ async def answer(
     if access is not None:
         load = replace(load, asker=access.key_id)
     ticket = model.engine.admit(load, customers, deadline_s)
+    if spans is not None:
+        spans.stage("tokenise")
     try:
+        if ticket.pending is not None:
+            await _in_time(ticket.pending, deadline_s)
         rows = await _tokenised(model, question, customers, load)
     except BaseException:
         model.engine.release(ticket)
         raise
+    if spans is not None:
+        spans.has_tokens(sum(row.length for row in rows))
+        spans.stage("wait")
     try:
-        return await _answered(model, ticket, rows, deadline_s)
+        answers = await _answered(model, ticket, rows, deadline_s)
     except QrloraError as error:
         raise _public(error) from error
+    if spans is not None:
+        spans.ran(list({id(it.run): it.run for it in answers if it.run is not None}.values()))
+    return answers
 
 
 def _check_counts(question: Question, customers: Sequence[str | None]) -> None:
@@ -130,6 +146,14 @@ def _load(model: ServedModel, question: Question) -> Load:
         return Load.of_texts(question.texts, question.pairs, model.tokenizer.max_length)
     ids = question.inputs["input_ids"]
     return Load(len(ids), ids.size, sum(array.nbytes for array in question.inputs.values()))
+
+
+async def _in_time(pending: Awaitable[None], deadline_s: float | None) -> None:
+    try:
+        async with asyncio.timeout(None if deadline_s is None else max(0.0, deadline_s - time.monotonic())):
+            await pending
+    except TimeoutError as error:
+        raise DeadlineError("the request's time had passed before it was queued") from error
 
 
 async def _tokenised(model: ServedModel, question: Question, customers: Sequence[str | None], load: Load) -> list[Row]:

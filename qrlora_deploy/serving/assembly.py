@@ -1,16 +1,26 @@
-"""A whole server, put together: models, keys, quotas, fronts and the admin API."""
+"""A whole server in one process, put together: models, keys, quotas, fronts and the admin API."""
 
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qrlora_deploy.errors import InputError, argument
+from qrlora_deploy.runtime.customers.objects.store import ObjectStoreStats
+from qrlora_deploy.serving.access import Keys
+from qrlora_deploy.serving.engine.quotas import Quotas
 from qrlora_deploy.serving.http.front import Front
 from qrlora_deploy.serving.http.listener import HttpListener
-from qrlora_deploy.serving.opened import OpenedFront
+from qrlora_deploy.serving.life import Life
+from qrlora_deploy.serving.metrics import Metrics
 from qrlora_deploy.serving.opening import ModelPlaces, OpenModel, RunOptions
+from qrlora_deploy.serving.served import Models
 from qrlora_deploy.serving.server import Companion, Server, ServerOptions
+
+if TYPE_CHECKING:
+    from qrlora_deploy.serving.tracing.spans import Tracing
 
 
 @dataclass(frozen=True)
@@ -26,10 +36,13 @@ class AssemblyOptions:
         admin_port: None: without the admin API.
         admin_host: where the admin API listens.
         audit_log: file that changes by the admin API are told to.
-        counted: customers whose rows metrics tell by name.
+        counted: customers whose rows metrics tell by name, and whom spans name.
+        processes: for HTTP, gRPC, keys and tokenising; 0: all in one process.
+        devices: with `processes`, one for each process of an engine; none: `run.provider`.
+        otel: send spans, as the `OTEL_` variables of the process say.
 
     Raises:
-        InputError: the admin API is asked for without keys or audit log.
+        InputError: the admin API is asked for without keys or audit log, or several devices without `processes`.
     """
 
     places: Sequence[ModelPlaces]
@@ -41,8 +54,13 @@ class AssemblyOptions:
     admin_host: str = "127.0.0.1"
     audit_log: Path | None = None
     counted: Sequence[str] = ()
+    processes: int = 0
+    devices: Sequence[str] = ()
+    otel: bool = False
 
     def __post_init__(self) -> None:
+        if self.devices and not self.processes:
+            raise InputError(f"several devices need processes of their own: give {argument('processes', 2)}")
         if self.admin_port is not None and (self.keys is None or self.audit_log is None):
             raise InputError(f"{argument('admin_port')} needs {argument('keys')} and {argument('audit_log')}")
 
@@ -51,6 +69,7 @@ class Assembly:
     """Everything that a server needs, open; nothing answers yet.
 
     Attributes:
+        parts: models, keys and quotas.
         server: to be run.
         companions: by what they are called: "gRPC" and "admin API".
 
@@ -59,8 +78,9 @@ class Assembly:
     """
 
     def __init__(self, options: AssemblyOptions) -> None:
-        self._opened: OpenedFront | None = None
+        self._tracing: Tracing | None = None
         self.companions: dict[str, Companion] = {}
+        self.parts = EngineParts(options)
         try:
             self._open(options)
         except BaseException:
@@ -69,41 +89,35 @@ class Assembly:
 
     @property
     def models(self) -> list[OpenModel]:
-        """Open; none after `close`."""
-        return self._opened.models if self._opened is not None else []
+        """Open ones."""
+        return self.parts.models
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return self.server.http.url
+
+    @property
+    def ports(self) -> dict[str, int]:
+        """Of the companions, by what they are called."""
+        return {name: companion.port for name, companion in self.companions.items()}
 
     def _open(self, options: AssemblyOptions) -> None:
-        self._opened = opened = OpenedFront(options.places, options.run, options.keys, options.counted)
-        front = opened.front
+        if options.otel:
+            self._tracing = tracing_of(options.counted)
+        parts = self.parts
+        models = Models([model.served for model in parts.models])
+        metrics = Metrics(list(models), options.counted, parts.stores())
+        front = Front(models, keys=parts.keys, metrics=metrics, tracing=self._tracing)
         if options.grpc_port is not None:
-            self.companions["gRPC"] = _grpc(front, options.server, options.grpc_port)
+            self.companions["gRPC"] = grpc_companion(front, options.server, options.grpc_port)
         if options.admin_port is not None:
-            self.companions["admin API"] = self._admin(opened, options)
+            self.companions["admin API"] = parts.admin(front.life, self.reload)
         self.server = Server(front, options.server, self.reload, list(self.companions.values()))
 
-    def _admin(self, opened: OpenedFront, options: AssemblyOptions) -> HttpListener:
-        from qrlora_deploy.serving.admin import Admin, make_admin_app
-        from qrlora_deploy.serving.audit import AuditLog
-
-        if opened.keys is None or options.audit_log is None or options.admin_port is None:
-            raise InputError(f"{argument('admin_port')} needs {argument('keys')} and {argument('audit_log')}")
-        folders = {model.served.name: folder for model in opened.models if (folder := model.customer_folder())}
-        if not folders:
-            raise InputError(
-                f"{argument('admin_port')} has nothing to change: no model has a folder of customers, and those of an "
-                f"object store are changed there; give a folder by {argument('customers')}"
-            )
-        app = make_admin_app(Admin(folders, opened.keys, AuditLog(options.audit_log), self.reload), opened.front.life)
-        return HttpListener(app, options.admin_host, options.admin_port, options.server.tls, options.server.limits)
-
     def reload(self) -> None:
-        """Read keys, folders and packed files again.
-
-        Raises:
-            InputError: a packed file cannot be used; what was loaded before stays.
-        """
-        if self._opened is not None:
-            self._opened.reload()
+        """As `EngineParts.reload`."""
+        self.parts.reload()
 
     def run(self, started: Callable[[], None]) -> None:
         """Serve until a signal ends it; as `Server.run`."""
@@ -116,17 +130,119 @@ class Assembly:
         """Give everything back. Twice is no error."""
         if hasattr(self, "server"):
             self.server.http.close()
-        if self._opened is not None:
-            self._opened.close()
+        self.parts.close()
+        if self._tracing is not None:
+            self._tracing.close()
 
 
-def _grpc(front: Front, options: ServerOptions, port: int) -> Companion:
+class EngineParts:
+    """What an engine's process has, and a server in one process beside its fronts: models, keys and quotas.
+
+    Attributes:
+        models: open.
+        keys: None: everybody is answered.
+
+    Raises:
+        QrloraError: something cannot be used; what was opened before is closed.
+    """
+
+    def __init__(self, options: AssemblyOptions) -> None:
+        self._options = options
+        self.models: list[OpenModel] = []
+        self.keys: Keys | None = None
+        self._quotas: list[Quotas] = []
+        try:
+            self._open(options)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, options: AssemblyOptions) -> None:
+        # Files that are quick to read come first: who misspells one need not wait for a model.
+        if options.keys is not None:
+            self.keys = Keys.open(options.keys, self._change_quotas)
+        for places in options.places:
+            self._quotas.append(Quotas())
+            self.models.append(OpenModel(places, options.run, self._quotas[-1]))
+        if self.keys is not None:
+            self._change_quotas(self.keys)
+
+    def stores(self) -> dict[str, Callable[[], ObjectStoreStats]]:
+        """By the model's name, what says how the object store of its customers is doing."""
+        return {model.served.name: ask for model in self.models if (ask := model.object_stats) is not None}
+
+    def _change_quotas(self, keys: Keys) -> None:
+        for quotas in self._quotas:
+            quotas.change(*keys.quotas())
+
+    def admin(
+        self, life: Life, reload: Callable[[], None], erased: Callable[[str, str], None] = lambda model, customer: None
+    ) -> HttpListener:
+        """The admin API of these models.
+
+        Args:
+            life: of the process.
+            reload: reads everything again.
+            erased: called with a model and a customer that was taken from its memory.
+
+        Raises:
+            InputError: no model has customers that can be changed.
+        """
+        from qrlora_deploy.serving.admin import Admin, make_admin_app
+        from qrlora_deploy.serving.audit import AuditLog
+
+        options = self._options
+        if self.keys is None or options.audit_log is None or options.admin_port is None:
+            raise InputError(f"{argument('admin_port')} needs {argument('keys')} and {argument('audit_log')}")
+        folders = {
+            model.served.name: folder
+            for model in self.models
+            if (folder := model.customer_folder(partial(erased, model.served.name)))
+        }
+        if not folders:
+            raise InputError(
+                f"{argument('admin_port')} has nothing to change: no model has a folder of customers, and those of an "
+                f"object store are changed there; give a folder by {argument('customers')}"
+            )
+        app = make_admin_app(Admin(folders, self.keys, AuditLog(options.audit_log), reload), life)
+        server = options.server
+        return HttpListener(app, options.admin_host, options.admin_port, server.tls, server.limits, server.is_shared)
+
+    def reload(self) -> None:
+        """Read keys, folders and packed files again.
+
+        Raises:
+            InputError: a packed file cannot be used; what was loaded before stays.
+        """
+        if self.keys is not None:
+            self.keys.reload()
+        for model in self.models:
+            model.reload()
+
+    def close(self) -> None:
+        """Give everything back. Twice is no error."""
+        for model in self.models:
+            model.close()
+        self.models = []
+
+
+def tracing_of(customers: Sequence[str]) -> "Tracing":
+    """What sends spans, as the `OTEL_` variables of the process say; customers of the list are named."""
+    from qrlora_deploy.serving.tracing.sending import open_tracing
+
+    return open_tracing(customers)
+
+
+def grpc_companion(front: Front, options: ServerOptions, port: int) -> Companion:
+    """A gRPC server for what a front has."""
     # Before it is imported: it would write a line of its own for each client that it cannot understand.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from qrlora_deploy.serving.grpc.listening import GrpcLimits
     from qrlora_deploy.serving.grpc.server import GrpcServer
     from qrlora_deploy.serving.grpc.service import InferenceService
 
-    service = InferenceService(front.models, front.life, front.keys, front.metrics)
+    service = InferenceService(
+        front.models, front.life, front.keys, front.metrics, counts=front.counts, tracing=front.tracing
+    )
     limits = GrpcLimits(max_message_bytes=options.limits.max_body_bytes)
-    return GrpcServer(service, options.host, port, options.tls, limits)
+    return GrpcServer(service, options.host, port, options.tls, limits, options.is_shared)

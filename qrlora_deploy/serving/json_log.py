@@ -12,7 +12,7 @@ from qrlora_deploy.errors import shortened
 FIELDS = "fields"
 """The attribute of a log record that holds what stands beside its message."""
 
-LIBRARIES = ("uvicorn", "grpc", "asyncio")
+LIBRARIES = ("uvicorn", "grpc", "asyncio", "opentelemetry")
 """Loggers of what a server is made of: their lines are among its own."""
 
 MAX_ID = 128
@@ -78,8 +78,25 @@ def log_as_json(stream: IO[str] | None = None, level: int = logging.INFO) -> log
     return handler
 
 
+def log_plainly() -> None:
+    """Write the warnings and errors that the package logs as plain lines to stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("qrlora_deploy")
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+
+
 def log_request(
-    request_id: str, method: str, route: str, status: int, seconds: float, rows: int = 0, key_id: str = ""
+    request_id: str,
+    method: str,
+    route: str,
+    status: int,
+    seconds: float,
+    rows: int = 0,
+    key_id: str = "",
+    trace_id: str = "",
 ) -> None:
     """Write a line of the access log.
 
@@ -91,6 +108,7 @@ def log_request(
         seconds: it took.
         rows: that it had.
         key_id: of the key that came with it, which is no secret.
+        trace_id: of the trace that has the request's spans; empty: there are none.
     """
     if not _access.isEnabledFor(logging.INFO):
         return
@@ -102,4 +120,8 @@ def log_request(
         "seconds": round(seconds, 6),
         "rows": rows,
     }
-    _access.info("request", extra={FIELDS: fields | ({"key_id": key_id} if key_id else {})})
+    if key_id:
+        fields["key_id"] = key_id
+    if trace_id:
+        fields["trace_id"] = trace_id
+    _access.info("request", extra={FIELDS: fields})

@@ -15,6 +15,11 @@ class Life:
         self.ready = False
         self.draining = False
 
+    @property
+    def state(self) -> str:
+        """ "starting", "ready" or "draining"."""
+        return "draining" if self.draining else "ready" if self.ready else "starting"
+
     def begin(self) -> None:
         """Everything is loaded."""
         self.ready = not self.draining

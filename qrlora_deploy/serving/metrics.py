@@ -125,6 +125,10 @@ class Metrics:
             self._counted[route, code] = counted
         return counted
 
+    async def scrape(self) -> bytes:
+        """The same for who asks over a network."""
+        return self.text()
+
     def text(self) -> bytes:
         """All metrics in Prometheus' text format, UTF-8."""
         return generate_latest(self.registry)

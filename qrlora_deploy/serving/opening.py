@@ -1,8 +1,8 @@
 """From a bundle and its customers on the disk to a model that is served."""
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qrlora_deploy.errors import InputError, QrloraError
@@ -11,6 +11,7 @@ from qrlora_deploy.formats.customer_files import customer_ids, read_customer
 from qrlora_deploy.runtime.bundle.bundle import Bundle, open_bundle
 from qrlora_deploy.runtime.customers.objects.store import POLL_S, ObjectStoreStats
 from qrlora_deploy.runtime.customers.packed_erasing import erase_packed
+from qrlora_deploy.runtime.host.devices import Device
 from qrlora_deploy.runtime.sessions.buckets import Buckets
 from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
 from qrlora_deploy.serving.customer_folder import CustomerFolder
@@ -31,6 +32,7 @@ class RunOptions:
 
     Attributes:
         provider: "cpu", "cuda", "cuda:1" or "tensorrt".
+        provider_options: for the provider, such as {"gpu_mem_limit": "8589934592"}.
         threads: within an operator; None: ONNX Runtime's choice.
         buckets: shapes to run in; None: whatever comes.
         max_rows: of the coefficient table; None: it grows.
@@ -38,10 +40,20 @@ class RunOptions:
     """
 
     provider: str = "cpu"
+    provider_options: Mapping[str, str] = field(default_factory=dict)
     threads: int | None = None
     buckets: Buckets | None = None
     max_rows: int | None = None
     limits: Limits = field(default_factory=Limits)
+
+    @property
+    def device(self) -> Device:
+        """Where it runs.
+
+        Raises:
+            ProviderError: there is no such device.
+        """
+        return replace(Device.of(self.provider), provider_options=self.provider_options)
 
 
 @dataclass(frozen=True)
@@ -100,11 +112,25 @@ class OpenModel:
         engine = LocalEngine(self.session, options.limits, quotas)
         self.served = ServedModel(places.name, bundle, engine, RowTokenizer(bundle))
 
-    def customer_folder(self) -> CustomerFolder | None:
-        """The folder of customers, for who changes it; None: there is none."""
+    def customer_folder(self, erased: Callable[[str], None] = lambda customer: None) -> CustomerFolder | None:
+        """The folder of customers, for who changes it; None: there is none.
+
+        Args:
+            erased: called with a customer that was taken from memory.
+        """
         if self.places.customers is None or not isinstance(self.session, SwitchableSession):
             return None
-        return CustomerFolder(self.places.customers, self.session.check, elsewhere=self._forget)
+
+        def forget(customer: str) -> bool:
+            found = self._forget(customer)
+            erased(customer)
+            return found
+
+        return CustomerFolder(self.places.customers, self.session.check, elsewhere=forget)
+
+    def unload(self, customer: str) -> bool:
+        """Take a customer, whose file is gone, from memory; whether it was there."""
+        return isinstance(self.session, SwitchableSession) and self.session.unload(customer)
 
     def _forget(self, customer: str) -> bool:
         """Take a customer, whose file is gone, from the packed file and from memory; whether it was there.
@@ -113,7 +139,7 @@ class OpenModel:
             InputError: the packed file is damaged, or holds nobody else.
         """
         packed = self.places.packed is not None and erase_packed(self.places.packed, customer)
-        loaded = isinstance(self.session, SwitchableSession) and self.session.unload(customer)
+        loaded = self.unload(customer)
         return packed or loaded
 
     def reload(self) -> None:
@@ -166,7 +192,7 @@ class OpenModel:
 
 def _open_session(bundle: Bundle, options: RunOptions) -> SwitchableSession | MergedModel:
     if bundle.manifest.kind == "merged":
-        return MergedModel(bundle, options.provider, options.threads, options.buckets)
+        return MergedModel(bundle, options.device, options.threads, options.buckets)
     return SwitchableSession(
-        bundle, options.provider, max_rows=options.max_rows, threads=options.threads, buckets=options.buckets
+        bundle, options.device, max_rows=options.max_rows, threads=options.threads, buckets=options.buckets
     )

@@ -114,3 +114,12 @@ STATUS: dict[str, Status] = {
 def status_of(error: BaseException) -> Status:
     """The status of an error; what is none of ours is a failure of the server."""
     return STATUS.get(error.kind, FAILED) if isinstance(error, QrloraError) else FAILED
+
+
+GONE = "gone"
+"""The reason of a request whose client did not wait; no error has it for its kind."""
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a request was not answered, in one word: the error's kind."""
+    return error.kind if isinstance(error, QrloraError) else QrloraError.kind

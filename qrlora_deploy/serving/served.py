@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from qrlora_deploy.errors import InputError, QrloraError
 from qrlora_deploy.runtime.bundle.bundle import Bundle
-from qrlora_deploy.serving.engine.protocol import Engine
+from qrlora_deploy.serving.engine.protocol import Engine, EngineStats
 from qrlora_deploy.serving.tokenizing import RowTokenizer
 from qrlora_deploy.tasks.base import Task
 from qrlora_deploy.tasks.registry import task_named
@@ -68,6 +68,10 @@ class Models:
 
     def __iter__(self) -> Iterator[ServedModel]:
         return iter(self._models.values())
+
+    def stats(self) -> dict[str, EngineStats]:
+        """Counters of each model's engine."""
+        return {name: model.engine.stats() for name, model in self._models.items()}
 
     def find(self, name: str | None, version: str | None = None) -> ServedModel:
         """The model of a name; the first one where a request names none.

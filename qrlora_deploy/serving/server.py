@@ -10,10 +10,10 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from qrlora_deploy.errors import QrloraError, argument
 from qrlora_deploy.serving.http.app import make_app
@@ -25,6 +25,13 @@ from qrlora_deploy.serving.tls import Tls
 END, RELOAD = ("SIGINT", "SIGTERM"), "SIGHUP"
 
 logger = logging.getLogger(__name__)
+
+
+class Starts(Protocol):
+    """Begins with the server."""
+
+    def start(self) -> Coroutine[Any, Any, None]:
+        """Begin; done when it is there."""
 
 
 class Companion(Protocol):
@@ -58,6 +65,7 @@ class ServerOptions:
         limits: of its clients.
         drain_delay_s: from the signal that ends it to when nobody new is taken.
         drain_s: from there to the end, for what was begun.
+        is_shared: other processes listen on the same ports.
     """
 
     host: str = "127.0.0.1"
@@ -66,6 +74,7 @@ class ServerOptions:
     limits: HttpLimits = field(default_factory=HttpLimits)
     drain_delay_s: float = 0.0
     drain_s: float = 45.0
+    is_shared: bool = False
 
 
 class Server:
@@ -76,6 +85,8 @@ class Server:
         options: where and how.
         reload: called in a thread at SIGHUP.
         companions: further fronts.
+        before: what must be there before anybody is listened to, such as connections to engines.
+        has_signals: False: whoever made it calls `stop` and `begin_reload`.
 
     Raises:
         InputError: the address is taken or none, or a file of TLS cannot be used.
@@ -87,10 +98,13 @@ class Server:
         options: ServerOptions,
         reload: Callable[[], None] = lambda: None,
         companions: Sequence[Companion] = (),
+        before: Sequence[Starts] = (),
+        has_signals: bool = True,
     ) -> None:
         self._front, self._options, self._reload = front, options, reload
+        self._before, self._has_signals = before, has_signals
         app = make_app(front, options.limits)
-        self.http = HttpListener(app, options.host, options.port, options.tls, options.limits)
+        self.http = HttpListener(app, options.host, options.port, options.tls, options.limits, options.is_shared)
         self._listeners: tuple[Companion, ...] = (self.http, *companions)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._signals = 0
@@ -118,12 +132,15 @@ class Server:
         self._ending, self._at_once = asyncio.Event(), asyncio.Event()
         self._listen_to_signals()
         begun: list[Companion] = []
+        following = asyncio.create_task(self._front.live_window.follow())
         try:
-            for listener in self._listeners:
+            await self._wait_for_what_is_before()
+            for listener in self._listeners if not self._ending.is_set() else ():
                 await listener.start()
                 begun.append(listener)
-            self._front.life.begin()
-            started()
+            if not self._ending.is_set():
+                self._front.life.begin()
+                started()
             await self._ending.wait()
         finally:
             self._front.life.drain()
@@ -131,14 +148,28 @@ class Server:
                 async with asyncio.timeout(self._options.drain_delay_s if self._ending.is_set() else 0):
                     await self._at_once.wait()
             await self._finish(begun)
+            following.cancel()
+
+    async def _wait_for_what_is_before(self) -> None:
+        """Or for the end, which may come first."""
+        ending = asyncio.create_task(self._ending.wait())
+        for it in self._before:
+            starting = asyncio.ensure_future(it.start())
+            await asyncio.wait((starting, ending), return_when=asyncio.FIRST_COMPLETED)
+            if not starting.done():
+                starting.cancel()
+                break
+            starting.result()
+        ending.cancel()
 
     def _listen_to_signals(self) -> None:
-        if threading.current_thread() is not threading.main_thread() or self._loop is None:
+        is_main = threading.current_thread() is threading.main_thread()
+        if not (is_main and self._has_signals) or self._loop is None:
             return
         for name in END:
             self._loop.add_signal_handler(getattr(signal, name), self._end)
         if hasattr(signal, RELOAD):
-            self._loop.add_signal_handler(signal.SIGHUP, self._begin_reload)
+            self._loop.add_signal_handler(signal.SIGHUP, self.begin_reload)
 
     def _end(self) -> None:
         self._signals += 1
@@ -148,7 +179,8 @@ class Server:
             for listener in self._listeners:
                 listener.hurry()
 
-    def _begin_reload(self) -> None:
+    def begin_reload(self) -> None:
+        """Read certificates and all else again, as at SIGHUP. In the event loop."""
         self._reloading = asyncio.create_task(self._reloaded())
 
     async def _reloaded(self) -> None:

@@ -28,6 +28,13 @@ IGNORED = -100
 """The target of a token that has none: padding, special tokens and all but the first one of a word."""
 
 
+_TURNS = (
+    "its rows have labels, a text-generation needs answers: the columns prompt and completion, or messages; a base for "
+    "labels is made by `warmup`"
+)
+_NO_TURNS = "its rows are prompts and answers, a {} needs texts and labels"
+
+
 class Task(ABC):
     """A kind of question that a model answers about a text; its implementations hold nothing but how they decide.
 
@@ -56,6 +63,9 @@ class Task(ABC):
         is_number: whether a row's label is a number.
         judges_labels: whether a row's target has a value for every label; else it is one value.
         least_batch: rows of a step, and rows of data, below which a loss says nothing.
+        writes_text: whether a model answers with text, by a head of its own over its tokens.
+        lower_is_better: those of the metrics that are best where they are least.
+        rate_factor: what the default learning rate of coefficients is multiplied by.
     """
 
     name: ClassVar[str]
@@ -78,6 +88,9 @@ class Task(ABC):
     is_number: ClassVar[bool] = False
     judges_labels: ClassVar[bool] = False
     least_batch: ClassVar[int] = 1
+    writes_text: ClassVar[bool] = False
+    lower_is_better: ClassVar[frozenset[str]] = frozenset()
+    rate_factor: ClassVar[float] = 1.0
 
     @abstractmethod
     def recognise(self, examples: "Examples") -> str | None:
@@ -117,6 +130,8 @@ class Task(ABC):
         Raises:
             InputError: they are of the other kind.
         """
+        if self.writes_text != (examples.turns is not None):
+            raise InputError(f"{examples.name}: {_TURNS if self.writes_text else _NO_TURNS.format(self.name)}")
         if self.answers_words == (examples.words is not None):
             return
         if self.answers_words:
@@ -193,6 +208,10 @@ class Task(ABC):
         """What a model answers to a batch of its own inputs, with a gradient: logits `[n, labels]`, or embeddings."""
         answers: torch.Tensor = model(**batch).logits
         return answers
+
+    def graded(self, model: Any, batch: Mapping[str, "torch.Tensor"], targets: "torch.Tensor") -> "torch.Tensor":
+        """What `loss` and `score` take of a model, with a gradient: here `forward`, whatever the targets are."""
+        return self.forward(model, batch)
 
     def by_row(self, answers: "torch.Tensor") -> "torch.Tensor":
         """What `forward` gave for a batch of data, with all answers to a row of data in one row."""

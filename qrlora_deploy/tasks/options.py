@@ -10,5 +10,6 @@ OPTIONS = {
     "token-classification": "a tag for each word of a row",
     "reranker": "a number from 0 to 1 for a pair of texts",
     "embedding": "none, for pairs of texts that belong together",
+    "causal-lm": "the answer to a prompt, or chats",
 }
 """By what `--task` calls a task, what its labels are."""

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.tasks.base import Task
+from qrlora_deploy.tasks.causal_lm import CausalLM
 from qrlora_deploy.tasks.classification import Classification
 from qrlora_deploy.tasks.embedding import Embedding
 from qrlora_deploy.tasks.multi_label import MultiLabel
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from qrlora_deploy.data.examples import Examples
 
 TASKS: tuple[Task, ...] = (
+    CausalLM(),
     TokenClassification(),
     MultiLabel(),
     Reranking(),
@@ -25,6 +27,9 @@ TASKS: tuple[Task, ...] = (
     Classification(),
 )
 """In the order in which they are asked whether labels are theirs; the last one takes what is left."""
+
+WRITERS = ("ForCausalLM", "LMHeadModel")
+"""Ends of the names of models that write text."""
 
 BY_NAME = {task.name: task for task in TASKS}
 BY_OPTION = {task.option: task for task in TASKS}
@@ -60,6 +65,11 @@ def has_task_head(architecture: str) -> bool:
     return bool(_tasks_of(architecture))
 
 
+def writes_text(architecture: str) -> bool:
+    """Whether models of this class are decoders that write text, as GPT2LMHeadModel and LlamaForCausalLM."""
+    return architecture.endswith(WRITERS)
+
+
 def _tasks_of(architecture: str) -> list[Task]:
     return [task for task in TASKS if task.has_labels and architecture.endswith(task.architecture_end)]
 
@@ -76,6 +86,8 @@ def task_of_config(problem_type: str | None, outputs: int, architecture: str = "
         architecture: name of the model's class.
         named: a task's name in `TASK_FIELD` of the config, or from the user; counts where the head may be that task's.
     """
+    if writes_text(architecture):
+        return BY_NAME[CausalLM.name]
     alone = _tasks_of(architecture)
     if len(alone) == 1:
         return alone[0]

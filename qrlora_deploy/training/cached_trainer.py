@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.tasks.base import IGNORED, Task
-from qrlora_deploy.training.loop import Progress, SmallTrainer, halve_frozen, has_bf16, mixed_precision
+from qrlora_deploy.training.loop import Progress, SmallTrainer
+from qrlora_deploy.training.precision import halve_frozen, has_bf16, mixed_precision
 from qrlora_deploy.training.rows import Rows, texts_of
 from qrlora_deploy.training.trunk.cache import TrunkCache, fill_cache
 from qrlora_deploy.training.trunk.cuda_graph import GraphedStep, step_gradients

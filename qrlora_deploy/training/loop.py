@@ -11,8 +11,6 @@ import safetensors.torch
 import torch
 from torch import nn
 from transformers import (
-    DataCollatorForTokenClassification,
-    DataCollatorWithPadding,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -20,12 +18,12 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 from qrlora_deploy.errors import InputError, QrloraError, argument, library_errors
-from qrlora_deploy.models.adapter import QRLoRALinear
 from qrlora_deploy.models.capacity import check_ids, max_tokens
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.models.support import check_padding
 from qrlora_deploy.tasks.base import Task
-from qrlora_deploy.training.rows import collate_pairs
+from qrlora_deploy.training.batches import collator_for
+from qrlora_deploy.training.precision import has_bf16, mixed_precision
 from qrlora_deploy.training.settings import RunSettings, choose_device, diverged
 
 Progress = Callable[[str, int, int], None]
@@ -40,11 +38,20 @@ class SmallTrainer(Trainer):
 
     The base is frozen and on disk already. Parameters named in `rates` get a learning rate of
     their own; the others share that of the arguments. The loss is the task's, which transformers may not have.
+    Batches that are trained on are made by `train_collator` where there is one, and else as those that are scored.
     """
 
-    def __init__(self, *args: Any, task: Task, rates: dict[str, float] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        task: Task,
+        rates: dict[str, float] | None = None,
+        train_collator: Callable[[list[Any]], Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.task = task
+        self.train_collator = train_collator
         self.rates = rates or {}
         # It prints to stdout, which belongs to the command's result.
         self.remove_callback(PrinterCallback)
@@ -66,6 +73,15 @@ class SmallTrainer(Trainer):
             self.optimizer = torch.optim.AdamW(parts, lr=self.args.learning_rate, weight_decay=0.0, fused=fused)
         return self.optimizer
 
+    def get_train_dataloader(self) -> Any:
+        """Batches of the training rows."""
+        scored = self.data_collator
+        self.data_collator = self.train_collator or scored
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = scored
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -73,7 +89,7 @@ class SmallTrainer(Trainer):
         batch = {name: tensor for name, tensor in inputs.items() if name != "labels"}
         # Embeddings are made by a part of the model, whose forward the Trainer did not prepare.
         with mixed_precision(self.args.device):
-            logits = self.task.forward(model, batch)
+            logits = self.task.graded(model, batch, inputs["labels"])
         loss = self.task.loss(logits, inputs["labels"])
         return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
 
@@ -176,7 +192,12 @@ def training_arguments(folder: Path, settings: RunSettings, rate: float, rows: i
 
 
 def load_tokenizer(
-    checkpoint: Checkpoint, model: Any, max_length: int, pairs: bool = False, new_padding: bool = False
+    checkpoint: Checkpoint,
+    model: Any,
+    max_length: int,
+    pairs: bool = False,
+    new_padding: bool = False,
+    padded: bool = True,
 ) -> Any:
     """The tokenizer of a base, which goes with the model.
 
@@ -186,6 +207,7 @@ def load_tokenizer(
         max_length: tokens of a row.
         pairs: whether the data are pairs of texts.
         new_padding: whether a padding token is chosen where there is none, for tokenizer and model, which are saved.
+        padded: whether the tokenizer pads.
 
     Raises:
         InputError: there is none, it cannot pad, it makes ids that the model has no row for, or `max_length` is
@@ -202,18 +224,17 @@ def load_tokenizer(
             tokenizer.pad_token = tokenizer.eos_token
         if model.config.pad_token_id is None:
             model.config.pad_token_id = tokenizer.pad_token_id
-    check_padding(checkpoint.name, model, tokenizer)
+    if padded:
+        check_padding(checkpoint.name, model, tokenizer)
     check_ids(checkpoint.name, model, tokenizer, pairs)
     return tokenizer
 
 
 def trainer_parts(task: Task, tokenizer: Any, names: Sequence[str] = ()) -> dict[str, Any]:
     """Batching and scoring, as arguments of a Trainer; `names` are those of the outputs."""
-    collator = DataCollatorForTokenClassification if task.answers_words else DataCollatorWithPadding
-    pad = collator(tokenizer)
     return {
         "task": task,
-        "data_collator": collate_pairs(pad) if task.pairs_apart else pad,
+        "data_collator": collator_for(task, tokenizer),
         "compute_metrics": lambda result: task.score(_finite(result.predictions), result.label_ids, names),
         # Some models return hidden states after the logits.
         "preprocess_logits_for_metrics": lambda out, _: task.by_row(out[0] if isinstance(out, (tuple, list)) else out),
@@ -254,28 +275,6 @@ def no_dropout(config: Any) -> dict[str, float]:
     """Options of `from_pretrained` for a model that drops nothing out, by its config's own names."""
     numbers = {name: value for name, value in config.to_dict().items() if isinstance(value, float)}
     return {name: 0.0 for name in numbers if "drop" in name}
-
-
-def has_bf16(device_type: str) -> bool:
-    """Whether training computes in bf16: on a GPU that has it."""
-    return device_type == "cuda" and torch.cuda.is_bf16_supported()
-
-
-def mixed_precision(device: torch.device) -> torch.autocast:
-    """bf16 on a GPU that has it, fp32 elsewhere; as the Trainer does for whole models."""
-    return torch.autocast(device.type, torch.bfloat16, has_bf16(device.type))
-
-
-def halve_frozen(model: nn.Module, branch: type[nn.Module] = QRLoRALinear) -> None:
-    """Store frozen matrices in bf16: autocast would round them in each step anew, as it caches only what has a
-    gradient. The factors `q` and `r` of side branches, which are a `branch`, are rounded with them, coefficients
-    are not."""
-    for module in model.modules():
-        names = [name for name, tensor in module.named_parameters(recurse=False) if tensor.requires_grad]
-        if isinstance(module, nn.Linear) and not names:
-            module.to(torch.bfloat16)
-        elif isinstance(module, branch):
-            module.q, module.r = module.q.bfloat16(), module.r.bfloat16()
 
 
 @contextmanager

@@ -58,6 +58,8 @@ def training_record(train: Examples, evaluation: Examples | None, settings: Trai
         "head": settings.head,
         **({"remark": ran.remark} if ran.remark else {}),
         "dropout": settings.dropout,
+        **({"packing": True} if settings.packing else {}),
+        **({"base_dtype": settings.base_dtype} if settings.base_dtype != "fp32" else {}),
         **({"trunk_cache": ran.trunk_cache} if ran.trunk_cache else {}),
         "metric": ran.metric,
         "metrics": ran.metrics,

@@ -13,6 +13,7 @@ MAX_RATE = 1e30
 MAX_COUNT = 2**31 - 1
 WHERE = ("device", "trunk_cache")
 TRUNK_CACHES = ("auto", "device", "host", "disk", "off")
+BASE_DTYPES = ("fp32", "bf16")
 WARMUP_RATES = {"full": 5e-5, "head": 1e-3}
 
 STEP_LENGTH = 2.76
@@ -52,6 +53,11 @@ class RunSettings:
         """Whether data must have labels."""
         return self.task == AUTO or BY_OPTION[self.task].has_labels
 
+    @property
+    def written(self) -> bool:
+        """Whether data must be prompts with answers."""
+        return self.task != AUTO and BY_OPTION[self.task].writes_text
+
     def __post_init__(self) -> None:
         if self.task not in (AUTO, *BY_OPTION):
             raise InputError(f"{argument('task')} must be one of {', '.join((AUTO, *BY_OPTION))}, not {self.task}")
@@ -84,6 +90,9 @@ class TrainSettings(RunSettings):
             allow it) or "off".
         tune_thresholds: whether the probability from which on each label of a multi-label customer applies is chosen
             on the held-out rows, instead of 0.5.
+        packing: whether rows that are written on share rows of a batch, so that less of it is padding; each sees itself
+            alone.
+        base_dtype: in which the frozen base computes, "fp32" or "bf16"; coefficients are fp32.
     """
 
     learning_rate: float | None = None
@@ -94,6 +103,8 @@ class TrainSettings(RunSettings):
     dropout: bool = False
     trunk_cache: str = "auto"
     tune_thresholds: bool = False
+    packing: bool = False
+    base_dtype: str = "fp32"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,6 +119,8 @@ class TrainSettings(RunSettings):
             raise InputError(
                 f"{argument('trunk_cache')} must be one of {', '.join(TRUNK_CACHES)}, not {self.trunk_cache}"
             )
+        if self.base_dtype not in BASE_DTYPES:
+            raise InputError(f"{argument('base_dtype')} must be one of {', '.join(BASE_DTYPES)}, not {self.base_dtype}")
         if self.dropout and self.trunk_cache not in ("auto", "off"):
             raise InputError(
                 f"{argument('dropout', True)} changes what the trunk answers in each step; "
@@ -125,9 +138,16 @@ class TrainSettings(RunSettings):
             raise RuntimeError("the learning rate depends on the basis; call resolved() first")
         return self.learning_rate
 
-    def resolved(self, coefficients: int) -> Self:
-        """The same with a learning rate: the one that was given, or the default for so many coefficients."""
-        return self if self.learning_rate is not None else replace(self, learning_rate=default_rate(coefficients))
+    def resolved(self, coefficients: int, factor: float = 1.0) -> Self:
+        """The same with a learning rate: the one that was given, or the default for so many coefficients.
+
+        Args:
+            coefficients: how many are trained.
+            factor: of the task, `Task.rate_factor`.
+        """
+        if self.learning_rate is not None:
+            return self
+        return replace(self, learning_rate=default_rate(coefficients, factor))
 
     def check_tuning(self, task: Task, held_out: bool) -> None:
         """Make sure that thresholds can be tuned where that is asked for.
@@ -159,6 +179,13 @@ class TrainSettings(RunSettings):
             raise InputError(
                 f"{argument('data')} holds {rows} row; a {task.name} learns from {task.least_batch} or more, each "
                 f"against the others"
+            )
+
+    def check_packing(self, task: Task) -> None:
+        """Refuse, by an InputError, packing where rows are not written on."""
+        if self.packing and not task.writes_text:
+            raise InputError(
+                f"{argument('packing', True)} is for prompts with answers; rows of {task.name} have no other layout"
             )
 
     def metric_of(self, task: Task) -> str:
@@ -199,13 +226,17 @@ class WarmupSettings(RunSettings):
         return WARMUP_RATES[self.mode] if self.learning_rate is None else self.learning_rate
 
 
-def default_rate(coefficients: int) -> float:
-    """The learning rate of a basis with so many coefficients: `STEP_LENGTH / sqrt(coefficients)`.
+def default_rate(coefficients: int, factor: float = 1.0) -> float:
+    """The learning rate of a basis with so many coefficients: `factor * STEP_LENGTH / sqrt(coefficients)`.
 
     0.15 for 320, 0.05 for 3,047, 0.024 for 12,753; three digits, so that what a record shows can be
     given by hand. At most `LARGEST_DEFAULT_RATE`.
+
+    Args:
+        coefficients: how many are trained.
+        factor: of the task: 1 of classifiers, 3 of decoders that write text.
     """
-    return min(LARGEST_DEFAULT_RATE, float(f"{STEP_LENGTH / math.sqrt(coefficients):.3g}"))
+    return min(LARGEST_DEFAULT_RATE, float(f"{factor * STEP_LENGTH / math.sqrt(coefficients):.3g}"))
 
 
 def fingerprint(settings: RunSettings, **parts: Any) -> dict[str, Any]:
@@ -215,7 +246,7 @@ def fingerprint(settings: RunSettings, **parts: Any) -> dict[str, Any]:
     for: their runs are the same.
     """
     marks = {name: value for name, value in asdict(settings).items() if name not in WHERE}
-    newer = {"task": AUTO, "tune_thresholds": False}
+    newer = {"task": AUTO, "tune_thresholds": False, "packing": False, "base_dtype": "fp32"}
     return {name: value for name, value in marks.items() if (name, value) not in newer.items()} | parts
 
 

@@ -1,11 +1,12 @@
 """Training a customer: the coefficients `c`, and the output layer where that is asked for."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 from transformers import DataCollatorWithPadding, EarlyStoppingCallback, TrainerState
 
@@ -17,6 +18,8 @@ from qrlora_deploy.models.adapter import QRLoRALinear, attach, get_coefficients,
 from qrlora_deploy.models.basis_fit import check_basis_fits
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.models.head import check_stored, prepare_head
+from qrlora_deploy.training.answers import answer_rows
+from qrlora_deploy.training.batches import collator_for
 from qrlora_deploy.training.cached_trainer import (
     CachedModel,
     CachedTrainer,
@@ -27,6 +30,8 @@ from qrlora_deploy.training.cached_trainer import (
     numbered,
 )
 from qrlora_deploy.training.checkpoints import STATE, Sealing, open_work_dir
+from qrlora_deploy.training.forward_only import check_reads_forward
+from qrlora_deploy.training.label_likelihoods import LabelRows, label_rows
 from qrlora_deploy.training.loop import (
     Progress,
     SmallTrainer,
@@ -58,6 +63,14 @@ class _Job:
     evaluation: Rows | None
     outputs: Outputs
     settings: TrainSettings
+    label_rows: LabelRows | None = None
+
+    def scores(self, trainer: SmallTrainer) -> dict[str, float]:
+        """Metrics on the held-out rows, where there are any."""
+        found = evaluate(trainer, self.outputs.task) if self.evaluation else {}
+        if self.label_rows is None:
+            return found
+        return found | self.label_rows.score(self.model, trainer.data_collator, self.settings.batch_size)
 
 
 def train(
@@ -98,11 +111,12 @@ def train(
     device = choose_device(settings.device)
     checkpoint = taken_for(checkpoint, settings.task)
     check_basis_fits(checkpoint, basis)
-    settings = settings.resolved(basis.total_rank)
     outputs = customer_outputs(checkpoint, train, settings.head, settings.task)
+    settings = settings.resolved(basis.total_rank, outputs.task.rate_factor)
     metric = settings.metric_of(outputs.task)
     settings.check_tuning(outputs.task, evaluation is not None)
     settings.check_batches(outputs.task, len(train))
+    settings.check_packing(outputs.task)
     job = _prepare(checkpoint, basis, train, evaluation, outputs, settings)
     job.model.to(device)
     data = {"data_digest": train.digest, "evaluation_digest": evaluation.digest if evaluation else None}
@@ -111,9 +125,9 @@ def train(
     with explained_failures(work_dir):
         cached, cache_place = _cache_trunk(job, CacheWish(settings.trunk_cache, work_dir, progress))
         trainer = _build_trainer(job, cached, metric, work_dir, progress)
-        baseline = evaluate(trainer, outputs.task) if job.evaluation and not outputs.new else {}
+        baseline = {} if outputs.new else job.scores(trainer)
         loss = _run(trainer, last, settings)
-        metrics = evaluate(trainer, outputs.task) if job.evaluation else {}
+        metrics = job.scores(trainer)
         tuned = tune(outputs.task, *held_out_logits(trainer)) if settings.tune_thresholds else Tuned()
     values = get_coefficients(job.adapters)
     head = {name: parameter.detach().float().cpu().numpy() for name, parameter in job.head.items()}
@@ -128,7 +142,7 @@ def train(
         loss=loss,
         device=device,
         trunk_cache=cache_place,
-        remark=outputs.remark,
+        remark=job.outputs.remark,
         tuned=tuned,
     )
     return Coefficients(
@@ -156,9 +170,10 @@ def _prepare(
     check_alike(train, evaluation)
     parts = [part for part in (train, evaluation) if part is not None]
     targets = encode_rows(outputs, train, evaluation, settings.head == "frozen")
-    model = checkpoint.load_model(**outputs.options, **({} if settings.dropout else no_dropout(checkpoint.config)))
-    apart = outputs.task.pairs_apart
-    tokenizer = load_tokenizer(checkpoint, model, settings.max_length, train.pairs is not None and not apart)
+    task = outputs.task
+    model = checkpoint.load_model(**outputs.options, **_loading(checkpoint, settings))
+    pairs = train.pairs is not None and not task.pairs_apart
+    tokenizer = load_tokenizer(checkpoint, model, settings.max_length, pairs, padded=not task.writes_text)
     new_bias = outputs.bias if outputs.new else None
     head = prepare_head(model, basis, new_bias, settings.seed) if settings.head == "output" else {}
     check_stored(head, checkpoint)
@@ -166,10 +181,23 @@ def _prepare(
     precondition(adapters)
     for parameter in head.values():
         parameter.requires_grad_(True)
-    rows = [
-        build_rows(tokenizer, *pair, settings.max_length, outputs.task) for pair in zip(parts, targets, strict=False)
-    ]
-    return _Job(model, adapters, head, tokenizer, rows[0], rows[1] if evaluation else None, outputs, settings)
+    if task.writes_text:
+        made = [answer_rows(tokenizer, part, settings.max_length) for part in parts]
+        rows = [part.rows for part in made]
+        outputs = replace(outputs, remark=made[0].remark(settings.max_length))
+        check_reads_forward(model, rows[0], settings.packing)
+        labelled = label_rows(tokenizer, train, evaluation, settings.max_length)
+    else:
+        labelled = None
+        rows = [build_rows(tokenizer, *pair, settings.max_length, task) for pair in zip(parts, targets, strict=False)]
+    held_out = rows[1] if evaluation else None
+    return _Job(model, adapters, head, tokenizer, rows[0], held_out, outputs, settings, labelled)
+
+
+def _loading(checkpoint: Checkpoint, settings: TrainSettings) -> dict[str, Any]:
+    """Options of `load_model` that settings ask for."""
+    dtype = {} if settings.base_dtype == "fp32" else {"dtype": torch.bfloat16}
+    return dtype if settings.dropout else dtype | no_dropout(checkpoint.config)
 
 
 def _cache_trunk(job: _Job, wish: CacheWish) -> tuple[CachedModel | None, str]:
@@ -181,6 +209,9 @@ def _cache_trunk(job: _Job, wish: CacheWish) -> tuple[CachedModel | None, str]:
     """
     if job.settings.dropout or wish.wanted == "off":
         return None, "off"
+    if job.outputs.task.writes_text or job.settings.base_dtype != "fp32":
+        what = "a decoder that writes text" if job.outputs.task.writes_text else "a base in bf16"
+        return _no_cache(wish, f"not with {what}")
     targets = [path for path, module in job.model.named_modules() if isinstance(module, QRLoRALinear)]
     rows = [text for row in job.rows + (job.evaluation or []) for text in texts_of(row)]
     texts = Texts(rows, DataCollatorWithPadding(job.tokenizer), job.tokenizer.padding_side)
@@ -188,9 +219,13 @@ def _cache_trunk(job: _Job, wish: CacheWish) -> tuple[CachedModel | None, str]:
         cached = build_cached(job.model, targets, texts, job.outputs.task, wish)
         return cached, cached.cache.place
     except InputError as error:
-        if wish.wanted == "auto":
-            return None, f"off: {error}"
-        raise InputError(f"{argument('trunk_cache', wish.wanted)}: {error}") from error
+        return _no_cache(wish, str(error))
+
+
+def _no_cache(wish: CacheWish, reason: str) -> tuple[None, str]:
+    if wish.wanted == "auto":
+        return None, f"off: {reason}"
+    raise InputError(f"{argument('trunk_cache', wish.wanted)}: {reason}")
 
 
 def _build_trainer(
@@ -204,7 +239,7 @@ def _build_trainer(
             "eval_strategy": "epoch",
             "load_best_model_at_end": True,
             "metric_for_best_model": metric,
-            "greater_is_better": True,
+            "greater_is_better": metric not in job.outputs.task.lower_is_better,
             # The patience that is used up belongs to what is resumed.
             "restore_callback_states_from_checkpoint": True,
         }
@@ -219,7 +254,8 @@ def _build_trainer(
         **trainer_parts(job.outputs.task, job.tokenizer, job.outputs.labels),
     }
     if cached is None:
-        return SmallTrainer(**parts)
+        packed = collator_for(job.outputs.task, job.tokenizer, settings.max_length) if settings.packing else None
+        return SmallTrainer(**parts, train_collator=packed)
     start = sum(len(texts_of(row)) for row in job.rows)
     evaluation = numbered(job.evaluation, start) if job.evaluation else None
     # Without padding in the upper part, what there is comes behind the texts.

@@ -23,7 +23,8 @@ AWAY, find = set(sys.argv.pop(1).split(",")), importlib.machinery.PathFinder.fin
 
 
 def find_spec(name, path=None, target=None):
-    return None if name.partition(".")[0] in AWAY else find(name, path, target)
+    away = any(name == module or name.startswith(f"{module}.") for module in AWAY)
+    return None if away else find(name, path, target)
 
 
 importlib.machinery.PathFinder.find_spec = staticmethod(find_spec)
@@ -192,14 +193,17 @@ def test_without_its_part_a_command_says_in_one_line_what_installs_it(
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("parts", "line", "told"),
     [
-        ("verify MERGED --coefficients CUSTOMER", "`verify --coefficients` needs PyTorch"),
-        ("inspect BASIS --plot picture.png", "`inspect --plot` needs matplotlib"),
+        (("cpu",), "verify MERGED --coefficients CUSTOMER", "`verify --coefficients` needs PyTorch"),
+        (("cpu",), "inspect BASIS --plot picture.png", "`inspect --plot` needs matplotlib"),
+        (("cpu", "serve"), "serve BUNDLE --otel --check", "`serve --otel` needs OpenTelemetry's SDK"),
     ],
 )
-def test_an_option_without_its_part_says_so_too(line: str, told: str, things: Things, tmp_path: Path) -> None:
-    ran = run_with(("cpu",), *things.fill(line).split(), cwd=tmp_path)
+def test_an_option_without_its_part_says_so_too(
+    parts: tuple[str, ...], line: str, told: str, things: Things, tmp_path: Path
+) -> None:
+    ran = run_with(parts, *things.fill(line).split(), cwd=tmp_path)
     assert ran.code == 2 and ran.err.count("\n") == 1
     assert told in ran.err and "which is not installed; pip install 'qrlora-deploy[" in ran.err
 
@@ -207,7 +211,8 @@ def test_an_option_without_its_part_says_so_too(line: str, told: str, things: Th
 @pytest.mark.parametrize(
     ("module", "extra"),
     [("qrlora_deploy.training.trainer", "train"), ("qrlora_deploy.factorization.from_checkpoint", "train")]
-    + [("qrlora_deploy.runtime.sessions.session", "cpu"), ("qrlora_deploy.quickstart.run", "train")],
+    + [("qrlora_deploy.runtime.sessions.session", "cpu"), ("qrlora_deploy.quickstart.run", "train")]
+    + [("qrlora_deploy.serving.tracing.sending", "otel")],
 )
 def test_a_program_that_imports_a_room_is_told_the_same(module: str, extra: str, tmp_path: Path) -> None:
     last = run_with((), cwd=tmp_path, code=f"import {module}").err.splitlines()[-1]

@@ -20,6 +20,8 @@ SPELT = {
     "grpc": "grpcio",
     "grpc_health": "grpcio-health-checking",
     "grpc_reflection": "grpcio-reflection",
+    "opentelemetry.sdk": "opentelemetry-sdk",
+    "opentelemetry.exporter.otlp.proto.http": "opentelemetry-exporter-otlp-proto-http",
 }
 
 
@@ -41,15 +43,16 @@ def test_the_base_install_has_no_framework_and_the_card_is_whole() -> None:
     extras = PROJECT["optional-dependencies"]
     everything = base.union(*(packages(extras[part]) for part in ("train", "export", "bench", "gpu")))
     assert everything >= {"torch", "transformers", "onnx", "onnxruntime_gpu", "optimum", "safetensors", "click"}
-    assert extras["all"] == ["qrlora-deploy[train,export,bench,serve,gpu]"]
+    assert extras["all"] == ["qrlora-deploy[train,export,bench,serve,llm,gpu]"]
     assert "qrlora-deploy[train,export,bench,gpu]" in extras["quickstart"]
 
 
 def test_every_command_with_a_part_is_there() -> None:
     assert set(COMMANDS) - set(OF_COMMAND) == {"inspect", "combine", "doctor", "keys", "customers"}
-    # The client is a library alone, Ray is for an option, and object stores are asked for where a URL is given.
-    assert set(OF_COMMAND) < set(COMMANDS)
-    assert set().union(*OF_COMMAND.values()) == set(PARTS) - {"client", "ray", "store"}
+    # The client is a library alone, object stores are asked for where a URL is given, spans and Ray are options, and chats
+    # are data.
+    options = {"client", "ray", "store", "otel", "llm"}
+    assert set(OF_COMMAND) < set(COMMANDS) and set().union(*OF_COMMAND.values()) == set(PARTS) - options
 
 
 @pytest.mark.parametrize(
@@ -61,6 +64,7 @@ def test_every_command_with_a_part_is_there() -> None:
         ("datasets", "export", "datasets, [train]'"),
         ("matplotlib.figure", "inspect", "matplotlib, [bench]'"),
         ("pyarrow", "bench", "pyarrow, [bench]'"),
+        ("opentelemetry", "serve", "opentelemetry, [otel]'"),
         ("onnxruntime", "predict", "ONNX Runtime, [cpu]' (or [gpu] for CUDA)"),
     ],
 )
@@ -91,6 +95,13 @@ def test_what_is_not_installed_is_told_before_any_work(monkeypatch: pytest.Monke
     need_for_command("doctor")
     with pytest.raises(MissingPartError, match=r"^`quickstart` needs .*'qrlora-deploy\[quickstart\]'$"):
         need_for_command("quickstart")
+
+
+def test_a_module_within_a_package_that_is_not_there_is_lacking() -> None:
+    assert lacking(["no_package_of_this_name.inner.module", "json.decoder", "json.nothing"]) == [
+        "no_package_of_this_name.inner.module",
+        "json.nothing",
+    ]
 
 
 def test_doctor_says_which_parts_are_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ class DirectTicket:
     """A place in the queue."""
 
     load: Load
+    pending: None = None
 
 
 class DirectEngine:

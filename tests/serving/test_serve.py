@@ -152,7 +152,8 @@ def test_sighup_reads_keys_and_packed_files_again(place: Path, customers: dict[s
     assert not any(key in line for key in (first, second) for line in server.errors)
 
 
-def test_grpc_and_the_admin_api_share_models_keys_and_quotas(place: Path, customers: dict[str, Coefficients]) -> None:
+@pytest.mark.parametrize("processes", [0, 2])
+def test_grpc_and_the_admin_api_share_models_keys_and_quotas(place: Path, processes: int) -> None:
     grpc = pytest.importorskip("grpc", reason="needs the extra serve")
     from tests.serving.grpc.client import Client, message
 
@@ -161,7 +162,17 @@ def test_grpc_and_the_admin_api_share_models_keys_and_quotas(place: Path, custom
     stored["quotas"] = {"beta": {"rows_per_second": 1, "burst": 3}}
     (place / "keys.json").write_text(json.dumps(stored), "utf-8")
     ports = ("--grpc-port", 0, "--admin-port", 0, "--audit-log", "audit.jsonl", "--count-customer", "beta")
-    options = ("--model", "tiny=bundle", "--customers", "customers", "--keys", "keys.json", *ports)
+    options = (
+        "--model",
+        "tiny=bundle",
+        "--customers",
+        "customers",
+        "--keys",
+        "keys.json",
+        "--processes",
+        processes,
+        *ports,
+    )
     headers = {"authorization": f"Bearer {key}"}
     with Served(*options, cwd=place) as server:
 
@@ -300,8 +311,9 @@ def test_the_examples_of_the_page_work(place: Path) -> None:
             assert json.loads(ran.stdout)
 
 
-def test_the_second_signal_does_not_wait(place: Path) -> None:
-    with Served("bundle", "--drain-delay", 600, cwd=place) as server:
+@pytest.mark.parametrize("processes", [0, 1])
+def test_the_second_signal_does_not_wait(place: Path, processes: int) -> None:
+    with Served("bundle", "--drain-delay", 600, "--processes", processes, cwd=place) as server:
         server.send(signal.SIGTERM)
         deadline = time.monotonic() + 20
         while httpx.get(f"{server.url}/v2/health/ready").status_code == 200:

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from qrlora_deploy.io.strict import Record
 
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 
 
 class TargetRecord(Record):

@@ -78,6 +78,8 @@ class Predictor:
             _check_session(bundle, session, {"provider": provider, "threads": threads, "buckets": buckets})
         self.bundle = bundle
         self.task = task_named(bundle.manifest.task)
+        if self.task.writes_text:
+            raise MalformedInputError(f"{bundle.folder} is a decoder, which writes text; ask it by `generate`")
         self.encoder = TextEncoder(bundle)
         self.switchable = session
         provider = provider or "cpu"

@@ -158,7 +158,7 @@ class LoadedCustomers:
                 name: np.concatenate([part.read_rows(row, 1) for row in slot.tolist()])
                 for name, part in self.table.memory.parts.items()
             }
-            return found, [self.version_of(row) for row in slot.tolist()]
+            return found, [self.version_with_digest(row) for row in slot.tolist()]
         finally:
             self.table.release(held.values())
 

@@ -1,16 +1,17 @@
 """Parity: the logits of a session against those that PyTorch gave on the same inputs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from qrlora_deploy.errors import CheckFailed, argument
+from qrlora_deploy.errors import CheckFailed
 from qrlora_deploy.runtime.bundle.bundle import REFERENCE_FILE, Bundle
 from qrlora_deploy.runtime.bundle.row_layout import COEFFICIENTS, TABLE
 from qrlora_deploy.runtime.verification.bounds import BOUNDS, Bounds
+from qrlora_deploy.runtime.verification.forced import check_forced
 from qrlora_deploy.runtime.verification.reference import Case, read_reference, without_padding, write_reference
+from qrlora_deploy.runtime.verification.report import ParityReport, compare_effects
 from qrlora_deploy.runtime.verification.running import open_for_check, run_logits
 from qrlora_deploy.tasks.base import Task
 
@@ -34,68 +35,6 @@ __all__ = [
 
 PLAIN = 10
 """An effect is told from errors where it is larger than so many bounds of fp32."""
-
-
-@dataclass(frozen=True)
-class ParityReport:
-    """The outcome of a parity check.
-
-    Attributes:
-        max_abs_error: largest difference of two logits.
-        bound: what it may be, for fp32 `1e-4 * max(1, max |logit|)`.
-        label_agreement: mean over the rows of `Task.agreement`: the share of rows with the same label,
-            or of tokens with the same tag.
-        cases: number of batches.
-        rows: number of rows in them.
-        worst: the row with the largest difference.
-        errors: largest difference in each case, by its name.
-        precision: of the graph.
-        effect_correlation: cosine of `logits(c) - logits(0)` in the graph and in PyTorch, over all
-            logits of all rows; not centred, since a shift of every logit is an effect too. None
-            where PyTorch knows of no effect.
-        effect_error: largest difference of the two, relative to the largest effect.
-    """
-
-    max_abs_error: float
-    bound: float
-    label_agreement: float
-    cases: int
-    rows: int
-    worst: str
-    errors: dict[str, float] = field(default_factory=dict)
-    precision: str = "fp32"
-    effect_correlation: float | None = None
-    effect_error: float | None = None
-
-    @property
-    def passed(self) -> bool:
-        """Whether everything is within its bound; NaN is not."""
-        return not self._failures()
-
-    def raise_if_failed(self) -> None:
-        """Raise unless the check passed.
-
-        Raises:
-            CheckFailed: naming the numbers that are out of bounds, the bounds and the worst row.
-        """
-        failures = self._failures()
-        if failures:
-            raise CheckFailed(
-                f"{'; '.join(failures)} ({self.precision}, {self.rows} inputs, worst: {self.worst})"
-                + ("" if self.precision == "fp32" else f"; choose another {argument('precision')}")
-            )
-
-    def _failures(self) -> list[str]:
-        failures = []
-        if not self.max_abs_error <= self.bound:
-            failures.append(f"logits differ from PyTorch: max abs error {self.max_abs_error:.1e} > {self.bound:.1e}")
-        least, found = BOUNDS[self.precision].effect_correlation, self.effect_correlation
-        if least is not None and found is not None and not found >= least:
-            failures.append(f"the customers' effect is not PyTorch's: correlation {found:.4f} < {least}")
-        least, found = BOUNDS[self.precision].label_agreement, self.label_agreement
-        if least is not None and not found >= least:
-            failures.append(f"labels are not PyTorch's: agreement {found:.4f} < {least}")
-        return failures
 
 
 def check_parity(session: Any, reference: Sequence[Case], task: Task, precision: str = "fp32") -> ParityReport:
@@ -128,7 +67,7 @@ def check_parity(session: Any, reference: Sequence[Case], task: Task, precision:
     bound = bound_of(reference, precision, task.least_size)
     # What is as small as errors may be has no direction to compare.
     shown = shows_customers(reference, task.least_size)
-    effect = _compare_effects(np.concatenate(effects), measured) if shown else (None, None)
+    effect = compare_effects(np.concatenate(effects), _effects_of(measured)) if shown else (None, None)
     return ParityReport(worst[1], bound, agreed / rows, len(reference), rows, worst[0], errors, precision, *effect)
 
 
@@ -179,18 +118,8 @@ def _effect(logits: np.ndarray, base_logits: np.ndarray, case: Case) -> np.ndarr
     return logits[present].astype(np.float64) - base_logits[present]
 
 
-def _compare_effects(found: np.ndarray, reference: Sequence[Case]) -> tuple[float | None, float | None]:
-    """Cosine of two effects, and their largest difference by the largest effect."""
-    expected = np.concatenate([_effect(case.logits, case.base_logits, case) for case in reference])
-    largest = np.abs(expected).max(initial=0)
-    if not largest > 0:
-        return None, None
-    if not np.isfinite(found).all():
-        return 0.0, float("inf")
-    product = np.linalg.norm(found) * np.linalg.norm(expected)
-    # A graph without any effect has no direction either.
-    cosine = float(np.clip(found @ expected / product, -1, 1)) if product > 0 else 0.0
-    return cosine, float(np.abs(found - expected).max() / largest)
+def _effects_of(reference: Sequence[Case]) -> np.ndarray:
+    return np.concatenate([_effect(case.logits, case.base_logits, case) for case in reference])
 
 
 def _difference(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
@@ -231,4 +160,7 @@ def verify(bundle: Bundle, provider: str = "cpu", threads: int | None = None) ->
     precision = bundle.manifest.precision
     session = open_for_check(bundle.model, precision, provider, threads)
     reference = read_reference(bundle.folder / REFERENCE_FILE)
-    return check_parity(session, reference, bundle.manifest.deciding_task, precision)
+    task = bundle.manifest.deciding_task
+    if task.writes_text:
+        return check_forced(session, reference, precision)
+    return check_parity(session, reference, task, precision)

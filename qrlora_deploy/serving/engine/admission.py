@@ -30,6 +30,11 @@ class Place:
     used: bool = False
     released: bool = False
 
+    @property
+    def pending(self) -> None:
+        """As of `Ticket`: the place is reserved."""
+        return None
+
     def __post_init__(self) -> None:
         self.resize(self.load)
 

@@ -102,6 +102,7 @@ class LocalEngine:
             self._room.stats(),
             batches=runner.batches,
             queue_s=runner.queue_s,
+            queue_counts=tuple(runner.queued.counts),
             run_s=runner.run_s,
             run_tokens=runner.tokens,
             padded_tokens=runner.padded_tokens,

@@ -1,8 +1,10 @@
 """What a front asks of an engine, wherever that runs."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Awaitable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Protocol
 
 from qrlora_deploy.runtime.bundle.manifest import Manifest
@@ -21,6 +23,7 @@ class EngineStats:
         tokenised_rows: rows that were given to `submit`.
         rejected: refusals by the error's kind.
         queue_s: sum of the seconds that answered rows waited.
+        queue_counts: how many rows waited how long, by the buckets of `Durations`; empty: nobody counted.
         run_s: sum of the seconds of all runs.
         run_tokens: tokens of the rows that were answered.
         padded_tokens: rows x padded length of all runs; run_tokens / padded_tokens says how little was padded.
@@ -38,6 +41,7 @@ class EngineStats:
     tokenised_rows: int = 0
     rejected: tuple[tuple[str, int], ...] = ()
     queue_s: float = 0.0
+    queue_counts: tuple[int, ...] = ()
     run_s: float = 0.0
     run_tokens: int = 0
     padded_tokens: int = 0
@@ -47,11 +51,61 @@ class EngineStats:
     draining: bool = False
     last_run_s: float = 0.0
 
+    def __add__(self, other: "EngineStats") -> "EngineStats":
+        """Those of two engines together; one that drains is enough."""
+        sums = {name: getattr(self, name) + getattr(other, name) for name in (*COUNTERS, *GAUGES)}
+        return EngineStats(
+            rejected=tuple(sorted((Counter(dict(self.rejected)) + Counter(dict(other.rejected))).items())),
+            queue_counts=tuple(a + b for a, b in zip_longest(self.queue_counts, other.queue_counts, fillvalue=0)),
+            draining=self.draining or other.draining,
+            last_run_s=max(self.last_run_s, other.last_run_s),
+            **sums,
+        )
+
+    def since(self, before: "EngineStats") -> "EngineStats":
+        """What was counted after `before`, and what the engine holds now. An engine that was started anew in between
+        has counted from 0, and nothing is less than that."""
+        counted = {name: max(0, getattr(self, name) - getattr(before, name)) for name in COUNTERS}
+        pairs = zip_longest(self.queue_counts, before.queue_counts, fillvalue=0)
+        return replace(self, rejected=(), queue_counts=tuple(max(0, a - b) for a, b in pairs), **counted)
+
+
+COUNTERS = (
+    "rows",
+    "batches",
+    "tokenised_rows",
+    "queue_s",
+    "run_s",
+    "run_tokens",
+    "padded_tokens",
+    "loads",
+    "evictions",
+)
+"""Numbers of `EngineStats` that only grow."""
+
+GAUGES = ("queued_rows", "queued_tokens", "resident")
+"""Numbers of what an engine holds."""
+
+
+def sum_of(stats: Sequence[EngineStats]) -> EngineStats:
+    """Counters of several engines together; zeros of none."""
+    return sum(stats, EngineStats())
+
 
 class Ticket(Protocol):
-    """A request's reserved place in the queue. Give it to `submit`, or `release` it."""
+    """A request's reserved place in the queue. Give it to `submit`, or `release` it.
+
+    Attributes:
+        load: what it was asked for.
+        pending: None: the place is reserved. An engine in another process reserves it when this is done; it raises
+            what `admit` raises, and until then nothing may be given to `submit`.
+    """
 
     load: Load
+
+    @property
+    def pending(self) -> Awaitable[None] | None:
+        """What to await."""
 
 
 class Engine(Protocol):

@@ -59,6 +59,23 @@ class Row:
         return len(next(iter(self.inputs.values())))
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run of a batch, for those who look at where the time went.
+
+    Attributes:
+        start_s: a time of `time.monotonic`, which all processes of a machine share.
+        end_s: another one.
+        rows: of the batch.
+        padded_tokens: rows x padded length.
+    """
+
+    start_s: float
+    end_s: float
+    rows: int
+    padded_tokens: int
+
+
 @dataclass(frozen=True)
 class RowAnswer:
     """What the model gave for a row.
@@ -70,6 +87,7 @@ class RowAnswer:
         digest: of the content of the customer that answered, as `Coefficients.digest`; empty for the base.
         thresholds: as of `Answering`.
         words: of the row.
+        run: in which it was answered; None: nobody says.
     """
 
     logits: np.ndarray
@@ -77,6 +95,7 @@ class RowAnswer:
     digest: str
     thresholds: tuple[float, ...] = ()
     words: LocatedWords | None = None
+    run: Run | None = None
 
     @property
     def answering(self) -> Answering:

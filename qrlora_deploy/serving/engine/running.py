@@ -1,5 +1,6 @@
 """Runs a batch so that a row fails for nothing but itself."""
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -9,10 +10,11 @@ from qrlora_deploy.errors import QrloraError, first_line
 from qrlora_deploy.runtime.sessions.versions import Version
 from qrlora_deploy.serving.engine.batching import Shapes
 from qrlora_deploy.serving.engine.collating import Collator
+from qrlora_deploy.serving.engine.durations import Durations
 from qrlora_deploy.serving.engine.models import Model
 from qrlora_deploy.serving.engine.pace import Pace
 from qrlora_deploy.serving.engine.requests import WaitingRow
-from qrlora_deploy.serving.engine.rows import RowAnswer
+from qrlora_deploy.serving.engine.rows import RowAnswer, Run
 from qrlora_deploy.serving.engine.turns import Turns
 from qrlora_deploy.serving.refusals import DeadlineError
 
@@ -38,6 +40,7 @@ class BatchRunner:
         batches: that were run.
         run_s: how long they took together.
         queue_s: how long the rows that were answered had waited, together.
+        queued: the same for each of them.
         tokens: of those rows.
         padded_tokens: rows x length of the runs, as they were padded.
         last_run_s: when the last one ended, in seconds of the Unix epoch; 0: there was none.
@@ -48,10 +51,11 @@ class BatchRunner:
         self.batches = 0
         self.run_s = 0.0
         self.queue_s = 0.0
+        self.queued = Durations()
         self.tokens = 0
         self.padded_tokens = 0
         self.last_run_s = 0.0
-        self._turn = Turns()
+        self._turn, self._counting = Turns(), threading.Lock()
         self._model, self._shapes, self._pace, self._clock = model, shapes, pace, clock
         rows = _most_rows(model)
         # One row is the base's, and some are held by those who fetch customers meanwhile.
@@ -97,21 +101,25 @@ class BatchRunner:
             if any(row.request.ended or _is_late(row, start_s) for row in rows):
                 return None
             logits, versions = self._model.answer(inputs, customers)
-            self._count(rows, start_s)
+            run = self._counted(rows, start_s)
+        # After the turn, so that the next run does not wait for it.
+        self._count_waits(rows, start_s)
         return [
-            (row, self._answer(row, values, version))
+            (row, self._answer(row, values, version, run))
             for row, values, version in zip(rows, logits, versions, strict=True)
         ]
 
-    def _answer(self, row: WaitingRow, logits: np.ndarray, version: Version) -> RowAnswer:
+    def _answer(self, row: WaitingRow, logits: np.ndarray, version: Version, run: Run) -> RowAnswer:
         answering = version.answering
         own = self.collator.unpadded(logits, row.length)
         if answering.labels:
             own = answering.own(own)
-        return RowAnswer(own, answering.labels, version.digest, answering.thresholds, row.row.words)
+        return RowAnswer(own, answering.labels, version.digest, answering.thresholds, row.row.words, run)
 
-    def _count(self, rows: Sequence[WaitingRow], start_s: float) -> None:
-        seconds = self._clock() - start_s
+    def _counted(self, rows: Sequence[WaitingRow], start_s: float) -> Run:
+        """Count a run that has just ended."""
+        end_s = self._clock()
+        seconds = end_s - start_s
         length = self._shapes.length(max(row.length for row in rows))
         padded = self._shapes.rows(len(rows), length) * length
         self._pace.ran(len(rows), padded, seconds)
@@ -120,7 +128,14 @@ class BatchRunner:
         self.batches += 1
         self.last_run_s = time.time()
         self.run_s += seconds
-        self.queue_s += sum(start_s - row.request.queued_s for row in rows)
+        return Run(start_s, end_s, len(rows), padded)
+
+    def _count_waits(self, rows: Sequence[WaitingRow], start_s: float) -> None:
+        with self._counting:
+            for row in rows:
+                waited_s = start_s - row.request.queued_s
+                self.queue_s += waited_s
+                self.queued.add(waited_s)
 
 
 def loaders_of(model: Model) -> int:

@@ -12,7 +12,9 @@ import grpc
 from qrlora_deploy.errors import QrloraError
 from qrlora_deploy.serving.access import Access, key_of
 from qrlora_deploy.serving.answering import FAILED
-from qrlora_deploy.serving.refusals import status_of
+from qrlora_deploy.serving.parts import Spans, Tracing
+from qrlora_deploy.serving.refusals import FAILED as FAILED_STATUS
+from qrlora_deploy.serving.refusals import GONE, STATUS, status_of
 
 REQUEST_ID = "x-request-id"
 """A client may send it; it comes back in the trailing metadata, and stands in the log."""
@@ -24,6 +26,9 @@ RETRY_AFTER = "retry-after"
 
 PUSHBACK = "grpc-retry-pushback-ms"
 """The same in milliseconds, as gRPC's own retries read it."""
+
+CALL_STATUS = {"": "OK", GONE: "CANCELLED"}
+"""gRPC's status of what ended without an error of ours, by the reason."""
 
 Metadata = Sequence[tuple[str, str | bytes]] | None
 
@@ -51,6 +56,7 @@ class Call:
         deadline_s: a time of `time.monotonic` after which the client does not wait; None: it waits for ever.
         request_id: the client's own, or one made up.
         customers: of the rows that it asks for.
+        spans: are told of its stages; None: nobody wants to know.
     """
 
     def __init__(self, context: grpc.aio.ServicerContext, access: Access) -> None:
@@ -61,7 +67,30 @@ class Call:
         self.request_id = given if GOOD_ID.fullmatch(given) else secrets.token_hex(8)
         self.access = access
         self.customers: Sequence[str | None] = ()
+        self.spans: Spans | None = None
         context.set_trailing_metadata(((REQUEST_ID, self.request_id),))
+
+    def begin_spans(self, tracing: Tracing, method: str) -> None:
+        """Begin its spans, with the names of OpenTelemetry's conventions.
+
+        Args:
+            tracing: begins them.
+            method: its full name.
+        """
+        carrier = {name: value for name, value in self._context.invocation_metadata() or () if isinstance(value, str)}
+        attributes = {"rpc.system.name": "grpc", "rpc.method": method, "qrlora.request_id": self.request_id}
+        self.spans = tracing.begin(method, carrier, attributes)
+
+    def end_spans(self, reason: str, code: int) -> None:
+        """End them.
+
+        Args:
+            reason: why the call was not answered; empty: it was.
+            code: that HTTP has for the same.
+        """
+        if self.spans is not None:
+            status = CALL_STATUS.get(reason) or STATUS.get(reason, FAILED_STATUS).grpc
+            self.spans.end(reason, code >= 500, {"rpc.response.status_code": status})
 
     async def refuse(self, error: QrloraError) -> None:
         """End it by an error's status and its one line.

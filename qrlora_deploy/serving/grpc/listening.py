@@ -26,15 +26,15 @@ class GrpcLimits:
     max_message_bytes: int = 16 * 2**20
     max_calls: int = 1024
 
-    def options(self) -> Sequence[tuple[str, Any]]:
-        """As gRPC's core takes them."""
+    def options(self, is_shared: bool = False) -> Sequence[tuple[str, Any]]:
+        """As gRPC's core takes them; whether other processes of this server listen on the port, too."""
         return (
             ("grpc.max_receive_message_length", self.max_message_bytes),
             ("grpc.max_send_message_length", -1),
             ("grpc.max_metadata_size", MAX_METADATA_BYTES),
             ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
             # Two servers on one port would share its clients without a word.
-            ("grpc.so_reuseport", 0),
+            ("grpc.so_reuseport", int(is_shared)),
             # A client that is gone without a word is noticed, and its requests are dropped.
             ("grpc.keepalive_time_ms", 60_000),
             ("grpc.keepalive_timeout_ms", 20_000),
@@ -87,15 +87,17 @@ class Certificates:
         return grpc.dynamic_ssl_server_credentials(self._current, self._changed, needs_client)
 
 
-def listen(server: grpc.aio.Server, host: str, port: int, certificates: Certificates | None) -> int:
-    """Make a server listen; the port, which gRPC chooses where it is 0.
+def listen(
+    server: grpc.aio.Server, host: str, port: int, certificates: Certificates | None, is_shared: bool = False
+) -> int:
+    """Make a server listen; the port, which gRPC chooses where it is 0. Other processes of this server may share it.
 
     Raises:
         InputError: the address cannot be listened on.
     """
     if port:
         # gRPC names no reason, and writes to stderr.
-        bound_socket(host, port).close()
+        bound_socket(host, port, is_shared).close()
     address = at_port(host, port)
     try:
         if certificates is None:

@@ -28,6 +28,7 @@ class GrpcServer:
         port: 0: any that is free.
         tls: files of certificates; None: without encryption.
         limits: how much it takes at a time.
+        is_shared: other processes of this server listen there, too.
 
     Attributes:
         port: where it listens, once it was started.
@@ -43,8 +44,9 @@ class GrpcServer:
         port: int = 0,
         tls: Tls | None = None,
         limits: GrpcLimits | None = None,
+        is_shared: bool = False,
     ) -> None:
-        self.host, self.port = host, port
+        self.host, self.port, self._is_shared = host, port, is_shared
         self._service = service
         self._limits = limits or GrpcLimits()
         self._certificates = None if tls is None else Certificates(tls)
@@ -59,11 +61,11 @@ class GrpcServer:
             InputError: the address cannot be listened on.
         """
         limits = self._limits
-        server = grpc.aio.server(options=limits.options(), maximum_concurrent_rpcs=limits.max_calls)
+        server = grpc.aio.server(options=limits.options(self._is_shared), maximum_concurrent_rpcs=limits.max_calls)
         server.add_generic_rpc_handlers((self._service,))
         self._health.add_to(server)
         add_reflection(server)
-        self.port = listen(server, self.host, self.port, self._certificates)
+        self.port = listen(server, self.host, self.port, self._certificates, self._is_shared)
         await self._health.look()
         await server.start()
         self._following = asyncio.create_task(self._health.follow())

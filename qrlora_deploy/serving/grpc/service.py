@@ -19,9 +19,10 @@ from qrlora_deploy.serving.inference.describing import model_config, model_metad
 from qrlora_deploy.serving.inference.questions import deadline_of, question_of
 from qrlora_deploy.serving.json_log import log_request
 from qrlora_deploy.serving.life import Life
+from qrlora_deploy.serving.live.totals import RequestCounts
 from qrlora_deploy.serving.outputs import OUTPUTS, answer_parameters, outputs_of
-from qrlora_deploy.serving.parts import Keys, Metrics
-from qrlora_deploy.serving.refusals import OverloadedError, status_of
+from qrlora_deploy.serving.parts import Keys, Metrics, Tracing
+from qrlora_deploy.serving.refusals import GONE, OverloadedError, reason_of, status_of
 from qrlora_deploy.serving.served import VERSION, Models
 from qrlora_deploy.version import __version__
 
@@ -31,6 +32,9 @@ OK, CANCELLED = 200, 499
 MAX_HELD_BYTES = 2**30
 
 _NAMES = {f"/{SERVICE}/{name}": name for name in METHODS}
+
+INFER = "ModelInfer"
+"""The method that asks a model."""
 
 OPEN = ("ServerLive", "ServerReady", "ModelReady")
 """Methods that need no key: probes have none."""
@@ -45,6 +49,8 @@ class InferenceService(grpc.GenericRpcHandler):
         keys: who may ask; None: everybody.
         metrics: counts; None: nobody does.
         max_held_bytes: of all messages that are being answered at a time.
+        counts: of requests, for the live page; None: nobody looks.
+        tracing: begins spans; None: there are none.
 
     Attributes:
         running: calls that are being answered.
@@ -57,8 +63,11 @@ class InferenceService(grpc.GenericRpcHandler):
         keys: Keys | None = None,
         metrics: Metrics | None = None,
         max_held_bytes: int = MAX_HELD_BYTES,
+        counts: RequestCounts | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self.models, self.life, self.keys, self.metrics = models, life, keys, metrics
+        self.counts, self.tracing = counts or RequestCounts(), tracing
         self.max_held_bytes = max_held_bytes
         self.running = self._held = 0
 
@@ -89,35 +98,45 @@ class InferenceService(grpc.GenericRpcHandler):
         return access
 
     async def _refuse(self, name: str, error: QrloraError, messages: Any, context: grpc.aio.ServicerContext) -> None:
-        call = Call(context, open_access)
-        self._tell(call, name, status_of(error).http, 0.0)
+        call = self._begin(context, open_access, name)
+        self._tell(call, name, status_of(error).http, 0.0, reason_of(error))
         await call.refuse(error)
 
     async def _handle(self, name: str, access: Access, body: bytes, context: grpc.aio.ServicerContext) -> Any:
         """Answer a call: errors as statuses, and counting."""
-        start, code, call = time.perf_counter(), CANCELLED, Call(context, access)
+        start, code, reason, call = time.perf_counter(), CANCELLED, GONE, self._begin(context, access, name)
         method: Callable[[Any, Call], Awaitable[Any]] = getattr(self, name)
         self.running += 1
         self._held += len(body)
         try:
             reply = await method(parse(METHODS[name][0], body), call)
-            code = OK
+            code, reason = OK, ""
             return reply
         except Exception as error:
             refusal = call.refusal_of(error)
-            code = status_of(refusal).http
+            code, reason = status_of(refusal).http, reason_of(refusal)
             await call.refuse(refusal)
         finally:
             self.running -= 1
             self._held -= len(body)
-            self._tell(call, name, code, time.perf_counter() - start)
+            self._tell(call, name, code, time.perf_counter() - start, reason)
 
-    def _tell(self, call: Call, name: str, code: int, seconds: float) -> None:
+    def _begin(self, context: grpc.aio.ServicerContext, access: Access, name: str) -> Call:
+        call = Call(context, access)
+        if self.tracing is not None and name == INFER:
+            call.begin_spans(self.tracing, f"{SERVICE}/{name}")
+        return call
+
+    def _tell(self, call: Call, name: str, code: int, seconds: float, reason: str) -> None:
         """Count a call and log it."""
         route, rows = f"/{SERVICE}/{name}", len(call.customers)
         if self.metrics is not None:
             self.metrics.observe(route, code, seconds, rows, call.customers)
-        log_request(call.request_id, "grpc", route, code, seconds, rows, call.access.key_id)
+        if name == INFER:
+            self.counts.count(seconds, rows, reason)
+        trace_id = "" if call.spans is None else call.spans.trace_id
+        log_request(call.request_id, "grpc", route, code, seconds, rows, call.access.key_id, trace_id)
+        call.end_spans(reason, code)
 
     async def ServerLive(self, message: Any, call: Call) -> Any:
         """The process runs."""
@@ -165,7 +184,7 @@ class InferenceService(grpc.GenericRpcHandler):
         self.life.check()
         limits = (call.deadline_s, deadline_of(None, asked.parameters.get("timeout")))
         deadline_s = min((limit for limit in limits if limit is not None), default=None)
-        answers = await answer(model, question, customers, deadline_s, call.access)
+        answers = await answer(model, question, customers, deadline_s, call.access, call.spans)
         values = [(wanted, OUTPUTS[wanted.name](answers, model.task)) for wanted in asked.wanted]
         parameters = answer_parameters(model.bundle.manifest.base_digest, answers)
         return write_infer(model.name, VERSION, asked.id, values, parameters)

@@ -10,8 +10,9 @@ import httptools
 import orjson
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from qrlora_deploy.serving.http.front import GIVE_UP, GONE
+from qrlora_deploy.serving.http.endpoint import GIVE_UP
 from qrlora_deploy.serving.http.limits import HttpLimits
+from qrlora_deploy.serving.refusals import GONE
 
 PER_HEADER = 32
 """Bytes that a header counts beside its own: very many empty ones take memory too."""

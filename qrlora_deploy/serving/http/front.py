@@ -1,25 +1,33 @@
 """The routes of the HTTP front."""
 
 import asyncio
-import time
-from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
-from qrlora_deploy.errors import MalformedInputError, QrloraError
+from qrlora_deploy.errors import MalformedInputError
 from qrlora_deploy.serving.access import Access, key_of, open_access
 from qrlora_deploy.serving.answering import Question, answer
 from qrlora_deploy.serving.engine.rows import RowAnswer
 from qrlora_deploy.serving.http.classify import classify_answer, parse_classify
 from qrlora_deploy.serving.http.embeddings import embeddings_answer, parse_embeddings
+from qrlora_deploy.serving.http.endpoint import (
+    GIVE_UP,
+    SPANS,
+    Endpoint,
+    Handler,
+    Outcome,
+    customers_of,
+    request_id_of,
+    spans_of,
+)
+from qrlora_deploy.serving.http.live_page import LivePage
 from qrlora_deploy.serving.http.openapi import openapi
 from qrlora_deploy.serving.http.protocol import InferAnswer, parse_infer, parse_object, write_answer
-from qrlora_deploy.serving.http.replies import JSON, error_reply, json_reply, reply_to_error
+from qrlora_deploy.serving.http.replies import JSON, error_reply, json_reply
 from qrlora_deploy.serving.inference.describing import (
     model_config,
     model_metadata,
@@ -31,53 +39,16 @@ from qrlora_deploy.serving.inference.questions import deadline_of, question_of
 from qrlora_deploy.serving.inference.requests import InferRequest
 from qrlora_deploy.serving.json_log import log_request
 from qrlora_deploy.serving.life import Life
+from qrlora_deploy.serving.live.totals import RequestCounts
+from qrlora_deploy.serving.live.window import Window
 from qrlora_deploy.serving.outputs import OUTPUTS, answer_parameters, outputs_of
-from qrlora_deploy.serving.parts import Keys, Metrics
+from qrlora_deploy.serving.parts import Keys, LiveNumbers, Metrics, Spans, Tracing
 from qrlora_deploy.serving.served import VERSION, Models, ServedModel
 
 HEADER_LENGTH = "inference-header-content-length"
 TIMEOUT = "x-request-timeout-ms"
 BINARY = "application/octet-stream"
 METRICS = "text/plain; version=0.0.4; charset=utf-8"
-
-
-GONE, GIVE_UP = "gone", "give_up"
-"""In the state of a request: its client has gone; what to call then."""
-
-ENDED_BY = "ended_by"
-"""In the state of a request: the kind of the error that it ended with."""
-
-CLIENT_GONE = 499
-"""The usual status, in logs and metrics, of a request whose client did not wait. Nobody gets it."""
-
-Handler = Callable[[Request, Access], Awaitable[Response]]
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """An ASGI application of one route, with what all have in common: the key, errors as replies, and counting."""
-
-    front: "Front"
-    path: str
-    handler: Handler
-    is_open: bool = False
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request."""
-        request, start, access = Request(scope, receive, send), time.perf_counter(), open_access
-        try:
-            access = open_access if self.is_open else self.front.access(request)
-            reply = await self.handler(request, access)
-        except Exception as error:
-            scope["state"][ENDED_BY] = getattr(error, "kind", QrloraError.kind)
-            reply = reply_to_error(error, _request_id(request))
-        except asyncio.CancelledError:
-            if not scope["state"].get(GONE):
-                raise
-            reply = error_reply("the client has gone", CLIENT_GONE)
-        scope["state"].pop(GIVE_UP, None)
-        self.front.tell(request, self.path, reply.status_code, time.perf_counter() - start, access.key_id)
-        await reply(scope, receive, send)
 
 
 @dataclass
@@ -89,12 +60,21 @@ class Front:
         life: whether requests are taken.
         keys: who may ask; None: everybody.
         metrics: counts; None: nobody does.
+        counts: of this front and those beside it, for the live page.
+        window: what that page shows; None: of `counts` and the engines.
+        tracing: begins spans; None: there are none.
     """
 
     models: Models
     life: Life = field(default_factory=Life)
     keys: Keys | None = None
     metrics: Metrics | None = None
+    counts: RequestCounts = field(default_factory=RequestCounts)
+    window: LiveNumbers | None = None
+    tracing: Tracing | None = None
+
+    def __post_init__(self) -> None:
+        self.live_window: LiveNumbers = self.window or Window(self.counts.totals, self.models.stats)
 
     def routes(self) -> list[Route]:
         """All of them. Health and the description of the interface need no key."""
@@ -103,14 +83,14 @@ class Front:
             self._route("/v2/health/live", "GET", self.live, is_open=True),
             self._route("/v2/health/ready", "GET", self.ready, is_open=True),
             self._route("/openapi.json", "GET", self.describe, is_open=True),
-            self._route("/v1/classify", "POST", self.classify),
-            self._route("/v1/embeddings", "POST", self.embeddings),
+            self._route("/v1/classify", "POST", self.classify, asks=True),
+            self._route("/v1/embeddings", "POST", self.embeddings, asks=True),
             self._route("/v2", "GET", self.server),
             self._route("/v2/", "GET", self.server),
             self._route("/v2/repository/index", "POST", self.index),
             self._route("/v2/models/stats", "GET", self.all_stats),
             *(
-                self._route(f"{prefix}{rest}", method, handler)
+                self._route(f"{prefix}{rest}", method, handler, asks=rest == "/infer")
                 for prefix in (model, f"{model}/versions/{{version}}")
                 for rest, method, handler in (
                     ("/infer", "POST", self.infer),
@@ -123,10 +103,11 @@ class Front:
         ]
         if self.metrics is not None:
             routes.append(self._route("/metrics", "GET", partial(scraped, self.metrics)))
-        return routes
+        page = LivePage(self.models, self.life, self.live_window)
+        return routes + [self._route(path, "GET", handler, is_open) for path, handler, is_open in page.handlers()]
 
-    def _route(self, path: str, method: str, handler: Handler, is_open: bool = False) -> Route:
-        return Route(path, Endpoint(self, path, handler, is_open), methods=[method])
+    def _route(self, path: str, method: str, handler: Handler, is_open: bool = False, asks: bool = False) -> Route:
+        return Route(path, Endpoint(self, path, handler, is_open, asks), methods=[method])
 
     def access(self, request: Request) -> Access:
         """What a request's key may do.
@@ -136,12 +117,39 @@ class Front:
         """
         return open_access if self.keys is None else self.keys.access(key_of(request.headers.get("authorization")))
 
-    def tell(self, request: Request, route: str, code: int, seconds: float, key_id: str) -> None:
+    def begin_spans(self, request: Request, endpoint: Endpoint) -> Spans | None:
+        """The spans of a request, with the names of OpenTelemetry's conventions; None: nobody wants them."""
+        if self.tracing is None:
+            return None
+        attributes = {
+            "http.request.method": request.method,
+            "http.route": endpoint.path,
+            # The pattern, where the path has a part that the client chose.
+            "url.path": endpoint.path,
+            "url.scheme": request.url.scheme,
+            "qrlora.request_id": request_id_of(request),
+        }
+        spans = self.tracing.begin(f"{request.method} {endpoint.path}", request.headers, attributes)
+        request.scope["state"][SPANS] = spans
+        return spans
+
+    def tell(self, request: Request, outcome: Outcome, endpoint: Endpoint) -> None:
         """Count a request and log it."""
-        customers: Sequence[str | None] = getattr(request.state, "customers", ())
+        customers, code, seconds = customers_of(request), outcome.code, outcome.seconds
         if self.metrics is not None:
-            self.metrics.observe(route, code, seconds, len(customers), customers)
-        log_request(_request_id(request), request.method, route, code, seconds, len(customers), key_id)
+            self.metrics.observe(endpoint.path, code, seconds, len(customers), customers)
+        if endpoint.asks:
+            self.counts.count(seconds, len(customers), outcome.reason)
+        log_request(
+            request_id_of(request),
+            request.method,
+            endpoint.path,
+            code,
+            seconds,
+            len(customers),
+            outcome.key_id,
+            "" if self.tracing is None or (spans := spans_of(request)) is None else spans.trace_id,
+        )
 
     def _model(self, request: Request) -> ServedModel:
         return self.models.find(request.path_params["model"], request.path_params.get("version"))
@@ -235,7 +243,7 @@ class Front:
         if task is not None:
             request.scope["state"][GIVE_UP] = task.cancel
         self.life.check()
-        return await answer(model, question, customers, deadline_s, access)
+        return await answer(model, question, customers, deadline_s, access, spans_of(request))
 
 
 async def not_found(request: Request, error: Exception) -> Response:
@@ -246,10 +254,6 @@ async def not_found(request: Request, error: Exception) -> Response:
     reply = error_reply(f"{request.url.path[:120]!a} {what}; GET /openapi.json lists what is", code)
     reply.headers.update(headers)
     return reply
-
-
-def _request_id(request: Request) -> str:
-    return getattr(request.state, "request_id", "-")
 
 
 def _header_length(request: Request) -> int | None:
@@ -276,4 +280,4 @@ def _infer_reply(written: InferAnswer) -> Response:
 
 async def scraped(metrics: Metrics, request: Request, access: Access) -> Response:
     """For Prometheus."""
-    return Response(metrics.text(), headers={"content-type": METRICS})
+    return Response(await metrics.scrape(), headers={"content-type": METRICS})

@@ -33,6 +33,7 @@ class HttpListener:
         port: 0: any that is free.
         tls: files of certificates; None: without encryption.
         limits: of the clients.
+        is_shared: other processes of this server listen there, too.
 
     Attributes:
         config: uvicorn's.
@@ -48,11 +49,12 @@ class HttpListener:
         port: int = 0,
         tls: Tls | None = None,
         limits: HttpLimits | None = None,
+        is_shared: bool = False,
     ) -> None:
         self._host, self._tls = host, tls
         self.config = _config(app, tls, limits or HttpLimits())
         self._uvicorn = _Uvicorn(self.config)
-        self._socket = bound_socket(host, port)
+        self._socket = bound_socket(host, port, is_shared)
         self._serving: asyncio.Task[None] | None = None
 
     @property

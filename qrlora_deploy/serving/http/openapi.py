@@ -168,6 +168,7 @@ def openapi() -> dict[str, Any]:
             "/v2/models/{model}/stats": {"get": _get("As Triton has them"), "parameters": [_in_path("model")]},
             "/v2/models/stats": {"get": _get("Of all models")},
             "/v2/repository/index": {"post": _get("All models")},
+            "/live.json": {"get": _get("What the page / shows of the last minutes")},
             "/v2/health/live": {"get": {"summary": "Does the process run", "security": [], "responses": health}},
             "/v2/health/ready": {"get": {"summary": "Are requests taken", "security": [], "responses": health}},
         },

@@ -84,11 +84,12 @@ class RelayFront(Front):
         )
         super().__init__(NoModels(), keys=keys, metrics=metrics)
 
-    def _route(self, path: str, method: str, handler: Handler, is_open: bool = False) -> Route:
+    def _route(self, path: str, method: str, handler: Handler, is_open: bool = False, asks: bool = False) -> Route:
         if path == "/metrics":
-            return super()._route(path, method, partial(self._scrape, handler), is_open)
-        own = path in ("/v2/health/live", "/v2/health/ready", "/openapi.json")
-        return super()._route(path, method, handler if own else self.relay, is_open)
+            handler = partial(self._scrape, handler)
+        elif path.startswith(("/v1/", "/v2")) and not path.startswith("/v2/health/"):
+            handler = self.relay
+        return super()._route(path, method, handler, is_open, asks)
 
     async def ready(self, request: Request, access: Access) -> Response:
         """Requests are welcome, and a replica would answer."""

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Scope
 from qrlora_deploy.errors import QrloraError
 from qrlora_deploy.serving.engine.protocol import EngineStats
 from qrlora_deploy.serving.http.app import make_app
-from qrlora_deploy.serving.http.front import ENDED_BY
+from qrlora_deploy.serving.http.endpoint import ENDED_BY
 from qrlora_deploy.serving.http.limits import HttpLimits
 from qrlora_deploy.serving.opened import OpenedFront
 from qrlora_deploy.serving.opening import ModelPlaces, RunOptions

@@ -125,6 +125,8 @@ def choose_customers(
     if not settings.labelled:
         raise InputError(f"a fleet trains no {BY_OPTION[settings.task].name}; train these customers by `train`")
     base = frozen_outputs(checkpoint, settings.task) if frozen else base_outputs(checkpoint)
+    if base.task.writes_text:
+        raise InputError(f"a fleet trains no {base.task.name}; train these customers by `train`")
     if frozen:
         settings.metric_of(base.task)
         settings.check_tuning(base.task, source.evaluation is not None)

@@ -18,8 +18,9 @@ from qrlora_deploy.training.fleet.adam import AdamTable
 from qrlora_deploy.training.fleet.branch import RowHead, RowLinear, RowValues, attach_rows, padded_rank
 from qrlora_deploy.training.fleet.shipping import ship
 from qrlora_deploy.training.fleet.tokens import IDS
-from qrlora_deploy.training.loop import halve_frozen, has_bf16, load_tokenizer, mixed_precision
+from qrlora_deploy.training.loop import load_tokenizer
 from qrlora_deploy.training.outputs import Outputs, base_outputs
+from qrlora_deploy.training.precision import halve_frozen, has_bf16, mixed_precision
 from qrlora_deploy.training.settings import TrainSettings
 from qrlora_deploy.training.trunk.padding_free import Layout
 from qrlora_deploy.training.trunk.split import SplitModel, split_model

@@ -32,8 +32,8 @@ from qrlora_deploy.training.fleet.options import FleetOptions, FleetReport
 from qrlora_deploy.training.fleet.run import train_fleet
 from qrlora_deploy.training.fleet.schedule import StepRows
 from qrlora_deploy.training.fleet.shipping import in_one_copy
-from qrlora_deploy.training.loop import halve_frozen
 from qrlora_deploy.training.outputs import Outputs
+from qrlora_deploy.training.precision import halve_frozen
 from qrlora_deploy.training.settings import TrainSettings
 from qrlora_deploy.training.trainer import train
 from tests.tiny import LABELS

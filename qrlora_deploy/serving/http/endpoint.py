@@ -1,0 +1,126 @@
+"""What the routes of the front have in common: the key, errors as replies, and counting."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from qrlora_deploy.errors import QrloraError
+from qrlora_deploy.serving.access import Access, open_access
+from qrlora_deploy.serving.http.replies import error_reply, reply_to_error
+from qrlora_deploy.serving.parts import Spans
+from qrlora_deploy.serving.refusals import GONE, DrainingError, reason_of
+
+GIVE_UP = "give_up"
+"""In the state of a request: what to call when its client has gone; `GONE` is there then."""
+
+SPANS = "spans"
+"""In the state of a request: its spans, if there are any."""
+
+STATUS_CODE = "http.response.status_code"
+
+ENDED_BY = "ended_by"
+"""In the state of a request: the kind of the error that it ended with."""
+
+CLIENT_GONE = 499
+"""The usual status, in logs and metrics, of a request whose client did not wait. Nobody gets it."""
+
+Handler = Callable[[Request, Access], Awaitable[Response]]
+
+
+class Outcome(NamedTuple):
+    """How a request ended.
+
+    Attributes:
+        code: of the reply.
+        seconds: from its arrival to the reply.
+        key_id: of the key that came with it.
+        reason: why it was not answered; empty: it was.
+    """
+
+    code: int
+    seconds: float
+    key_id: str
+    reason: str
+
+
+class Asked(Protocol):
+    """Whose routes they are."""
+
+    def access(self, request: Request) -> Access:
+        """What a request's key may do."""
+
+    def begin_spans(self, request: Request, endpoint: "Endpoint") -> Spans | None:
+        """The spans of a request; None: nobody wants them."""
+
+    def tell(self, request: Request, outcome: Outcome, endpoint: "Endpoint") -> None:
+        """A request has ended."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """An ASGI application of one route.
+
+    Attributes:
+        front: whose route it is.
+        path: pattern.
+        handler: answers.
+        is_open: without a key, too.
+        asks: it asks a model, and counts as a request on the live page.
+    """
+
+    front: Asked
+    path: str
+    handler: Handler
+    is_open: bool = False
+    asks: bool = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        request, start, access, reason = Request(scope, receive, send), time.perf_counter(), open_access, ""
+        spans = self.front.begin_spans(request, self) if self.asks else None
+        try:
+            access = open_access if self.is_open else self.front.access(request)
+            reply = await self.handler(request, access)
+        except Exception as error:
+            scope["state"][ENDED_BY] = getattr(error, "kind", QrloraError.kind)
+            reply, reason = reply_to_error(error, request_id_of(request)), reason_of(error)
+        except asyncio.CancelledError:
+            if not scope["state"].get(GONE):
+                _end(spans, DrainingError.kind, 503)
+                raise
+            reply, reason = error_reply("the client has gone", CLIENT_GONE), GONE
+        scope["state"].pop(GIVE_UP, None)
+        outcome = Outcome(reply.status_code, time.perf_counter() - start, access.key_id, reason)
+        self.front.tell(request, outcome, self)
+        try:
+            await reply(scope, receive, send)
+        finally:
+            _end(spans, reason, reply.status_code)
+
+
+def _end(spans: Spans | None, reason: str, code: int) -> None:
+    if spans is not None:
+        spans.end(reason, code >= 500, {STATUS_CODE: code})
+
+
+def customers_of(request: Request) -> Sequence[str | None]:
+    """Of the rows that a request asks for, as far as it was read."""
+    found: Sequence[str | None] = getattr(request.state, "customers", ())
+    return found
+
+
+def spans_of(request: Request) -> Spans | None:
+    """The spans that its endpoint has begun."""
+    found: Spans | None = request.scope["state"].get(SPANS)
+    return found
+
+
+def request_id_of(request: Request) -> str:
+    """The client's own id, or the one that was made up."""
+    return getattr(request.state, "request_id", "-")

@@ -1,0 +1,1 @@
+"""A server of several processes: one that watches, engines that run, and fronts that talk to clients."""
