@@ -9,14 +9,13 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from qrlora_deploy.cli.options import ANY_PATH, COUNT, EXISTING_FILE, FiniteRange, common
+from qrlora_deploy.cli.options import ANY_PATH, COUNT, EXISTING_FILE, FiniteRange, buckets_of, common
 from qrlora_deploy.cli.output import Output
 from qrlora_deploy.cli.serve_ray import check_ray_usage, open_ray_server, ray_options, serve_on_ray
 from qrlora_deploy.errors import CheckFailed, InputError
 from qrlora_deploy.installation.parts import need
 
 if TYPE_CHECKING:
-    from qrlora_deploy.runtime.sessions.buckets import Buckets
     from qrlora_deploy.serving.assembly import Assembly, AssemblyOptions
     from qrlora_deploy.serving.opening import ModelPlaces, RunOptions
     from qrlora_deploy.serving.processes.supervisor import Supervisor
@@ -226,7 +225,7 @@ def _run_options(**options: Any) -> "RunOptions":
         max_batch_tokens=options["max_batch_tokens"],
         max_wait_s=options["max_wait_ms"] / 1000,
     )
-    buckets = None if options["buckets"] is None else _buckets(options["buckets"])
+    buckets = None if options["buckets"] is None else buckets_of(options["buckets"])
     return RunOptions(
         options["devices"][0] if options["devices"] else options["provider"],
         _provider_options(options["provider_options"]),
@@ -246,15 +245,6 @@ def _provider_options(texts: Sequence[str]) -> dict[str, str]:
         if found.setdefault(name, value) is not value:
             raise InputError(f"--provider-option {name!r:.80} is given twice; give it once")
     return found
-
-
-def _buckets(text: str) -> "Buckets":
-    from qrlora_deploy.runtime.sessions.buckets import Buckets
-
-    sizes = [[part.strip() for part in side.split(",")] for side in text.split(":")]
-    if len(sizes) != 2 or not all(part.isascii() and part.isdecimal() and len(part) < 7 for part in sum(sizes, [])):
-        raise InputError(f"--buckets {text!r:.80} must be ROWS:LENGTHS, such as 1,8,32:32,128")
-    return Buckets(tuple(map(int, sizes[0])), tuple(map(int, sizes[1])))
 
 
 def _server_options(options: dict[str, Any]) -> "ServerOptions":

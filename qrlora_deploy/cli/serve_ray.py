@@ -21,8 +21,8 @@ OPTIONS = (
     click.option("--queued-rows", type=COUNT, help="Rows that wait in a replica; then there are more.  [default: 256]"),
 )
 
-ALONE = ("grpc_port", "admin_port")
-"""Options of a server that is one process."""
+ALONE = {"grpc_port": None, "admin_port": None, "processes": 0, "otel": False}
+"""Options of a server without Ray, with their defaults."""
 
 
 def ray_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,9 +41,9 @@ def check_ray_usage(on_ray: bool, options: dict[str, Any]) -> None:
     given = [name for name in ("ray_address", "replicas", "queued_rows") if options[name] is not None]
     if given and not on_ray:
         raise click.UsageError(f"{_option(given[0])} needs --ray")
-    alone = [name for name in ALONE if options[name] is not None]
+    alone = [name for name, usual in ALONE.items() if options[name] is not usual]
     if alone and on_ray:
-        raise click.UsageError(f"{_option(alone[0])} is not there with --ray, which answers over HTTP alone")
+        raise click.UsageError(f"{_option(alone[0])} is not there with --ray")
     if on_ray and ":" in options["provider"]:
         raise click.UsageError(
             f"--provider {options['provider']} names a GPU, which Ray chooses itself; give --provider cuda"

@@ -49,8 +49,8 @@ def test_the_base_install_has_no_framework_and_the_card_is_whole() -> None:
 
 def test_every_command_with_a_part_is_there() -> None:
     assert set(COMMANDS) - set(OF_COMMAND) == {"inspect", "combine", "doctor", "keys", "customers"}
-    # The client is a library alone, object stores are asked for where a URL is given, spans and Ray are options, and chats
-    # are data.
+    # The client is a library alone, object stores are asked for where a URL is given, spans and Ray are options, and
+    # chats are data.
     options = {"client", "ray", "store", "otel", "llm"}
     assert set(OF_COMMAND) < set(COMMANDS) and set().union(*OF_COMMAND.values()) == set(PARTS) - options
 
