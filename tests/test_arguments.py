@@ -18,6 +18,8 @@ from qrlora_deploy.exporting.options import facts_of
 from qrlora_deploy.exporting.registry import all_exporters
 from qrlora_deploy.runtime import GenerationRequest, GenerationSession, Predictor, Sampling
 from qrlora_deploy.serving.assembly import AssemblyOptions
+from qrlora_deploy.serving.ray.options import RayServerOptions
+from qrlora_deploy.serving.ray.scaling import Scaling
 from qrlora_deploy.serving.server import ServerOptions
 from qrlora_deploy.training.settings import TrainSettings
 from tests.cli.running import run_here
@@ -42,7 +44,7 @@ JOBS = (
 )
 KEYWORDS = (
     *(TrainOptions, FleetTrainOptions, WarmupOptions, BenchSettings, AssemblyOptions, ServerOptions),
-    *(GenerationRequest, Sampling),
+    *(RayServerOptions, Scaling, GenerationRequest, Sampling),
 )
 """What the public functions take as `**settings`, and the settings of a benchmark, of a server and of an answer."""
 

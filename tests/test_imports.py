@@ -57,6 +57,10 @@ ROOMS = (
 """Every room, from the lowest to the highest: a module imports of its own room and of lower ones."""
 
 
+ON_RAY = tuple(f"qrlora_deploy.serving.ray.{name}" for name in ("deployment", "router", "running"))
+"""All that import Ray."""
+
+
 def modules(*folders: str) -> dict[str, Path]:
     """Every module of the project by its dotted name."""
     paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -111,8 +115,16 @@ def test_the_project_was_found() -> None:
 def test_every_module_can_be_imported(name: str) -> None:
     if name == "qrlora_deploy.factorization.pivoted_qr.kernel":
         pytest.importorskip("triton", reason="Triton comes with PyTorch's builds for CUDA alone")
+    if name in ON_RAY:
+        pytest.importorskip("ray", reason="needs the extra ray; .ci/ray_only runs it")
     if not name.endswith("__main__"):  # it would run
         importlib.import_module(name)
+
+
+def test_ray_is_imported_where_it_is_said() -> None:
+    assert {name for name, path in MODULES.items() if {one.split(".")[0] for one in imports(path)} & {"ray"}} == {
+        *ON_RAY
+    }
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if inside(name, "qrlora_deploy.runtime")])

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -16,6 +16,9 @@ from qrlora_deploy.cli.output import Output, show
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.installation.parts import need_for_command
 from qrlora_deploy.tasks.options import AUTO, OPTIONS
+
+if TYPE_CHECKING:
+    from qrlora_deploy.runtime.sessions.buckets import Buckets
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -242,3 +245,17 @@ def split_targets(values: tuple[str, ...]) -> list[str]:
             raise InputError(f"--target {value!r} holds an empty name; write names as query,value")
         patterns += parts if all(PLAIN_NAME.fullmatch(part) for part in parts) else [value]
     return patterns
+
+
+def buckets_of(text: str) -> "Buckets":
+    """The shapes of `--buckets`.
+
+    Raises:
+        InputError: they are none.
+    """
+    from qrlora_deploy.runtime.sessions.buckets import Buckets
+
+    sizes = [[part.strip() for part in side.split(",")] for side in text.split(":")]
+    if len(sizes) != 2 or not all(part.isascii() and part.isdecimal() and len(part) < 7 for part in sum(sizes, [])):
+        raise InputError(f"--buckets {text!r:.80} must be ROWS:LENGTHS, such as 1,8,32:32,128")
+    return Buckets(tuple(map(int, sizes[0])), tuple(map(int, sizes[1])))

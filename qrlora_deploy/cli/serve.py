@@ -9,13 +9,13 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from qrlora_deploy.cli.options import ANY_PATH, COUNT, EXISTING_FILE, FiniteRange, common
+from qrlora_deploy.cli.options import ANY_PATH, COUNT, EXISTING_FILE, FiniteRange, buckets_of, common
 from qrlora_deploy.cli.output import Output
+from qrlora_deploy.cli.serve_ray import check_ray_usage, open_ray_server, ray_options, serve_on_ray
 from qrlora_deploy.errors import CheckFailed, InputError
 from qrlora_deploy.installation.parts import need
 
 if TYPE_CHECKING:
-    from qrlora_deploy.runtime.sessions.buckets import Buckets
     from qrlora_deploy.serving.assembly import Assembly, AssemblyOptions
     from qrlora_deploy.serving.opening import ModelPlaces, RunOptions
     from qrlora_deploy.serving.processes.supervisor import Supervisor
@@ -87,11 +87,14 @@ SHOWN = 5
     help="Seconds for what was begun until then.",
 )
 @click.option("--count-customer", "counted", multiple=True, metavar="ID", help="Metrics and spans name it; repeatable.")
+@ray_options
 @click.option("--otel", is_flag=True, help="Send OpenTelemetry spans, as the OTEL_ variables say.")
 @click.option("--check", is_flag=True, help="Open and check everything, each customer's file too, and end.")
 @click.option("--log-json", is_flag=True, help="Logs as lines of JSON on stderr, each request among them.")
 @common
-def command(bundle: Path | None, models: tuple[str, ...], check: bool, log_json: bool, **options: Any) -> Output:
+def command(
+    bundle: Path | None, models: tuple[str, ...], check: bool, log_json: bool, on_ray: bool, **options: Any
+) -> Output:
     """Answer over HTTP, and gRPC, for BUNDLE and its customers: Open Inference Protocol v2; plain JSON at /v1/classify.
 
     SIGTERM ends it without losing a request: readiness goes off, --drain-delay passes, what was begun is finished.
@@ -105,6 +108,7 @@ def command(bundle: Path | None, models: tuple[str, ...], check: bool, log_json:
       qrlora-deploy serve --model intents=bundle --model spam=other-bundle --customers intents=customers --check
     """
     _check_usage(bundle, models, **options)
+    check_ray_usage(on_ray, options)
     if options["otel"]:
         need("otel", "`serve --otel`")
     from qrlora_deploy.serving.assembly import Assembly, AssemblyOptions
@@ -115,10 +119,14 @@ def command(bundle: Path | None, models: tuple[str, ...], check: bool, log_json:
     else:
         log_plainly()
     places = _places(bundle, models, options["customers"], options["packed"], options["poll_s"])
+    run, server = _run_options(**options), _server_options(options)
+    if on_ray and not check:
+        on_replicas, names = open_ray_server(places, run, server, options), [place.name for place in places]
+        return Output({}, live=lambda stream: serve_on_ray(on_replicas, names, stream))
     made_of = AssemblyOptions(
         places,
-        _run_options(**options),
-        _server_options(options),
+        run,
+        server,
         keys=options["keys"],
         grpc_port=options["grpc_port"],
         admin_port=options["admin_port"],
@@ -213,7 +221,7 @@ def _run_options(**options: Any) -> "RunOptions":
         max_batch_tokens=options["max_batch_tokens"],
         max_wait_s=options["max_wait_ms"] / 1000,
     )
-    buckets = None if options["buckets"] is None else _buckets(options["buckets"])
+    buckets = None if options["buckets"] is None else buckets_of(options["buckets"])
     return RunOptions(
         options["devices"][0] if options["devices"] else options["provider"],
         _provider_options(options["provider_options"]),
@@ -234,15 +242,6 @@ def _provider_options(texts: Sequence[str]) -> dict[str, str]:
             raise InputError(f"--provider-option {name!r:.80} is given twice; give it once")
         found[name] = value
     return found
-
-
-def _buckets(text: str) -> "Buckets":
-    from qrlora_deploy.runtime.sessions.buckets import Buckets
-
-    sizes = [[part.strip() for part in side.split(",")] for side in text.split(":")]
-    if len(sizes) != 2 or not all(part.isascii() and part.isdecimal() and len(part) < 7 for part in sum(sizes, [])):
-        raise InputError(f"--buckets {text!r:.80} must be ROWS:LENGTHS, such as 1,8,32:32,128")
-    return Buckets(tuple(map(int, sizes[0])), tuple(map(int, sizes[1])))
 
 
 def _server_options(options: dict[str, Any]) -> "ServerOptions":

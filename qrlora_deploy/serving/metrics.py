@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.process_collector import ProcessCollector
 
 from qrlora_deploy.runtime.customers.objects.store import ObjectStoreStats
-from qrlora_deploy.serving.engine.protocol import Engine
+from qrlora_deploy.serving.engine.protocol import EngineStats
 from qrlora_deploy.version import __version__
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -23,6 +23,13 @@ OTHER = "other"
 StoreStats = Callable[[], ObjectStoreStats]
 
 
+class Counting(Protocol):
+    """An engine, or several together, as far as its counters go."""
+
+    def stats(self) -> EngineStats:
+        """Counters of now."""
+
+
 class Served(Protocol):
     """A model that is served: its name, and what answers."""
 
@@ -31,7 +38,7 @@ class Served(Protocol):
         """In URLs, and the label `model`."""
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> Counting:
         """Whose counters are read."""
 
 

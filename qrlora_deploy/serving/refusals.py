@@ -39,6 +39,13 @@ class DrainingError(RefusalError):
     retry_after_s = 1.0
 
 
+class LostError(RefusalError):
+    """What was to answer has ended before it did; whether it had begun is not known."""
+
+    kind = "lost"
+    retry_after_s = 1.0
+
+
 class DeadlineError(RefusalError):
     """The time that the client gave has passed; what still waited was not run."""
 
@@ -98,6 +105,7 @@ STATUS: dict[str, Status] = {
     "overloaded": Status(429, "RESOURCE_EXHAUSTED"),
     "quota": Status(429, "RESOURCE_EXHAUSTED"),
     "not_ready": Status(503, "UNAVAILABLE"),
+    "lost": Status(503, "UNAVAILABLE"),
     "deadline": Status(504, "DEADLINE_EXCEEDED"),
 }
 """By `QrloraError.kind`; the place of what the server says of each."""

@@ -164,7 +164,7 @@ def test_exports_need_their_part_and_a_build_of_onnx_runtime(things: Things, tmp
 LINES = {
     "quickstart": "quickstart --out tour",
     "warmup": "warmup BASE --data ROWS -o base",
-    "convert": "convert BASE -o made",
+    "convert": "convert BASIS -o made",
     "factorize": "factorize BASE -o basis.safetensors",
     "train": "train BASE --basis BASIS --data ROWS -o customer.safetensors",
     "train-fleet": "train-fleet BASE --basis BASIS --data ROWS --customer-column label -o fleet",

@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from qrlora_deploy.errors import QrloraError
 from qrlora_deploy.serving.access import Access, open_access
 from qrlora_deploy.serving.http.replies import error_reply, reply_to_error
 from qrlora_deploy.serving.parts import Spans
@@ -22,6 +23,9 @@ SPANS = "spans"
 """In the state of a request: its spans, if there are any."""
 
 STATUS_CODE = "http.response.status_code"
+
+ENDED_BY = "ended_by"
+"""In the state of a request: the kind of the error that it ended with."""
 
 CLIENT_GONE = 499
 """The usual status, in logs and metrics, of a request whose client did not wait. Nobody gets it."""
@@ -84,6 +88,7 @@ class Endpoint:
             access = open_access if self.is_open else self.front.access(request)
             reply = await self.handler(request, access)
         except Exception as error:
+            scope["state"][ENDED_BY] = getattr(error, "kind", QrloraError.kind)
             reply, reason = reply_to_error(error, request_id_of(request)), reason_of(error)
         except asyncio.CancelledError:
             if not scope["state"].get(GONE):

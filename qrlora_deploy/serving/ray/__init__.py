@@ -1,0 +1,1 @@
+"""A server on more than one machine: fronts anywhere, replicas by Ray Serve."""
