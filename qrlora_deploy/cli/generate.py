@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
+SECONDS = FiniteRange(min=0, min_open=True, max=10**9)
+
 SAMPLING = (
     "temperature",
     "top_k",
@@ -43,16 +45,20 @@ SAMPLING = (
 
 def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """How tokens are chosen; the library's own defaults."""
-    number, whole = FiniteRange(), click.INT
+    number, whole, penalty = FiniteRange(), click.INT, FiniteRange(-100, 100)
     options = [
         click.option("--temperature", type=number, default=0.0, show_default=True, help="0 is greedy."),
         click.option("--top-k", type=whole, default=0, show_default=True, help="Best tokens to keep; 0 keeps all."),
         click.option("--top-p", type=number, default=1.0, show_default=True, help="Sum of the best ones to keep."),
         click.option("--min-p", type=number, default=0.0, show_default=True, help="Least share of the best one."),
         click.option("--repetition-penalty", type=number, default=1.0, show_default=True, help="Of prompt and answer."),
-        click.option("--presence-penalty", type=number, default=0.0, show_default=True, help="Of the answer's tokens."),
-        click.option("--frequency-penalty", type=number, default=0.0, show_default=True, help="For each time."),
-        click.option("--seed", type=whole, help="Of the random numbers; drawn without it, and told."),
+        click.option(
+            "--presence-penalty", type=penalty, default=0.0, show_default=True, help="Of the answer's tokens."
+        ),
+        click.option("--frequency-penalty", type=penalty, default=0.0, show_default=True, help="For each time."),
+        click.option(
+            "--seed", type=click.IntRange(0, 2**64 - 1), help="Of the random numbers; drawn without it, and told."
+        ),
         click.option("--logprobs", type=whole, help="Tell log probabilities, and those of so many best tokens."),
     ]
     for option in reversed(options):
@@ -72,12 +78,16 @@ def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--system", help="With --chat: what the system says first.")
 @click.option("--stream", is_flag=True, help="Show an answer while it is written.")
 @click.option("--max-tokens", type=COUNT, default=256, show_default=True, help="Of an answer.")
-@click.option("--timeout-s", type=FiniteRange(), help="Seconds after which an answer ends as it is.")
+@click.option("--timeout-s", type=SECONDS, help="Seconds after which an answer ends as it is.")
 @click.option("--stop", multiple=True, help="A text before which answers end; repeatable.")
 @sampling_options
 @click.option("--max-rows", type=COUNT, default=8, show_default=True, help="Answers that are written side by side.")
 @click.option(
-    "--max-cache-bytes", type=click.IntRange(1), default=2**30, show_default=True, help="Memory of keys and values."
+    "--max-cache-bytes",
+    type=click.IntRange(1, 2**50),
+    default=2**30,
+    show_default=True,
+    help="Memory of keys and values.",
 )
 @provider_option
 @common

@@ -13,9 +13,9 @@ from qrlora_deploy.installation.parts import need
 @click.command("inspect")
 @click.argument("path", type=click.Path(exists=True, path_type=Path))
 @basis_option(required=False)
-@click.option("--plot", type=ANY_PATH, help="Also draw it: a .png, .svg or .pdf to write.")
+@click.option("--plot", "output", type=ANY_PATH, help="Also draw it: a .png, .svg or .pdf to write.")
 @common
-def command(path: Path, basis: Path | None, plot: Path | None) -> Output:
+def command(path: Path, basis: Path | None, output: Path | None) -> Output:
     """What PATH is and what it holds: a basis, a coefficients file, a bundle or a checkpoint.
 
     \b
@@ -25,19 +25,19 @@ def command(path: Path, basis: Path | None, plot: Path | None) -> Output:
     from qrlora_deploy.inspection.describe import describe
     from qrlora_deploy.io.outputs import check_free_file
 
-    if plot is not None:
+    if output is not None:
         need("bench", "`inspect --plot`", ["matplotlib"])
-        check_free_file(plot)
+        check_free_file(output)
     found = describe(path, basis)
     if basis is not None and found.coefficients is None:
         raise InputError(f"--basis belongs to a coefficients file, and {path} is a {found.kind}; leave it out")
-    if plot is not None:
+    if output is not None:
         from qrlora_deploy.inspection.plots import plot_basis, plot_coefficients
 
         if found.coefficients is not None:
-            plot_coefficients(found.coefficients, found.basis, plot)
+            plot_coefficients(found.coefficients, found.basis, output)
         elif found.basis is not None:
-            plot_basis(found.basis, plot)
+            plot_basis(found.basis, output)
         else:
             raise InputError(f"--plot draws a basis or a coefficients file, and {path} is a {found.kind}")
     facts = {"size": size_text(found.size_bytes)} | dict(found.facts)

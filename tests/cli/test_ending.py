@@ -121,7 +121,8 @@ def test_every_writer_refuses_a_pipe_before_its_work(place: Path, tmp_path: Path
     pipe = tmp_path / ("it.png" if writer == "plot" else "it")
     os.mkfifo(pipe)
     ran = run_here(*WRITERS[writer].format(tmp_path / "it").split(), cwd=place)
-    assert ran.code == 2 and ran.err == f"Error: {pipe} is no plain file but a pipe; give another --output\n"
+    option = "--plot" if writer == "plot" else "--output"
+    assert ran.code == 2 and ran.err == f"Error: {pipe} is no plain file but a pipe; give another {option}\n"
     assert pipe.is_fifo()
 
 

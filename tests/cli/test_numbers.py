@@ -27,12 +27,21 @@ NEEDED = {
     "train-fleet": "base --basis basis.safetensors --data good.tsv --customer-column id -o new",
     "export": "base --basis basis.safetensors -o new",
     "predict": "bundle --text a",
+    "generate": "bundle --prompt a",
     "bench": "bundle",
     "serve": "bundle",
     "quickstart": "--out new",
     "doctor": "--plan base --customers 1",
 }
 """What else each command with numbers must be given."""
+
+
+MEANT = {
+    ("generate", "--presence-penalty", "-1"),
+    ("generate", "--frequency-penalty", "-1"),
+    ("generate", "--seed", str(10**18)),
+}
+"""What is odd elsewhere and has a meaning here: tokens that shall come again, a seed of 64 bits."""
 
 
 def command_of(name: str) -> click.Command:
@@ -66,6 +75,8 @@ def test_the_numbers_were_found() -> None:
 @pytest.mark.parametrize(("command", "option"), NUMBERS)
 def test_every_number_has_bounds(place: Path, command: str, option: str) -> None:
     for odd in ODD:
+        if (command, option, odd) in MEANT:
+            continue
         shown = run_here(command, *NEEDED[command].split(), f"{option}={odd}", cwd=place)
         assert shown.code == 2, (odd, shown.err)
         line = shown.err.splitlines()[-1]

@@ -43,7 +43,7 @@ READERS = {
     ),
     "verify bundle": ("runtime.verification.reference._case", "runtime.bundle.manifest_checks._config_problems"),
     "inspect base": ("inspection.describe.label_names", "formats.config_file.parse_json"),
-    "predict bundle --requests requests.jsonl": ("runtime.prediction.requests._parse",),
+    "predict bundle --requests requests.jsonl": ("runtime.prediction.requests.parse_line",),
     "bench bundle --gate gate.toml": ("bench.gate_file.from_value", "bench.gate_file.read_text"),
     "bench bundle --reference report.json": ("io.versions.Versions.check", "bench.report.from_json"),
     "combine acme.safetensors -o new.safetensors": (

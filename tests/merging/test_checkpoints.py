@@ -315,7 +315,10 @@ def test_a_model_that_writes_text_is_not_merged(tmp_path: Path) -> None:
     ones = np.ones((16, 1), np.float32)
     target = BasisTarget(layer, ones, ones.T, np.ones(16, np.float32), base.tensor_digest(f"{layer}.weight"))
     customer = Coefficients(np.ones(1, np.float32), "0", "base", base.digest, "text-classification", ("a", "b"))
-    with pytest.raises(InputError, match="is a GPT2LMHeadModel without a task head; give it one with `warmup`"):
+    with pytest.raises(
+        InputError,
+        match="is a GPT2LMHeadModel, which writes text; give it a head for text-classification with `warmup`",
+    ):
         merge(base, Basis((target,), "base", EnergyShare(), {}), customer, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

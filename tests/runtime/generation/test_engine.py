@@ -47,8 +47,9 @@ def test_rows_of_different_customers_answer_as_alone_and_as_pytorch(family: str,
     answers = [list(answer_of(running).tokens) for running in together]
     assert answers == [list(Desk(made).alone(prompt, customer, 20).tokens) for prompt, customer in asked]
     assert answers == [made.by_torch(prompt, customer, 20) for prompt, customer in asked]
-    # The customers matter: one prompt has different answers.
-    assert len({tuple(desk.alone(asked[0][0], owner, 20).tokens) for owner in OWNERS}) >= 3
+    # The customers matter: some prompt has different answers.
+    different = [len({tuple(desk.alone(prompt, owner, 20).tokens) for owner in OWNERS}) for prompt, _ in asked[:4]]
+    assert max(different) >= 3
     assert desk.holders.held == 0
 
 
