@@ -125,12 +125,16 @@ def port_of(server: Process) -> int:
     return int(server.first.strip().rpartition(":")[2])
 
 
-def load(port: int, **options: float) -> dict[str, Any]:
-    """What the client saw."""
+def load(port: int, clients: int = 1, **options: float) -> dict[str, Any]:
+    """What the client saw; of several clients the first one's percentiles, and the rows of all."""
     words = [f"--{name}={value}" for name, value in options.items()]
     command = [sys.executable, "-m", "benchmarks.server.load", f"--port={port}", *words]
-    found = subprocess.run(command, check=True, capture_output=True, env=variables_of(ROOT))
-    record: dict[str, Any] = json.loads(found.stdout)
+    asking = [
+        subprocess.Popen([*command, f"--seed={seed}"], stdout=subprocess.PIPE, env=variables_of(ROOT))
+        for seed in range(clients)
+    ]
+    told = [json.loads(one.communicate()[0]) for one in asking]
+    record: dict[str, Any] = told[0] | {"rows_per_s": sum(one["rows_per_s"] for one in told)}
     return record
 
 
@@ -138,12 +142,15 @@ def make(folder: Path, shape: str) -> None:
     """A bundle, and packed files of `MANY` customers."""
     prepare(folder, shape, ROOT)
     run_command(ROOT, folder, "export", "base", "--basis", "basis.safetensors", "-o", "bundle")
-    manifest = open_bundle(folder / "bundle").manifest
     for count in MANY:
-        values = np.random.default_rng(count).normal(0, 0.5, (count, manifest.total_rank)).astype(np.float32)
-        write_packed_blocks(
-            [([name_of(number) for number in range(count)], values)], folder / f"{count}.packed", manifest
-        )
+        pack(folder, count)
+
+
+def pack(folder: Path, count: int) -> None:
+    """A packed file of so many customers of the bundle."""
+    manifest = open_bundle(folder / "bundle").manifest
+    values = np.random.default_rng(count).normal(0, 0.5, (count, manifest.total_rank)).astype(np.float32)
+    write_packed_blocks([([name_of(number) for number in range(count)], values)], folder / f"{count}.packed", manifest)
 
 
 def beside_the_session(folder: Path, rounds: int, seconds: float) -> dict[str, Any]:

@@ -59,6 +59,33 @@ def bodies(count: int, rows: int, customers: int, seed: int) -> list[bytes]:
     return made
 
 
+def binary_bodies(count: int, rows: int, length: int, customers: int, seed: int) -> list[bytes]:
+    """`count` requests by the protocol's binary extension: token ids `[rows, length]`, a customer in each row."""
+    random = np.random.default_rng(seed)
+    mask = np.ones((rows, length), np.int64).tobytes()
+    made = []
+    for _ in range(count):
+        ids = random.integers(5, 200, (rows, length)).tobytes()
+        names = [name_of(owner).encode() for owner in random.integers(customers, size=rows)]
+        owners = b"".join(len(name).to_bytes(4, "little") + name for name in names)
+        tensors = {"input_ids": ids, "attention_mask": mask, "customer": owners}
+        inputs = [
+            {
+                "name": name,
+                "datatype": "BYTES" if name == "customer" else "INT64",
+                "shape": [rows] if name == "customer" else [rows, length],
+                "parameters": {"binary_data_size": len(data)},
+            }
+            for name, data in tensors.items()
+        ]
+        asked = {"inputs": inputs, "outputs": [{"name": "logits"}], "parameters": {"binary_data_output": True}}
+        head = json.dumps(asked).encode()
+        size = len(head) + sum(map(len, tensors.values()))
+        lines = f"POST /v2/models/bundle/infer HTTP/1.1\r\nHost: s\r\nInference-Header-Content-Length: {len(head)}\r\n"
+        made.append(f"{lines}Content-Length: {size}\r\n\r\n".encode() + head + b"".join(tensors.values()))
+    return made
+
+
 def name_of(number: int) -> str:
     """A customer's id."""
     return f"c{number:06}"
@@ -134,13 +161,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--rows", type=int, default=1, help="of a request")
+    parser.add_argument("--length", type=int, help="token ids of a row, in binary; without it texts")
     parser.add_argument("--customers", type=int, default=1)
     parser.add_argument("--connections", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--rate", type=float, help="requests a second, open loop; without it closed loop")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    requests = bodies(2048, options.rows, options.customers, options.seed)
+    if options.length:
+        requests = binary_bodies(64, options.rows, options.length, options.customers, options.seed)
+    else:
+        requests = bodies(2048, options.rows, options.customers, options.seed)
     common = (options.port, requests, options.connections, options.seconds)
     run = opened(*common, options.rate, options.seed) if options.rate else closed(*common)
     told, wall_s = asyncio.run(run)
