@@ -172,9 +172,12 @@ def test_an_engine_that_is_killed_is_started_once_again(place: Path) -> None:
     with serve(place) as server:
         load = Load(server.url)
         until(lambda: len(load.codes) > 20)
+        counted = metric(server.url, "qrlora_rows_total")
         os.kill(children(server, "engine")[0], signal.SIGKILL)
         until(lambda: 503 in load.codes and load.not_ready.is_set())
         until(lambda: is_ready(server.url))
+        # What the first one counted stays counted.
+        assert metric(server.url, "qrlora_rows_total") >= counted > 0
         answered = load.codes.count(200)
         until(lambda: load.codes.count(200) > answered + 20)
         load.stop()
@@ -219,12 +222,23 @@ def test_sighup_reads_keys_again_in_every_process(place: Path) -> None:
     assert server.end() == 0 and server.errors == []
 
 
-def test_nothing_stays_where_the_supervisor_is_killed(place: Path) -> None:
+def test_nothing_stays_where_the_supervisor_is_killed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(place / "tmp"))
+
+    def sockets() -> set[Path]:
+        return set((place / "tmp").rglob("*.sock"))
+
     with serve(place) as server:
         pids = children(server, "front") + children(server, "engine")
         server.send(signal.SIGKILL)
         server.process.wait(DEADLINE_S)
         until(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in pids))
+    left = sockets()
+    with serve(place):
+        # The next one removes what could not be removed by the first.
+        assert len(sockets()) == 1 and not sockets() & left
+    assert not sockets()
 
 
 REFUSED = {

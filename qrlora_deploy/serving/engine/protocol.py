@@ -69,6 +69,10 @@ class EngineStats:
         pairs = zip_longest(self.queue_counts, before.queue_counts, fillvalue=0)
         return replace(self, rejected=(), queue_counts=tuple(max(0, a - b) for a, b in pairs), **counted)
 
+    def ended(self) -> "EngineStats":
+        """What an engine counted that has ended and so holds nothing."""
+        return replace(self, draining=False, **dict.fromkeys(GAUGES, 0))
+
 
 COUNTERS = (
     "rows",

@@ -56,7 +56,10 @@ class Gathering:
         self._numbers = itertools.count(1)
         self._asked: dict[int, asyncio.Future[Any]] = {}
         self._answering: set[asyncio.Task[None]] = set()
-        self._requests = RequestTotals()
+        self._engines: dict[Child, dict[str, EngineStats]] = {}
+        self._fronts: dict[Child, RequestTotals] = {}
+        self._of_ended_engines: dict[str, EngineStats] = {}
+        self._of_ended_fronts = self._requests = RequestTotals()
         self._window = Window(lambda: self._requests, self._stats)
 
     def received(self, child: Child, kind: int, number: int, payload: bytearray) -> None:
@@ -93,17 +96,31 @@ class Gathering:
         """Ask all processes for what they have counted."""
         asked = [it for it in self.children if it.was_ready]
         states = await asyncio.gather(*map(self._state, asked))
-        told: dict[str, list[EngineStats]] = {name: [] for name in self._models}
-        requests = RequestTotals()
         for child, state in zip(asked, states, strict=True):
+            # One that does not answer in time has what it told before.
             if state and child.options.role == ENGINE:
-                for name, record in state.items():
-                    told.setdefault(name, []).append(unpack_stats(record))
+                self._engines[child] = {name: unpack_stats(record) for name, record in state.items()}
             elif state:
-                requests += RequestTotals.of_record(state)
-        self._requests = requests
-        for name, stats in told.items():
-            self._models.setdefault(name, _Model(name, _Known())).engine.told = stats
+                self._fronts[child] = RequestTotals.of_record(state)
+        self._keep_of_ended()
+        self._requests = sum(self._fronts.values(), self._of_ended_fronts)
+        self._sum_engines()
+
+    def _keep_of_ended(self) -> None:
+        """Add up what ended processes told last: a counter that falls would be taken for a server started anew."""
+        for child in self._engines.keys() - set(self.children):
+            for name, stats in self._engines.pop(child).items():
+                self._of_ended_engines[name] = self._of_ended_engines.get(name, EngineStats()) + stats.ended()
+        for child in self._fronts.keys() - set(self.children):
+            self._of_ended_fronts += self._fronts.pop(child)
+
+    def _sum_engines(self) -> None:
+        told = {name: [stats] for name, stats in self._of_ended_engines.items()}
+        for engine in self._engines.values():
+            for name, stats in engine.items():
+                told.setdefault(name, []).append(stats)
+        for name, all_told in told.items():
+            self._models.setdefault(name, _Model(name, _Known())).engine.told = all_told
 
     def _stats(self) -> dict[str, EngineStats]:
         return {name: model.engine.stats() for name, model in self._models.items()}

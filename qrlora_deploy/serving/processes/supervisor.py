@@ -4,7 +4,6 @@ import asyncio
 import logging
 import signal
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from qrlora_deploy.errors import InputError, QrloraError
+from qrlora_deploy.io.temporary import scratch_folder
 from qrlora_deploy.runtime.host.devices import Device
 from qrlora_deploy.serving.addresses import at_port, bound_socket
 from qrlora_deploy.serving.assembly import AssemblyOptions
@@ -93,8 +93,8 @@ class Supervisor:
             QrloraError: a process cannot start, an engine failed twice, or not everything was answered in time.
         """
         try:
-            with tempfile.TemporaryDirectory(prefix="qrlora-") as folder:
-                asyncio.run(self._run(Path(folder), started))
+            with scratch_folder() as folder:
+                asyncio.run(self._run(folder, started))
         finally:
             for held in self._held:
                 held.close()
