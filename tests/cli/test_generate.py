@@ -187,6 +187,13 @@ def test_bad_input_ends_in_one_line(place: Path, switchable: Path) -> None:
     assert other.code == 2 and "is for text-classification and writes no text" in other.err
 
 
+def test_bench_refuses_a_decoder_in_one_line(place: Path) -> None:
+    ran = run_here("bench", "bundle", cwd=place)
+    assert (ran.code, ran.out) == (2, "")
+    (line,) = ran.err.strip().splitlines()
+    assert line == "Error: bundle is a decoder, which writes text; `bench` measures bundles that `predict` asks"
+
+
 def test_a_base_without_a_chat_template_takes_no_chat(place: Path, written: Written) -> None:
     from qrlora_deploy.errors import MalformedInputError
     from qrlora_deploy.runtime.generation.requests import GenerationRequest
