@@ -187,6 +187,14 @@ def test_bad_input_ends_in_one_line(place: Path, switchable: Path) -> None:
     assert other.code == 2 and "is for text-classification and writes no text" in other.err
 
 
+@pytest.mark.parametrize("command", [["predict", "--text", "a"], ["serve", "--check"], ["bench", "--seconds", "1"]])
+def test_commands_for_texts_as_a_whole_refuse_a_decoder(command: list[str], place: Path) -> None:
+    name, *rest = command
+    ran = run_here(name, "bundle", *rest, cwd=place)
+    assert ran.code == 2
+    assert ran.err.strip().splitlines()[-1] == "Error: bundle is a decoder, which writes text; ask it by `generate`"
+
+
 def test_a_base_without_a_chat_template_takes_no_chat(place: Path, written: Written) -> None:
     from qrlora_deploy.errors import MalformedInputError
     from qrlora_deploy.runtime.generation.requests import GenerationRequest
