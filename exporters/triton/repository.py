@@ -13,7 +13,7 @@ from exporters.onnx.options import OnnxOptions
 from exporters.triton.config_text import config_text
 from exporters.triton.configs import front_config, graph_config
 from exporters.triton.options import TritonOptions
-from qrlora_deploy.errors import FileFormatError, InputError
+from qrlora_deploy.errors import FileFormatError, InputError, argument
 from qrlora_deploy.exporting.job import ExportJob
 from qrlora_deploy.io.files import atomic_folder
 from qrlora_deploy.io.outputs import check_free_folder
@@ -60,8 +60,10 @@ def export_repository(job: ExportJob, options: TritonOptions) -> Mapping[str, An
     """Write the repository to the new folder `job.output`; its graph agrees with PyTorch, or nothing is left.
 
     Raises:
-        As `export_per_row`.
+        InputError: the base is a decoder, which writes text. Else as `export_per_row`.
     """
+    if job.checkpoint.writes_text:
+        raise InputError(f"{job.checkpoint.name} is a decoder, which writes text; leave out {argument('format', 'triton')}")
     check_free_folder(job.output)
     with atomic_folder(job.output) as folder:
         version = folder / options.graph_name / VERSION

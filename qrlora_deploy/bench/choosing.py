@@ -8,8 +8,7 @@ from qrlora_deploy.bench.settings import BenchSettings
 from qrlora_deploy.bench.subjects import Spec, with_graphs
 from qrlora_deploy.bench.workload import Workload, shaped_workloads, text_workloads
 from qrlora_deploy.errors import InputError, argument
-from qrlora_deploy.runtime.bundle.bundle import Bundle, open_bundle
-from qrlora_deploy.tasks.registry import task_named
+from qrlora_deploy.runtime.bundle.bundle import Bundle, check_no_decoder, open_bundle
 
 DEFAULT_LENGTHS = (32, 128)
 
@@ -18,20 +17,15 @@ def open_bundles(settings: BenchSettings) -> dict[Path, Bundle]:
     """Check every bundle of the settings, the reference among them.
 
     Raises:
-        InputError: one is no bundle, or damaged, or a decoder's.
+        InputError: one is no bundle, damaged, or a decoder's.
     """
     folders = list(settings.bundles)
     if settings.reference is not None and settings.earlier is None:
         folders.append(settings.reference)
-    return {folder: _open_encoder(folder) for folder in dict.fromkeys(folders)}
-
-
-def _open_encoder(folder: Path) -> Bundle:
-    bundle = open_bundle(folder)
-    # A decoder's graph wants caches, which no workload of the bench has.
-    if task_named(bundle.manifest.task).writes_text:
-        raise InputError(f"{folder} is a decoder, which writes text; `bench` measures bundles that `predict` asks")
-    return bundle
+    bundles = {folder: open_bundle(folder) for folder in dict.fromkeys(folders)}
+    for bundle in bundles.values():
+        check_no_decoder(bundle)
+    return bundles
 
 
 def make_specs(settings: BenchSettings, bundles: dict[Path, Bundle]) -> list[Spec]:

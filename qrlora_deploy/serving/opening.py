@@ -8,7 +8,7 @@ from pathlib import Path
 from qrlora_deploy.errors import InputError, QrloraError
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.formats.customer_files import customer_ids, read_customer
-from qrlora_deploy.runtime.bundle.bundle import Bundle, open_bundle
+from qrlora_deploy.runtime.bundle.bundle import Bundle, check_no_decoder, open_bundle
 from qrlora_deploy.runtime.customers.objects.store import POLL_S, ObjectStoreStats
 from qrlora_deploy.runtime.customers.packed_erasing import erase_packed
 from qrlora_deploy.runtime.host.devices import Device
@@ -102,6 +102,7 @@ class OpenModel:
     def __init__(self, places: ModelPlaces, options: RunOptions, quotas: Quotas | None = None) -> None:
         self.places = places
         bundle = open_bundle(places.bundle)
+        check_no_decoder(bundle)
         self.session = _open_session(bundle, options)
         self._objects = None if places.objects is None else ObjectSource(places.objects, poll_s=places.poll_s)
         self._source = source_of(places.customers, places.packed, self._objects)

@@ -187,11 +187,12 @@ def test_bad_input_ends_in_one_line(place: Path, switchable: Path) -> None:
     assert other.code == 2 and "is for text-classification and writes no text" in other.err
 
 
-def test_bench_refuses_a_decoder_in_one_line(place: Path) -> None:
-    ran = run_here("bench", "bundle", cwd=place)
-    assert (ran.code, ran.out) == (2, "")
-    (line,) = ran.err.strip().splitlines()
-    assert line == "Error: bundle is a decoder, which writes text; `bench` measures bundles that `predict` asks"
+@pytest.mark.parametrize("command", [["predict", "--text", "a"], ["serve", "--check"], ["bench", "--seconds", "1"]])
+def test_commands_for_texts_as_a_whole_refuse_a_decoder(command: list[str], place: Path) -> None:
+    name, *rest = command
+    ran = run_here(name, "bundle", *rest, cwd=place)
+    assert ran.code == 2
+    assert ran.err.strip().splitlines()[-1] == "Error: bundle is a decoder, which writes text; ask it by `generate`"
 
 
 def test_a_base_without_a_chat_template_takes_no_chat(place: Path, written: Written) -> None:

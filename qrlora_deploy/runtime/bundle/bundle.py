@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from qrlora_deploy.errors import FileFormatError, InputError
+from qrlora_deploy.errors import FileFormatError, InputError, MalformedInputError
 from qrlora_deploy.io.files import digest_file
 from qrlora_deploy.io.reading import is_file, parse_json, read_text
 from qrlora_deploy.io.strict import from_json
@@ -26,6 +26,7 @@ __all__ = [
     "TargetRecord",
     "TensorRecord",
     "check_graph",
+    "check_no_decoder",
     "digest_files",
     "is_graph_file",
     "open_bundle",
@@ -111,6 +112,16 @@ def open_bundle(folder: str | os.PathLike[str], graph: bool = True) -> Bundle:
 def is_graph_file(name: str) -> bool:
     """Whether a file of a bundle is its graph or the weights beside it."""
     return name in (MODEL_FILE, WEIGHTS_FILE)
+
+
+def check_no_decoder(bundle: Bundle) -> None:
+    """Make sure that a bundle answers texts as a whole.
+
+    Raises:
+        MalformedInputError: it is a decoder's, which writes text.
+    """
+    if bundle.manifest.deciding_task.writes_text:
+        raise MalformedInputError(f"{bundle.folder} is a decoder, which writes text; ask it by `generate`")
 
 
 def check_graph(session: Any, bundle: Bundle) -> None:

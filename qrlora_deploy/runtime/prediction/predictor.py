@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qrlora_deploy.errors import InputError, MalformedInputError, MismatchError, UnknownCustomerError, argument
-from qrlora_deploy.runtime.bundle.bundle import Bundle, check_graph
+from qrlora_deploy.runtime.bundle.bundle import Bundle, check_graph, check_no_decoder
 from qrlora_deploy.runtime.host.devices import Device
 from qrlora_deploy.runtime.prediction.tokenizing import TextEncoder, as_texts, batches, check_texts
 from qrlora_deploy.runtime.sessions.bucket_runner import make_runner
@@ -78,8 +78,7 @@ class Predictor:
             _check_session(bundle, session, {"provider": provider, "threads": threads, "buckets": buckets})
         self.bundle = bundle
         self.task = task_named(bundle.manifest.task)
-        if self.task.writes_text:
-            raise MalformedInputError(f"{bundle.folder} is a decoder, which writes text; ask it by `generate`")
+        check_no_decoder(bundle)
         self.encoder = TextEncoder(bundle)
         self.switchable = session
         provider = provider or "cpu"

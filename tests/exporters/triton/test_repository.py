@@ -32,6 +32,7 @@ from qrlora_deploy.runtime.bundle.row_layout import HeadLayout, TableLayout
 from qrlora_deploy.runtime.bundle.sealed_facts import read_reference_facts
 from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
 from tests.cli.running import run_here, succeed_here
+from tests.decoders import make_basis, save_tiny
 from tests.tiny import SENTENCES
 from tests.tolerances import FP16_ROWS, FP32_ONNX
 
@@ -392,3 +393,11 @@ def test_a_reference_whose_rows_bring_too_little_is_refused(
     safetensors.numpy.save_file(tensors, tmp_path / "reference.safetensors", metadata)
     with pytest.raises(FileFormatError, match=r"its (coefficients|head) have another shape"):
         read_reference_facts(tmp_path / "reference.safetensors")
+
+
+def test_a_decoder_is_refused_before_any_work(tmp_path: Path) -> None:
+    checkpoint = save_tiny(tmp_path / "base")
+    job = ExportJob(checkpoint, make_basis(checkpoint), tmp_path / "models")
+    with pytest.raises(InputError, match="is a decoder, which writes text"):
+        export_repository(job, TritonOptions())
+    assert not job.output.exists()
