@@ -2,12 +2,15 @@
 
 import asyncio
 from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 LONG_BODY = 1 << 18
 """Bytes from which a body is read in a thread; a shorter one takes less time than the way to a thread and back."""
 
 
-async def parsed[T](body: bytes, parse: Callable[[bytes], T]) -> T:
+async def parsed(body: bytes, parse: Callable[[bytes], T]) -> T:
     """What `parse` makes of a body.
 
     A long body is read in a thread, so that others are answered between the steps of its reading. A single call into
