@@ -12,6 +12,7 @@ from qrlora_deploy.errors import MalformedInputError
 from qrlora_deploy.serving.access import Access, key_of, open_access
 from qrlora_deploy.serving.answering import Question, answer
 from qrlora_deploy.serving.engine.rows import RowAnswer
+from qrlora_deploy.serving.http.bodies import parsed
 from qrlora_deploy.serving.http.classify import classify_answer, parse_classify
 from qrlora_deploy.serving.http.embeddings import embeddings_answer, parse_embeddings
 from qrlora_deploy.serving.http.endpoint import (
@@ -202,7 +203,7 @@ class Front:
 
     async def classify(self, request: Request, access: Access) -> Response:
         """Texts in plain JSON."""
-        question, customers, name = parse_classify(parse_object(await request.body()))
+        question, customers, name = await parsed(await request.body(), lambda body: parse_classify(parse_object(body)))
         model = self.models.find(name)
         if not model.task.has_labels:
             raise MalformedInputError(f"the model {model.name} answers with embeddings; ask /v1/embeddings")
@@ -212,7 +213,7 @@ class Front:
 
     async def embeddings(self, request: Request, access: Access) -> Response:
         """Vectors of texts, as clients of OpenAI's interface ask for them."""
-        asked = parse_embeddings(parse_object(await request.body()))
+        asked = await parsed(await request.body(), lambda body: parse_embeddings(parse_object(body)))
         model = self.models.find(asked.model)
         if model.task.has_labels:
             raise MalformedInputError(f"the model {model.name} answers with labels, not embeddings; ask /v1/classify")
@@ -223,7 +224,8 @@ class Front:
     async def infer(self, request: Request, access: Access) -> Response:
         """The protocol's inference."""
         model = self._model(request)
-        asked = parse_infer(await request.body(), _header_length(request), outputs_of(model.task))
+        length, outputs = _header_length(request), outputs_of(model.task)
+        asked = await parsed(await request.body(), lambda body: parse_infer(body, length, outputs))
         question, customers = question_of(asked)
         deadline_s = deadline_of(request.headers.get(TIMEOUT), asked.parameters.get("timeout"))
         answers = await self._answer(request, model, question, customers, deadline_s, access)

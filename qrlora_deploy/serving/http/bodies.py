@@ -1,0 +1,22 @@
+"""Reading of bodies beside the event loop where they are long."""
+
+import asyncio
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+LONG_BODY = 1 << 18
+"""Bytes from which a body is read in a thread; a shorter one takes less time than the way to a thread and back."""
+
+
+async def parsed(body: bytes, parse: Callable[[bytes], T]) -> T:
+    """What `parse` makes of a body.
+
+    A long body is read in a thread, so that others are answered between the steps of its reading. A single call into
+    C, such as that of the JSON parser, still holds the interpreter while it runs.
+
+    Raises:
+        Exception: whatever `parse` raises.
+    """
+    return parse(body) if len(body) < LONG_BODY else await asyncio.to_thread(parse, body)
