@@ -63,7 +63,8 @@ def export_repository(job: ExportJob, options: TritonOptions) -> Mapping[str, An
         InputError: the base is a decoder, which writes text. Else as `export_per_row`.
     """
     if job.checkpoint.writes_text:
-        raise InputError(f"{job.checkpoint.name} is a decoder, which writes text; leave out {argument('format', 'triton')}")
+        left_out = argument("format", "triton")
+        raise InputError(f"{job.checkpoint.name} is a decoder, which writes text; leave out {left_out}")
     check_free_folder(job.output)
     with atomic_folder(job.output) as folder:
         version = folder / options.graph_name / VERSION

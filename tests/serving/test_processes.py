@@ -4,8 +4,10 @@ import os
 import re
 import shutil
 import signal
+import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -223,12 +225,13 @@ def test_sighup_reads_keys_again_in_every_process(place: Path) -> None:
 
 
 def test_nothing_stays_where_the_supervisor_is_killed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (place / "tmp").mkdir()
-    monkeypatch.setenv("TMPDIR", str(place / "tmp"))
+    with tempfile.TemporaryDirectory() as folder:
+        # Pytest's own folders have paths that are too long for sockets.
+        monkeypatch.setenv("TMPDIR", folder)
+        _kill_a_supervisor(place, lambda: set(Path(folder).rglob("*.sock")))
 
-    def sockets() -> set[Path]:
-        return set((place / "tmp").rglob("*.sock"))
 
+def _kill_a_supervisor(place: Path, sockets: Callable[[], set[Path]]) -> None:
     with serve(place) as server:
         pids = children(server, "front") + children(server, "engine")
         server.send(signal.SIGKILL)
@@ -239,6 +242,15 @@ def test_nothing_stays_where_the_supervisor_is_killed(place: Path, monkeypatch: 
         # The next one removes what could not be removed by the first.
         assert len(sockets()) == 1 and not sockets() & left
     assert not sockets()
+
+
+def test_a_long_tmpdir_is_refused_in_one_line(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = place / ("long" * 25)
+    long.mkdir()
+    monkeypatch.setenv("TMPDIR", str(long))
+    ran = run("serve", "bundle", "--customers", "customers", "--port", "0", "--processes", "1", cwd=place)
+    assert ran.code == 2 and "bytes too long for sockets; set TMPDIR to a shorter one" in ran.err
+    assert "Traceback" not in ran.err and not list(long.rglob("*.sock"))
 
 
 REFUSED = {

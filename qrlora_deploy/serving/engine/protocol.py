@@ -71,7 +71,7 @@ class EngineStats:
 
     def ended(self) -> "EngineStats":
         """What an engine counted that has ended and so holds nothing."""
-        return replace(self, draining=False, **dict.fromkeys(GAUGES, 0))
+        return replace(self, draining=False, queued_rows=0, queued_tokens=0, resident=0)
 
 
 COUNTERS = (

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import time
@@ -33,6 +34,10 @@ GRACE_S = 10.0
 """Beyond the time for draining, after which a process that does not end is killed."""
 
 logger = logging.getLogger(__name__)
+
+
+LONGEST_SOCKET = 103
+"""Bytes of a socket's path: Linux takes 107, macOS 103."""
 
 
 class Supervisor:
@@ -94,6 +99,7 @@ class Supervisor:
         """
         try:
             with scratch_folder() as folder:
+                _check_length(folder)
                 asyncio.run(self._run(folder, started))
         finally:
             for held in self._held:
@@ -247,3 +253,13 @@ async def _ended(children: list[Child], patience_s: float) -> None:
                 child.kill()
         if late:
             await asyncio.wait(late)
+
+
+def _check_length(folder: Path) -> None:
+    """Sockets lie in `folder`, and the system takes no long paths for them."""
+    room = LONGEST_SOCKET - len(os.fsencode(folder)) - len("/engine-999.sock")
+    if room < 0:
+        raise InputError(
+            f"the folder of temporary files, {folder.parent}, has a path that is {-room} bytes too long for sockets; "
+            "set TMPDIR to a shorter one"
+        )
