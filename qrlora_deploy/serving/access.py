@@ -175,6 +175,7 @@ class Keys:
         self.path = path
         self._changed = changed
         self._lock = threading.Lock()
+        self.refused: QrloraError | None = None
         self._seen = signature_of(status_of(path))
         self._state = _read(path)
         self._looked = time.monotonic()
@@ -237,8 +238,10 @@ class Keys:
         try:
             self._state = _read(self.path)
         except QrloraError as error:
+            self.refused = error
             _log.warning("%s; the keys that were read before go on", error)
             return False
+        self.refused = None
         _log.info("%s was read again: %d keys", self.path, len(self._state.rows))
         return True
 

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from qrlora_deploy.errors import MalformedInputError, QrloraError
+from qrlora_deploy.errors import InputError, MalformedInputError, QrloraError
 from qrlora_deploy.formats.customer_files import check_customer_id
 from qrlora_deploy.serving.access import Keys, key_of, open_access
 from qrlora_deploy.serving.audit import AuditLog
@@ -164,6 +164,8 @@ class Admin:
         def reload() -> dict[str, Any]:
             self.keys.reload()
             self.reload()
+            if self.keys.refused is not None:
+                raise InputError(f"{self.keys.refused}; the keys that were read before go on")
             return {"reloaded": True}
 
         return reload

@@ -42,7 +42,8 @@ class AssemblyOptions:
         otel: send spans, as the `OTEL_` variables of the process say.
 
     Raises:
-        InputError: the admin API is asked for without keys or audit log, or several devices without `processes`.
+        InputError: the admin API is asked for without keys or audit log, or an audit log without it; several devices
+            without `processes`; two fronts on one port.
     """
 
     places: Sequence[ModelPlaces]
@@ -63,6 +64,10 @@ class AssemblyOptions:
             raise InputError(f"several devices need processes of their own: give {argument('processes', 2)}")
         if self.admin_port is not None and (self.keys is None or self.audit_log is None):
             raise InputError(f"{argument('admin_port')} needs {argument('keys')} and {argument('audit_log')}")
+        if self.admin_port is None and self.audit_log is not None:
+            raise InputError(f"{argument('audit_log')} is of the admin API; give {argument('admin_port')}, too")
+        if self.grpc_port and self.grpc_port == self.server.port:
+            raise InputError(f"{argument('grpc_port', self.grpc_port)} is the port of HTTP; give another one")
 
 
 class Assembly:

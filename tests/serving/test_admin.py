@@ -104,6 +104,18 @@ def test_a_customer_goes_live_changes_and_goes(place: Place, content: bytes) -> 
     assert place.ask("POST", "/v1/reload").json() == {"reloaded": True} and place.reloads == 1
 
 
+def test_a_reload_tells_that_the_keys_file_is_refused(place: Place) -> None:
+    keys = place.folder.parent / "keys.json"
+    good = keys.read_bytes()
+    keys.write_bytes(b"{")
+    for _ in range(2):
+        reply = place.ask("POST", "/v1/reload")
+        assert reply.status_code >= 400 and "the keys that were read before go on" in reply.json()["error"]
+    assert place.audit()[-1]["outcome"] != "done"
+    keys.write_bytes(good)
+    assert place.ask("POST", "/v1/reload").json() == {"reloaded": True}
+
+
 def test_each_attempt_is_told(place: Place, content: bytes) -> None:
     put = place.ask("PUT", ACME, content=content, params={}).json()
     place.ask("PUT", ACME, content=b"nonsense")

@@ -248,6 +248,11 @@ REFUSED = {
     "buckets that are none": ("serve bundle --buckets 8", "such as 1,8,32:32,128"),
     "buckets too long": ("serve bundle --buckets 8:4096", "longer than the model's"),
     "no such device": ("serve bundle --provider tpu", "tpu"),
+    "an audit log without an admin API": ("serve bundle --audit-log a.jsonl", "--audit-log is of the admin API"),
+    "two fronts on a port": (
+        "serve bundle --port 8080 --grpc-port 8080 --check",
+        "--grpc-port 8080 is the port of HTTP",
+    ),
     "an admin API without keys": ("serve bundle --admin-port 0", "--admin-port needs --keys and --audit-log"),
     "keys that are none": ("serve bundle --keys bundle/manifest.json", "manifest.json"),
 }
