@@ -111,7 +111,22 @@ def _read(source: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     model.tie_weights()
     model.generation_config = read.generation_config
     tokenizer = transformers.AutoTokenizer.from_pretrained(**place, trust_remote_code=False)
+    if getattr(tokenizer, "add_bos_token", False) and not _adds_bos(source):
+        # Transformers 4.57 reads such a vocabulary into a class that begins each text with a token of its own.
+        tokenizer.add_bos_token = False
     return model.eval(), tokenizer
+
+
+def _adds_bos(source: Path) -> bool:
+    """Whether texts begin with a token of their own: what the file says, else what is usual for its vocabulary."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(source).fields
+    said = fields.get("tokenizer.ggml.add_bos_token")
+    if said is not None:
+        return bool(said.contents())
+    kind = fields.get("tokenizer.ggml.model")
+    return kind is not None and kind.contents() == "llama"
 
 
 def _answer(model: Any) -> torch.Tensor:
