@@ -111,9 +111,11 @@ def _read(source: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     model.tie_weights()
     model.generation_config = read.generation_config
     tokenizer = transformers.AutoTokenizer.from_pretrained(**place, trust_remote_code=False)
-    if getattr(tokenizer, "add_bos_token", False) and not _adds_bos(source):
-        # Transformers 4.57 reads such a vocabulary into a class that begins each text with a token of its own.
-        tokenizer.add_bos_token = False
+    # Transformers 4.57 reads every vocabulary into a class that begins each text with a token of its own; the property
+    # cannot be set in later versions, which need not be told.
+    change = getattr(getattr(type(tokenizer), "add_bos_token", None), "fset", None)
+    if change is not None and tokenizer.add_bos_token and not _adds_bos(source):
+        change(tokenizer, False)
     return model.eval(), tokenizer
 
 
