@@ -85,6 +85,7 @@ class VarlenPacking(Packing):
         if not self.varlen:
             self.obstacle = self.obstacle or _obstacle(heads)
             return super().attend(query, key, value, mask, heads, bias)
+        self.attended += 1
         attributes: dict[str, Any] = {"num_heads": heads.queries}
         if heads.scale is not None:
             attributes["scale"] = heads.scale
