@@ -25,7 +25,8 @@ def open_graph(
         An `onnxruntime.InferenceSession`, as of `open_session`.
 
     Raises:
-        As `open_session`; FileFormatError: the graph has other inputs or outputs than the manifest says.
+        As `open_session`.
+        FileFormatError: the graph has other inputs or outputs than the manifest says.
     """
     packed = _packed(bundle, provider)
     session = open_session(packed or bundle.model, provider, threads, cuda_graph)

@@ -80,14 +80,15 @@ def check_right_padded(session: Any, reference: Sequence[Case], task: Task, whol
 
     Args:
         session: of that graph.
-        reference, task: as for `check_parity`.
+        reference: as for `check_parity`.
+        task: as for `check_parity`.
         whole: the report of the bundle's other graph, on all cases.
 
     Returns:
         The worse one of the two reports.
 
     Raises:
-        As `check_parity`.
+        CheckFailed: as of `check_parity`.
     """
     fitting = [case for case in reference if is_right_padded(case.inputs["attention_mask"])]
     report = check_parity(session, fitting, task, whole.precision)
@@ -196,7 +197,8 @@ def check_graphs(
     """As `check_parity`, for all graphs that a bundle has for a provider; the report is the worst one's.
 
     Raises:
-        As `check_parity`; ProviderError: the provider does not load or cannot compute in the bundle's precision.
+        CheckFailed: as of `check_parity`.
+        ProviderError: the provider does not load or cannot compute in the bundle's precision.
     """
     precision = bundle.manifest.precision
     report = check_parity(open_for_check(bundle.model, precision, provider, threads), reference, task, precision)
