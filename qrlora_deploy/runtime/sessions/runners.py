@@ -25,8 +25,10 @@ def open_graph(
         An `onnxruntime.InferenceSession`, as of `open_session`.
 
     Raises:
-        As `open_session`.
-        FileFormatError: the graph has other inputs or outputs than the manifest says.
+        ProviderError: as of `open_session`.
+        InputError: so many threads cannot be started.
+        FileFormatError: ONNX Runtime refuses the graph, or it has other inputs or outputs than the
+            manifest says.
     """
     packed = _packed(bundle, provider)
     session = open_session(packed or bundle.model, provider, threads, cuda_graph)
