@@ -64,8 +64,9 @@ class OnnxOptions:
     )
     attention: str = option(
         "auto",
-        "Of a padding-free bundle for the provider cuda: packed adds a second graph, whose attention works on the tokens "
-        "of right-padded batches as they lie, in fp32 and fp16; sessions choose by the mask. auto: where it is possible.",
+        "Of a padding-free bundle for the provider cuda: packed adds a second graph, whose attention works on the "
+        "tokens of right-padded batches as they lie, in fp32 and fp16; sessions choose by the mask. auto: where it is "
+        "possible.",
         choices=ATTENTIONS,
     )
     data: "Examples | None" = option(
