@@ -65,6 +65,11 @@ class Sampling:
         return self.temperature == 0
 
     @property
+    def takes_likeliest(self) -> bool:
+        """Whether the likeliest token of the model is the one that is chosen, and nothing else is told."""
+        return self.greedy and not self.penalizes and self.logprobs is None
+
+    @property
     def penalizes(self) -> bool:
         """Whether the tokens before change the logits."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
@@ -139,6 +144,11 @@ class Sampler:
         if self.sampling.logprobs is None:
             return Choice(token)
         return _with_logprobs(logits, token, self.sampling.logprobs)
+
+    def take(self, token: int) -> Choice:
+        """The next token, which is the likeliest, where `Sampling.takes_likeliest`."""
+        self._note(token)
+        return Choice(token)
 
     def _draw(self, logits: np.ndarray) -> int:
         if self.sampling.greedy:
