@@ -128,7 +128,7 @@ class Engine:
                 self._end(running, "deadline")
 
     def _admitted(self) -> list[Seat]:
-        """Who gets a row now; who waits for one that the device has no memory for, though nobody has one, is refused."""
+        """Who gets a row now; the first one who waits is refused where even an empty device has no memory for it."""
         try:
             return self._scheduler.admit()
         except CacheFullError as error:

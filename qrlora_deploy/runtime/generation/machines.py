@@ -99,7 +99,7 @@ def machine_of(device: Device, bundle: Bundle, captured: bool) -> Machine:
     dtypes = {record.dtype for record in bundle.manifest.inputs if record.name.startswith("past_key_values.")}
     if not dtypes <= set(GPU_CACHES):
         raise InputError(
-            f"{bundle.folder} keeps keys and values in {', '.join(sorted(dtypes))}, and GPUs compute attention in fp16 and "
-            f"bf16 alone; export it with {argument('precision', 'fp16')}, or pass {argument('provider', 'cpu')}"
+            f"{bundle.folder} keeps keys and values in {', '.join(sorted(dtypes))}, and GPUs compute attention in fp16 "
+            f"and bf16 alone; export it with {argument('precision', 'fp16')}, or pass {argument('provider', 'cpu')}"
         )
     return Gpu(device.index, captured)
