@@ -1,6 +1,8 @@
 """Where text is generated: how a decoder is run there, where its caches lie, and in which thread."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 from qrlora_deploy.errors import InputError, QrloraError, argument
@@ -13,6 +15,9 @@ from qrlora_deploy.runtime.generation.scheduler import Rows
 from qrlora_deploy.runtime.host.devices import Device
 from qrlora_deploy.runtime.sessions.worker import Worker
 
+TUNING = "ep.cuda.enable_gemm_auto_tune"
+"""Products with few rows, as branches are, have kernels of their own, of which ONNX Runtime finds the best one."""
+
 GPU_CACHES = ("float16", "bfloat16")
 """dtypes of keys and values by which attention is computed on GPUs."""
 
@@ -21,9 +26,11 @@ class Machine(Protocol):
     """A processor or a GPU.
 
     Attributes:
+        device: to open a session on.
         captured: whether runs are captured as CUDA graphs.
     """
 
+    device: Device
     captured: bool
 
     def graph(self, session: Any, rows: int, block_tokens: int) -> DecoderGraph:
@@ -40,6 +47,9 @@ class Processor:
     """The host's own: whoever asks does the work."""
 
     captured = False
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
 
     def graph(self, session: Any, rows: int, block_tokens: int) -> DecoderGraph:
         """As `Machine.graph`."""
@@ -58,12 +68,12 @@ class Gpu:
     """A GPU: one thread does all the work, since ONNX Runtime keeps captured graphs by thread.
 
     Args:
-        index: its number.
+        device: as it was asked for.
         captured: as `Machine.captured`.
     """
 
-    def __init__(self, index: int, captured: bool) -> None:
-        self._index, self.captured = index, captured
+    def __init__(self, device: Device, captured: bool) -> None:
+        self.device, self.captured = replace(device, configure=partial(_configure, device.configure)), captured
         self._worker = Worker()
 
     def graph(self, session: Any, rows: int, block_tokens: int) -> DecoderGraph:
@@ -73,17 +83,23 @@ class Gpu:
             QrloraError: the GPU has no room for a batch's logits.
         """
         try:
-            return CudaDecoderGraph(session, self._index, rows, block_tokens, self.captured)
+            return CudaDecoderGraph(session, self.device.index, rows, block_tokens, self.captured)
         except MemoryError as error:
-            raise QrloraError(f"GPU {self._index} has no room for the logits of {rows} rows: {error}") from error
+            raise QrloraError(f"GPU {self.device.index} has no room for the logits of {rows} rows: {error}") from error
 
     def cache(self, shape: CacheShape, capacity: int) -> Rows:
         """As `Machine.cache`."""
-        return CudaKvCache(shape, capacity, self._index)
+        return CudaKvCache(shape, capacity, self.device.index)
 
     def call(self, work: Callable[[], None]) -> None:
         """As `Machine.call`."""
         self._worker.call(work)
+
+
+def _configure(further: Callable[[Any], None] | None, options: Any) -> None:
+    options.add_session_config_entry(TUNING, "1")
+    if further is not None:
+        further(options)
 
 
 def machine_of(device: Device, bundle: Bundle, captured: bool) -> Machine:
@@ -93,7 +109,7 @@ def machine_of(device: Device, bundle: Bundle, captured: bool) -> Machine:
         InputError: it cannot run there.
     """
     if not device.on_gpu:
-        return Processor()
+        return Processor(device)
     if device.provider != "cuda":
         raise InputError(f"text is generated on CPUs and by CUDA; pass {argument('provider', 'cuda')}")
     dtypes = {record.dtype for record in bundle.manifest.inputs if record.name.startswith("past_key_values.")}
@@ -102,4 +118,4 @@ def machine_of(device: Device, bundle: Bundle, captured: bool) -> Machine:
             f"{bundle.folder} keeps keys and values in {', '.join(sorted(dtypes))}, and GPUs compute attention in fp16 "
             f"and bf16 alone; export it with {argument('precision', 'fp16')}, or pass {argument('provider', 'cpu')}"
         )
-    return Gpu(device.index, captured)
+    return Gpu(device, captured)

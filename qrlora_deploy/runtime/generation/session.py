@@ -92,7 +92,7 @@ class GenerationSession:
         check_bundle(bundle)
         machine = machine_of(Device.of(provider), bundle, cuda_graphs)
         buckets = batch_buckets(max_rows, batches)
-        opened = open_session(bundle.model, provider, threads, machine.captured)
+        opened = open_session(bundle.model, machine.device, threads, machine.captured)
         check_graph(opened, bundle)
         graph = machine.graph(opened, max_rows, block_tokens)
         self.bundle = bundle

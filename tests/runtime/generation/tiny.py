@@ -68,6 +68,19 @@ class Made:
         whole: list[int] = found[0].tolist()
         return whole[len(prompt) :]
 
+    def forced(self, prompt: list[int], customer: str | None, answer: list[int]) -> np.ndarray:
+        """Logits `[tokens, vocabulary]` of transformers' own forward before each token of an answer."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from qrlora_deploy.models.adapter import insert, set_coefficients
+
+        model = AutoModelForCausalLM.from_pretrained(self.checkpoint.folder, dtype=torch.float32)
+        set_coefficients(insert(model.eval(), self.basis), self.basis, self.values[self.number(customer)])
+        with torch.no_grad():
+            found: np.ndarray = model(torch.tensor([prompt + answer])).logits[0].numpy()
+        return found[len(prompt) - 1 : -1]
+
 
 def make_decoder(folder: Path, family: str = "Llama", **changes: Any) -> Made:
     """A decoder in `folder`."""
