@@ -6,9 +6,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from qrlora_deploy.errors import FileFormatError, QrloraError, argument
+from qrlora_deploy.errors import FileFormatError
 from qrlora_deploy.runtime.bundle.row_layout import SLOT, TABLE
-from qrlora_deploy.runtime.generation.budget import CacheFullError
+from qrlora_deploy.runtime.generation.budget import refused_without_memory
 from qrlora_deploy.runtime.generation.cache import CacheShape
 from qrlora_deploy.runtime.generation.stepping import GREEDY, INPUTS, LOGITS, Answers, HostStep, Step
 from qrlora_deploy.runtime.sessions.running import run_bound
@@ -22,10 +22,6 @@ ELEMENTS: dict[str, tuple[Any, int]] = {
     "tensor(bfloat16)": (np.uint16, 16),
 }
 """By ONNX Runtime's name of a type: how numpy holds it, and ONNX's number of it."""
-
-
-NO_MEMORY = re.compile(r"out of memory|bad alloc|bad_alloc|failed to allocate|available memory of", re.IGNORECASE)
-"""How ONNX Runtime says that there was not enough memory."""
 
 
 class Cache(Protocol):
@@ -78,13 +74,15 @@ class DecoderGraph:
             What one row gave after the last one, until the next run.
 
         Raises:
+            CacheFullError: there was no memory for what is computed on the way.
             QrloraError: an operator failed.
         """
-        bound = _Bound(self._session, self._step_of(1, len(tokens)), cache, row, self._reading_options())
-        # Attention takes tokens without a past for a first prompt only where the lengths are equal.
-        bound.step.total[...] = cache.capacity if past else len(tokens)
-        bound.step.fill(np.array([tokens]), np.array([past + len(tokens) - 1]), np.array([slot]))
-        return bound.run(memory)
+        with refused_without_memory(1):
+            bound = _Bound(self._session, self._step_of(1, len(tokens)), cache, row, self._reading_options())
+            # Attention takes tokens without a past for a first prompt only where the lengths are equal.
+            bound.step.total[...] = cache.capacity if past else len(tokens)
+            bound.step.fill(np.array([tokens]), np.array([past + len(tokens) - 1]), np.array([slot]))
+            return bound.run(memory)
 
     def decode(
         self,
@@ -107,11 +105,13 @@ class DecoderGraph:
             What each row gave, until the next run.
 
         Raises:
+            CacheFullError: there was no memory for what is computed on the way.
             QrloraError: an operator failed.
         """
-        bound = self._decoding(cache, len(tokens), memory)
-        bound.step.fill(tokens[:, None], past, slots)
-        return bound.run(memory)
+        with refused_without_memory(len(tokens)):
+            bound = self._decoding(cache, len(tokens), memory)
+            bound.step.fill(tokens[:, None], past, slots)
+            return bound.run(memory)
 
     def _decoding(self, cache: Cache, rows: int, memory: TableMemory | None) -> "_Bound":
         key = (cache.capacity, rows)
@@ -153,26 +153,13 @@ class _Bound:
         return self.cache is cache and self.generation == cache.generation and self.memory is memory
 
     def run(self, memory: TableMemory | None) -> Answers:
-        """Run with what was filled in.
-
-        Raises:
-            CacheFullError: there was no memory for what is computed within.
-            QrloraError: an operator failed.
-        """
+        """Run with what was filled in."""
         if memory is not None and memory is not self.memory:
             # Held while it is bound: a table that grows would be given back.
             self.memory = memory
             memory.bind(self._binding)
         self.step.upload()
-        try:
-            run_bound(self._session, self._binding, self._options)
-        except QrloraError as error:
-            if not NO_MEMORY.search(str(error)):
-                raise
-            raise CacheFullError(
-                f"cache full: no memory is left to run {self.step.rows} rows; lower {argument('max_cache_bytes')} or "
-                f"{argument('max_rows')}, or ask again later"
-            ) from error
+        run_bound(self._session, self._binding, self._options)
         return self.step.answers()
 
 
