@@ -1,7 +1,7 @@
 """A decoder's graph: what it takes and keeps, and how it is run."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -63,7 +63,7 @@ class DecoderGraph:
         self.chooses = GREEDY in outputs
         self._total_shape = tuple(1 for _ in inputs["total_sequence_length"].shape)
         self._logits_type = ELEMENTS[outputs[LOGITS].type]
-        self._bound: dict[tuple[int, int], _Bound] = {}
+        self._bound: dict[Hashable, _Bound] = {}
 
     def prefill(
         self, cache: Cache, row: int, tokens: Sequence[int], past: int, slot: int, memory: TableMemory | None
@@ -78,7 +78,7 @@ class DecoderGraph:
             QrloraError: an operator failed.
         """
         with refused_without_memory(1):
-            bound = _Bound(self._session, self._step_of(1, len(tokens)), cache, row, self._reading_options())
+            bound = _Bound(self._session, self._step_of(1, len(tokens)), cache, row, self._single_options())
             # Attention takes tokens without a past for a first prompt only where the lengths are equal.
             bound.step.total[...] = cache.capacity if past else len(tokens)
             bound.step.fill(np.array([tokens]), np.array([past + len(tokens) - 1]), np.array([slot]))
@@ -114,13 +114,18 @@ class DecoderGraph:
             return bound.run(memory)
 
     def _decoding(self, cache: Cache, rows: int, memory: TableMemory | None) -> "_Bound":
-        key = (cache.capacity, rows)
+        return self._kept(("write", cache.capacity, rows), cache, (rows, 1), cache.capacity, memory)
+
+    def _kept(
+        self, key: Hashable, cache: Cache, shape: tuple[int, int], total: int, memory: TableMemory | None
+    ) -> "_Bound":
+        """What is bound to the first rows of a cache, as it was before where everything is where it was."""
         bound = self._bound.get(key)
         if bound is None or not bound.serves(cache, memory):
             # A table that has grown lies elsewhere: what is bound to the old one is all that keeps it in memory.
             self._bound = {key: other for key, other in self._bound.items() if other.memory is memory}
-            bound = self._bound[key] = _Bound(self._session, self._step_of(rows, 1), cache, 0, self._writing_options())
-            bound.step.total[...] = cache.capacity
+            bound = self._bound[key] = _Bound(self._session, self._step_of(*shape), cache, 0, self._kept_options())
+            bound.step.total[...] = total
         return bound
 
     def _step_of(self, rows: int, tokens: int) -> Step:
@@ -128,12 +133,12 @@ class DecoderGraph:
         dtype, element = self._logits_type
         return HostStep(rows, tokens, self._total_shape, self.vocabulary, self.switchable, np.dtype(dtype), element)
 
-    def _reading_options(self) -> Any:
-        """ONNX Runtime's options of a run that reads a prompt."""
+    def _single_options(self) -> Any:
+        """ONNX Runtime's options of a run that is bound for itself."""
         return None
 
-    def _writing_options(self) -> Any:
-        """ONNX Runtime's options of runs of one batch of a cache."""
+    def _kept_options(self) -> Any:
+        """ONNX Runtime's options of runs that come again, bound as they are."""
         return None
 
 
