@@ -33,7 +33,7 @@ class Choosing:
         found: dict[int, Choice | QrloraError] = {}
         others = {}
         for row, sampler in samplers.items():
-            token = answers.likeliest(row) if sampler.sampling.takes_likeliest else None
+            token = answers.likeliest(row) if sampler.takes_likeliest else None
             if token is None:
                 others[row] = sampler
             else:
