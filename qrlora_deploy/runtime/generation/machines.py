@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
-from qrlora_deploy.errors import InputError, QrloraError, argument
+from qrlora_deploy.errors import InputError, NotReadyError, QrloraError, argument
 from qrlora_deploy.runtime.bundle.bundle import Bundle
 from qrlora_deploy.runtime.generation.cache import CacheShape, KvCache
 from qrlora_deploy.runtime.generation.choosing import free_threads
@@ -14,6 +14,7 @@ from qrlora_deploy.runtime.generation.cuda_graph import CudaDecoderGraph
 from qrlora_deploy.runtime.generation.graph import DecoderGraph
 from qrlora_deploy.runtime.generation.scheduler import Rows
 from qrlora_deploy.runtime.host.devices import Device
+from qrlora_deploy.runtime.host.forking import LOST_ON_GPU, survive_forks
 from qrlora_deploy.runtime.sessions.worker import Worker
 
 TUNING = "ep.cuda.enable_gemm_auto_tune"
@@ -82,7 +83,15 @@ class Gpu:
 
     def __init__(self, device: Device, captured: bool) -> None:
         self.device, self.captured = replace(device, configure=partial(_configure, device.configure)), captured
-        self.threads, self._worker = free_threads(), Worker()
+        self.threads, self._worker, self._lost = free_threads(), Worker(), False
+        survive_forks(self)
+
+    def before_fork(self) -> None:
+        """Nothing to do."""
+
+    def after_fork(self, in_child: bool) -> None:
+        """CUDA does not live in a forked child."""
+        self._lost = self._lost or in_child
 
     def graph(self, session: Any, rows: int, block_tokens: int) -> DecoderGraph:
         """As `Machine.graph`.
@@ -100,7 +109,13 @@ class Gpu:
         return CudaKvCache(shape, capacity, self.device.index)
 
     def call(self, work: Callable[[], None]) -> None:
-        """As `Machine.call`."""
+        """As `Machine.call`.
+
+        Raises:
+            NotReadyError: this is a forked child of the session's process.
+        """
+        if self._lost:
+            raise NotReadyError(LOST_ON_GPU)
         self._worker.call(work)
 
 

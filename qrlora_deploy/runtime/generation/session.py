@@ -120,7 +120,7 @@ class GenerationSession:
             max(STEP_TOKENS, block),
             threads=machine.threads,
         )
-        self._call = machine.call
+        self._machine = machine
         self._window = 2 * max_rows
         self._stepping = threading.Lock()
         self._closed = False
@@ -165,7 +165,7 @@ class GenerationSession:
         """End every answer as it is, and let go of the folder of customers."""
         with self._stepping:
             self._closed = True
-            self._call(lambda: self._engine.end_all("cancelled"))
+            self._machine.call(lambda: self._engine.end_all("cancelled"))
         if self.store is not None:
             self.store.close()
 
@@ -247,7 +247,7 @@ class GenerationSession:
         """Do a step unless another thread has brought what is waited for."""
         with self._stepping:
             if not running.events:
-                self._call(self._engine.step)
+                self._machine.call(self._engine.step)
 
 
 def check_bundle(bundle: Bundle) -> None:
