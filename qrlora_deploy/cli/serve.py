@@ -63,6 +63,14 @@ SHOWN = 5
 @click.option(
     "--processes", type=click.IntRange(0, 256), default=0, help="Processes beside the engines'; 0: one for all."
 )
+@click.option(
+    "--hang-seconds",
+    "hang_s",
+    type=SECONDS,
+    default=60.0,
+    show_default=True,
+    help="With --processes: one that is silent, or a run that takes, so long is ended and started again; 0: never.",
+)
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads within an operator.")
 @click.option("--buckets", metavar="ROWS:LENGTHS", help="Run in these shapes only, such as 1,8,32:32,128.")
 @click.option("--max-rows", type=COUNT, help="Rows of the table of customers; without it the table grows.")
@@ -136,6 +144,7 @@ def command(
         processes=options["processes"],
         devices=options["devices"] if options["processes"] else (),
         otel=options["otel"],
+        hang_s=options["hang_s"],
     )
     if check:
         return _checked(made_of)

@@ -40,6 +40,8 @@ class AssemblyOptions:
         processes: for HTTP, gRPC, keys and tokenising; 0: all in one process.
         devices: with `processes`, one for each process of an engine; none: `run.provider`.
         otel: send spans, as the `OTEL_` variables of the process say.
+        hang_s: with `processes`, how long one may say nothing, or have one run; then it is killed and started again.
+            0: as long as it likes.
 
     Raises:
         InputError: the admin API is asked for without keys or audit log, or an audit log without it; several devices
@@ -58,6 +60,7 @@ class AssemblyOptions:
     processes: int = 0
     devices: Sequence[str] = ()
     otel: bool = False
+    hang_s: float = 60.0
 
     def __post_init__(self) -> None:
         if self.devices and not self.processes:

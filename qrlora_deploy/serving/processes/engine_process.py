@@ -72,7 +72,7 @@ class EngineProcess:
     def _obey(self) -> None:
         control = self._control
         control.stop, control.reload, control.state = self._ending.set, self._begin_reload, self._socket.stats
-        control.forget = self._forget
+        control.forget, control.runs = self._forget, self._socket.runs
 
     async def _finish(self) -> None:
         self._life.drain()

@@ -20,6 +20,7 @@ from qrlora_deploy.serving.assembly import AssemblyOptions
 from qrlora_deploy.serving.processes.children import Child
 from qrlora_deploy.serving.processes.control import Order
 from qrlora_deploy.serving.processes.gathering import Gathering
+from qrlora_deploy.serving.processes.heartbeat import kill_if_it_hangs
 from qrlora_deploy.serving.processes.options import ENGINE, FRONT, ChildOptions
 
 AGAIN_S = 600.0
@@ -145,7 +146,9 @@ class Supervisor:
     async def _watch(self, child: Child) -> None:
         """Follow a process to its end."""
         begin_s = time.monotonic()
+        feeling = asyncio.create_task(kill_if_it_hangs(child, self._options.hang_s, self._ending))
         how = await child.run()
+        feeling.cancel()
         self._children.remove(child)
         if self._ending.is_set():
             if how and child.was_ready and self._failure is None:
