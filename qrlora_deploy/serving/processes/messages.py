@@ -20,7 +20,14 @@ from qrlora_deploy.errors import (
 from qrlora_deploy.serving.engine.protocol import EngineStats
 from qrlora_deploy.serving.engine.rows import Row, RowAnswer, Run
 from qrlora_deploy.serving.processes.links import BrokenFrameError, record_of
-from qrlora_deploy.serving.refusals import DeadlineError, DrainingError, OverloadedError, QuotaError, TooLargeError
+from qrlora_deploy.serving.refusals import (
+    DeadlineError,
+    DrainingError,
+    OverloadedError,
+    QuotaError,
+    TooLargeError,
+    retry_after_of,
+)
 
 LENGTH = struct.Struct("<I")
 
@@ -153,7 +160,7 @@ def _answers(head: Any, numbers: np.ndarray, rows: Sequence[Row]) -> Iterator[Ro
 
 def pack_error(error: QrloraError) -> bytes:
     """The payload of an error: its kind, its line, and when it is worth another try."""
-    return orjson.dumps([error.kind, str(error), getattr(error, "retry_after_s", None)])
+    return orjson.dumps([error.kind, str(error), retry_after_of(error)])
 
 
 def unpack_error(payload: bytearray) -> QrloraError:
