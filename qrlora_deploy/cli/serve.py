@@ -9,7 +9,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from qrlora_deploy.cli.options import ANY_PATH, COUNT, EXISTING_FILE, FiniteRange, buckets_of, common
+from qrlora_deploy.cli.options import ANY_PATH, COUNT, EXISTING_FILE, CustomerId, FiniteRange, buckets_of, common
 from qrlora_deploy.cli.output import Output
 from qrlora_deploy.cli.serve_ray import check_ray_usage, open_ray_server, ray_options, serve_on_ray
 from qrlora_deploy.errors import CheckFailed, InputError
@@ -94,7 +94,14 @@ SHOWN = 5
     show_default=True,
     help="Seconds for what was begun until then.",
 )
-@click.option("--count-customer", "counted", multiple=True, metavar="ID", help="Metrics and spans name it; repeatable.")
+@click.option(
+    "--count-customer",
+    "counted",
+    multiple=True,
+    type=CustomerId(),
+    metavar="ID",
+    help="Metrics and spans name it; repeatable.",
+)
 @ray_options
 @click.option("--otel", is_flag=True, help="Send OpenTelemetry spans, as the OTEL_ variables say.")
 @click.option("--check", is_flag=True, help="Open and check everything, each customer's file too, and end.")

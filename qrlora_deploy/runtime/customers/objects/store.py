@@ -58,6 +58,15 @@ class ObjectStoreStats:
     failures: int
     age_s: float
 
+    def __add__(self, other: "ObjectStoreStats") -> "ObjectStoreStats":
+        """What two processes see of one store: the worse of both, and all that failed."""
+        return ObjectStoreStats(
+            self.up and other.up,
+            min(self.customers, other.customers),
+            self.failures + other.failures,
+            max(self.age_s, other.age_s),
+        )
+
 
 class ObjectStore:
     """Objects under a URL behind a session. Safe for many threads.
