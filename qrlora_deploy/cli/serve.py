@@ -9,7 +9,16 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from qrlora_deploy.cli.options import ANY_PATH, COUNT, EXISTING_FILE, CustomerId, FiniteRange, buckets_of, common
+from qrlora_deploy.cli.options import (
+    ANY_PATH,
+    COUNT,
+    EXISTING_FILE,
+    CustomerId,
+    FiniteRange,
+    buckets_of,
+    common,
+    refuse_idle,
+)
 from qrlora_deploy.cli.output import Output
 from qrlora_deploy.cli.serve_ray import check_ray_usage, open_ray_server, ray_options, serve_on_ray
 from qrlora_deploy.errors import CheckFailed, InputError
@@ -124,6 +133,7 @@ def command(
     """
     _check_usage(bundle, models, **options)
     check_ray_usage(on_ray, options)
+    refuse_idle(["hang_s"], bool(options["processes"]), "there are --processes")
     if options["otel"]:
         need("otel", "`serve --otel`")
     from qrlora_deploy.serving.assembly import Assembly, AssemblyOptions
