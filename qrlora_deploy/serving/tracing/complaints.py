@@ -1,4 +1,4 @@
-"""What OpenTelemetry's SDK complains of, in a line of our log a minute: without a collector it complains of each batch."""
+"""What OpenTelemetry's SDK complains of, in a line of our log a minute: without a collector each batch is a complaint."""
 
 import logging
 import threading
