@@ -12,6 +12,7 @@ from qrlora_deploy.cli.options import (
     ANY_PATH,
     COUNT,
     EXISTING_FILE,
+    CustomerId,
     FiniteRange,
     common,
     provider_option,
@@ -73,7 +74,9 @@ def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("-o", "--output", type=ANY_PATH, help="File of the answers to --jsonl, a line each, in its order.")
 @click.option("--resume", is_flag=True, help="Go on with the answers that an interrupted run has written.")
 @click.option("--customers", type=FOLDER, help="Folder of coefficients files, <customer>.safetensors.")
-@click.option("--customer", "names", multiple=True, help="Whose the prompts are: once, or once per prompt.")
+@click.option(
+    "--customer", "names", multiple=True, type=CustomerId(), help="Whose the prompts are: once, or once per prompt."
+)
 @click.option("--chat", is_flag=True, help="Prompts are what a user says; the base's chat template writes the text.")
 @click.option("--system", help="With --chat: what the system says first.")
 @click.option("--stream", is_flag=True, help="Show an answer while it is written.")

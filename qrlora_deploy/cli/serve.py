@@ -9,7 +9,16 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from qrlora_deploy.cli.options import ANY_PATH, COUNT, EXISTING_FILE, FiniteRange, buckets_of, common
+from qrlora_deploy.cli.options import (
+    ANY_PATH,
+    COUNT,
+    EXISTING_FILE,
+    CustomerId,
+    FiniteRange,
+    buckets_of,
+    common,
+    refuse_idle,
+)
 from qrlora_deploy.cli.output import Output
 from qrlora_deploy.cli.serve_ray import check_ray_usage, open_ray_server, ray_options, serve_on_ray
 from qrlora_deploy.errors import CheckFailed, InputError
@@ -63,6 +72,14 @@ SHOWN = 5
 @click.option(
     "--processes", type=click.IntRange(0, 256), default=0, help="Processes beside the engines'; 0: one for all."
 )
+@click.option(
+    "--hang-seconds",
+    "hang_s",
+    type=SECONDS,
+    default=60.0,
+    show_default=True,
+    help="With --processes: one that is silent, or a run that takes, so long is ended and started again; 0: never.",
+)
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads within an operator.")
 @click.option("--buckets", metavar="ROWS:LENGTHS", help="Run in these shapes only, such as 1,8,32:32,128.")
 @click.option("--max-rows", type=COUNT, help="Rows of the table of customers; without it the table grows.")
@@ -86,7 +103,14 @@ SHOWN = 5
     show_default=True,
     help="Seconds for what was begun until then.",
 )
-@click.option("--count-customer", "counted", multiple=True, metavar="ID", help="Metrics and spans name it; repeatable.")
+@click.option(
+    "--count-customer",
+    "counted",
+    multiple=True,
+    type=CustomerId(),
+    metavar="ID",
+    help="Metrics and spans name it; repeatable.",
+)
 @ray_options
 @click.option("--otel", is_flag=True, help="Send OpenTelemetry spans, as the OTEL_ variables say.")
 @click.option("--check", is_flag=True, help="Open and check everything, each customer's file too, and end.")
@@ -109,6 +133,7 @@ def command(
     """
     _check_usage(bundle, models, **options)
     check_ray_usage(on_ray, options)
+    refuse_idle(["hang_s"], bool(options["processes"]), "there are --processes")
     if options["otel"]:
         need("otel", "`serve --otel`")
     from qrlora_deploy.serving.assembly import Assembly, AssemblyOptions
@@ -136,6 +161,7 @@ def command(
         processes=options["processes"],
         devices=options["devices"] if options["processes"] else (),
         otel=options["otel"],
+        hang_s=options["hang_s"],
     )
     if check:
         return _checked(made_of)

@@ -1,6 +1,7 @@
 """The routes of the HTTP front."""
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -25,7 +26,7 @@ from qrlora_deploy.serving.http.endpoint import (
     request_id_of,
     spans_of,
 )
-from qrlora_deploy.serving.http.live_page import LivePage
+from qrlora_deploy.serving.http.live_page import LivePage, Shown
 from qrlora_deploy.serving.http.openapi import openapi
 from qrlora_deploy.serving.http.protocol import InferAnswer, parse_infer, parse_object, write_answer
 from qrlora_deploy.serving.http.replies import JSON, error_reply, json_reply
@@ -77,6 +78,11 @@ class Front:
     def __post_init__(self) -> None:
         self.live_window: LiveNumbers = self.window or Window(self.counts.totals, self.models.stats)
 
+    @property
+    def shown(self) -> Iterable[Shown]:
+        """Models that the live page shows."""
+        return self.models
+
     def routes(self) -> list[Route]:
         """All of them. Health and the description of the interface need no key."""
         model = "/v2/models/{model}"
@@ -104,7 +110,7 @@ class Front:
         ]
         if self.metrics is not None:
             routes.append(self._route("/metrics", "GET", partial(scraped, self.metrics)))
-        page = LivePage(self.models, self.life, self.live_window)
+        page = LivePage(self.shown, self.life, self.live_window)
         return routes + [self._route(path, "GET", handler, is_open) for path, handler, is_open in page.handlers()]
 
     def _route(self, path: str, method: str, handler: Handler, is_open: bool = False, asks: bool = False) -> Route:

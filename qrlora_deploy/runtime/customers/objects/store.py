@@ -58,6 +58,15 @@ class ObjectStoreStats:
     failures: int
     age_s: float
 
+    def __add__(self, other: "ObjectStoreStats") -> "ObjectStoreStats":
+        """What two processes see of one store: the worse of both, and all that failed."""
+        return ObjectStoreStats(
+            self.up and other.up,
+            min(self.customers, other.customers),
+            self.failures + other.failures,
+            max(self.age_s, other.age_s),
+        )
+
 
 class ObjectStore:
     """Objects under a URL behind a session. Safe for many threads.
@@ -124,7 +133,7 @@ class ObjectStore:
         Raises:
             UnknownCustomerError: no listing has shown it, or it is gone since.
             InputError: the id is none, or its object is refused.
-            NotReadyError: the store is down.
+            NotReadyError: the store is down, or the whole place is not there.
             QrloraError: the table cannot grow.
         """
         check_customer_id(customer)
@@ -163,9 +172,9 @@ class ObjectStore:
                 for customer, _ in page:
                     gone.pop(customer, None)
             names = Names(parts)
-            if not names and self._read:
+            if not len(names) and len(self._names):
                 # More likely a place that somebody has moved than one whose customers have all gone.
-                raise InputError(f"{self.bucket.url} is empty")
+                raise self.bucket.emptied()
             self._names, self._listed_s = names, began_s
             self._refresh_all(changed | gone)
 
