@@ -83,6 +83,8 @@ SHOWN = 5
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads within an operator.")
 @click.option("--buckets", metavar="ROWS:LENGTHS", help="Run in these shapes only, such as 1,8,32:32,128.")
 @click.option("--max-rows", type=COUNT, help="Rows of the table of customers; without it the table grows.")
+@click.option("--max-answers", type=COUNT, default=8, show_default=True, help="Texts that are written side by side.")
+@click.option("--max-cache-mib", type=COUNT, default=1024, show_default=True, help="MiB of their keys and values.")
 @click.option("--max-batch-tokens", type=COUNT, default=16384, show_default=True, help="Rows x length of a run.")
 @click.option("--max-wait-ms", type=SECONDS, default=0.0, show_default=True, help="A free engine waits for more rows.")
 @click.option("--max-queue-rows", type=COUNT, default=4096, show_default=True, help="Rows that wait; then 429.")
@@ -121,6 +123,8 @@ def command(
 ) -> Output:
     """Answer over HTTP, and gRPC, for BUNDLE and its customers: Open Inference Protocol v2; plain JSON at /v1/classify.
 
+    A decoder is asked as OpenAI's clients ask, at /v1/completions and /v1/chat/completions; its model is NAME:CUSTOMER.
+
     SIGTERM ends it without losing a request: readiness goes off, --drain-delay passes, what was begun is finished.
     SIGHUP reads the keys and the packed files again.
 
@@ -128,6 +132,7 @@ def command(
     Examples:
       qrlora-deploy serve bundle --customers customers
       qrlora-deploy serve bundle --customers s3://bucket/customers
+      qrlora-deploy serve decoder-bundle --customers customers --max-answers 16 --max-cache-mib 2048
       qrlora-deploy serve bundle --customers customers --keys keys.json --host 0.0.0.0 --drain-delay 10
       qrlora-deploy serve --model intents=bundle --model spam=other-bundle --customers intents=customers --check
     """
@@ -255,6 +260,8 @@ def _run_options(**options: Any) -> "RunOptions":
         buckets,
         options["max_rows"],
         limits,
+        options["max_answers"],
+        options["max_cache_mib"] * 2**20,
     )
 
 

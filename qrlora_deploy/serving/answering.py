@@ -27,6 +27,8 @@ SHORT_BYTES = 512
 
 FAILED = "the server failed to answer; its log says why"
 
+WRITES_TEXT = "the model {name} writes text; ask /v1/completions or /v1/chat/completions"
+
 logger = logging.getLogger(__name__)
 
 
@@ -98,6 +100,8 @@ async def answer(
     if spans is not None:
         spans.asks(model.name, customers)
         spans.stage("admit")
+    if model.writer is not None:
+        raise MalformedInputError(WRITES_TEXT.format(name=model.name))
     _check_counts(question, customers)
     _check_kind(model, question)
     if access is not None and not all(access.allows(name) for name in set(customers) if name is not None):
@@ -121,7 +125,7 @@ async def answer(
     try:
         answers = await _answered(model, ticket, rows, deadline_s)
     except QrloraError as error:
-        raise _public(error) from error
+        raise public_error(error) from error
     if spans is not None:
         spans.ran(list({id(it.run): it.run for it in answers if it.run is not None}.values()))
     return answers
@@ -182,7 +186,7 @@ async def _answered(
         raise DeadlineError("the request's time passed before it was answered") from error
 
 
-def _public(error: QrloraError) -> QrloraError:
+def public_error(error: QrloraError) -> QrloraError:
     """The error that a client may see: files and folders of the server are none of its business."""
     if isinstance(error, UnknownCustomerError):
         return UnknownCustomerError(UNKNOWN)

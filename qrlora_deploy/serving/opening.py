@@ -1,18 +1,20 @@
 """From a bundle and its customers on the disk to a model that is served."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from qrlora_deploy.errors import InputError, QrloraError
+from qrlora_deploy.errors import InputError, QrloraError, argument
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.formats.customer_files import customer_ids, read_customer
-from qrlora_deploy.runtime.bundle.bundle import Bundle, check_no_decoder, open_bundle
+from qrlora_deploy.runtime.bundle.bundle import Bundle, open_bundle
 from qrlora_deploy.runtime.customers.objects.store import POLL_S, ObjectStoreStats
 from qrlora_deploy.runtime.customers.packed_erasing import erase_packed
+from qrlora_deploy.runtime.generation.session import GenerationSession
 from qrlora_deploy.runtime.host.devices import Device
 from qrlora_deploy.runtime.sessions.buckets import Buckets
+from qrlora_deploy.runtime.sessions.loaded_customers import LoadedCustomers
 from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
 from qrlora_deploy.serving.customer_folder import CustomerFolder
 from qrlora_deploy.serving.engine.limits import Limits
@@ -20,6 +22,7 @@ from qrlora_deploy.serving.engine.local import LocalEngine
 from qrlora_deploy.serving.engine.models import MergedModel
 from qrlora_deploy.serving.engine.quotas import Quotas
 from qrlora_deploy.serving.engine.sources import ObjectSource, source_of
+from qrlora_deploy.serving.generation.engine import TextEngine
 from qrlora_deploy.serving.served import ServedModel
 from qrlora_deploy.serving.tokenizing import RowTokenizer
 
@@ -37,6 +40,8 @@ class RunOptions:
         buckets: shapes to run in; None: whatever comes.
         max_rows: of the coefficient table; None: it grows.
         limits: of the engine.
+        max_answers: that a decoder writes side by side.
+        max_cache_bytes: memory of a decoder's keys and values.
     """
 
     provider: str = "cpu"
@@ -45,6 +50,8 @@ class RunOptions:
     buckets: Buckets | None = None
     max_rows: int | None = None
     limits: Limits = field(default_factory=Limits)
+    max_answers: int = 8
+    max_cache_bytes: int = 2**30
 
     @property
     def device(self) -> Device:
@@ -93,6 +100,7 @@ class OpenModel:
     Attributes:
         places: where it came from.
         session: what runs.
+        customers: its customers; None: it is merged and takes none.
         served: what fronts are given.
 
     Raises:
@@ -102,16 +110,15 @@ class OpenModel:
     def __init__(self, places: ModelPlaces, options: RunOptions, quotas: Quotas | None = None) -> None:
         self.places = places
         bundle = open_bundle(places.bundle)
-        check_no_decoder(bundle)
         self.session = _open_session(bundle, options)
+        self.customers = _customers_of(self.session)
         self._objects = None if places.objects is None else ObjectSource(places.objects, poll_s=places.poll_s)
         self._source = source_of(places.customers, places.packed, self._objects)
-        if isinstance(self.session, SwitchableSession):
-            self._source.open(self.session)
+        if self.customers is not None:
+            self._source.open(self.customers)
         elif places.customers or places.packed or places.objects:
             raise InputError(f"{places.bundle} is a merged bundle: it holds one customer and takes no others")
-        engine = LocalEngine(self.session, options.limits, quotas)
-        self.served = ServedModel(places.name, bundle, engine, RowTokenizer(bundle))
+        self.served = _served(places.name, self.session, options.limits, quotas)
 
     def customer_folder(self, erased: Callable[[str], None] = lambda customer: None) -> CustomerFolder | None:
         """The folder of customers, for who changes it; None: there is none.
@@ -119,7 +126,7 @@ class OpenModel:
         Args:
             erased: called with a customer that was taken from memory.
         """
-        if self.places.customers is None or not isinstance(self.session, SwitchableSession):
+        if self.places.customers is None or self.customers is None:
             return None
 
         def forget(customer: str) -> bool:
@@ -127,11 +134,11 @@ class OpenModel:
             erased(customer)
             return found
 
-        return CustomerFolder(self.places.customers, self.session.check, elsewhere=forget)
+        return CustomerFolder(self.places.customers, self.customers.check, elsewhere=forget)
 
     def unload(self, customer: str) -> bool:
         """Take a customer, whose file is gone, from memory; whether it was there."""
-        return isinstance(self.session, SwitchableSession) and self.session.unload(customer)
+        return self.customers is not None and self.customers.unload(customer)
 
     def _forget(self, customer: str) -> bool:
         """Take a customer, whose file is gone, from the packed file and from memory; whether it was there.
@@ -149,7 +156,7 @@ class OpenModel:
         Raises:
             InputError: it is damaged or of another bundle; what was loaded before stays.
         """
-        if isinstance(self.session, SwitchableSession):
+        if self.customers is not None:
             self._source.reload()
 
     @property
@@ -163,10 +170,10 @@ class OpenModel:
         Returns:
             How many there are, and what is wrong with those that cannot be served, one line each.
         """
-        if not isinstance(self.session, SwitchableSession):
+        if self.customers is None:
             return 0, []
         names, read = self._customers()
-        check, problems = self.session.check, []
+        check, problems = self.customers.check, []
         for name in names:
             try:
                 check(read(name), name)
@@ -191,9 +198,56 @@ class OpenModel:
         self.served.pool.shutdown(wait=False)
 
 
-def _open_session(bundle: Bundle, options: RunOptions) -> SwitchableSession | MergedModel:
+Session = SwitchableSession | MergedModel | GenerationSession
+
+
+def _open_session(bundle: Bundle, options: RunOptions) -> Session:
+    if bundle.manifest.deciding_task.writes_text:
+        return _open_decoder(bundle, options)
     if bundle.manifest.kind == "merged":
         return MergedModel(bundle, options.device, options.threads, options.buckets)
     return SwitchableSession(
         bundle, options.device, max_rows=options.max_rows, threads=options.threads, buckets=options.buckets
     )
+
+
+def _open_decoder(bundle: Bundle, options: RunOptions) -> GenerationSession:
+    if options.buckets is not None:
+        raise InputError(f"{bundle.folder} writes text, in batches of its own; leave out {argument('buckets')}")
+    return GenerationSession(
+        bundle,
+        options.device,
+        max_rows=options.max_answers,
+        max_cache_bytes=options.max_cache_bytes,
+        customer_rows=options.max_rows,
+        threads=options.threads,
+    )
+
+
+def _customers_of(session: Session) -> LoadedCustomers | None:
+    if isinstance(session, GenerationSession):
+        return session.customers
+    return session if isinstance(session, SwitchableSession) else None
+
+
+def _served(name: str, session: Session, limits: Limits, quotas: Quotas | None) -> ServedModel:
+    bundle = session.bundle
+    if isinstance(session, GenerationSession):
+        writer = TextEngine(session, limits, quotas)
+        return ServedModel(name, bundle, writer, RowTokenizer(bundle), writer=writer)
+    return ServedModel(name, bundle, LocalEngine(session, limits, quotas), RowTokenizer(bundle))
+
+
+def refuse_decoders(places: Sequence[ModelPlaces], what: str) -> None:
+    """Make sure that no model writes text.
+
+    Args:
+        places: of the models.
+        what: cannot be done with those that do, such as an option.
+
+    Raises:
+        InputError: one does.
+    """
+    for place in places:
+        if open_bundle(place.bundle, graph=False).manifest.deciding_task.writes_text:
+            raise InputError(f"{place.bundle} writes text, which one process does alone; leave out {what}")

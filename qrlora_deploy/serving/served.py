@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from qrlora_deploy.errors import InputError, QrloraError
 from qrlora_deploy.runtime.bundle.bundle import Bundle
@@ -11,6 +12,9 @@ from qrlora_deploy.serving.engine.protocol import Engine, EngineStats
 from qrlora_deploy.serving.tokenizing import RowTokenizer
 from qrlora_deploy.tasks.base import Task
 from qrlora_deploy.tasks.registry import task_named
+
+if TYPE_CHECKING:
+    from qrlora_deploy.serving.generation.engine import TextEngine
 
 VERSION = "1"
 """Of every model: a bundle is sealed, so another one is another model."""
@@ -35,6 +39,7 @@ class ServedModel:
         bundle: what is served.
         engine: answers.
         tokenizer: makes rows of texts, in threads of `pool`.
+        writer: `engine`, of a model that writes text; None: it answers rows.
     """
 
     name: str
@@ -42,6 +47,7 @@ class ServedModel:
     engine: Engine
     tokenizer: RowTokenizer
     pool: ThreadPoolExecutor = field(default_factory=_pool, repr=False, compare=False)
+    writer: "TextEngine | None" = None
 
     @property
     def task(self) -> Task:

@@ -63,6 +63,7 @@ class GenerationSession:
         customers: of a switchable bundle; `customers.load` makes a coefficients file live. None: it is merged.
         store: the folder of customers, where one was given to `open`.
         longest: tokens of a prompt with its answer.
+        max_rows: as given.
 
     Raises:
         InputError: the bundle is for another task, or in a precision that the device does not compute in, or a size
@@ -94,7 +95,7 @@ class GenerationSession:
         block = machine.block_tokens if block_tokens is None else block_tokens
         graph = machine.graph(opened, max_rows, block)
         self.bundle = bundle
-        self.longest = manifest.max_length
+        self.longest, self.max_rows = manifest.max_length, max_rows
         self.customers = LoadedCustomers(bundle, provider, max_rows=customer_rows) if graph.switchable else None
         self.store: CustomerStore | None = None
         self._prompts = PromptReader(bundle.folder, self.longest, graph.vocabulary)
@@ -195,6 +196,23 @@ class GenerationSession:
         running = Running(number, prompt, request.customer, needed, writer, deadline)
         self._engine.arrive(running)
         return AnswerStream(running, self._advance)
+
+    @property
+    def takes_chats(self) -> bool:
+        """Whether messages can be a prompt: the bundle has a chat template."""
+        return self._prompts.template is not None
+
+    def read(self, request: GenerationRequest) -> list[int]:
+        """The ids of a request's prompt, which may stand in for it.
+
+        Raises:
+            MalformedInputError: as `submit`.
+        """
+        return self._prompts.read(request)
+
+    def text_of(self, token: int) -> str:
+        """What the tokenizer shows of one token; U+FFFD stands where it is a part of a character."""
+        return str(self._prompts.tokenizer.decode([token], skip_special_tokens=False))
 
     def check_customer(self, customer: str | None) -> None:
         """Make sure that a customer is there.

@@ -2,14 +2,28 @@
 
 from collections import OrderedDict
 from collections.abc import Iterable
-
-from qrlora_deploy.serving.engine.requests import WaitingRow
+from typing import Generic, Protocol, TypeVar
 
 QUANTUM = 128
 """Tokens a turn."""
 
 
-class FairQueue:
+class Waiting(Protocol):
+    """What waits: a row, or an answer that is to be written."""
+
+    @property
+    def customer(self) -> str | None:
+        """Whose it is."""
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+
+
+W = TypeVar("W", bound=Waiting)
+
+
+class FairQueue(Generic[W]):
     """Waiting rows by customer, given out by deficit round robin. For one thread at a time.
 
     In every turn a customer may take `quantum` tokens more; what it does not use is kept while it has rows waiting.
@@ -27,11 +41,11 @@ class FairQueue:
         self.rows = 0
         self.tokens = 0
         self._quantum = quantum
-        self._waiting: dict[str | None, OrderedDict[int, WaitingRow]] = {}
+        self._waiting: dict[str | None, OrderedDict[int, W]] = {}
         # In the order of their turns, with the tokens that each may still take.
         self._turns: OrderedDict[str | None, int] = OrderedDict()
 
-    def push(self, rows: Iterable[WaitingRow]) -> None:
+    def push(self, rows: Iterable[W]) -> None:
         """Queue rows, each behind those of its customer."""
         for row in rows:
             self._waiting.setdefault(row.customer, OrderedDict())[id(row)] = row
@@ -39,15 +53,15 @@ class FairQueue:
             self.rows += 1
             self.tokens += row.length
 
-    def discard(self, rows: Iterable[WaitingRow]) -> None:
+    def discard(self, rows: Iterable[W]) -> None:
         """Take out those of the rows that still wait."""
         for row in rows:
             if id(row) in self._waiting.get(row.customer, ()):
                 self._take(row.customer, id(row))
 
-    def draw(self, tokens: int) -> list[WaitingRow]:
+    def draw(self, tokens: int) -> list[W]:
         """Take rows out in fair order until they have so many tokens: one at least, if any waits."""
-        drawn: list[WaitingRow] = []
+        drawn: list[W] = []
         total = 0
         while self._turns and (total < tokens or not drawn):
             customer, credit = next(iter(self._turns.items()))

@@ -11,7 +11,7 @@ from qrlora_deploy.runtime.customers.objects.bucket import Bucket
 from qrlora_deploy.runtime.customers.objects.store import POLL_S, ObjectStore, ObjectStoreStats
 from qrlora_deploy.runtime.customers.packed import Progress, load_packed
 from qrlora_deploy.runtime.customers.store import CustomerStore
-from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
+from qrlora_deploy.runtime.sessions.loaded_customers import LoadedCustomers
 
 Place = str | os.PathLike[str]
 
@@ -19,7 +19,7 @@ Place = str | os.PathLike[str]
 class CustomerSource(Protocol):
     """Customers from somewhere, with the same checks wherever they come from. For one thread at a time."""
 
-    def open(self, session: SwitchableSession) -> None:
+    def open(self, session: LoadedCustomers) -> None:
         """Make the customers answer in a session; when it returns, all that is to be there at the start is.
 
         Raises:
@@ -42,7 +42,7 @@ class CustomerSource(Protocol):
 class NoSource:
     """No customers but those that somebody loads into the session."""
 
-    def open(self, session: SwitchableSession) -> None:
+    def open(self, session: LoadedCustomers) -> None:
         """Nothing to do."""
 
     def reload(self) -> None:
@@ -67,7 +67,7 @@ class FolderSource:
         self._folder, self._report, self._poll, self._preload = Path(folder), report, poll, preload
         self._store: CustomerStore | None = None
 
-    def open(self, session: SwitchableSession) -> None:
+    def open(self, session: LoadedCustomers) -> None:
         """As `CustomerSource.open`."""
         self._store = CustomerStore(session, self._folder, self._report, self._poll)
         self._store.start()
@@ -86,7 +86,7 @@ class FolderSource:
             self._store.close()
             self._store = None
 
-    def _read_all(self, session: SwitchableSession, store: CustomerStore) -> None:
+    def _read_all(self, session: LoadedCustomers, store: CustomerStore) -> None:
         room = session.table.max_rows
         for customer in store.customers():
             if room is not None and len(session.table) + 1 >= room and customer not in session.table:
@@ -107,9 +107,9 @@ class PackedSource:
 
     def __init__(self, path: Place, progress: Progress | None = None) -> None:
         self._path, self._progress = Path(path), progress
-        self._session: SwitchableSession | None = None
+        self._session: LoadedCustomers | None = None
 
-    def open(self, session: SwitchableSession) -> None:
+    def open(self, session: LoadedCustomers) -> None:
         """As `CustomerSource.open`."""
         load_packed(session, self._path, self._progress)
         self._session = session
@@ -142,7 +142,7 @@ class ObjectSource:
         self._report, self._poll_s = report, poll_s
         self._store: ObjectStore | None = None
 
-    def open(self, session: SwitchableSession) -> None:
+    def open(self, session: LoadedCustomers) -> None:
         """As `CustomerSource.open`: when it returns, every customer that is there is known."""
         self._store = ObjectStore(session, self.bucket, self._report, self._poll_s)
         try:
@@ -185,7 +185,7 @@ class ManySources:
     def __init__(self, sources: Sequence[CustomerSource]) -> None:
         self._sources = tuple(sources)
 
-    def open(self, session: SwitchableSession) -> None:
+    def open(self, session: LoadedCustomers) -> None:
         """As `CustomerSource.open`; where one fails, those before it are closed."""
         for number, source in enumerate(self._sources):
             try:

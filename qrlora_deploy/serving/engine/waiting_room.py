@@ -44,7 +44,7 @@ class WaitingRoom:
         self._work, self._idle = threading.Condition(self._lock), threading.Condition(self._lock)
         # All that follows is read and written under the lock.
         self._admission = Admission(limits, pace)
-        self._queue = FairQueue()
+        self._queue: FairQueue[WaitingRow] = FairQueue()
         self._batches: deque[list[WaitingRow]] = deque()
         self._open: set[Request] = set()
         self._oldest_s = 0.0

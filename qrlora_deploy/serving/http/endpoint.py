@@ -24,6 +24,9 @@ SPANS = "spans"
 
 STATUS_CODE = "http.response.status_code"
 
+TIMEOUT = "x-request-timeout-ms"
+"""The header by which a client says how long it waits."""
+
 ENDED_BY = "ended_by"
 """In the state of a request: the kind of the error that it ended with."""
 
@@ -72,6 +75,7 @@ class Endpoint:
         handler: answers.
         is_open: without a key, too.
         asks: it asks a model, and counts as a request on the live page.
+        errors: makes the reply of an error, with the request's id.
     """
 
     front: Asked
@@ -79,6 +83,7 @@ class Endpoint:
     handler: Handler
     is_open: bool = False
     asks: bool = False
+    errors: Callable[[Exception, str], Response] = reply_to_error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
@@ -91,7 +96,7 @@ class Endpoint:
             reason = scope["state"].get(ENDED_BY) or ""
         except Exception as error:
             scope["state"][ENDED_BY] = getattr(error, "kind", QrloraError.kind)
-            reply, reason = reply_to_error(error, request_id_of(request)), reason_of(error)
+            reply, reason = self.errors(error, request_id_of(request)), reason_of(error)
         except asyncio.CancelledError:
             if not scope["state"].get(GONE):
                 _end(spans, DrainingError.kind, 503)

@@ -1,7 +1,7 @@
 """The routes of the HTTP front."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -15,10 +15,12 @@ from qrlora_deploy.serving.answering import Question, answer
 from qrlora_deploy.serving.engine.rows import RowAnswer
 from qrlora_deploy.serving.http.bodies import parsed
 from qrlora_deploy.serving.http.classify import classify_answer, parse_classify
+from qrlora_deploy.serving.http.completions import Completions, openai_error
 from qrlora_deploy.serving.http.embeddings import embeddings_answer, parse_embeddings
 from qrlora_deploy.serving.http.endpoint import (
     GIVE_UP,
     SPANS,
+    TIMEOUT,
     Endpoint,
     Handler,
     Outcome,
@@ -48,7 +50,6 @@ from qrlora_deploy.serving.parts import Keys, LiveNumbers, Metrics, Spans, Traci
 from qrlora_deploy.serving.served import VERSION, Models, ServedModel
 
 HEADER_LENGTH = "inference-header-content-length"
-TIMEOUT = "x-request-timeout-ms"
 BINARY = "application/octet-stream"
 METRICS = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -92,6 +93,7 @@ class Front:
             self._route("/openapi.json", "GET", self.describe, is_open=True),
             self._route("/v1/classify", "POST", self.classify, asks=True),
             self._route("/v1/embeddings", "POST", self.embeddings, asks=True),
+            *self._text_routes(),
             self._route("/v2", "GET", self.server),
             self._route("/v2/", "GET", self.server),
             self._route("/v2/repository/index", "POST", self.index),
@@ -112,6 +114,14 @@ class Front:
             routes.append(self._route("/metrics", "GET", partial(scraped, self.metrics)))
         page = LivePage(self.shown, self.life, self.live_window)
         return routes + [self._route(path, "GET", handler, is_open) for path, handler, is_open in page.handlers()]
+
+    def _text_routes(self) -> Iterator[Route]:
+        """Those that OpenAI's clients ask, with its errors."""
+        text = Completions(self.models, self.life)
+        for path, handler in (("/v1/completions", text.completions), ("/v1/chat/completions", text.chat)):
+            yield Route(path, Endpoint(self, path, handler, asks=True, errors=openai_error), methods=["POST"])
+        for path, handler in (("/v1/models", text.list), ("/v1/models/{model}", text.model)):
+            yield Route(path, Endpoint(self, path, handler, errors=openai_error), methods=["GET"])
 
     def _route(self, path: str, method: str, handler: Handler, is_open: bool = False, asks: bool = False) -> Route:
         return Route(path, Endpoint(self, path, handler, is_open, asks), methods=[method])
@@ -211,7 +221,7 @@ class Front:
         """Texts in plain JSON."""
         question, customers, name = await parsed(await request.body(), lambda body: parse_classify(parse_object(body)))
         model = self.models.find(name)
-        if not model.task.has_labels:
+        if not model.task.has_labels and not model.task.writes_text:
             raise MalformedInputError(f"the model {model.name} answers with embeddings; ask /v1/embeddings")
         deadline_s = deadline_of(request.headers.get(TIMEOUT))
         answers = await self._answer(request, model, question, customers, deadline_s, access)

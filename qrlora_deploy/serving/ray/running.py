@@ -16,7 +16,7 @@ from ray.serve.schema import ApplicationStatus
 from qrlora_deploy.errors import InputError, QrloraError, argument
 from qrlora_deploy.serving.access import Keys
 from qrlora_deploy.serving.opened import OpenedFront
-from qrlora_deploy.serving.opening import ModelPlaces
+from qrlora_deploy.serving.opening import ModelPlaces, refuse_decoders
 from qrlora_deploy.serving.ray.deployment import NAME, RayReplicas, application
 from qrlora_deploy.serving.ray.options import RayOptions, RayServerOptions
 from qrlora_deploy.serving.ray.relay import RelayFront
@@ -50,6 +50,7 @@ class RayServer:
     def __init__(self, options: RayServerOptions) -> None:
         self._options, replica = options, options.app.replica
         self._keys = Keys.open(replica.keys) if replica.keys is not None else None
+        refuse_decoders(replica.places, argument("ray"))
         self._seals = _seals(replica.places)
         _check(replica)
         _begin_ray(options)

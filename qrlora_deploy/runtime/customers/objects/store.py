@@ -17,7 +17,7 @@ from qrlora_deploy.runtime.customers.events import Report, StoreEvent, event_of,
 from qrlora_deploy.runtime.customers.objects.bucket import Bucket, Found
 from qrlora_deploy.runtime.customers.objects.names import Names, hashes_of
 from qrlora_deploy.runtime.customers.objects.patience import StoreDownError
-from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
+from qrlora_deploy.runtime.sessions.loaded_customers import LoadedCustomers
 
 LOCKS = 1024
 """Customers share this many locks: enough that nobody waits for another customer's object, which may take seconds."""
@@ -88,7 +88,7 @@ class ObjectStore:
     """
 
     def __init__(
-        self, session: SwitchableSession, bucket: Bucket, report: Report | None = None, poll_s: float = POLL_S
+        self, session: LoadedCustomers, bucket: Bucket, report: Report | None = None, poll_s: float = POLL_S
     ) -> None:
         self.session, self.bucket, self._report, self._poll_s = session, bucket, report, poll_s
         # A customer is read and published under its lock: what was read before a change can then
