@@ -10,6 +10,7 @@ from prometheus_client.process_collector import ProcessCollector
 
 from qrlora_deploy.runtime.customers.objects.store import ObjectStoreStats
 from qrlora_deploy.serving.engine.protocol import EngineStats
+from qrlora_deploy.serving.generation.metrics import writer_metrics
 from qrlora_deploy.version import __version__
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -183,6 +184,8 @@ class _Engines:
         build = GaugeMetricFamily("qrlora_build_info", "1, with the version of the server.", labels=["version"])
         build.add_metric([__version__], 1)
         yield build
+        writers = {model.name: writer for model in self._models if (writer := getattr(model, "writer", None))}
+        yield from writer_metrics({name: writer.written() for name, writer in writers.items()})
 
 
 STORE_GAUGES = {
