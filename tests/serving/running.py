@@ -36,7 +36,8 @@ class Running:
 
     def stop(self) -> None:
         """End it, and wait for that."""
-        self.server.stop()
+        if self.thread.is_alive():
+            self.server.stop()
         self.thread.join(DEADLINE_S)
         assert not self.thread.is_alive()
 

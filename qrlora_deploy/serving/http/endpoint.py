@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from qrlora_deploy.errors import QrloraError
@@ -103,12 +103,21 @@ class Endpoint:
                 raise
             reply, reason = error_reply("the client has gone", CLIENT_GONE), GONE
         scope["state"].pop(GIVE_UP, None)
-        outcome = Outcome(reply.status_code, time.perf_counter() - start, access.key_id, reason)
-        self.front.tell(request, outcome, self)
+        lasts = isinstance(reply, StreamingResponse)
+        if not lasts:
+            self._tell(request, reply, start, access, reason)
         try:
             await reply(scope, receive, send)
         finally:
+            if lasts:
+                # How a stream ends is known at its end.
+                reason = GONE if scope["state"].get(GONE) else scope["state"].get(ENDED_BY) or reason
+                self._tell(request, reply, start, access, reason)
             _end(spans, reason, reply.status_code)
+
+    def _tell(self, request: Request, reply: Response, start: float, access: Access, reason: str) -> None:
+        outcome = Outcome(reply.status_code, time.perf_counter() - start, access.key_id, reason)
+        self.front.tell(request, outcome, self)
 
 
 def _end(spans: Spans | None, reason: str, code: int) -> None:
