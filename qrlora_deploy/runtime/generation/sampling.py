@@ -88,10 +88,17 @@ WHOLE = ("top_k", "seed", "logprobs")
 
 
 def _check(name: str, value: object) -> None:
+    if wrong := out_of_range(name, value):
+        raise InputError(f"{argument(name)} {wrong}")
+
+
+def out_of_range(name: str, value: object) -> str:
+    """What is wrong with a value of an attribute of `Sampling`, as the end of a sentence; empty: nothing is."""
     least, most, words = RANGES[name]
     kinds = (int,) if name in WHOLE else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
-        raise InputError(f"{argument(name)} must be {words}, not {value!r:.40}")
+        return f"must be {words}, not {value!r:.40}"
+    return ""
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qrlora_deploy.errors import InputError, MalformedInputError
+from qrlora_deploy.errors import MalformedInputError
 from qrlora_deploy.runtime.generation.requests import DEFAULT_TOKENS, GenerationRequest
-from qrlora_deploy.runtime.generation.sampling import MOST_SEED, Sampling
+from qrlora_deploy.runtime.generation.sampling import MOST_SEED, Sampling, out_of_range
+from qrlora_deploy.runtime.generation.stopping import MOST_CHARACTERS, MOST_STOPS
 
 MOST_COPIES = 128
 """Answers to one prompt."""
@@ -115,13 +116,10 @@ def _request(record: Mapping[str, Any], prompts: list[Any], logprobs: int | None
         tokens = _whole(record, "max_completion_tokens")
     stop, sampling = _stops(record.get("stop")), _sampling(record, logprobs)
     options = _options(record)
-    try:
-        requests = [
-            GenerationRequest(prompt, customer, sampling, DEFAULT_TOKENS if tokens is None else tokens, stop)
-            for prompt in prompts
-        ]
-    except InputError as error:
-        raise MalformedInputError(str(error)) from error
+    if tokens is not None and tokens < 1:
+        raise MalformedInputError(f"max_tokens must be at least 1, not {tokens}")
+    most = DEFAULT_TOKENS if tokens is None else tokens
+    requests = [GenerationRequest(prompt, customer, sampling, most, stop) for prompt in prompts]
     return TextRequest(model, customer, requests, copies, is_chat, _flag(record, "stream"), options)
 
 
@@ -141,17 +139,13 @@ def _owner(record: Mapping[str, Any]) -> tuple[str | None, str | None]:
 def _sampling(record: Mapping[str, Any], logprobs: int | None) -> Sampling:
     given = {name: record[name] for name in SAMPLING if record.get(name) is not None}
     temperature, seed = record.get("temperature"), _whole(record, "seed")
-    try:
-        return Sampling(
-            # OpenAI's default, not ours.
-            temperature=1.0 if temperature is None else temperature,
-            # OpenAI's are signed.
-            seed=None if seed is None else seed & MOST_SEED,
-            logprobs=logprobs,
-            **given,
-        )
-    except InputError as error:
-        raise MalformedInputError(str(error)) from error
+    # OpenAI's default, not ours.
+    given["temperature"] = 1.0 if temperature is None else temperature
+    for name, value in (given | ({} if logprobs is None else {"logprobs": logprobs})).items():
+        if wrong := out_of_range(name, value):
+            raise MalformedInputError(f"{name} {wrong}")
+    # OpenAI's seeds are signed.
+    return Sampling(seed=None if seed is None else seed & MOST_SEED, logprobs=logprobs, **given)
 
 
 def _options(record: Mapping[str, Any]) -> bool:
@@ -166,8 +160,14 @@ def _options(record: Mapping[str, Any]) -> bool:
 
 def _stops(value: Any) -> tuple[str, ...]:
     found = [value] if isinstance(value, str) else [] if value is None else value
-    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
-        raise MalformedInputError("stop must be a text or a list of texts")
+    if (
+        not isinstance(found, list)
+        or len(found) > MOST_STOPS
+        or not all(isinstance(text, str) and 0 < len(text) <= MOST_CHARACTERS for text in found)
+    ):
+        raise MalformedInputError(
+            f"stop must be a text, or up to {MOST_STOPS} texts, of 1 to {MOST_CHARACTERS} characters"
+        )
     return tuple(found)
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from qrlora_deploy.serving.http import openapi_text
 from qrlora_deploy.serving.outputs import DATATYPES
 from qrlora_deploy.version import __version__
 
@@ -150,13 +151,17 @@ def openapi() -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": "qrlora-deploy", "version": __version__},
         "components": {
-            "schemas": SCHEMAS,
+            "schemas": SCHEMAS | openapi_text.SCHEMAS,
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
         "security": [{"key": []}, {}],
         "paths": {
             "/v1/classify": {"post": _post("Answer texts", "ClassifyRequest", "ClassifyAnswer")},
             "/v1/embeddings": {"post": _post("Vectors of texts", "EmbeddingsRequest", "EmbeddingsAnswer")},
+            "/v1/completions": {"post": _post("Go on with texts", "CompletionRequest", "TextAnswer")},
+            "/v1/chat/completions": {"post": _post("Answer a chat", "ChatRequest", "TextAnswer")},
+            "/v1/models": {"get": _get("All models, as OpenAI's clients read them")},
+            "/v1/models/{model}": {"get": _get("A model, or NAME:CUSTOMER"), "parameters": [_in_path("model")]},
             "/v2/models/{model}/infer": {
                 "post": _post("Open Inference Protocol v2", "InferRequest", "InferAnswer"),
                 "parameters": [_in_path("model")],
