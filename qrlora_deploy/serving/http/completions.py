@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any
 
 import orjson
@@ -18,7 +18,7 @@ from qrlora_deploy.serving.generation.engine import TextEngine
 from qrlora_deploy.serving.http.bodies import parsed
 from qrlora_deploy.serving.http.completions_answer import Shape
 from qrlora_deploy.serving.http.completions_request import TextRequest, parse_chat, parse_completion, split_name
-from qrlora_deploy.serving.http.endpoint import ENDED_BY, GIVE_UP, TIMEOUT, spans_of
+from qrlora_deploy.serving.http.endpoint import ENDED_BY, GIVE_UP, TIMEOUT, Handler, spans_of
 from qrlora_deploy.serving.http.protocol import parse_object
 from qrlora_deploy.serving.http.replies import INTERNAL, json_reply, reply_to_error
 from qrlora_deploy.serving.inference.questions import deadline_of
@@ -50,6 +50,13 @@ class Completions:
 
     def __init__(self, models: Models, life: Life) -> None:
         self._models, self._life, self._since_s = models, life, int(time.time())
+
+    def handlers(self) -> Iterator[tuple[str, str, Handler]]:
+        """Path, method and handler of each route."""
+        yield "/v1/completions", "POST", self.completions
+        yield "/v1/chat/completions", "POST", self.chat
+        yield "/v1/models", "GET", self.list
+        yield "/v1/models/{model}", "GET", self.model
 
     async def completions(self, request: Request, access: Access) -> Response:
         """Go on with texts."""

@@ -35,6 +35,9 @@ CLIENT_GONE = 499
 
 Handler = Callable[[Request, Access], Awaitable[Response]]
 
+Errors = Callable[[Exception, str], Response]
+"""Make the reply of an error, with the request's id."""
+
 
 class Outcome(NamedTuple):
     """How a request ended.
@@ -83,7 +86,7 @@ class Endpoint:
     handler: Handler
     is_open: bool = False
     asks: bool = False
-    errors: Callable[[Exception, str], Response] = reply_to_error
+    errors: Errors = reply_to_error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""

@@ -1,9 +1,10 @@
 """The routes of the HTTP front."""
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -93,7 +94,10 @@ class Front:
             self._route("/openapi.json", "GET", self.describe, is_open=True),
             self._route("/v1/classify", "POST", self.classify, asks=True),
             self._route("/v1/embeddings", "POST", self.embeddings, asks=True),
-            *self._text_routes(),
+            *(
+                self._route(path, method, handler, asks=method == "POST", errors=openai_error)
+                for path, method, handler in Completions(self.models, self.life).handlers()
+            ),
             self._route("/v2", "GET", self.server),
             self._route("/v2/", "GET", self.server),
             self._route("/v2/repository/index", "POST", self.index),
@@ -113,18 +117,12 @@ class Front:
         if self.metrics is not None:
             routes.append(self._route("/metrics", "GET", partial(scraped, self.metrics)))
         page = LivePage(self.shown, self.life, self.live_window)
-        return routes + [self._route(path, "GET", handler, is_open) for path, handler, is_open in page.handlers()]
+        return routes + [
+            self._route(path, "GET", handler, is_open=is_open) for path, handler, is_open in page.handlers()
+        ]
 
-    def _text_routes(self) -> Iterator[Route]:
-        """Those that OpenAI's clients ask, with its errors."""
-        text = Completions(self.models, self.life)
-        for path, handler in (("/v1/completions", text.completions), ("/v1/chat/completions", text.chat)):
-            yield Route(path, Endpoint(self, path, handler, asks=True, errors=openai_error), methods=["POST"])
-        for path, handler in (("/v1/models", text.list), ("/v1/models/{model}", text.model)):
-            yield Route(path, Endpoint(self, path, handler, errors=openai_error), methods=["GET"])
-
-    def _route(self, path: str, method: str, handler: Handler, is_open: bool = False, asks: bool = False) -> Route:
-        return Route(path, Endpoint(self, path, handler, is_open, asks), methods=[method])
+    def _route(self, path: str, method: str, handler: Handler, **options: Any) -> Route:
+        return Route(path, Endpoint(self, path, handler, **options), methods=[method])
 
     def access(self, request: Request) -> Access:
         """What a request's key may do.

@@ -5,7 +5,7 @@ import time
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from prometheus_client import Counter
 from starlette.requests import Request
@@ -94,12 +94,12 @@ class RelayFront(Front):
         """Models of the replicas."""
         return self._totals
 
-    def _route(self, path: str, method: str, handler: Handler, is_open: bool = False, asks: bool = False) -> Route:
+    def _route(self, path: str, method: str, handler: Handler, **options: Any) -> Route:
         if path == "/metrics":
             handler = partial(self._scrape, handler)
         elif path.startswith(("/v1/", "/v2")) and not path.startswith("/v2/health/"):
             handler = self.relay
-        return super()._route(path, method, handler, is_open, asks)
+        return super()._route(path, method, handler, **options)
 
     async def ready(self, request: Request, access: Access) -> Response:
         """Requests are welcome, and a replica would answer."""

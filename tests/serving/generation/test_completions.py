@@ -14,7 +14,14 @@ import pytest
 pytest.importorskip("torch", reason="makes bundles")
 pytest.importorskip("orjson", reason="needs the extra serve")
 
+from qrlora_deploy.errors import MalformedInputError
+from qrlora_deploy.runtime.generation.session import GenerationSession
+from qrlora_deploy.serving.engine.limits import Limits
+from qrlora_deploy.serving.engine.quotas import Quotas
+from qrlora_deploy.serving.engine.rows import Load
+from qrlora_deploy.serving.generation.engine import TextEngine
 from qrlora_deploy.serving.keys_file import empty_keys, with_key, write_keys
+from qrlora_deploy.serving.refusals import QuotaError
 from tests.runtime.generation.tiny import NAMES
 from tests.runtime.generation.written import Written, write_everything
 from tests.serving.generation.place import NEW, Served, alone, name_of, served
@@ -68,7 +75,9 @@ def test_a_body_says_what_answered_and_counts_tokens(written: Written, server: S
     assert record["base_digest"] == written.made.checkpoint.digest
     assert choice["finish_reason"] in ("stop", "length")
     usage = record["usage"]
-    assert usage["completion_tokens"] == NEW if choice["finish_reason"] == "length" else usage["completion_tokens"] <= NEW
+    assert (
+        usage["completion_tokens"] == NEW if choice["finish_reason"] == "length" else usage["completion_tokens"] <= NEW
+    )
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
 
 
@@ -80,9 +89,11 @@ def test_a_stream_is_the_whole_answer_in_pieces(written: Written, server: Served
     whole = server.post(path, record).json()
     stream = {"stream": True, "stream_options": {"include_usage": True}}
     *pieces, last, done = server.events(path, record | stream)
-    assert done == "[DONE]" and last["choices"] == [] and last["usage"] == whole["usage"] | {
-        "prompt_tokens_details": last["usage"]["prompt_tokens_details"]
-    }
+    assert (
+        done == "[DONE]"
+        and last["choices"] == []
+        and last["usage"] == whole["usage"] | {"prompt_tokens_details": last["usage"]["prompt_tokens_details"]}
+    )
     for number in (0, 1):
         mine = [it["choices"][0] for it in pieces if it["choices"][0]["index"] == number]
         texts = [it["delta"].get("content", "") if chat else it["text"] for it in mine]
@@ -134,7 +145,9 @@ def test_stop_logprobs_and_ids(written: Written, server: Served) -> None:
     assert server.complete(ids, "three")["choices"][0]["text"] == text  # type: ignore[arg-type]
     both = server.complete([PROMPTS[3], PROMPTS[0]], "three", n=2)  # type: ignore[arg-type]
     assert [it["index"] for it in both["choices"]] == [0, 1, 2, 3]
-    assert [it["text"].strip() for it in both["choices"]] == [text.strip()] * 2 + [written.greedy(PROMPTS[0], "three", NEW)] * 2
+    assert [it["text"].strip() for it in both["choices"]] == [text.strip()] * 2 + [
+        written.greedy(PROMPTS[0], "three", NEW)
+    ] * 2
 
 
 def _request(prompt: str) -> Any:
@@ -252,8 +265,6 @@ def test_keys_say_whose_text_may_be_asked(written: Written, tmp_path: Path) -> N
 
 
 def test_what_is_over_the_bound_may_come_again(written: Written) -> None:
-    from qrlora_deploy.serving.engine.limits import Limits
-
     with served(written, limits=Limits(max_queue_rows=4, customer_share=1.0), answers=1) as server:
         long = {"prompt": "play some music", "max_tokens": 100, "temperature": 0, "n": 4}
         with ThreadPoolExecutor(1) as pool:
@@ -299,3 +310,27 @@ def test_a_server_that_ends_finishes_what_was_begun(written: Written) -> None:
         with pytest.raises(httpx.ConnectError):
             server.post("/v1/completions", record)
 
+
+def test_what_is_not_written_when_a_server_closes_is_refused(written: Written) -> None:
+    with served(written, answers=1) as server, ThreadPoolExecutor(1) as pool:
+        record = {"prompt": "play some music", "temperature": 0, "max_tokens": 100, "n": 40}
+        asked = pool.submit(server.post, "/v1/completions", record)
+        wait_for(lambda: server.engine.written().running == 1)
+        assert not server.engine.drain(0.0)
+        late = server.post("/v1/completions", record)
+        assert late.status_code == 503 and late.json()["error"]["type"] == "server_error"
+        server.engine.close()
+        assert asked.result().status_code == 503
+
+
+def test_a_quota_counts_answers(written: Written) -> None:
+    with GenerationSession.open(written.bundle, written.customers, threads=1) as session:
+        engine = TextEngine(session, quotas=Quotas({"one": 2.0}))
+        engine.release(engine.admit(Load(2, 20, 2), ["one"] * 2))
+        with pytest.raises(QuotaError, match="used up"):
+            engine.admit(Load(1, 10, 1), ["one"])
+        ticket = engine.admit(Load(1, 10, 1), [None])
+        with pytest.raises(MalformedInputError, match="/v1/completions"):
+            engine.submit(ticket, [])
+        assert engine.drain(1.0)
+        engine.close()
