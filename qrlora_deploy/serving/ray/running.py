@@ -50,7 +50,7 @@ class RayServer:
     def __init__(self, options: RayServerOptions) -> None:
         self._options, replica = options, options.app.replica
         self._keys = Keys.open(replica.keys) if replica.keys is not None else None
-        refuse_decoders(replica.places, argument("ray"))
+        refuse_decoders(replica.places, "Ray")
         self._seals = _seals(replica.places)
         _check(replica)
         _begin_ray(options)
