@@ -78,7 +78,7 @@ SHOWN = 5
     type=SECONDS,
     default=60.0,
     show_default=True,
-    help="With --processes: one that is silent, or a run that takes, so long is ended and started again; 0: never.",
+    help="A run may take, and one of --processes be silent, so long; then it is started again, or not live. 0: ever.",
 )
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads within an operator.")
 @click.option("--buckets", metavar="ROWS:LENGTHS", help="Run in these shapes only, such as 1,8,32:32,128.")
@@ -133,7 +133,7 @@ def command(
     """
     _check_usage(bundle, models, **options)
     check_ray_usage(on_ray, options)
-    refuse_idle(["hang_s"], bool(options["processes"]), "there are --processes")
+    refuse_idle(["hang_s"], not on_ray, "there is no --ray, which has a word for that of its own")
     if options["otel"]:
         need("otel", "`serve --otel`")
     from qrlora_deploy.serving.assembly import Assembly, AssemblyOptions

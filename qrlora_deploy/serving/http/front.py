@@ -162,8 +162,9 @@ class Front:
         return self.models.find(request.path_params["model"], request.path_params.get("version"))
 
     async def live(self, request: Request, access: Access) -> Response:
-        """The process runs."""
-        return json_reply({"live": True})
+        """The process runs, and what it runs goes on."""
+        live = self.life.live
+        return json_reply({"live": live}, 200 if live else 503)
 
     async def ready(self, request: Request, access: Access) -> Response:
         """Requests are welcome."""
