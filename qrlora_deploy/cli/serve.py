@@ -2,7 +2,6 @@
 
 import ipaddress
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -20,8 +19,9 @@ from qrlora_deploy.cli.options import (
     refuse_idle,
 )
 from qrlora_deploy.cli.output import Output
+from qrlora_deploy.cli.serve_check import checked
 from qrlora_deploy.cli.serve_ray import check_ray_usage, open_ray_server, ray_options, serve_on_ray
-from qrlora_deploy.errors import CheckFailed, InputError
+from qrlora_deploy.errors import InputError
 from qrlora_deploy.installation.parts import need
 
 if TYPE_CHECKING:
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 SECONDS = FiniteRange(min=0, max=86_400)
-SHOWN = 5
-"""Customers' files that are named where many cannot be used."""
 
 
 @click.command("serve")
@@ -164,7 +162,7 @@ def command(
         hang_s=options["hang_s"],
     )
     if check:
-        return _checked(made_of)
+        return checked(made_of)
     if made_of.processes:
         from qrlora_deploy.serving.processes.supervisor import Supervisor
 
@@ -283,33 +281,6 @@ def _server_options(options: dict[str, Any]) -> "ServerOptions":
         drain_delay_s=options["drain_delay"],
         drain_s=options["drain_s"],
     )
-
-
-def _checked(made_of: "AssemblyOptions") -> Output:
-    from qrlora_deploy.serving.assembly import Assembly
-
-    for device in made_of.devices[1:]:
-        # Whether a model opens on a device is known when it did.
-        Assembly(replace(made_of, run=replace(made_of.run, provider=device))).close()
-    return _checked_customers(Assembly(made_of))
-
-
-def _checked_customers(assembly: "Assembly") -> Output:
-    url, record = assembly.url, []
-    problems: list[str] = []
-    facts: dict[str, str] = {}
-    for model in assembly.models:
-        count, wrong = model.check_customers()
-        problems += wrong
-        record.append({"model": model.served.name, "customers": count, "problems": wrong})
-        facts[model.served.name] = f"{count} customers' files, {model.served.engine.stats().resident} in memory"
-    assembly.close()
-    failure = None
-    if problems:
-        more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        failure = CheckFailed(f"{len(problems)} customers cannot be served: {'; '.join(problems[:SHOWN])}{more}")
-    headline = "" if problems else f"everything is in order; it would listen on {url}"
-    return Output({"models": record, "url": url}, headline, facts, failure=failure)
 
 
 def _serve(server: "Assembly | Supervisor", made_of: "AssemblyOptions", stream: IO[str]) -> None:
