@@ -69,6 +69,8 @@ class AssemblyOptions:
     def __post_init__(self) -> None:
         for name in self.counted:
             check_customer_id(name)
+        if 0 < self.hang_s < 1:
+            raise InputError(f"{argument('hang_s', self.hang_s)} is too short to tell anything; give 1 or more, or 0")
         if self.devices and not self.processes:
             raise InputError(f"several devices need processes of their own: give {argument('processes', 2)}")
         if self.admin_port is not None and (self.keys is None or self.audit_log is None):
