@@ -87,11 +87,14 @@ def row_capacities(longest: int, wanted: Sequence[int] | None = None) -> tuple[i
 def without_small(capacities: Sequence[int], rows: int, token_bytes: int, most: int) -> tuple[int, ...]:
     """Capacities without those that save no memory that is needed: all rows fit with the next one.
 
+    Rows of each capacity are run by themselves, and each run reads all weights.
+
     Args:
         capacities: rising.
         rows: that there may be.
         token_bytes: of a token of one row.
-        most: bytes that they may take.
+        most: bytes that there are; rows take three quarters of them.
     """
-    largest = max((size for size in capacities if rows * size * token_bytes <= most), default=0)
+    left = most - most // SHARE_LEFT
+    largest = max((size for size in capacities if rows * size * token_bytes <= left), default=0)
     return tuple(size for size in capacities if size >= largest)

@@ -1,13 +1,12 @@
 """Where text is generated: how a decoder is run there, where its caches lie, and in which thread."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
 from qrlora_deploy.errors import InputError, NotReadyError, QrloraError, argument
 from qrlora_deploy.runtime.bundle.bundle import Bundle
-from qrlora_deploy.runtime.generation.budget import SHARE_LEFT, Budget, without_small
 from qrlora_deploy.runtime.generation.cache import CacheShape, KvCache
 from qrlora_deploy.runtime.generation.choosing import free_threads
 from qrlora_deploy.runtime.generation.cuda_cache import CudaKvCache
@@ -46,9 +45,6 @@ class Machine(Protocol):
     def cache(self, shape: CacheShape, capacity: int) -> Rows:
         """Rows of so many tokens, none at first."""
 
-    def capacities(self, sizes: Sequence[int], shape: CacheShape, rows: int, budget: Budget) -> Sequence[int]:
-        """Those of the usual capacities that are of use for so many rows at most."""
-
     def call(self, work: Callable[[], None]) -> None:
         """Do something that runs the decoder."""
 
@@ -68,10 +64,6 @@ class Processor:
     def cache(self, shape: CacheShape, capacity: int) -> Rows:
         """As `Machine.cache`."""
         return KvCache(shape, capacity)
-
-    def capacities(self, sizes: Sequence[int], shape: CacheShape, rows: int, budget: Budget) -> Sequence[int]:
-        """As `Machine.capacities`: all, as memory is taken for rows that are there."""
-        return sizes
 
     def call(self, work: Callable[[], None]) -> None:
         """As `Machine.call`."""
@@ -115,10 +107,6 @@ class Gpu:
     def cache(self, shape: CacheShape, capacity: int) -> Rows:
         """As `Machine.cache`."""
         return CudaKvCache(shape, capacity, self.device.index)
-
-    def capacities(self, sizes: Sequence[int], shape: CacheShape, rows: int, budget: Budget) -> Sequence[int]:
-        """As `Machine.capacities`: few, as each takes a run of its own, which reads all weights for whatever rows."""
-        return without_small(sizes, rows, shape.token_bytes(), budget.most - budget.most // SHARE_LEFT)
 
     def call(self, work: Callable[[], None]) -> None:
         """As `Machine.call`.

@@ -10,7 +10,7 @@ from qrlora_deploy.errors import InputError, NotReadyError, QrloraError, argumen
 from qrlora_deploy.runtime.bundle.bundle import Bundle, check_graph, open_bundle
 from qrlora_deploy.runtime.customers.events import Report
 from qrlora_deploy.runtime.customers.store import CustomerStore
-from qrlora_deploy.runtime.generation.budget import Budget, row_capacities
+from qrlora_deploy.runtime.generation.budget import Budget, row_capacities, without_small
 from qrlora_deploy.runtime.generation.engine import Engine, Running
 from qrlora_deploy.runtime.generation.holding import Holder
 from qrlora_deploy.runtime.generation.machines import machine_of
@@ -50,7 +50,7 @@ class GenerationSession:
         batches: sizes of a batch, with `max_rows`; a batch is filled up to the next one. With one size alone, an
             answer is the same to the last bit whatever runs beside it. None: the powers of two.
         capacities: tokens that a row may hold; rows of one capacity run together. None: 256, 1,024 and so on, up to
-            the model's context; on a GPU without those that are smaller than memory allows for all rows.
+            the model's context, without those that are smaller than there is memory for with all rows.
         max_waiting: requests that wait for a row at most.
         customer_rows: rows of the coefficient table at most; None: no bound.
         block_tokens: a prompt is read in blocks of so many tokens, and the blocks of its beginning are kept for later
@@ -100,10 +100,11 @@ class GenerationSession:
         self._prompts = PromptReader(bundle.folder, self.longest, graph.vocabulary)
         budget = Budget(max_cache_bytes)
         prefixes = PrefixCache(budget, max_cache_bytes // PREFIX_SHARE, block)
+        row_sizes = row_capacities(self.longest, capacities)
+        if capacities is None:
+            row_sizes = without_small(row_sizes, buckets[-1], graph.cache_shape.token_bytes(), budget.most)
         self._scheduler = Scheduler(
-            machine.capacities(row_capacities(self.longest, capacities), graph.cache_shape, buckets[-1], budget)
-            if capacities is None
-            else row_capacities(self.longest, capacities),
+            row_sizes,
             buckets,
             budget,
             lambda capacity: machine.cache(graph.cache_shape, capacity),

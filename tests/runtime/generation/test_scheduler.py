@@ -209,8 +209,10 @@ def test_sizes_of_batches_and_rows() -> None:
 
 
 def test_capacities_that_save_nothing_are_left_out() -> None:
-    assert without_small((256, 1024, 2048), rows=4, token_bytes=10, most=4 * 2048 * 10) == (2048,)
-    assert without_small((256, 1024, 2048), rows=4, token_bytes=10, most=4 * 2048 * 10 - 1) == (1024, 2048)
+    # Rows take three quarters.
+    most = 4 * 2048 * 10 * 4 // 3 + 4
+    assert without_small((256, 1024, 2048), rows=4, token_bytes=10, most=most) == (2048,)
+    assert without_small((256, 1024, 2048), rows=4, token_bytes=10, most=most - 8) == (1024, 2048)
     assert without_small((256, 1024, 2048), rows=4, token_bytes=10, most=1) == (256, 1024, 2048)
 
 
