@@ -6,6 +6,7 @@ import numpy as np
 
 from qrlora_deploy.tasks.base import Answer, Task
 from qrlora_deploy.tokenization.words import LocatedWords
+from qrlora_deploy.tokenization.words import LocatedWords
 
 
 @dataclass(frozen=True)
