@@ -15,10 +15,11 @@ from qrlora_deploy.models.adapter import attach, set_coefficients
 from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.models.targets import choose_targets
 from qrlora_deploy.rank_rules.energy_share import EnergyShare
+from qrlora_deploy.tasks.answer_rows import answer_rows
 from qrlora_deploy.tasks.base import IGNORED
 from qrlora_deploy.tasks.causal_lm import CausalLM
 from qrlora_deploy.tasks.registry import guess_task
-from qrlora_deploy.training.answers import AnswerCollator, answer_rows
+from qrlora_deploy.training.answers import AnswerCollator
 from tests.tiny_decoder import save_decoder
 from tests.tolerances import FP32_SIDE_BRANCH
 
