@@ -201,7 +201,7 @@ class Accuracy(Record):
     Attributes:
         base_accuracy: None where the bundle holds no base, or the base has other labels.
         reference_accuracy: of the reference or the earlier report on as many rows; None without one.
-        nll: of a decoder, the mean negative log likelihood of an answer's token; `base_nll` and `reference_nll` likewise.
+        nll: of a decoder, the mean negative log likelihood of an answer's token; the other two likewise.
         error: why it could not be measured; then there are no figures.
     """
 

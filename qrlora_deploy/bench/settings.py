@@ -68,7 +68,8 @@ class BenchSettings:
         repeats: of rests and of cold starts.
         swaps_per_s: in the scenario swap.
         new_tokens: of a decoder's answers; None: 32.
-        ttft_ms, tpot_ms: budgets of a decoder's time to first token and per output token, for the goodput.
+        ttft_ms: budget of a decoder's time to first token, for the goodput.
+        tpot_ms: budget of its time per output token.
         seed: of every random choice.
     """
 

@@ -10,6 +10,7 @@ import tokenizers
 from qrlora_deploy.chat.template import ChatTemplate, read_chat_template, special_tokens
 from qrlora_deploy.errors import library_errors
 from qrlora_deploy.runtime.bundle.bundle import TOKENIZER_FILE
+from qrlora_deploy.runtime.generation.prompts import read_ends
 
 
 class BundleTokenizer:
@@ -39,9 +40,12 @@ class BundleTokenizer:
 
     @property
     def eos_token_id(self) -> int | None:
-        """The id of the end of text; None where there is none."""
+        """The id of the end of text, or the only one that the model's config calls so; None where there is none."""
         token = self.special_tokens_map.get("eos_token")
-        found: int | None = None if token is None else self._tokenizer.token_to_id(token)
+        if token is None:
+            ends = read_ends(self._folder)
+            return next(iter(ends)) if len(ends) == 1 else None
+        found: int | None = self._tokenizer.token_to_id(token)
         return found
 
     @cached_property
