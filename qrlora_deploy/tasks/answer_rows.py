@@ -7,7 +7,7 @@ from typing import Any
 from qrlora_deploy.chat.template import ChatTemplate, choose_template
 from qrlora_deploy.chat.text import ChatText, chat_texts
 from qrlora_deploy.data.examples import Examples
-from qrlora_deploy.data.lines import place_of
+from qrlora_deploy.data.lines import row_of
 from qrlora_deploy.data.turns import COMPLETION, Turns
 from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.tasks.base import IGNORED
@@ -60,7 +60,7 @@ def answer_rows(tokenizer: Any, examples: Examples, max_length: int) -> AnswerRo
             found = [_plain_row(tokenizer, examples.name, turns)]
         else:
             template = template or _template(tokenizer, examples.name)
-            found = _chat_rows(tokenizer, template, f"{place_of(examples.name, number)}: row {number}", turns)
+            found = _chat_rows(tokenizer, template, f"{row_of(examples.name, number)}", turns)
         kept = [_cut(row, max_length) for row in found]
         learned = [row for row in kept if any(label != IGNORED for label in row["labels"][1:])]
         cut += any(len(row["input_ids"]) > max_length for row in found)

@@ -22,7 +22,9 @@ ROWS = [
     {"prompt": "what is the", "completion": " weather"},
     {"prompt": "hello", "completion": " bank account"},
 ]
-SHORT = "bench bundle --customers customers --batch 2 --prompt-tokens 8 --new-tokens 4 --threads 1 --samples 6 -o report"
+SHORT = (
+    "bench bundle --customers customers --batch 2 --prompt-tokens 8 --new-tokens 4 --threads 1 --samples 6 -o report"
+)
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +134,12 @@ def test_exact_answers_are_right(place: Path, written: Written) -> None:
 def test_broken_rules_end_with_1(place: Path) -> None:
     (place / "gate.toml").write_text("[[generation]]\nstatistic = 'p50'\nmax_tpot_ms = 0.000001\n")
     ran = bench(place, "--gate", "gate.toml")
-    assert ran.code == 1 and ran.err.startswith("Error: the gate gate.toml failed: switchable: p50 of generation 2x8 tpot: ")
-    (place / "gate.toml").write_text("[accuracy]\nmin = 1.0\nmax_nll = 0.0001\n[accuracy.data]\none = 'dev/one.jsonl'\n")
+    assert ran.code == 1 and ran.err.startswith(
+        "Error: the gate gate.toml failed: switchable: p50 of generation 2x8 tpot: "
+    )
+    (place / "gate.toml").write_text(
+        "[accuracy]\nmin = 1.0\nmax_nll = 0.0001\n[accuracy.data]\none = 'dev/one.jsonl'\n"
+    )
     ran = bench(place, "--gate", "gate.toml")
     assert ran.code == 1 and "switchable one: accuracy" in ran.err and len(ran.err.splitlines()) == 1
 

@@ -137,7 +137,7 @@ def test_rows_of_the_other_kind_are_refused() -> None:
         TASK.encode(Examples(["a"], None, ["b"], "some.tsv"), ())
     with pytest.raises(InputError, match=r"its rows are prompts and answers, a text-classification needs texts"):
         guess_task(plain(), "classification").task.check_rows(plain())
-    with pytest.raises(InputError, match="some.jsonl: a text-generation keeps the head of its decoder"):
+    with pytest.raises(InputError, match="some.jsonl holds texts to write, and a decoder keeps its own head"):
         TASK.new_head(plain())
 
 
