@@ -49,7 +49,7 @@ def test_columns_of_other_names_are_prompts_where_that_is_asked_for(tmp_path: Pa
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "no completion": ({"prompt": "a", "completion": None}, "has no text in the column completion"),
+    "no completion": ({"prompt": "a", "completion": None}, "has no completion, as others have"),
     "an empty completion": ({"prompt": "a", "completion": ""}, "has an empty completion; every row needs an answer"),
     "a number": ({"prompt": 3, "completion": "b"}, "has no text in the column prompt"),
     "half a pair": ({"prompt": "\ud800", "completion": "b"}, r"has a text that is not valid Unicode"),

@@ -10,7 +10,7 @@ from qrlora_deploy.errors import CheckFailed, first_line
 from qrlora_deploy.runtime.bundle.row_layout import SLOT, TABLE
 from qrlora_deploy.runtime.verification.bounds import DECODER_BOUNDS
 from qrlora_deploy.runtime.verification.reference import Case
-from qrlora_deploy.runtime.verification.report import ForcedReport, ParityReport, compare_effects
+from qrlora_deploy.runtime.verification.report import ForcedReport, compare_effects
 
 FOLLOWING, COLUMNS, TOP = "following", "columns", "top"
 """Of a case, beside its prompts `input_ids` and `attention_mask [rows, tokens]`: what each row is made to say
@@ -103,7 +103,7 @@ def _zeros(shape: Sequence[int], kind: str, device: str) -> Any:
     return value
 
 
-def check_forced(session: Any, reference: Sequence[Case], precision: str = "fp32") -> ParityReport:
+def check_forced(session: Any, reference: Sequence[Case], precision: str = "fp32") -> ForcedReport:
     """Run every case and compare with its logits, and the effect of the customers with PyTorch's.
 
     Args:
