@@ -15,8 +15,8 @@ ACCURACY_LEVEL = 4
 fast as with level 1, which makes fp32 of the weights, and cost less than the rounding of the weights does."""
 
 SHARES = tuple(np.float32(percent / 100) for percent in (100, 110, 105, 95, 90, 85, 80, 75, 70))
-"""Scales of 4 bits that are tried, by the one that keeps the largest number of a block. A smaller one cuts that number and
-is finer for all others; a larger one lets more of them fall near a level."""
+"""Scales of 4 bits that are tried, by the one that keeps the largest number of a block. A smaller one cuts that number
+and is finer for all others; a larger one may have levels nearer to them."""
 
 ROWS = 256
 """Of a weight for which scales are tried at once; more would not stay in a processor's cache."""
