@@ -65,7 +65,7 @@ def quantize(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     if bits == 4:
         parts = range(0, rows, ROWS)
         scales = np.concatenate([_best_scales(whole[row : row + ROWS], scales[row : row + ROWS]) for row in parts])
-    levels = (_rounded(whole, scales, zero) + zero).astype(np.uint8)
+    levels: np.ndarray = (_rounded(whole, scales, zero) + zero).astype(np.uint8)
     if bits == 4:
         levels = levels[..., 0::2] | (levels[..., 1::2] << 4)
     return levels, scales[..., 0]
