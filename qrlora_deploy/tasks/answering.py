@@ -6,7 +6,6 @@ import numpy as np
 
 from qrlora_deploy.tasks.base import Answer, Task
 from qrlora_deploy.tokenization.words import LocatedWords
-from qrlora_deploy.tokenization.words import LocatedWords
 
 
 @dataclass(frozen=True)

@@ -55,8 +55,8 @@ class CausalLM(Task):
     def new_head(self, examples: "Examples") -> NewHead:
         """There is none: always an InputError."""
         raise InputError(
-            f"{examples.name}: a {self.name} keeps the head of its decoder: give `train` a base for "
-            f"{argument('task', self.option)}; no warmup, no {argument('head')}"
+            f"{examples.name} holds texts to write, and a decoder keeps its own head: train it without warmup and "
+            f"without {argument('head')}"
         )
 
     def unknown(self, examples: "Examples", names: Sequence[str]) -> list[str]:

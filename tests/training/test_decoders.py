@@ -156,7 +156,7 @@ def test_what_does_not_fit_is_refused(base: Path, basis: Basis, tmp_path: Path) 
         train_on(base, basis, labelled, tmp_path)
     with pytest.raises(InputError, match="trunk_cache='host': not with a decoder that writes text"):
         train_on(base, basis, PLAIN, tmp_path, trunk_cache="host")
-    with pytest.raises(InputError, match="keeps the head of its decoder"):
+    with pytest.raises(InputError, match="a decoder keeps its own head"):
         train_on(base, basis, PLAIN, tmp_path, head="output")
     plain = save_decoder(tmp_path / "plain", template=None)
     with pytest.raises(InputError, match=r"holds chats, but the base's tokenizer has no chat template; give prompts"):

@@ -55,6 +55,7 @@ class GenerationSession:
         customer_rows: rows of the coefficient table at most; None: no bound.
         block_tokens: a prompt is read in blocks of so many tokens, and the blocks of its beginning are kept for later
             prompts of the same customer that begin alike. None: 128, on a GPU 512.
+        prefix_bytes: memory of these blocks, of that of the caches; 0 keeps none, None a quarter.
         threads: threads within an operator; None leaves the choice to ONNX Runtime.
         cuda_graphs: on a GPU, runs that write tokens are captured, a graph for each size of batch of each capacity when
             it comes for the first time, and replayed. False: every run as it comes.
@@ -63,6 +64,7 @@ class GenerationSession:
         customers: of a switchable bundle; `customers.load` makes a coefficients file live. None: it is merged.
         store: the folder of customers, where one was given to `open`.
         longest: tokens of a prompt with its answer.
+        vocabulary: ids from 0 on that the model knows.
 
     Raises:
         InputError: the bundle is for another task, or in a precision that the device does not compute in, or a size
@@ -82,6 +84,7 @@ class GenerationSession:
         max_waiting: int = 1024,
         customer_rows: int | None = None,
         block_tokens: int | None = None,
+        prefix_bytes: int | None = None,
         threads: int | None = None,
         cuda_graphs: bool = True,
     ) -> None:
@@ -95,11 +98,13 @@ class GenerationSession:
         graph = machine.graph(opened, max_rows, block)
         self.bundle = bundle
         self.longest = manifest.max_length
+        self.vocabulary = graph.vocabulary
         self.customers = LoadedCustomers(bundle, provider, max_rows=customer_rows) if graph.switchable else None
         self.store: CustomerStore | None = None
         self._prompts = PromptReader(bundle.folder, self.longest, graph.vocabulary)
         budget = Budget(max_cache_bytes)
-        prefixes = PrefixCache(budget, max_cache_bytes // PREFIX_SHARE, block)
+        kept = max_cache_bytes // PREFIX_SHARE if prefix_bytes is None else prefix_bytes
+        prefixes = PrefixCache(budget, kept, block)
         row_sizes = row_capacities(self.longest, capacities)
         if capacities is None:
             row_sizes = without_small(row_sizes, buckets[-1], graph.cache_shape.token_bytes(), budget.most)
@@ -186,7 +191,8 @@ class GenerationSession:
         self._scheduler.check(needed, len(self._engine.arrivals))
         self._holder.check(request.customer)
         reader = self._prompts
-        writer = Writer(reader.tokenizer, prompt, reader.ends, request.sampling, request.stop, max_tokens)
+        ends = () if request.ignore_end else reader.ends
+        writer = Writer(reader.tokenizer, prompt, ends, request.sampling, request.stop, max_tokens)
         deadline = None if request.timeout_s is None else self._engine.clock() + request.timeout_s
         running = Running(number, prompt, request.customer, needed, writer, deadline)
         self._engine.arrive(running)

@@ -11,7 +11,7 @@ import numpy as np
 
 from qrlora_deploy.data.cutting import cut_texts
 from qrlora_deploy.data.examples import Examples
-from qrlora_deploy.data.lines import place_of
+from qrlora_deploy.data.lines import row_of
 from qrlora_deploy.errors import InputError, first_line
 from qrlora_deploy.io.threads import finish
 from qrlora_deploy.models.capacity import check_segments
@@ -168,7 +168,7 @@ def _without_text(customer: Customer, row: int) -> str:
     part, number = customer.train, row + 1
     if customer.evaluation is not None and row >= len(part):
         part, number = customer.evaluation, number - len(part)
-    return f"{place_of(part.name, number)}: row {number} has no text that the tokenizer knows"
+    return f"{row_of(part.name, number)} has no text that the tokenizer knows"
 
 
 def _parts(customer: Customer) -> list[Examples]:

@@ -90,6 +90,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
     ),
+    "a head of keys each": ("Llama", {"num_key_value_heads": 4}),
+    "eight queries a key": ("Llama", {"num_attention_heads": 8, "num_key_value_heads": 1}),
+    "heads of 80": ("Llama", {"head_dim": 80}),
+    "heads of 256": ("Gemma", {"head_dim": 256, "num_key_value_heads": 1, "hidden_activation": "gelu_pytorch_tanh"}),
+    "no window": ("Mistral", {"sliding_window": None}),
+    "window off": ("Qwen2", {"use_sliding_window": False, "sliding_window": 4}),
+    "biases": ("Qwen3", {"attention_bias": True}),
+    "no caps": ("Gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "odd width": ("Llama", {"intermediate_size": 83}),
     "untied": ("Llama", {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}),
 }
 
@@ -158,12 +167,20 @@ def test_a_target_outside_of_the_blocks_is_refused(tmp_path: Path) -> None:
             write_tiny(tmp_path / "bundle", checkpoint, basis, values)
 
 
+DYNAMIC = {
+    # As transformers 5 has it, and as version 4 does.
+    "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+    "rope_scaling": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+}
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
         ("Cohere", {}, "model type 'cohere' cannot be exported"),
         ("Llama", {"hidden_act": "relu"}, "activation 'relu' is not supported"),
         ("Llama", {"head_dim": 12}, "12 numbers, not a multiple of 16"),
+        ("Llama", DYNAMIC, "/base: rope_type 'dynamic' is not supported; these are: default, linear, llama3"),
     ],
 )
 def test_what_no_graph_computes_is_refused(family: str, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
