@@ -22,59 +22,22 @@ from typing import Any
 from benchmarks.common.measuring import environment
 from benchmarks.decoder_rate.page import table
 from benchmarks.decoder_rate.plan import ALPHA, RANK, SETUPS, Planned, planned
-from benchmarks.decoder_rate.runs import BATCH_SIZE, EPOCHS, run
+from benchmarks.decoder_rate.runs import BATCH_SIZE, EPOCHS
 from benchmarks.decoder_rate.tasks import HELD_OUT_ROWS, TRAIN_ROWS, Task, banking, read_task
-from qrlora_deploy.factorization.from_checkpoint import factorize
-from qrlora_deploy.formats.basis import Basis, read_basis, write_basis
+from benchmarks.decoder_rate.working import make_bases, run_here, start
 from qrlora_deploy.io.files import write_json
-from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
-from qrlora_deploy.models.targets import choose_targets
-from qrlora_deploy.rank_rules.energy_share import EnergyShare
+from qrlora_deploy.models.checkpoint import open_checkpoint
 from qrlora_deploy.training.settings import choose_device
-
-
-class _Worker:
-    """What a process keeps from run to run."""
-
-    tasks: dict[str, Task]
-    checkpoint: Checkpoint
-    bases: dict[str, Basis]
-    device: str
-
-
-def _start(base: str, tasks: Sequence[Task], bases: dict[str, Path], device: str) -> None:
-    _Worker.tasks = {task.name: task for task in tasks}
-    _Worker.checkpoint = open_checkpoint(base)
-    _Worker.bases = {setup: read_basis(path) for setup, path in bases.items()}
-    _Worker.device = device
-
-
-def _run(wanted: Planned, ends: float) -> dict[str, Any] | None:
-    if time.time() > ends:
-        return None
-    return run(wanted, _Worker.tasks[wanted.task], _Worker.checkpoint, _Worker.bases[wanted.setup], _Worker.device)
-
-
-def make_bases(base: str, setups: Sequence[str], folder: Path, device: str) -> dict[str, Path]:
-    """The file of each set-up's basis, which may be there already."""
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = open_checkpoint(base)
-    files = {setup: folder / f"{setup.replace(' ', '-')}.safetensors" for setup in setups}
-    for setup, file in files.items():
-        if not file.is_file():
-            names = choose_targets(checkpoint.skeleton(), SETUPS[setup])
-            write_basis(factorize(checkpoint, names, EnergyShare(0.5), device), file)
-    return files
 
 
 def _results(arguments: argparse.Namespace, wanted: Sequence[Planned], tasks: Sequence[Task]) -> Iterator[Any]:
     """Each run's record as it ends, in processes that share the device."""
     ends = time.time() + 60 * arguments.minutes
     bases = make_bases(arguments.base, arguments.setups, arguments.bases, arguments.device)
-    start = (arguments.base, tasks, bases, arguments.device)
+    known = (arguments.base, tasks, bases, arguments.device)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(arguments.workers, context, _start, start) as pool:
-        futures: list[Future[Any]] = [pool.submit(_run, each, ends) for each in wanted]
+    with ProcessPoolExecutor(arguments.workers, context, start, known) as pool:
+        futures: list[Future[Any]] = [pool.submit(run_here, each, ends) for each in wanted]
         for future in as_completed(futures):
             if future.result() is not None:
                 yield future.result()
