@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from qrlora_deploy.data.examples import Examples, read_examples
-from qrlora_deploy.data.sample import held_out_examples, train_examples
+from qrlora_deploy.data.sample import as_prompts, held_out_examples, train_examples
 from qrlora_deploy.data.turns import COMPLETION, PROMPT, Turn
 
 TRAIN_ROWS, HELD_OUT_ROWS = 600, 300
@@ -26,8 +26,8 @@ def banking() -> Task:
     """The quickstart's first customer, whose labels are written out."""
     return Task(
         "banking",
-        _drawn(_written(train_examples("banking")), TRAIN_ROWS),
-        _drawn(_written(held_out_examples("banking")), HELD_OUT_ROWS),
+        _drawn(as_prompts(train_examples("banking")), TRAIN_ROWS),
+        _drawn(as_prompts(held_out_examples("banking")), HELD_OUT_ROWS),
     )
 
 
@@ -46,13 +46,6 @@ def _read(file: Path) -> Examples:
     words = {"0": " negative", "1": " positive"}
     return _examples(
         [(f"Review: {row['sentence'].strip()}\nSentiment:", words[row["label"]]) for row in rows], file.name
-    )
-
-
-def _written(examples: Examples) -> Examples:
-    pairs = zip(examples.texts, examples.labels, strict=True)
-    return _examples(
-        [(f"Request: {text}\nIntent:", " " + str(label).replace("_", " ")) for text, label in pairs], examples.name
     )
 
 
