@@ -71,8 +71,8 @@ def factorize(
     done: dict[str, BasisTarget] = {}
     for name, q, r, diagonal in _results(checkpoint, names, rule, device, progress):
         digest = checkpoint.tensor_digest(checkpoint.tensor_of(name))
-        parts = _placed([_stored(q), _stored(r)], scratch, len(done))
-        done[name] = BasisTarget(name, *parts, _stored(diagonal), digest)
+        kept_q, kept_r = _placed([_stored(q), _stored(r)], scratch, len(done))
+        done[name] = BasisTarget(name, kept_q, kept_r, _stored(diagonal), digest)
         if progress:
             progress("factorize", len(done), len(names))
     versions = {"qrlora-deploy": __version__} | {name: version(name) for name in ("torch", "scipy", "numpy")}
