@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.common.measuring import environment
 from benchmarks.decoder_rate.page import table
-from benchmarks.decoder_rate.plan import ALPHA, RANK, SETUPS, Planned, planned
+from benchmarks.decoder_rate.plan import ALPHA, FACTORS, RANK, SETUPS, Planned, planned
 from benchmarks.decoder_rate.runs import BATCH_SIZE, EPOCHS
 from benchmarks.decoder_rate.tasks import HELD_OUT_ROWS, TRAIN_ROWS, Task, banking, read_task
 from benchmarks.decoder_rate.working import make_bases, run_here, start
@@ -49,6 +49,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--task", dest="tasks", type=read_task, action="append", default=[], help="NAME=TRAIN,DEV")
     parser.add_argument("--setups", nargs="+", choices=list(SETUPS), default=list(SETUPS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--factors", nargs="+", type=float, default=FACTORS, help="of the default rate of classifiers")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--workers", type=int, default=1, help="processes that share the device")
     parser.add_argument("--minutes", type=float, default=1e6, help="after which no run begins")
@@ -71,7 +72,7 @@ def main() -> None:
     what = {"base": checkpoint.name, "base_digest": checkpoint.digest, "epochs": EPOCHS, "batch_size": BATCH_SIZE}
     what |= {"train_rows": TRAIN_ROWS, "held_out_rows": HELD_OUT_ROWS, "lora": {"r": RANK, "lora_alpha": ALPHA}}
     runs: list[dict[str, Any]] = json.loads(arguments.out.read_text())["runs"] if arguments.out.is_file() else []
-    everything = planned([task.name for task in tasks], arguments.setups, arguments.seeds)
+    everything = planned([task.name for task in tasks], arguments.setups, arguments.seeds, arguments.factors)
     wanted = [each for each in everything if not each.is_done(runs)]
     for found in _results(arguments, wanted, tasks):
         runs.append(found)

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
-FACTORS = (3.0, 6.0, 10.0, 1.0)
+FACTORS = (3.0, 6.0, 10.0, 1.0, 2.0)
 """Of the default rate of classifiers; that of decoders is 3 times it."""
 
 SETUPS: dict[str, list[str]] = {"all linear layers": [], "query and value": ["query", "value"]}
@@ -38,12 +38,14 @@ class Planned:
         return any(all(run[name] == value for name, value in mine.items()) for run in runs)
 
 
-def planned(tasks: Sequence[str], setups: Sequence[str], seeds: Sequence[int]) -> list[Planned]:
+def planned(
+    tasks: Sequence[str], setups: Sequence[str], seeds: Sequence[int], factors: Sequence[float] = FACTORS
+) -> list[Planned]:
     """All runs of a seed before those of the next one, both methods in turn."""
     runs = []
     for seed in seeds:
-        for number, (task, setup) in product(range(len(FACTORS)), product(tasks, setups)):
-            runs.append(Planned(task, "coefficients", setup, seed, factor=FACTORS[number]))
+        for number, (task, setup) in product(range(len(factors)), product(tasks, setups)):
+            runs.append(Planned(task, "coefficients", setup, seed, factor=factors[number]))
             if number < len(LORA_RATES[setup]):
                 runs.append(Planned(task, "lora", setup, seed, rate=LORA_RATES[setup][number]))
     return runs

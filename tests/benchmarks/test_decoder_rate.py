@@ -49,7 +49,7 @@ def test_both_methods_train_at_the_rates_that_are_planned(tmp_path: Path) -> Non
 def test_all_runs_of_a_seed_come_before_those_of_the_next() -> None:
     runs = planned(["a", "b"], ["all linear layers", "query and value"], [0, 1])
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)
-    assert len(set(runs)) == len(runs) == 2 * 2 * 2 * (4 + 2)
+    assert len(set(runs)) == len(runs) == 2 * 2 * 2 * (5 + 2)
     assert not runs[0].is_done([vars(run) for run in runs[1:]])
 
 
@@ -61,8 +61,8 @@ def test_a_table_has_mean_and_spread_over_seeds() -> None:
         for factor, seed, x in scores
     ]
     assert table(runs).splitlines()[:3] == [
-        "| task | layers | coefficients | seeds | 1 x | 3 x | 6 x | 10 x |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| task | layers | coefficients | seeds | 1 x | 2 x | 3 x | 6 x | 10 x |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         "| banking | query and value | 4,703 (default of classifiers 0.0402) | 2 "
-        "| 50.0 ± 25.0 (0.500) | 100.0 ± 0.0 (0.500) | – | – |",
+        "| 50.0 ± 25.0 (0.500) | – | 100.0 ± 0.0 (0.500) | – | – |",
     ]
