@@ -7,7 +7,6 @@ import click
 
 from qrlora_deploy.cli.options import ANY_PATH, common, device_option, seed_option
 from qrlora_deploy.cli.output import Output, Table, progress_bar, size_text
-from qrlora_deploy.models.hub import SMALL_DECODER
 
 if TYPE_CHECKING:
     from qrlora_deploy.quickstart.report import Parity, QuickstartReport
@@ -19,8 +18,8 @@ if TYPE_CHECKING:
     "--llm",
     metavar="[BASE]",
     is_flag=False,
-    flag_value=SMALL_DECODER,
-    help=f"With a decoder that writes text: a folder or hub name, {SMALL_DECODER} where none is given.",
+    flag_value="",
+    help="With a decoder that writes text: a folder or hub name; by default a small one, SmolLM2-135M-Instruct.",
 )
 @device_option()
 @seed_option
@@ -40,10 +39,11 @@ def command(output: Path | None, llm: str | None, device: str, seed: int) -> Out
     """
     if llm is not None:
         from qrlora_deploy.cli.quickstart_llm import llm_output
+        from qrlora_deploy.models.hub import SMALL_DECODER
         from qrlora_deploy.quickstart.llm import run as run_llm
 
         with progress_bar() as progress:
-            return llm_output(run_llm(output, progress, seed, device, llm))
+            return llm_output(run_llm(output, progress, seed, device, llm or SMALL_DECODER))
     from qrlora_deploy.quickstart.run import run
 
     with progress_bar() as progress:
