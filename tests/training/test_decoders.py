@@ -177,15 +177,6 @@ def test_a_model_that_sees_what_it_is_to_write_is_refused() -> None:
         check_reads_forward(BertLMHeadModel(config).eval(), rows, packed=False)
 
 
-def test_fleets_of_decoders_are_refused_in_one_line(base: Path, basis_file: Path, tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    lines(tmp_path / "data" / "acme.jsonl", PLAIN)
-    options = ("--basis", basis_file, "--data", tmp_path / "data", "-o", tmp_path / "out")
-    ran = run_here("train-fleet", base, *options, cwd=tmp_path)
-    assert ran.code == 2 and ran.err.count("\n") == 1
-    assert "a fleet trains no text-generation; train these customers by `train`" in ran.err
-
-
 def test_labels_are_judged_by_their_likelihoods(base: Path, basis: Basis, tmp_path: Path) -> None:
     data = read_examples(lines(tmp_path / "a.jsonl", PLAIN * 2))
     settings = TrainSettings(epochs=2, batch_size=4, device="cpu")
