@@ -25,7 +25,8 @@ from typing import Any
 from benchmarks.common.measuring import environment
 from benchmarks.export_speed import ROOT, variables_of
 from benchmarks.server_soak.changing import Swaps, change_keys, lines_of
-from benchmarks.server_soak.place import CUSTOMERS, TEXTS, VERSIONS, Place, make
+from benchmarks.server_soak.making import make
+from benchmarks.server_soak.place import CUSTOMERS, TEXTS, VERSIONS, Place
 from benchmarks.server_soak.served import Served
 from benchmarks.server_soak.told import NEAR, STALE_S
 from benchmarks.server_soak.watching import MOST_KB_MIN

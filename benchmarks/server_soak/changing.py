@@ -1,6 +1,5 @@
 """What changes under a server that answers: customers' versions and the file of keys."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -35,7 +34,7 @@ class Swaps:
         self._replaced_s[customer, after] = 0
         temporary = target.with_suffix(".new")
         shutil.copy(self._place.version(customer, after), temporary)
-        os.replace(temporary, target)
+        temporary.replace(target)
         self._replaced_s[customer, before] = now()
         self._current[customer] = after
         self.count += 1

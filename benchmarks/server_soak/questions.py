@@ -102,9 +102,7 @@ class Asker:
             "parameters": {"customer": name},
         }
         body = json.dumps(record).encode()
-        return Question(
-            kind, _head("/v2/models/bundle/infer", len(body), key) + body, texts, customers, read_infer
-        )
+        return Question(kind, _head("/v2/models/bundle/infer", len(body), key) + body, texts, customers, read_infer)
 
 
 def _head(path: str, length: int, key: str, more: Sequence[str] = ()) -> bytes:

@@ -53,7 +53,7 @@ class Served:
         """From now on clients come here."""
         temporary = place.address.with_suffix(".tmp")
         temporary.write_text(json.dumps(self._ports))
-        os.replace(temporary, place.address)
+        temporary.replace(place.address)
 
     def look(self) -> None:
         """Take samples of all its processes."""

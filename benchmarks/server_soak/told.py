@@ -1,7 +1,6 @@
 """Whether answers are right, and counts of what came back, which each client keeps in a file of its own."""
 
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import numpy as np
 from benchmarks.server_soak.place import CUSTOMERS, NEVER, Known
 
 NEAR = 1e-3
-"""Logits and scores of two runs of fp32, whose batches differ, are that near; those of two versions are further apart."""
+"""Logits and scores of two runs in fp32, whose batches differ, are that near; those of two versions are not."""
 
 STALE_S = 10.0
 """A version that was replaced so long before a request began may not answer it."""
@@ -50,7 +49,7 @@ class Told:
         record = {"counts": self.counts, "notes": self.notes, "stale_s": self.stale_s}
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(json.dumps(record))
-        os.replace(temporary, self.path)
+        temporary.replace(self.path)
 
 
 @dataclass(frozen=True)

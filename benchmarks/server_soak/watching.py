@@ -55,7 +55,7 @@ class Watched:
         """Take a sample; none of a process that has ended."""
         try:
             pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-            files, threads = len(os.listdir(f"/proc/{pid}/fd")), int(_fields(pid)[17])
+            files, threads = sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir()), int(_fields(pid)[17])
         except OSError:
             return
         self.samples.append((now(), pages * os.sysconf("SC_PAGE_SIZE") / 1024, files, threads))
@@ -77,4 +77,5 @@ class Watched:
 
 
 def _bounds(values: np.ndarray, late: np.ndarray) -> Mapping[str, int]:
-    return {"first": int(values[0]), "least": int(values[late].min()), "most": int(values.max()), "last": int(values[-1])}
+    ends = {"first": values[0], "least": values[late].min(), "most": values.max(), "last": values[-1]}
+    return {name: int(value) for name, value in ends.items()}
