@@ -3,6 +3,7 @@
 import logging
 import socket
 import ssl
+import struct
 import threading
 import time
 from pathlib import Path
@@ -178,6 +179,22 @@ def test_rows_of_a_client_that_has_gone_are_not_run(
         slow.goes_on.set()
         assert read_reply(first)[0] == 200
     assert model.engine.stats().rows == 1
+    assert caplog.text == ""
+
+
+def test_who_goes_with_requests_ahead_of_their_answers_is_no_error(
+    front: Front, model: ServedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    slow = Slow(model, monkeypatch)
+    with running(front) as server:
+        with server.connect() as connection:
+            connection.sendall(request("/v1/classify", ASK) * 3)
+            assert slow.entered.wait(10)
+            reset = struct.pack("ii", 1, 0)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+        until(lambda: not server.server.http._uvicorn.server_state.connections)
+        slow.goes_on.set()
+        assert ask(server, request("/v1/classify", ASK))[0] == 200
     assert caplog.text == ""
 
 

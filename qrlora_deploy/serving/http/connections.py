@@ -52,6 +52,9 @@ class GuardedProtocol(HttpToolsProtocol):
         self.resume_writing()
         super().connection_lost(exc)
         if self._running is not None and not self._running.response_complete:
+            # uvicorn tells the request that came last, which may still wait behind this one.
+            self._running.disconnected = True
+            self._running.message_event.set()
             state = self._running.scope["state"]
             state[GONE] = True
             if GIVE_UP in state:
