@@ -159,7 +159,8 @@ def measure(bundle: Path, checkouts: dict[str, Path], rounds: int, requests: int
     """Rounds in which every checkout has its turn, for each kind and number of connections."""
     found: dict[str, Any] = {}
     for kind in WAYS:
-        servers = {name: Own(checkout, bundle, "grpc" if kind == "grpc" else "http") for name, checkout in checkouts.items()}
+        front = "grpc" if kind == "grpc" else "http"
+        servers = {name: Own(checkout, bundle, front) for name, checkout in checkouts.items()}
         try:
             for connections in CONNECTIONS:
                 samples: dict[str, list[float]] = {name: [] for name in servers}
