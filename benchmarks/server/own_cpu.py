@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,7 @@ async def ask_grpc(kind: str, server: Own, connections: int, requests: int) -> N
         await asyncio.gather(*(work() for _ in range(connections)))
 
 
-WAYS: dict[str, Callable[[str, Own, int, int], Awaitable[None]]] = {
+WAYS: dict[str, Callable[[str, Own, int, int], Coroutine[Any, Any, None]]] = {
     "classify": ask_http,
     "infer": ask_http,
     "grpc": ask_grpc,

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from qrlora_deploy.runtime import SwitchableSession, open_bundle
+from qrlora_deploy.runtime.sessions.buckets import Buckets
 from qrlora_deploy.serving.access import Keys
 from qrlora_deploy.serving.engine.local import LocalEngine
 from qrlora_deploy.serving.engine.rows import Row
@@ -40,7 +41,8 @@ class Free:
     """
 
     def __init__(self, session: SwitchableSession) -> None:
-        self.bundle, self.manifest, self.buckets, self.table = session.bundle, session.manifest, None, session.table
+        self.bundle, self.manifest, self.table = session.bundle, session.manifest, session.table
+        self.buckets: Buckets | None = None
         self._logits = np.zeros((4096, len(session.manifest.labels)), np.float32)
         inputs = {name: np.ones((1, TOKENS), np.int64) for name in ("input_ids", "attention_mask", "token_type_ids")}
         names = {record.name for record in session.manifest.inputs}

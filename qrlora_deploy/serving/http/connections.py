@@ -33,6 +33,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._in_head, self._head_bytes, self._fed = True, 0, 0
+        self._most_head_bytes = self.http_limits.max_head_bytes
         self._head_timer: asyncio.TimerHandle | None = None
         self._reply_timer: asyncio.TimerHandle | None = None
         self._running: RequestResponseCycle | None = None
@@ -101,7 +102,10 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """A header."""
-        self._count(len(name) + len(value) + PER_HEADER)
+        # As `_count`, without a call: a request has many headers.
+        self._head_bytes += len(name) + len(value) + PER_HEADER
+        if self._head_bytes > self._most_head_bytes:
+            self._head_is_long()
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
@@ -135,9 +139,12 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _count(self, size: int) -> None:
         self._head_bytes += size
-        if self._head_bytes > self.http_limits.max_head_bytes:
-            self._refusal = (431, f"the headers are longer than {self.http_limits.max_head_bytes} bytes")
-            raise HeadTooLong
+        if self._head_bytes > self._most_head_bytes:
+            self._head_is_long()
+
+    def _head_is_long(self) -> None:
+        self._refusal = (431, f"the headers are longer than {self._most_head_bytes} bytes")
+        raise HeadTooLong
 
     def _within_body(self) -> bool:
         """Whether what is wrong belongs to the request that is next to be answered, and not to one behind it."""

@@ -110,6 +110,7 @@ def _config(app: ASGIApp, tls: Tls | None, limits: HttpLimits) -> uvicorn.Config
         lifespan="off",
         log_config=None,
         access_log=False,
+        proxy_headers=False,
         server_header=False,
         backlog=BACKLOG,
         timeout_keep_alive=math.ceil(limits.keep_alive_s),
