@@ -30,8 +30,8 @@ from qrlora_deploy.runtime.customers.packed_writer import write_packed_blocks
 
 MANY = (1, 1_000, 100_000)
 CONNECTIONS = 4
-QUEUE_ROWS = 64
-"""Of the server that is given twice its load: some tenths of a second of work."""
+QUEUE_BY_CALM = 2.5
+"""What waits in a server that is given twice its load may take so many times what one request takes without any."""
 
 SESSION = """
 import json, sys, time
@@ -211,16 +211,21 @@ def with_many_customers(folder: Path, rounds: int, seconds: float) -> dict[str, 
 
 def under_twice_its_load(folder: Path, seconds: float) -> dict[str, Any]:
     """Goodput, refusals and waiting when requests come twice as fast as they can be answered."""
-    with serving(folder, MANY[1], "--max-queue-rows", str(QUEUE_ROWS)) as server:
+    with serving(folder, MANY[1]) as server:
         port = port_of(server)
         calm = load(port, rows=1, customers=MANY[1], connections=1, seconds=2)["by_status"]["200"]["p50"]
         peak = load(port, rows=1, customers=MANY[1], connections=32, seconds=seconds)["rows_per_s"]
+    with serving(folder, MANY[1], "--max-queue-ms", str(QUEUE_BY_CALM * calm)) as server:
+        port = port_of(server)
+        load(port, rows=1, customers=MANY[1], connections=2, seconds=1)
         over = load(port, rows=1, customers=MANY[1], connections=512, seconds=seconds, rate=2 * peak)
     answered, refused = over["by_status"].get("200", {}), over["by_status"].get("429", {})
     return {
         "peak_rows_per_s": peak,
         "goodput_by_peak": over["rows_per_s"] / peak,
         "p50_ms_unloaded": calm,
+        "max_queue_ms": QUEUE_BY_CALM * calm,
+        "p99_ms_accepted_by_unloaded": answered.get("p99", 0.0) / calm,
         "p99_ms_accepted": answered.get("p99"),
         "p50_ms_refused": refused.get("p50"),
         "p99_ms_refused": refused.get("p99"),

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,10 @@ INFER = {
     "inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": [TEXT]}],
     "outputs": [{"name": "label"}, {"name": "scores"}],
 }
-PATHS = {"classify": ("/v1/classify", CLASSIFY), "infer": ("/v2/models/bundle/infer", INFER)}
+PATHS: dict[str, tuple[str, dict[str, Any]]] = {
+    "classify": ("/v1/classify", CLASSIFY),
+    "infer": ("/v2/models/bundle/infer", INFER),
+}
 
 
 async def ask_http(kind: str, server: Own, connections: int, requests: int) -> None:
@@ -155,26 +158,27 @@ def cpu_us(kind: str, server: Own, connections: int, requests: int) -> float:
     return 1e6 * (server.cpu_s() - before) / (requests // connections * connections)
 
 
+def _in_turn(kind: str, servers: dict[str, Own], connections: int, rounds: int, requests: int) -> dict[str, Any]:
+    samples: dict[str, list[float]] = {name: [] for name in servers}
+    for server in servers.values():
+        cpu_us(kind, server, connections, WARM_UP)
+    for turn in range(rounds):
+        for name in list(servers)[:: 1 if turn % 2 else -1]:
+            samples[name].append(cpu_us(kind, servers[name], connections, requests))
+    return {"us": {name: statistics.median(values) for name, values in samples.items()}, "samples": samples}
+
+
 def measure(bundle: Path, checkouts: dict[str, Path], rounds: int, requests: int) -> dict[str, Any]:
     """Rounds in which every checkout has its turn, for each kind and number of connections."""
     found: dict[str, Any] = {}
     for kind in WAYS:
-        front = "grpc" if kind == "grpc" else "http"
-        servers = {name: Own(checkout, bundle, front) for name, checkout in checkouts.items()}
-        try:
+        with ExitStack() as stack:
+            front = "grpc" if kind == "grpc" else "http"
+            servers = {name: stack.enter_context(own(checkout, bundle, front)) for name, checkout in checkouts.items()}
             for connections in CONNECTIONS:
-                samples: dict[str, list[float]] = {name: [] for name in servers}
-                for server in servers.values():
-                    cpu_us(kind, server, connections, WARM_UP)
-                for turn in range(rounds):
-                    for name in list(servers)[:: 1 if turn % 2 else -1]:
-                        samples[name].append(cpu_us(kind, servers[name], connections, requests))
-                medians = {name: statistics.median(values) for name, values in samples.items()}
-                found[f"{kind}, {connections} at a time"] = {"us": medians, "samples": samples, "aim_us": AIMS_US[kind]}
-                print(kind, connections, {name: round(value, 1) for name, value in medians.items()}, flush=True)
-        finally:
-            for server in servers.values():
-                server.end()
+                of_kind = _in_turn(kind, servers, connections, rounds, requests)
+                print(kind, connections, of_kind["us"], flush=True)
+                found[f"{kind}, {connections} at a time"] = of_kind | {"aim_us": AIMS_US[kind]}
     return found
 
 

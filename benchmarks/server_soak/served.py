@@ -12,7 +12,7 @@ from benchmarks.export_speed import ROOT, variables_of
 from benchmarks.server_soak.place import Place
 from benchmarks.server_soak.watching import Watched, processes_of
 
-OPTIONS = ("--threads", "1", "--port", "0", "--grpc-port", "0", "--drain-delay", "1", "--drain-seconds", "30")
+OPTIONS = ("--threads", "1", "--port", "0", "--grpc-port", "0", "--drain-delay", "3", "--drain-seconds", "30")
 
 END_S = 60.0
 

@@ -13,6 +13,8 @@ import pytest
 
 pytest.importorskip("uvicorn", reason="needs the extra serve")
 
+import uvicorn
+
 from qrlora_deploy.errors import InputError, QrloraError
 from qrlora_deploy.serving.http.front import Front
 from qrlora_deploy.serving.http.limits import HttpLimits
@@ -221,6 +223,32 @@ def test_what_was_begun_is_answered_before_the_end(
     server.thread.join(20)
     assert not server.thread.is_alive() and server.failures == []
     assert model.engine.stats().draining
+
+
+def test_requests_that_were_sent_before_the_end_are_answered(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends, shutdown = threading.Event(), uvicorn.Server.shutdown
+
+    async def busy_and_end(self: uvicorn.Server, sockets: Any = None) -> None:
+        # What comes meanwhile has arrived, and nobody has read it when connections are told to end.
+        ends.set()
+        time.sleep(0.5)
+        await shutdown(self, sockets)
+
+    monkeypatch.setattr(uvicorn.Server, "shutdown", busy_and_end)
+    server = Running(front, ServerOptions())
+    with server.connect() as idle, server.connect() as fresh:
+        idle.sendall(request("/v1/classify", ASK))
+        assert read_reply(idle)[0] == 200
+        ending = threading.Thread(target=server.stop)
+        ending.start()
+        assert ends.wait(10)
+        for connection in (idle, fresh):
+            connection.sendall(request("/v1/classify", ASK))
+        for connection in (idle, fresh):
+            code, headers, _ = read_reply(connection)
+            assert (code, headers["connection"]) == (200, "close")
+        ending.join(20)
+    assert server.failures == []
 
 
 def test_during_the_delay_everything_is_answered_but_readiness_is_off(front: Front) -> None:

@@ -17,6 +17,10 @@ from qrlora_deploy.serving.refusals import GONE
 PER_HEADER = 32
 """Bytes that a header counts beside its own: very many empty ones take memory too."""
 
+LOOKS, LOOK_S = 4, 0.03
+"""Before an idle connection is ended by a server that ends: what arrived before that is read in between, on a busy
+machine, too, where one look may come as late as the next one."""
+
 LINGER_S = 5.0
 """For a client to take the line that refuses it."""
 
@@ -124,9 +128,19 @@ class GuardedProtocol(HttpToolsProtocol):
         self._in_head, self._fed = True, 0
 
     def shutdown(self) -> None:
-        """The server ends: a request whose head is under way is still taken."""
-        if not (self._in_head and self._fed):
-            super().shutdown()
+        """The server ends: what has been asked is answered, also where nobody here has read it yet."""
+        self._end_when_idle(LOOKS)
+
+    def _end_when_idle(self, looks: int) -> None:
+        """End after so many looks whether something comes, each of which leaves the loop time to read."""
+        if self.transport.is_closing() or (self._in_head and self._fed):
+            return
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.keep_alive = False
+        elif looks:
+            self.loop.call_later(LOOK_S, self._end_when_idle, looks - 1)
+        else:
+            self.transport.close()
 
     def timeout_keep_alive_handler(self) -> None:
         """Idle for too long; a client that does not take the end of its reply keeps no memory either."""
