@@ -15,7 +15,7 @@ from qrlora_deploy.data.lines import row_of
 from qrlora_deploy.errors import InputError, first_line
 from qrlora_deploy.io.threads import finish
 from qrlora_deploy.models.capacity import check_segments
-from qrlora_deploy.training.answers import answer_rows
+from qrlora_deploy.tasks.answer_rows import answer_rows
 from qrlora_deploy.training.fleet.customers import Customer
 from qrlora_deploy.training.rows import build_rows
 
