@@ -117,6 +117,29 @@ def test_the_order_of_a_basis_is_that_of_the_table(tmp_path: Path) -> None:
     np.testing.assert_allclose(difference(found, forced.logits), 0, **DECODER_FP32)
 
 
+def test_the_likeliest_token_comes_from_the_graph(tmp_path: Path) -> None:
+    checkpoint = save_tiny(tmp_path / "base", "Gemma2", final_logit_softcapping=4.0)
+    basis = make_basis(checkpoint)
+    session = onnxruntime.InferenceSession(write_tiny(tmp_path / "bundle", checkpoint, basis))
+    empty = {
+        value.name: np.zeros([3, value.shape[1], 4, value.shape[3]], np.float32)
+        for value in session.get_inputs()
+        if value.name.startswith("past_key_values")
+    }
+    layout = TableLayout(list(basis.ranks.values()))
+    inputs = {
+        "input_ids": np.random.default_rng(5).integers(4, 40, (3, 4)),
+        "seqlens_k": np.full(3, 3, np.int32),
+        "total_sequence_length": np.array([4], np.int32),
+        "token": np.arange(3) * 4 + 3,
+        "coefficient_table": np.stack([layout.row(values) for values in make_customers(basis)]),
+        "slot": np.arange(3),
+    }
+    logits, greedy = session.run(["logits", "greedy"], inputs | empty)
+    np.testing.assert_array_equal(greedy, logits.argmax(axis=-1))
+    assert len(set(greedy.tolist())) > 1
+
+
 def test_what_a_checkpoint_has_beside_its_family_is_refused(tmp_path: Path) -> None:
     folder = save_decoder(tmp_path / "base")
     file = folder / "model.safetensors"
