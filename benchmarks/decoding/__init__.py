@@ -1,1 +1,1 @@
-"""How fast decoders are written by: the graphs that the project exports, PyTorch's ways and PEFT's, on shapes of known models."""
+"""How fast decoders write: exported graphs, PyTorch's ways and PEFT's, on the shapes of known models."""

@@ -9,13 +9,16 @@ and fp32 on the CPU. Before anything is timed each graph is held against PyTorch
 with another customer in each, behind their prompts and forced tokens, and the likeliest token must be the same wherever
 the two best are apart. Contenders take turns in a random order, round by round; figures are medians.
 
-Parts: `steps` (a token of each graph, of eager `generate`, of a static cache captured as a CUDA graph, of torch.compile),
-`resident` (10,000 customers by 10), `peft` (as many customers as rows), `batching` (continuous by static batches through
-`GenerationSession`), `one_thread` (4 bits on a CPU by eager fp32).
+Parts: `steps` (a token of each graph, of eager `generate`, of a static cache captured as a CUDA graph, of
+torch.compile), `resident` (10,000 customers by 10), `kernels` (what runs on the GPU for a token), `peft` (as many
+customers as rows), `batching` (continuous by static batches through `GenerationSession`), `one_thread` (4 bits on a CPU
+by eager fp32).
 
-What is expected on an H100: an operator takes about 3 us from launch to launch within a CUDA graph, and 16 MB more
-weights 5 us. A branch is three operators more (R, the coefficients, and one that puts `c * (x R)` beside the input),
-so q and v are 3 operators or 9 us a layer, all linear layers 12 operators and 21 MB, or 43 us.
+What is expected on an H100: an operator takes 2.3 us within a CUDA graph, measured, besides its bytes at 3 TB/s. A
+branch is three operators more (R, the coefficients, and one that puts `c * (x R)` beside the input), two where its
+input or output is narrow (`exporters.onnx.decoder.products.MOST_KEPT`). So q and v take 7 us a layer and all linear
+layers 28 us of operators in Llama-3.2-1B's shape, besides 1 and 7 us of bytes; 4.6 and 18 us in SmolLM2-135M's. Fewer
+than two operators a branch takes one that computes `c * (x R)` by itself, which ONNX Runtime does not have.
 """
 
 import argparse
@@ -31,12 +34,22 @@ from benchmarks.common.measuring import environment
 from benchmarks.decoding.aims import LARGE, SMALL, lines_of, table
 from benchmarks.decoding.batching import Chats, measure_batching
 from benchmarks.decoding.bench import Settings, prepare
+from benchmarks.decoding.kernels import measure_kernels
 from benchmarks.decoding.one_thread import measure_one_thread
 from benchmarks.decoding.shapes import SHAPES
 from benchmarks.decoding.steps import measure_peft, measure_resident, measure_steps
 from qrlora_deploy.io.files import write_json
 
-ON_A_SHAPE = {"steps": measure_steps, "resident": measure_resident, "peft": measure_peft}
+ON_A_SHAPE = {
+    "steps": measure_steps,
+    "resident": measure_resident,
+    "kernels": measure_kernels,
+    "peft": measure_peft,
+}
+"""PEFT comes last: it changes the model."""
+
+BOTH_SHAPES = ("steps", "kernels")
+
 PARTS = (*ON_A_SHAPE, "batching", "one_thread")
 TINY = "tiny"
 
@@ -53,8 +66,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for name in arguments.shapes:
         if set(arguments.parts) & set(ON_A_SHAPE):
             with tempfile.TemporaryDirectory(dir=folder) as place:
-                record["shapes"][name] = _measure_shape(arguments, name, Path(place))
-            _save(arguments, record)
+                _measure_shape(arguments, name, Path(place), record)
     quick = arguments.quick
     if "batching" in arguments.parts:
         chats = Chats(12, 4, 32) if quick else Chats(256, 32)
@@ -69,18 +81,18 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return record
 
 
-def _measure_shape(arguments: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
+def _measure_shape(arguments: argparse.Namespace, name: str, folder: Path, record: dict[str, Any]) -> None:
     settings = Settings(
         arguments.device,
         arguments.rounds,
         tuple(arguments.batches),
         arguments.prompt,
         arguments.new,
-        arguments.compile,
+        tuple(arguments.compile if name in (LARGE, TINY) else ()),
         arguments.deadline,
     )
     bench = prepare(folder, name, settings)
-    found: dict[str, Any] = {
+    found = record["shapes"][name] = {
         "layers": bench.layers,
         "weight_bytes": bench.weight_bytes,
         "floor_ms": bench.floor_ms,
@@ -88,12 +100,12 @@ def _measure_shape(arguments: argparse.Namespace, name: str, folder: Path) -> di
         "operators": {graph: made.operators for graph, made in bench.graphs.items()},
     }
     for part, run in ON_A_SHAPE.items():
-        if part in arguments.parts and (part == "steps" or name in (LARGE, TINY)):
+        if part in arguments.parts and (part in BOTH_SHAPES or name in (LARGE, TINY)):
             found[part] = run(bench)
+            _save(arguments, record)
             gc.collect()
     if arguments.device == "cuda":
         torch.cuda.empty_cache()
-    return found
 
 
 def _save(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
@@ -110,17 +122,18 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=128, help="tokens")
     parser.add_argument("--new", type=int, default=64, help="tokens that are written")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--no-compile", dest="compile", action="store_false")
+    parser.add_argument("--compile", type=int, nargs="*", default=[1, 64], help="batches of the large shape")
     parser.add_argument("--budget-seconds", type=float, help="torch.compile is left out where it would take longer")
     parser.add_argument("--folder", type=Path, help="for models and graphs, 10 GB; default: the system's")
     parser.add_argument("--quick", action="store_true", help="a small shape and few runs")
     parser.add_argument("--out", type=Path)
     found = parser.parse_args()
     if found.quick:
-        found.shapes, found.batches, found.prompt, found.new, found.rounds = [TINY], [1, 3], 16, 8, 2
+        found.shapes, found.prompt, found.new, found.rounds = [TINY], 16, 8, 2
+        found.batches, found.compile = [1, 3], [3]
     if found.device == "cpu" and not found.quick and found.parts != ["one_thread"]:
         parser.error("--device cpu is for --quick and for --parts one_thread: the other figures are those of a GPU")
-    found.parts = found.parts or list(PARTS)
+    found.parts = found.parts or [part for part in PARTS if part != "kernels" or found.device == "cuda"]
     found.deadline = None if found.budget_seconds is None else time.perf_counter() + found.budget_seconds
     return found
 

@@ -66,14 +66,19 @@ def make_requests(chats: Chats, vocabulary: int, customers: Sequence[str]) -> li
 def measure_batching(folder: Path, name: str, device: str, chats: Chats, rounds: int) -> dict[str, Any]:
     """Tokens a second both ways; the answers must be the same but for the order of sums."""
     bundle = _export(folder, name, device)
-    options = {"provider": device, "max_rows": chats.rows, "max_cache_bytes": 2**34, "batches": [chats.rows]}
+    options: dict[str, Any] = {
+        "provider": device,
+        "max_rows": chats.rows,
+        "max_cache_bytes": 2**34,
+        "batches": [chats.rows],
+    }
     with GenerationSession.open(bundle, customers=folder / "customers", **options) as session:
         customers = sorted(file.stem for file in (folder / "customers").glob("*.safetensors"))
         requests = make_requests(chats, SHAPES[name].config["vocab_size"], customers)
         for request in requests[: chats.rows]:
             session.answers([request])
         seconds: dict[str, list[float]] = {"continuous": [], "static": []}
-        tokens = set()
+        tokens: set[int] = set()
         for _ in range(rounds):
             for way in np.random.default_rng(len(tokens)).permutation(list(seconds)):
                 size = len(requests) if way == "continuous" else chats.rows
@@ -87,15 +92,13 @@ def measure_batching(folder: Path, name: str, device: str, chats: Chats, rounds:
                 tokens.add(sum(len(answer.tokens) for answer in answers))
                 _check_whole(answers, requests)
     print(f"{name}, {chats}: {seconds}", flush=True)
-    longest = [
-        max(one.max_tokens for one in requests[at : at + chats.rows]) for at in range(0, len(requests), chats.rows)
-    ]
+    batches = [requests[first : first + chats.rows] for first in range(0, len(requests), chats.rows)]
     return {
         "shape": name,
         "requests": chats.requests,
         "rows": chats.rows,
         "tokens": max(tokens),
-        "steps_of_static_batches": int(sum(longest)),
+        "steps_of_static_batches": sum(max(one.max_tokens for one in batch) for batch in batches),
         "steps_at_least": -(-sum(one.max_tokens for one in requests) // chats.rows),
         "seconds": {way: summary(taken, 1.0) for way, taken in seconds.items()},
     }

@@ -30,6 +30,7 @@ class Settings:
     Attributes:
         batches: rows, in the order in which they are run.
         prompt: tokens. new: tokens that are written.
+        compiled: batches for which torch.compile is run, a minute each.
         deadline: of `time.perf_counter`; what is slow and begins later is left out. None: there is none.
     """
 
@@ -38,7 +39,7 @@ class Settings:
     batches: tuple[int, ...]
     prompt: int
     new: int
-    compiled: bool
+    compiled: tuple[int, ...]
     deadline: float | None
 
     def has(self, seconds: float) -> bool:
@@ -121,8 +122,10 @@ def prepare(folder: Path, name: str, settings: Settings) -> Bench:
     shape, device = SHAPES[name], settings.device
     dtype, precision = (torch.float16, "fp16") if device == "cuda" else (torch.float32, "fp32")
     checkpoint = save_model(folder / "base", shape, dtype, device)
-    model = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.float32).to(device).eval()
-    graphs, sessions, checks = {}, {}, {}
+    model: Any = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    model = model.to(device).eval()
+    graphs: dict[str, Made] = {}
+    sessions, checks = {}, {}
     for graph, targets in TARGETS.items():
         basis = make_basis(checkpoint, shape, targets)
         customers = make_customers(basis, CUSTOMERS)

@@ -12,7 +12,7 @@ STEPS = 4
 """Tokens that every row is made to say behind its prompt."""
 
 BOUNDS = {"fp32": 1e-3, "fp16": 0.05, "int4": 8.0}
-"""Of the largest error, by the standard deviation of the logits; what the exporter's own check allows in 16 bits and 4."""
+"""Of the largest error, by the logits' standard deviation, as the exporter's own check has it in 16 and 4 bits."""
 
 
 class CheckError(Exception):

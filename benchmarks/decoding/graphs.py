@@ -5,10 +5,8 @@ The runtime's own session does more for each token: requests come and go, and an
 what the graph alone takes, as the peers' loops are theirs alone.
 """
 
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,26 +78,12 @@ def open_graph(made: Made, device: str, threads: int | None = None) -> Any:
     if device != "cuda":
         return open_session(made.file, device, threads)
     stream = {"user_compute_stream": str(torch.cuda.current_stream().cuda_stream)}
-    with _environment(ORT_ENABLE_XQA="1"):
-        return open_session(made.file, Device("cuda", 0, stream, _tune), cuda_graph=True)
+    return open_session(made.file, Device("cuda", 0, stream, _tune), cuda_graph=True)
 
 
 def _tune(options: Any) -> None:
+    """Products take the fastest of ONNX Runtime's kernels, which it finds in the first run."""
     options.add_session_config_entry("ep.cuda.enable_gemm_auto_tune", "1")
-
-
-@contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name)
-            else:
-                os.environ[name] = value
 
 
 class Writer:
@@ -209,7 +193,7 @@ class Writer:
             binding.bind_output(name.replace("past_key_values", "present", 1), *place(tensor))
         binding.bind_output("logits", *place(self.logits))
         # Where the next step reads it.
-        binding.bind_output("best", *place(self.chosen.view(-1)))
+        binding.bind_output("greedy", *place(self.chosen.view(-1)))
         return binding
 
 

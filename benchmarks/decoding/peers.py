@@ -67,7 +67,8 @@ class Static:
         self._cache = StaticCache(config=model.config, max_cache_len=prompt + new)
         self._position = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         self._held = torch.zeros(rows, 1, dtype=torch.int64, device=device)
-        self._compiled, self._graph = compiled, None
+        self._compiled = compiled
+        self._graph: torch.cuda.CUDAGraph | None = None
         mode = "reduce-overhead" if device == "cuda" else "default"
         self._step = torch.compile(self._plain, mode=mode, dynamic=False) if compiled else self._plain
 

@@ -54,11 +54,12 @@ SHAPES = {
 
 
 def save_model(folder: Path, shape: Shape, dtype: torch.dtype, device: str) -> Checkpoint:
-    """Write a model with seeded weights that keep the size of the hidden state, so that rounding shows in the logits."""
+    """Write a model with seeded weights that keep the hidden state's size, so that rounding shows in its logits."""
     config = LlamaConfig(**shape.config, bos_token_id=None, eos_token_id=None, pad_token_id=None)
     torch.manual_seed(0)
     with torch.device(device), torch.no_grad():
-        model = LlamaForCausalLM(config).to(dtype)
+        model: Any = LlamaForCausalLM(config)
+        model = model.to(dtype)
         for name, weight in model.named_parameters():
             if weight.dim() == 2 and "embed" not in name:
                 weight.normal_(0, weight.shape[1] ** -0.5)

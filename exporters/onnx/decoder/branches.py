@@ -38,10 +38,15 @@ class Branch:
         return sum(self.ranks)
 
     @property
+    def inputs(self) -> int:
+        """Of the product."""
+        return int(self.targets[0].r.shape[1])
+
+    @property
     def waste(self) -> float:
         """Zeros in `q`, by the weights of the product that it is part of."""
         used = sum(rank * len(target.q) for target, rank in zip(self.targets, self.ranks, strict=True))
-        return (self.rank * self.outputs - used) / (self.outputs * self.targets[0].r.shape[1])
+        return (self.rank * self.outputs - used) / (self.outputs * self.inputs)
 
     def r(self) -> np.ndarray:
         """`[in, rank]`: all R beside each other, the padding zero."""
@@ -71,6 +76,10 @@ class Branches:
 
     Args:
         basis: whose targets are adapted; None: nothing is.
+
+    Attributes:
+        asked: the branches that were taken, in their order.
+        width: columns of a table.
     """
 
     def __init__(self, basis: Basis | None) -> None:
@@ -79,6 +88,7 @@ class Branches:
         starts = np.cumsum([0, *(padded_rank(target.rank) for target in targets)])
         self._columns = {target.name: int(start) for target, start in zip(targets, starts, strict=False)}
         self._left = set(self._targets)
+        self.width = int(starts[-1])
         self.asked: list[Branch] = []
 
     def take(self, layers: Sequence[str], sizes: Sequence[int]) -> Branch | None:
@@ -100,10 +110,17 @@ class Branches:
         if self._left:
             raise outside(sorted(self._left)[0])
 
-    def order(self) -> np.ndarray:
-        """Columns of a table in the order in which the graph uses them."""
-        targets = [target for branch in self.asked for target in branch.targets]
-        return np.concatenate([self._columns[one.name] + np.arange(padded_rank(one.rank)) for one in targets])
+    def order(self, kept: Sequence[int]) -> np.ndarray:
+        """Columns of a table in the order in which the graph uses them.
+
+        Args:
+            kept: how many ones stand before the coefficients of each branch; they are in a column behind the table's.
+        """
+        parts = []
+        for branch, ones in zip(self.asked, kept, strict=True):
+            parts.append(np.full(ones, self.width))
+            parts += [self._columns[one.name] + np.arange(padded_rank(one.rank)) for one in branch.targets]
+        return np.concatenate(parts)
 
 
 def path_of(name: str) -> str:

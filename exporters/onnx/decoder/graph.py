@@ -126,13 +126,17 @@ def _add_coefficients(plan: Plan, nodes: Nodes, branches: Branches, products: Pr
     negative = nodes.add("Less", [SLOT, nodes.constant("zero", 0, np.int64)])
     slot = nodes.add("Where", [negative, nodes.constant("no_slot", NO_SLOT, np.int64), SLOT])
     rows = nodes.add("Gather", [TABLE, slot])
-    order = branches.order()
+    if any(products.kept):
+        one = nodes.constant("one", 1, TABLE_DTYPES[plan.table_dtype])
+        rows = nodes.add("Pad", [rows, nodes.constant("a_column", [0, 0, 0, 1], np.int64), one])
+    order = branches.order(products.kept)
     if not np.array_equal(order, np.arange(len(order))):
         rows = nodes.add("Gather", [rows, nodes.constant("order", order, np.int64)], axis=1)
     if np_dtype_to_tensor_dtype(TABLE_DTYPES[plan.table_dtype]) != nodes.kind:
         rows = nodes.add("Cast", [rows], to=nodes.kind)
     rows = nodes.add("Unsqueeze", [rows, nodes.constant("tokens_axis", [1], np.int64)])
-    sizes = nodes.constant("branch_sizes", [branch.rank for branch in branches.asked], np.int64)
+    ranks = [kept + branch.rank for kept, branch in zip(products.kept, branches.asked, strict=True)]
+    sizes = nodes.constant("branch_sizes", ranks, np.int64)
     nodes.add_many("Split", [rows, sizes], products.parts, axis=2)
     nodes.nodes += inner
 

@@ -15,6 +15,10 @@ MOST_WASTE = 0.2
 """Zeros, by a product's weights, that joint branches may bring where a graph is for the CPU, on which bytes cost more
 than operators; on a GPU it is the other way round, and branches are always joint."""
 
+MOST_KEPT = 1024
+"""Width of an input or output that a graph for a GPU takes through the products of its branch, to have one operator
+less: an identity of that size costs less bandwidth than an operator costs time, some 2 us."""
+
 
 class Products:
     """Makes products; the order in which they are asked for is that of the coefficients.
@@ -40,7 +44,9 @@ class Products:
         self._nodes, self._tensors, self._branches, self._folds = nodes, tensors, branches, folds
         self._folded: set[str] = set()
         self.parts: list[str] = []
-        """Names of the coefficients of each branch `[batch, 1, rank]`, to be taken in turn."""
+        """Names of the coefficients of each branch `[batch, 1, kept + rank]`, to be taken in turn."""
+        self.kept: list[int] = []
+        """How many ones stand before the coefficients of each branch."""
 
     def multiply(self, x: str, layers: Sequence[str]) -> list[str]:
         """`[batch, tokens, in]` to the outputs of all `layers` beside each other, or to those of each."""
@@ -48,6 +54,8 @@ class Products:
         branch = self._branches.take(layers, sizes)
         if branch is None:
             return [self._with_bias(self._plain(x, layers), layers)]
+        if kept := self._width_to_keep(branch):
+            return [self._with_bias(self._within(x, layers, branch, kept), layers)]
         scaled = self._scaled(x, layers, branch)
         if branch.waste <= self._most_waste:
             return [self._with_bias(self._extended(x, scaled, layers, branch.q), layers)]
@@ -71,13 +79,43 @@ class Products:
             return blockwise(self._nodes, x, name, shape, lambda: self._rows(layers), self._bits)
         return self._nodes.add("MatMul", [x, self._nodes.weight(name, lambda: self._packed(layers))])
 
+    def _width_to_keep(self, branch: Branch) -> int:
+        """Of the input or output that goes through the products of a branch; 0: none does."""
+        narrow = min(branch.inputs, branch.outputs)
+        return narrow if self._nodes.dtype != np.float32 and narrow <= MOST_KEPT else 0
+
+    def _within(self, x: str, layers: Sequence[str], branch: Branch, kept: int) -> str:
+        """`(1, c) * (x [1, R])`, then `[W; Q]`: with an identity beside R, `x` need not be put beside `c * (x R)`.
+
+        Where the output is the narrower one the identity stands above Q, and W beside R.
+        """
+        nodes, name, first = self._nodes, _common(layers), kept == branch.inputs
+
+        def identity() -> np.ndarray:
+            return np.eye(kept, dtype=nodes.dtype)
+
+        def grown() -> np.ndarray:
+            left = identity() if first else self._packed(layers)
+            return np.concatenate([left, branch.r().astype(nodes.dtype)], axis=1)
+
+        def shrunk() -> np.ndarray:
+            above = self._packed(layers) if first else identity()
+            return np.concatenate([above, branch.q().astype(nodes.dtype)], axis=0)
+
+        wide = nodes.add("MatMul", [x, nodes.weight(f"{name}.beside_R", grown)])
+        scaled = nodes.add("Mul", [wide, self._coefficients(kept)])
+        return nodes.add("MatMul", [scaled, nodes.weight(f"{name}.above_Q", shrunk)])
+
+    def _coefficients(self, kept: int = 0) -> str:
+        self.parts.append(f"coefficients_{len(self.parts)}")
+        self.kept.append(kept)
+        return self.parts[-1]
+
     def _scaled(self, x: str, layers: Sequence[str], branch: Branch) -> str:
         """`c * (x R)` of all targets that read `x`."""
         nodes = self._nodes
-        coefficients = f"coefficients_{len(self.parts)}"
-        self.parts.append(coefficients)
         projected = nodes.add("MatMul", [x, nodes.weight(f"{_common(layers)}.R", branch.r)])
-        return nodes.add("Mul", [projected, coefficients])
+        return nodes.add("Mul", [projected, self._coefficients()])
 
     def _extended(self, x: str, scaled: str, layers: Sequence[str], q: Callable[[], np.ndarray]) -> str:
         """`[x, scaled] [W; Q]`: one product gives base and branch, and nothing has to be added.
@@ -145,7 +183,7 @@ class Products:
 
 def folds_of(basis: Basis, values: np.ndarray) -> dict[str, tuple[BasisTarget, np.ndarray]]:
     """A customer's `values [total_rank]` by module path."""
-    parts = basis.split(values)
+    parts = basis.split(values) if basis.targets else {}
     return {path_of(target.name): (target, parts[target.name]) for target in basis.targets}
 
 

@@ -103,7 +103,9 @@ def test_every_family(family: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(difference(found, forced.logits), 0, **DECODER_FP32)
 
 
-def test_half_precision(tmp_path: Path) -> None:
+@pytest.mark.parametrize("most_kept", [0, 60, 1024], ids=["concatenated", "narrow ones kept", "kept"])
+def test_half_precision(most_kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "MOST_KEPT", most_kept)
     checkpoint = save_tiny(tmp_path / "base")
     forced, found = both(tmp_path, checkpoint, make_basis(checkpoint), dtype=np.float16)
     np.testing.assert_allclose(difference(found, forced.logits), 0, **DECODER_FP16)
