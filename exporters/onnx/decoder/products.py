@@ -11,9 +11,10 @@ from exporters.onnx.decoder.tensors import Tensors
 from qrlora_deploy.factorization.decomposition import update
 from qrlora_deploy.formats.basis import Basis, BasisTarget
 
-MOST_WASTE = 0.2
+MOST_WASTE = 0.02
 """Zeros, by a product's weights, that joint branches may bring where a graph is for the CPU, on which bytes cost more
-than operators; on a GPU it is the other way round, and branches are always joint."""
+than operators; on a GPU it is the other way round, and branches are always joint. SmolLM2-135M's q and v would bring
+0.14: apart they save 6 % of a token in fp32, and 5 % of one with weights of 4 bits."""
 
 MOST_KEPT = 1024
 """Width of an input or output that a graph for a GPU takes through the products of its branch, to have one operator
