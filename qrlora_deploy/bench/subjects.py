@@ -14,11 +14,11 @@ from qrlora_deploy.errors import InputError, ProviderError, argument
 from qrlora_deploy.formats.coefficients import SUFFIX
 from qrlora_deploy.formats.customer_files import customer_ids, read_customer
 from qrlora_deploy.io.files import digest_file
-from qrlora_deploy.runtime.bundle.bundle import MANIFEST_FILE, Bundle, check_graph, open_bundle
+from qrlora_deploy.runtime.bundle.bundle import MANIFEST_FILE, Bundle, open_bundle
 from qrlora_deploy.runtime.prediction.tokenizing import TextEncoder, batches
-from qrlora_deploy.runtime.sessions.bucket_runner import make_runner
 from qrlora_deploy.runtime.sessions.buckets import Buckets
-from qrlora_deploy.runtime.sessions.session import PROVIDERS, open_session
+from qrlora_deploy.runtime.sessions.runners import make_runner, open_graph
+from qrlora_deploy.runtime.sessions.session import PROVIDERS
 from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
 from qrlora_deploy.tasks.registry import task_named
 from qrlora_deploy.tokenization.words import LocatedWords, Place
@@ -93,9 +93,8 @@ class BundleSubject:
         check_workloads(self.bundle, workloads)
         buckets = _buckets(spec, self.bundle, workloads)
         if self.bundle.manifest.kind == "merged":
-            session = open_session(self.bundle.model, spec.provider, spec.threads, cuda_graph=spec.cuda_graph)
-            check_graph(session, self.bundle)
-            self._runner = make_runner(session, self.bundle.manifest, spec.provider, buckets)
+            session = open_graph(self.bundle, spec.provider, spec.threads, spec.cuda_graph)
+            self._runner = make_runner(session, self.bundle, spec.provider, buckets, threads=spec.threads)
         else:
             self.switchable = SwitchableSession(
                 self.bundle, spec.provider, rows=self._rows(), threads=spec.threads, buckets=buckets

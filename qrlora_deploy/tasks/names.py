@@ -10,6 +10,14 @@ from qrlora_deploy.errors import InputError, argument
 if TYPE_CHECKING:
     from qrlora_deploy.data.examples import Examples
 
+TASK_FIELD = "qrlora_task"
+"""Entry of `config.json` for tasks that transformers has no `problem_type` for; transformers keeps it as it is."""
+
+AUTO_MODEL = "AutoModel"
+
+IGNORED = -100
+"""The target of a token that has none: padding, special tokens and all but the first one of a word."""
+
 
 def label_names(labels: Iterable[str]) -> tuple[str, ...]:
     """The classes in the order of a new head: whole numbers by value, names by the alphabet."""
