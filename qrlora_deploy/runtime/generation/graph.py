@@ -2,19 +2,19 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from qrlora_deploy.errors import FileFormatError
+from qrlora_deploy.errors import FileFormatError, QrloraError, argument
 from qrlora_deploy.runtime.bundle.row_layout import SLOT, TABLE
-from qrlora_deploy.runtime.generation.cache import CacheShape, KvCache
+from qrlora_deploy.runtime.generation.budget import CacheFullError
+from qrlora_deploy.runtime.generation.cache import CacheShape
+from qrlora_deploy.runtime.generation.stepping import GREEDY, INPUTS, LOGITS, Answers, HostStep, Step
 from qrlora_deploy.runtime.sessions.running import run_bound
 from qrlora_deploy.runtime.table.memory import TableMemory
 
 KEYS = re.compile(r"past_key_values\.(\d+)\.key")
-INPUTS = ("input_ids", "seqlens_k", "total_sequence_length", "token")
-LOGITS = "logits"
 
 ELEMENTS: dict[str, tuple[Any, int]] = {
     "tensor(float)": (np.float32, 1),
@@ -22,6 +22,20 @@ ELEMENTS: dict[str, tuple[Any, int]] = {
     "tensor(bfloat16)": (np.uint16, 16),
 }
 """By ONNX Runtime's name of a type: how numpy holds it, and ONNX's number of it."""
+
+
+NO_MEMORY = re.compile(r"out of memory|bad alloc|bad_alloc|failed to allocate|available memory of", re.IGNORECASE)
+"""How ONNX Runtime says that there was not enough memory."""
+
+
+class Cache(Protocol):
+    """Rows of one capacity, as far as a run needs them: `KvCache` or `CudaKvCache`."""
+
+    capacity: int
+    generation: int
+
+    def bind(self, binding: Any, first: int, count: int) -> None:
+        """Give `count` rows from `first` on to an `onnxruntime.IOBinding`, as past and as present."""
 
 
 class DecoderGraph:
@@ -34,6 +48,7 @@ class DecoderGraph:
         cache_shape: what it keeps of every token.
         vocabulary: logits of a row.
         switchable: whether each row has a slot of a coefficient table.
+        chooses: whether it tells the likeliest token of each row besides.
 
     Raises:
         FileFormatError: the graph has other inputs or outputs than a decoder.
@@ -49,35 +64,36 @@ class DecoderGraph:
         self.cache_shape = _cache_shape(inputs)
         self.vocabulary = _size(outputs[LOGITS], 1)
         self.switchable = SLOT in inputs
+        self.chooses = GREEDY in outputs
         self._total_shape = tuple(1 for _ in inputs["total_sequence_length"].shape)
-        self._logits_type = outputs[LOGITS].type
+        self._logits_type = ELEMENTS[outputs[LOGITS].type]
         self._bound: dict[tuple[int, int], _Bound] = {}
 
     def prefill(
-        self, cache: KvCache, row: int, tokens: Sequence[int], past: int, slot: int, memory: TableMemory | None
-    ) -> np.ndarray:
+        self, cache: Cache, row: int, tokens: Sequence[int], past: int, slot: int, memory: TableMemory | None
+    ) -> Answers:
         """Read tokens of a prompt into a row that holds `past` tokens already.
 
         Returns:
-            The logits `[vocabulary]` fp32 after the last one.
+            What one row gave after the last one, until the next run.
 
         Raises:
             QrloraError: an operator failed.
         """
-        bound = _Bound(self, cache, row, 1, len(tokens))
+        bound = _Bound(self._session, self._step_of(1, len(tokens)), cache, row, self._reading_options())
         # Attention takes tokens without a past for a first prompt only where the lengths are equal.
-        bound.total[...] = cache.capacity if past else len(tokens)
-        bound.fill(np.array([tokens]), np.array([past + len(tokens) - 1]), np.array([slot]))
-        return bound.run(memory)[0].copy()
+        bound.step.total[...] = cache.capacity if past else len(tokens)
+        bound.step.fill(np.array([tokens]), np.array([past + len(tokens) - 1]), np.array([slot]))
+        return bound.run(memory)
 
     def decode(
         self,
-        cache: KvCache,
+        cache: Cache,
         tokens: np.ndarray,
         past: np.ndarray,
         slots: np.ndarray,
         memory: TableMemory | None,
-    ) -> np.ndarray:
+    ) -> Answers:
         """One token more for the first rows of a cache.
 
         Args:
@@ -88,57 +104,76 @@ class DecoderGraph:
             memory: the coefficient table of a switchable graph.
 
         Returns:
-            Logits `[rows, vocabulary]` fp32, which the next run overwrites.
+            What each row gave, until the next run.
 
         Raises:
             QrloraError: an operator failed.
         """
-        bound = self._decoding(cache, len(tokens))
-        bound.fill(tokens[:, None], past, slots)
+        bound = self._decoding(cache, len(tokens), memory)
+        bound.step.fill(tokens[:, None], past, slots)
         return bound.run(memory)
 
-    def _decoding(self, cache: KvCache, rows: int) -> "_Bound":
+    def _decoding(self, cache: Cache, rows: int, memory: TableMemory | None) -> "_Bound":
         key = (cache.capacity, rows)
         bound = self._bound.get(key)
-        if bound is None or bound.cache is not cache or bound.generation != cache.generation:
-            bound = self._bound[key] = _Bound(self, cache, 0, rows, 1)
-            bound.total[...] = cache.capacity
+        if bound is None or not bound.serves(cache, memory):
+            # A table that has grown lies elsewhere: what is bound to the old one is all that keeps it in memory.
+            self._bound = {key: other for key, other in self._bound.items() if other.memory is memory}
+            bound = self._bound[key] = _Bound(self._session, self._step_of(rows, 1), cache, 0, self._writing_options())
+            bound.step.total[...] = cache.capacity
         return bound
+
+    def _step_of(self, rows: int, tokens: int) -> Step:
+        """Inputs and answers of a run."""
+        dtype, element = self._logits_type
+        return HostStep(rows, tokens, self._total_shape, self.vocabulary, self.switchable, np.dtype(dtype), element)
+
+    def _reading_options(self) -> Any:
+        """ONNX Runtime's options of a run that reads a prompt."""
+        return None
+
+    def _writing_options(self) -> Any:
+        """ONNX Runtime's options of runs of one batch of a cache."""
+        return None
 
 
 class _Bound:
-    """Inputs and logits of one shape, bound to a part of a cache."""
+    """A step, bound to a part of a cache."""
 
-    def __init__(self, graph: DecoderGraph, cache: KvCache, first: int, rows: int, tokens: int) -> None:
-        self.cache, self.generation = cache, cache.generation
-        self._session = graph._session
-        self.ids = np.zeros((rows, tokens), dtype=np.int64)
-        self.last = np.zeros(rows, dtype=np.int32)
-        self.total = np.zeros(graph._total_shape, dtype=np.int32)
-        self.token = np.arange(rows, dtype=np.int64) * tokens + tokens - 1
-        self.slot = np.zeros(rows, dtype=np.int64)
-        dtype, element = ELEMENTS[graph._logits_type]
-        self.logits = np.zeros((rows, graph.vocabulary), dtype=dtype)
-        self._binding = graph._session.io_binding()
-        arrays: dict[str, np.ndarray] = dict(zip(INPUTS, (self.ids, self.last, self.total, self.token), strict=True))
-        if graph.switchable:
-            arrays[SLOT] = self.slot
-        for name, array in arrays.items():
-            self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        self._binding.bind_output(LOGITS, "cpu", 0, element, self.logits.shape, self.logits.ctypes.data)
-        cache.bind(self._binding, first, rows)
-        self._memory: TableMemory | None = None
+    def __init__(self, session: Any, step: Step, cache: Cache, first: int, options: Any) -> None:
+        self.step, self.cache, self.generation = step, cache, cache.generation
+        self._session, self._options = session, options
+        self._binding = session.io_binding()
+        step.bind(self._binding)
+        cache.bind(self._binding, first, step.rows)
+        self.memory: TableMemory | None = None
 
-    def fill(self, ids: np.ndarray, last: np.ndarray, slots: np.ndarray) -> None:
-        self.ids[:], self.last[:], self.slot[:] = ids, last, slots
+    def serves(self, cache: Cache, memory: TableMemory | None) -> bool:
+        """Whether all is where it was: captured graphs keep addresses."""
+        return self.cache is cache and self.generation == cache.generation and self.memory is memory
 
-    def run(self, memory: TableMemory | None) -> np.ndarray:
-        if memory is not None and memory is not self._memory:
+    def run(self, memory: TableMemory | None) -> Answers:
+        """Run with what was filled in.
+
+        Raises:
+            CacheFullError: there was no memory for what is computed within.
+            QrloraError: an operator failed.
+        """
+        if memory is not None and memory is not self.memory:
             # Held while it is bound: a table that grows would be given back.
-            self._memory = memory
+            self.memory = memory
             memory.bind(self._binding)
-        run_bound(self._session, self._binding)
-        return self.logits if self.logits.dtype == np.float32 else self.logits.astype(np.float32)
+        self.step.upload()
+        try:
+            run_bound(self._session, self._binding, self._options)
+        except QrloraError as error:
+            if not NO_MEMORY.search(str(error)):
+                raise
+            raise CacheFullError(
+                f"cache full: no memory is left to run {self.step.rows} rows; lower {argument('max_cache_bytes')} or "
+                f"{argument('max_rows')}, or ask again later"
+            ) from error
+        return self.step.answers()
 
 
 def _cache_shape(inputs: dict[str, Any]) -> CacheShape:

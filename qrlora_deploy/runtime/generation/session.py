@@ -11,10 +11,9 @@ from qrlora_deploy.runtime.bundle.bundle import Bundle, check_graph, open_bundle
 from qrlora_deploy.runtime.customers.events import Report
 from qrlora_deploy.runtime.customers.store import CustomerStore
 from qrlora_deploy.runtime.generation.budget import Budget, row_capacities
-from qrlora_deploy.runtime.generation.cache import KvCache
 from qrlora_deploy.runtime.generation.engine import Engine, Running
-from qrlora_deploy.runtime.generation.graph import DecoderGraph
 from qrlora_deploy.runtime.generation.holding import Holder
+from qrlora_deploy.runtime.generation.machines import machine_of
 from qrlora_deploy.runtime.generation.placement import batch_buckets
 from qrlora_deploy.runtime.generation.prefixes import PrefixCache
 from qrlora_deploy.runtime.generation.prompts import PromptReader, check_room
@@ -47,7 +46,8 @@ class GenerationSession:
 
     Args:
         bundle: of the task text-generation.
-        provider: "cpu".
+        provider: "cpu", "cuda", "cuda:1" or a `Device` with options of its own; caches and the table of customers lie
+            there. GPUs take bundles in fp16 and bf16.
         max_rows: answers that are written at the same time.
         max_cache_bytes: memory for keys and values.
         batches: sizes of a batch, with `max_rows`; a batch is filled up to the next one. With one size alone, an
@@ -59,6 +59,8 @@ class GenerationSession:
         block_tokens: a prompt is read in blocks of so many tokens, and the blocks of its beginning are kept for later
             prompts of the same customer that begin alike.
         threads: threads within an operator; None leaves the choice to ONNX Runtime.
+        cuda_graphs: on a GPU, runs that write tokens are captured, a graph for each size of batch of each capacity when
+            it comes for the first time, and replayed. False: every run as it comes.
 
     Attributes:
         customers: of a switchable bundle; `customers.load` makes a coefficients file live. None: it is merged.
@@ -66,8 +68,10 @@ class GenerationSession:
         longest: tokens of a prompt with its answer.
 
     Raises:
-        InputError: the bundle is for another task, or a size makes no sense.
-        ProviderError: the provider does not load, or is a GPU.
+        InputError: the bundle is for another task, or in a precision that the device does not compute in, or a size
+            makes no sense.
+        ProviderError: the provider does not load.
+        QrloraError: the table of customers, or a batch's logits, do not fit the device.
     """
 
     def __init__(
@@ -82,14 +86,15 @@ class GenerationSession:
         customer_rows: int | None = None,
         block_tokens: int = BLOCK_TOKENS,
         threads: int | None = None,
+        cuda_graphs: bool = True,
     ) -> None:
         manifest = bundle.manifest
         check_bundle(bundle)
-        if Device.of(provider).on_gpu:
-            raise InputError(f"text is generated on the CPU alone so far; pass {argument('provider', 'cpu')}")
-        opened = open_session(bundle.model, provider, threads)
+        machine = machine_of(Device.of(provider), bundle, cuda_graphs)
+        buckets = batch_buckets(max_rows, batches)
+        opened = open_session(bundle.model, machine.device, threads, machine.captured)
         check_graph(opened, bundle)
-        graph = DecoderGraph(opened)
+        graph = machine.graph(opened, max_rows, block_tokens)
         self.bundle = bundle
         self.longest = manifest.max_length
         self.customers = LoadedCustomers(bundle, provider, max_rows=customer_rows) if graph.switchable else None
@@ -99,17 +104,19 @@ class GenerationSession:
         prefixes = PrefixCache(budget, max_cache_bytes // PREFIX_SHARE, block_tokens)
         self._scheduler = Scheduler(
             row_capacities(self.longest, capacities),
-            batch_buckets(max_rows, batches),
+            buckets,
             budget,
-            lambda capacity: KvCache(graph.cache_shape, capacity),
+            lambda capacity: machine.cache(graph.cache_shape, capacity),
             max_waiting,
             prefixes.free,
+            machine.captured,
         )
         self._holder = Holder(self.customers, str(bundle.folder), manifest.coefficients_digest or "")
         step_tokens = STEP_BLOCKS * block_tokens
         self._engine = Engine(
             graph, self._scheduler, prefixes, self._holder, manifest.base_digest, block_tokens, step_tokens
         )
+        self._call = machine.call
         self._window = 2 * max_rows
         self._stepping = threading.Lock()
         self._closed = False
@@ -154,7 +161,7 @@ class GenerationSession:
         """End every answer as it is, and let go of the folder of customers."""
         with self._stepping:
             self._closed = True
-            self._engine.end_all("cancelled")
+            self._call(lambda: self._engine.end_all("cancelled"))
         if self.store is not None:
             self.store.close()
 
@@ -236,7 +243,7 @@ class GenerationSession:
         """Do a step unless another thread has brought what is waited for."""
         with self._stepping:
             if not running.events:
-                self._engine.step()
+                self._call(self._engine.step)
 
 
 def check_bundle(bundle: Bundle) -> None:

@@ -1,0 +1,148 @@
+"""What runs on a GPU, on one of plain memory: the same answers as on the host, and what is captured and copied."""
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qrlora_deploy.runtime.generation.budget import CacheFullError
+from qrlora_deploy.runtime.generation.cache import KvCache
+from qrlora_deploy.runtime.generation.cuda_cache import CudaKvCache
+from tests.runtime.fake_cuda import FakeCuda
+from tests.runtime.generation.pretend_gpu import PretendDesk, with_greedy
+from tests.runtime.generation.tiny import NAMES, Desk, Made, answer_of, make_decoder, prompt_of
+
+pytestmark = pytest.mark.makes
+
+OWNERS = (None, *NAMES)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
+    yield FakeCuda().install(monkeypatch)
+    # While it is there: what is given back later would go to a real library.
+    gc.collect()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    folder = tmp_path_factory.mktemp("decoder")
+    return with_greedy(make_decoder(folder), folder / "chooses")
+
+
+ASKED = [(prompt_of(seed, length), OWNERS[seed % 4]) for seed, length in enumerate((3, 21, 1, 40, 8, 16, 7, 30))]
+
+
+def test_rows_that_join_and_leave_answer_as_on_the_host(fake: FakeCuda, made: Made) -> None:
+    found, expected = [], []
+    for desk, tokens in ((PretendDesk(made, capacities=(32, 64)), found), (Desk(made, capacities=(32, 64)), expected)):
+        asked = []
+        for number, (prompt, owner) in enumerate(ASKED):
+            sampled = {"temperature": 0.9, "seed": number} if number % 3 == 2 else {}
+            asked.append(desk.ask(prompt, owner, 5 + 2 * number, **sampled))
+            desk.engine.step()
+        desk.finish()
+        # Again, with beginnings that are known.
+        asked += [desk.ask(prompt, owner, 12) for prompt, owner in ASKED]
+        desk.finish()
+        assert max(answer_of(running).reused_tokens for running in asked) == 32
+        tokens += [answer_of(running).tokens for running in asked]
+        assert desk.holders.held == 0
+    assert found == expected
+    assert fake.mode == 0 and fake.last_error == 0
+
+
+def test_a_batch_is_captured_once_and_prompts_never(fake: FakeCuda, made: Made) -> None:
+    desk = PretendDesk(made, max_rows=2)
+    for prompt, owner in ASKED:
+        desk.ask(prompt, owner)
+    desk.finish()
+    ids = [graph for graph in desk.session.graphs if graph != "-1"]
+    assert set(ids) == {"1", "2"} and len(ids) > 20, "batches of one and of two rows"
+    assert desk.session.graphs.count("-1") == sum(-(-len(prompt) // desk.block) for prompt, _ in ASKED)
+    # The caches lie where they were, although nobody had a row.
+    desk.alone(*ASKED[0])
+    assert set(desk.session.graphs) == {"-1", "1", "2"}
+
+
+def test_a_table_that_has_moved_is_captured_anew(fake: FakeCuda, made: Made) -> None:
+    desk = PretendDesk(made)
+    before = desk.alone(*ASKED[1]).tokens
+    desk.holders.memory = desk.holders.memory.grown(9)
+    assert desk.alone(*ASKED[1]).tokens == before
+    assert {graph for graph in desk.session.graphs if graph != "-1"} == {"1", "2"}
+    assert {bound.memory for bound in desk.graph._bound.values()} == {desk.holders.memory}
+
+
+def test_logits_come_only_for_rows_that_draw_or_tell_them(fake: FakeCuda, made: Made) -> None:
+    desk, read = PretendDesk(made), list[int]()
+    row_bytes = desk.graph.vocabulary * 4
+    begin = fake._memcpyasync
+    fake._memcpyasync = lambda *place: (read.append(place[2]), begin(*place))[1]  # type: ignore[method-assign]
+    desk.ask(prompt_of(0, 5), "one", 10)
+    drawing = desk.ask(prompt_of(1, 5), "two", 10, temperature=1.0, seed=1)
+    desk.finish()
+    assert read.count(row_bytes) == len(answer_of(drawing).tokens) == 10
+
+
+def test_a_decoder_that_does_not_choose_answers_by_its_logits(fake: FakeCuda, tmp_path: Path) -> None:
+    made = make_decoder(tmp_path)
+    desk = PretendDesk(made)
+    desk.graph._memory.sizes.__dict__["chooses"] = False
+    assert desk.alone(*ASKED[1]).tokens == Desk(made).alone(*ASKED[1]).tokens
+
+
+def test_numbers_that_are_not_finite_end_their_row_alone(fake: FakeCuda, made: Made) -> None:
+    desk = PretendDesk(made, batches=(4,))
+    good, bad = desk.ask(prompt_of(0, 5), "one"), desk.ask(prompt_of(0, 5), "two")
+    width = desk.holders.memory.parts["coefficient_table"].width
+    desk.holders.memory.parts["coefficient_table"].write_rows(2, np.full((1, width), np.nan, np.float32))
+    desk.finish()
+    assert "the model gave nan" in str(answer_of(bad).error)
+    assert answer_of(good).tokens == Desk(made, batches=(4,)).alone(prompt_of(0, 5), "one").tokens
+
+
+def test_a_gpu_without_memory_is_a_full_cache(fake: FakeCuda, made: Made) -> None:
+    desk = PretendDesk(made, capacities=(16, 64))
+    part_bytes = desk.graph.cache_shape.token_bytes(64) // len(desk.graph.cache_shape.names)
+    # Room for two rows of a buffer.
+    fake.limit_bytes = 2 * part_bytes
+    asked = [desk.ask(prompt_of(seed, 30), "one", 12) for seed in range(5)]
+    desk.finish()
+    expected = [Desk(made).alone(prompt_of(seed, 30), "one", 12).tokens for seed in range(5)]
+    assert [answer_of(running).tokens for running in asked] == expected
+    assert desk.scheduler.groups[64].cache.rows == 2
+    # None at all.
+    desk = PretendDesk(made, capacities=(64,))
+    fake.limit_bytes = part_bytes - 1
+    refused = desk.ask(prompt_of(0, 30), "one", 12)
+    desk.finish()
+    error = answer_of(refused).error
+    assert isinstance(error, CacheFullError) and str(error).startswith("cache full: there is no memory for")
+    fake.limit_bytes = 2**30
+    assert desk.alone(prompt_of(0, 30), "one", 12).tokens == expected[0]
+
+
+def test_a_cache_on_a_gpu_holds_what_one_on_the_host_does(fake: FakeCuda, made: Made) -> None:
+    shape = PretendDesk(made).graph.cache_shape
+    random = np.random.default_rng(0)
+    caches = KvCache(shape, 12), CudaKvCache(shape, 12)
+    for cache in caches:
+        cache.resize(3)
+    for buffer, array in zip(caches[1]._filled(), caches[0]._arrays, strict=True):
+        array[:] = random.normal(size=array.shape)
+        caches[1]._copies.copy(buffer.pointer, array.ctypes.data, array.nbytes, 1)
+    for cache in caches:
+        cache.resize(4)
+        cache.copy_row(2, 3, 12)
+        cache.write(1, 5, cache.read(2, 2, 7))  # type: ignore[attr-defined]
+        cache.clear_row(0)
+        cache.resize(4)
+        cache.resize(5)
+    for buffer, array in zip(caches[1]._filled(), caches[0]._arrays, strict=True):
+        found = np.zeros_like(array)
+        caches[1]._copies.copy(found.ctypes.data, buffer.pointer, found.nbytes, 2)
+        np.testing.assert_array_equal(found, array)
+        assert np.count_nonzero(found) == found[1:4].size
