@@ -72,7 +72,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         chats = Chats(12, 4, 32) if quick else Chats(256, 32)
         with tempfile.TemporaryDirectory(dir=folder) as place:
             shape = TINY if quick else SMALL
-            record["batching"] = measure_batching(Path(place), shape, arguments.device, chats, 1 if quick else 3)
+            record["batching"] = measure_batching(Path(place), shape, arguments.device, chats, 1 if quick else 2)
         _save(arguments, record)
     if "one_thread" in arguments.parts:
         with tempfile.TemporaryDirectory(dir=folder) as place:

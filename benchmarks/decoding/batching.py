@@ -66,11 +66,13 @@ def make_requests(chats: Chats, vocabulary: int, customers: Sequence[str]) -> li
 def measure_batching(folder: Path, name: str, device: str, chats: Chats, rounds: int) -> dict[str, Any]:
     """Tokens a second both ways; the answers must be the same but for the order of sums."""
     bundle = _export(folder, name, device)
+    # One size of everything: a static batch is as wide to its end, and all rows run together.
     options: dict[str, Any] = {
         "provider": device,
         "max_rows": chats.rows,
-        "max_cache_bytes": 2**34,
         "batches": [chats.rows],
+        "capacities": [2 * LONGEST],
+        "max_cache_bytes": 2**34,
     }
     with GenerationSession.open(bundle, customers=folder / "customers", **options) as session:
         customers = sorted(file.stem for file in (folder / "customers").glob("*.safetensors"))
