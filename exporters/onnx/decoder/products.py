@@ -6,6 +6,7 @@ import numpy as np
 
 from exporters.onnx.decoder.blockwise import blockwise
 from exporters.onnx.decoder.branches import Branch, Branches, outside, path_of, q_of
+from exporters.onnx.decoder.coefficients import Part
 from exporters.onnx.decoder.nodes import Nodes
 from exporters.onnx.decoder.tensors import Tensors
 from qrlora_deploy.factorization.decomposition import update
@@ -44,10 +45,8 @@ class Products:
         self._most_waste = MOST_WASTE if nodes.dtype == np.float32 else np.inf
         self._nodes, self._tensors, self._branches, self._folds = nodes, tensors, branches, folds
         self._folded: set[str] = set()
-        self.parts: list[str] = []
-        """Names of the coefficients of each branch `[batch, 1, kept + rank]`, to be taken in turn."""
-        self.kept: list[int] = []
-        """How many ones stand before the coefficients of each branch."""
+        self.parts: list[Part] = []
+        """What each branch multiplies with."""
 
     def multiply(self, x: str, layers: Sequence[str]) -> list[str]:
         """`[batch, tokens, in]` to the outputs of all `layers` beside each other, or to those of each."""
@@ -104,19 +103,18 @@ class Products:
             return np.concatenate([above, branch.q().astype(nodes.dtype)], axis=0)
 
         wide = nodes.add("MatMul", [x, nodes.weight(f"{name}.beside_R", grown)])
-        scaled = nodes.add("Mul", [wide, self._coefficients(kept)])
+        scaled = nodes.add("Mul", [wide, self._coefficients(branch, kept)])
         return nodes.add("MatMul", [scaled, nodes.weight(f"{name}.above_Q", shrunk)])
 
-    def _coefficients(self, kept: int = 0) -> str:
-        self.parts.append(f"coefficients_{len(self.parts)}")
-        self.kept.append(kept)
-        return self.parts[-1]
+    def _coefficients(self, branch: Branch, kept: int = 0) -> str:
+        self.parts.append(Part(f"coefficients_{len(self.parts)}", branch, kept))
+        return self.parts[-1].name
 
     def _scaled(self, x: str, layers: Sequence[str], branch: Branch) -> str:
         """`c * (x R)` of all targets that read `x`."""
         nodes = self._nodes
         projected = nodes.add("MatMul", [x, nodes.weight(f"{_common(layers)}.R", branch.r)])
-        return nodes.add("Mul", [projected, self._coefficients()])
+        return nodes.add("Mul", [projected, self._coefficients(branch)])
 
     def _extended(self, x: str, scaled: str, layers: Sequence[str], q: Callable[[], np.ndarray]) -> str:
         """`[x, scaled] [W; Q]`: one product gives base and branch, and nothing has to be added.
