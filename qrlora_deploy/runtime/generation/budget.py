@@ -1,15 +1,34 @@
 """Bounded memory of key-value caches."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-from qrlora_deploy.errors import InputError, NotReadyError, argument
+from qrlora_deploy.errors import InputError, NotReadyError, QrloraError, argument
 
 SMALLEST_CAPACITY = 256
 CAPACITY_STEP = 4
 
+NO_MEMORY = re.compile(r"out of memory|bad alloc|bad_alloc|failed to allocate|available memory of", re.IGNORECASE)
+"""How ONNX Runtime says that there was not enough memory."""
+
 
 class CacheFullError(NotReadyError):
     """There is no room in the key-value caches, now or ever; the line says which."""
+
+
+@contextmanager
+def refused_without_memory(rows: int) -> Iterator[None]:
+    """Where memory ends within a run of so many rows, the caches are full: a CacheFullError."""
+    try:
+        yield
+    except (MemoryError, QrloraError) as error:
+        if isinstance(error, QrloraError) and not NO_MEMORY.search(str(error)):
+            raise
+        raise CacheFullError(
+            f"cache full: no memory is left to run {rows} rows; lower {argument('max_cache_bytes')} or "
+            f"{argument('max_rows')}, or ask again later"
+        ) from error
 
 
 class Budget:

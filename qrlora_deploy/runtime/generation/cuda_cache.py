@@ -92,6 +92,15 @@ class CudaKvCache:
         """Put tokens into a row."""
         self._copy(row, start, block, out=False)
 
+    def take(self, row: int, other: "CudaKvCache", tokens: int) -> None:
+        """Put the first tokens of the first row of another cache at the beginning of a row."""
+        size_bytes = self.shape.head_size * self.shape.dtype.itemsize * tokens
+        for buffer, source in zip(self._filled(), other._filled(), strict=True):
+            there = Pieces(buffer.pointer + self._part_bytes * row, self._head_bytes)
+            here = Pieces(source.pointer, other._head_bytes)
+            self._copies.begin_pieces(there, here, size_bytes, self.shape.heads, DEVICE_TO_DEVICE)
+        self._copies.wait()
+
     def bind(self, binding: Any, first: int, count: int) -> None:
         """Give `count` rows from `first` on to an `onnxruntime.IOBinding`, as past and as present."""
         shape = (count, self.shape.heads, self.capacity, self.shape.head_size)

@@ -1,7 +1,6 @@
 """What one run of a decoder takes and gives, on a GPU: some bytes go there and come back, logits only where they are
 asked for."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,16 +94,19 @@ class CudaStep:
         memory: of all runs.
         rows: of the batch.
         tokens: of each row.
+
+    Attributes:
+        token: `[rows]`, of all tokens the one of each row whose logits are wanted: its last one, or one before.
     """
 
     def __init__(self, memory: CudaStepMemory, rows: int, tokens: int) -> None:
         self.rows, self._tokens, self._memory = rows, tokens, memory
         self.total = np.zeros(memory.sizes.total_shape, dtype=np.int32)
-        self._token = last_tokens(rows, tokens)
+        self.token = last_tokens(rows, tokens)
 
     def fill(self, ids: np.ndarray, last: np.ndarray, slots: np.ndarray) -> None:
         """As `Step.fill`."""
-        values = {"input_ids": ids.ravel(), "seqlens_k": last, "token": self._token, SLOT: slots}
+        values = {"input_ids": ids.ravel(), "seqlens_k": last, "token": self.token, SLOT: slots}
         for name, array in values.items():
             self._memory.host[name][: len(array)] = array
 
@@ -141,16 +143,16 @@ class CudaAnswers:
     """What a run left on the GPU, which comes when it is asked for."""
 
     def __init__(self, memory: CudaStepMemory, rows: int) -> None:
-        self._memory, self._rows, self._there = memory, rows, False
+        self._memory, self._rows = memory, rows
+        self._likeliest: list[int | None] | None = None
 
     def likeliest(self, row: int) -> int | None:
         """As `Answers.likeliest`; those of all rows come at once."""
-        memory = self._memory
-        if not memory.sizes.chooses:
+        if not self._memory.sizes.chooses:
             return None
-        if not self._there:
-            self._fetch()
-        return int(memory.host[GREEDY][row]) if math.isfinite(memory.host[FIRST][row]) else None
+        if self._likeliest is None:
+            self._likeliest = self._fetch()
+        return self._likeliest[row]
 
     def logits(self, row: int) -> np.ndarray:
         """As `Answers.logits`; good until those of another row are asked for."""
@@ -161,12 +163,13 @@ class CudaAnswers:
         found: np.ndarray = memory.row if memory.row.dtype == np.float32 else memory.row.astype(np.float32)
         return found
 
-    def _fetch(self) -> None:
-        memory, sizes = self._memory, self._memory.sizes
-        size_bytes = self._rows * memory.host[GREEDY].itemsize
+    def _fetch(self) -> list[int | None]:
+        memory, sizes, rows = self._memory, self._memory.sizes, self._rows
+        size_bytes = rows * memory.host[GREEDY].itemsize
         memory.copies.begin_copy(memory.addresses[GREEDY], memory.pointers[GREEDY], size_bytes, DEVICE_TO_HOST)
         if sizes.dtype == np.float32:
             target, source = Pieces(memory.addresses[FIRST], 4), Pieces(memory.logits.pointer, memory.row_bytes)
-            memory.copies.begin_pieces(target, source, 4, self._rows, DEVICE_TO_HOST)
+            memory.copies.begin_pieces(target, source, 4, rows, DEVICE_TO_HOST)
         memory.copies.wait()
-        self._there = True
+        tokens, finite = memory.host[GREEDY][:rows].tolist(), np.isfinite(memory.host[FIRST][:rows]).tolist()
+        return [token if usable else None for token, usable in zip(tokens, finite, strict=True)]

@@ -1,14 +1,14 @@
 """A decoder's graph: what it takes and keeps, and how it is run."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from qrlora_deploy.errors import FileFormatError, QrloraError, argument
+from qrlora_deploy.errors import FileFormatError
 from qrlora_deploy.runtime.bundle.row_layout import SLOT, TABLE
-from qrlora_deploy.runtime.generation.budget import CacheFullError
+from qrlora_deploy.runtime.generation.budget import refused_without_memory
 from qrlora_deploy.runtime.generation.cache import CacheShape
 from qrlora_deploy.runtime.generation.stepping import GREEDY, INPUTS, LOGITS, Answers, HostStep, Step
 from qrlora_deploy.runtime.sessions.running import run_bound
@@ -22,10 +22,6 @@ ELEMENTS: dict[str, tuple[Any, int]] = {
     "tensor(bfloat16)": (np.uint16, 16),
 }
 """By ONNX Runtime's name of a type: how numpy holds it, and ONNX's number of it."""
-
-
-NO_MEMORY = re.compile(r"out of memory|bad alloc|bad_alloc|failed to allocate|available memory of", re.IGNORECASE)
-"""How ONNX Runtime says that there was not enough memory."""
 
 
 class Cache(Protocol):
@@ -67,7 +63,7 @@ class DecoderGraph:
         self.chooses = GREEDY in outputs
         self._total_shape = tuple(1 for _ in inputs["total_sequence_length"].shape)
         self._logits_type = ELEMENTS[outputs[LOGITS].type]
-        self._bound: dict[tuple[int, int], _Bound] = {}
+        self._bound: dict[Hashable, _Bound] = {}
 
     def prefill(
         self, cache: Cache, row: int, tokens: Sequence[int], past: int, slot: int, memory: TableMemory | None
@@ -78,13 +74,15 @@ class DecoderGraph:
             What one row gave after the last one, until the next run.
 
         Raises:
+            CacheFullError: there was no memory for what is computed on the way.
             QrloraError: an operator failed.
         """
-        bound = _Bound(self._session, self._step_of(1, len(tokens)), cache, row, self._reading_options())
-        # Attention takes tokens without a past for a first prompt only where the lengths are equal.
-        bound.step.total[...] = cache.capacity if past else len(tokens)
-        bound.step.fill(np.array([tokens]), np.array([past + len(tokens) - 1]), np.array([slot]))
-        return bound.run(memory)
+        with refused_without_memory(1):
+            bound = _Bound(self._session, self._step_of(1, len(tokens)), cache, row, self._single_options())
+            # Attention takes tokens without a past for a first prompt only where the lengths are equal.
+            bound.step.total[...] = cache.capacity if past else len(tokens)
+            bound.step.fill(np.array([tokens]), np.array([past + len(tokens) - 1]), np.array([slot]))
+            return bound.run(memory)
 
     def decode(
         self,
@@ -107,20 +105,27 @@ class DecoderGraph:
             What each row gave, until the next run.
 
         Raises:
+            CacheFullError: there was no memory for what is computed on the way.
             QrloraError: an operator failed.
         """
-        bound = self._decoding(cache, len(tokens), memory)
-        bound.step.fill(tokens[:, None], past, slots)
-        return bound.run(memory)
+        with refused_without_memory(len(tokens)):
+            bound = self._decoding(cache, len(tokens), memory)
+            bound.step.fill(tokens[:, None], past, slots)
+            return bound.run(memory)
 
     def _decoding(self, cache: Cache, rows: int, memory: TableMemory | None) -> "_Bound":
-        key = (cache.capacity, rows)
+        return self._kept(("write", cache.capacity, rows), cache, (rows, 1), cache.capacity, memory)
+
+    def _kept(
+        self, key: Hashable, cache: Cache, shape: tuple[int, int], total: int, memory: TableMemory | None
+    ) -> "_Bound":
+        """What is bound to the first rows of a cache, as it was before where everything is where it was."""
         bound = self._bound.get(key)
         if bound is None or not bound.serves(cache, memory):
             # A table that has grown lies elsewhere: what is bound to the old one is all that keeps it in memory.
             self._bound = {key: other for key, other in self._bound.items() if other.memory is memory}
-            bound = self._bound[key] = _Bound(self._session, self._step_of(rows, 1), cache, 0, self._writing_options())
-            bound.step.total[...] = cache.capacity
+            bound = self._bound[key] = _Bound(self._session, self._step_of(*shape), cache, 0, self._kept_options())
+            bound.step.total[...] = total
         return bound
 
     def _step_of(self, rows: int, tokens: int) -> Step:
@@ -128,12 +133,12 @@ class DecoderGraph:
         dtype, element = self._logits_type
         return HostStep(rows, tokens, self._total_shape, self.vocabulary, self.switchable, np.dtype(dtype), element)
 
-    def _reading_options(self) -> Any:
-        """ONNX Runtime's options of a run that reads a prompt."""
+    def _single_options(self) -> Any:
+        """ONNX Runtime's options of a run that is bound for itself."""
         return None
 
-    def _writing_options(self) -> Any:
-        """ONNX Runtime's options of runs of one batch of a cache."""
+    def _kept_options(self) -> Any:
+        """ONNX Runtime's options of runs that come again, bound as they are."""
         return None
 
 
@@ -153,26 +158,13 @@ class _Bound:
         return self.cache is cache and self.generation == cache.generation and self.memory is memory
 
     def run(self, memory: TableMemory | None) -> Answers:
-        """Run with what was filled in.
-
-        Raises:
-            CacheFullError: there was no memory for what is computed within.
-            QrloraError: an operator failed.
-        """
+        """Run with what was filled in."""
         if memory is not None and memory is not self.memory:
             # Held while it is bound: a table that grows would be given back.
             self.memory = memory
             memory.bind(self._binding)
         self.step.upload()
-        try:
-            run_bound(self._session, self._binding, self._options)
-        except QrloraError as error:
-            if not NO_MEMORY.search(str(error)):
-                raise
-            raise CacheFullError(
-                f"cache full: no memory is left to run {self.step.rows} rows; lower {argument('max_cache_bytes')} or "
-                f"{argument('max_rows')}, or ask again later"
-            ) from error
+        run_bound(self._session, self._binding, self._options)
         return self.step.answers()
 
 

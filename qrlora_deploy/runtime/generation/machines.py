@@ -28,10 +28,12 @@ class Machine(Protocol):
     Attributes:
         device: to open a session on.
         captured: whether runs are captured as CUDA graphs.
+        block_tokens: of a prompt, as many as are read in one run with profit.
     """
 
     device: Device
     captured: bool
+    block_tokens: int
 
     def graph(self, session: Any, rows: int, block_tokens: int) -> DecoderGraph:
         """The decoder of a session, for batches of so many rows and prompts in blocks of so many tokens at most."""
@@ -46,7 +48,7 @@ class Machine(Protocol):
 class Processor:
     """The host's own: whoever asks does the work."""
 
-    captured = False
+    captured, block_tokens = False, 128
 
     def __init__(self, device: Device) -> None:
         self.device = device
@@ -71,6 +73,9 @@ class Gpu:
         device: as it was asked for.
         captured: as `Machine.captured`.
     """
+
+    # A run of few tokens takes as long as its launches.
+    block_tokens = 512
 
     def __init__(self, device: Device, captured: bool) -> None:
         self.device, self.captured = replace(device, configure=partial(_configure, device.configure)), captured

@@ -26,11 +26,8 @@ from qrlora_deploy.runtime.sessions.loaded_customers import LoadedCustomers
 from qrlora_deploy.runtime.sessions.session import open_session
 from qrlora_deploy.tasks.registry import BY_NAME
 
-BLOCK_TOKENS = 128
-"""A prompt is read, and its beginning kept, in blocks of so many tokens."""
-
-STEP_BLOCKS = 4
-"""Blocks of prompts that are read between two tokens of running answers."""
+STEP_TOKENS = 512
+"""Tokens of prompts that are read between two tokens of running answers, or one block where that is more."""
 
 PREFIX_SHARE = 4
 """Of the caches' memory, one part in so many may hold beginnings of prompts."""
@@ -57,7 +54,7 @@ class GenerationSession:
         max_waiting: requests that wait for a row at most.
         customer_rows: rows of the coefficient table at most; None: no bound.
         block_tokens: a prompt is read in blocks of so many tokens, and the blocks of its beginning are kept for later
-            prompts of the same customer that begin alike.
+            prompts of the same customer that begin alike. None: 128, on a GPU 512.
         threads: threads within an operator; None leaves the choice to ONNX Runtime.
         cuda_graphs: on a GPU, runs that write tokens are captured, a graph for each size of batch of each capacity when
             it comes for the first time, and replayed. False: every run as it comes.
@@ -84,7 +81,7 @@ class GenerationSession:
         capacities: Sequence[int] | None = None,
         max_waiting: int = 1024,
         customer_rows: int | None = None,
-        block_tokens: int = BLOCK_TOKENS,
+        block_tokens: int | None = None,
         threads: int | None = None,
         cuda_graphs: bool = True,
     ) -> None:
@@ -94,14 +91,15 @@ class GenerationSession:
         buckets = batch_buckets(max_rows, batches)
         opened = open_session(bundle.model, machine.device, threads, machine.captured)
         check_graph(opened, bundle)
-        graph = machine.graph(opened, max_rows, block_tokens)
+        block = machine.block_tokens if block_tokens is None else block_tokens
+        graph = machine.graph(opened, max_rows, block)
         self.bundle = bundle
         self.longest = manifest.max_length
         self.customers = LoadedCustomers(bundle, provider, max_rows=customer_rows) if graph.switchable else None
         self.store: CustomerStore | None = None
         self._prompts = PromptReader(bundle.folder, self.longest, graph.vocabulary)
         budget = Budget(max_cache_bytes)
-        prefixes = PrefixCache(budget, max_cache_bytes // PREFIX_SHARE, block_tokens)
+        prefixes = PrefixCache(budget, max_cache_bytes // PREFIX_SHARE, block)
         self._scheduler = Scheduler(
             row_capacities(self.longest, capacities),
             buckets,
@@ -112,9 +110,8 @@ class GenerationSession:
             machine.captured,
         )
         self._holder = Holder(self.customers, str(bundle.folder), manifest.coefficients_digest or "")
-        step_tokens = STEP_BLOCKS * block_tokens
         self._engine = Engine(
-            graph, self._scheduler, prefixes, self._holder, manifest.base_digest, block_tokens, step_tokens
+            graph, self._scheduler, prefixes, self._holder, manifest.base_digest, block, max(STEP_TOKENS, block)
         )
         self._call = machine.call
         self._window = 2 * max_rows

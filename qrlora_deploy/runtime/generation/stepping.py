@@ -34,7 +34,13 @@ class Step(Protocol):
     total: np.ndarray
 
     def fill(self, ids: np.ndarray, last: np.ndarray, slots: np.ndarray) -> None:
-        """Set the inputs: `ids [rows, tokens]`, `last [rows]`, the place of each row's last token, `slots [rows]`."""
+        """Set the inputs.
+
+        Args:
+            ids: `[rows, tokens]`.
+            last: `[rows]`, the place of each row's last token in the cache.
+            slots: `[rows]`.
+        """
 
     def bind(self, binding: Any) -> None:
         """Bind everything but cache and table to an `onnxruntime.IOBinding`."""
@@ -85,7 +91,7 @@ class HostStep:
 
     def bind(self, binding: Any) -> None:
         """As `Step.bind`."""
-        arrays = dict(zip(INPUTS, (self._ids, self._last, self.total, self._token), strict=True))
+        arrays: dict[str, np.ndarray] = dict(zip(INPUTS, (self._ids, self._last, self.total, self._token), strict=True))
         if self._slot is not None:
             arrays[SLOT] = self._slot
         for name, array in arrays.items():

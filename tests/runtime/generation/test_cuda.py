@@ -51,7 +51,7 @@ def check(written: Written, session: GenerationSession, prompt: list[int], answe
     logits = written.made.forced(prompt, answer.customer, list(answer.tokens))
     lacking = logits.max(axis=1) - logits[np.arange(len(logits)), list(answer.tokens)]
     assert lacking.max() <= 2 * bound * logits.std()
-    assert (lacking == 0).mean() > 0.8
+    assert (lacking == 0).mean() > 0.5
 
 
 def ask(prompt: list[int], owner: str | None, new: int = 20, **sampling: Any) -> GenerationRequest:

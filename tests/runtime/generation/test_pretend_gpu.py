@@ -1,8 +1,10 @@
 """What runs on a GPU, on one of plain memory: the same answers as on the host, and what is captured and copied."""
 
 import gc
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from qrlora_deploy.runtime.generation.budget import CacheFullError
 from qrlora_deploy.runtime.generation.cache import KvCache
 from qrlora_deploy.runtime.generation.cuda_cache import CudaKvCache
+from qrlora_deploy.runtime.generation.cuda_graph import piece_lengths
 from tests.runtime.fake_cuda import FakeCuda
 from tests.runtime.generation.pretend_gpu import PretendDesk, with_greedy
 from tests.runtime.generation.tiny import NAMES, Desk, Made, answer_of, make_decoder, prompt_of
@@ -35,9 +38,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 ASKED = [(prompt_of(seed, length), OWNERS[seed % 4]) for seed, length in enumerate((3, 21, 1, 40, 8, 16, 7, 30))]
 
 
-def test_rows_that_join_and_leave_answer_as_on_the_host(fake: FakeCuda, made: Made) -> None:
+@pytest.mark.parametrize("block", [8, 32])
+@pytest.mark.parametrize("captured", [True, False])
+def test_rows_that_join_and_leave_answer_as_on_the_host(fake: FakeCuda, made: Made, block: int, captured: bool) -> None:
+    settings: dict[str, Any] = {"capacities": (24, 64), "block": block}
     found, expected = [], []
-    for desk, tokens in ((PretendDesk(made, capacities=(32, 64)), found), (Desk(made, capacities=(32, 64)), expected)):
+    for desk, tokens in ((PretendDesk(made, **settings), found), (Desk(made, **settings), expected)):
+        if isinstance(desk, PretendDesk):
+            desk.graph._captured = captured
         asked = []
         for number, (prompt, owner) in enumerate(ASKED):
             sampled = {"temperature": 0.9, "seed": number} if number % 3 == 2 else {}
@@ -49,31 +57,39 @@ def test_rows_that_join_and_leave_answer_as_on_the_host(fake: FakeCuda, made: Ma
         desk.finish()
         assert max(answer_of(running).reused_tokens for running in asked) == 32
         tokens += [answer_of(running).tokens for running in asked]
+        assert {answer_of(running).error for running in asked} == {None}
         assert desk.holders.held == 0
     assert found == expected
     assert fake.mode == 0 and fake.last_error == 0
 
 
-def test_a_batch_is_captured_once_and_prompts_never(fake: FakeCuda, made: Made) -> None:
-    desk = PretendDesk(made, max_rows=2)
+def test_batches_and_beginnings_of_prompts_are_captured_once(fake: FakeCuda, made: Made) -> None:
+    desk = PretendDesk(made, max_rows=2, block=32)
     for prompt, owner in ASKED:
         desk.ask(prompt, owner)
     desk.finish()
-    ids = [graph for graph in desk.session.graphs if graph != "-1"]
-    assert set(ids) == {"1", "2"} and len(ids) > 20, "batches of one and of two rows"
-    assert desk.session.graphs.count("-1") == sum(-(-len(prompt) // desk.block) for prompt, _ in ASKED)
+    counts = Counter(desk.session.graphs)
+    # Batches of one and of two rows; beginnings of up to 16, 24 and 32 tokens, and one prompt that goes on.
+    assert set(counts) == {"-1", "1", "2", "3", "4", "5"} and counts["-1"] == 1
     # The caches lie where they were, although nobody had a row.
     desk.alone(*ASKED[0])
-    assert set(desk.session.graphs) == {"-1", "1", "2"}
+    assert set(desk.session.graphs) == set(counts)
 
 
 def test_a_table_that_has_moved_is_captured_anew(fake: FakeCuda, made: Made) -> None:
     desk = PretendDesk(made)
-    before = desk.alone(*ASKED[1]).tokens
+    before = desk.alone(*ASKED[0]).tokens
+    assert set(desk.session.graphs) == {"1", "2"}, "a beginning, and a batch of one"
     desk.holders.memory = desk.holders.memory.grown(9)
-    assert desk.alone(*ASKED[1]).tokens == before
-    assert {graph for graph in desk.session.graphs if graph != "-1"} == {"1", "2"}
+    assert desk.alone(*ASKED[0]).tokens == before
+    assert set(desk.session.graphs) == {"1", "2", "3", "4"}
     assert {bound.memory for bound in desk.graph._bound.values()} == {desk.holders.memory}
+
+
+def test_pieces_of_prompts_have_few_lengths() -> None:
+    assert piece_lengths(8) == (8,)
+    assert piece_lengths(128) == (16, 24, 32, 48, 64, 96, 128)
+    assert piece_lengths(100) == (16, 24, 32, 48, 64, 96, 100)
 
 
 def test_logits_come_only_for_rows_that_draw_or_tell_them(fake: FakeCuda, made: Made) -> None:
