@@ -32,6 +32,8 @@ NUMPY: dict[torch.dtype, Any] = {
 }
 WITHOUT_GRAPH = "-1"
 """The `gpu_graph_id` of runs that are not captured: prompts."""
+WARM_RUNS = 4
+"""After these the host waits, so that what a run holds is free when the next one is captured."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ class Writer:
         self._cache = self._make_cache(rows, prompt + new)
         self._further = {} if table is None or slots is None else {TABLE: table, SLOT: slots}
         self._kept: list[Any] = []
+        self._runs = 0
         self._reading = self._bind(self._ids, prompt), self._options(WITHOUT_GRAPH)
         self._writing = self._bind(self.chosen, prompt + new), self._options(str(number))
 
@@ -160,6 +163,9 @@ class Writer:
 
     def _run(self, binding: Any, options: Any) -> None:
         self._session.run_with_iobinding(binding, options)
+        self._runs += 1
+        if self._runs <= WARM_RUNS:
+            wait(self._device)
 
     def _make_cache(self, rows: int, buffer: int) -> dict[str, torch.Tensor]:
         past = [value for value in self._session.get_inputs() if value.name.startswith("past_key_values")]

@@ -68,7 +68,7 @@ def save_model(folder: Path, shape: Shape, dtype: torch.dtype, device: str) -> C
 
 
 def make_basis(checkpoint: Checkpoint, shape: Shape, targets: tuple[str, ...], sealed: bool = False) -> Basis:
-    """Random factors of the shape's ranks for these layers of every block.
+    """Random factors of about the shape's ranks for these layers of every block.
 
     Args:
         sealed: with the digests of the layers' weights, which an export compares.
@@ -82,7 +82,8 @@ def make_basis(checkpoint: Checkpoint, shape: Shape, targets: tuple[str, ...], s
             part = "self_attn" if layer in "qkvo" else "mlp"
             name = f"model.layers.{block}.{part}.{layer}_proj"
             out, width = checkpoint.stored[f"{name}.weight"].shape
-            rank = min(rank, out)
+            # Not the same everywhere, as in a real basis.
+            rank = min(rank + 8 * (block % 3 - 1), out)
             q = random.standard_normal((out, rank), dtype=np.float32) * out**-0.5
             r = random.standard_normal((rank, width), dtype=np.float32) * width**-0.5
             digest = checkpoint.tensor_digest(f"{name}.weight") if sealed else ""

@@ -8,7 +8,7 @@ from exporters.onnx.decoder.blockwise import blockwise
 from exporters.onnx.decoder.branches import Branch, Branches, outside, path_of, q_of
 from exporters.onnx.decoder.coefficients import Part
 from exporters.onnx.decoder.nodes import Nodes
-from exporters.onnx.decoder.tensors import Tensors
+from exporters.onnx.decoder.tensors import Tensors, transposed
 from qrlora_deploy.factorization.decomposition import update
 from qrlora_deploy.formats.basis import Basis, BasisTarget
 
@@ -156,7 +156,7 @@ class Products:
 
     def _packed(self, layers: Sequence[str]) -> np.ndarray:
         """`[in, out]` of all layers."""
-        return self._rows(layers).T
+        return transposed(self._rows(layers))
 
     def _rows(self, layers: Sequence[str]) -> np.ndarray:
         """`[out, in]` of all layers."""
