@@ -17,9 +17,12 @@ MOST_WASTE = 0.02
 than operators; on a GPU it is the other way round, and branches are always joint. SmolLM2-135M's q and v would bring
 0.14: apart they save 6 % of a token in fp32, and 5 % of one with weights of 4 bits."""
 
-MOST_KEPT = 1024
+MOST_KEPT, MOST_KEPT_OF_LONG_SUMS = 1024, 2048
 """Width of an input or output that a graph for a GPU takes through the products of its branch, to have one operator
 less: an identity of that size costs less bandwidth than an operator costs time, some 2 us."""
+
+LONG_SUM = 4096
+"""From inputs of more numbers on, a GPU computes R in parts that another kernel adds up, which goes by the board too."""
 
 
 class Products:
@@ -82,7 +85,8 @@ class Products:
     def _width_to_keep(self, branch: Branch) -> int:
         """Of the input or output that goes through the products of a branch; 0: none does."""
         narrow = min(branch.inputs, branch.outputs)
-        return narrow if self._nodes.dtype != np.float32 and narrow <= MOST_KEPT else 0
+        most = MOST_KEPT_OF_LONG_SUMS if branch.inputs > LONG_SUM else MOST_KEPT
+        return narrow if self._nodes.dtype != np.float32 and narrow <= most else 0
 
     def _within(self, x: str, layers: Sequence[str], branch: Branch, kept: int) -> str:
         """`(1, c) * (x [1, R])`, then `[W; Q]`: with an identity beside R, `x` need not be put beside `c * (x R)`.
