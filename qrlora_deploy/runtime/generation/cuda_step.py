@@ -1,6 +1,7 @@
 """What one run of a decoder takes and gives, on a GPU: some bytes go there and come back, logits only where they are
 asked for."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,8 +84,16 @@ class CudaStepMemory:
         self.copies = self.buffer.copies
         self.row_bytes = sizes.vocabulary * sizes.dtype.itemsize
         self.logits = CudaBuffer(sizes.rows * self.row_bytes, device, self.copies)
-        row = pinned_bytes(self.row_bytes, device)
-        self.row, self.row_address = row.view(sizes.dtype), row.ctypes.data
+        self._rows = np.zeros(0, dtype=np.uint8)
+
+    def host_logits(self, rows: int) -> tuple[np.ndarray, int]:
+        """Pinned memory `[rows, vocabulary]` of the host, and its address."""
+        if len(self._rows) < rows * self.row_bytes:
+            # Twice as much each time, so that it is made a few times alone.
+            more = min(self.sizes.rows, 2 * rows)
+            self._rows = pinned_bytes(more * self.row_bytes, self.device)
+        found = self._rows[: rows * self.row_bytes].view(self.sizes.dtype).reshape(rows, self.sizes.vocabulary)
+        return found, self._rows.ctypes.data
 
 
 class CudaStep:
@@ -154,14 +163,15 @@ class CudaAnswers:
             self._likeliest = self._fetch()
         return self._likeliest[row]
 
-    def logits(self, row: int) -> np.ndarray:
-        """As `Answers.logits`; good until those of another row are asked for."""
+    def logits(self, rows: Sequence[int]) -> np.ndarray:
+        """As `Answers.logits`."""
         memory = self._memory
-        place = memory.logits.pointer + row * memory.row_bytes
-        memory.copies.begin_copy(memory.row_address, place, memory.row_bytes, DEVICE_TO_HOST)
+        found, address = memory.host_logits(len(rows))
+        for place, row in enumerate(rows):
+            here, there = address + place * memory.row_bytes, memory.logits.pointer + row * memory.row_bytes
+            memory.copies.begin_copy(here, there, memory.row_bytes, DEVICE_TO_HOST)
         memory.copies.wait()
-        found: np.ndarray = memory.row if memory.row.dtype == np.float32 else memory.row.astype(np.float32)
-        return found
+        return found if found.dtype == np.float32 else found.astype(np.float32)
 
     def _fetch(self) -> list[int | None]:
         memory, sizes, rows = self._memory, self._memory.sizes, self._rows

@@ -10,12 +10,13 @@ import numpy as np
 
 from qrlora_deploy.errors import QrloraError
 from qrlora_deploy.runtime.generation.budget import CacheFullError
+from qrlora_deploy.runtime.generation.choosing import Choosing
 from qrlora_deploy.runtime.generation.graph import DecoderGraph
 from qrlora_deploy.runtime.generation.holding import Held, Holder
 from qrlora_deploy.runtime.generation.prefixes import PrefixCache
 from qrlora_deploy.runtime.generation.requests import FinishReason, GenerationAnswer, GenerationEvent
+from qrlora_deploy.runtime.generation.sampling import Choice
 from qrlora_deploy.runtime.generation.scheduler import Group, Scheduler, Seat, in_turn
-from qrlora_deploy.runtime.generation.stepping import Answers
 from qrlora_deploy.runtime.generation.writing import Writer
 
 
@@ -68,6 +69,7 @@ class Engine:
         step_tokens: tokens of prompts that are read in one step, so that answers that are being written go on; at
             least one block is read.
         clock: seconds.
+        threads: by which tokens are drawn.
 
     Attributes:
         arrivals: requests that no step has seen yet.
@@ -83,7 +85,9 @@ class Engine:
         block_tokens: int,
         step_tokens: int,
         clock: Callable[[], float] = time.monotonic,
+        threads: int = 1,
     ) -> None:
+        self._choosing = Choosing(threads)
         self._graph, self._scheduler, self._prefixes, self._holder = graph, scheduler, prefixes, holder
         self._base_digest, self._block, self._step = base_digest, block_tokens, step_tokens
         self.clock = clock
@@ -179,7 +183,7 @@ class Engine:
             )
         seat.past += tokens
         if not running.reads:
-            self._take(running, answers, 0)
+            self._take(running, self._choosing.choose({0: running.writer.sampler}, answers)[0])
 
     def _write(self, group: Group) -> None:
         """The next token of every answer of a group, in one run."""
@@ -202,17 +206,17 @@ class Engine:
         for seat in writing.values():
             # All of them before the first one leaves: then others move, with as many tokens as they have.
             seat.past += 1
+        choices = self._choosing.choose({row: seat.owner.writer.sampler for row, seat in writing.items()}, answers)
         for row, seat in writing.items():
-            self._take(seat.owner, answers, row)
+            self._take(seat.owner, choices[row])
 
-    def _take(self, running: Running, answers: Answers, row: int) -> None:
-        """Choose a token and tell it; the row leaves where it was the last."""
-        try:
-            piece = running.writer.write(answers, row)
-        except QrloraError as error:
-            self._end(running, "error", error)
+    def _take(self, running: Running, choice: Choice | QrloraError) -> None:
+        """Tell a token; the row leaves where it was the last."""
+        if isinstance(choice, QrloraError):
+            self._end(running, "error", choice)
             return
-        running.events.append(GenerationEvent(running.number, piece, tuple(running.writer.choices[-1:])))
+        piece = running.writer.write(choice)
+        running.events.append(GenerationEvent(running.number, piece, (choice,)))
         if running.writer.finished is not None:
             self._end(running, running.writer.finished)
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from qrlora_deploy.errors import InputError, QrloraError, argument
 from qrlora_deploy.runtime.bundle.bundle import Bundle
 from qrlora_deploy.runtime.generation.cache import CacheShape, KvCache
+from qrlora_deploy.runtime.generation.choosing import free_threads
 from qrlora_deploy.runtime.generation.cuda_cache import CudaKvCache
 from qrlora_deploy.runtime.generation.cuda_graph import CudaDecoderGraph
 from qrlora_deploy.runtime.generation.graph import DecoderGraph
@@ -29,11 +30,13 @@ class Machine(Protocol):
         device: to open a session on.
         captured: whether runs are captured as CUDA graphs.
         block_tokens: of a prompt, as many as are read in one run with profit.
+        threads: by which tokens are drawn.
     """
 
     device: Device
     captured: bool
     block_tokens: int
+    threads: int
 
     def graph(self, session: Any, rows: int, block_tokens: int) -> DecoderGraph:
         """The decoder of a session, for batches of so many rows and prompts in blocks of so many tokens at most."""
@@ -48,7 +51,7 @@ class Machine(Protocol):
 class Processor:
     """The host's own: whoever asks does the work."""
 
-    captured, block_tokens = False, 128
+    captured, block_tokens, threads = False, 128, 1
 
     def __init__(self, device: Device) -> None:
         self.device = device
@@ -79,7 +82,7 @@ class Gpu:
 
     def __init__(self, device: Device, captured: bool) -> None:
         self.device, self.captured = replace(device, configure=partial(_configure, device.configure)), captured
-        self._worker = Worker()
+        self.threads, self._worker = free_threads(), Worker()
 
     def graph(self, session: Any, rows: int, block_tokens: int) -> DecoderGraph:
         """As `Machine.graph`.

@@ -119,12 +119,15 @@ class Sampler:
 
     Attributes:
         seed: of its random numbers; None where there are none.
+        takes_likeliest: as of its `Sampling`.
     """
 
     def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
         self.sampling = sampling
         drawn = secrets.randbits(32) if sampling.seed is None else sampling.seed
         self.seed = None if sampling.greedy else drawn
+        # Asked for at every token.
+        self.takes_likeliest, self._penalizes = sampling.takes_likeliest, sampling.penalizes
         self._step = 0
         self._seen = set(prompt) if sampling.repetition_penalty != 1 else set()
         self._counts: dict[int, int] = {}
@@ -136,7 +139,7 @@ class Sampler:
             QrloraError: the logits hold NaN or +inf, or no finite number.
         """
         _check_logits(logits)
-        penalized = self._penalized(logits) if self.sampling.penalizes else logits
+        penalized = self._penalized(logits) if self._penalizes else logits
         token = self._draw(penalized)
         self._note(token)
         if self.sampling.logprobs is None:
@@ -158,7 +161,7 @@ class Sampler:
 
     def _note(self, token: int) -> None:
         self._step += 1
-        if self.sampling.penalizes:
+        if self._penalizes:
             self._seen.add(token)
             self._counts[token] = self._counts.get(token, 0) + 1
 

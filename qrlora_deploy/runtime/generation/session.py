@@ -111,7 +111,14 @@ class GenerationSession:
         )
         self._holder = Holder(self.customers, str(bundle.folder), manifest.coefficients_digest or "")
         self._engine = Engine(
-            graph, self._scheduler, prefixes, self._holder, manifest.base_digest, block, max(STEP_TOKENS, block)
+            graph,
+            self._scheduler,
+            prefixes,
+            self._holder,
+            manifest.base_digest,
+            block,
+            max(STEP_TOKENS, block),
+            threads=machine.threads,
         )
         self._call = machine.call
         self._window = 2 * max_rows

@@ -1,5 +1,6 @@
 """What one run of a decoder takes and gives, where the host has it."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,8 +19,8 @@ class Answers(Protocol):
     def likeliest(self, row: int) -> int | None:
         """The token with the largest logit; None: look at the logits."""
 
-    def logits(self, row: int) -> np.ndarray:
-        """`[vocabulary]` fp32."""
+    def logits(self, rows: Sequence[int]) -> Iterable[np.ndarray]:
+        """`[vocabulary]` fp32 of each of these rows; good until others are asked for."""
 
 
 class Step(Protocol):
@@ -116,10 +117,9 @@ class HostAnswers:
         """Not known."""
         return
 
-    def logits(self, row: int) -> np.ndarray:
+    def logits(self, rows: Sequence[int]) -> list[np.ndarray]:
         """As `Answers.logits`."""
-        found: np.ndarray = self._logits[row]
-        return found
+        return [self._logits[row] for row in rows]
 
 
 def last_tokens(rows: int, tokens: int) -> np.ndarray:

@@ -6,7 +6,6 @@ from typing import Any
 from qrlora_deploy.runtime.generation.detokenizing import StreamingDecoder
 from qrlora_deploy.runtime.generation.requests import FinishReason
 from qrlora_deploy.runtime.generation.sampling import Choice, Sampler, Sampling
-from qrlora_deploy.runtime.generation.stepping import Answers
 from qrlora_deploy.runtime.generation.stopping import StopStrings
 
 
@@ -54,24 +53,8 @@ class Writer:
         """The stop string that ended it."""
         return self._stops.found
 
-    def write(self, answers: Answers, row: int) -> str:
-        """Choose a token by what a row of a run gave; returns what the text grew by.
-
-        Raises:
-            QrloraError: the logits cannot be used.
-        """
-        likeliest = answers.likeliest(row) if self.sampler.sampling.takes_likeliest else None
-        if likeliest is None:
-            return self._add(self.sampler.choose(answers.logits(row)))
-        return self._add(self.sampler.take(likeliest))
-
-    def finish(self, reason: FinishReason) -> str:
-        """End the answer; returns what was held back."""
-        rest = self._stops.feed(self._decoder.end())
-        self.finished = "stop" if self._stops.found is not None else reason
-        return self._keep(rest + self._stops.end())
-
-    def _add(self, choice: Choice) -> str:
+    def write(self, choice: Choice) -> str:
+        """Take a token; returns what the text grew by."""
         self.choices.append(choice)
         if choice.token in self._ends:
             # It ends the text and is no part of it, whether the tokenizer calls it special or not.
@@ -82,6 +65,12 @@ class Writer:
         elif len(self.choices) >= self._max_tokens:
             return self._keep(piece) + self.finish("length")
         return self._keep(piece)
+
+    def finish(self, reason: FinishReason) -> str:
+        """End the answer; returns what was held back."""
+        rest = self._stops.feed(self._decoder.end())
+        self.finished = "stop" if self._stops.found is not None else reason
+        return self._keep(rest + self._stops.end())
 
     def _keep(self, piece: str) -> str:
         if piece:
