@@ -22,7 +22,7 @@ MOST_KEPT, MOST_KEPT_OF_LONG_SUMS = 1024, 2048
 less: an identity of that size costs less bandwidth than an operator costs time, some 2 us."""
 
 LONG_SUM = 4096
-"""From inputs of more numbers on, a GPU computes R in parts that another kernel adds up, which goes by the board too."""
+"""From wider inputs on, a GPU computes R in parts that another kernel adds up: two operators less."""
 
 
 class Products:
