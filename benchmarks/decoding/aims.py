@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.decoding.one_thread import EAGER
-from benchmarks.decoding.steps import COMPILED, FEW, MANY, PEFT
+from benchmarks.decoding.names import COMPILED, EAGER_FP32, FEW, MANY, PEFT, resident
 
 LARGE, SMALL = "llama-3.2-1b", "smollm2-135m"
 
@@ -44,9 +43,7 @@ def lines_of(record: Mapping[str, Any]) -> list[Line]:
         Line("torch.compile by q and v, 1B, batch 64", large.ratio(64, COMPILED, "qv"), 1.8, False),
         Line("PEFT's batch by q and v, 1B", large.part_ratio("peft", PEFT, "qv"), 250, False),
         Line("continuous by static batches", batching_gain(record), 1.8, False),
-        Line(
-            "10,000 customers by 10", large.part_ratio("resident", f"{MANY} customers", f"{FEW} customers"), 1.01, True
-        ),
+        Line("10,000 customers by 10", large.part_ratio("resident", resident(MANY), resident(FEW)), 1.01, True),
         Line("one CPU thread: eager fp32 by int4, q and v", thread_ratio(record, "int4, qv"), 8, False),
         Line("one CPU thread: eager fp32 by int4, all linear", thread_ratio(record, "int4, all"), 8, False),
     ]
@@ -91,7 +88,7 @@ def batching_gain(record: Mapping[str, Any]) -> float | None:
 def thread_ratio(record: Mapping[str, Any], label: str) -> float | None:
     """Eager fp32 by a graph on one thread."""
     found = record.get("one_thread", {})
-    return _ratio(_token_ms(found, EAGER), _token_ms(found, label))
+    return _ratio(_token_ms(found, EAGER_FP32), _token_ms(found, label))
 
 
 def table(lines: Sequence[Line]) -> str:

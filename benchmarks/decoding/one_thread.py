@@ -10,10 +10,9 @@ from transformers import LlamaForCausalLM
 from benchmarks.decoding.bench import Timed, in_rounds
 from benchmarks.decoding.checking import check
 from benchmarks.decoding.graphs import Writer, open_graph, write_graph
+from benchmarks.decoding.names import EAGER_FP32
 from benchmarks.decoding.peers import Generate
 from benchmarks.decoding.shapes import SHAPES, TARGETS, make_basis, make_customers, save_model
-
-EAGER = "transformers eager fp32"
 
 
 def measure_one_thread(folder: Path, name: str, prompt: int, new: int, rounds: int) -> dict[str, Any]:
@@ -23,7 +22,7 @@ def measure_one_thread(folder: Path, name: str, prompt: int, new: int, rounds: i
     checkpoint = save_model(folder / "base", shape, torch.float32, "cpu")
     model = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.float32).eval()
     ids = torch.randint(3, model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(11))
-    contenders: dict[str, Timed] = {EAGER: Generate(model, "cpu", new, time.process_time)}
+    contenders: dict[str, Timed] = {EAGER_FP32: Generate(model, "cpu", new, time.process_time)}
     checks = {}
     for graph, targets in TARGETS.items():
         basis = make_basis(checkpoint, shape, targets)

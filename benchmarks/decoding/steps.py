@@ -7,17 +7,14 @@ from typing import Any
 import torch
 
 from benchmarks.decoding.bench import Bench, Timed, in_rounds
+from benchmarks.decoding.names import COMPILED, EAGER, FEW, MANY, PEFT, STATIC, resident
 from benchmarks.decoding.peers import Generate, Static, with_customers
 
-EAGER, STATIC, COMPILED = "torch eager generate", "torch static cache, captured", "torch.compile, static cache"
-PEFT = "PEFT, adapter_names"
 COMPILE_SECONDS = 75.0
 """That compiling one batch may take."""
 
 SAME_SHARE = 0.5
 """Of the first tokens of a peer that must be those of `generate`: fp16 sums in another order part ways now and then."""
-
-MANY, FEW = 10_000, 10
 
 
 def measure_steps(bench: Bench) -> dict[str, Any]:
@@ -67,7 +64,7 @@ def measure_resident(bench: Bench) -> dict[str, Any]:
     assert own is not None
     many = own[torch.arange(MANY, device=own.device) % len(own)]
     contenders: dict[str, Timed] = {
-        f"{len(table)} customers": bench.writer("all", rows, table) for table in (many, own[:FEW].contiguous())
+        resident(len(table)): bench.writer("all", rows, table) for table in (many, own[:FEW].contiguous())
     }
     for one in contenders.values():
         one.timed(bench.ids(rows))
