@@ -61,6 +61,8 @@ OF_COMMAND: Mapping[str, tuple[str, ...]] = {
     "train": ("train",),
     "train-fleet": ("train",),
     "merge": ("train",),
+    "project": ("train",),
+    "rebase": ("train",),
     "export": ("export",),
     "verify": ("cpu",),
     "predict": ("cpu",),
