@@ -1,12 +1,13 @@
 """Where text is generated: how a decoder is run there, where its caches lie, and in which thread."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
-from qrlora_deploy.errors import InputError, QrloraError, argument
+from qrlora_deploy.errors import InputError, NotReadyError, QrloraError, argument
 from qrlora_deploy.runtime.bundle.bundle import Bundle
+from qrlora_deploy.runtime.generation.budget import SHARE_LEFT, Budget, without_small
 from qrlora_deploy.runtime.generation.cache import CacheShape, KvCache
 from qrlora_deploy.runtime.generation.choosing import free_threads
 from qrlora_deploy.runtime.generation.cuda_cache import CudaKvCache
@@ -14,6 +15,7 @@ from qrlora_deploy.runtime.generation.cuda_graph import CudaDecoderGraph
 from qrlora_deploy.runtime.generation.graph import DecoderGraph
 from qrlora_deploy.runtime.generation.scheduler import Rows
 from qrlora_deploy.runtime.host.devices import Device
+from qrlora_deploy.runtime.host.forking import LOST_ON_GPU, survive_forks
 from qrlora_deploy.runtime.sessions.worker import Worker
 
 TUNING = "ep.cuda.enable_gemm_auto_tune"
@@ -44,6 +46,9 @@ class Machine(Protocol):
     def cache(self, shape: CacheShape, capacity: int) -> Rows:
         """Rows of so many tokens, none at first."""
 
+    def capacities(self, sizes: Sequence[int], shape: CacheShape, rows: int, budget: Budget) -> Sequence[int]:
+        """Those of the usual capacities that are of use for so many rows at most."""
+
     def call(self, work: Callable[[], None]) -> None:
         """Do something that runs the decoder."""
 
@@ -64,6 +69,10 @@ class Processor:
         """As `Machine.cache`."""
         return KvCache(shape, capacity)
 
+    def capacities(self, sizes: Sequence[int], shape: CacheShape, rows: int, budget: Budget) -> Sequence[int]:
+        """As `Machine.capacities`: all, as memory is taken for rows that are there."""
+        return sizes
+
     def call(self, work: Callable[[], None]) -> None:
         """As `Machine.call`."""
         work()
@@ -82,7 +91,15 @@ class Gpu:
 
     def __init__(self, device: Device, captured: bool) -> None:
         self.device, self.captured = replace(device, configure=partial(_configure, device.configure)), captured
-        self.threads, self._worker = free_threads(), Worker()
+        self.threads, self._worker, self._lost = free_threads(), Worker(), False
+        survive_forks(self)
+
+    def before_fork(self) -> None:
+        """Nothing to do."""
+
+    def after_fork(self, in_child: bool) -> None:
+        """CUDA does not live in a forked child."""
+        self._lost = self._lost or in_child
 
     def graph(self, session: Any, rows: int, block_tokens: int) -> DecoderGraph:
         """As `Machine.graph`.
@@ -99,8 +116,18 @@ class Gpu:
         """As `Machine.cache`."""
         return CudaKvCache(shape, capacity, self.device.index)
 
+    def capacities(self, sizes: Sequence[int], shape: CacheShape, rows: int, budget: Budget) -> Sequence[int]:
+        """As `Machine.capacities`: few, as each takes a run of its own, which reads all weights for whatever rows."""
+        return without_small(sizes, rows, shape.token_bytes(), budget.most - budget.most // SHARE_LEFT)
+
     def call(self, work: Callable[[], None]) -> None:
-        """As `Machine.call`."""
+        """As `Machine.call`.
+
+        Raises:
+            NotReadyError: this is a forked child of the session's process.
+        """
+        if self._lost:
+            raise NotReadyError(LOST_ON_GPU)
         self._worker.call(work)
 
 

@@ -50,7 +50,7 @@ class GenerationSession:
         batches: sizes of a batch, with `max_rows`; a batch is filled up to the next one. With one size alone, an
             answer is the same to the last bit whatever runs beside it. None: the powers of two.
         capacities: tokens that a row may hold; rows of one capacity run together. None: 256, 1,024 and so on, up to
-            the model's context.
+            the model's context; on a GPU without those that are smaller than memory allows for all rows.
         max_waiting: requests that wait for a row at most.
         customer_rows: rows of the coefficient table at most; None: no bound.
         block_tokens: a prompt is read in blocks of so many tokens, and the blocks of its beginning are kept for later
@@ -101,7 +101,9 @@ class GenerationSession:
         budget = Budget(max_cache_bytes)
         prefixes = PrefixCache(budget, max_cache_bytes // PREFIX_SHARE, block)
         self._scheduler = Scheduler(
-            row_capacities(self.longest, capacities),
+            machine.capacities(row_capacities(self.longest, capacities), graph.cache_shape, buckets[-1], budget)
+            if capacities is None
+            else row_capacities(self.longest, capacities),
             buckets,
             budget,
             lambda capacity: machine.cache(graph.cache_shape, capacity),
@@ -120,7 +122,7 @@ class GenerationSession:
             max(STEP_TOKENS, block),
             threads=machine.threads,
         )
-        self._call = machine.call
+        self._machine = machine
         self._window = 2 * max_rows
         self._stepping = threading.Lock()
         self._closed = False
@@ -165,7 +167,7 @@ class GenerationSession:
         """End every answer as it is, and let go of the folder of customers."""
         with self._stepping:
             self._closed = True
-            self._call(lambda: self._engine.end_all("cancelled"))
+            self._machine.call(lambda: self._engine.end_all("cancelled"))
         if self.store is not None:
             self.store.close()
 
@@ -247,7 +249,7 @@ class GenerationSession:
         """Do a step unless another thread has brought what is waited for."""
         with self._stepping:
             if not running.events:
-                self._call(self._engine.step)
+                self._machine.call(self._engine.step)
 
 
 def check_bundle(bundle: Bundle) -> None:

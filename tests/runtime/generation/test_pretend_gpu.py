@@ -1,22 +1,32 @@
 """What runs on a GPU, on one of plain memory: the same answers as on the host, and what is captured and copied."""
 
 import gc
+import threading
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 
+from qrlora_deploy.errors import NotReadyError
+from qrlora_deploy.runtime.generation import machines, session
 from qrlora_deploy.runtime.generation.budget import CacheFullError
 from qrlora_deploy.runtime.generation.cache import KvCache
 from qrlora_deploy.runtime.generation.choosing import Choosing
 from qrlora_deploy.runtime.generation.cuda_cache import CudaKvCache
 from qrlora_deploy.runtime.generation.cuda_graph import piece_lengths
+from qrlora_deploy.runtime.generation.requests import GenerationAnswer, GenerationRequest
+from qrlora_deploy.runtime.generation.sampling import Sampling
+from qrlora_deploy.runtime.generation.session import GenerationSession
+from qrlora_deploy.runtime.host.devices import Device
 from tests.runtime.fake_cuda import FakeCuda
-from tests.runtime.generation.pretend_gpu import PretendDesk, with_greedy
+from tests.runtime.generation.pretend_gpu import PretendDesk, PretendSession, with_greedy
 from tests.runtime.generation.tiny import NAMES, Desk, Made, answer_of, make_decoder, prompt_of
+from tests.runtime.generation.written import Written, write_everything
 
 pytestmark = pytest.mark.makes
 
@@ -173,3 +183,61 @@ def test_a_cache_on_a_gpu_holds_what_one_on_the_host_does(fake: FakeCuda, made: 
         caches[1]._copies.copy(found.ctypes.data, buffer.pointer, found.nbytes, 2)
         np.testing.assert_array_equal(found, array)
         assert np.count_nonzero(found) == found[1:4].size
+
+
+@pytest.fixture
+def on_gpu(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sessions for "cuda" are pretended, and such a GPU takes fp32."""
+
+    def open_session(model: Path, device: Device, *_: Any) -> Any:
+        opened = onnxruntime.InferenceSession(model)
+        return PretendSession(opened) if device.provider == "cuda" else opened
+
+    monkeypatch.setattr(session, "open_session", open_session)
+    monkeypatch.setattr(machines, "GPU_CACHES", ("float32",))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    return write_everything(tmp_path_factory.mktemp("written"))
+
+
+def test_a_session_on_a_gpu_answers_as_on_the_host(on_gpu: None, written: Written) -> None:
+    requests = [
+        GenerationRequest(prompt, owner, Sampling(temperature=number % 2, seed=number), max_tokens=12)
+        for number, (prompt, owner) in enumerate(ASKED)
+    ]
+    with GenerationSession.open(written.bundle, written.customers, threads=1) as host:
+        expected = host.answers(requests)
+        swapped = host.submit(replace(requests[2], customer="one")).result()
+    found: dict[int, GenerationAnswer] = {}
+    with GenerationSession.open(written.bundle, written.customers, provider="cuda") as opened:
+
+        def work(number: int) -> None:
+            found[number] = opened.submit(requests[number]).result()
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(len(requests))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        # A swap within an answer, and a table that grows beneath it.
+        stream = opened.submit(requests[2])
+        events = [next(stream) for _ in range(3)]
+        assert opened.customers is not None
+        for name in ("two", *(f"new-{number}" for number in range(80))):
+            opened.customers.load(name, written.customer("one"))
+        after = opened.submit(requests[2]).result()
+        running = [*events, *stream][-1].answer
+    assert [found[number].tokens for number in range(len(requests))] == [answer.tokens for answer in expected]
+    assert running is not None and running.tokens == expected[2].tokens
+    assert (after.tokens, after.customer_digest) == (swapped.tokens, swapped.customer_digest)
+    assert running.customer_digest != after.customer_digest
+
+
+def test_a_forked_child_is_told_so(on_gpu: None, written: Written) -> None:
+    opened = GenerationSession.open(written.bundle, provider="cuda")
+    stream = opened.submit(GenerationRequest([5, 6], max_tokens=2))
+    opened._machine.after_fork(in_child=True)  # type: ignore[attr-defined]
+    with pytest.raises(NotReadyError, match="cannot be used in a forked process"):
+        stream.result()
