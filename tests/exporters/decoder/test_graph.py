@@ -5,15 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import safetensors.numpy
 
-from exporters.onnx.decoder import products
+from exporters.onnx.decoder import branches, coefficients, products
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
-from qrlora_deploy.runtime.bundle.row_layout import TableLayout
+from qrlora_deploy.runtime.bundle.row_layout import TableLayout, padded_rank
 from tests.decoders import (
     ALL,
     Forced,
@@ -112,10 +113,29 @@ def test_every_family(family: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(difference(found, forced.logits), 0, **DECODER_FP32)
 
 
-def test_half_precision(tmp_path: Path) -> None:
+@pytest.mark.parametrize("most_kept", [0, 60, 1024], ids=["concatenated", "narrow ones kept", "kept"])
+def test_half_precision(most_kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "MOST_KEPT", most_kept)
     checkpoint = save_tiny(tmp_path / "base")
     forced, found = both(tmp_path, checkpoint, make_basis(checkpoint), dtype=np.float16)
     np.testing.assert_allclose(difference(found, forced.logits), 0, **DECODER_FP16)
+
+
+@pytest.mark.parametrize(("most_zeros", "level"), [(10**6, True), (0, False)], ids=["of one width", "as they are"])
+def test_ranks_that_differ_from_block_to_block(
+    most_zeros: int, level: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(branches, "MOST_ZEROS", most_zeros)
+    monkeypatch.setattr(coefficients, "MOST_OUTPUTS", 2)
+    checkpoint = save_tiny(tmp_path / "base")
+    basis = make_basis(checkpoint, rank=7)
+    queries = [rank for name, rank in basis.ranks.items() if name.endswith("q_proj")]
+    assert len(set(map(padded_rank, queries))) > 1
+    forced, found = both(tmp_path, checkpoint, basis, dtype=np.float16)
+    np.testing.assert_allclose(difference(found, forced.logits), 0, **DECODER_FP16)
+    graph = onnx.load(tmp_path / "bundle" / "model.onnx", load_external_data=False).graph
+    sizes = [onnx.numpy_helper.to_array(one) for one in graph.initializer if one.name.startswith("branch_sizes")]
+    assert all(len(set(one)) == 1 for one in sizes) == level
 
 
 def test_the_order_of_a_basis_is_that_of_the_table(tmp_path: Path) -> None:
