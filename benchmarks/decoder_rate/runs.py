@@ -14,8 +14,9 @@ from benchmarks.decoder_rate.plan import ALPHA, RANK, Planned
 from benchmarks.decoder_rate.tasks import Task
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.models.checkpoint import Checkpoint
+from qrlora_deploy.tasks.answer_rows import answer_rows
 from qrlora_deploy.tasks.causal_lm import CausalLM
-from qrlora_deploy.training.answers import AnswerCollator, answer_rows
+from qrlora_deploy.training.answers import AnswerCollator
 from qrlora_deploy.training.loop import WARMUP_SHARE
 from qrlora_deploy.training.precision import has_bf16
 from qrlora_deploy.training.rows import Rows
