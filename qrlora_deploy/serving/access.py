@@ -5,7 +5,6 @@ import hmac
 import logging
 import math
 import os
-import shutil
 import threading
 import time
 from array import array
@@ -14,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from qrlora_deploy.errors import QrloraError, first_line
+from qrlora_deploy.errors import QrloraError
 from qrlora_deploy.runtime.customers.polling import Signature, signature_of, status_of
+from qrlora_deploy.serving.kept_keys import keep_copy
 from qrlora_deploy.serving.keys_file import ANYONE, KeysFile, Quota, StoredKey, hash_of, id_of, read_keys
 from qrlora_deploy.serving.refusals import ForbiddenError, UnauthenticatedError
 
@@ -232,16 +232,8 @@ class Keys:
         return state
 
     def _keep(self) -> None:
-        """Copy the file that was just read, unless it is another one by now, which is read soon."""
-        if self._kept is None or not self._keeps:
-            return
-        copy = self._kept.with_name(f"{self._kept.name}.{os.getpid()}")
-        try:
-            shutil.copyfile(self.path, copy)
-            if signature_of(status_of(self.path)) == self._seen:
-                copy.replace(self._kept)
-        except OSError as error:
-            _log.warning("%s cannot be kept for processes that start later: %s", self.path, first_line(error))
+        if self._kept is not None and self._keeps:
+            keep_copy(self.path, self._kept, self._seen)
 
     def access(self, key: str | None) -> Access:
         """What a key may ask for.

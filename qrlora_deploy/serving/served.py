@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from qrlora_deploy.errors import InputError, QrloraError
@@ -49,7 +50,7 @@ class ServedModel:
     pool: ThreadPoolExecutor = field(default_factory=_pool, repr=False, compare=False)
     writer: "TextEngine | None" = None
 
-    @property
+    @cached_property
     def task(self) -> Task:
         """Of the bundle."""
         return task_named(self.bundle.manifest.task)

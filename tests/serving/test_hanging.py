@@ -3,10 +3,14 @@
 import os
 import re
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from qrlora_deploy.serving.engine.protocol import EngineStats
+from qrlora_deploy.serving.life import Hanging, Life
+from tests.serving.process import Served
 from tests.serving.test_processes import Load, children, httpx, is_ready, metric, place, serve, until
 
 __all__ = ["place"]
@@ -99,6 +103,42 @@ def test_a_run_that_does_not_end_is_ended(place: Path, monkeypatch: pytest.Monke
         assert metric(server.url, "qrlora_rows_total") == 2
     assert server.end() == 0
     assert any("had a run of bundle that took more than 4 s and was killed" in line for line in server.errors)
+
+
+def test_in_one_process_health_says_so(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "site").mkdir()
+    (place / "site" / "sitecustomize.py").write_text(STUCK.format(path=str(place / "stuck")))
+    monkeypatch.setenv("PYTHONPATH", f"{place / 'site'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    (place / "stuck").touch()
+    options = ("--customers", "customers", "--threads", 1, "--hang-seconds", 1)
+    with Served("bundle", *options, cwd=place) as server, ThreadPoolExecutor() as pool:
+
+        def live() -> dict[str, int]:
+            return {name: httpx.get(f"{server.url}/v2/health/{name}").status_code for name in ("live", "ready")}
+
+        assert live() == {"live": 200, "ready": 200}
+        asked = pool.submit(httpx.post, f"{server.url}/v1/classify", json={"texts": ["a"]}, timeout=40)
+        until(lambda: live() == {"live": 503, "ready": 503})
+        (place / "stuck").unlink()
+        assert asked.result().status_code == 200
+        until(lambda: live() == {"live": 200, "ready": 200})
+    assert server.end() == 0 and server.errors == []
+
+
+def test_one_run_after_the_other_is_no_run_that_does_not_end() -> None:
+    now, stats = [0.0], {"bert": EngineStats(running=1)}
+    hanging = Hanging(lambda: stats, 10.0, lambda: now[0])
+    for number in range(1, 50):
+        stats["bert"] = EngineStats(running=number)
+        now[0] += 9.0
+        assert not hanging.found()
+    now[0] += 9.0
+    assert not hanging.found()
+    now[0] += 1.0
+    assert hanging.found() and Life(hanging.found).live is False and not Hanging(lambda: stats, 0.0).found()
+    stats["bert"] = EngineStats(running=0)
+    now[0] += 99.0
+    assert not hanging.found()
 
 
 def test_a_supervisor_that_is_stopped_keeps_no_request_waiting(place: Path) -> None:

@@ -3,6 +3,7 @@
 import logging
 import socket
 import ssl
+import struct
 import threading
 import time
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 
 pytest.importorskip("uvicorn", reason="needs the extra serve")
+
+import uvicorn
 
 from qrlora_deploy.errors import InputError, QrloraError
 from qrlora_deploy.serving.http.front import Front
@@ -239,6 +242,22 @@ def test_rows_of_a_client_that_has_gone_are_not_run(
     assert caplog.text == ""
 
 
+def test_who_goes_with_requests_ahead_of_their_answers_is_no_error(
+    front: Front, model: ServedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    slow = Slow(model, monkeypatch)
+    with running(front) as server:
+        with server.connect() as connection:
+            connection.sendall(request("/v1/classify", ASK) * 3)
+            assert slow.entered.wait(10)
+            reset = struct.pack("ii", 1, 0)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+        until(lambda: not server.server.http._uvicorn.server_state.connections)
+        slow.goes_on.set()
+        assert ask(server, request("/v1/classify", ASK))[0] == 200
+    assert caplog.text == ""
+
+
 def test_what_was_begun_is_answered_before_the_end(
     front: Front, model: ServedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,6 +281,32 @@ def test_what_was_begun_is_answered_before_the_end(
     server.thread.join(20)
     assert not server.thread.is_alive() and server.failures == []
     assert model.engine.stats().draining
+
+
+def test_requests_that_were_sent_before_the_end_are_answered(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends, shutdown = threading.Event(), uvicorn.Server.shutdown
+
+    async def busy_and_end(self: uvicorn.Server, sockets: Any = None) -> None:
+        # What comes meanwhile has arrived, and nobody has read it when connections are told to end.
+        ends.set()
+        time.sleep(0.5)
+        await shutdown(self, sockets)
+
+    monkeypatch.setattr(uvicorn.Server, "shutdown", busy_and_end)
+    server = Running(front, ServerOptions())
+    with server.connect() as idle, server.connect() as fresh:
+        idle.sendall(request("/v1/classify", ASK))
+        assert read_reply(idle)[0] == 200
+        ending = threading.Thread(target=server.stop)
+        ending.start()
+        assert ends.wait(10)
+        for connection in (idle, fresh):
+            connection.sendall(request("/v1/classify", ASK))
+        for connection in (idle, fresh):
+            code, headers, _ = read_reply(connection)
+            assert (code, headers["connection"]) == (200, "close")
+        ending.join(20)
+    assert server.failures == []
 
 
 def test_during_the_delay_everything_is_answered_but_readiness_is_off(front: Front) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from qrlora_deploy.errors import QrloraError
 from qrlora_deploy.runtime.generation.budget import CacheFullError
-from qrlora_deploy.runtime.generation.choosing import Choosing
+from qrlora_deploy.runtime.generation.choosing import choose_all
 from qrlora_deploy.runtime.generation.graph import DecoderGraph
 from qrlora_deploy.runtime.generation.holding import Held, Holder
 from qrlora_deploy.runtime.generation.prefixes import PrefixCache
@@ -69,7 +69,6 @@ class Engine:
         step_tokens: tokens of prompts that are read in one step, so that answers that are being written go on; at
             least one block is read.
         clock: seconds.
-        threads: by which tokens are drawn.
 
     Attributes:
         arrivals: requests that no step has seen yet.
@@ -85,9 +84,7 @@ class Engine:
         block_tokens: int,
         step_tokens: int,
         clock: Callable[[], float] = time.monotonic,
-        threads: int = 1,
     ) -> None:
-        self._choosing = Choosing(threads)
         self._graph, self._scheduler, self._prefixes, self._holder = graph, scheduler, prefixes, holder
         self._base_digest, self._block, self._step = base_digest, block_tokens, step_tokens
         self.clock = clock
@@ -183,7 +180,7 @@ class Engine:
             )
         seat.past += tokens
         if not running.reads:
-            self._take(running, self._choosing.choose({0: running.writer.sampler}, answers)[0])
+            self._take(running, choose_all({0: running.writer.sampler}, answers)[0])
 
     def _write(self, group: Group) -> None:
         """The next token of every answer of a group, in one run."""
@@ -206,7 +203,7 @@ class Engine:
         for seat in writing.values():
             # All of them before the first one leaves: then others move, with as many tokens as they have.
             seat.past += 1
-        choices = self._choosing.choose({row: seat.owner.writer.sampler for row, seat in writing.items()}, answers)
+        choices = choose_all({row: seat.owner.writer.sampler for row, seat in writing.items()}, answers)
         for row, seat in writing.items():
             self._take(seat.owner, choices[row])
 

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 from qrlora_deploy.errors import InputError, NotReadyError, QrloraError, argument
 from qrlora_deploy.runtime.bundle.bundle import Bundle
 from qrlora_deploy.runtime.generation.cache import CacheShape, KvCache
-from qrlora_deploy.runtime.generation.choosing import free_threads
 from qrlora_deploy.runtime.generation.cuda_cache import CudaKvCache
 from qrlora_deploy.runtime.generation.cuda_graph import CudaDecoderGraph
 from qrlora_deploy.runtime.generation.graph import DecoderGraph
@@ -31,13 +30,11 @@ class Machine(Protocol):
         device: to open a session on.
         captured: whether runs are captured as CUDA graphs.
         block_tokens: of a prompt, as many as are read in one run with profit.
-        threads: by which tokens are drawn.
     """
 
     device: Device
     captured: bool
     block_tokens: int
-    threads: int
 
     def graph(self, session: Any, rows: int, block_tokens: int) -> DecoderGraph:
         """The decoder of a session, for batches of so many rows and prompts in blocks of so many tokens at most."""
@@ -52,7 +49,7 @@ class Machine(Protocol):
 class Processor:
     """The host's own: whoever asks does the work."""
 
-    captured, block_tokens, threads = False, 128, 1
+    captured, block_tokens = False, 128
 
     def __init__(self, device: Device) -> None:
         self.device = device
@@ -83,7 +80,7 @@ class Gpu:
 
     def __init__(self, device: Device, captured: bool) -> None:
         self.device, self.captured = replace(device, configure=partial(_configure, device.configure)), captured
-        self.threads, self._worker, self._lost = free_threads(), Worker(), False
+        self._worker, self._lost = Worker(), False
         survive_forks(self)
 
     def before_fork(self) -> None:

@@ -6,11 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from qrlora_deploy.errors import argument
-from qrlora_deploy.runtime.generation.budget import Budget, CacheFullError
+from qrlora_deploy.runtime.generation.budget import SHARE_LEFT, Budget, CacheFullError
 from qrlora_deploy.runtime.generation.placement import Placement
-
-SHARE_LEFT = 4
-"""Of the budget, one part in so many is not taken for rows that nobody needs yet."""
 
 
 class Rows(Protocol):

@@ -10,7 +10,7 @@ from qrlora_deploy.errors import InputError, NotReadyError, QrloraError, argumen
 from qrlora_deploy.runtime.bundle.bundle import Bundle, check_graph, open_bundle
 from qrlora_deploy.runtime.customers.events import Report
 from qrlora_deploy.runtime.customers.store import CustomerStore
-from qrlora_deploy.runtime.generation.budget import Budget, row_capacities
+from qrlora_deploy.runtime.generation.budget import Budget, row_capacities, without_small
 from qrlora_deploy.runtime.generation.engine import Engine, Running
 from qrlora_deploy.runtime.generation.holding import Holder
 from qrlora_deploy.runtime.generation.machines import machine_of
@@ -50,11 +50,12 @@ class GenerationSession:
         batches: sizes of a batch, with `max_rows`; a batch is filled up to the next one. With one size alone, an
             answer is the same to the last bit whatever runs beside it. None: the powers of two.
         capacities: tokens that a row may hold; rows of one capacity run together. None: 256, 1,024 and so on, up to
-            the model's context.
+            the model's context, without those that are smaller than there is memory for with all rows.
         max_waiting: requests that wait for a row at most.
         customer_rows: rows of the coefficient table at most; None: no bound.
         block_tokens: a prompt is read in blocks of so many tokens, and the blocks of its beginning are kept for later
             prompts of the same customer that begin alike. None: 128, on a GPU 512.
+        prefix_bytes: memory of these blocks, of that of the caches; 0 keeps none, None a quarter.
         threads: threads within an operator; None leaves the choice to ONNX Runtime.
         cuda_graphs: on a GPU, runs that write tokens are captured, a graph for each size of batch of each capacity when
             it comes for the first time, and replayed. False: every run as it comes.
@@ -64,6 +65,7 @@ class GenerationSession:
         store: the folder of customers, where one was given to `open`.
         longest: tokens of a prompt with its answer.
         max_rows: as given.
+        vocabulary: ids from 0 on that the model knows.
 
     Raises:
         InputError: the bundle is for another task, or in a precision that the device does not compute in, or a size
@@ -83,6 +85,7 @@ class GenerationSession:
         max_waiting: int = 1024,
         customer_rows: int | None = None,
         block_tokens: int | None = None,
+        prefix_bytes: int | None = None,
         threads: int | None = None,
         cuda_graphs: bool = True,
     ) -> None:
@@ -96,13 +99,18 @@ class GenerationSession:
         graph = machine.graph(opened, max_rows, block)
         self.bundle = bundle
         self.longest, self.max_rows = manifest.max_length, max_rows
+        self.vocabulary = graph.vocabulary
         self.customers = LoadedCustomers(bundle, provider, max_rows=customer_rows) if graph.switchable else None
         self.store: CustomerStore | None = None
         self._prompts = PromptReader(bundle.folder, self.longest, graph.vocabulary)
         budget = Budget(max_cache_bytes)
-        prefixes = PrefixCache(budget, max_cache_bytes // PREFIX_SHARE, block)
+        kept = max_cache_bytes // PREFIX_SHARE if prefix_bytes is None else prefix_bytes
+        prefixes = PrefixCache(budget, kept, block)
+        row_sizes = row_capacities(self.longest, capacities)
+        if capacities is None:
+            row_sizes = without_small(row_sizes, buckets[-1], graph.cache_shape.token_bytes(), budget.most)
         self._scheduler = Scheduler(
-            row_capacities(self.longest, capacities),
+            row_sizes,
             buckets,
             budget,
             lambda capacity: machine.cache(graph.cache_shape, capacity),
@@ -112,14 +120,7 @@ class GenerationSession:
         )
         self._holder = Holder(self.customers, str(bundle.folder), manifest.coefficients_digest or "")
         self._engine = Engine(
-            graph,
-            self._scheduler,
-            prefixes,
-            self._holder,
-            manifest.base_digest,
-            block,
-            max(STEP_TOKENS, block),
-            threads=machine.threads,
+            graph, self._scheduler, prefixes, self._holder, manifest.base_digest, block, max(STEP_TOKENS, block)
         )
         self._machine = machine
         self._window = 2 * max_rows
@@ -191,7 +192,8 @@ class GenerationSession:
         self._scheduler.check(needed, len(self._engine.arrivals))
         self._holder.check(request.customer)
         reader = self._prompts
-        writer = Writer(reader.tokenizer, prompt, reader.ends, request.sampling, request.stop, max_tokens)
+        ends = () if request.ignore_end else reader.ends
+        writer = Writer(reader.tokenizer, prompt, ends, request.sampling, request.stop, max_tokens)
         deadline = None if request.timeout_s is None else self._engine.clock() + request.timeout_s
         running = Running(number, prompt, request.customer, needed, writer, deadline)
         self._engine.arrive(running)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 
-from qrlora_deploy.errors import InputError, MalformedInputError, QrloraError
-from qrlora_deploy.serving.engine.admission import Place, rows_by_customer
+from qrlora_deploy.errors import MalformedInputError, QrloraError
+from qrlora_deploy.serving.engine.admission import Place, place_of, rows_by_customer
 from qrlora_deploy.serving.engine.batching import Shapes
 from qrlora_deploy.serving.engine.limits import Limits
 from qrlora_deploy.serving.engine.loading import Loading
@@ -75,7 +75,7 @@ class LocalEngine:
 
     def release(self, ticket: Ticket) -> None:
         """As `Engine.release`; a request that was given to `submit` keeps its place until it ends."""
-        self._room.give_back(_place(ticket))
+        self._room.give_back(place_of(ticket))
 
     def submit(self, ticket: Ticket, rows: Sequence[Row]) -> "Future[list[RowAnswer]]":
         """As `Engine.submit`.
@@ -83,7 +83,7 @@ class LocalEngine:
         Raises:
             InputError: the ticket was used or released before.
         """
-        request = self._room.enter(_place(ticket), rows)
+        request = self._room.enter(place_of(ticket), rows)
         try:
             self._check(request)
             missing = self._model.lacks(list(request.place.customers))
@@ -158,9 +158,3 @@ class LocalEngine:
             except BaseException as error:
                 LOG.exception("the engine failed; every request that it held is refused")
                 self._room.end_all(as_ours(error))
-
-
-def _place(ticket: Ticket) -> Place:
-    if not isinstance(ticket, Place):
-        raise InputError(f"a ticket comes from admit; {type(ticket).__name__} is none")
-    return ticket

@@ -4,6 +4,7 @@ from bisect import bisect_left
 from dataclasses import dataclass, field, replace
 
 from qrlora_deploy.serving.engine.durations import Durations
+from qrlora_deploy.serving.engine.protocol import EngineStats
 
 BOUNDS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """Upper ends of the histogram of the time to the first token; one more bucket holds what is above."""
@@ -53,6 +54,20 @@ class Counts:
     queue_s: float = 0.0
     queued: Durations = field(default_factory=Durations)
     written: WriterStats = field(default_factory=WriterStats)
+
+    def engine_stats(self) -> EngineStats:
+        """What is counted here, as engines of rows count it."""
+        return EngineStats(
+            rows=self.answers,
+            batches=self.steps,
+            tokenised_rows=sum(self.queued.counts),
+            queue_s=self.queue_s,
+            queue_counts=tuple(self.queued.counts),
+            run_s=self.step_s,
+            run_tokens=self.written.answer_tokens,
+            padded_tokens=self.written.answer_tokens,
+            last_run_s=self.last_step_s,
+        )
 
     def began(self, waited_s: float) -> None:
         """An answer has a place in the running batch."""

@@ -6,16 +6,16 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import replace
 
 from qrlora_deploy.errors import InputError, MalformedInputError, QrloraError
 from qrlora_deploy.runtime.generation.prompts import check_room
-from qrlora_deploy.runtime.generation.requests import GenerationAnswer, GenerationEvent, GenerationRequest
+from qrlora_deploy.runtime.generation.requests import GenerationEvent, GenerationRequest
 from qrlora_deploy.runtime.generation.session import GenerationSession
-from qrlora_deploy.serving.engine.admission import Admission, Place
+from qrlora_deploy.serving.engine.admission import Admission, Place, place_of
 from qrlora_deploy.serving.engine.fairness import FairQueue
 from qrlora_deploy.serving.engine.limits import Limits
+from qrlora_deploy.serving.engine.models import NoTable, Table
 from qrlora_deploy.serving.engine.pace import Pace
 from qrlora_deploy.serving.engine.protocol import EngineStats, Ticket
 from qrlora_deploy.serving.engine.quotas import Quotas
@@ -91,7 +91,7 @@ class TextEngine:
 
     def release(self, ticket: Ticket) -> None:
         """As `Engine.release`; a request that was given to `write` keeps its place until its answers end."""
-        place = _place(ticket)
+        place = place_of(ticket)
         with self._lock:
             if not place.used:
                 self._release(place)
@@ -131,7 +131,7 @@ class TextEngine:
             InputError: the ticket was used or released before.
             DrainingError: the engine is closed.
         """
-        place, now = _place(ticket), self._clock()
+        place, now = place_of(ticket), self._clock()
         writing = Writing(place, tell, every, len(requests))
         for number, request in enumerate(requests):
             writing.answers.append(Asked(writing, number, request, len(request.prompt) + request.max_tokens, now))
@@ -161,26 +161,18 @@ class TextEngine:
     def stats(self) -> EngineStats:
         """As `Engine.stats`; a batch is a step, and `run_tokens` are those that were written."""
         customers = self.session.customers
+        table: Table = NoTable() if customers is None else customers.table
         with self._lock:
-            counts, written = self._counts, self._counts.written
-            return EngineStats(
-                rows=counts.answers,
-                batches=counts.steps,
+            return replace(
+                self._counts.engine_stats(),
                 queued_rows=self._queue.rows,
                 queued_tokens=self._queue.tokens,
-                tokenised_rows=sum(counts.queued.counts) + self._queue.rows,
                 rejected=tuple(sorted(self._rejected.items())),
-                queue_s=counts.queue_s,
-                queue_counts=tuple(counts.queued.counts),
-                run_s=counts.step_s,
-                run_tokens=written.answer_tokens,
-                padded_tokens=written.answer_tokens,
-                resident=0 if customers is None else len(customers.table),
-                loads=0 if customers is None else customers.table.loads,
-                evictions=0 if customers is None else customers.table.evictions,
+                resident=len(table),
+                loads=table.loads,
+                evictions=table.evictions,
                 draining=self._draining,
-                last_run_s=counts.last_step_s,
-                running=counts.steps + 1 if self._running else 0,
+                running=self._counts.steps + 1 if self._running else 0,
             )
 
     def written(self) -> WriterStats:
@@ -236,7 +228,7 @@ class TextEngine:
         try:
             stream = self.session.submit(asked.request, asked.number)
         except QrloraError as error:
-            self._end(asked, self._failure(asked, error))
+            self._end(asked, asked.failed(error, self.manifest.base_digest))
             return
         with self._lock:
             asked.stream = stream
@@ -263,7 +255,7 @@ class TextEngine:
                     ended.append(asked)
                     self._end(asked, event)
                 elif asked.writing.every:
-                    _tell(asked, event)
+                    asked.tell(event)
         if ended:
             with self._lock:
                 self._pace.ran(len(ended), sum(asked.length for asked in ended), now - self._paced_s)
@@ -287,7 +279,7 @@ class TextEngine:
                 self._rejected[answer.error.kind] += 1
             cancelled = answer.error is not None or answer.finish_reason == "cancelled"
             self._leave(asked, cancelled, answer.prompt_tokens, answer.reused_tokens)
-        _tell(asked, event)
+        asked.tell(event)
 
     def _end_all(self, error: QrloraError) -> None:
         """Refuse what waits and what runs."""
@@ -300,7 +292,7 @@ class TextEngine:
                 if asked.stream is not None:
                     asked.stream.cancel()
         for asked in (*running, *waiting):
-            self._end(asked, self._failure(asked, error))
+            self._end(asked, asked.failed(error, self.manifest.base_digest))
 
     def _leave(self, asked: Asked, cancelled: bool, prompt_tokens: int = 0, reused_tokens: int = 0) -> None:
         """Count the end of an answer; with the last one of a place, that is free. Under the lock."""
@@ -316,21 +308,3 @@ class TextEngine:
         self._admission.release(place)
         if not self._admission.held.rows:
             self._idle.notify_all()
-
-    def _failure(self, asked: Asked, error: QrloraError) -> GenerationEvent:
-        base = self.manifest.base_digest
-        return GenerationEvent(
-            asked.number, answer=GenerationAnswer("", (), "error", asked.customer, base, error=error)
-        )
-
-
-def _tell(asked: Asked, event: GenerationEvent) -> None:
-    # Whoever asked may be gone, with its event loop; the others are told all the same.
-    with suppress(Exception):
-        asked.writing.tell(event)
-
-
-def _place(ticket: Ticket) -> Place:
-    if not isinstance(ticket, Place):
-        raise InputError(f"a ticket comes from admit; {type(ticket).__name__} is none")
-    return ticket

@@ -1,9 +1,11 @@
 """Answers on their way through a text engine."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
-from qrlora_deploy.runtime.generation.requests import GenerationEvent, GenerationRequest
+from qrlora_deploy.errors import QrloraError
+from qrlora_deploy.runtime.generation.requests import GenerationAnswer, GenerationEvent, GenerationRequest
 from qrlora_deploy.runtime.generation.streams import AnswerStream
 from qrlora_deploy.serving.engine.admission import Place
 
@@ -60,3 +62,13 @@ class Asked:
     def customer(self) -> str | None:
         """Whose it is."""
         return self.request.customer
+
+    def tell(self, event: GenerationEvent) -> None:
+        """Tell an event. Whoever asked may be gone, with its event loop; the others are told all the same."""
+        with suppress(Exception):
+            self.writing.tell(event)
+
+    def failed(self, error: QrloraError, base_digest: str) -> GenerationEvent:
+        """Its last event, where it was refused."""
+        answer = GenerationAnswer("", (), "error", self.customer, base_digest, error=error)
+        return GenerationEvent(self.number, answer=answer)

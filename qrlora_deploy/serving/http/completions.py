@@ -15,10 +15,10 @@ from qrlora_deploy.serving.access import Access
 from qrlora_deploy.serving.answering import UNKNOWN, public_error
 from qrlora_deploy.serving.generation.asking import Answers, ask
 from qrlora_deploy.serving.generation.engine import TextEngine
-from qrlora_deploy.serving.http.bodies import parsed
+from qrlora_deploy.serving.http.bodies import body_of, parsed
 from qrlora_deploy.serving.http.completions_answer import Shape
 from qrlora_deploy.serving.http.completions_request import TextRequest, parse_chat, parse_completion, split_name
-from qrlora_deploy.serving.http.endpoint import ENDED_BY, GIVE_UP, TIMEOUT, Handler, spans_of
+from qrlora_deploy.serving.http.endpoint import CUSTOMERS, ENDED_BY, GIVE_UP, TIMEOUT, Handler, spans_of
 from qrlora_deploy.serving.http.protocol import parse_object
 from qrlora_deploy.serving.http.replies import INTERNAL, json_reply, reply_to_error
 from qrlora_deploy.serving.inference.questions import deadline_of
@@ -100,10 +100,10 @@ class Completions:
     async def _write(
         self, request: Request, access: Access, parse: Callable[[Mapping[str, Any]], TextRequest]
     ) -> Response:
-        asked = await parsed(await request.body(), lambda body: parse(parse_object(body)))
+        asked = await parsed(await body_of(request), lambda body: parse(parse_object(body)))
         model = self._models.find(asked.model)
         writer = writer_of(model)
-        request.state.customers = [asked.customer] * (asked.copies * len(asked.requests))
+        request.scope["state"][CUSTOMERS] = [asked.customer] * (asked.copies * len(asked.requests))
         task = asyncio.current_task()
         if task is not None:
             request.scope["state"][GIVE_UP] = task.cancel

@@ -22,6 +22,9 @@ GIVE_UP = "give_up"
 SPANS = "spans"
 """In the state of a request: its spans, if there are any."""
 
+CUSTOMERS = "customers"
+"""In the state of a request: those of its rows, as far as it was read."""
+
 STATUS_CODE = "http.response.status_code"
 
 TIMEOUT = "x-request-timeout-ms"
@@ -130,7 +133,7 @@ def _end(spans: Spans | None, reason: str, code: int) -> None:
 
 def customers_of(request: Request) -> Sequence[str | None]:
     """Of the rows that a request asks for, as far as it was read."""
-    found: Sequence[str | None] = getattr(request.state, "customers", ())
+    found: Sequence[str | None] = request.scope["state"].get(CUSTOMERS, ())
     return found
 
 
@@ -142,4 +145,5 @@ def spans_of(request: Request) -> Spans | None:
 
 def request_id_of(request: Request) -> str:
     """The client's own id, or the one that was made up."""
-    return getattr(request.state, "request_id", "-")
+    found: str = request.scope["state"].get("request_id", "-")
+    return found

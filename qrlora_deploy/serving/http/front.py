@@ -14,11 +14,12 @@ from qrlora_deploy.errors import MalformedInputError
 from qrlora_deploy.serving.access import Access, key_of, open_access
 from qrlora_deploy.serving.answering import Question, answer
 from qrlora_deploy.serving.engine.rows import RowAnswer
-from qrlora_deploy.serving.http.bodies import parsed
+from qrlora_deploy.serving.http.bodies import body_of, parsed
 from qrlora_deploy.serving.http.classify import classify_answer, parse_classify
 from qrlora_deploy.serving.http.completions import Completions, openai_error
 from qrlora_deploy.serving.http.embeddings import embeddings_answer, parse_embeddings
 from qrlora_deploy.serving.http.endpoint import (
+    CUSTOMERS,
     GIVE_UP,
     SPANS,
     TIMEOUT,
@@ -170,8 +171,9 @@ class Front:
         return self.models.find(request.path_params["model"], request.path_params.get("version"))
 
     async def live(self, request: Request, access: Access) -> Response:
-        """The process runs."""
-        return json_reply({"live": True})
+        """The process runs, and what it runs goes on."""
+        live = self.life.live
+        return json_reply({"live": live}, 200 if live else 503)
 
     async def ready(self, request: Request, access: Access) -> Response:
         """Requests are welcome."""
@@ -210,14 +212,16 @@ class Front:
 
     async def index(self, request: Request, access: Access) -> Response:
         """All models; those that are ready, where the body asks so."""
-        body = await request.body()
+        body = await body_of(request)
         record = parse_object(body) if body else {}
         found = repository_index(self.models, self.life.ready)
         return json_reply([model for model in found if model["state"] == "READY"] if record.get("ready") else found)
 
     async def classify(self, request: Request, access: Access) -> Response:
         """Texts in plain JSON."""
-        question, customers, name = await parsed(await request.body(), lambda body: parse_classify(parse_object(body)))
+        question, customers, name = await parsed(
+            await body_of(request), lambda body: parse_classify(parse_object(body))
+        )
         model = self.models.find(name)
         if not model.task.has_labels and not model.task.writes_text:
             raise MalformedInputError(f"the model {model.name} answers with embeddings; ask /v1/embeddings")
@@ -227,7 +231,7 @@ class Front:
 
     async def embeddings(self, request: Request, access: Access) -> Response:
         """Vectors of texts, as clients of OpenAI's interface ask for them."""
-        asked = await parsed(await request.body(), lambda body: parse_embeddings(parse_object(body)))
+        asked = await parsed(await body_of(request), lambda body: parse_embeddings(parse_object(body)))
         model = self.models.find(asked.model)
         if model.task.has_labels:
             raise MalformedInputError(f"the model {model.name} answers with labels, not embeddings; ask /v1/classify")
@@ -239,7 +243,7 @@ class Front:
         """The protocol's inference."""
         model = self._model(request)
         length, outputs = _header_length(request), outputs_of(model.task)
-        asked = await parsed(await request.body(), lambda body: parse_infer(body, length, outputs))
+        asked = await parsed(await body_of(request), lambda body: parse_infer(body, length, outputs))
         question, customers = question_of(asked)
         deadline_s = deadline_of(request.headers.get(TIMEOUT), asked.parameters.get("timeout"))
         answers = await self._answer(request, model, question, customers, deadline_s, access)
@@ -254,10 +258,10 @@ class Front:
         deadline_s: float | None,
         access: Access,
     ) -> list[RowAnswer]:
-        request.state.customers = customers
-        task = asyncio.current_task()
+        state, task = request.scope["state"], asyncio.current_task()
+        state[CUSTOMERS] = customers
         if task is not None:
-            request.scope["state"][GIVE_UP] = task.cancel
+            state[GIVE_UP] = task.cancel
         self.life.check()
         return await answer(model, question, customers, deadline_s, access, spans_of(request))
 

@@ -1,4 +1,4 @@
-"""What OpenTelemetry's SDK complains of, in a line of our log a minute: without a collector each batch is a complaint."""
+"""What OpenTelemetry's SDK complains of, in a line of our log a minute: without a collector it does so all the time."""
 
 import logging
 import threading

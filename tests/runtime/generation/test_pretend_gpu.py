@@ -16,7 +16,6 @@ from qrlora_deploy.errors import NotReadyError
 from qrlora_deploy.runtime.generation import machines, session
 from qrlora_deploy.runtime.generation.budget import CacheFullError
 from qrlora_deploy.runtime.generation.cache import KvCache
-from qrlora_deploy.runtime.generation.choosing import Choosing
 from qrlora_deploy.runtime.generation.cuda_cache import CudaKvCache
 from qrlora_deploy.runtime.generation.cuda_graph import piece_lengths
 from qrlora_deploy.runtime.generation.requests import GenerationAnswer, GenerationRequest
@@ -112,16 +111,6 @@ def test_logits_come_only_for_rows_that_draw_or_tell_them(fake: FakeCuda, made: 
     drawing = desk.ask(prompt_of(1, 5), "two", 10, temperature=1.0, seed=1)
     desk.finish()
     assert read.count(row_bytes) == len(answer_of(drawing).tokens) == 10
-
-
-def test_rows_that_are_drawn_by_several_threads_draw_the_same(fake: FakeCuda, made: Made) -> None:
-    desk = PretendDesk(made)
-    desk.engine._choosing = Choosing(3)
-    sampled = [{"temperature": 1.0, "seed": seed, "top_k": 5 * seed} for seed in range(4)]
-    asked = [desk.ask(*ASKED[number], 10, **options) for number, options in enumerate(sampled)]
-    desk.finish()
-    for number, options in enumerate(sampled):
-        assert answer_of(asked[number]).tokens == Desk(made).alone(*ASKED[number], 10, **options).tokens
 
 
 def test_a_decoder_that_does_not_choose_answers_by_its_logits(fake: FakeCuda, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A decoder behind a server, and clients of it."""
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,17 @@ class Served:
         self.url = f"http://127.0.0.1:{running.server.http.port}"
         assert isinstance(model.served.engine, TextEngine)
         self.engine = model.served.engine
+
+    def slow_down(self, seconds: float = 0.01) -> None:
+        """Let every step take longer, so that an answer is under way for a while."""
+        inner = self.engine.session._engine
+        step = inner.step
+
+        def slow() -> None:
+            time.sleep(seconds)
+            step()
+
+        inner.step = slow  # type: ignore[method-assign]
 
     def post(self, path: str, record: Any, **headers: str) -> httpx.Response:
         """A request and its answer."""

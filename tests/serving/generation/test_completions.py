@@ -1,5 +1,6 @@
 """Text over the network, held against PyTorch's and a session's own answers."""
 
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -75,9 +76,7 @@ def test_a_body_says_what_answered_and_counts_tokens(written: Written, server: S
     assert record["base_digest"] == written.made.checkpoint.digest
     assert choice["finish_reason"] in ("stop", "length")
     usage = record["usage"]
-    assert (
-        usage["completion_tokens"] == NEW if choice["finish_reason"] == "length" else usage["completion_tokens"] <= NEW
-    )
+    assert usage["completion_tokens"] == NEW or choice["finish_reason"] == "stop"
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
 
 
@@ -107,6 +106,7 @@ def test_a_stream_is_the_whole_answer_in_pieces(written: Written, server: Served
 
 def test_who_goes_away_frees_the_row_and_changes_nothing_else(written: Written) -> None:
     with served(written, answers=2) as server:
+        server.slow_down()
         record = {"prompt": "play some music", "max_tokens": 100, "temperature": 1.0, "seed": 1, "stream": True}
         client = httpx.Client()
         request = client.build_request("POST", server.url + "/v1/completions", json=record | {"n": 2})
@@ -125,6 +125,7 @@ def test_who_goes_away_frees_the_row_and_changes_nothing_else(written: Written) 
 
 def test_who_goes_away_before_the_whole_answer_frees_the_row(written: Written) -> None:
     with served(written, answers=1) as server:
+        server.slow_down()
         record = {"prompt": "play some music", "max_tokens": 100, "temperature": 0, "n": 40}
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(server.url + "/v1/completions", json=record, timeout=0.2)
@@ -145,9 +146,8 @@ def test_stop_logprobs_and_ids(written: Written, server: Served) -> None:
     assert server.complete(ids, "three")["choices"][0]["text"] == text  # type: ignore[arg-type]
     both = server.complete([PROMPTS[3], PROMPTS[0]], "three", n=2)  # type: ignore[arg-type]
     assert [it["index"] for it in both["choices"]] == [0, 1, 2, 3]
-    assert [it["text"].strip() for it in both["choices"]] == [text.strip()] * 2 + [
-        written.greedy(PROMPTS[0], "three", NEW)
-    ] * 2
+    other = written.greedy(PROMPTS[0], "three", NEW)
+    assert [it["text"].strip() for it in both["choices"]] == [text.strip()] * 2 + [other] * 2
 
 
 def _request(prompt: str) -> Any:
@@ -195,8 +195,6 @@ HOSTILE: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("record", "says"), HOSTILE)
 def test_a_hostile_body_is_refused_in_one_line(server: Served, record: dict[str, Any], says: str) -> None:
-    import json
-
     body = json.dumps(record).encode()
     reply = httpx.post(server.url + "/v1/completions", content=body, timeout=30)
     assert 400 <= reply.status_code < 500, reply.text
@@ -266,6 +264,7 @@ def test_keys_say_whose_text_may_be_asked(written: Written, tmp_path: Path) -> N
 
 def test_what_is_over_the_bound_may_come_again(written: Written) -> None:
     with served(written, limits=Limits(max_queue_rows=4, customer_share=1.0), answers=1) as server:
+        server.slow_down()
         long = {"prompt": "play some music", "max_tokens": 100, "temperature": 0, "n": 4}
         with ThreadPoolExecutor(1) as pool:
             first = pool.submit(server.post, "/v1/completions", long)
@@ -282,6 +281,7 @@ def test_what_is_over_the_bound_may_come_again(written: Written) -> None:
 
 def test_who_asks_for_much_keeps_nobody_waiting(written: Written) -> None:
     with served(written, answers=1) as server, ThreadPoolExecutor(2) as pool:
+        server.slow_down()
         many = {"model": "text:one", "prompt": "a", "max_tokens": 60, "temperature": 0, "n": 12, "stream": True}
         ended: list[str] = []
 
@@ -299,6 +299,7 @@ def test_who_asks_for_much_keeps_nobody_waiting(written: Written) -> None:
 
 def test_a_server_that_ends_finishes_what_was_begun(written: Written) -> None:
     with served(written) as server:
+        server.slow_down()
         record = {"model": name_of("one"), "prompt": PROMPTS[0], "temperature": 0, "max_tokens": 100, "stream": True}
         events = server.events("/v1/completions", record)
         first = next(events)
@@ -313,6 +314,7 @@ def test_a_server_that_ends_finishes_what_was_begun(written: Written) -> None:
 
 def test_what_is_not_written_when_a_server_closes_is_refused(written: Written) -> None:
     with served(written, answers=1) as server, ThreadPoolExecutor(1) as pool:
+        server.slow_down()
         record = {"prompt": "play some music", "temperature": 0, "max_tokens": 100, "n": 40}
         asked = pool.submit(server.post, "/v1/completions", record)
         wait_for(lambda: server.engine.written().running == 1)

@@ -4,9 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 
-openai = pytest.importorskip("openai", reason="needs the package openai")
+pytest.importorskip("openai", reason="needs the package openai")
 pytest.importorskip("torch", reason="makes bundles")
 pytest.importorskip("orjson", reason="needs the extra serve")
+
+import openai
 
 from tests.runtime.generation.written import Written, write_everything
 from tests.serving.generation.place import NEW, Served, alone, served

@@ -19,9 +19,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import grpc
 import numpy as np
 import pytest
+
+pytest.importorskip("grpc", reason="needs the extra serve")
+
+import grpc
 
 from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
 from qrlora_deploy.runtime.bundle.bundle import open_bundle

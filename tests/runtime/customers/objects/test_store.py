@@ -206,11 +206,17 @@ def test_a_store_that_is_down_takes_nobody_away(objects: ObjectPlace, error: Exc
     for _ in range(20):
         with pytest.raises(NotReadyError, match="does not answer"):
             objects.logits("cold")
+    for name in ("new", "nobody"):
+        # Of who came since the last listing nothing is known.
+        with pytest.raises(NotReadyError, match="does not answer"):
+            objects.logits(name)
     assert len(broken.asked) == asked, "it rests after it has failed"
     assert objects.logits("acme") == before
     broken.error = None
     store.look()
     assert store.stats().up
+    with pytest.raises(UnknownCustomerError):
+        objects.logits("nobody")
     assert objects.logits("cold") == objects.expected(2)
 
 
