@@ -88,17 +88,14 @@ class Front:
 
     def routes(self) -> list[Route]:
         """All of them. Health and the description of the interface need no key."""
-        model = "/v2/models/{model}"
+        model, text = "/v2/models/{model}", Completions(self.models, self.life).handlers()
         routes = [
             self._route("/v2/health/live", "GET", self.live, is_open=True),
             self._route("/v2/health/ready", "GET", self.ready, is_open=True),
             self._route("/openapi.json", "GET", self.describe, is_open=True),
             self._route("/v1/classify", "POST", self.classify, asks=True),
             self._route("/v1/embeddings", "POST", self.embeddings, asks=True),
-            *(
-                self._route(path, method, handler, asks=method == "POST", errors=openai_error)
-                for path, method, handler in Completions(self.models, self.life).handlers()
-            ),
+            *(self._route(path, how, it, asks=how == "POST", errors=openai_error) for path, how, it in text),
             self._route("/v2", "GET", self.server),
             self._route("/v2/", "GET", self.server),
             self._route("/v2/repository/index", "POST", self.index),
@@ -118,9 +115,7 @@ class Front:
         if self.metrics is not None:
             routes.append(self._route("/metrics", "GET", partial(scraped, self.metrics)))
         page = LivePage(self.shown, self.life, self.live_window)
-        return routes + [
-            self._route(path, "GET", handler, is_open=is_open) for path, handler, is_open in page.handlers()
-        ]
+        return routes + [self._route(path, "GET", it, is_open=free) for path, it, free in page.handlers()]
 
     def _route(self, path: str, method: str, handler: Handler, **options: Any) -> Route:
         return Route(path, Endpoint(self, path, handler, **options), methods=[method])
