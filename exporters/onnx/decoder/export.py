@@ -16,7 +16,6 @@ from exporters.onnx.prepared import BATCH, choose_texts
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.exporting.job import ExportJob
-from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.io.files import atomic_folder
 from qrlora_deploy.io.outputs import check_free_folder
 from qrlora_deploy.merging.arithmetic import plan_folds
@@ -45,6 +44,11 @@ class Decoder:
     shape: Shape
     padding: int
 
+    @property
+    def positions(self) -> int:
+        """Tokens of the longest text."""
+        return self.shape.positions
+
 
 def export_decoder(job: ExportJob, options: OnnxOptions) -> Manifest:
     """Write the bundle of a decoder to the new folder `job.output`: switchable, or of the customer `job.coefficients`.
@@ -66,7 +70,7 @@ def export_decoder(job: ExportJob, options: OnnxOptions) -> Manifest:
     check_free_folder(job.output)
     decoder = open_decoder(job.checkpoint)
     customer = job.coefficients
-    _check_fits(job, customer)
+    check_fits(job)
     progress(0)
     case = _reference(job, decoder, texts_of(options.data), options.table_dtype)
     progress(1)
@@ -129,7 +133,13 @@ def _padding(tokenizer: Any, config: Any) -> int:
     return int(next((token for token in known if token is not None), 0))
 
 
-def _check_fits(job: ExportJob, customer: Coefficients | None) -> None:
+def check_fits(job: ExportJob) -> None:
+    """Make sure that base, basis and customer belong together.
+
+    Raises:
+        BasisMismatchError: they do not.
+    """
+    customer = job.coefficients
     if customer is None:
         check_basis_fits(job.checkpoint, job.basis)
     else:

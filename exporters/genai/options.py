@@ -1,0 +1,49 @@
+"""Options of the exporter "genai"; light enough for `--help`."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qrlora_deploy.errors import InputError, argument
+from qrlora_deploy.exporting.options import option
+
+if TYPE_CHECKING:
+    from qrlora_deploy.data.examples import Examples
+
+VARIANTS = ("rows", "drop-in")
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
+TABLE_DTYPES = ("fp32", "fp16")
+PROVIDERS = ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class GenaiOptions:
+    """Options of the exporter "genai".
+
+    Attributes:
+        variant: of a form for all customers, one of `VARIANTS`; None: "rows". With a customer it is folded in.
+        precision: of weights and activations, one of `PRECISIONS`.
+        table_dtype: of the coefficient table, one of `TABLE_DTYPES`.
+        data: texts of the check that ends the export; None: what comes with the project.
+        provider: execution provider of that check, and where onnxruntime-genai runs the model: one of `PROVIDERS`.
+    """
+
+    variant: str | None = option(
+        None,
+        "Without a customer. rows: a customer in each row of a batch, by the inputs coefficient_table and slot; drop-in: "
+        "an ordinary model, whose customers are .onnx_adapter files (export --format onnx-adapter), one for a whole "
+        "batch. By default rows.",
+        choices=VARIANTS,
+    )
+    precision: str = option("fp32", "Of weights and activations; logits stay fp32.", choices=PRECISIONS)
+    table_dtype: str = option("fp32", "Of the customers' coefficients on the device.", choices=TABLE_DTYPES)
+    data: "Examples | None" = option(
+        None, "Texts of the parity check, by default ones of this project.", reads="examples"
+    )
+    provider: str = option("cpu", "Of the check, and where onnxruntime-genai runs the model.", choices=PROVIDERS)
+
+    def __post_init__(self) -> None:
+        """Refuse what no model can be, before anything is opened, by an InputError."""
+        on_gpu = self.provider == "cuda"
+        if on_gpu != (self.precision == "fp16"):
+            better = argument("precision", "fp16") if on_gpu else argument("provider", "cuda")
+            raise InputError(f"{self.precision} is not for {argument('provider', self.provider)}; give {better} with it")
