@@ -43,6 +43,8 @@ class GenaiOptions:
 
     def __post_init__(self) -> None:
         """Refuse what no model can be, before anything is opened, by an InputError."""
+        if self.variant == "drop-in" and self.table_dtype != "fp32":
+            raise InputError(f"{argument('table_dtype')} is fp32 for drop-in: adapters hold fp32")
         on_gpu = self.provider == "cuda"
         if on_gpu != (self.precision == "fp16"):
             better = argument("precision", "fp16") if on_gpu else argument("provider", "cuda")
