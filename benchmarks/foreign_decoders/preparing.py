@@ -13,7 +13,11 @@ from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.runtime.bundle.row_layout import TableLayout
 
-PROMPTS = ("The capital of France is", "Water boils at a temperature of", "A good recipe for bread begins with flour and")
+PROMPTS = (
+    "The capital of France is",
+    "Water boils at a temperature of",
+    "A good recipe for bread begins with flour and",
+)
 NAMES = ("base", "acme", "globex")
 SCALE = 0.12
 """Of made-up coefficients, on all layers of a base; strong enough that greedy answers differ."""
@@ -77,7 +81,13 @@ def _write_expected(
     for name, customer in customers.items():
         qr.load_customer(model, basis, customer)
         answers[name] = [greedy(model, prompt, steps) for prompt in prompts]
-    expected = {"base": str(checkpoint.folder), "prompts": prompts, "texts": PROMPTS, "names": NAMES, "answers": answers}
+    expected = {
+        "base": str(checkpoint.folder),
+        "prompts": prompts,
+        "texts": PROMPTS,
+        "names": NAMES,
+        "answers": answers,
+    }
     (folder / "expected.json").write_text(json.dumps(expected), encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""What the model of another runtime must answer: the rows of any decoder's check, padded on the right and on the left."""
+"""What the model of another runtime must answer: rows of any decoder's check, padded on either side."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -14,12 +14,12 @@ from exporters.genai.config import genai_config
 from exporters.genai.options import GenaiOptions
 from exporters.genai.readme import readme_of
 from exporters.genai.record import GRAPH, RECORD_FILE, REFERENCE_FILE, WEIGHTS, GenaiRecord
+from exporters.onnx.bundle_files import write_tokenizer
 from exporters.onnx.decoder.bundle_files import GENERATION_FILE, write_generation
 from exporters.onnx.decoder.export import Decoder, check_fits, open_decoder, texts_of
 from exporters.onnx.decoder.graph import Plan, write_decoder
 from exporters.onnx.decoder.precision import PRECISIONS
 from exporters.onnx.decoder.tensors import Tensors
-from exporters.onnx.bundle_files import write_tokenizer
 from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.exporting.job import ExportJob
 from qrlora_deploy.formats.provenance import tool_versions

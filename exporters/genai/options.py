@@ -29,8 +29,8 @@ class GenaiOptions:
 
     variant: str | None = option(
         None,
-        "Without a customer. rows: a customer in each row of a batch, by the inputs coefficient_table and slot; drop-in: "
-        "an ordinary model, whose customers are .onnx_adapter files (export --format onnx-adapter), one for a whole "
+        "Without a customer. rows: a customer in each row of a batch, by the inputs coefficient_table and slot; "
+        "drop-in: an ordinary model, whose customers are .onnx_adapter files (--format onnx-adapter), one for a whole "
         "batch. By default rows.",
         choices=VARIANTS,
     )
@@ -48,4 +48,6 @@ class GenaiOptions:
         on_gpu = self.provider == "cuda"
         if on_gpu != (self.precision == "fp16"):
             better = argument("precision", "fp16") if on_gpu else argument("provider", "cuda")
-            raise InputError(f"{self.precision} is not for {argument('provider', self.provider)}; give {better} with it")
+            raise InputError(
+                f"{self.precision} is not for {argument('provider', self.provider)}; give {better} with it"
+            )

@@ -1,11 +1,13 @@
 """The README of an exported model."""
 
+from qrlora_deploy.tasks.causal_lm import CausalLM
+
 TEXT = """# {title}
 
 A decoder in {precision} for onnxruntime-genai and transformers.js, written by qrlora-deploy: {what}
 `genai_config.json` is for the former, `config.json` and `onnx/model.onnx` for the latter. Inputs are `input_ids`,
-`attention_mask` (int64, padding on either side) and `past_key_values.N.key` and `.value`; `logits [batch, 1, V]` are those of
-each row's last token.
+`attention_mask` (int64, padding on either side) and `past_key_values.N.key` and `.value`; `logits [batch, 1, V]` are
+those of each row's last token.
 
 {how}
     qrlora-deploy verify --format genai .
@@ -46,9 +48,5 @@ def readme_of(variant: str, precision: str, width: int) -> str:
         precision: of the graph.
         width: columns of the coefficient table.
     """
-    return TEXT.format(
-        title=CAPTION, precision=precision, what=WHAT[variant], how=HOW[variant].format(width=width)
-    )
-
-
-CAPTION = "text-generation"
+    how = HOW[variant].format(width=width)
+    return TEXT.format(title=CausalLM.name, precision=precision, what=WHAT[variant], how=how)

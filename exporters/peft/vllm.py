@@ -1,11 +1,14 @@
 """What vLLM's LoRA loader takes: its rules in version 0.33, `vllm/lora/peft_helper.py` and `vllm/config/lora.py`.
 
-It reads `r` and `lora_alpha` and no patterns: the scaling is `lora_alpha / r` for every layer, which is 1 in our folders,
-and a layer of a smaller rank than `r` is filled up with zeros. It takes neither biases nor `modules_to_save` nor DoRA.
+Rank and scaling of a layer are `r` and `lora_alpha / r`, or what `rank_pattern` and `alpha_pattern` say, which earlier
+versions do not read: the scaling is 1 in our folders either way, and a layer of a smaller rank than `r` is filled up
+with zeros. It takes neither biases nor DoRA nor layers in `modules_to_save`.
 """
 
 from collections.abc import Mapping
 from typing import Any
+
+from qrlora_deploy.errors import argument
 
 MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What `--max-lora-rank` may be."""
@@ -29,8 +32,8 @@ def vllm_refusal(writes_text: bool, config: Mapping[str, Any]) -> str:
         return f"vLLM takes no layers of a customer's own, such as {config['modules_to_save'][0]}"
     if max_lora_rank(config["r"]) is None:
         return (
-            f"vLLM takes ranks up to {MAX_RANKS[-1]}, and this basis has one of {config['r']}; make one with a smaller tau "
-            "or rank"
+            f"vLLM takes ranks up to {MAX_RANKS[-1]}, and this basis has one of {config['r']}; make one with a smaller "
+            f"{argument('tau')} or {argument('rank')}"
         )
     return ""
 

@@ -35,7 +35,7 @@ def run_masked(session: Any, inputs: Mapping[str, np.ndarray], following: np.nda
         if value.name.startswith(PAST)
     }
     outputs = ["logits", *(name.replace(PAST, PRESENT, 1) for name in past)]
-    found = []
+    found: list[np.ndarray] = []
     for tokens in (ids, *(column[:, None] for column in following.T)):
         if found:
             mask = np.concatenate([mask, np.ones([rows, 1], np.int64)], axis=1)
@@ -51,4 +51,8 @@ def run_masked(session: Any, inputs: Mapping[str, np.ndarray], following: np.nda
 def _last(mask: np.ndarray, tokens: int) -> np.ndarray:
     """Of each row, which of the `tokens` logits is that of its last token; where there is one, that."""
     own = mask[:, -tokens:]
-    return np.where(own.any(axis=1), tokens - 1 - own[:, ::-1].argmax(axis=1), 0) if tokens > 1 else np.zeros(len(mask), int)
+    return (
+        np.where(own.any(axis=1), tokens - 1 - own[:, ::-1].argmax(axis=1), 0)
+        if tokens > 1
+        else np.zeros(len(mask), int)
+    )
