@@ -107,14 +107,24 @@ def open_decoder(checkpoint: Checkpoint) -> Decoder:
         InputError: the base writes no text or is not whole, its family or a setting of it is not supported, or its
             tokenizer is none that serving can use.
     """
+    tokenizer = open_tokenizer(checkpoint)
+    shape = read_shape(checkpoint.config, checkpoint.name, max_tokens(checkpoint.skeleton(), tokenizer))
+    return Decoder(tokenizer, shape, padding_of(tokenizer, checkpoint.config))
+
+
+def open_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The tokenizer of a base that writes text.
+
+    Raises:
+        InputError: the base writes no text or is not whole, or its tokenizer is none that serving can use.
+    """
     checkpoint.require_task_head()
     checkpoint.check_usable()
     tokenizer = checkpoint.tokenizer()
     check_ids(checkpoint.name, checkpoint.skeleton(), tokenizer, pairs=False)
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"{checkpoint.name} has no fast tokenizer (tokenizer.json), which serving needs")
-    shape = read_shape(checkpoint.config, checkpoint.name, max_tokens(checkpoint.skeleton(), tokenizer))
-    return Decoder(tokenizer, shape, _padding(tokenizer, checkpoint.config))
+    return tokenizer
 
 
 def texts_of(data: Examples | None) -> Sequence[str]:
@@ -125,7 +135,7 @@ def texts_of(data: Examples | None) -> Sequence[str]:
     return ["\n".join(turn.content for turn in turns) for turns in rows[:BATCH]]
 
 
-def _padding(tokenizer: Any, config: Any) -> int:
+def padding_of(tokenizer: Any, config: Any) -> int:
     """A token to fill rows up with, which nobody reads."""
     ends = config.eos_token_id
     ends = ends[0] if isinstance(ends, (list, tuple)) and ends else ends
