@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from exporters.onnx.decoder.export import Decoder
+from exporters.genai.building import Base
 from exporters.onnx.decoder.reference import SLOTS, choose_rows, customers_of, lend, make_case
 from qrlora_deploy.exporting.job import ExportJob
 from qrlora_deploy.runtime.bundle.row_layout import SLOT, TABLE, TableLayout
@@ -13,19 +13,17 @@ from qrlora_deploy.runtime.verification.masked import MASK
 from qrlora_deploy.runtime.verification.parity import Case
 
 
-def make_cases(
-    job: ExportJob, decoder: Decoder, texts: Sequence[str], table_dtype: str, one_customer: bool
-) -> list[Case]:
+def make_cases(job: ExportJob, base: Base, texts: Sequence[str], table_dtype: str, one_customer: bool) -> list[Case]:
     """PyTorch's answers, for rows padded on the right and for the same ones padded on the left.
 
     Args:
         job: base, basis and, where one is folded in, the customer.
-        decoder: what is known of the base.
+        base: what is known of the base.
         texts: of the rows.
         table_dtype: of the coefficient table.
         one_customer: all rows have one, in the only row of the table.
     """
-    rows = choose_rows(decoder.tokenizer, texts, decoder.positions, decoder.padding)
+    rows = choose_rows(base.tokenizer, texts, base.positions, base.padding)
     layout = TableLayout(list(job.basis.ranks.values()), table_dtype)
     slots = (1,) * len(SLOTS) if one_customer else SLOTS
     with lend(job.checkpoint.load_model(attn_implementation="eager"), job.basis) as forward:

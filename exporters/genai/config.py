@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from exporters.genai.building import Sizes
+
 KNOWN = frozenset({"gemma", "gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3"})
 """Model types that onnxruntime-genai calls as transformers does; the others are a "decoder"."""
 
@@ -21,13 +23,13 @@ SEARCH: Mapping[str, Any] = {
 
 
 def genai_config(
-    config: Any, sizes: Mapping[str, int], generation: Mapping[str, Any], file: str, padding: int, provider: str
+    config: Any, sizes: Sizes, generation: Mapping[str, Any], file: str, padding: int, provider: str
 ) -> dict[str, Any]:
     """The file's content.
 
     Args:
         config: of the base, as transformers has it.
-        sizes: `head_size`, `num_key_value_heads`, `vocab_size` and `context_length`.
+        sizes: of the graph.
         generation: the base's `generation_config.json`.
         file: the ONNX file, in the folder.
         padding: id of the token that fills rows up.
@@ -37,11 +39,11 @@ def genai_config(
     ends = config.eos_token_id if ends is None else ends
     begin = generation.get("bos_token_id")
     begin = config.bos_token_id if begin is None else begin
-    context = sizes["context_length"]
+    context = sizes.positions
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": _providers(provider)},
         "filename": file,
-        "head_size": sizes["head_size"],
+        "head_size": sizes.head_size,
         "hidden_size": config.hidden_size,
         "inputs": {
             "input_ids": "input_ids",
@@ -56,7 +58,7 @@ def genai_config(
         },
         "num_attention_heads": config.num_attention_heads,
         "num_hidden_layers": config.num_hidden_layers,
-        "num_key_value_heads": sizes["num_key_value_heads"],
+        "num_key_value_heads": sizes.kv_heads,
     }
     model = {
         **({} if begin is None else {"bos_token_id": begin}),
@@ -65,9 +67,9 @@ def genai_config(
         "eos_token_id": padding if ends is None else ends,
         "pad_token_id": padding,
         "type": config.model_type if config.model_type in KNOWN else "decoder",
-        "vocab_size": sizes["vocab_size"],
+        "vocab_size": sizes.vocabulary,
     }
-    return {"model": model, "search": {**SEARCH, "max_length": context, "past_present_share_buffer": True}}
+    return {"model": model, "search": {**SEARCH, "max_length": context, "past_present_share_buffer": sizes.in_place}}
 
 
 def _providers(provider: str) -> list[dict[str, Any]]:

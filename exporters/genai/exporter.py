@@ -16,7 +16,7 @@ class GenaiExporter:
     options = GenaiOptions
     output: Literal["file", "folder"] = "folder"
     needs_customer: bool | None = None
-    shown = ("kind", "variant", "task", "precision", "parity", "customer_effect")
+    shown = ("kind", "variant", "builder", "task", "precision", "parity", "customer_effect")
 
     def export(self, job: ExportJob, options: GenaiOptions) -> Mapping[str, Any]:
         """See `export_genai`."""

@@ -9,17 +9,15 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from exporters.genai.building import Base, Sizes, open_base, write_graph
 from exporters.genai.cases import make_cases
 from exporters.genai.config import genai_config
 from exporters.genai.options import GenaiOptions
 from exporters.genai.readme import readme_of
-from exporters.genai.record import GRAPH, RECORD_FILE, REFERENCE_FILE, WEIGHTS, GenaiRecord
+from exporters.genai.record import GRAPH, RECORD_FILE, REFERENCE_FILE, GenaiRecord
 from exporters.onnx.bundle_files import write_tokenizer
 from exporters.onnx.decoder.bundle_files import GENERATION_FILE, write_generation
-from exporters.onnx.decoder.export import Decoder, check_fits, open_decoder, texts_of
-from exporters.onnx.decoder.graph import Plan, write_decoder
-from exporters.onnx.decoder.precision import PRECISIONS
-from exporters.onnx.decoder.tensors import Tensors
+from exporters.onnx.decoder.export import check_fits, texts_of
 from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.exporting.job import ExportJob
 from qrlora_deploy.formats.provenance import tool_versions
@@ -51,20 +49,22 @@ def export_genai(job: ExportJob, options: GenaiOptions) -> GenaiRecord:
     check_free_folder(job.output)
     if not job.checkpoint.writes_text:
         raise InputError(f"{job.checkpoint.name} writes no text; {argument('format', 'genai')} is for decoders")
-    decoder = open_decoder(job.checkpoint)
+    base = open_base(job.checkpoint, options)
     check_fits(job)
     _progress(job, 0)
-    cases = make_cases(job, decoder, texts_of(options.data), options.table_dtype, variant == "drop-in")
+    cases = make_cases(job, base, texts_of(options.data), options.table_dtype, variant == "drop-in")
     with atomic_folder(job.output) as folder:
         _progress(job, 1)
-        _write_graph(job, decoder, options, variant, folder)
+        graph = folder / GRAPH
+        graph.parent.mkdir()
+        sizes = write_graph(job, base, options, variant, graph)
         _progress(job, 2)
-        session = open_for_check(folder / GRAPH, options.precision, options.provider)
+        session = open_for_check(graph, options.precision, options.provider)
         report = check_forced(session, cases, options.precision)
         report.raise_if_failed()
         _progress(job, 3)
-        _write_side_files(job, decoder, options, variant, folder)
-        record = _seal(job, options, variant, cases, report, folder)
+        _write_side_files(job, base, sizes, options, variant, folder)
+        record = _seal(job, base, options, variant, cases, report, folder)
     _progress(job, len(STEPS))
     return record
 
@@ -84,37 +84,15 @@ def _variant(job: ExportJob, options: GenaiOptions) -> Any:
     return "merged"
 
 
-def _write_graph(job: ExportJob, decoder: Decoder, options: GenaiOptions, variant: str, folder: Path) -> None:
-    precision, customer = PRECISIONS[options.precision], job.coefficients
-    plan = Plan(
-        decoder.shape,
-        Tensors(job.checkpoint.stored, job.checkpoint.name),
-        job.basis,
-        None if customer is None else customer.values,
-        precision.dtype,
-        options.table_dtype,
-        precision.bits,
-        masked=True,
-        one_customer=variant == "drop-in",
-    )
-    graph = folder / GRAPH
-    graph.parent.mkdir()
-    write_decoder(plan, graph.parent, graph.name, Path(WEIGHTS).name)
-
-
-def _write_side_files(job: ExportJob, decoder: Decoder, options: GenaiOptions, variant: str, folder: Path) -> None:
+def _write_side_files(
+    job: ExportJob, base: Base, sizes: Sizes, options: GenaiOptions, variant: str, folder: Path
+) -> None:
     """Configs, tokenizer with its chat template, and a README."""
-    config, shape = job.checkpoint.config, decoder.shape
-    write_tokenizer(folder, decoder.tokenizer)
+    config = job.checkpoint.config
+    write_tokenizer(folder, base.tokenizer)
     write_generation(folder, job.checkpoint)
     generation = json.loads((folder / GENERATION_FILE).read_text(encoding="utf-8"))
-    sizes = {
-        "head_size": shape.head_size,
-        "num_key_value_heads": shape.kv_heads,
-        "vocab_size": shape.vocabulary,
-        "context_length": shape.positions,
-    }
-    own = genai_config(config, sizes, generation, GRAPH, decoder.padding, options.provider)
+    own = genai_config(config, sizes, generation, GRAPH, base.padding, options.provider)
     write_json(folder / "genai_config.json", own)
     # transformers.js asks where weights beside the graph are.
     external = {"transformers.js_config": {"use_external_data_format": {Path(GRAPH).name: 1}}}
@@ -127,11 +105,18 @@ def _width(job: ExportJob, options: GenaiOptions) -> int:
 
 
 def _seal(
-    job: ExportJob, options: GenaiOptions, variant: Any, cases: list[Case], report: ParityReport, folder: Path
+    job: ExportJob,
+    base: Base,
+    options: GenaiOptions,
+    variant: Any,
+    cases: list[Case],
+    report: ParityReport,
+    folder: Path,
 ) -> GenaiRecord:
     record = GenaiRecord(
         variant=variant,
         task=CausalLM.name,
+        builder="torch" if base.shape is None else "family",
         precision=options.precision,  # type: ignore[arg-type]  # the options have checked it
         width=_width(job, options),
         base_name=job.checkpoint.name,

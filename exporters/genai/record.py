@@ -25,6 +25,7 @@ class GenaiRecord(Record):
     Attributes:
         kind: what wrote it.
         variant: "rows", "drop-in" or "merged".
+        builder: how the graph was made: "family" or "torch".
         task: of the base.
         precision: of weights and activations.
         width: columns of the coefficient table; 0: there is none.
@@ -35,6 +36,7 @@ class GenaiRecord(Record):
 
     kind: Literal["genai"] = "genai"
     variant: Literal["rows", "drop-in", "merged"]
+    builder: Literal["family", "torch"]
     task: str
     precision: Literal["fp32", "fp16", "int8", "int4"]
     width: int

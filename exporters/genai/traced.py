@@ -1,4 +1,4 @@
-"""The second way: transformers' own model, traced, for families without a description. Attention is a standard operator.
+"""The second way: transformers' own model, traced, for families without a description, with standard Attention.
 
 The graph has the inputs and outputs of the first way, and a cache that grows.
 """
@@ -27,7 +27,7 @@ from qrlora_deploy.merging.checkpoints import merge_model
 from qrlora_deploy.runtime.bundle.row_layout import SLOT, TABLE
 
 ROWS, NEW, OLD = 3, 4, 5
-"""Of the example: rows, tokens of a step and of the cache. None is 1 or that of another axis, which would become a constant."""
+"""Of the example: rows, tokens of a step and of the cache. None is 1 or that of another axis: those become constants."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,14 @@ class Cache:
     """The cache of a model.
 
     Attributes:
-        heads: of the keys of each layer.
-        sizes: of a head of each layer.
+        layers: how many.
+        heads: of the keys of a layer.
+        size: of a head.
     """
 
-    heads: tuple[int, ...]
-    sizes: tuple[int, ...]
+    layers: int
+    heads: int
+    size: int
 
 
 class OneCustomer(CustomerRows):
@@ -95,15 +97,19 @@ def cache_of(model: Any, name: str) -> Cache:
     """What the cache of a model is, from a run.
 
     Raises:
-        InputError: it is not of keys and values for each layer.
+        InputError: it is not of keys and values of one shape for each layer: clients know no other one.
     """
     cache = DynamicCache()
     with torch.no_grad():
         model(input_ids=torch.tensor([[1, 2]]), past_key_values=cache, use_cache=True)
-    shapes = [getattr(layer, "keys", torch.empty(0)).shape for layer in cache.layers]
-    if len(shapes) != model.config.num_hidden_layers or any(len(shape) != 4 for shape in shapes):
-        raise InputError(f"{name}: its layers do not have keys and values each, so it cannot be exported as a decoder")
-    return Cache(tuple(shape[1] for shape in shapes), tuple(shape[3] for shape in shapes))
+    states = [getattr(layer, part, torch.empty(0)) for layer in cache.layers for part in ("keys", "values")]
+    shapes = {tuple(state.shape) for state in states}
+    layers = model.config.num_hidden_layers
+    if len(states) != 2 * layers or len(shapes) != 1 or states[0].dim() != 4:
+        raise InputError(
+            f"{name}: its layers do not have keys and values of one shape, so it cannot be exported as a decoder"
+        )
+    return Cache(layers, states[0].shape[1], states[0].shape[3])
 
 
 def write_traced(job: ExportJob, variant: str, table_dtype: str, graph: Path, data_file: str) -> tuple[Cache, int]:
@@ -132,7 +138,7 @@ def write_traced(job: ExportJob, variant: str, table_dtype: str, graph: Path, da
     if not use_onnx_attention(model):
         raise InputError(f"{checkpoint.name}: its attention is its own, not one that can be exported with a cache")
     examples = _examples(rows, variant, cache)
-    names = tuple(examples)[: -2 * len(cache.heads)]
+    names = tuple(examples)[: -2 * cache.layers]
     stepping = Stepping(model, rows, names).eval()
     with torch.no_grad():
         vocabulary = stepping(*(tensor for tensor, _axes in examples.values()))[0].shape[-1]
@@ -158,10 +164,10 @@ def _examples(rows: CustomerRows | None, variant: str, cache: Cache) -> dict[str
         found[TABLE] = (table[:1], (1, axes[1])) if variant == "drop-in" else (table, axes)
         if variant == "rows":
             found[SLOT] = (brought[SLOT][0], (BATCH,))
-    for layer, (heads, size) in enumerate(zip(cache.heads, cache.sizes, strict=True)):
+    for layer in range(cache.layers):
         for part in ("key", "value"):
-            state = torch.randn(ROWS, heads, OLD, size)
-            found[f"past_key_values.{layer}.{part}"] = (state, (BATCH, heads, PAST, size))
+            state = torch.randn(ROWS, cache.heads, OLD, cache.size)
+            found[f"past_key_values.{layer}.{part}"] = (state, (BATCH, cache.heads, PAST, cache.size))
     return found
 
 

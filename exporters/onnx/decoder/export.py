@@ -44,11 +44,6 @@ class Decoder:
     shape: Shape
     padding: int
 
-    @property
-    def positions(self) -> int:
-        """Tokens of the longest text."""
-        return self.shape.positions
-
 
 def export_decoder(job: ExportJob, options: OnnxOptions) -> Manifest:
     """Write the bundle of a decoder to the new folder `job.output`: switchable, or of the customer `job.coefficients`.
