@@ -25,7 +25,7 @@ MARGIN = 1e-3
 """A likeliest token that is not ahead by this share of the logits' deviation may come out otherwise in another sum."""
 
 
-def prepare(base: str, folder: Path, steps: int, targets: Sequence[str], rank: int) -> None:
+def prepare(base: str, folder: Path, steps: int, targets: Sequence[str], rank: int, builder: str) -> None:
     """Exports of all kinds, and `expected.json`, in a new folder.
 
     Args:
@@ -34,6 +34,7 @@ def prepare(base: str, folder: Path, steps: int, targets: Sequence[str], rank: i
         steps: tokens of each answer.
         targets: layers of the basis; none: all linear ones.
         rank: of each.
+        builder: of the graphs, as `export --builder` takes it.
     """
     checkpoint = open_checkpoint(base)
     folder.mkdir(parents=True)
@@ -42,7 +43,7 @@ def prepare(base: str, folder: Path, steps: int, targets: Sequence[str], rank: i
     customers = _customers(checkpoint, basis)
     for name, customer in customers.items():
         customer.save(str(folder / f"{name}.safetensors"))
-    _export(checkpoint, basis, customers, folder)
+    _export(checkpoint, basis, customers, folder, builder)
     _write_expected(checkpoint, basis, customers, folder, steps)
 
 
@@ -57,15 +58,17 @@ def _customers(checkpoint: Checkpoint, basis: Basis) -> dict[str, Coefficients]:
     return {name: one(0.0 if name == "base" else SCALE) for name in NAMES}
 
 
-def _export(checkpoint: Checkpoint, basis: Basis, customers: dict[str, Coefficients], folder: Path) -> None:
-    qr.export(checkpoint, basis, folder / "rows", format="genai", variant="rows")
-    qr.export(checkpoint, basis, folder / "drop-in", format="genai", variant="drop-in")
+def _export(
+    checkpoint: Checkpoint, basis: Basis, customers: dict[str, Coefficients], folder: Path, builder: str
+) -> None:
+    qr.export(checkpoint, basis, folder / "rows", format="genai", variant="rows", builder=builder)
+    qr.export(checkpoint, basis, folder / "drop-in", format="genai", variant="drop-in", builder=builder)
     for name in NAMES[1:]:
         own: dict[str, Any] = {"coefficients": customers[name]}
         qr.export(checkpoint, basis, folder / f"{name}.onnx_adapter", format="onnx-adapter", **own)
         qr.export(checkpoint, basis, folder / f"{name}-peft", format="peft", **own)
     acme: dict[str, Any] = {"coefficients": customers["acme"]}
-    qr.export(checkpoint, basis, folder / "merged", format="genai", **acme)
+    qr.export(checkpoint, basis, folder / "merged", format="genai", builder=builder, **acme)
     qr.merge(checkpoint, basis, customers["acme"], folder / "acme-merged")
     layout = TableLayout(list(basis.ranks.values()))
     np.save(folder / "table.npy", np.stack([layout.row(customer.values) for customer in customers.values()]))
@@ -81,12 +84,18 @@ def _write_expected(
     for name, customer in customers.items():
         qr.load_customer(model, basis, customer)
         answers[name] = [greedy(model, prompt, steps) for prompt in prompts]
+    genai = json.loads((folder / "rows/genai_config.json").read_text(encoding="utf-8"))["model"]
+    ends = genai["eos_token_id"]
     expected = {
-        "base": str(checkpoint.folder),
-        "prompts": prompts,
+        "base": str(checkpoint.folder.resolve()),
         "texts": PROMPTS,
+        "prompts": prompts,
         "names": NAMES,
+        "steps": steps,
         "answers": answers,
+        "table": np.load(folder / "table.npy").tolist(),
+        "padding": genai["pad_token_id"],
+        "ends": ends if isinstance(ends, list) else [ends],
     }
     (folder / "expected.json").write_text(json.dumps(expected), encoding="utf-8")
 

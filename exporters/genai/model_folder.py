@@ -14,7 +14,7 @@ from exporters.genai.cases import make_cases
 from exporters.genai.config import genai_config
 from exporters.genai.options import GenaiOptions
 from exporters.genai.readme import readme_of
-from exporters.genai.record import GRAPH, RECORD_FILE, REFERENCE_FILE, GenaiRecord
+from exporters.genai.record import GRAPH, RECORD_FILE, REFERENCE_FILE, GenaiRecord, open_graph
 from exporters.onnx.bundle_files import write_tokenizer
 from exporters.onnx.decoder.bundle_files import GENERATION_FILE, write_generation
 from exporters.onnx.decoder.export import check_fits, texts_of
@@ -26,7 +26,7 @@ from qrlora_deploy.io.outputs import check_free_folder
 from qrlora_deploy.runtime.bundle.bundle import digest_files
 from qrlora_deploy.runtime.bundle.row_layout import TableLayout
 from qrlora_deploy.runtime.verification.forced import check_forced
-from qrlora_deploy.runtime.verification.parity import Case, ParityReport, open_for_check, write_reference
+from qrlora_deploy.runtime.verification.parity import Case, ParityReport, write_reference
 from qrlora_deploy.tasks.causal_lm import CausalLM
 
 STEPS = ("reference logits in PyTorch", "export", "parity check", "records")
@@ -59,7 +59,7 @@ def export_genai(job: ExportJob, options: GenaiOptions) -> GenaiRecord:
         graph.parent.mkdir()
         sizes = write_graph(job, base, options, variant, graph)
         _progress(job, 2)
-        session = open_for_check(graph, options.precision, options.provider)
+        session = open_graph(graph, options.precision, options.provider)
         report = check_forced(session, cases, options.precision)
         report.raise_if_failed()
         _progress(job, 3)

@@ -1,6 +1,7 @@
 """What was exported, beside it, and the check of it later."""
 
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from qrlora_deploy.exporting.job import Original
 from qrlora_deploy.io.files import digest_file
 from qrlora_deploy.io.reading import is_file, read_text
 from qrlora_deploy.io.strict import Record, from_json
+from qrlora_deploy.runtime.host.devices import Device
 from qrlora_deploy.runtime.verification.forced import check_forced
 from qrlora_deploy.runtime.verification.parity import open_for_check
 from qrlora_deploy.runtime.verification.reference import read_reference
@@ -17,6 +19,9 @@ from qrlora_deploy.runtime.verification.reference import read_reference
 RECORD_FILE, REFERENCE_FILE = "export.json", "reference.safetensors"
 GRAPH, WEIGHTS = "onnx/model.onnx", "onnx/model.onnx_data"
 """Where transformers.js looks for them; genai_config.json names the first."""
+
+ERRORS_ALONE = 3
+"""ONNX Runtime's severity."""
 
 
 class GenaiRecord(Record):
@@ -79,13 +84,26 @@ def verify_genai(folder: Path, original: Original | None, provider: str) -> Verd
             f"{argument('format', 'genai')} compares with what the export carries; leave out {argument('coefficients')}"
         )
     record = open_record(folder)
-    session = open_for_check(folder / GRAPH, record.precision, provider)
+    session = open_graph(folder / GRAPH, record.precision, provider)
     report = check_forced(session, read_reference(folder / REFERENCE_FILE), record.precision)
     try:
         report.raise_if_failed()
     except CheckFailed as error:
         return Verdict(dataclasses.asdict(report), error)
     return Verdict(dataclasses.asdict(report))
+
+
+def open_graph(graph: Path, precision: str, provider: str) -> Any:
+    """A session for the check, which does not warn that the base's table is no constant: it is meant so.
+
+    Raises:
+        ProviderError: the provider does not load, or cannot compute in the precision.
+    """
+
+    def be_quiet(options: Any) -> None:
+        options.log_severity_level = ERRORS_ALONE
+
+    return open_for_check(graph, precision, replace(Device.of(provider), configure=be_quiet))
 
 
 def _is_whole(path: Path, digest: str) -> bool:

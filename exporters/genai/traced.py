@@ -14,9 +14,9 @@ import onnx_ir
 import torch
 from onnx import numpy_helper
 from onnxscript.optimizer import optimize_ir
-from transformers import DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
-from exporters.onnx.attention import use_onnx_attention
+from exporters.onnx.attention import onnx_attention, use_onnx_attention
 from exporters.onnx.customer_rows import CustomerRows
 from exporters.onnx.decoder.masked import ALL, BATCH, MASK, PAST, TOKENS
 from exporters.onnx.graph import OPSET, SMALLEST_EXTERNAL_BYTES, quiet_exporter, strip_traces
@@ -25,6 +25,8 @@ from qrlora_deploy.errors import InputError, QrloraError, first_line
 from qrlora_deploy.exporting.job import ExportJob
 from qrlora_deploy.merging.checkpoints import merge_model
 from qrlora_deploy.runtime.bundle.row_layout import SLOT, TABLE
+
+NAME = "qrlora_onnx_cached"
 
 ROWS, NEW, OLD = 3, 4, 5
 """Of the example: rows, tokens of a step and of the cache. None is 1 or that of another axis: those become constants."""
@@ -93,6 +95,28 @@ class Stepping(torch.nn.Module):
         return (hidden.gather(1, self._last[:, None, None].expand(-1, 1, hidden.shape[-1])),)
 
 
+def mask_by_places(*_args: Any, **options: Any) -> torch.Tensor:
+    """The boolean mask `[batch, 1, query, key]`, by the place of each token in its row.
+
+    Padding counts for nothing, wherever it stands: transformers' own mask counts what lies in the cache, so that a
+    window would be shorter in a row that was padded behind its prompt.
+    """
+    taking = options["attention_mask"].bool()
+    places = taking.long().cumsum(1) - 1
+    # transformers 4 gives the places in the cache, version 5 their number.
+    tokens = options["q_length"] if "q_length" in options else options["cache_position"].shape[0]
+    ahead = places[:, -tokens:, None] - places[:, None, :]
+    mask = taking[:, None, :] & (ahead >= 0)
+    if options.get("local_size") is not None:
+        mask = mask & (ahead < options["local_size"])
+    # The softmax of nothing is NaN, which spreads.
+    return (mask | ~mask.any(dim=-1, keepdim=True))[:, None]
+
+
+AttentionInterface.register(NAME, onnx_attention)
+AttentionMaskInterface.register(NAME, mask_by_places)
+
+
 def cache_of(model: Any, name: str) -> Cache:
     """What the cache of a model is, from a run.
 
@@ -135,8 +159,9 @@ def write_traced(job: ExportJob, variant: str, table_dtype: str, graph: Path, da
     else:
         layout = OneCustomer if variant == "drop-in" else CustomerRows
         rows = make_switchable(model, job.basis, 0, table_dtype, layout=layout)
-    if not use_onnx_attention(model):
+    if not use_onnx_attention(model) or getattr(model.config, "attention_chunk_size", None):
         raise InputError(f"{checkpoint.name}: its attention is its own, not one that can be exported with a cache")
+    model.set_attn_implementation(NAME)
     examples = _examples(rows, variant, cache)
     names = tuple(examples)[: -2 * cache.layers]
     stepping = Stepping(model, rows, names).eval()

@@ -39,17 +39,15 @@ class Expected:
 
     def report(self, *packages: str) -> None:
         """Print versions and results as JSON, and end with 1 where something differs."""
-        lines = {what: [line for line in lines if line] for what, lines in self._results.items()}
+        self.report_with({package: version(package) for package in packages})
+
+    def report_with(self, versions: dict[str, str]) -> None:
+        """As `report`, with versions that were found otherwise."""
+        lines = {what: [line for line in found if line] for what, found in self._results.items()}
         results = [
-            {
-                "what": what,
-                "equal": len(self._results[what]) - len(wrong),
-                "of": len(self._results[what]),
-                "wrong": wrong,
-            }
-            for what, wrong in lines.items()
+            {"what": what, "equal": len(found) - len(lines[what]), "of": len(found), "wrong": lines[what]}
+            for what, found in self._results.items()
         ]
-        versions = {package: version(package) for package in packages}
         print(json.dumps({"versions": versions, "results": results}))
         sys.exit(1 if any(lines.values()) else 0)
 
