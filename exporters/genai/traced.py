@@ -29,7 +29,7 @@ from qrlora_deploy.runtime.bundle.row_layout import SLOT, TABLE
 NAME = "qrlora_onnx_cached"
 
 ROWS, NEW, OLD = 3, 4, 5
-"""Of the example: rows, tokens of a step and of the cache. None is 1 or that of another axis: those become constants."""
+"""Of the example: rows, tokens of a step and of the cache. None is 1 or another axis: those become constants."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ class Stepping(torch.nn.Module):
         found = self.model(
             input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True
         )
-        states = [state for layer in cache.layers for state in (layer.keys, layer.values)]
+        layers: list[Any] = cache.layers
+        states = [state for layer in layers for state in (layer.keys, layer.values)]
         return found.logits.float(), *states
 
     def _pick_last(self, head: Any, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.models.decoder_family import Decoder
 from qrlora_deploy.models.families import of_type
 
@@ -75,7 +75,10 @@ def read_shape(config: Any, name: str, positions: int = 0) -> Shape:
     family = of_type(config.model_type)
     decoder = family.decoder if family else None
     if decoder is None:
-        raise InputError(f"{name}: decoders of model type {config.model_type!r} cannot be exported")
+        raise InputError(
+            f"{name}: decoders of model type {config.model_type!r} cannot be exported this way; "
+            f"{argument('format', 'genai')} traces them as transformers has them"
+        )
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if size % HEAD_MULTIPLE:
         raise InputError(f"{name}: its heads have {size} numbers, not a multiple of {HEAD_MULTIPLE}")

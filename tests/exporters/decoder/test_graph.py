@@ -138,7 +138,7 @@ def test_a_target_outside_of_the_blocks_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("Cohere", {}, "model type 'cohere' cannot be exported"),
+        ("Cohere", {}, "model type 'cohere' cannot be exported this way; format='genai' traces"),
         ("Llama", {"hidden_act": "relu"}, "activation 'relu' is not supported"),
         ("Llama", {"head_dim": 12}, "12 numbers, not a multiple of 16"),
     ],
