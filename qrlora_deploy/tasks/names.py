@@ -4,7 +4,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from qrlora_deploy.data.labels import Label, canonical
-from qrlora_deploy.data.lines import place_of
+from qrlora_deploy.data.lines import row_of
 from qrlora_deploy.errors import InputError, argument
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def output_of(index: Mapping[str, int], label: str) -> int | None:
 def first_row(examples: "Examples", wanted: Container[Label]) -> str:
     """The first row with one of the labels `wanted`, as a message begins."""
     row, label = next((row, label) for row, label in enumerate(examples.labels, start=1) if label in wanted)
-    return f"{place_of(examples.name, row)}: row {row} has the label {label!r}"
+    return f"{row_of(examples.name, row)} has the label {label!r}"
 
 
 def check_pairs(examples: "Examples", option: str) -> None:

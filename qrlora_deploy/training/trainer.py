@@ -18,7 +18,7 @@ from qrlora_deploy.models.adapter import QRLoRALinear, attach, get_coefficients,
 from qrlora_deploy.models.basis_fit import check_basis_fits
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.models.head import check_stored, prepare_head
-from qrlora_deploy.training.answers import answer_rows
+from qrlora_deploy.tasks.answer_rows import answer_rows
 from qrlora_deploy.training.batches import collator_for
 from qrlora_deploy.training.cached_trainer import (
     CachedModel,

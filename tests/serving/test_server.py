@@ -91,6 +91,64 @@ def test_whose_body_is_not_whole_at_the_end_is_told(front: Front, caplog: pytest
     assert "Traceback" not in caplog.text
 
 
+HALVES = {
+    "a body": request("/v1/classify", ASK)[:-3],
+    "a head": request("/v1/classify", ASK)[:30],
+    "a chunk": b"POST /v1/classify HTTP/1.1\r\nhost: test\r\ntransfer-encoding: chunked\r\n\r\n4\r\n{",
+    "a body after an answer": request("/v2") + request("/v1/classify", ASK)[:-3],
+}
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_many_halves_of_requests_do_not_hold_up_the_end(front: Front, name: str) -> None:
+    server = Running(front, ServerOptions(drain_s=40, limits=HttpLimits(end_s=0.5)))
+    connections = [server.connect() for _ in range(200)]
+    try:
+        for connection in connections:
+            connection.sendall(HALVES[name])
+            if name == "a body after an answer":
+                assert read_reply(connection)[0] == 200
+        protocols = server.server.http._uvicorn.server_state.connections
+        until(lambda: len(protocols) == 200 and all(it._fed or it._running is not None for it in protocols))
+        # `stop` waits for less than what was begun may take.
+        server.stop()
+        for connection in connections:
+            code, headers, record = read_reply(connection)
+            assert code == 503 and headers["retry-after"] == "1" and headers["connection"] == "close"
+            assert "not whole within 0.5 s" in record["error"] and connection.recv(1) == b""
+    finally:
+        for connection in connections:
+            connection.close()
+    assert server.failures == []
+
+
+def test_a_body_that_gets_whole_in_time_is_answered_at_the_end(front: Front) -> None:
+    server = Running(front, ServerOptions(drain_s=40, limits=HttpLimits(end_s=15)))
+    whole = request("/v1/classify", ASK)
+    with server.connect() as connection:
+        connection.sendall(whole[:-3])
+        until(lambda: bool(server.server.http._uvicorn.server_state.tasks))
+        server.server.stop()
+        until(lambda: front.life.draining)
+        time.sleep(0.3)
+        connection.sendall(whole[-3:])
+        code, headers, record = read_reply(connection)
+        assert (code, headers["connection"]) == (200, "close") and len(record["answers"]) == 1
+    server.stop()
+    assert server.failures == []
+
+
+def test_who_takes_no_replies_does_not_hold_up_the_end(front: Front) -> None:
+    server = Running(front, ServerOptions(drain_s=40, limits=HttpLimits(end_s=0.5)))
+    with server.connect() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.sendall(request("/openapi.json") * 2000)
+        protocols = server.server.http._uvicorn.server_state.connections
+        until(lambda: any(it.transport.get_write_buffer_size() for it in protocols))
+        server.stop()
+    assert server.failures == []
+
+
 @pytest.mark.parametrize(
     "head",
     [

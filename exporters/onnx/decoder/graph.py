@@ -28,6 +28,8 @@ NO_SLOT = 2**31 - 1
 HEAD_BITS = 8
 """Of a head, where weights are quantised: it is read whole for every token, and its errors are those of logits."""
 
+LOGITS, GREEDY = "logits", "greedy"
+
 EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -94,7 +96,7 @@ def _embed(plan: Plan, nodes: Nodes) -> str:
 
 
 def _answer(plan: Plan, nodes: Nodes, hidden: str) -> None:
-    """Logits of the last token of each row alone."""
+    """Logits of the last token of each row alone, and the likeliest next token."""
     flat = nodes.add("Reshape", [hidden, nodes.constant("flat", [-1, plan.shape.hidden], np.int64)])
     last = nodes.add("Gather", [flat, "token"])
     logits = _head(plan, nodes, last)
@@ -103,7 +105,9 @@ def _answer(plan: Plan, nodes: Nodes, hidden: str) -> None:
     if plan.shape.logits_softcap:
         cap = nodes.constant("logits_softcap", plan.shape.logits_softcap, np.float32)
         logits = nodes.add("Mul", [nodes.add("Tanh", [nodes.add("Div", [logits, cap])]), cap])
-    nodes.nodes[-1].output[0] = "logits"
+    nodes.nodes[-1].output[0] = LOGITS
+    # In the graph, as all logits of a batch are megabytes that a greedy row does not need on the host.
+    nodes.add_many("ArgMax", [LOGITS], [GREEDY], axis=-1, keepdims=0)
 
 
 def _head(plan: Plan, nodes: Nodes, last: str) -> str:
@@ -149,8 +153,9 @@ def _inputs(plan: Plan, nodes: Nodes) -> list[onnx.ValueInfoProto]:
 
 
 def _outputs(plan: Plan, nodes: Nodes) -> list[onnx.ValueInfoProto]:
-    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", plan.shape.vocabulary])
-    return [logits, *_cache(plan, nodes, "present")]
+    logits = helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, ["batch", plan.shape.vocabulary])
+    greedy = helper.make_tensor_value_info(GREEDY, TensorProto.INT64, ["batch"])
+    return [logits, *_cache(plan, nodes, "present"), greedy]
 
 
 def _cache(plan: Plan, nodes: Nodes, prefix: str) -> list[onnx.ValueInfoProto]:

@@ -10,8 +10,8 @@ from qrlora_deploy.runtime.bundle.bundle import REFERENCE_FILE, Bundle
 from qrlora_deploy.runtime.bundle.row_layout import COEFFICIENTS, TABLE
 from qrlora_deploy.runtime.host.devices import Device
 from qrlora_deploy.runtime.sessions.token_index import is_right_padded
+from qrlora_deploy.runtime.verification.alone import check_decoder
 from qrlora_deploy.runtime.verification.bounds import BOUNDS, Bounds
-from qrlora_deploy.runtime.verification.forced import check_forced
 from qrlora_deploy.runtime.verification.reference import Case, read_reference, without_padding, write_reference
 from qrlora_deploy.runtime.verification.report import ParityReport, compare_effects
 from qrlora_deploy.runtime.verification.running import open_for_check, run_logits
@@ -187,7 +187,8 @@ def verify(bundle: Bundle, provider: str = "cpu", threads: int | None = None) ->
     reference = read_reference(bundle.folder / REFERENCE_FILE)
     task = bundle.manifest.deciding_task
     if task.writes_text:
-        return check_forced(open_for_check(bundle.model, precision, provider, threads), reference, precision)
+        session = open_for_check(bundle.model, precision, provider, threads)
+        return check_decoder(session, reference, precision, bundle.model, bundle.manifest.max_length)
     return check_graphs(bundle, reference, task, provider, threads)
 
 

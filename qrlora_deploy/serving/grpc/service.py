@@ -141,8 +141,8 @@ class InferenceService(grpc.GenericRpcHandler):
         call.end_spans(reason, code)
 
     async def ServerLive(self, message: Any, call: Call) -> Any:
-        """The process runs."""
-        return METHODS["ServerLive"][1](live=True)
+        """The process runs, and what it runs goes on."""
+        return METHODS["ServerLive"][1](live=self.life.live)
 
     async def ServerReady(self, message: Any, call: Call) -> Any:
         """Requests are welcome."""

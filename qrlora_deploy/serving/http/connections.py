@@ -40,6 +40,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._most_head_bytes = self.http_limits.max_head_bytes
         self._head_timer: asyncio.TimerHandle | None = None
         self._reply_timer: asyncio.TimerHandle | None = None
+        self._end_timer: asyncio.TimerHandle | None = None
+        self._unsent = 0
         self._running: RequestResponseCycle | None = None
         self._refusal = (400, "this is no HTTP request")
 
@@ -54,6 +56,8 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The end; what is being answered is given up, and its rows that still wait are not run."""
         self._forget_timer()
+        if self._end_timer is not None:
+            self._end_timer.cancel()
         self.resume_writing()
         super().connection_lost(exc)
         if self._running is not None and not self._running.response_complete:
@@ -130,6 +134,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def shutdown(self) -> None:
         """The server ends: what has been asked is answered, also where nobody here has read it yet."""
         self._end_when_idle(LOOKS)
+        self._look_at_the_end_later()
 
     def _end_when_idle(self, looks: int) -> None:
         """End after so many looks whether something comes, each of which leaves the loop time to read."""
@@ -141,6 +146,19 @@ class GuardedProtocol(HttpToolsProtocol):
             self.loop.call_later(LOOK_S, self._end_when_idle, looks - 1)
         else:
             self.transport.close()
+
+    def _look_at_the_end_later(self) -> None:
+        self._unsent = self.transport.get_write_buffer_size()
+        self._end_timer = self.loop.call_later(self.http_limits.end_s, self._look_at_the_end)
+
+    def _look_at_the_end(self) -> None:
+        """Let go of a client that keeps the server from ending: it sends no whole request, or takes no reply."""
+        unsent = self.transport.get_write_buffer_size()
+        if unsent and unsent == self._unsent:
+            self.transport.abort()
+        elif not self.transport.is_closing() and (self._within_body() or (self._in_head and self._fed)):
+            self._refuse(503, f"the server ends, and the request was not whole within {self.http_limits.end_s:g} s")
+        self._look_at_the_end_later()
 
     def timeout_keep_alive_handler(self) -> None:
         """Idle for too long; a client that does not take the end of its reply keeps no memory either."""

@@ -90,6 +90,8 @@ class Endpoint:
         try:
             access = open_access if self.is_open else self.front.access(request)
             reply = await self.handler(request, access)
+            # Of an answer that is another server's.
+            reason = scope["state"].get(ENDED_BY) or ""
         except Exception as error:
             scope["state"][ENDED_BY] = getattr(error, "kind", QrloraError.kind)
             reply, reason = reply_to_error(error, request_id_of(request)), reason_of(error)

@@ -1,6 +1,7 @@
 """The routes of the HTTP front."""
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -26,7 +27,7 @@ from qrlora_deploy.serving.http.endpoint import (
     request_id_of,
     spans_of,
 )
-from qrlora_deploy.serving.http.live_page import LivePage
+from qrlora_deploy.serving.http.live_page import LivePage, Shown
 from qrlora_deploy.serving.http.openapi import openapi
 from qrlora_deploy.serving.http.protocol import InferAnswer, parse_infer, parse_object, write_answer
 from qrlora_deploy.serving.http.replies import JSON, error_reply, json_reply
@@ -78,6 +79,11 @@ class Front:
     def __post_init__(self) -> None:
         self.live_window: LiveNumbers = self.window or Window(self.counts.totals, self.models.stats)
 
+    @property
+    def shown(self) -> Iterable[Shown]:
+        """Models that the live page shows."""
+        return self.models
+
     def routes(self) -> list[Route]:
         """All of them. Health and the description of the interface need no key."""
         model = "/v2/models/{model}"
@@ -105,7 +111,7 @@ class Front:
         ]
         if self.metrics is not None:
             routes.append(self._route("/metrics", "GET", partial(scraped, self.metrics)))
-        page = LivePage(self.models, self.life, self.live_window)
+        page = LivePage(self.shown, self.life, self.live_window)
         return routes + [self._route(path, "GET", handler, is_open) for path, handler, is_open in page.handlers()]
 
     def _route(self, path: str, method: str, handler: Handler, is_open: bool = False, asks: bool = False) -> Route:
@@ -157,8 +163,9 @@ class Front:
         return self.models.find(request.path_params["model"], request.path_params.get("version"))
 
     async def live(self, request: Request, access: Access) -> Response:
-        """The process runs."""
-        return json_reply({"live": True})
+        """The process runs, and what it runs goes on."""
+        live = self.life.live
+        return json_reply({"live": live}, 200 if live else 503)
 
     async def ready(self, request: Request, access: Access) -> Response:
         """Requests are welcome."""
