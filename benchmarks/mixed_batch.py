@@ -27,7 +27,7 @@ from qrlora_deploy.io.files import write_json
 from qrlora_deploy.rank_rules.energy_share import EnergyShare
 from qrlora_deploy.rank_rules.fixed_rank import FixedRank
 from qrlora_deploy.runtime import Buckets, SwitchableSession, open_session
-from qrlora_deploy.runtime.sessions.bucket_runner import make_runner
+from qrlora_deploy.runtime.sessions.runners import make_runner, open_graph
 from qrlora_deploy.runtime.sessions.running import Runner
 
 Run = Callable[[], Any]
@@ -76,8 +76,8 @@ def _runs(serving: Serving, arguments: argparse.Namespace, batch: int, length: i
     customers = dict(list(serving.customers.items())[:batch])
     names = list(customers)
     buckets = Buckets((1, batch), (length,)) if arguments.cuda_graph else None
-    opened = open_session(serving.merged.model, arguments.provider, cuda_graph=arguments.cuda_graph)
-    merged = make_runner(opened, serving.merged.manifest, arguments.provider, buckets)
+    opened = open_graph(serving.merged, arguments.provider, cuda_graph=arguments.cuda_graph)
+    merged = make_runner(opened, serving.merged, arguments.provider, buckets)
     session = SwitchableSession(serving.switchable, arguments.provider, rows=batch + 2, buckets=buckets)
     for name, customer in customers.items():
         session.load(name, customer)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qrlora_deploy.api.exporting import export
     from qrlora_deploy.api.factorizing import factorize
     from qrlora_deploy.api.merging import merge, unmerge
+    from qrlora_deploy.api.projecting import project, rebase
     from qrlora_deploy.api.serving import open_predictor
     from qrlora_deploy.api.training import train, train_fleet, warmup
     from qrlora_deploy.data.examples import Examples, read_examples
@@ -69,7 +70,9 @@ __all__ = [
     "merge",
     "open_bundle",
     "open_predictor",
+    "project",
     "read_examples",
+    "rebase",
     "remove_customer",
     "train",
     "train_fleet",
@@ -84,6 +87,7 @@ _PLACES = {
     "api.exporting": ("export",),
     "api.factorizing": ("factorize",),
     "api.merging": ("merge", "unmerge"),
+    "api.projecting": ("project", "rebase"),
     "api.serving": ("open_predictor",),
     "api.training": ("train", "train_fleet", "warmup"),
     "data.examples": ("Examples", "read_examples"),

@@ -1,6 +1,6 @@
 """The error hierarchy, how text from outside becomes one safe line of a message, and how one names an argument."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -53,6 +53,18 @@ def options_for_arguments(option_of: Callable[[str], str]) -> Iterator[None]:
         yield
     finally:
         _option_of = before
+
+
+@contextmanager
+def fields_for_arguments(names: Collection[str]) -> Iterator[None]:
+    """Let messages of this process name fields of JSON, such as `"top_p" 2`, for these arguments; others as before."""
+    before = _option_of
+
+    def named(name: str) -> str:
+        return f'"{name}"' if name in names or before is None else before(name)
+
+    with options_for_arguments(named):
+        yield
 
 
 class QrloraError(Exception):

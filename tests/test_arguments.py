@@ -34,6 +34,8 @@ JOBS = (
     qr.factorize,
     qr.merge,
     qr.open_predictor,
+    qr.project,
+    qr.rebase,
     qr.train,
     qr.train_fleet,
     qr.unmerge,

@@ -28,6 +28,7 @@ ROOMS = (
     "models",
     "factorization",
     "merging",
+    "projection",
     "training.trunk",
     "training",
     "training.fleet",

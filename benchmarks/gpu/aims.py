@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.decoding.aims import lines_of
 from benchmarks.gpu.parts import MERGED_GRAPHS, PADDED, SETUPS, SHAPES
 from benchmarks.gpu_table.aims import bars as table_bars
 
@@ -17,6 +18,7 @@ FLEET_LOOPS = {
 """Names in the record, and what LoRA adapts there."""
 
 FLEET_TARGETS = {"paper": "query of the last 4 layers", "linear": "all linear layers"}
+BOUND = "docs/benchmarks.md says what bounds it"
 UNKNOWN = "the reason is not known"
 
 Record = dict[str, Any]
@@ -234,6 +236,13 @@ def fleet(record: Record) -> Iterator[Bar]:
         )
 
 
+def decoding(record: Record) -> Iterator[Bar]:
+    """A token of decoders."""
+    for line in lines_of(record):
+        if line.value is not None:
+            yield make_bar(line.what, line.value, Aim("most" if line.at_most else "least", line.aim, why=BOUND))
+
+
 READERS: dict[str, Callable[[Record], Iterator[Bar]]] = {
     "factorization": factorization,
     "graph": graphs,
@@ -241,5 +250,6 @@ READERS: dict[str, Callable[[Record], Iterator[Bar]]] = {
     "table": table,
     "training": training,
     "fleet": fleet,
+    "decoding": decoding,
 }
 """Of the parts that have aims, by their kind."""

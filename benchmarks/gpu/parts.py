@@ -77,7 +77,7 @@ def make_parts(device: str, quick: bool) -> tuple[Part, ...]:
         device: "cuda" or "cpu".
         quick: tiny shapes and few runs, to see that everything runs; "cpu" is for these alone.
     """
-    parts = (*_factorization_and_graphs(), *_table_and_swaps(), *_training(), *_reports())
+    parts = (*_factorization_and_graphs(), *_table_and_swaps(), *_training(), *_decoding(), *_reports())
     return tuple(_quick(part, device) for part in parts if not part.alike) if quick else parts
 
 
@@ -145,6 +145,17 @@ def _training() -> list[Part]:
             170,
             alike=True,
         ),
+    ]
+
+
+def _decoding() -> list[Part]:
+    module, options = "benchmarks.decoding", ("--device", "cuda", "--parts")
+    large = ("steps", "resident", "kernels", "peft", "--shapes", "llama-3.2-1b", "--budget-seconds", "230")
+    small = ("steps", "kernels", "--shapes", "smollm2-135m")
+    return [
+        Part("decoding", "a token of Llama-3.2-1B's shape beside PyTorch and PEFT", module, (*options, *large), 280),
+        Part("decoding-small", "a token of SmolLM2-135M's shape", module, (*options, *small), 100, alike=True),
+        Part("decoding-batching", "continuous beside static batches", module, (*options, "batching"), 120, alike=True),
     ]
 
 
@@ -226,6 +237,7 @@ QUICK: dict[str, tuple[float, str]] = {
     "swap": (15, "--model tiny --rank 8 --length 16 --runs 20"),
     "training": (20, "--shape minilm --steps 2 --rounds 1 --batch-size 4 --max-length 16"),
     "fleet": (20, "--shape minilm --customers 2 --sample 1 --rounds 1 --rows 30 --epochs 1"),
+    "decoding": (40, "--quick --parts steps"),
     "mixed": (25, "--model minilm --rank 8 --no-sessions --runs 5 --warmup 1 --shape 2x16"),
     "report": (30, "--model tiny --rank 8 --reports fp16 --batch 2 --length 16 --seconds 0.3 --peer"),
 }

@@ -26,7 +26,8 @@ import torch
 
 from benchmarks.common.measuring import environment, in_turn, summary
 from benchmarks.gpu_graph.exporting import OPTIMIZER, export_all
-from benchmarks.gpu_graph.running import Graph, torch_contender
+from benchmarks.gpu_graph.packed_torch import PACKED_COMPILED, PACKED_EAGER, PackedModel, packed_contender
+from benchmarks.gpu_graph.running import Contender, Graph, torch_contender
 from benchmarks.gpu_graph.shapes import SIZES, Inputs, make_inputs, make_model
 from benchmarks.gpu_graph.variants import ALL, GROUPS
 from qrlora_deploy.io.files import write_json
@@ -75,6 +76,8 @@ def _measure_batch(
         # Each shape is compiled on its own, as it would be for a service of fixed shapes.
         torch._dynamo.reset()
         contenders.append(torch_contender(COMPILED, peer, inputs, arguments.device, compiled=True))
+    if arguments.packed_torch:
+        _add_packed(arguments, contenders, inputs, expected)
     failed: dict[str, str] = {}
     errors: dict[str, float] = {}
     effects: dict[str, float] = {}
@@ -124,6 +127,29 @@ def _measure_batch(
     return result
 
 
+def _add_packed(
+    arguments: argparse.Namespace, contenders: list[Contender], inputs: Inputs, expected: np.ndarray
+) -> None:
+    """PyTorch on packed tokens, where it agrees with the padded batch; what does not run is said and left out."""
+    model = make_model(arguments.shape).to(
+        arguments.device, torch.float16 if arguments.precision == "fp16" else torch.float32
+    )
+    peer, bound = PackedModel(model), TOLERANCES[arguments.precision] * max(1.0, float(np.abs(expected).max()))
+    for name, compiled in ((PACKED_EAGER, False), (PACKED_COMPILED, True)):
+        if compiled and not arguments.compile:
+            continue
+        try:
+            contender = packed_contender(name, peer, inputs, arguments.device, compiled)
+            error = max(float(np.abs(contender.whole() - expected).max()) for _ in range(GUARD_RUNS))
+        except Exception as problem:  # a peer that does not run must not cost the others
+            print(f"{name}: {type(problem).__name__}: {str(problem)[:300]}", flush=True)
+            continue
+        if error <= bound:
+            contenders.append(contender)
+        else:
+            print(f"{name}: logits are {error:.1e} off, more than {bound:.1e}", flush=True)
+
+
 def _rounds(runs: dict[str, Callable[[], Any]], arguments: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of every run: rounds until the time is spent, and never less than `--least-runs`."""
     end = time.perf_counter() + arguments.seconds
@@ -142,7 +168,7 @@ def geometric_means(batches: Sequence[dict[str, Any]]) -> dict[str, dict[str, di
     for column in ("device_ms", "whole_ms"):
         medians = [_medians(batch, column) for batch in batches]
         means[column] = {}
-        for reference in (COMPILED, OPTIMIZER, "padded", "padding-free", "padding-free, varlen"):
+        for reference in (COMPILED, PACKED_COMPILED, OPTIMIZER, "padded", "padding-free", "padding-free, varlen"):
             ratios = {
                 name: [found[name] / found[reference] for found in medians if name in found and reference in found]
                 for name in sorted({name for found in medians for name in found})
@@ -186,6 +212,7 @@ def main() -> None:
     parser.add_argument("--least-runs", type=int, default=15)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) // 3), help="that export")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
+    parser.add_argument("--packed-torch", action="store_true", help="PyTorch on packed tokens too (RoBERTa)")
     parser.add_argument("--quick", action="store_true", help="two small batches, few runs")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()

@@ -76,7 +76,7 @@ class BoundGraph:
             feeds[TOKEN_INDEX] = np.zeros(self.tokens, dtype=np.int64)
         if table is not None:
             feeds |= {TABLE: table, SLOT: np.arange(1, batch + 1, dtype=np.int64)}
-        self.host = {name: _pinned(feeds[name], device) for name in names}
+        self.host = {name: pinned(feeds[name], device) for name in names}
         self.place = {name: tensor.to(device).contiguous() for name, tensor in self.host.items()}
         outputs = int(self.session.get_outputs()[0].shape[1])
         self.logits = torch.zeros(batch, outputs, dtype=torch.float32, device=device)
@@ -102,7 +102,7 @@ class BoundGraph:
         for name, tensor in self.host.items():
             if name != TABLE:
                 self.place[name].copy_(tensor, non_blocking=True)
-        _wait(self.device)
+        wait(self.device)
         self.run()
         logits: np.ndarray = self.logits.cpu().numpy()
         return logits
@@ -115,7 +115,7 @@ class BoundGraph:
 def torch_contender(name: str, model: Any, inputs: Inputs, device: str, compiled: bool) -> Contender:
     """PyTorch on the padded batch; compiled with CUDA graphs on a GPU."""
     batch, length = inputs["attention_mask"].shape
-    host = {key: _pinned(values, device) for key, values in inputs.items()}
+    host = {key: pinned(values, device) for key, values in inputs.items()}
     place = {key: tensor.to(device) for key, tensor in host.items()}
     mode = "reduce-overhead" if device == "cuda" else "default"
     call = torch.compile(model, mode=mode, dynamic=False) if compiled else model
@@ -123,7 +123,7 @@ def torch_contender(name: str, model: Any, inputs: Inputs, device: str, compiled
     def answer() -> torch.Tensor:
         with torch.no_grad():
             logits: torch.Tensor = call(**place).logits
-        _wait(device)
+        wait(device)
         return logits
 
     def whole() -> np.ndarray:
@@ -139,11 +139,13 @@ def torch_contender(name: str, model: Any, inputs: Inputs, device: str, compiled
     return Contender(name, run, whole, batch * length)
 
 
-def _pinned(values: np.ndarray, device: str) -> torch.Tensor:
+def pinned(values: np.ndarray, device: str) -> torch.Tensor:
+    """A copy of an array, which for a GPU lies where it is copied from fastest."""
     tensor = torch.from_numpy(np.array(values))
     return tensor.pin_memory() if device == "cuda" else tensor
 
 
-def _wait(device: str) -> None:
+def wait(device: str) -> None:
+    """Until the device has done what it was given."""
     if device == "cuda":
         torch.cuda.synchronize()

@@ -10,6 +10,7 @@ from benchmarks.gpu_graph.shapes import Setup
 from exporters.onnx.attention import Heads, attend
 from exporters.onnx.bias_folding import fold_attention_biases
 from exporters.onnx.padding_free import Packing
+from exporters.onnx.varlen import VarlenPacking
 
 PAPER = Setup(("query", "q"), last_layers=4, rank=160, spread=10.0)
 """The paper's set-up: query, last 4 layers; tau = 0.5 gives 157 to 163 directions, padded to 160."""
@@ -39,47 +40,14 @@ def attend_float(
     return attend(query, key, value, mask, heads, bias)
 
 
-class VarlenPacking(Packing):
-    """Attention on the packed tokens themselves, by ONNX Runtime's own operator, on CUDA alone.
+class AlwaysVarlen(VarlenPacking):
+    """Attention on the packed tokens in the first graph too, the only one that is timed here."""
 
-    Only for masks that begin with a 1 in every row; with a bias, only for right-padded rows.
-    """
+    varlen = True
 
-    def fill(self, tokens: torch.Tensor, mask: torch.Tensor) -> None:
-        """As `Packing.fill`. What the operator leaves unwritten behind the last row must not be put back."""
-        super().fill(tokens, mask)
-        # Of the tokens at position 0 the first counts: its repeats, which fill up a bucket, lie behind the last row.
-        self.places = torch.cat([torch.zeros_like(self.places[:1]), self.places[1:]])
-        ends = mask.to(torch.int32).sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        self.borders = torch.cat([torch.zeros(1, dtype=torch.int32, device=mask.device), ends])
-        self.offsets = torch.zeros(self.batch, self.length, dtype=torch.int32, device=mask.device)
-
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        heads: Heads,
-        bias: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """As `Packing.attend`."""
-        self.attended += 1
-        output = torch.onnx.ops.symbolic(
-            "com.microsoft::PackedMultiHeadAttention",
-            (query.squeeze(0), key.squeeze(0), value.squeeze(0), None, self.offsets, self.borders, bias),
-            {"num_heads": heads.queries, "scale": _scale(heads)},
-            dtype=query.dtype,
-            shape=query.shape[1:],
-            version=1,
-        )
-        return output.unsqueeze(0)
-
-
-def _scale(heads: Heads) -> float:
-    if heads.scale is None:
-        raise SystemExit("the scale of the scores is not known")
-    return heads.scale
+    def possible(self, model: nn.Module) -> bool:
+        """No second graph."""
+        return False
 
 
 class _Shared:
@@ -158,7 +126,7 @@ class Variant:
 PADDED = Variant("padded")
 PACKED = Variant("padding-free", packing=Packing)
 MASKED = Variant("padding-free, mask", packing=MaskPacking)
-VARLEN = Variant("padding-free, varlen", packing=VarlenPacking, cuda_only=True)
+VARLEN = Variant("padding-free, varlen", packing=AlwaysVarlen, cuda_only=True)
 MERGED = (
     PADDED,
     replace(PADDED, name="padded, one qkv", fused=True),

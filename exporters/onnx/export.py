@@ -29,6 +29,7 @@ from exporters.onnx.synthetic_customers import (
     read_base_head,
     synthetic_customers,
 )
+from exporters.onnx.varlen import VarlenPacking
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.exporting.job import ExportJob
@@ -37,10 +38,10 @@ from qrlora_deploy.io.outputs import check_free_folder
 from qrlora_deploy.merging.checkpoints import merge_model
 from qrlora_deploy.models.basis_fit import check_basis_fits
 from qrlora_deploy.models.checkpoint import Checkpoint
-from qrlora_deploy.runtime.bundle.bundle import MODEL_FILE, Manifest
+from qrlora_deploy.runtime.bundle.bundle import MODEL_FILE, PACKED_FILE, Manifest
 from qrlora_deploy.runtime.bundle.row_layout import SLOT, head_arrays
 from qrlora_deploy.runtime.sessions.token_index import check_runtime
-from qrlora_deploy.runtime.verification.parity import Case, check_parity, open_for_check
+from qrlora_deploy.runtime.verification.parity import Case, check_parity, check_right_padded, open_for_check
 from qrlora_deploy.tasks.base import Task
 from qrlora_deploy.tasks.registry import BY_OPTION, task_named
 
@@ -215,7 +216,11 @@ def _export(job: ExportJob, options: OnnxOptions, make_plan: Callable[[Prepared]
         graph = _write_graph(job, options, prepared, plan, folder)
         step(2)
         session = open_for_check(folder / MODEL_FILE, options.precision, options.provider)
-        report = check_parity(session, plan.reference, plan.content.deciding_task, options.precision)
+        task = plan.content.deciding_task
+        report = check_parity(session, plan.reference, task, options.precision)
+        if graph.packed:
+            packed = open_for_check(folder / PACKED_FILE, options.precision, options.provider)
+            report = check_right_padded(packed, plan.reference, task, report)
         report.raise_if_failed()
         labelled = plan.labelled
         accuracy = measure_accuracy(session, labelled, plan.tables, job.progress) if labelled else None
@@ -234,7 +239,7 @@ def _write_graph(job: ExportJob, options: OnnxOptions, prepared: Prepared, plan:
     """The graph in its precision; the model is cast in place."""
     model, rows = prepared.model, plan.rows
     cast_inside(model, rows, options.precision)
-    packing = Packing() if options.padding_free else None
+    packing = _make_packing(options)
     finish = None
     if rows is not None and fuses(options.precision, options.provider):
         finish = partial(fuse_branches, model, rows)
@@ -244,3 +249,10 @@ def _write_graph(job: ExportJob, options: OnnxOptions, prepared: Prepared, plan:
         calibration = calibration_inputs(prepared, texts, customers, job.progress) if texts is not None else None
         quantize_graph(folder / MODEL_FILE, graph.products, SMALLEST_EXTERNAL_BYTES, calibration)
     return graph
+
+
+def _make_packing(options: OnnxOptions) -> Packing | None:
+    """How tokens are packed; None: they are not."""
+    if options.packs:
+        return VarlenPacking(required=options.attention == "packed")
+    return Packing() if options.padding_free else None

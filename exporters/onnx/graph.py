@@ -18,8 +18,10 @@ from exporters.onnx.attention import HEADS, use_onnx_attention
 from exporters.onnx.bias_folding import fold_attention_biases
 from exporters.onnx.padding_free import Packing, pack_blocks
 from exporters.onnx.quantizing import base_products
+from exporters.onnx.shared_weights import write_beside
+from exporters.onnx.varlen import VarlenPacking
 from qrlora_deploy.errors import InputError, QrloraError, argument, first_line
-from qrlora_deploy.runtime.bundle.bundle import TensorRecord
+from qrlora_deploy.runtime.bundle.bundle import MODEL_FILE, PACKED_FILE, TensorRecord
 from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX
 from qrlora_deploy.tasks.base import Task
 from qrlora_deploy.tasks.classification import Classification
@@ -31,7 +33,6 @@ CLASSES = Classification()
 
 ATTENTION = ("Attention", "PackedMultiHeadAttention")
 
-MODEL_FILE = "model.onnx"
 SMALLEST_EXTERNAL_BYTES = 16 * 2**10
 """Smaller tensors stay in the graph. ONNX Runtime reads some of them while it still loads the graph,
 such as the sizes of the Split that has one for each target, and refuses to find those elsewhere."""
@@ -49,6 +50,7 @@ class Graph:
         opset: that its operators are of.
         products: names of the products of the base's linear layers, which int8 quantises.
         traced: the wrapper that was traced; runs in PyTorch, on the graph's inputs by position.
+        packed: whether there is a second graph, whose attention is packed.
     """
 
     inputs: tuple[TensorRecord, ...]
@@ -56,6 +58,7 @@ class Graph:
     opset: int = OPSET
     products: tuple[str, ...] = ()
     traced: Any = None
+    packed: bool = False
 
 
 Example = tuple[torch.Tensor, tuple[str | int, ...]]
@@ -104,7 +107,8 @@ def write_graph(
         names: its text inputs, int64 `[batch, sequence]` each.
         folder: where the files go.
         rows: further inputs, and who takes them.
-        packing: for a padding-free graph; the blocks of the model are made to use it, in place.
+        packing: for a padding-free graph; the blocks of the model are made to use it, in place. A `VarlenPacking`
+            also makes `folder/packed.onnx`, of the same weights.
         finish: changes the model's layers once more, after a run that shows what they read and before the trace.
         task: of the model; says what the graph answers and what that is called.
 
@@ -152,8 +156,15 @@ def write_graph(
         external_data=f"{MODEL_FILE}.data",
         size_threshold_bytes=SMALLEST_EXTERNAL_BYTES,
     )
+    packed = False
+    if isinstance(packing, VarlenPacking) and packing.possible(model):
+        packed = True
+        with packing.packed():
+            packed_program = _trace(wrapper, examples, opset, task.output_name)
+        strip_traces(packed_program.model)
+        write_beside(packed_program.model, folder / MODEL_FILE, folder / PACKED_FILE)
     inputs = tuple(_record(name, *example) for name, example in examples.items())
-    return Graph(inputs, attention_nodes, opset, products, wrapper)
+    return Graph(inputs, attention_nodes, opset, products, wrapper, packed)
 
 
 def _all_capped(model: Any) -> bool:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 TABLE_DTYPES = ("fp32", "fp16")
 PROVIDERS = ("cpu", "cuda", "tensorrt")
+ATTENTIONS = ("auto", "standard", "packed")
+PACKABLE = ("fp32", "fp16")
+"""Precisions that packed attention has a kernel for."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class OnnxOptions:
         calibration: texts that int8 finds the scales of its activations on; None: while the graph runs.
         table_dtype: of the coefficient table of a switchable bundle, one of `TABLE_DTYPES`.
         padding_free: the graph computes on the tokens that take part, given by one more input.
+        attention: of a padding-free bundle, one of `ATTENTIONS`. "packed": it has a second graph, for CUDA, whose
+            attention takes packed tokens; "auto": so it has where that is possible.
         data: texts of the check that ends the export; None: what comes with the project.
         provider: execution provider of that check, one of `PROVIDERS`.
         task: what the base is for, by what `--task` calls it, in a switchable bundle; None: what its config says.
@@ -56,6 +61,13 @@ class OnnxOptions:
         False,
         "The linear layers of an encoder compute on text alone, not on padding; for batches of uneven lengths. The "
         "graph gets one more input, token_index, which this project's sessions fill in.",
+    )
+    attention: str = option(
+        "auto",
+        "Of a padding-free bundle for the provider cuda: packed adds a second graph, whose attention works on the "
+        "tokens of right-padded batches as they lie, in fp32 and fp16; sessions choose by the mask. auto: where it is "
+        "possible.",
+        choices=ATTENTIONS,
     )
     data: "Examples | None" = option(
         None,
@@ -96,6 +108,22 @@ class OnnxOptions:
                 f"{argument('calibration')} runs padded batches, which a padding-free graph does not take; "
                 "leave one out"
             )
+        if self.attention not in ATTENTIONS:
+            raise InputError(f"unknown {argument('attention')} {self.attention!r}; choose from {', '.join(ATTENTIONS)}")
+        if self.attention == "packed" and not self._packable:
+            raise InputError(
+                f"{argument('attention', 'packed')} needs {argument('padding_free')}, {argument('provider', 'cuda')} "
+                f"and {argument('precision', 'fp16')} or fp32; without it standard attention is written"
+            )
+
+    @property
+    def packs(self) -> bool:
+        """Whether packed attention is to be written, where the model allows it."""
+        return self.attention != "standard" and self._packable
+
+    @property
+    def _packable(self) -> bool:
+        return self.padding_free and self.provider == "cuda" and self.precision in PACKABLE
 
 
 def check_precision(precision: str, provider: str, calibrated: bool = False) -> None:

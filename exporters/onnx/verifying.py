@@ -13,7 +13,8 @@ from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.runtime.bundle.bundle import Bundle
 from qrlora_deploy.runtime.bundle.row_layout import HeadLayout
-from qrlora_deploy.runtime.verification.parity import ParityReport, check_parity, open_for_check, shows_customers
+from qrlora_deploy.runtime.sessions.session import check_provider
+from qrlora_deploy.runtime.verification.parity import ParityReport, check_graphs, shows_customers
 from qrlora_deploy.tasks.registry import task_named
 
 
@@ -36,13 +37,13 @@ def verify_against(
     """
     manifest = bundle.manifest
     check_originals(bundle, checkpoint, basis, coefficients)
-    session = open_for_check(bundle.model, manifest.precision, provider)
+    check_provider(provider)
     checkpoint = checkpoint.taken_for(manifest.task)
     # The customer's thresholds for the base's rows too: whether two decisions are alike is asked of any.
     task = task_named(manifest.task).deciding_at(coefficients.thresholds)
     prepared = Prepared(checkpoint, checkpoint.tokenizer(), choose_texts(texts, task.pairs_apart))
     if manifest.kind == "merged":
-        return check_parity(session, build_reference(prepared, basis, coefficients), task, manifest.precision)
+        return check_graphs(bundle, build_reference(prepared, basis, coefficients), task, provider)
     head = HeadLayout(manifest.head_labels, manifest.head_features) if manifest.head_labels else None
     if coefficients.head and head is None:
         raise InputError(
@@ -57,7 +58,7 @@ def verify_against(
             f"the customer does not move the logits on these texts, so agreement proves nothing; "
             f"choose other {argument('data')}"
         )
-    return check_parity(session, reference, task, manifest.precision)
+    return check_graphs(bundle, reference, task, provider)
 
 
 def check_originals(bundle: Bundle, checkpoint: Checkpoint, basis: Basis, coefficients: Coefficients) -> None:

@@ -1,6 +1,7 @@
 """From a base to its basis."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from qrlora_deploy.api.inputs import Progress, StrPath
 from qrlora_deploy.api.sources import as_checkpoint
@@ -23,6 +24,7 @@ def factorize(
     rule: RankRule | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
+    scratch: StrPath | None = None,
 ) -> Basis:
     """Factorize the weights of a base into the basis that all its customers share.
 
@@ -39,9 +41,11 @@ def factorize(
         rule: another rule instead, which may see all weights at once; see `qrlora_deploy.rank_rules.base`.
         device: "cpu" (LAPACK in fp64) or "cuda".
         progress: called with (description, done, total) after each weight.
+        scratch: a folder where the factors lie instead of in memory, for a basis that may be larger; remove it when
+            the basis is saved.
 
     Returns:
-        The basis, in memory; `save` writes it.
+        The basis; `save` writes it.
 
     Raises:
         InputError: there is no such base or layer, the base is none of the supported kind or is not whole, or tau,
@@ -61,4 +65,4 @@ def factorize(
     checkpoint.check_base()
     patterns = [targets] if isinstance(targets, str) else list(targets)
     names = choose_targets(checkpoint.skeleton(), patterns, last_layers)
-    return factorize_layers(checkpoint, names, rule, device, progress)
+    return factorize_layers(checkpoint, names, rule, device, progress, None if scratch is None else Path(scratch))

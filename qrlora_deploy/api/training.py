@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Unpack
 
-from qrlora_deploy.api.inputs import Progress, StrPath, as_basis
+from qrlora_deploy.api.inputs import Progress, StrPath, as_basis, as_coefficients
 from qrlora_deploy.api.options import FleetTrainOptions, TrainOptions, WarmupOptions
 from qrlora_deploy.api.sources import as_checkpoint, as_examples
 from qrlora_deploy.data.examples import Examples
@@ -78,6 +78,7 @@ def train(
     label_column: str | None = None,
     work_dir: StrPath | None = None,
     resume: bool = False,
+    start: StrPath | Coefficients | None = None,
     progress: Progress | None = None,
     **settings: Unpack[TrainOptions],
 ) -> Coefficients:
@@ -95,6 +96,7 @@ def train(
         work_dir: folder of the run's checkpoints, which stays for the caller to remove, and which `resume` goes on
             from. None: a temporary one, which is removed when the run ends.
         resume: go on from the last whole checkpoint in `work_dir`.
+        start: a customer to go on from, such as one that `project` made: a file or `Coefficients`; None: the base.
         progress: called with (description, done, total) after each step.
         settings: keywords of `TrainSettings`, such as `epochs=5`, `learning_rate=0.05` or `head="output"`.
 
@@ -118,8 +120,8 @@ def train(
     rows, held_out = _read(data, evaluation, text_column, label_column, chosen)
     frozen = as_basis(basis)
     with _work_folder(work_dir, resume) as folder:
-        place = str(frozen.file or "")
-        return train_one(as_checkpoint(base), frozen, rows, held_out, chosen, folder, resume, place, progress)
+        place, begin = str(frozen.file or ""), None if start is None else as_coefficients(start)
+        return train_one(as_checkpoint(base), frozen, rows, held_out, chosen, folder, resume, place, progress, begin)
 
 
 def train_fleet(

@@ -39,6 +39,19 @@ max_ratio = 1.05             # to the reference (a bundle or an earlier report.j
 min_rows_per_s = 10.0
 # min_ratio = 0.95
 
+# Decoders, in the scenario generation, as often as you like; every limit that is here must be met.
+# [[generation]]
+# statistic = "p99"          # of the three limits in milliseconds
+# shape = "8x128"            # answers side by side x tokens of the prompt; left out: every shape
+# max_ttft_ms = 500.0        # time to first token
+# max_tpot_ms = 50.0         # time per output token, an answer's mean
+# max_itl_ms = 100.0         # every single time between two tokens
+# min_tokens_per_s = 100.0   # of all answers together, the median of the runs
+# min_goodput_per_s = 2.0    # answers a second within the budgets of the measurement
+# max_ttft_ratio = 1.05      # medians to the reference, or to the first bundle; the whole interval counts
+# max_tpot_ratio = 1.05
+# min_tokens_ratio = 0.95
+
 # Requests per second at which the scenario server keeps its p99 within a budget.
 # [capacity]
 # min_requests_per_s = 20.0
@@ -57,11 +70,15 @@ max_customer_bytes = 100000
 max_host_bytes = 8000000000
 # max_device_bytes = 8000000000
 
-# Right answers on labelled files, one for each customer; paths are from this file's folder.
+# Right answers on labelled files, one for each customer; paths are from this file's folder. A decoder's answer is
+# right where greedy writing gives it to the last token.
 # [accuracy]
 # min = 0.8
 # max_drop = 0.0             # at most so much below the base's own accuracy on the same file
 # max_drop_to_reference = 0.01   # the same, below the reference's or the earlier report's
+# max_nll = 1.5              # of a decoder: the mean loss of an answer's token
+# max_nll_over_base = 0.0    # at most so much above the base's own on the same file
+# max_nll_over_reference = 0.01
 # [accuracy.data]
 # acme = "acme-test.tsv"
 """
@@ -104,15 +121,38 @@ class ThroughputRule(_Rule):
     min_ratio: float | None = Field(default=None, gt=0)
 
 
+class GenerationRule(_Rule):
+    """Tokens of decoders: percentiles in milliseconds, medians a second, and medians to the baseline."""
+
+    statistic: Statistic = "p99"
+    shape: str | None = Shape
+    max_ttft_ms: float | None = Field(default=None, gt=0)
+    max_tpot_ms: float | None = Field(default=None, gt=0)
+    max_itl_ms: float | None = Field(default=None, gt=0)
+    min_tokens_per_s: float | None = Field(default=None, gt=0)
+    min_goodput_per_s: float | None = Field(default=None, gt=0)
+    max_ttft_ratio: float | None = Field(default=None, gt=0)
+    max_tpot_ratio: float | None = Field(default=None, gt=0)
+    min_tokens_ratio: float | None = Field(default=None, gt=0)
+
+    @property
+    def compares(self) -> bool:
+        """Whether a baseline is needed."""
+        return any(limit is not None for limit in (self.max_ttft_ratio, self.max_tpot_ratio, self.min_tokens_ratio))
+
+
 class CapacityRule(_Rule):
-    """Requests per second of the scenario server, within `p99_ms` or else the budget of the measurement."""
+    """Requests per second of the scenario server, within `p99_ms` or else the budget of the measurement; of a decoder
+    `p99_ms` is that of the time to first token.
+    """
 
     min_requests_per_s: float = Field(gt=0)
     p99_ms: float | None = Field(default=None, gt=0)
 
 
 class AccuracyRule(_Rule):
-    """Share of right labels of every customer that has a labelled file.
+    """Share of right labels of every customer that has a labelled file; of a decoder, of answers that greedy writing
+    gives to the last token, and the loss of a token.
 
     `max_drop` is below the base's; it needs a switchable bundle, and labels that the base has.
     """
@@ -120,6 +160,9 @@ class AccuracyRule(_Rule):
     min: float | None = Field(default=None, ge=0, le=1)
     max_drop: float | None = Field(default=None, ge=0, le=1)
     max_drop_to_reference: float | None = Field(default=None, ge=0, le=1)
+    max_nll: float | None = Field(default=None, gt=0)
+    max_nll_over_base: float | None = None
+    max_nll_over_reference: float | None = None
     data: dict[str, str] = {}
 
 
@@ -150,6 +193,7 @@ class GateRules(Record):
     allow_unstable: bool = False
     latency: list[LatencyRule] = []
     throughput: list[ThroughputRule] = []
+    generation: list[GenerationRule] = []
     capacity: CapacityRule | None = None
     accuracy: AccuracyRule | None = None
     parity: ParityRule | None = None
@@ -161,6 +205,7 @@ class GateRules(Record):
         if (
             not self.latency
             and not self.throughput
+            and not self.generation
             and not any((self.capacity, self.accuracy, self.parity, self.size, self.memory))
         ):
             raise ValueError("there is no rule in it; `qrlora-deploy bench --gate-example` shows some")

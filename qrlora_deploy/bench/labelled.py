@@ -49,13 +49,14 @@ def measure_accuracy(subject: BundleSubject, files: Mapping[str, Path]) -> list[
 
 def with_reference(found: Sequence[Accuracy], reference: Sequence[Accuracy]) -> list[Accuracy]:
     """`found`, each with the accuracy of the reference for the same customer and as many rows."""
-    known = {(item.customer, item.rows): item.accuracy for item in reference if not item.error}
-    return [
-        item.model_copy(update={"reference_accuracy": known.get((item.customer, item.rows))})
-        if not item.error
-        else item
-        for item in found
-    ]
+    known = {(item.customer, item.rows): item for item in reference if not item.error}
+    return [_beside(item, known.get((item.customer, item.rows))) for item in found]
+
+
+def _beside(item: Accuracy, reference: Accuracy | None) -> Accuracy:
+    if item.error or reference is None:
+        return item
+    return item.model_copy(update={"reference_accuracy": reference.accuracy, "reference_nll": reference.nll})
 
 
 def _served(subject: BundleSubject, files: Mapping[str, Path]) -> list[str]:

@@ -14,7 +14,7 @@ SAME_WITHIN = 0.02
 """Nearer to 1 no difference is claimed: where its weights happen to lie in memory makes two openings
 of the same bundle differ by 1 to 2 %, in the whole run and in one direction."""
 
-COMPARED: dict[str, tuple[str, ...]] = {"single-stream": ("p50", "p99"), "offline": ("p50",)}
+COMPARED: dict[str, tuple[str, ...]] = {"single-stream": ("p50", "p99"), "offline": ("p50",), "generation": ("p50",)}
 """Statistics of the scenarios in which subjects take turns."""
 
 THROUGHPUT_ONLY = ("p50",)
@@ -26,7 +26,7 @@ def make_measurement(
     subject: str, scenario: Scenario, workload: Workload, samples: Sequence[float], variant: str = ""
 ) -> Measurement:
     """A measurement of latencies in milliseconds, without windows."""
-    percentiles, refused = _percentiles(samples, tuple(PERCENTILES))
+    percentiles, refused = percentiles_of(samples, tuple(PERCENTILES))
     return Measurement(
         subject=subject,
         scenario=scenario,
@@ -44,7 +44,7 @@ def measurement_of(subject: str, scenario: Scenario, workload: Workload, series:
     rate = scenario == "offline"
     scale = 1.0 if rate else 1e3
     samples = [sample * scale for sample in series.samples]
-    percentiles, refused = _percentiles(samples, THROUGHPUT_ONLY if rate else tuple(PERCENTILES))
+    percentiles, refused = percentiles_of(samples, THROUGHPUT_ONLY if rate else tuple(PERCENTILES))
     judged = series.stability
     throughput = float(np.median(samples)) if rate else workload.batch * len(samples) / sum(series.samples)
     return make_measurement(subject, scenario, workload, samples).model_copy(
@@ -133,7 +133,8 @@ def interval(estimate: Estimate) -> Interval:
     return Interval(value=estimate.value, low=estimate.low, high=estimate.high)
 
 
-def _percentiles(samples: Sequence[float], names: Sequence[str]) -> tuple[dict[str, Interval], dict[str, int]]:
+def percentiles_of(samples: Sequence[float], names: Sequence[str]) -> tuple[dict[str, Interval], dict[str, int]]:
+    """The percentiles for which there are enough samples, and how many the others need."""
     values = np.array(samples)
     found = {name: percentile(values, PERCENTILES[name]) for name in names}
     refused = {name: needed_samples(PERCENTILES[name]) for name, estimate in found.items() if estimate is None}

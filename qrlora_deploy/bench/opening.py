@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from qrlora_deploy.bench.subjects import BundleSubject, Spec, Subject
 from qrlora_deploy.bench.workload import Workload
-from qrlora_deploy.runtime.bundle.bundle import Bundle
+from qrlora_deploy.runtime.bundle.bundle import Bundle, open_bundle
 
 
 def open_subject(spec: Spec, workloads: Sequence[Workload], bundle: Bundle | None = None) -> Subject:
@@ -17,6 +17,12 @@ def open_subject(spec: Spec, workloads: Sequence[Workload], bundle: Bundle | Non
         InputError: it cannot be opened that way, or a workload does not fit it.
     """
     if spec.kind == "bundle":
+        bundle = bundle or open_bundle(spec.path)
+        if bundle.manifest.deciding_task.writes_text:
+            # Imported here: encoders need nothing of it.
+            from qrlora_deploy.bench.generation.subject import DecoderSubject
+
+            return DecoderSubject(spec, workloads, bundle)
         return BundleSubject(spec, workloads, bundle)
     # Imported here: a serving host has no PyTorch.
     from qrlora_deploy.bench.peers import TorchSubject

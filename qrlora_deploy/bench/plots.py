@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from qrlora_deploy.bench.report import Report
-from qrlora_deploy.bench.report_parts import Measurement, shape_name
+from qrlora_deploy.bench.report_parts import TTFT, Measurement, shape_name
 
 INK, FAINT = "#010203", "#040506"
 """Stand for the page's colours of text and of lines in the background, and are replaced by them."""
@@ -62,6 +62,10 @@ def draw_figures(report: Report) -> dict[str, str]:
         for shape in dict.fromkeys(item.shape for item in singles):
             drawn = _latencies([item for item in singles if item.shape == shape], colours)
             figures[f"Latency of single runs, {shape}"] = _svg(drawn)
+        firsts = [item for item in report.of("generation") if item.variant == TTFT]
+        for shape in dict.fromkeys(item.shape for item in firsts):
+            drawn = _latencies([item for item in firsts if item.shape == shape], colours)
+            figures[f"Time to first token, {shape}"] = _svg(drawn)
         for item in dict.fromkeys(item.length for item in report.of("offline")):
             chosen = [other for other in report.of("offline") if other.length == item]
             figures[f"Throughput by batch, {f'{item} tokens' if item else 'texts'}"] = _svg(

@@ -7,8 +7,18 @@ from typing import Literal
 
 from qrlora_deploy.io.strict import Record
 
-Scenario = Literal["single-stream", "offline", "server", "idle-gap", "cold-start", "swap"]
+Scenario = Literal["single-stream", "offline", "generation", "server", "idle-gap", "cold-start", "swap"]
 SCENARIOS: tuple[Scenario, ...] = ("single-stream", "offline", "server", "idle-gap", "cold-start", "swap")
+"""Of what answers texts as a whole."""
+
+DECODER_SCENARIOS: tuple[Scenario, ...] = ("generation", "server", "cold-start")
+"""Of decoders."""
+
+Unit = Literal["ms", "rows/s", "tokens/s", "requests/s"]
+
+TTFT, TPOT, ITL, TOKENS, GOODPUT = "ttft", "tpot", "itl", "tokens", "goodput"
+"""Variants of the scenario generation: time to first token, time per output token behind it (an answer's mean), each
+time between two tokens, tokens a second, and answers a second that are within both budgets."""
 
 Kind = Literal["merged", "switchable", "torch-eager", "torch-compile", "peft"]
 
@@ -92,8 +102,9 @@ class Measurement(Record):
         scenario: see `docs/bench.md`.
         batch: rows of a run.
         length: tokens of a row; None where they are texts of the user.
-        variant: what else tells measurements of a scenario apart, such as a rate or "with swaps".
-        unit: of `samples` and all that is made from them: "ms", or "rows/s" in the scenario offline.
+        variant: what else tells measurements of a scenario apart, such as a rate, "with swaps", or of a decoder "ttft".
+        unit: of `samples` and all that is made from them: "ms"; "rows/s" in the scenario offline; "tokens/s" and
+            "requests/s" in the scenario generation.
         samples: in the order in which they were taken, all of them.
         warmup: before them, not part of any figure.
         percentiles: by name; `refused`: of those that are missing, how many samples they need.
@@ -103,6 +114,7 @@ class Measurement(Record):
         throughput_per_s: rows answered by the time spent in runs.
         offered_per_s: in the scenario server: arrivals.
         saturated: the queue grew until it was cut off.
+        goodput_per_s: of a decoder in the scenario server: answers within both budgets.
     """
 
     subject: str
@@ -110,7 +122,7 @@ class Measurement(Record):
     batch: int
     length: int | None
     variant: str = ""
-    unit: Literal["ms", "rows/s"] = "ms"
+    unit: Unit = "ms"
     samples: list[float]
     warmup: list[float] = []
     percentiles: dict[str, Interval] = {}
@@ -121,6 +133,7 @@ class Measurement(Record):
     throughput_per_s: float | None = None
     offered_per_s: float | None = None
     saturated: bool = False
+    goodput_per_s: float | None = None
 
     @property
     def shape(self) -> str:
@@ -137,6 +150,8 @@ class Capacity(Record):
     """The scenario server's answer: the largest rate that was tried with its p99 within the budget.
 
     Attributes:
+        budget_ms: of a request; of a decoder's time to first token.
+        tpot_ms: of a decoder's time per output token, which 99 % of the answers keep together with the other.
         rate_per_s: None where no rate that was tried stayed within it.
         bounded: a higher rate failed, so this is the limit and not the end of the search.
         refused: requests that a p99 needs, where a run had time for fewer; then no rate was judged.
@@ -149,6 +164,7 @@ class Capacity(Record):
     rate_per_s: float | None
     bounded: bool
     refused: int = 0
+    tpot_ms: float | None = None
 
 
 class Comparison(Record):
@@ -178,11 +194,14 @@ class Comparison(Record):
 
 
 class Accuracy(Record):
-    """Labels of a customer's own file: right answers of the subject and of its base (slot 0).
+    """A customer's own file: right answers of the subject and of its base (slot 0).
+
+    A decoder's answer is right where greedy writing gives it to the last token.
 
     Attributes:
         base_accuracy: None where the bundle holds no base, or the base has other labels.
         reference_accuracy: of the reference or the earlier report on as many rows; None without one.
+        nll: of a decoder, the mean negative log likelihood of an answer's token; the other two likewise.
         error: why it could not be measured; then there are no figures.
     """
 
@@ -193,6 +212,9 @@ class Accuracy(Record):
     accuracy: float | None = None
     base_accuracy: float | None = None
     reference_accuracy: float | None = None
+    nll: float | None = None
+    base_nll: float | None = None
+    reference_nll: float | None = None
     error: str = ""
 
 
@@ -254,3 +276,6 @@ class Settings(Record):
     idle_seconds: float = 1.0
     repeats: int = 6
     swaps_per_s: float = 20.0
+    new_tokens: int | None = None
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None

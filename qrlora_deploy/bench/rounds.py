@@ -109,6 +109,20 @@ def measure_throughput(
     return measured
 
 
+def measure_in_turn(
+    calls: Mapping[str, Call],
+    samplers: Mapping[str, Sampler],
+    bounds: Bounds,
+    random: np.random.Generator,
+    tick: Tick | None = None,
+) -> dict[str, Series]:
+    """Whatever the samplers give; `calls` are the runs that are not measured."""
+    started = time.perf_counter()
+    measured = {name: Series(warmup=warm_up(call)) for name, call in calls.items()}
+    _measure(measured, calls, samplers, _Run(bounds, started, random, tick))
+    return measured
+
+
 def rest() -> None:
     """Sleep until the threads of the run before have stopped spinning."""
     for _ in range(int(MAX_REST_S / REST_STEP_S)):

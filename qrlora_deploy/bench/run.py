@@ -6,9 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from qrlora_deploy.bench.choosing import baseline, earlier_names, make_specs, make_workloads, open_bundles
+from qrlora_deploy.bench.choosing import baseline, earlier_names, make_specs, make_workloads, open_bundles, settled
 from qrlora_deploy.bench.environment import describe_environment
 from qrlora_deploy.bench.fresh import start_fresh
+from qrlora_deploy.bench.generation.scenarios import run_arrivals, run_generation
+from qrlora_deploy.bench.generation.scoring import measure_answers
+from qrlora_deploy.bench.generation.subject import DecoderSubject
 from qrlora_deploy.bench.labelled import labelled_files, measure_accuracy, with_reference
 from qrlora_deploy.bench.limits import describe_limits, machine_differences
 from qrlora_deploy.bench.measurements import compare, compare_earlier, make_measurement
@@ -35,7 +38,7 @@ from qrlora_deploy.bench.scenarios import (
     smallest_batch,
 )
 from qrlora_deploy.bench.settings import BenchSettings, Progress
-from qrlora_deploy.bench.subjects import BundleSubject, Spec, Subject, customer_file, largest
+from qrlora_deploy.bench.subjects import BundleSubject, OpenBundle, Spec, Subject, customer_file, largest
 from qrlora_deploy.bench.workload import Workload
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.io.files import digest_file
@@ -68,6 +71,7 @@ def run_benchmark(
         InputError: a bundle, a file or a setting is wrong.
         QrloraError: a run failed.
     """
+    settings = settled(settings)
     environment = describe_environment()
     earlier = read_report(settings.earlier) if settings.earlier is not None else None
     files = (labelled_files(settings.labelled) if settings.labelled is not None else {}) | (data or {})
@@ -79,9 +83,9 @@ def run_benchmark(
     found = _Found()
     _measure(settings, specs, subjects, workloads, found, progress)
     for name, subject in subjects.items():
-        if isinstance(subject, BundleSubject) and files:
+        if isinstance(subject, OpenBundle) and files:
             _tell(progress, f"accuracy of {name}", 0, 1)
-            found.accuracy += measure_accuracy(subject, files)
+            found.accuracy += _accuracy(subject, files)
     first = baseline(specs)
     comparisons, before, theirs = compare(found.measurements, first, settings.seed), found.accuracy, {first}
     if earlier is not None:
@@ -102,6 +106,12 @@ def run_benchmark(
     return report.model_copy(update={"notes": describe_limits(report, earlier)})
 
 
+def _accuracy(subject: OpenBundle, files: dict[str, Path]) -> list[Accuracy]:
+    if isinstance(subject, DecoderSubject):
+        return measure_answers(subject, files)
+    return measure_accuracy(subject, files) if isinstance(subject, BundleSubject) else []
+
+
 def _measure(
     settings: BenchSettings,
     specs: Sequence[Spec],
@@ -117,10 +127,11 @@ def _measure(
         "offline": run_offline,
         "idle-gap": run_idle_gap,
         "swap": run_swap,
+        "generation": run_generation,
     }
     _fresh(settings, specs, workloads, found, progress)
     for scenario in settings.scenarios:
-        shapes = workloads if scenario in ("single-stream", "offline") else smallest_batch(workloads)
+        shapes = _shapes(settings, scenario, workloads)
         for workload in shapes if scenario != "cold-start" else ():
             title = f"{scenario} {workload.name}"
 
@@ -129,12 +140,23 @@ def _measure(
 
             stage = Stage(settings, subjects, random, tick)
             if scenario == "server":
-                measured, capacities = run_server(stage, workload)
+                measured, capacities = (run_arrivals if settings.new_tokens else run_server)(stage, workload)
                 found.measurements += measured
                 found.capacities += capacities
             else:
                 found.measurements += simple[scenario](stage, workload)
             tick(1.0)
+
+
+def _shapes(settings: BenchSettings, scenario: Scenario, workloads: Sequence[Workload]) -> Sequence[Workload]:
+    """Those that a scenario takes: all, or for each length one batch."""
+    if scenario in ("single-stream", "offline", "generation"):
+        return workloads
+    if settings.new_tokens is None:
+        return smallest_batch(workloads)
+    # Of a decoder the batch is how many answers run side by side.
+    most = max(workload.batch for workload in workloads)
+    return [workload for workload in workloads if workload.batch == most]
 
 
 def _fresh(
@@ -164,7 +186,7 @@ def _open(
     subjects: dict[str, Subject] = {}
     for index, spec in enumerate(specs):
         subject = open_subject(spec, workloads, bundles.get(spec.path))
-        if isinstance(subject, BundleSubject) and subject.refused and not subject.customers:
+        if isinstance(subject, OpenBundle) and subject.refused and not subject.customers:
             name, reason = next(iter(subject.refused.items()))
             raise InputError(f"none of the {len(subject.refused)} customers can be served, such as {name}: {reason}")
         subjects[spec.name] = subject
@@ -174,7 +196,7 @@ def _open(
 
 def _described(subject: Subject, memory: Memory | None, settings: BenchSettings) -> SubjectRecord:
     parity = None
-    if isinstance(subject, BundleSubject):
+    if isinstance(subject, OpenBundle):
         found = verify(subject.bundle, settings.provider, settings.threads)
         finite = bool(np.isfinite(found.max_abs_error))
         parity = Parity(
@@ -192,7 +214,7 @@ def _customers(subjects: dict[str, Subject]) -> list[Customer]:
     refused: dict[str, str] = {}
     places: dict[str, Path] = {}
     for subject in subjects.values():
-        if isinstance(subject, BundleSubject):
+        if isinstance(subject, OpenBundle):
             refused |= subject.refused
             places |= {name: customer_file(subject.spec, name) for name in [*subject.customers, *subject.refused]}
     return [
@@ -224,6 +246,9 @@ def _kept(settings: BenchSettings, workloads: Sequence[Workload]) -> Settings:
         idle_seconds=settings.idle_seconds,
         repeats=settings.repeats,
         swaps_per_s=settings.swaps_per_s,
+        new_tokens=settings.new_tokens,
+        ttft_ms=settings.ttft_ms,
+        tpot_ms=settings.tpot_ms,
     )
 
 

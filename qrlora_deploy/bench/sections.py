@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qrlora_deploy.bench.generation_section import COLUMNS, generation_rows
 from qrlora_deploy.bench.report import Report
 from qrlora_deploy.bench.report_parts import Comparison, Measurement, Subject, shape_name
 
@@ -35,6 +36,7 @@ def sections(report: Report) -> list[Section]:
         _customers(report),
         _latency(report),
         _throughput(report),
+        _generation(report),
         _capacity(report),
         _server(report),
         _others(report),
@@ -139,12 +141,18 @@ def _throughput(report: Report) -> Section:
     return Section("Throughput of runs back to back", columns, rows)
 
 
+def _generation(report: Report) -> Section:
+    rows = generation_rows(report, figure, lambda item: ratio_text(report.comparisons_of(item, "p50")), _steady)
+    return Section("Answers of decoders, token by token", COLUMNS, rows)
+
+
 def _capacity(report: Report) -> Section:
     rows = []
     for item in report.capacities:
         rate = figure(item.rate_per_s) if item.rate_per_s is not None else "none that was tried"
         limit = f"needs {item.refused} requests" if item.refused else "yes" if item.bounded else "no"
-        rows.append((shape_name(item.batch, item.length), item.subject, figure(item.budget_ms), rate, limit))
+        budget = figure(item.budget_ms) if item.tpot_ms is None else f"{figure(item.budget_ms)}, {figure(item.tpot_ms)}"
+        rows.append((shape_name(item.batch, item.length), item.subject, budget, rate, limit))
     columns = ("shape", "subject", "budget of the p99, ms", "requests/s within it", "a higher rate failed")
     return Section("Server: the largest rate within a budget", columns, rows)
 
@@ -172,8 +180,9 @@ def _accuracy(report: Report) -> Section:
     rows = []
     for item in report.accuracy:
         base = figure(item.base_accuracy)
-        rows.append((item.customer, item.subject, str(item.rows), item.error or figure(item.accuracy), base))
-    columns = ("customer", "subject", "rows", "accuracy", "of the base")
+        losses = (figure(item.nll), figure(item.base_nll))
+        rows.append((item.customer, item.subject, str(item.rows), item.error or figure(item.accuracy), base, *losses))
+    columns = ("customer", "subject", "rows", "accuracy", "of the base", "loss a token", "of the base")
     return Section("Accuracy on labelled files", columns, rows)
 
 

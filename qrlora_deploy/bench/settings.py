@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from qrlora_deploy.bench.report_parts import SCENARIOS, Scenario
+from qrlora_deploy.bench.report_parts import DECODER_SCENARIOS, SCENARIOS, Scenario
 from qrlora_deploy.bench.subjects import Mix
 from qrlora_deploy.errors import InputError, argument
 
@@ -27,6 +27,9 @@ BOUNDS: dict[str, float] = {
     "repeats": 100_000,
     "swaps_per_s": 10**6,
     "threads": 1024,
+    "new_tokens": 2**20,
+    "ttft_ms": 1000 * DAY,
+    "tpot_ms": 1000 * DAY,
 }
 """The most that each setting can be; all are above 0. Beyond lies no measurement that ends."""
 
@@ -45,9 +48,9 @@ class BenchSettings:
         bundles: folders, all measured in turn. The first is the baseline of the ratios where there
             is no reference.
         customers: folder of coefficients files for the switchable ones.
-        scenarios: in any order.
+        scenarios: in any order; empty: generation for decoders, single-stream and offline for others.
         batches: rows, every number with every length.
-        lengths: tokens of a row; empty: 32 and 128, or the model's most.
+        lengths: tokens of a row, or of a decoder's prompt; empty: 32 and 128, or the model's most.
         data: labelled file whose texts are the inputs instead, in their own lengths.
         provider: as for `open_session`.
         threads: as for `open_session`.
@@ -64,12 +67,15 @@ class BenchSettings:
         idle_seconds: of rest before a request.
         repeats: of rests and of cold starts.
         swaps_per_s: in the scenario swap.
+        new_tokens: of a decoder's answers; None: 32.
+        ttft_ms: budget of a decoder's time to first token, for the goodput.
+        tpot_ms: budget of its time per output token.
         seed: of every random choice.
     """
 
     bundles: tuple[Path, ...]
     customers: Path | None = None
-    scenarios: tuple[Scenario, ...] = ("single-stream", "offline")
+    scenarios: tuple[Scenario, ...] = ()
     batches: tuple[int, ...] = (1, 8)
     lengths: tuple[int, ...] = ()
     data: Path | None = None
@@ -89,6 +95,9 @@ class BenchSettings:
     idle_seconds: float = 1.0
     repeats: int = 6
     swaps_per_s: float = 20.0
+    new_tokens: int | None = None
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -104,11 +113,12 @@ class BenchSettings:
                 f"{argument('lengths')} and {argument('data')} exclude each other: texts have their own lengths"
             )
         self._check_sizes()
-        if not self.batches or not self.scenarios:
-            raise InputError(f"give at least one {argument('batches')} and one {argument('scenarios')}")
-        unknown = [name for name in self.scenarios if name not in SCENARIOS]
+        if not self.batches:
+            raise InputError(f"give at least one {argument('batches')}")
+        known = dict.fromkeys((*SCENARIOS, *DECODER_SCENARIOS))
+        unknown = [name for name in self.scenarios if name not in known]
         if unknown:
-            raise InputError(f"{argument('scenarios', unknown)}: choose from {', '.join(SCENARIOS)}")
+            raise InputError(f"{argument('scenarios', unknown)}: choose from {', '.join(known)}")
         if self.peers and self.base is None:
             raise InputError(
                 f"{argument('peers', self.peers)} needs {argument('base')}, the folder of the Hugging Face checkpoint"

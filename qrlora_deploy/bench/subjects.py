@@ -11,14 +11,14 @@ from qrlora_deploy.bench.report_parts import Kind
 from qrlora_deploy.bench.report_parts import Subject as SubjectRecord
 from qrlora_deploy.bench.workload import LENGTHS, Workload, token_inputs
 from qrlora_deploy.errors import InputError, ProviderError, argument
-from qrlora_deploy.formats.coefficients import SUFFIX
+from qrlora_deploy.formats.coefficients import SUFFIX, Coefficients
 from qrlora_deploy.formats.customer_files import customer_ids, read_customer
 from qrlora_deploy.io.files import digest_file
-from qrlora_deploy.runtime.bundle.bundle import MANIFEST_FILE, Bundle, check_graph, open_bundle
+from qrlora_deploy.runtime.bundle.bundle import MANIFEST_FILE, Bundle, open_bundle
 from qrlora_deploy.runtime.prediction.tokenizing import TextEncoder, batches
-from qrlora_deploy.runtime.sessions.bucket_runner import make_runner
 from qrlora_deploy.runtime.sessions.buckets import Buckets
-from qrlora_deploy.runtime.sessions.session import PROVIDERS, open_session
+from qrlora_deploy.runtime.sessions.runners import make_runner, open_graph
+from qrlora_deploy.runtime.sessions.session import PROVIDERS
 from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
 from qrlora_deploy.tasks.registry import task_named
 from qrlora_deploy.tokenization.words import LocatedWords, Place
@@ -48,6 +48,7 @@ class Spec:
         mix: whose the rows of a batch are: different customers', one customer's, or the base's.
         targets: layers that the peer with PEFT adapts.
         precision: of a peer: "fp32", "fp16" or "bf16".
+        new_tokens: of a decoder's answers.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Spec:
     mix: Mix = "different"
     targets: tuple[str, ...] = ()
     precision: str = "fp32"
+    new_tokens: int = 1
 
 
 class Subject(Protocol):
@@ -73,11 +75,47 @@ class Subject(Protocol):
         """Make the inputs of a workload; only the answering itself is left to the call."""
 
 
-class BundleSubject:
+class OpenBundle:
+    """What all bundles have: whose their rows are.
+
+    Attributes:
+        record: for the report.
+        customers: those that were loaded, in order. refused: why others were not.
+    """
+
+    record: SubjectRecord
+
+    def __init__(self, spec: Spec, bundle: Bundle) -> None:
+        self.spec = spec
+        self.bundle = bundle
+        self.customers: list[str] = []
+        self.refused: dict[str, str] = {}
+
+    def owners(self, batch: int) -> list[str | None]:
+        """Whose each row of a batch is."""
+        if self.spec.mix == "base" or not self.customers:
+            return [None] * batch
+        if self.spec.mix == "one":
+            return [self.customers[0]] * batch
+        return [self.customers[row % len(self.customers)] for row in range(batch)]
+
+    def load_customers(self, load: Callable[[str, Coefficients], None]) -> None:
+        """Give `load` every customer of the spec."""
+        folder = self.spec.folder
+        if folder is None:
+            return
+        for name in sorted(customer_ids(folder)) if self.spec.customers is None else self.spec.customers:
+            try:
+                load(name, read_customer(folder, name))
+                self.customers.append(name)
+            except InputError as error:
+                self.refused[name] = str(error)
+
+
+class BundleSubject(OpenBundle):
     """A bundle in ONNX Runtime. Tokenizing is done in `prepare`, so it is in no latency.
 
     Attributes:
-        customers: those that were loaded, in order. refused: why others were not.
         switchable: the session of a switchable bundle; None for a merged one.
 
     Raises:
@@ -85,28 +123,24 @@ class BundleSubject:
     """
 
     def __init__(self, spec: Spec, workloads: Sequence[Workload], bundle: Bundle | None = None) -> None:
-        self.spec = spec
-        self.bundle = bundle or open_bundle(spec.path)
+        super().__init__(spec, bundle or open_bundle(spec.path))
         self.switchable: SwitchableSession | None = None
-        self.customers: list[str] = []
-        self.refused: dict[str, str] = {}
         check_workloads(self.bundle, workloads)
         buckets = _buckets(spec, self.bundle, workloads)
         if self.bundle.manifest.kind == "merged":
-            session = open_session(self.bundle.model, spec.provider, spec.threads, cuda_graph=spec.cuda_graph)
-            check_graph(session, self.bundle)
-            self._runner = make_runner(session, self.bundle.manifest, spec.provider, buckets)
+            session = open_graph(self.bundle, spec.provider, spec.threads, spec.cuda_graph)
+            self._runner = make_runner(session, self.bundle, spec.provider, buckets, threads=spec.threads)
         else:
             self.switchable = SwitchableSession(
                 self.bundle, spec.provider, rows=self._rows(), threads=spec.threads, buckets=buckets
             )
             session = self.switchable.session
-            self._load_customers()
+            self.load_customers(self.switchable.load)
         self._encoder = TextEncoder(self.bundle)
         active = session.get_providers()[0]
         if active != PROVIDERS[spec.provider]:
             raise ProviderError(f"{spec.path}: {PROVIDERS[spec.provider]} was asked for, but {active} is active")
-        self.record = _describe(spec, self.bundle, active)
+        self.record = describe_bundle(spec, self.bundle, active)
 
     def prepare(self, workload: Workload) -> Call:
         """As `Subject.prepare`."""
@@ -116,14 +150,6 @@ class BundleSubject:
             return lambda turn: self._runner.run(inputs[turn % len(inputs)])
         session = self.switchable
         return lambda turn: session.predict(inputs[turn % len(inputs)], owners)
-
-    def owners(self, batch: int) -> list[str | None]:
-        """Whose each row of a batch is."""
-        if self.spec.mix == "base" or not self.customers:
-            return [None] * batch
-        if self.spec.mix == "one":
-            return [self.customers[0]] * batch
-        return [self.customers[row % len(self.customers)] for row in range(batch)]
 
     def answer(
         self,
@@ -164,17 +190,6 @@ class BundleSubject:
         count = 0 if self.spec.folder is None else sum(1 for _ in customer_ids(self.spec.folder))
         # Swaps write a free row first, and a table that grows would be captured anew.
         return max(64, count + 16)
-
-    def _load_customers(self) -> None:
-        folder, session = self.spec.folder, self.switchable
-        if folder is None or session is None:
-            return
-        for name in sorted(customer_ids(folder)) if self.spec.customers is None else self.spec.customers:
-            try:
-                session.load(name, read_customer(folder, name))
-                self.customers.append(name)
-            except InputError as error:
-                self.refused[name] = str(error)
 
     def _inputs(self, workload: Workload) -> list[dict[str, np.ndarray]]:
         if workload.length is None:
@@ -225,7 +240,12 @@ def _buckets(spec: Spec, bundle: Bundle, workloads: Sequence[Workload]) -> Bucke
     return Buckets(tuple({workload.batch for workload in workloads}), tuple(fixed | steps))
 
 
-def _describe(spec: Spec, bundle: Bundle, active: str) -> SubjectRecord:
+def describe_bundle(spec: Spec, bundle: Bundle, active: str) -> SubjectRecord:
+    """What the report says of an open bundle.
+
+    Args:
+        active: the provider that runs it.
+    """
     options = {"threads": str(spec.threads or "default")}
     if spec.provider == "cuda":
         options["cuda_graph"] = "on" if spec.cuda_graph else "off"

@@ -101,9 +101,19 @@ def read_chat_template(folder: Path) -> ChatTemplate | None:
     source = read_text(folder / FILE) if is_file(folder / FILE) else choose_template(config.get("chat_template"))
     if not source:
         return None
-    known = _object(folder / TOKENS_MAP) | config
+    return ChatTemplate(source, special_tokens(folder))
+
+
+def special_tokens(folder: Path) -> dict[str, str]:
+    """Texts of the special tokens of a checkpoint or bundle by their names, such as `eos_token`.
+
+    Raises:
+        InputError: a file cannot be read.
+        FileFormatError: a file is damaged.
+    """
+    known = _object(folder / TOKENS_MAP) | _object(folder / TOKENIZER_CONFIG)
     tokens = {name: _token(value) for name, value in known.items() if name.endswith("_token")}
-    return ChatTemplate(source, {name: token for name, token in tokens.items() if token is not None})
+    return {name: token for name, token in tokens.items() if token is not None}
 
 
 def _token(value: Any) -> str | None:

@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
-SCENARIOS = ("single-stream", "offline", "server", "idle-gap", "cold-start", "swap")
+SCENARIOS = ("single-stream", "offline", "generation", "server", "idle-gap", "cold-start", "swap")
 PEERS = ("torch-eager", "torch-compile", "peft")
 
 IDLE_WITHOUT = {
-    ("p99_budget_ms", "server_runs", "workers"): ("server",),
+    ("server_runs",): ("server",),
     ("idle_seconds",): ("idle-gap",),
     ("repeats",): ("idle-gap", "cold-start"),
     ("swaps_per_s",): ("swap",),
@@ -50,18 +50,18 @@ def _what(function: Command) -> Command:
                 "scenarios",
                 type=click.Choice(SCENARIOS),
                 multiple=True,
-                default=("single-stream", "offline"),
-                show_default=True,
-                help="Repeatable.",
+                help="Repeatable; default: single-stream and offline, of a decoder generation.",
             ),
             click.option("--batch", "batches", type=COUNT, multiple=True, default=(1, 8), show_default=True),
             click.option(
                 "--length",
+                "--prompt-tokens",
                 "lengths",
                 type=click.IntRange(2, 2**31 - 1),
                 multiple=True,
-                help="Tokens; default 32 and 128.",
+                help="Tokens of a row, or of a decoder's prompt; default 32 and 128.",
             ),
+            click.option("--new-tokens", type=COUNT, help="Of a decoder's answers; default 32."),
             click.option(
                 "--data", type=EXISTING_FILE, help="Labelled file whose texts are the inputs, as long as they are."
             ),
@@ -112,6 +112,10 @@ def _how(function: Command) -> Command:
                 help="Of each subject before a stable measurement ends; 368 give a p99, 3688 a p99.9.",
             ),
             click.option("--p99-budget-ms", type=positive, help="Server: default 5 times the slowest median."),
+            click.option(
+                "--ttft-ms", type=positive, help="Budget of a decoder's time to first token, for the goodput."
+            ),
+            click.option("--tpot-ms", type=positive, help="The same of its time per output token."),
             click.option("--server-runs", type=COUNT, default=6, show_default=True, help="Rates tried."),
             click.option("--workers", type=COUNT, default=1, show_default=True, help="Server: threads."),
             click.option("--idle-seconds", type=positive, default=1.0, show_default=True, help="Rest of idle-gap."),
@@ -170,15 +174,17 @@ def command(bundles: tuple[Path, ...], gate: Path | None, output: Path, **settin
       qrlora-deploy bench --gate-example > gate.toml
       qrlora-deploy bench bundle --customers customers --labelled dev --gate gate.toml
       qrlora-deploy bench bundle --scenario server --p99-budget-ms 20 --data texts.tsv --batch 1
+      qrlora-deploy bench decoder --customers customers --prompt-tokens 128 --new-tokens 64 --ttft-ms 500 --tpot-ms 50
     """
+    from qrlora_deploy.bench.choosing import settled
     from qrlora_deploy.bench.gate import judge
     from qrlora_deploy.bench.gate_file import labelled_data, read_gate
     from qrlora_deploy.bench.run import run_benchmark
     from qrlora_deploy.bench.settings import BenchSettings
     from qrlora_deploy.io.outputs import check_report_folder
 
-    chosen = BenchSettings(bundles=bundles, **settings)
-    _refuse_idle(settings)
+    chosen = settled(BenchSettings(bundles=bundles, **settings))
+    _refuse_idle(settings, chosen)
     rules, data = None, dict[str, Path]()
     if gate is not None:
         rules = read_gate(gate)
@@ -193,8 +199,11 @@ def command(bundles: tuple[Path, ...], gate: Path | None, output: Path, **settin
     return _output(report, _write(report, output))
 
 
-def _refuse_idle(settings: dict[str, Any]) -> None:
-    measured = set(settings["scenarios"])
+def _refuse_idle(settings: dict[str, Any], chosen: "BenchSettings") -> None:
+    measured = set(chosen.scenarios)
+    # A decoder's server has two budgets instead, and one thread that steps it.
+    alone = "server" in measured and chosen.new_tokens is None
+    refuse_idle(("p99_budget_ms", "workers"), alone, "there is --scenario server, of no decoder")
     for names, scenarios in IDLE_WITHOUT.items():
         needed = " or ".join(f"--scenario {name}" for name in scenarios)
         refuse_idle(names, not measured.isdisjoint(scenarios), f"there is {needed}")
@@ -207,6 +216,7 @@ def _check_measured(rules: "GateRules", settings: "BenchSettings", data: dict[st
     wanted: set[str] = {rule.scenario for rule in rules.latency}
     wanted |= {"offline"} if rules.throughput else set()
     wanted |= {"server"} if rules.capacity is not None else set()
+    wanted |= {"generation"} if rules.generation else set()
     missing = sorted(wanted - set(settings.scenarios))
     if missing:
         options = " ".join(f"--scenario {name}" for name in missing)
@@ -218,7 +228,11 @@ def _check_measured(rules: "GateRules", settings: "BenchSettings", data: dict[st
         raise InputError(f"--gate names labelled files that do not exist: {', '.join(absent)}")
     if rules.accuracy is not None and not data and settings.labelled is None:
         raise InputError("--gate has rules for the accuracy: give --labelled, or name files under [accuracy.data]")
+    goodput = any(rule.min_goodput_per_s for rule in rules.generation)
+    if goodput and settings.ttft_ms is None and settings.tpot_ms is None:
+        raise InputError("--gate has rules for the goodput: give its budgets by --ttft-ms and --tpot-ms")
     ratios = any(rule.max_ratio for rule in rules.latency) or any(rule.min_ratio for rule in rules.throughput)
+    ratios = ratios or any(rule.compares for rule in rules.generation)
     if ratios and settings.reference is None and len(settings.bundles) == 1 and settings.cuda_graph != "both":
         raise InputError("--gate has rules for ratios: give --reference, or a second bundle")
 

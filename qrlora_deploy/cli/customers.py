@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from qrlora_deploy.cli.options import EXISTING_FILE, common
+from qrlora_deploy.cli.options import EXISTING_FILE, CustomerId, common
 from qrlora_deploy.cli.output import Output
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -21,7 +21,7 @@ def command() -> None:
 
 
 @command.command("erase")
-@click.argument("customer", metavar="ID")
+@click.argument("customer", type=CustomerId(), metavar="ID")
 @click.option("--customers", "folders", multiple=True, type=FOLDER, help="Folder of coefficients files. Repeatable.")
 @click.option("--packed", multiple=True, type=EXISTING_FILE, help="Packed file. Repeatable.")
 @common
@@ -36,11 +36,9 @@ def erase(customer: str, folders: tuple[Path, ...], packed: tuple[Path, ...]) ->
       qrlora-deploy customers erase acme --customers customers --packed customers.packed.safetensors
     """
     from qrlora_deploy.errors import InputError, UnknownCustomerError
-    from qrlora_deploy.formats.customer_files import check_customer_id
     from qrlora_deploy.runtime.customers.packed_erasing import erase_packed
     from qrlora_deploy.serving.customer_folder import erase_files
 
-    check_customer_id(customer)
     if not (folders or packed):
         raise InputError("nothing to erase from; give --customers DIR, --packed FILE or both")
     # The one that may fail comes first.

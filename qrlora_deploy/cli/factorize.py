@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -58,17 +59,24 @@ def command(
     from qrlora_deploy.inspection.describe import basis_rows
     from qrlora_deploy.io.files import has_format
     from qrlora_deploy.io.outputs import check_replaceable
+    from qrlora_deploy.io.temporary import temporary_folder
     from qrlora_deploy.models.checkpoint import open_checkpoint
     from qrlora_deploy.models.support import shared_layers
     from qrlora_deploy.models.targets import left_out
 
     check_replaceable(output, "basis", has_format(FORMAT))
     checkpoint = open_checkpoint(base)
-    with progress_bar() as progress:
-        basis = factorize(
-            checkpoint, targets=patterns, last_layers=last_layers, tau=tau, rank=rank, device=device, progress=progress
-        )
-    basis.save(output)
+    wanted: dict[str, Any] = {
+        "targets": patterns,
+        "last_layers": last_layers,
+        "tau": tau,
+        "rank": rank,
+        "device": device,
+    }
+    # Beside the output, where there is room for a basis.
+    with progress_bar() as progress, temporary_folder(output.absolute().parent, output.name) as scratch:
+        basis = factorize(checkpoint, progress=progress, scratch=scratch, **wanted)
+        basis.save(output)
     missed = [] if patterns else left_out(checkpoint.skeleton())
     shared = shared_layers(checkpoint.skeleton(), basis.names)
     if rank is not None and (below := [kept for kept in basis.ranks.values() if kept < rank]):

@@ -1,6 +1,6 @@
 """`qrlora-deploy generate`."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from qrlora_deploy.cli.options import (
     ANY_PATH,
     COUNT,
     EXISTING_FILE,
+    CustomerId,
     FiniteRange,
     common,
     provider_option,
@@ -19,9 +20,10 @@ from qrlora_deploy.cli.options import (
     tell_if_interrupted,
 )
 from qrlora_deploy.cli.output import Output, progress_bar
-from qrlora_deploy.errors import InputError, QrloraError
+from qrlora_deploy.errors import InputError, QrloraError, fields_for_arguments
 
 if TYPE_CHECKING:
+    from qrlora_deploy.runtime.generation.request_file import Asked
     from qrlora_deploy.runtime.generation.requests import GenerationAnswer, GenerationRequest
     from qrlora_deploy.runtime.generation.session import GenerationSession
 
@@ -73,7 +75,9 @@ def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("-o", "--output", type=ANY_PATH, help="File of the answers to --jsonl, a line each, in its order.")
 @click.option("--resume", is_flag=True, help="Go on with the answers that an interrupted run has written.")
 @click.option("--customers", type=FOLDER, help="Folder of coefficients files, <customer>.safetensors.")
-@click.option("--customer", "names", multiple=True, help="Whose the prompts are: once, or once per prompt.")
+@click.option(
+    "--customer", "names", multiple=True, type=CustomerId(), help="Whose the prompts are: once, or once per prompt."
+)
 @click.option("--chat", is_flag=True, help="Prompts are what a user says; the base's chat template writes the text.")
 @click.option("--system", help="With --chat: what the system says first.")
 @click.option("--stream", is_flag=True, help="Show an answer while it is written.")
@@ -130,8 +134,12 @@ def command(
     only = names[0] if len(names) == 1 else None
     chosen = Sampling(**{name: sampling[name] for name in SAMPLING})
     defaults = GenerationRequest(" ", only, chosen, max_tokens, stop, timeout_s)
-    asked = _requests(defaults, prompt, jsonl, names, chat, system)
-    if customers is None and any(request.customer is not None for request in asked):
+    asked: list[Asked] = []
+    if jsonl is not None:
+        from qrlora_deploy.runtime.generation.request_file import read_generation_requests
+
+        asked = read_generation_requests(jsonl, defaults)
+    if customers is None and any(isinstance(one, GenerationRequest) and one.customer is not None for one in asked):
         raise InputError(f"{jsonl} names customers; give --customers, the folder with the coefficients files")
     from qrlora_deploy.cli.repl import report
 
@@ -139,8 +147,8 @@ def command(
     session = GenerationSession.open(bundle, customers, report, **options)
     if jsonl is not None and output is not None:
         return _answer_file(session, asked, output, resume)
-    if asked:
-        return _answer(session, asked, stream)
+    if prompt:
+        return _answer(session, _requests(defaults, prompt, names, chat, system), stream)
     from qrlora_deploy.cli.generate_repl import Conversation
 
     return Output([], live=Conversation(session, defaults, chat, system).converse)
@@ -174,17 +182,12 @@ def _check_usage(
 def _requests(
     defaults: "GenerationRequest",
     prompts: tuple[str, ...],
-    jsonl: Path | None,
     names: tuple[str, ...],
     chat: bool,
     system: str | None,
 ) -> "list[GenerationRequest]":
     from dataclasses import replace
 
-    from qrlora_deploy.runtime.generation.request_file import read_generation_requests
-
-    if jsonl is not None:
-        return read_generation_requests(jsonl, defaults)
     owners = [names[index % len(names)] if names else None for index in range(len(prompts))]
     return [
         replace(defaults, prompt=as_chat(text, system) if chat else text, customer=owner)
@@ -234,15 +237,15 @@ def _failure(errors: "list[QrloraError | None]") -> QrloraError | None:
     return type(error)(f"{len(refused)} of {len(errors)} requests were refused; the first is number {number}: {error}")
 
 
-def _answer_file(session: "GenerationSession", asked: "list[GenerationRequest]", path: Path, resume: bool) -> Output:
-    from qrlora_deploy.runtime.generation.request_file import AnswerFile, answer_record
+def _answer_file(session: "GenerationSession", asked: "Sequence[Asked]", path: Path, resume: bool) -> Output:
+    from qrlora_deploy.runtime.generation.request_file import FIELDS, AnswerFile, answer_record
 
     manifest = session.bundle.manifest
     model = {"base": manifest.base_digest, "basis": manifest.basis_digest, "precision": manifest.precision}
     file = AnswerFile(path, asked, model, resume)
     tell_if_interrupted(lambda: f"{file.done} of {len(asked)} answers are in {file.partial}; --resume goes on")
     kept = file.done
-    with session, progress_bar() as progress, closing(file):
+    with session, progress_bar() as progress, closing(file), fields_for_arguments(FIELDS):
         for number, answer in _numbered(session, asked, kept):
             file.add(number, answer_record(answer))
             if progress is not None:
@@ -257,9 +260,16 @@ def _answer_file(session: "GenerationSession", asked: "list[GenerationRequest]",
 
 
 def _numbered(
-    session: "GenerationSession", asked: "list[GenerationRequest]", first: int
+    session: "GenerationSession", asked: "Sequence[Asked]", first: int
 ) -> "Iterator[tuple[int, GenerationAnswer]]":
-    """Answers as they end, by the number of their request."""
-    for event in session.generate(asked[first:]):
+    """Answers as they end, by the number of their request; lines that are none first."""
+    from qrlora_deploy.runtime.generation.request_file import refusal
+
+    left = list(enumerate(asked))[first:]
+    for number, one in left:
+        if isinstance(one, QrloraError):
+            yield number, refusal(one, session.bundle.manifest.base_digest)
+    numbers = [number for number, one in left if not isinstance(one, QrloraError)]
+    for event in session.generate(one for _, one in left if not isinstance(one, QrloraError)):
         if event.answer is not None:
-            yield first + event.number, event.answer
+            yield numbers[event.number], event.answer

@@ -29,6 +29,8 @@ COMMANDS = (
     "factorize",
     "train",
     "train-fleet",
+    "project",
+    "rebase",
     "inspect",
     "combine",
     "merge",

@@ -1,6 +1,8 @@
 """`qrlora-deploy inspect`."""
 
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -41,6 +43,21 @@ def command(path: Path, basis: Path | None, output: Path | None) -> Output:
         else:
             raise InputError(f"--plot draws a basis or a coefficients file, and {path} is a {found.kind}")
     facts = {"size": size_text(found.size_bytes)} | dict(found.facts)
+    facts |= {name: _tensors(facts[name]) for name in ("inputs", "outputs") if isinstance(facts.get(name), list)}
     tables = [Table(list(found.targets[0]), [list(row.values()) for row in found.targets])] if found.targets else []
     record = {"kind": found.kind, "path": path, "size_bytes": found.size_bytes, **found.facts, "targets": found.targets}
     return Output(record, f"{path}: {found.kind}", facts, tables)
+
+
+CACHES = ("past_key_values.", "present.")
+
+
+def _tensors(tensors: list[dict[str, Any]]) -> list[str]:
+    """A graph's inputs or outputs, each as `name dtype [shape]`; a decoder's caches, two a layer, as one."""
+    shown = [_tensor(one) for one in tensors if not one["name"].startswith(CACHES)]
+    caches = [one | {"name": one["name"].partition(".")[0]} for one in tensors if one["name"].startswith(CACHES)]
+    return shown + [f"{count} caches {kind}" for kind, count in Counter(map(_tensor, caches)).items()]
+
+
+def _tensor(tensor: dict[str, Any]) -> str:
+    return f"{tensor['name']} {tensor['dtype']} [{', '.join(map(str, tensor['shape']))}]"

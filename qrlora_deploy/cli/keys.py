@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from qrlora_deploy.cli.options import ANY_PATH, EXISTING_FILE, common
+from qrlora_deploy.cli.options import ANY_PATH, EXISTING_FILE, CustomerId, common
 from qrlora_deploy.cli.output import Output, Table
 from qrlora_deploy.errors import InputError
 
@@ -24,7 +24,14 @@ def command() -> None:
 
 @command.command("add")
 @click.argument("file", type=ANY_PATH)
-@click.option("--customer", "customers", multiple=True, help="It may ask for this customer; * is everyone. Repeatable.")
+@click.option(
+    "--customer",
+    "customers",
+    multiple=True,
+    type=CustomerId(everyone=True),
+    metavar="ID",
+    help="It may ask for this customer; * is everyone. Repeatable.",
+)
 @click.option(
     "--group", "groups", multiple=True, help="It may ask for the customers of this group of FILE. Repeatable."
 )

@@ -43,6 +43,30 @@ class FiniteRange(click.FloatRange):
         return number
 
 
+class CustomerId(click.ParamType):
+    """A customer's id, by the one rule for files, requests and keys.
+
+    Args:
+        everyone: `*` is one, too.
+    """
+
+    name = "id"
+
+    def __init__(self, everyone: bool = False) -> None:
+        self._everyone = everyone
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The id, or a usage error that names the option."""
+        from qrlora_deploy.formats.customer_files import check_customer_id
+
+        if not (self._everyone and value == "*"):
+            try:
+                check_customer_id(value)
+            except InputError as error:
+                self.fail(str(error), param, ctx)
+        return value
+
+
 RATE = FiniteRange(min=0, min_open=True, max=1e6)
 """A learning rate."""
 

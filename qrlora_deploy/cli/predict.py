@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qrlora_deploy.cli.options import COUNT, EXISTING_FILE, common, provider_option, refuse_idle
+from qrlora_deploy.cli.options import COUNT, EXISTING_FILE, CustomerId, common, provider_option, refuse_idle
 from qrlora_deploy.cli.output import Output, Table, in_words
 from qrlora_deploy.errors import InputError
 
@@ -28,7 +28,9 @@ SHOWN = 4
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Folder of coefficients files, <customer>.safetensors, of a switchable bundle.",
 )
-@click.option("--customer", "names", multiple=True, help="Whose the texts are: once, or once per text.")
+@click.option(
+    "--customer", "names", multiple=True, type=CustomerId(), help="Whose the texts are: once, or once per text."
+)
 @click.option("--repl", is_flag=True, help="Type texts and switch customers; new files go live at once.")
 @click.option("--batch-size", type=COUNT, default=32, show_default=True)
 @provider_option

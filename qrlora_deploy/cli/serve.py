@@ -2,17 +2,26 @@
 
 import ipaddress
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from qrlora_deploy.cli.options import ANY_PATH, COUNT, EXISTING_FILE, FiniteRange, buckets_of, common
+from qrlora_deploy.cli.options import (
+    ANY_PATH,
+    COUNT,
+    EXISTING_FILE,
+    CustomerId,
+    FiniteRange,
+    buckets_of,
+    common,
+    refuse_idle,
+)
 from qrlora_deploy.cli.output import Output
+from qrlora_deploy.cli.serve_check import checked
 from qrlora_deploy.cli.serve_ray import check_ray_usage, open_ray_server, ray_options, serve_on_ray
-from qrlora_deploy.errors import CheckFailed, InputError
+from qrlora_deploy.errors import InputError
 from qrlora_deploy.installation.parts import need
 
 if TYPE_CHECKING:
@@ -23,8 +32,7 @@ if TYPE_CHECKING:
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 SECONDS = FiniteRange(min=0, max=86_400)
-SHOWN = 5
-"""Customers' files that are named where many cannot be used."""
+QUEUE_MS = FiniteRange(min=0, min_open=True, max=86_400_000)
 
 
 @click.command("serve")
@@ -63,12 +71,21 @@ SHOWN = 5
 @click.option(
     "--processes", type=click.IntRange(0, 256), default=0, help="Processes beside the engines'; 0: one for all."
 )
+@click.option(
+    "--hang-seconds",
+    "hang_s",
+    type=SECONDS,
+    default=60.0,
+    show_default=True,
+    help="A run may take, and one of --processes be silent, so long; then it is started again, or not live. 0: ever.",
+)
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads within an operator.")
 @click.option("--buckets", metavar="ROWS:LENGTHS", help="Run in these shapes only, such as 1,8,32:32,128.")
 @click.option("--max-rows", type=COUNT, help="Rows of the table of customers; without it the table grows.")
 @click.option("--max-batch-tokens", type=COUNT, default=16384, show_default=True, help="Rows x length of a run.")
 @click.option("--max-wait-ms", type=SECONDS, default=0.0, show_default=True, help="A free engine waits for more rows.")
 @click.option("--max-queue-rows", type=COUNT, default=4096, show_default=True, help="Rows that wait; then 429.")
+@click.option("--max-queue-ms", type=QUEUE_MS, help="What waits and runs may take so long, as measured; then 429.")
 @click.option("--max-body-mib", type=click.IntRange(1, 2047), default=64, show_default=True, help="MiB of a body.")
 @click.option("--keys", type=EXISTING_FILE, help="File of keys; without it everybody is answered.")
 @click.option("--insecure", is_flag=True, help="Listen beyond this machine without keys.")
@@ -86,7 +103,14 @@ SHOWN = 5
     show_default=True,
     help="Seconds for what was begun until then.",
 )
-@click.option("--count-customer", "counted", multiple=True, metavar="ID", help="Metrics and spans name it; repeatable.")
+@click.option(
+    "--count-customer",
+    "counted",
+    multiple=True,
+    type=CustomerId(),
+    metavar="ID",
+    help="Metrics and spans name it; repeatable.",
+)
 @ray_options
 @click.option("--otel", is_flag=True, help="Send OpenTelemetry spans, as the OTEL_ variables say.")
 @click.option("--check", is_flag=True, help="Open and check everything, each customer's file too, and end.")
@@ -109,6 +133,7 @@ def command(
     """
     _check_usage(bundle, models, **options)
     check_ray_usage(on_ray, options)
+    refuse_idle(["hang_s"], not on_ray, "there is no --ray, which has a word for that of its own")
     if options["otel"]:
         need("otel", "`serve --otel`")
     from qrlora_deploy.serving.assembly import Assembly, AssemblyOptions
@@ -136,9 +161,10 @@ def command(
         processes=options["processes"],
         devices=options["devices"] if options["processes"] else (),
         otel=options["otel"],
+        hang_s=options["hang_s"],
     )
     if check:
-        return _checked(made_of)
+        return checked(made_of)
     if made_of.processes:
         from qrlora_deploy.serving.processes.supervisor import Supervisor
 
@@ -218,6 +244,7 @@ def _run_options(**options: Any) -> "RunOptions":
 
     limits = Limits(
         max_queue_rows=options["max_queue_rows"],
+        max_queue_s=None if options["max_queue_ms"] is None else options["max_queue_ms"] / 1000,
         max_batch_tokens=options["max_batch_tokens"],
         max_wait_s=options["max_wait_ms"] / 1000,
     )
@@ -257,33 +284,6 @@ def _server_options(options: dict[str, Any]) -> "ServerOptions":
         drain_delay_s=options["drain_delay"],
         drain_s=options["drain_s"],
     )
-
-
-def _checked(made_of: "AssemblyOptions") -> Output:
-    from qrlora_deploy.serving.assembly import Assembly
-
-    for device in made_of.devices[1:]:
-        # Whether a model opens on a device is known when it did.
-        Assembly(replace(made_of, run=replace(made_of.run, provider=device))).close()
-    return _checked_customers(Assembly(made_of))
-
-
-def _checked_customers(assembly: "Assembly") -> Output:
-    url, record = assembly.url, []
-    problems: list[str] = []
-    facts: dict[str, str] = {}
-    for model in assembly.models:
-        count, wrong = model.check_customers()
-        problems += wrong
-        record.append({"model": model.served.name, "customers": count, "problems": wrong})
-        facts[model.served.name] = f"{count} customers' files, {model.served.engine.stats().resident} in memory"
-    assembly.close()
-    failure = None
-    if problems:
-        more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        failure = CheckFailed(f"{len(problems)} customers cannot be served: {'; '.join(problems[:SHOWN])}{more}")
-    headline = "" if problems else f"everything is in order; it would listen on {url}"
-    return Output({"models": record, "url": url}, headline, facts, failure=failure)
 
 
 def _serve(server: "Assembly | Supervisor", made_of: "AssemblyOptions", stream: IO[str]) -> None:

@@ -41,7 +41,7 @@ def check_ray_usage(on_ray: bool, options: dict[str, Any]) -> None:
     given = [name for name in ("ray_address", "replicas", "queued_rows") if options[name] is not None]
     if given and not on_ray:
         raise click.UsageError(f"{_option(given[0])} needs --ray")
-    alone = [name for name, usual in ALONE.items() if options[name] is not usual]
+    alone = [name for name, usual in ALONE.items() if options[name] != usual]
     if alone and on_ray:
         raise click.UsageError(f"{_option(alone[0])} is not there with --ray")
     if on_ray and ":" in options["provider"]:

@@ -8,6 +8,7 @@ import click
 
 from qrlora_deploy.cli.options import (
     BY_COEFFICIENTS,
+    EXISTING_FILE,
     basis_option,
     common,
     customer_options,
@@ -27,6 +28,7 @@ from qrlora_deploy.cli.output import Output, progress_bar, show_remark, size_tex
     head="Keep the base's head, or train the last projection too; then it travels in the file.",
     resume="Go on from where an interrupted run of the same command stopped.",
 )
+@click.option("--start", type=EXISTING_FILE, help="Coefficients file to go on from, such as one that `project` made.")
 @click.option("--dropout", is_flag=True, help="Drop out in the base as its config says; each step then runs all of it.")
 @click.option(
     "--trunk-cache",
@@ -50,6 +52,7 @@ def command(
     basis: Path,
     output: Path,
     resume: bool,
+    start: Path | None,
     data: str,
     evaluation: str | None,
     text_column: str | None,
@@ -64,7 +67,7 @@ def command(
     """
     from qrlora_deploy.data.examples import read_examples
     from qrlora_deploy.formats.basis import read_basis
-    from qrlora_deploy.formats.coefficients import FORMAT, write_coefficients
+    from qrlora_deploy.formats.coefficients import FORMAT, read_coefficients, write_coefficients
     from qrlora_deploy.io.files import has_format
     from qrlora_deploy.io.outputs import check_replaceable
     from qrlora_deploy.training.settings import TrainSettings, choose_device
@@ -77,6 +80,7 @@ def command(
     examples = read_examples(data, *columns)
     held_out = read_examples(evaluation, *columns) if evaluation else None
     frozen = read_basis(basis)
+    begin = None if start is None else read_coefficients(start)
     choose_device(chosen.device)
     # Imported here: the seconds that PyTorch and transformers take are not waited for by who named a wrong file.
     from qrlora_deploy.models.checkpoint import open_checkpoint
@@ -91,7 +95,7 @@ def command(
         tell_if_interrupted(
             lambda: f"{folder} is kept: the same command goes on by --resume" if folder.exists() else ""
         )
-        customer = train(checkpoint, frozen, examples, held_out, chosen, folder, resume, place, progress)
+        customer = train(checkpoint, frozen, examples, held_out, chosen, folder, resume, place, progress, begin)
         write_coefficients(customer, output)
     show_remark(customer.training)
     _warn_of_one_answer(customer.task, customer.training)

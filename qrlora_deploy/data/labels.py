@@ -7,7 +7,7 @@ from datetime import date, time
 from decimal import Decimal
 from typing import Any
 
-from qrlora_deploy.data.lines import place_of
+from qrlora_deploy.data.lines import place_of, row_of
 from qrlora_deploy.errors import InputError, shortened
 
 NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
@@ -44,7 +44,7 @@ def column_labels(source: str, name: str, values: Sequence[Any]) -> list[Label]:
         try:
             label = label_of(value)
         except InputError as error:
-            raise InputError(f"{place_of(source, row)}: row {row}: the label is {error}") from error
+            raise InputError(f"{row_of(source, row)}: the label is {error}") from error
         labels.append(label)
         if label == "":
             missing.append(row)
@@ -62,7 +62,7 @@ def _check_not_one_hot(source: str, values: Sequence[Any]) -> None:
     if len(lengths) == 1 and lengths != {0} and all(element in (0, 1) for value in lists for element in value):
         row = next(row for row, value in enumerate(values, start=1) if isinstance(value, list))
         raise InputError(
-            f"{place_of(source, row)}: row {row}: the label is a list, {shortened(repr(lists[0]), 80)}, as all lists "
+            f"{row_of(source, row)}: the label is a list, {shortened(repr(lists[0]), 80)}, as all lists "
             f"are of 0 and 1; give the names of the labels that apply"
         )
 

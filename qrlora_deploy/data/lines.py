@@ -23,6 +23,12 @@ def place_of(source: str, row: int) -> str:
     return source if line is None else f"{source} line {line}"
 
 
+def row_of(source: str, row: int) -> str:
+    """A row by the one place that finds it: `a.tsv line 7`, or `a data set: row 6` where there are no lines."""
+    place = place_of(source, row)
+    return f"{source}: row {row}" if place == source else place
+
+
 def lines_of(path: Path, rows: Collection[int]) -> dict[int, int]:
     """The first line of each of these rows, by the number of the row; empty where that is not known."""
     suffix = path.suffix.lower()

@@ -7,6 +7,7 @@ ATTRIBUTION.md lie beside them.
 from pathlib import Path
 
 from qrlora_deploy.data.examples import Examples, read_examples
+from qrlora_deploy.data.turns import COMPLETION, PROMPT, Turn
 
 FOLDER = Path(__file__).parent / "clinc150"
 GENERAL = "general.tsv"
@@ -59,3 +60,12 @@ def sample_texts() -> list[str]:
     texts = sorted(set(general_examples().texts), key=lambda text: (len(text), text))
     spread = [texts[index * (len(texts) - 1) // (SAMPLES - 1)] for index in range(SAMPLES)]
     return [spread[index * STRIDE % SAMPLES] for index in range(SAMPLES)]
+
+
+def as_prompts(examples: Examples) -> Examples:
+    """The same rows for a decoder: a request, and the words of its label as the completion."""
+    turns = [
+        (Turn(PROMPT, f"Request: {text}\nIntent:"), Turn(COMPLETION, " " + str(label).replace("_", " ")))
+        for text, label in zip(examples.texts, examples.labels, strict=True)
+    ]
+    return Examples([""] * len(turns), None, [""] * len(turns), examples.name, turns=turns)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qrlora_deploy.data.labels import is_unicode, text_of
-from qrlora_deploy.data.lines import place_of
+from qrlora_deploy.data.lines import row_of
 from qrlora_deploy.errors import InputError, shortened
 from qrlora_deploy.tokenization.words import Place, joined, words_of
 
@@ -146,7 +146,7 @@ def _name(source: str, row: int, value: Any) -> str:
 
 
 def _wrong(source: str, row: int, what: str) -> InputError:
-    return InputError(f"{place_of(source, row)}: row {row} {what}")
+    return InputError(f"{row_of(source, row)} {what}")
 
 
 def _shown(value: Any) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from qrlora_deploy.data.columns import LABEL_COLUMNS, TEXT_COLUMNS
 from qrlora_deploy.data.labels import is_unicode
-from qrlora_deploy.data.lines import place_of
+from qrlora_deploy.data.lines import row_of
 from qrlora_deploy.data.readers import Columns
 from qrlora_deploy.errors import InputError, argument, shortened
 
@@ -63,6 +63,11 @@ def turn_columns(
             pair = next((pair for pair in PROMPT_COLUMNS if all(name in columns for name in pair)), None)
             if pair is not None and (wanted or pair[0] == PROMPT):
                 return pair
+            if PROMPT in columns:
+                raise InputError(
+                    f"{source} has prompts and no answers to learn: add a column {COMPLETION}, or name one by "
+                    f"{argument('label_column')} with {argument('text_column', PROMPT)}"
+                )
     elif text_column in columns and _has_messages(columns[text_column]):
         return (text_column,)
     elif wanted and text_column in columns and label_column in columns:
@@ -94,6 +99,8 @@ def read_turns(source: str, names: tuple[str, ...], columns: Columns) -> list[Tu
 
 def _plain(source: str, names: tuple[str, ...], row: int, prompt: Any, completion: Any) -> Turns:
     for name, value in zip(names, (prompt, completion), strict=True):
+        if value is None:
+            raise _wrong(source, row, f"has no {name}, as others have; every row needs {names[0]} and {names[1]}")
         if not isinstance(value, str):
             raise _wrong(source, row, f"has no text in the column {name}")
         _check_unicode(source, row, value)
@@ -103,6 +110,8 @@ def _plain(source: str, names: tuple[str, ...], row: int, prompt: Any, completio
 
 
 def _chat(source: str, row: int, value: Any) -> Turns:
+    if value is None:
+        raise _wrong(source, row, "has no messages, as others have; a file holds chats, or prompts with completions")
     if not isinstance(value, list) or not value:
         raise _wrong(source, row, f"has no list of messages: {_shown(value)}")
     turns = tuple(_message(source, row, message) for message in value)
@@ -137,7 +146,7 @@ def _check_unicode(source: str, row: int, text: str) -> None:
 
 
 def _wrong(source: str, row: int, what: str) -> InputError:
-    return InputError(f"{place_of(source, row)}: row {row} {what}")
+    return InputError(f"{row_of(source, row)} {what}")
 
 
 def _shown(value: Any) -> str:

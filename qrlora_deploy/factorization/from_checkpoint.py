@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from qrlora_deploy.errors import InputError, ProviderError, argument
+from qrlora_deploy.errors import InputError, ProviderError, QrloraError, argument
 from qrlora_deploy.factorization.decomposition import (
     bytes_of_one,
     diagonal_of,
@@ -17,6 +18,7 @@ from qrlora_deploy.factorization.decomposition import (
     pivoted_qr,
 )
 from qrlora_deploy.formats.basis import Basis, BasisTarget
+from qrlora_deploy.io.arrays import on_disk
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.models.targets import is_conv1d
 from qrlora_deploy.rank_rules.base import RankRule
@@ -36,6 +38,7 @@ def factorize(
     rule: RankRule,
     device: str = "cpu",
     progress: Progress | None = None,
+    scratch: Path | None = None,
 ) -> Basis:
     """Factorize the weights of the layers `names`.
 
@@ -46,11 +49,14 @@ def factorize(
         device: "cpu" (LAPACK) or "cuda".
         progress: called with (description, done, total) after each weight; a rule that sees all targets at once has
             each weight counted twice, once for its diagonal.
+        scratch: a folder where factors lie instead of in memory, for a basis that may be larger; it is the caller's to
+            remove when the basis is written.
 
     Raises:
         InputError: the base is none of the supported kind or is not whole, a layer is missing, or its weight is
             not a finite floating-point matrix.
         ProviderError: CUDA was asked for where there is none.
+        QrloraError: `scratch` is full.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ProviderError(
@@ -65,7 +71,8 @@ def factorize(
     done: dict[str, BasisTarget] = {}
     for name, q, r, diagonal in _results(checkpoint, names, rule, device, progress):
         digest = checkpoint.tensor_digest(checkpoint.tensor_of(name))
-        done[name] = BasisTarget(name, _stored(q), _stored(r), _stored(diagonal), digest)
+        kept_q, kept_r = _placed([_stored(q), _stored(r)], scratch, len(done))
+        done[name] = BasisTarget(name, kept_q, kept_r, _stored(diagonal), digest)
         if progress:
             progress("factorize", len(done), len(names))
     versions = {"qrlora-deploy": __version__} | {name: version(name) for name in ("torch", "scipy", "numpy")}
@@ -93,6 +100,16 @@ Ranks = Callable[[dict[str, np.ndarray]], dict[str, int]]
 
 def _stored(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array, dtype=np.float32)
+
+
+def _placed(arrays: list[np.ndarray], scratch: Path | None, number: int) -> list[np.ndarray]:
+    """The same, in files where there is a folder for them."""
+    if scratch is None:
+        return arrays
+    try:
+        return [on_disk(array, scratch / f"{number}.{part}") for part, array in enumerate(arrays)]
+    except OSError as error:
+        raise QrloraError(f"cannot write in {scratch}: {error.strerror or error}") from error
 
 
 def _results(

@@ -92,7 +92,7 @@ def _kind(path: Path) -> str:
     """What a safetensors file says it is; its reader then makes sure."""
     with readable(path), path.open("rb") as opened:
         if opened.read(len(GGUF)) == GGUF:
-            raise InputError(f"{path} is a GGUF file; this project reads safetensors and ONNX bundles")
+            raise InputError(f"{path} is a GGUF file; `convert` makes a checkpoint of it, which is read everywhere")
     damaged = f"{path} is not a complete safetensors file"
     with library_errors(damaged), readable(path), safetensors.safe_open(path, framework="np") as file:
         metadata = file.metadata()

@@ -54,13 +54,15 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 """Modules by the extra of pyproject.toml that brings them. `[gpu]` and `[cuda]` bring the module of `[cpu]`, too."""
 
 OF_COMMAND: Mapping[str, tuple[str, ...]] = {
-    "quickstart": ("train", "export", "cpu", "quickstart"),
+    "quickstart": ("train", "export", "cpu"),
     "convert": ("train", "gguf"),
     "warmup": ("train",),
     "factorize": ("train",),
     "train": ("train",),
     "train-fleet": ("train",),
     "merge": ("train",),
+    "project": ("train",),
+    "rebase": ("train",),
     "export": ("export",),
     "verify": ("cpu",),
     "predict": ("cpu",),

@@ -1,4 +1,5 @@
-"""Writing a safetensors file without a second copy of its arrays in memory, to the bytes that the library writes."""
+"""Safetensors files without a second copy of their arrays in memory: written to the bytes that the library writes, and
+mapped; and arrays that lie on the disk until they are wanted."""
 
 import json
 from collections.abc import Mapping
@@ -40,3 +41,31 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[
         file.write(len(text).to_bytes(8, "little") + text)
         for array in ordered.values():
             file.write(array.reshape(-1).data)
+
+
+def on_disk(array: np.ndarray, path: Path) -> np.ndarray:
+    """The same array in a new file, of which only what is looked at is in memory.
+
+    Args:
+        array: contiguous.
+        path: the file, which may be removed while the array is in use, but on Windows.
+
+    Raises:
+        OSError: the disk refuses it.
+    """
+    with path.open("wb") as file:
+        file.write(array.reshape(-1).data)
+    return np.memmap(path, array.dtype, "c", shape=array.shape)
+
+
+def mapped_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a whole safetensors file of fp32, of which only what is looked at is in memory."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    data = np.memmap(path, np.uint8, "c", offset=8 + length)
+    header.pop("__metadata__", None)
+    return {
+        name: data[slice(*part["data_offsets"])].view(np.float32).reshape(part["shape"])
+        for name, part in header.items()
+    }

@@ -18,7 +18,7 @@ import numpy as np
 import safetensors
 
 from qrlora_deploy.errors import FileFormatError, InputError, QrloraError, library_errors
-from qrlora_deploy.io.arrays import save_arrays
+from qrlora_deploy.io.arrays import mapped_arrays, save_arrays
 from qrlora_deploy.io.outputs import check_file, check_free_folder, check_report_folder
 from qrlora_deploy.io.reading import is_file, parse_json, readable
 from qrlora_deploy.io.temporary import LOCK, temporary_folder
@@ -32,6 +32,10 @@ MAX_METADATA_BYTES = 16 * 2**20
 
 TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 """What a rename of a folder says where something is there already."""
+
+MAPPED_BYTES = 2**30
+"""A file of at least so many is mapped: it may be larger than the memory. Smaller ones are copied, so that nobody who
+writes over them changes what was read."""
 
 
 @contextmanager
@@ -225,7 +229,8 @@ def read_tensors(
             asked before any tensor is read, so a hostile shape takes no memory.
 
     Returns:
-        The tensors by name (fp32 only) and the metadata record, as the current version has it.
+        The tensors by name (fp32 only), those of a file of `MAPPED_BYTES` on the disk until they are looked at, and the
+        metadata record, as the current version has it.
 
     Raises:
         FileFormatError: the file is cut, changed, of another kind or version, or holds anything
@@ -247,7 +252,8 @@ def read_tensors(
             if dtype != "F32" or not allows(metadata, name, shape):
                 raise FileFormatError(f"{path}: unexpected tensor {name!r} {dtype}{list(shape)} in a {kind} file")
         with library_errors(damaged):
-            tensors = {name: file.get_tensor(name) for name in parts}
+            mapped = path.stat().st_size >= MAPPED_BYTES
+            tensors = mapped_arrays(path) if mapped else {name: file.get_tensor(name) for name in parts}
     expected = metadata.pop("content_digest", None)
     if expected != _content_digest(tensors, metadata):
         raise FileFormatError(f"{path} was changed after it was written: its content digest does not fit")

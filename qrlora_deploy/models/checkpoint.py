@@ -16,13 +16,7 @@ from qrlora_deploy.models.capacity import check_ids
 from qrlora_deploy.models.completeness import is_head
 from qrlora_deploy.models.hub import fetch_snapshot
 from qrlora_deploy.models.loading import check_whole, load_weights, make_skeleton
-from qrlora_deploy.models.model_config import (
-    CONFIG,
-    class_for,
-    is_encoder,
-    load_config,
-    model_class,
-)
+from qrlora_deploy.models.model_config import CONFIG, class_for, is_encoder, load_config, model_class
 from qrlora_deploy.models.output_names import output_names
 from qrlora_deploy.models.sentence_modules import read_pooling
 from qrlora_deploy.models.support import check_head, check_padding, check_supported
@@ -179,12 +173,10 @@ class Checkpoint:
     def _unused(self) -> list[str]:
         """Tensors that may be missing: nobody uses another head than a task's, and encoders are often saved without
         their pooler."""
+        if self.has_task_head or self.writes_text:
+            return []
         model = self.skeleton()
-        return (
-            []
-            if self.has_task_head or self.writes_text
-            else [name for name in model.state_dict() if is_head(model, name)]
-        )
+        return [name for name in model.state_dict() if is_head(model, name)]
 
     def check_holds(self, model: Any, meant: Container[str] = ()) -> None:
         """Make sure that the files hold every tensor of a model, by their headers.

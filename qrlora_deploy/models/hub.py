@@ -4,8 +4,11 @@ from pathlib import Path
 
 from qrlora_deploy.errors import InputError, first_line
 
-PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model")
+PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 """Files of a repository that are fetched: no code, and no weights that need unpickling."""
+
+SMALL_DECODER = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""A decoder to try things with where none is named."""
 
 
 def fetch_snapshot(name: str) -> Path:

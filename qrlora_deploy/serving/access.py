@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from qrlora_deploy.errors import QrloraError
 from qrlora_deploy.runtime.customers.polling import Signature, signature_of, status_of
+from qrlora_deploy.serving.kept_keys import keep_copy
 from qrlora_deploy.serving.keys_file import ANYONE, KeysFile, Quota, StoredKey, hash_of, id_of, read_keys
 from qrlora_deploy.serving.refusals import ForbiddenError, UnauthenticatedError
 
@@ -167,32 +168,72 @@ class Keys:
     About once a second, when somebody asks, a thread looks whether the file is another one. A new file that cannot be
     read is told in one line of the log, and the old keys go on.
 
+    Args:
+        path: the file.
+        changed: called after a new file was taken.
+        kept: place of a copy of the file that was read last.
+        keeps: write that copy; otherwise it is read alone, where the file itself cannot be.
+
+    Attributes:
+        refused: why the file as it is now is not used; None: it is.
+
     Verifying a key is one SHA-256 and one comparison in constant time, some microseconds; neither keys nor what was
     verified is kept.
     """
 
-    def __init__(self, path: Path, changed: Callable[["Keys"], None] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        changed: Callable[["Keys"], None] | None = None,
+        kept: Path | None = None,
+        keeps: bool = False,
+    ) -> None:
         self.path = path
-        self._changed = changed
+        self._changed, self._kept, self._keeps = changed, kept, keeps
         self._lock = threading.Lock()
         self.refused: QrloraError | None = None
         self._seen = signature_of(status_of(path))
-        self._state = _read(path)
+        self._state = self._first()
         self._looked = time.monotonic()
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], changed: Callable[["Keys"], None] | None = None) -> "Keys":
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        changed: Callable[["Keys"], None] | None = None,
+        kept: Path | None = None,
+        keeps: bool = False,
+    ) -> "Keys":
         """Read a file of keys.
 
         Args:
             path: the file.
             changed: called after a new file was taken, from any thread.
+            kept: place of a copy of the file that was read last.
+            keeps: write that copy; otherwise it is read alone, where the file itself cannot be.
 
         Raises:
-            FileFormatError: it is damaged.
-            InputError: it is not there or cannot be read.
+            FileFormatError: it is damaged, and there is no copy.
+            InputError: it is not there or cannot be read, and there is no copy.
         """
-        return cls(Path(path), changed)
+        return cls(Path(path), changed, kept, keeps)
+
+    def _first(self) -> _State:
+        """The keys at the start: those that were read before where there are some and the file cannot be used now."""
+        try:
+            state = _read(self.path)
+        except QrloraError as error:
+            if self._kept is None or not self._kept.exists():
+                raise
+            self.refused = error
+            _log.warning("%s; the keys that were read before go on", error)
+            return _read(self._kept)
+        self._keep()
+        return state
+
+    def _keep(self) -> None:
+        if self._kept is not None and self._keeps:
+            keep_copy(self.path, self._kept, self._seen)
 
     def access(self, key: str | None) -> Access:
         """What a key may ask for.
@@ -242,6 +283,7 @@ class Keys:
             _log.warning("%s; the keys that were read before go on", error)
             return False
         self.refused = None
+        self._keep()
         _log.info("%s was read again: %d keys", self.path, len(self._state.rows))
         return True
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qrlora_deploy.errors import InputError, argument
+from qrlora_deploy.formats.customer_files import check_customer_id
 from qrlora_deploy.runtime.customers.objects.store import ObjectStoreStats
 from qrlora_deploy.serving.access import Keys
 from qrlora_deploy.serving.engine.quotas import Quotas
 from qrlora_deploy.serving.http.front import Front
 from qrlora_deploy.serving.http.listener import HttpListener
-from qrlora_deploy.serving.life import Life
+from qrlora_deploy.serving.life import Hanging, Life
 from qrlora_deploy.serving.metrics import Metrics
 from qrlora_deploy.serving.opening import ModelPlaces, OpenModel, RunOptions
 from qrlora_deploy.serving.served import Models
@@ -40,10 +41,14 @@ class AssemblyOptions:
         processes: for HTTP, gRPC, keys and tokenising; 0: all in one process.
         devices: with `processes`, one for each process of an engine; none: `run.provider`.
         otel: send spans, as the `OTEL_` variables of the process say.
+        hang_s: how long a run may take, and with `processes` one of them may say nothing; then it is killed and started
+            again. In one process health says from then on that it is not live. 0: as long as it likes.
+        kept_keys: with `processes`, where engines keep a copy of the keys that were read last: a process that is
+            started while the file is missing or damaged begins with these.
 
     Raises:
         InputError: the admin API is asked for without keys or audit log, or an audit log without it; several devices
-            without `processes`; two fronts on one port.
+            without `processes`; two fronts on one port; or one of `counted` is no customer's id.
     """
 
     places: Sequence[ModelPlaces]
@@ -58,8 +63,14 @@ class AssemblyOptions:
     processes: int = 0
     devices: Sequence[str] = ()
     otel: bool = False
+    hang_s: float = 60.0
+    kept_keys: Path | None = None
 
     def __post_init__(self) -> None:
+        for name in self.counted:
+            check_customer_id(name)
+        if 0 < self.hang_s < 1:
+            raise InputError(f"{argument('hang_s', self.hang_s)} is too short to tell anything; give 1 or more, or 0")
         if self.devices and not self.processes:
             raise InputError(f"several devices need processes of their own: give {argument('processes', 2)}")
         if self.admin_port is not None and (self.keys is None or self.audit_log is None):
@@ -113,7 +124,8 @@ class Assembly:
         parts = self.parts
         models = Models([model.served for model in parts.models])
         metrics = Metrics(list(models), options.counted, parts.stores())
-        front = Front(models, keys=parts.keys, metrics=metrics, tracing=self._tracing)
+        life = Life(Hanging(models.stats, options.hang_s).found)
+        front = Front(models, life, parts.keys, metrics=metrics, tracing=self._tracing)
         if options.grpc_port is not None:
             self.companions["gRPC"] = grpc_companion(front, options.server, options.grpc_port)
         if options.admin_port is not None:
@@ -165,7 +177,7 @@ class EngineParts:
     def _open(self, options: AssemblyOptions) -> None:
         # Files that are quick to read come first: who misspells one need not wait for a model.
         if options.keys is not None:
-            self.keys = Keys.open(options.keys, self._change_quotas)
+            self.keys = Keys.open(options.keys, self._change_quotas, options.kept_keys, keeps=True)
         for places in options.places:
             self._quotas.append(Quotas())
             self.models.append(OpenModel(places, options.run, self._quotas[-1]))

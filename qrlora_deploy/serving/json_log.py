@@ -12,7 +12,7 @@ from qrlora_deploy.errors import shortened
 FIELDS = "fields"
 """The attribute of a log record that holds what stands beside its message."""
 
-LIBRARIES = ("uvicorn", "grpc", "asyncio", "opentelemetry")
+LIBRARIES = ("uvicorn", "grpc", "asyncio")
 """Loggers of what a server is made of: their lines are among its own."""
 
 MAX_ID = 128

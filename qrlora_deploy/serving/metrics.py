@@ -58,7 +58,7 @@ class Metrics:
         models: asked anew at every scrape.
         customers: that are counted by name. Others are not told apart: every value of a label costs memory for as long
             as the process lives, and customers may be millions.
-        stores: of models' customers, by the model's name: how each object store is doing.
+        stores: of models' customers, by the model's name: how each object store is doing. Read anew at every scrape.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Metrics:
                 registry=registry,
             )
         self.registry.register(_Engines(models))
-        self.registry.register(_Stores(stores or {}))
+        self.registry.register(_Stores({} if stores is None else stores))
         ProcessCollector(registry=self.registry)
 
     def observe(self, route: str, code: int, seconds: float, rows: int, customers: Sequence[str | None] = ()) -> None:

@@ -116,6 +116,17 @@ def status_of(error: BaseException) -> Status:
     return STATUS.get(error.kind, FAILED) if isinstance(error, QrloraError) else FAILED
 
 
+AGAIN_S = 1.0
+"""When it is worth another try where nobody knows better."""
+
+
+def retry_after_of(error: QrloraError) -> float | None:
+    """When it is worth another try; None where another try ends alike."""
+    known: float | None = getattr(error, "retry_after_s", None)
+    # Also of what the runtime says, which knows nothing of servers: a store that is down, a table that is full.
+    return AGAIN_S if known is None and error.kind == DrainingError.kind else known
+
+
 GONE = "gone"
 """The reason of a request whose client did not wait; no error has it for its kind."""
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from qrlora_deploy.errors import InputError, QrloraError
 from qrlora_deploy.runtime.bundle.bundle import Bundle
@@ -43,7 +44,7 @@ class ServedModel:
     tokenizer: RowTokenizer
     pool: ThreadPoolExecutor = field(default_factory=_pool, repr=False, compare=False)
 
-    @property
+    @cached_property
     def task(self) -> Task:
         """Of the bundle."""
         return task_named(self.bundle.manifest.task)

@@ -9,7 +9,8 @@ import numpy as np
 from qrlora_deploy.data.labels import Label
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.tasks.answers import Answer, NewHead, Span
-from qrlora_deploy.tasks.names import label_index, output_of
+from qrlora_deploy.tasks.names import AUTO_MODEL, IGNORED, TASK_FIELD, label_index, output_of
+from qrlora_deploy.tasks.row_kinds import lacks_of_rows
 from qrlora_deploy.tokenization.words import LocatedWords
 
 if TYPE_CHECKING:
@@ -18,21 +19,6 @@ if TYPE_CHECKING:
     from qrlora_deploy.data.examples import Examples
 
 __all__ = ["AUTO_MODEL", "IGNORED", "TASK_FIELD", "Answer", "NewHead", "Span", "Task"]
-
-TASK_FIELD = "qrlora_task"
-"""Entry of `config.json` for tasks that transformers has no `problem_type` for; transformers keeps it as it is."""
-
-AUTO_MODEL = "AutoModel"
-
-IGNORED = -100
-"""The target of a token that has none: padding, special tokens and all but the first one of a word."""
-
-
-_TURNS = (
-    "its rows have labels, a text-generation needs answers: the columns prompt and completion, or messages; a base for "
-    "labels is made by `warmup`"
-)
-_NO_TURNS = "its rows are prompts and answers, a {} needs texts and labels"
 
 
 class Task(ABC):
@@ -130,16 +116,9 @@ class Task(ABC):
         Raises:
             InputError: they are of the other kind.
         """
-        if self.writes_text != (examples.turns is not None):
-            raise InputError(f"{examples.name}: {_TURNS if self.writes_text else _NO_TURNS.format(self.name)}")
-        if self.answers_words == (examples.words is not None):
-            return
-        if self.answers_words:
-            raise InputError(
-                f"{examples.name}: its texts have labels, a {self.name} needs tags of words: the columns tokens and "
-                f"tags, or text and spans"
-            )
-        raise InputError(f"{examples.name}: its words have tags, a {self.name} needs one label a text")
+        wrong = lacks_of_rows(self.name, self.writes_text, self.answers_words, examples)
+        if wrong:
+            raise InputError(f"{examples.name}: {wrong}")
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)

@@ -39,7 +39,6 @@ class CausalLM(Task):
     metrics = ("nll", "exact_match", "token_accuracy")
     lower_is_better = frozenset({"nll"})
     signal = "token_accuracy"
-    trains_in_fleets = False
     has_accuracy = False
     rate_factor = 3.0
 
@@ -55,8 +54,8 @@ class CausalLM(Task):
     def new_head(self, examples: "Examples") -> NewHead:
         """There is none: always an InputError."""
         raise InputError(
-            f"{examples.name}: a {self.name} keeps the head of its decoder: give `train` a base for "
-            f"{argument('task', self.option)}; no warmup, no {argument('head')}"
+            f"{examples.name} holds texts to write, and a decoder keeps its own head: train it without warmup and "
+            f"without {argument('head')}"
         )
 
     def unknown(self, examples: "Examples", names: Sequence[str]) -> list[str]:
@@ -95,6 +94,29 @@ class CausalLM(Task):
     def loss(self, logits: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
         """The mean negative log likelihood of the targets, of what `graded` gave: as transformers' own forward."""
         return logits[..., NLL].sum() / (targets[:, 1:] != IGNORED).sum().clamp(min=1)
+
+    def row_sums(self, logits: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
+        """`[n, 3]` fp32 of what `graded` gave: a row's sum of `nll`, how many targets it has, how many are right."""
+        import torch
+
+        counts = (targets[:, 1:] != IGNORED).sum(1)
+        return torch.stack([logits[..., NLL].sum(1), counts.to(logits), logits[..., RIGHT].sum(1)], 1)
+
+    def row_losses(self, logits: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
+        """The sum of each row's losses, of `row_sums`; over the targets of all of a customer's rows it is `loss`."""
+        return logits[:, 0]
+
+    def score_each(
+        self, owners: np.ndarray, decisive: np.ndarray, targets: np.ndarray, customers: int
+    ) -> list[dict[str, float]]:
+        """As `Task.score_each`, of `row_sums`."""
+        found = []
+        for customer in range(customers):
+            own = decisive[owners == customer].astype(np.float64)
+            nll, count, right = own.sum(0)
+            exact = float((own[:, 1] == own[:, 2]).mean())
+            found.append(dict(zip(self.metrics, (nll / max(count, 1), exact, right / max(count, 1)), strict=True)))
+        return [{name: float(value) for name, value in each.items()} for each in found]
 
     def score(self, logits: np.ndarray, targets: np.ndarray, names: Sequence[str] = ()) -> dict[str, float]:
         """`nll` a token, the share of rows whose every target is the likeliest token, and the share of such tokens.

@@ -4,11 +4,19 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from qrlora_deploy.data.labels import Label, canonical
-from qrlora_deploy.data.lines import place_of
+from qrlora_deploy.data.lines import row_of
 from qrlora_deploy.errors import InputError, argument
 
 if TYPE_CHECKING:
     from qrlora_deploy.data.examples import Examples
+
+TASK_FIELD = "qrlora_task"
+"""Entry of `config.json` for tasks that transformers has no `problem_type` for; transformers keeps it as it is."""
+
+AUTO_MODEL = "AutoModel"
+
+IGNORED = -100
+"""The target of a token that has none: padding, special tokens and all but the first one of a word."""
 
 
 def label_names(labels: Iterable[str]) -> tuple[str, ...]:
@@ -40,7 +48,7 @@ def output_of(index: Mapping[str, int], label: str) -> int | None:
 def first_row(examples: "Examples", wanted: Container[Label]) -> str:
     """The first row with one of the labels `wanted`, as a message begins."""
     row, label = next((row, label) for row, label in enumerate(examples.labels, start=1) if label in wanted)
-    return f"{place_of(examples.name, row)}: row {row} has the label {label!r}"
+    return f"{row_of(examples.name, row)} has the label {label!r}"
 
 
 def check_pairs(examples: "Examples", option: str) -> None:

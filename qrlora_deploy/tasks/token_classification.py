@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qrlora_deploy.data.labels import quoted
-from qrlora_deploy.data.lines import place_of
+from qrlora_deploy.data.lines import row_of
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.tasks.base import IGNORED, Answer, NewHead, Span, Task
 from qrlora_deploy.tasks.entities import OUTSIDE, entities, f1_of
@@ -52,7 +52,7 @@ class TokenClassification(Task):
         if unknown:
             row = next(row for row, tags in enumerate(examples.labels) if not set(unknown).isdisjoint(tags))
             raise InputError(
-                f"{place_of(examples.name, row + 1)}: row {row + 1} has unknown tags; of all rows "
+                f"{row_of(examples.name, row + 1)} has unknown tags; of all rows "
                 f"{quoted(unknown)}; the head knows {quoted(names)}"
             )
         index = label_index(names)

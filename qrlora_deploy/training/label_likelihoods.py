@@ -8,8 +8,8 @@ import torch
 
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.data.turns import COMPLETION, Turn
+from qrlora_deploy.tasks.answer_rows import answer_rows
 from qrlora_deploy.tasks.causal_lm import NLL, CausalLM
-from qrlora_deploy.training.answers import answer_rows
 from qrlora_deploy.training.precision import mixed_precision
 from qrlora_deploy.training.rows import Rows
 

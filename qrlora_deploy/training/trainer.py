@@ -18,7 +18,7 @@ from qrlora_deploy.models.adapter import QRLoRALinear, attach, get_coefficients,
 from qrlora_deploy.models.basis_fit import check_basis_fits
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.models.head import check_stored, prepare_head
-from qrlora_deploy.training.answers import answer_rows
+from qrlora_deploy.tasks.answer_rows import answer_rows
 from qrlora_deploy.training.batches import collator_for
 from qrlora_deploy.training.cached_trainer import (
     CachedModel,
@@ -48,6 +48,7 @@ from qrlora_deploy.training.outputs import Outputs, customer_outputs, encode_row
 from qrlora_deploy.training.record import Ran, training_record
 from qrlora_deploy.training.rows import Rows, build_rows, texts_of
 from qrlora_deploy.training.settings import TrainSettings, choose_device, diverged, fingerprint
+from qrlora_deploy.training.starting import begin_from, check_start, start_record
 from qrlora_deploy.training.tuning import Tuned, tune
 
 
@@ -83,6 +84,7 @@ def train(
     resume: bool = False,
     basis_file: str = "",
     progress: Progress | None = None,
+    start: Coefficients | None = None,
 ) -> Coefficients:
     """Train one customer on labelled text.
 
@@ -101,10 +103,11 @@ def train(
         resume: go on from the last whole checkpoint in `work_dir`; from the start if there is none.
         basis_file: where the basis is, for the record.
         progress: called with (description, done, total) after each step.
+        start: a customer to go on from; None: the base.
 
     Raises:
-        InputError: the data, the settings or `work_dir` do not fit; nothing was trained.
-        BasisMismatchError: the basis was made from other weights.
+        InputError: the data, the settings, `start` or `work_dir` do not fit; nothing was trained.
+        BasisMismatchError: the basis was made from other weights, or `start` is of another one.
         ProviderError: CUDA was asked for where there is none.
         QrloraError: the loss diverged, or the disk or the memory is full.
     """
@@ -117,15 +120,19 @@ def train(
     settings.check_tuning(outputs.task, evaluation is not None)
     settings.check_batches(outputs.task, len(train))
     settings.check_packing(outputs.task)
+    if start is not None:
+        check_start(start, checkpoint, basis, outputs, settings.head)
     job = _prepare(checkpoint, basis, train, evaluation, outputs, settings)
+    if start is not None:
+        begin_from(start, basis, job.adapters, job.head)
     job.model.to(device)
     data = {"data_digest": train.digest, "evaluation_digest": evaluation.digest if evaluation else None}
-    origin = {"basis_digest": basis.digest, "base_digest": checkpoint.digest}
+    origin = {"basis_digest": basis.digest, "base_digest": checkpoint.digest} | start_record(start)
     last = open_work_dir(work_dir, fingerprint(settings, **data, **origin), resume)
     with explained_failures(work_dir):
         cached, cache_place = _cache_trunk(job, CacheWish(settings.trunk_cache, work_dir, progress))
         trainer = _build_trainer(job, cached, metric, work_dir, progress)
-        baseline = {} if outputs.new else job.scores(trainer)
+        baseline = {} if outputs.new and start is None else job.scores(trainer)
         loss = _run(trainer, last, settings)
         metrics = job.scores(trainer)
         tuned = tune(outputs.task, *held_out_logits(trainer)) if settings.tune_thresholds else Tuned()
@@ -152,7 +159,7 @@ def train(
         labels=outputs.labels,
         head=head,
         basis_file=basis_file,
-        training=training_record(train, evaluation, settings, ran),
+        training=training_record(train, evaluation, settings, ran) | start_record(start),
         thresholds=tuned.thresholds,
         basis_digest=basis.digest,
         base_digest=checkpoint.digest,

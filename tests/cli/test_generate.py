@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from qrlora_deploy.formats.coefficients import write_coefficients
 from tests.cli.running import Ran, environment, run, run_here, succeed_here
 from tests.runtime.generation.written import Written, write_everything
 
@@ -103,13 +104,20 @@ def test_a_file_of_requests(place: Path, written: Written) -> None:
 
 def test_a_request_that_is_refused_does_not_cost_the_others(place: Path) -> None:
     lines = [{"prompt": "a", "customer": "one"}, {"prompt": "b", "customer": "nobody"}, {"prompt": "music " * 300}]
-    (place / "requests.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines += [{"prompt": "c", "custmer": "one"}, {"prompt": ""}, {"prompt": "d", "top_p": 7}, {"prompt": "e"}]
+    (place / "requests.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"prompt\n')
     ran = generate(place, "--jsonl", "requests.jsonl", "-o", "answers.jsonl", "--max-tokens", 3)
     assert ran.code == 2
-    assert ran.err.splitlines()[-1].startswith("Error: answers.jsonl: 2 of 3 requests were refused; the first: ")
+    assert ran.err.splitlines()[-1].startswith("Error: answers.jsonl: 6 of 8 requests were refused; the first: ")
     answers = [json.loads(line) for line in (place / "answers.jsonl").read_text().splitlines()]
     assert answers[0]["completion_tokens"] == 3
     assert "no customer 'nobody'" in answers[1]["error"] and "too long" in answers[2]["error"]
+    assert (
+        'requests.jsonl line 4: there is no "custmer"; did you mean "customer"?' in answers[3]["error"]
+        and "is empty" in answers[4]["error"]
+    )
+    assert 'line 6: "top_p" must be' in answers[5]["error"] and "line 8: " in answers[7]["error"]
+    assert answers[6]["completion_tokens"] == 3 and "error" not in answers[6]
 
 
 def test_an_interrupted_file_is_gone_on_with(place: Path) -> None:
@@ -187,12 +195,30 @@ def test_bad_input_ends_in_one_line(place: Path, switchable: Path) -> None:
     assert other.code == 2 and "is for text-classification and writes no text" in other.err
 
 
-@pytest.mark.parametrize("command", [["predict", "--text", "a"], ["serve", "--check"], ["bench", "--seconds", "1"]])
+@pytest.mark.parametrize("command", [["predict", "--text", "a"], ["serve", "--check"]])
 def test_commands_for_texts_as_a_whole_refuse_a_decoder(command: list[str], place: Path) -> None:
     name, *rest = command
     ran = run_here(name, "bundle", *rest, cwd=place)
     assert ran.code == 2
     assert ran.err.strip().splitlines()[-1] == "Error: bundle is a decoder, which writes text; ask it by `generate`"
+
+
+def test_inspect_counts_the_caches(place: Path) -> None:
+    ran = run_here("inspect", "bundle", cwd=place)
+    assert "6 caches past_key_values float32 [batch, 2, buffer, 16]" in " ".join(ran.out.split())
+    assert "past_key_values.0" not in ran.out
+    assert len(run_here("inspect", "bundle", "--json", cwd=place).json["outputs"]) == 8
+
+
+def test_a_customer_of_another_base_is_named(place: Path, written: Written) -> None:
+    stranger = written.coefficients(written.made.values[1], base_digest="e" * 64, basis_digest="f" * 64)
+    write_coefficients(stranger, place / "customers" / "stranger.safetensors")
+    line = generate(place, "--prompt", "a", "--customer", "stranger").err.splitlines()[-1]
+    assert line.startswith("Error: ") and "stranger" in line and "basis" in line
+    (place / "requests.jsonl").write_text('{"prompt": "a", "customer": "stranger"}\n{"prompt": "b"}\n')
+    ran = generate(place, "--jsonl", "requests.jsonl", "-o", "answers.jsonl", "--max-tokens", 3)
+    refused, answered = [json.loads(line) for line in (place / "answers.jsonl").read_text().splitlines()]
+    assert ran.code == 2 and "stranger" in refused["error"] and answered["completion_tokens"] == 3
 
 
 def test_a_base_without_a_chat_template_takes_no_chat(place: Path, written: Written) -> None:

@@ -96,7 +96,7 @@ def test_what_is_missing_is_no_label(tmp_path: Path, missing: object) -> None:
 def test_a_label_that_is_no_single_value_is_refused_with_row_and_value(
     tmp_path: Path, label: object, message: str
 ) -> None:
-    with pytest.raises(InputError, match=re.escape("a.jsonl line 2: row 2: ") + ".*") as caught:
+    with pytest.raises(InputError, match=re.escape("a.jsonl line 2: ") + ".*") as caught:
         read_examples(write_jsonl(tmp_path / "a.jsonl", ["one", label]))
     assert message.replace("\\\\", "\\") in str(caught.value)
 

@@ -49,7 +49,7 @@ def test_columns_of_other_names_are_prompts_where_that_is_asked_for(tmp_path: Pa
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "no completion": ({"prompt": "a", "completion": None}, "has no text in the column completion"),
+    "no completion": ({"prompt": "a", "completion": None}, "has no completion, as others have"),
     "an empty completion": ({"prompt": "a", "completion": ""}, "has an empty completion; every row needs an answer"),
     "a number": ({"prompt": 3, "completion": "b"}, "has no text in the column prompt"),
     "half a pair": ({"prompt": "\ud800", "completion": "b"}, r"has a text that is not valid Unicode"),
@@ -69,14 +69,14 @@ WRONG_CHATS: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_rows_are_named(tmp_path: Path, name: str) -> None:
     row, told = WRONG[name]
-    with pytest.raises(InputError, match=rf"a.jsonl line 2: row 2 {told}"):
+    with pytest.raises(InputError, match=rf"a.jsonl line 2 {told}"):
         read_examples(lines(tmp_path, {"prompt": "a", "completion": "b"}, row))
 
 
 @pytest.mark.parametrize("name", WRONG_CHATS)
 def test_wrong_chats_are_named(tmp_path: Path, name: str) -> None:
     value, told = WRONG_CHATS[name]
-    with pytest.raises(InputError, match=rf"a.jsonl line 2: row 2 {told}"):
+    with pytest.raises(InputError, match=rf"a.jsonl line 2 {told}"):
         read_examples(lines(tmp_path, {"messages": CHAT}, {"messages": value}))
 
 
@@ -85,3 +85,15 @@ def test_no_rows(tmp_path: Path) -> None:
     path.write_text("prompt,completion\n")
     with pytest.raises(InputError, match=r"a.csv holds no rows"):
         read_examples(path)
+
+
+def test_prompts_beside_chats_are_named_once(tmp_path: Path) -> None:
+    mixed = lines(tmp_path, {"messages": CHAT}, {"prompt": "a", "completion": "b"})
+    with pytest.raises(InputError, match="has no messages, as others have") as caught:
+        read_examples(mixed)
+    assert str(caught.value).startswith(f"{mixed} line 2 has") and "row" not in str(caught.value).split(";")[0]
+
+
+def test_prompts_alone_ask_for_answers(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="has prompts and no answers to learn: add a column completion"):
+        read_examples(lines(tmp_path, {"prompt": "a"}, {"prompt": "b"}))

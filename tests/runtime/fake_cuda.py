@@ -105,6 +105,15 @@ class FakeCuda:
         self._asked = 0
         return 0
 
+    def _memcpy2dasync(
+        self, target: int, to: int, source: int, of: int, size_bytes: int, count: int, kind: int, stream: int
+    ) -> int:
+        if count and (size_bytes > to or size_bytes > of):
+            return INVALID
+        self._pending += [(target + to * piece, source + of * piece, size_bytes) for piece in range(count)]
+        self._asked = 0
+        return 0
+
     def _memsetasync(self, target: int, value: int, size_bytes: int, stream: int) -> int:
         ctypes.memset(target, value, size_bytes)
         return 0

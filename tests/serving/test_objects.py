@@ -73,6 +73,29 @@ def test_objects_are_served_and_followed(place: Path, customers: dict[str, Coeff
     assert len(said) == 1 and "what is loaded goes on being served" in said[0]
 
 
+@pytest.mark.parametrize("where", ["file://{}/objects", "{}/objects"])
+def test_a_place_that_vanishes_is_no_unknown_customer(place: Path, where: str) -> None:
+    options = ("--customers", where.format(place), "--poll-seconds", 60, "--grpc-port", 0)
+    with Served("bundle", *options, cwd=place) as server:
+
+        def ask(customer: str) -> httpx.Response:
+            return httpx.post(f"{server.url}/v1/classify", json={"texts": ["where"], "customer": customer}, timeout=30)
+
+        assert ask("acme").status_code == 200
+        shutil.move(place / "objects", place / "elsewhere")
+        for _ in range(5):
+            reply = ask("gamma")
+            assert reply.status_code == 503 and int(reply.headers["retry-after"]) >= 1, reply.text
+            assert str(place) not in reply.text and "try again soon" in reply.text
+        assert ask("acme").status_code == 200
+        shutil.move(place / "elsewhere", place / "objects")
+        soon(lambda: ask("gamma").status_code == 200)
+        (place / "objects" / "gamma.safetensors").unlink()
+        assert ask("nobody").status_code == 404
+    said = [line for line in server.errors if "what is loaded goes on being served" in line]
+    assert len(said) == 1, server.errors
+
+
 def test_check_reads_every_object(place: Path) -> None:
     url = f"file://{place}/objects"
     ran = run_here("serve", "bundle", "--customers", url, "--check", "--port", 0, "--json", cwd=place)

@@ -258,6 +258,8 @@ REFUSED = {
     "devices of one process": ("--device cpu --device cpu", "--processes"),
     "an option that is none": ("--provider-option arena", "must be KEY=VALUE"),
     "an option twice": ("--provider-option a=1 --provider-option a=2", "given twice"),
+    "a short patience": ("--processes 1 --hang-seconds 0.2", "--hang-seconds 0.2 is too short"),
+    "a bound for replicas": ("--ray --hang-seconds 9", "--hang-seconds does nothing unless"),
     "keys that are none": ("--processes 1 --keys bundle/manifest.json", "manifest.json"),
 }
 

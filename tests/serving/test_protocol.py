@@ -14,6 +14,7 @@ from qrlora_deploy.errors import MalformedInputError, QrloraError
 from qrlora_deploy.serving.http.protocol import InferAnswer, parse_infer, write_answer
 from qrlora_deploy.serving.inference.questions import question_of
 from qrlora_deploy.serving.inference.requests import Wanted
+from qrlora_deploy.serving.inference.tensors import PIECE
 from qrlora_deploy.serving.outputs import PADDING, outputs_of
 from qrlora_deploy.tasks.classification import Classification
 
@@ -141,6 +142,22 @@ def test_numbers_among_which_something_else_is_are_refused(other: Any) -> None:
     # A long text must not make every other element as long: this would take 200 GB.
     record = {"name": "input_ids", "datatype": "INT64", "shape": [50_001, 1], "data": [1] * 50_000 + [other]}
     with pytest.raises(MalformedInputError, match="data must hold whole numbers"):
+        parse_infer(*body_of([(record, b"")]), NAMES)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_numbers_that_are_read_in_pieces(nested: bool) -> None:
+    numbers = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, (PIECE // 2 + 3, 5))
+    record = {"name": "input_ids", "datatype": "INT64", "shape": list(numbers.shape)}
+    record["data"] = numbers.tolist() if nested else numbers.ravel().tolist()
+    found = parse_infer(*body_of([(record, b"")]), NAMES).inputs["input_ids"]
+    np.testing.assert_array_equal(found, numbers)
+
+
+@pytest.mark.parametrize("last", [[1, 2, 3], [[1, 2]], 1, []])
+def test_rows_of_another_length_in_another_piece_are_refused(last: Any) -> None:
+    record = {"name": "input_ids", "datatype": "INT64", "shape": [PIECE + 1, 2], "data": [[1, 2]] * PIECE + [last]}
+    with pytest.raises(MalformedInputError, match=r"data .* (numbers|elements)"):
         parse_infer(*body_of([(record, b"")]), NAMES)
 
 

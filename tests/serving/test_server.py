@@ -3,6 +3,7 @@
 import logging
 import socket
 import ssl
+import struct
 import threading
 import time
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 
 pytest.importorskip("uvicorn", reason="needs the extra serve")
+
+import uvicorn
 
 from qrlora_deploy.errors import InputError, QrloraError
 from qrlora_deploy.serving.http.front import Front
@@ -86,6 +89,64 @@ def test_whose_body_is_not_whole_at_the_end_is_told(front: Front, caplog: pytest
         code, headers, record = read_reply(connection)
         assert code == 503 and "ends" in record["error"] and headers["retry-after"] == "1"
     assert "Traceback" not in caplog.text
+
+
+HALVES = {
+    "a body": request("/v1/classify", ASK)[:-3],
+    "a head": request("/v1/classify", ASK)[:30],
+    "a chunk": b"POST /v1/classify HTTP/1.1\r\nhost: test\r\ntransfer-encoding: chunked\r\n\r\n4\r\n{",
+    "a body after an answer": request("/v2") + request("/v1/classify", ASK)[:-3],
+}
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_many_halves_of_requests_do_not_hold_up_the_end(front: Front, name: str) -> None:
+    server = Running(front, ServerOptions(drain_s=40, limits=HttpLimits(end_s=0.5)))
+    connections = [server.connect() for _ in range(200)]
+    try:
+        for connection in connections:
+            connection.sendall(HALVES[name])
+            if name == "a body after an answer":
+                assert read_reply(connection)[0] == 200
+        protocols = server.server.http._uvicorn.server_state.connections
+        until(lambda: len(protocols) == 200 and all(it._fed or it._running is not None for it in protocols))
+        # `stop` waits for less than what was begun may take.
+        server.stop()
+        for connection in connections:
+            code, headers, record = read_reply(connection)
+            assert code == 503 and headers["retry-after"] == "1" and headers["connection"] == "close"
+            assert "not whole within 0.5 s" in record["error"] and connection.recv(1) == b""
+    finally:
+        for connection in connections:
+            connection.close()
+    assert server.failures == []
+
+
+def test_a_body_that_gets_whole_in_time_is_answered_at_the_end(front: Front) -> None:
+    server = Running(front, ServerOptions(drain_s=40, limits=HttpLimits(end_s=15)))
+    whole = request("/v1/classify", ASK)
+    with server.connect() as connection:
+        connection.sendall(whole[:-3])
+        until(lambda: bool(server.server.http._uvicorn.server_state.tasks))
+        server.server.stop()
+        until(lambda: front.life.draining)
+        time.sleep(0.3)
+        connection.sendall(whole[-3:])
+        code, headers, record = read_reply(connection)
+        assert (code, headers["connection"]) == (200, "close") and len(record["answers"]) == 1
+    server.stop()
+    assert server.failures == []
+
+
+def test_who_takes_no_replies_does_not_hold_up_the_end(front: Front) -> None:
+    server = Running(front, ServerOptions(drain_s=40, limits=HttpLimits(end_s=0.5)))
+    with server.connect() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.sendall(request("/openapi.json") * 2000)
+        protocols = server.server.http._uvicorn.server_state.connections
+        until(lambda: any(it.transport.get_write_buffer_size() for it in protocols))
+        server.stop()
+    assert server.failures == []
 
 
 @pytest.mark.parametrize(
@@ -181,6 +242,22 @@ def test_rows_of_a_client_that_has_gone_are_not_run(
     assert caplog.text == ""
 
 
+def test_who_goes_with_requests_ahead_of_their_answers_is_no_error(
+    front: Front, model: ServedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    slow = Slow(model, monkeypatch)
+    with running(front) as server:
+        with server.connect() as connection:
+            connection.sendall(request("/v1/classify", ASK) * 3)
+            assert slow.entered.wait(10)
+            reset = struct.pack("ii", 1, 0)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+        until(lambda: not server.server.http._uvicorn.server_state.connections)
+        slow.goes_on.set()
+        assert ask(server, request("/v1/classify", ASK))[0] == 200
+    assert caplog.text == ""
+
+
 def test_what_was_begun_is_answered_before_the_end(
     front: Front, model: ServedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,6 +281,32 @@ def test_what_was_begun_is_answered_before_the_end(
     server.thread.join(20)
     assert not server.thread.is_alive() and server.failures == []
     assert model.engine.stats().draining
+
+
+def test_requests_that_were_sent_before_the_end_are_answered(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends, shutdown = threading.Event(), uvicorn.Server.shutdown
+
+    async def busy_and_end(self: uvicorn.Server, sockets: Any = None) -> None:
+        # What comes meanwhile has arrived, and nobody has read it when connections are told to end.
+        ends.set()
+        time.sleep(0.5)
+        await shutdown(self, sockets)
+
+    monkeypatch.setattr(uvicorn.Server, "shutdown", busy_and_end)
+    server = Running(front, ServerOptions())
+    with server.connect() as idle, server.connect() as fresh:
+        idle.sendall(request("/v1/classify", ASK))
+        assert read_reply(idle)[0] == 200
+        ending = threading.Thread(target=server.stop)
+        ending.start()
+        assert ends.wait(10)
+        for connection in (idle, fresh):
+            connection.sendall(request("/v1/classify", ASK))
+        for connection in (idle, fresh):
+            code, headers, _ = read_reply(connection)
+            assert (code, headers["connection"]) == (200, "close")
+        ending.join(20)
+    assert server.failures == []
 
 
 def test_during_the_delay_everything_is_answered_but_readiness_is_off(front: Front) -> None:

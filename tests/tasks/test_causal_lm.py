@@ -15,10 +15,11 @@ from qrlora_deploy.models.adapter import attach, set_coefficients
 from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.models.targets import choose_targets
 from qrlora_deploy.rank_rules.energy_share import EnergyShare
+from qrlora_deploy.tasks.answer_rows import answer_rows
 from qrlora_deploy.tasks.base import IGNORED
 from qrlora_deploy.tasks.causal_lm import CausalLM
 from qrlora_deploy.tasks.registry import guess_task
-from qrlora_deploy.training.answers import AnswerCollator, answer_rows
+from qrlora_deploy.training.answers import AnswerCollator
 from tests.tiny_decoder import save_decoder
 from tests.tolerances import FP32_SIDE_BRANCH
 
@@ -136,7 +137,7 @@ def test_rows_of_the_other_kind_are_refused() -> None:
         TASK.encode(Examples(["a"], None, ["b"], "some.tsv"), ())
     with pytest.raises(InputError, match=r"its rows are prompts and answers, a text-classification needs texts"):
         guess_task(plain(), "classification").task.check_rows(plain())
-    with pytest.raises(InputError, match="some.jsonl: a text-generation keeps the head of its decoder"):
+    with pytest.raises(InputError, match="some.jsonl holds texts to write, and a decoder keeps its own head"):
         TASK.new_head(plain())
 
 

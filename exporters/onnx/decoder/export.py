@@ -24,7 +24,7 @@ from qrlora_deploy.models.capacity import check_ids, max_tokens
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.runtime.bundle.bundle import MODEL_FILE, Manifest
 from qrlora_deploy.runtime.bundle.row_layout import TableLayout
-from qrlora_deploy.runtime.verification.forced import check_forced
+from qrlora_deploy.runtime.verification.alone import check_decoder
 from qrlora_deploy.runtime.verification.parity import Case, open_for_check
 
 STEPS = ("reference logits in PyTorch", "export", "parity check", "seal the bundle")
@@ -50,7 +50,8 @@ def export_decoder(job: ExportJob, options: OnnxOptions) -> Manifest:
 
     The graph is built from the description of the family, its weights go from the checkpoint's files straight to those
     of the bundle. It is held against PyTorch on prompts of different lengths, a customer in each row, behind the
-    prompts and behind 64 tokens that each row is made to say; on any failure nothing is left.
+    prompts and behind 64 tokens that each row is made to say, and every row of a mixed batch against its greedy answer
+    alone (`runtime.verification.alone`); on any failure nothing is left.
 
     Raises:
         InputError: the output exists, the family or a setting of the base is not supported, an option is not for
@@ -77,7 +78,7 @@ def export_decoder(job: ExportJob, options: OnnxOptions) -> Manifest:
         model = write_decoder(plan, folder, MODEL_FILE)
         progress(2)
         session = open_for_check(folder / MODEL_FILE, options.precision, options.provider)
-        report = check_forced(session, [case], options.precision)
+        report = check_decoder(session, [case], options.precision, folder / MODEL_FILE, decoder.shape.positions)
         report.raise_if_failed()
         progress(3)
         made = Made(model, case, report, options.provider)

@@ -11,6 +11,7 @@ from onnx.helper import np_dtype_to_tensor_dtype
 
 from exporters.onnx.decoder.blockwise import blockwise
 from exporters.onnx.decoder.branches import Branches
+from exporters.onnx.decoder.coefficients import add_coefficients
 from exporters.onnx.decoder.external_data import FILE, ExternalData
 from exporters.onnx.decoder.layer import SEQLENS, TOTAL, Blocks
 from exporters.onnx.decoder.masked import ALL, BATCH, PAST, TOKEN, mask_inputs, read_mask
@@ -19,15 +20,14 @@ from exporters.onnx.decoder.products import Products, folds_of
 from exporters.onnx.decoder.shape import Shape
 from exporters.onnx.decoder.tensors import Tensors
 from qrlora_deploy.formats.basis import Basis
-from qrlora_deploy.runtime.bundle.row_layout import SLOT, TABLE, TABLE_DTYPES, TableLayout
+from qrlora_deploy.runtime.bundle.row_layout import SLOT, TABLE, TableLayout
 
 OPSET, IR_VERSION = 21, 10
 
-NO_SLOT = 2**31 - 1
-"""What a negative slot becomes: a row that no table has. Gather takes -1 for the last row, which is a customer's."""
-
 HEAD_BITS = 8
 """Of a head, where weights are quantised: it is read whole for every token, and its errors are those of logits."""
+
+LOGITS, GREEDY = "logits", "greedy"
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -79,7 +79,7 @@ def write_decoder(plan: Plan, folder: Path, file: str, data_file: str = FILE) ->
 
 def _build(plan: Plan, nodes: Nodes) -> onnx.ModelProto:
     merged = plan.values is not None
-    branches = Branches(None if merged else plan.basis)
+    branches = Branches(None if merged else plan.basis, level=nodes.dtype != np.float32)
     folds = folds_of(plan.basis, plan.values) if plan.values is not None else {}
     products = Products(nodes, plan.tensors, branches, folds, plan.bits)
     _answer(plan, nodes, Blocks(nodes, plan.tensors, products, plan.shape).add_all(_embed(plan, nodes)))
@@ -87,7 +87,7 @@ def _build(plan: Plan, nodes: Nodes) -> onnx.ModelProto:
     products.check_all_folded()
     plan.tensors.check_all_used()
     if not merged:
-        _add_coefficients(plan, nodes, branches, products)
+        add_coefficients(nodes, branches, products.parts, plan.table_dtype, plan.one_customer)
     graph = helper.make_graph(
         nodes.nodes, "decoder", _inputs(plan, nodes), _outputs(plan, nodes), list(nodes.initializers.values())
     )
@@ -104,7 +104,7 @@ def _embed(plan: Plan, nodes: Nodes) -> str:
 
 
 def _answer(plan: Plan, nodes: Nodes, hidden: str) -> None:
-    """Logits of the last token of each row alone."""
+    """Logits of the last token of each row alone, and the likeliest next token."""
     flat = nodes.add("Reshape", [hidden, nodes.constant("flat", [-1, plan.shape.hidden], np.int64)])
     last = nodes.add("Gather", [flat, TOKEN])
     logits = _head(plan, nodes, last)
@@ -115,7 +115,10 @@ def _answer(plan: Plan, nodes: Nodes, hidden: str) -> None:
         logits = nodes.add("Mul", [nodes.add("Tanh", [nodes.add("Div", [logits, cap])]), cap])
     if plan.masked:
         nodes.add("Unsqueeze", [logits, nodes.constant("tokens_axis", [1], np.int64)])
-    nodes.nodes[-1].output[0] = "logits"
+    nodes.nodes[-1].output[0] = LOGITS
+    if not plan.masked:
+        # In the graph, as all logits of a batch are megabytes that a greedy row does not need on the host.
+        nodes.add_many("ArgMax", [LOGITS], [GREEDY], axis=-1, keepdims=0)
 
 
 def _head(plan: Plan, nodes: Nodes, last: str) -> str:
@@ -125,32 +128,6 @@ def _head(plan: Plan, nodes: Nodes, last: str) -> str:
         shape = plan.shape.vocabulary, plan.shape.hidden
         return blockwise(nodes, last, "lm_head", shape, lambda: plan.tensors.read(name).astype(np.float32), HEAD_BITS)
     return nodes.add("Gemm", [last, nodes.weight(name, lambda: plan.tensors.read(name))], transB=1)
-
-
-def _add_coefficients(plan: Plan, nodes: Nodes, branches: Branches, products: Products) -> None:
-    """One gather of the rows' coefficients and one split for all branches, before everything else."""
-    inner, nodes.nodes = nodes.nodes, []
-    nodes.start_at = len(inner)
-    rows = _rows(plan, nodes)
-    order = branches.order()
-    if not np.array_equal(order, np.arange(len(order))):
-        rows = nodes.add("Gather", [rows, nodes.constant("order", order, np.int64)], axis=1)
-    if np_dtype_to_tensor_dtype(TABLE_DTYPES[plan.table_dtype]) != nodes.kind:
-        rows = nodes.add("Cast", [rows], to=nodes.kind)
-    rows = nodes.add("Unsqueeze", [rows, nodes.constant("tokens_axis", [1], np.int64)])
-    sizes = nodes.constant("branch_sizes", [branch.rank for branch in branches.asked], np.int64)
-    nodes.add_many("Split", [rows, sizes], products.parts, axis=2)
-    nodes.nodes += inner
-
-
-def _rows(plan: Plan, nodes: Nodes) -> str:
-    """What each row of the batch has of the table, or the one row that all have."""
-    if plan.one_customer:
-        nodes.constant(TABLE, np.zeros([1, plan.table.width]), plan.table.dtype)
-        return TABLE
-    negative = nodes.add("Less", [SLOT, nodes.constant("zero", 0, np.int64)])
-    slot = nodes.add("Where", [negative, nodes.constant("no_slot", NO_SLOT, np.int64), SLOT])
-    return nodes.add("Gather", [TABLE, slot])
 
 
 def _inputs(plan: Plan, nodes: Nodes) -> list[onnx.ValueInfoProto]:
@@ -180,8 +157,11 @@ def _customer_inputs(plan: Plan) -> list[onnx.ValueInfoProto]:
 
 def _outputs(plan: Plan, nodes: Nodes) -> list[onnx.ValueInfoProto]:
     axes: list[str | int] = [BATCH, 1] if plan.masked else ["batch"]
-    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, [*axes, plan.shape.vocabulary])
-    return [logits, *_cache(plan, nodes, "present", ALL)]
+    logits = helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, [*axes, plan.shape.vocabulary])
+    if plan.masked:
+        return [logits, *_cache(plan, nodes, "present", ALL)]
+    greedy = helper.make_tensor_value_info(GREEDY, TensorProto.INT64, ["batch"])
+    return [logits, *_cache(plan, nodes, "present", "buffer"), greedy]
 
 
 def _cache(plan: Plan, nodes: Nodes, prefix: str, tokens: str) -> list[onnx.ValueInfoProto]:

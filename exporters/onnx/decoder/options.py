@@ -14,6 +14,7 @@ def check_options(options: OnnxOptions) -> None:
     given = {
         "head_labels": bool(options.head_labels),
         "padding_free": options.padding_free,
+        "attention": options.attention != "auto",
         "calibration": options.calibration is not None,
         "task": options.task not in (None, "causal-lm"),
     }

@@ -18,12 +18,9 @@ def rotary_tables(settings: Settings, size: int, positions: int) -> tuple[np.nda
     """Cosines and sines `[positions, size / 2]` fp32.
 
     Args:
-        settings: of a config, `rope_parameters`.
+        settings: of a config, `rope_parameters`, as `check_rotary` takes them.
         size: numbers of a head that are rotated.
         positions: how many.
-
-    Raises:
-        InputError: the scaling is not known.
     """
     frequencies, factor = _frequencies(settings, size)
     angles = np.arange(positions, dtype=np.float32)[:, None] * frequencies[None].astype(np.float32)
@@ -31,11 +28,20 @@ def rotary_tables(settings: Settings, size: int, positions: int) -> tuple[np.nda
     return (factor * np.cos(wide)).astype(np.float32), (factor * np.sin(wide)).astype(np.float32)
 
 
+def check_rotary(settings: Settings, name: str) -> None:
+    """Make sure that a scaling is known, before a weight is read.
+
+    Raises:
+        InputError: it is not, such as "dynamic", whose angles change with the length of a text.
+    """
+    kind = settings.get("rope_type", "default")
+    if kind not in KINDS:
+        raise InputError(f"{name}: rope_type {kind!r} is not supported; these are: {', '.join(sorted(KINDS))}")
+
+
 def _frequencies(settings: Settings, size: int) -> tuple[np.ndarray, float]:
     """Frequencies `[size / 2]`, and what cosines and sines are multiplied by."""
     kind = settings.get("rope_type", "default")
-    if kind not in KINDS:
-        raise InputError(f"rope_type {kind!r} is not supported; these are: {', '.join(sorted(KINDS))}")
     plain = 1.0 / settings["rope_theta"] ** (np.arange(0, size, 2, dtype=np.float64) / size)
     return KINDS[kind](plain, settings, size)
 

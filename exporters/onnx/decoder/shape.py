@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from exporters.onnx.decoder.rotary import check_rotary
 from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.models.decoder_family import Decoder
 from qrlora_deploy.models.families import of_type
@@ -83,6 +84,8 @@ def read_shape(config: Any, name: str, positions: int = 0) -> Shape:
     if size % HEAD_MULTIPLE:
         raise InputError(f"{name}: its heads have {size} numbers, not a multiple of {HEAD_MULTIPLE}")
     rotary = _rotary(config)
+    for settings in rotary:
+        check_rotary(settings, name)
     partial = float(rotary[0].get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", 1.0) or 1.0)
     scalar = getattr(config, "query_pre_attn_scalar", None)
     return Shape(

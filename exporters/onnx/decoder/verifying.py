@@ -9,7 +9,8 @@ from qrlora_deploy.errors import CheckFailed, argument
 from qrlora_deploy.exporting.job import Original
 from qrlora_deploy.runtime.bundle.bundle import Bundle
 from qrlora_deploy.runtime.bundle.row_layout import TableLayout
-from qrlora_deploy.runtime.verification.forced import bound_of_forced, check_forced
+from qrlora_deploy.runtime.verification.alone import check_decoder
+from qrlora_deploy.runtime.verification.forced import bound_of_forced
 from qrlora_deploy.runtime.verification.parity import ParityReport, open_for_check
 
 MIXED = tuple(min(slot, 1) for slot in SLOTS)
@@ -42,4 +43,4 @@ def verify_decoder(bundle: Bundle, original: Original, provider: str) -> ParityR
             f"the customer does not move the logits on these texts, so agreement proves nothing; "
             f"choose other {argument('data')}"
         )
-    return check_forced(session, [case], manifest.precision)
+    return check_decoder(session, [case], manifest.precision, bundle.model, manifest.max_length)

@@ -34,6 +34,9 @@ __all__ = [
 
 MANIFEST_FILE = "manifest.json"
 MODEL_FILE = "model.onnx"
+PACKED_FILE = "packed.onnx"
+"""A second graph of the same weights, for CUDA, whose attention takes packed tokens: for right-padded batches."""
+
 WEIGHTS_FILE = "model.onnx.data"
 TOKENIZER_FILE = "tokenizer.json"
 NEEDED = (MODEL_FILE, REFERENCE_FILE, TOKENIZER_FILE, CONFIG_FILE)
@@ -65,6 +68,11 @@ class Bundle:
     def model(self) -> Path:
         """The ONNX file."""
         return self.folder / MODEL_FILE
+
+    @property
+    def packed(self) -> Path | None:
+        """The second graph, for right-padded batches on CUDA; None where there is none."""
+        return self.folder / PACKED_FILE if PACKED_FILE in self.manifest.files else None
 
 
 def digest_files(folder: Path) -> dict[str, str]:
@@ -102,7 +110,9 @@ def open_bundle(folder: str | os.PathLike[str], graph: bool = True) -> Bundle:
         remedy = f", {LINKS}" if all(problem.endswith(IS_LINK) for problem in problems) else ". Export it again"
         raise FileFormatError(f"{folder} is not the bundle that was exported: {'; '.join(problems)}{remedy}")
     if graph:
-        _check_external_data(folder, manifest)
+        for name in (MODEL_FILE, PACKED_FILE):
+            if name in manifest.files:
+                _check_external_data(folder / name, manifest)
     wrong = list(manifest_problems(folder, manifest))
     if wrong:
         raise FileFormatError(f"{folder}/{MANIFEST_FILE} does not fit its bundle: {'; '.join(wrong)}. Export it again")
@@ -110,8 +120,8 @@ def open_bundle(folder: str | os.PathLike[str], graph: bool = True) -> Bundle:
 
 
 def is_graph_file(name: str) -> bool:
-    """Whether a file of a bundle is its graph or the weights beside it."""
-    return name in (MODEL_FILE, WEIGHTS_FILE)
+    """Whether a file of a bundle is a graph of it or the weights beside it."""
+    return name in (MODEL_FILE, PACKED_FILE, WEIGHTS_FILE)
 
 
 def check_no_decoder(bundle: Bundle) -> None:
@@ -177,8 +187,7 @@ def _shown(name: str) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
-def _check_external_data(folder: Path, manifest: Manifest) -> None:
-    path = folder / MODEL_FILE
+def _check_external_data(path: Path, manifest: Manifest) -> None:
     if path.stat().st_size > MAX_GRAPH_BYTES:
         raise FileFormatError(f"{path} is larger than an ONNX file can be")
     try:

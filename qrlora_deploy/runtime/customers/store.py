@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from qrlora_deploy.errors import InputError, QrloraError
+from qrlora_deploy.errors import InputError, NotReadyError, QrloraError
 from qrlora_deploy.formats.customer_files import (
     SUFFIX,
     check_customer_id,
@@ -147,6 +147,7 @@ class CustomerStore:
 
         Raises:
             InputError: the id is none, there is no file, or it is refused.
+            NotReadyError: the whole folder is not there.
             QrloraError: the table cannot grow.
         """
         check_customer_id(customer)
@@ -156,6 +157,9 @@ class CustomerStore:
         except QrloraError as error:
             if os.path.lexists(self._path(customer)):
                 self._tell(event_of(customer, error))
+            elif not self.folder.is_dir():
+                # Nobody knows whom it has. The watcher has told it.
+                raise NotReadyError("the folder of this customer is not there; try again soon") from error
             raise
         self._tell(event)
 

@@ -34,8 +34,20 @@ class CacheShape:
         return 2 * self.layers * self.heads * self.head_size * self.dtype.itemsize * tokens
 
 
-Block = list[np.ndarray]
-"""Keys and values of some tokens of one row: an array `[heads, tokens, head_size]` for each buffer."""
+@dataclass(frozen=True)
+class Block:
+    """Keys and values of some tokens of one row.
+
+    Attributes:
+        arrays: `[heads, tokens, head_size]` for each buffer.
+    """
+
+    arrays: list[np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all of them."""
+        return sum(array.nbytes for array in self.arrays)
 
 
 class KvCache:
@@ -61,14 +73,18 @@ class KvCache:
         return self.shape.token_bytes(self.capacity)
 
     def resize(self, rows: int) -> None:
-        """Have memory for so many rows; the first ones keep what they hold."""
+        """Have memory for so many rows; the first ones keep what they hold.
+
+        Raises:
+            MemoryError: there is not so much; all rows are as they were.
+        """
         self.generation += 1
-        for index, array in enumerate(self._arrays):
-            # One after the other: no more than one buffer is there twice.
-            changed = self._empty(rows)
-            kept = min(rows, self.rows)
-            changed[:kept] = array[:kept]
-            self._arrays[index] = changed
+        try:
+            self._replace_all(rows, min(rows, self.rows))
+        except MemoryError:
+            # An array with more rows than are used does no harm.
+            if rows > self.rows:
+                raise
         self.rows = rows
 
     def copy_row(self, source: int, target: int, tokens: int) -> None:
@@ -76,13 +92,18 @@ class KvCache:
         for array in self._arrays:
             array[target, :, :tokens] = array[source, :, :tokens]
 
+    def clear_row(self, row: int) -> None:
+        """Make a row zero."""
+        for array in self._arrays:
+            array[row] = 0
+
     def read(self, row: int, start: int, end: int) -> Block:
         """A copy of some tokens of a row."""
-        return [array[row, :, start:end].copy() for array in self._arrays]
+        return Block([array[row, :, start:end].copy() for array in self._arrays])
 
     def write(self, row: int, start: int, block: Block) -> None:
         """Put tokens into a row."""
-        for array, part in zip(self._arrays, block, strict=True):
+        for array, part in zip(self._arrays, block.arrays, strict=True):
             array[row, :, start : start + part.shape[1]] = part
 
     def bind(self, binding: Any, first: int, count: int) -> None:
@@ -92,6 +113,13 @@ class KvCache:
             place = ("cpu", 0, self.shape.element, part.shape, part.ctypes.data)
             binding.bind_input(f"past_key_values.{name}", *place)
             binding.bind_output(f"present.{name}", *place)
+
+    def _replace_all(self, rows: int, kept: int) -> None:
+        for index, array in enumerate(self._arrays):
+            # One after the other: no more than one array is there twice.
+            changed = self._empty(rows)
+            changed[:kept] = array[:kept]
+            self._arrays[index] = changed
 
     def _empty(self, rows: int) -> np.ndarray:
         # Zeros, since NaN in a place that no row attends would still spoil a product with zero.

@@ -4,15 +4,18 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from qrlora_deploy.errors import QrloraError
-from qrlora_deploy.runtime.generation.cache import KvCache
+from qrlora_deploy.runtime.generation.budget import CacheFullError
+from qrlora_deploy.runtime.generation.choosing import choose_all
 from qrlora_deploy.runtime.generation.graph import DecoderGraph
 from qrlora_deploy.runtime.generation.holding import Held, Holder
 from qrlora_deploy.runtime.generation.prefixes import PrefixCache
 from qrlora_deploy.runtime.generation.requests import FinishReason, GenerationAnswer, GenerationEvent
+from qrlora_deploy.runtime.generation.sampling import Choice
 from qrlora_deploy.runtime.generation.scheduler import Group, Scheduler, Seat, in_turn
 from qrlora_deploy.runtime.generation.writing import Writer
 
@@ -58,7 +61,7 @@ class Engine:
 
     Args:
         graph: the decoder.
-        scheduler: of its rows, whose groups have `KvCache`s.
+        scheduler: of its rows, whose groups have `KvCache`s, or `CudaKvCache`s.
         prefixes: beginnings of prompts that are kept.
         holder: of the customers' versions.
         base_digest: for the answers.
@@ -104,7 +107,7 @@ class Engine:
             running.seat = self._scheduler.add(running, running.needed)
             self._living.append(running)
         self._end_unwanted()
-        for seat in self._scheduler.admit():
+        for seat in self._admitted():
             self._begin(seat.owner)
         self._read_prompts()
         for group in list(self._scheduler.groups.values()):
@@ -124,6 +127,14 @@ class Engine:
                 self._end(running, "cancelled")
             elif running.deadline is not None and now >= running.deadline:
                 self._end(running, "deadline")
+
+    def _admitted(self) -> list[Seat]:
+        """Who gets a row now; the first one who waits is refused where even an empty device has no memory for it."""
+        try:
+            return self._scheduler.admit()
+        except CacheFullError as error:
+            self._end(self._scheduler.waiting[0].owner, "error", error)
+            return []
 
     def _begin(self, running: Running) -> None:
         """Hold the customer's version, and put what is known of the prompt's beginning into the row."""
@@ -157,13 +168,19 @@ class Engine:
         cache, tokens = self._cache(seat), self._chunk(seat)
         assert seat.row is not None and running.held is not None
         chunk = running.prompt[seat.past : seat.past + tokens]
-        logits = self._graph.prefill(cache, seat.row, chunk, seat.past, running.held.slot, self._holder.memory)
+        answers = self._graph.prefill(cache, seat.row, chunk, seat.past, running.held.slot, self._holder.memory)
         if tokens == self._block:
-            block = cache.read(seat.row, seat.past, seat.past + tokens)
-            self._prefixes.keep(running.held.numbers, running.prompt, seat.past // self._block, block)
+            row, start, size_bytes = seat.row, seat.past, cache.shape.token_bytes(tokens)
+            self._prefixes.keep(
+                running.held.numbers,
+                running.prompt,
+                start // self._block,
+                size_bytes,
+                lambda: cache.read(row, start, start + tokens),
+            )
         seat.past += tokens
         if not running.reads:
-            self._take(running, logits)
+            self._take(running, choose_all({0: running.writer.sampler}, answers)[0])
 
     def _write(self, group: Group) -> None:
         """The next token of every answer of a group, in one run."""
@@ -178,7 +195,7 @@ class Engine:
             if row in writing:
                 tokens[row] = seat.owner.writer.choices[-1].token
         try:
-            logits = self._graph.decode(group.cache, tokens, past, slots, self._holder.memory)
+            answers = self._graph.decode(group.cache, tokens, past, slots, self._holder.memory)
         except QrloraError as error:
             for seat in writing.values():
                 self._end(seat.owner, "error", error)
@@ -186,17 +203,17 @@ class Engine:
         for seat in writing.values():
             # All of them before the first one leaves: then others move, with as many tokens as they have.
             seat.past += 1
+        choices = choose_all({row: seat.owner.writer.sampler for row, seat in writing.items()}, answers)
         for row, seat in writing.items():
-            self._take(seat.owner, logits[row])
+            self._take(seat.owner, choices[row])
 
-    def _take(self, running: Running, logits: np.ndarray) -> None:
-        """Choose a token and tell it; the row leaves where it was the last."""
-        try:
-            piece = running.writer.write(logits)
-        except QrloraError as error:
-            self._end(running, "error", error)
+    def _take(self, running: Running, choice: Choice | QrloraError) -> None:
+        """Tell a token; the row leaves where it was the last."""
+        if isinstance(choice, QrloraError):
+            self._end(running, "error", choice)
             return
-        running.events.append(GenerationEvent(running.number, piece, tuple(running.writer.choices[-1:])))
+        piece = running.writer.write(choice)
+        running.events.append(GenerationEvent(running.number, piece, (choice,)))
         if running.writer.finished is not None:
             self._end(running, running.writer.finished)
 
@@ -204,6 +221,9 @@ class Engine:
         rest = running.writer.finish(reason) if running.writer.finished is None else ""
         running.events.append(GenerationEvent(running.number, rest, (), self._answer(running, error)))
         if running.seat is not None:
+            if error is not None and running.seat.row is not None:
+                # What is no number in it would spoil the answers of who gets it next.
+                self._cache(running.seat).clear_row(running.seat.row)
             self._scheduler.leave(running.seat)
             self._living.remove(running)
         if running.held is not None:
@@ -227,6 +247,6 @@ class Engine:
             error=error,
         )
 
-    def _cache(self, seat: Seat) -> KvCache:
-        cache: KvCache = self._scheduler.groups[seat.capacity].cache
-        return cache
+    def _cache(self, seat: Seat) -> Any:
+        """A `KvCache` or a `CudaKvCache`; their blocks are as different as they are."""
+        return self._scheduler.groups[seat.capacity].cache

@@ -1,20 +1,20 @@
 """A decoder's graph: what it takes and keeps, and how it is run."""
 
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
 from qrlora_deploy.errors import FileFormatError
 from qrlora_deploy.runtime.bundle.row_layout import SLOT, TABLE
-from qrlora_deploy.runtime.generation.cache import CacheShape, KvCache
+from qrlora_deploy.runtime.generation.budget import refused_without_memory
+from qrlora_deploy.runtime.generation.cache import CacheShape
+from qrlora_deploy.runtime.generation.stepping import GREEDY, INPUTS, LOGITS, Answers, HostStep, Step
 from qrlora_deploy.runtime.sessions.running import run_bound
 from qrlora_deploy.runtime.table.memory import TableMemory
 
 KEYS = re.compile(r"past_key_values\.(\d+)\.key")
-INPUTS = ("input_ids", "seqlens_k", "total_sequence_length", "token")
-LOGITS = "logits"
 
 ELEMENTS: dict[str, tuple[Any, int]] = {
     "tensor(float)": (np.float32, 1),
@@ -22,6 +22,16 @@ ELEMENTS: dict[str, tuple[Any, int]] = {
     "tensor(bfloat16)": (np.uint16, 16),
 }
 """By ONNX Runtime's name of a type: how numpy holds it, and ONNX's number of it."""
+
+
+class Cache(Protocol):
+    """Rows of one capacity, as far as a run needs them: `KvCache` or `CudaKvCache`."""
+
+    capacity: int
+    generation: int
+
+    def bind(self, binding: Any, first: int, count: int) -> None:
+        """Give `count` rows from `first` on to an `onnxruntime.IOBinding`, as past and as present."""
 
 
 class DecoderGraph:
@@ -34,6 +44,7 @@ class DecoderGraph:
         cache_shape: what it keeps of every token.
         vocabulary: logits of a row.
         switchable: whether each row has a slot of a coefficient table.
+        chooses: whether it tells the likeliest token of each row besides.
 
     Raises:
         FileFormatError: the graph has other inputs or outputs than a decoder.
@@ -49,35 +60,38 @@ class DecoderGraph:
         self.cache_shape = _cache_shape(inputs)
         self.vocabulary = _size(outputs[LOGITS], 1)
         self.switchable = SLOT in inputs
+        self.chooses = GREEDY in outputs
         self._total_shape = tuple(1 for _ in inputs["total_sequence_length"].shape)
-        self._logits_type = outputs[LOGITS].type
-        self._bound: dict[tuple[int, int], _Bound] = {}
+        self._logits_type = ELEMENTS[outputs[LOGITS].type]
+        self._bound: dict[Hashable, _Bound] = {}
 
     def prefill(
-        self, cache: KvCache, row: int, tokens: Sequence[int], past: int, slot: int, memory: TableMemory | None
-    ) -> np.ndarray:
+        self, cache: Cache, row: int, tokens: Sequence[int], past: int, slot: int, memory: TableMemory | None
+    ) -> Answers:
         """Read tokens of a prompt into a row that holds `past` tokens already.
 
         Returns:
-            The logits `[vocabulary]` fp32 after the last one.
+            What one row gave after the last one, until the next run.
 
         Raises:
+            CacheFullError: there was no memory for what is computed on the way.
             QrloraError: an operator failed.
         """
-        bound = _Bound(self, cache, row, 1, len(tokens))
-        # Attention takes tokens without a past for a first prompt only where the lengths are equal.
-        bound.total[...] = cache.capacity if past else len(tokens)
-        bound.fill(np.array([tokens]), np.array([past + len(tokens) - 1]), np.array([slot]))
-        return bound.run(memory)[0].copy()
+        with refused_without_memory(1):
+            bound = _Bound(self._session, self._step_of(1, len(tokens)), cache, row, self._single_options())
+            # Attention takes tokens without a past for a first prompt only where the lengths are equal.
+            bound.step.total[...] = cache.capacity if past else len(tokens)
+            bound.step.fill(np.array([tokens]), np.array([past + len(tokens) - 1]), np.array([slot]))
+            return bound.run(memory)
 
     def decode(
         self,
-        cache: KvCache,
+        cache: Cache,
         tokens: np.ndarray,
         past: np.ndarray,
         slots: np.ndarray,
         memory: TableMemory | None,
-    ) -> np.ndarray:
+    ) -> Answers:
         """One token more for the first rows of a cache.
 
         Args:
@@ -88,57 +102,70 @@ class DecoderGraph:
             memory: the coefficient table of a switchable graph.
 
         Returns:
-            Logits `[rows, vocabulary]` fp32, which the next run overwrites.
+            What each row gave, until the next run.
 
         Raises:
+            CacheFullError: there was no memory for what is computed on the way.
             QrloraError: an operator failed.
         """
-        bound = self._decoding(cache, len(tokens))
-        bound.fill(tokens[:, None], past, slots)
-        return bound.run(memory)
+        with refused_without_memory(len(tokens)):
+            bound = self._decoding(cache, len(tokens), memory)
+            bound.step.fill(tokens[:, None], past, slots)
+            return bound.run(memory)
 
-    def _decoding(self, cache: KvCache, rows: int) -> "_Bound":
-        key = (cache.capacity, rows)
+    def _decoding(self, cache: Cache, rows: int, memory: TableMemory | None) -> "_Bound":
+        return self._kept(("write", cache.capacity, rows), cache, (rows, 1), cache.capacity, memory)
+
+    def _kept(
+        self, key: Hashable, cache: Cache, shape: tuple[int, int], total: int, memory: TableMemory | None
+    ) -> "_Bound":
+        """What is bound to the first rows of a cache, as it was before where everything is where it was."""
         bound = self._bound.get(key)
-        if bound is None or bound.cache is not cache or bound.generation != cache.generation:
-            bound = self._bound[key] = _Bound(self, cache, 0, rows, 1)
-            bound.total[...] = cache.capacity
+        if bound is None or not bound.serves(cache, memory):
+            # A table that has grown lies elsewhere: what is bound to the old one is all that keeps it in memory.
+            self._bound = {key: other for key, other in self._bound.items() if other.memory is memory}
+            bound = self._bound[key] = _Bound(self._session, self._step_of(*shape), cache, 0, self._kept_options())
+            bound.step.total[...] = total
         return bound
+
+    def _step_of(self, rows: int, tokens: int) -> Step:
+        """Inputs and answers of a run."""
+        dtype, element = self._logits_type
+        return HostStep(rows, tokens, self._total_shape, self.vocabulary, self.switchable, np.dtype(dtype), element)
+
+    def _single_options(self) -> Any:
+        """ONNX Runtime's options of a run that is bound for itself."""
+        return None
+
+    def _kept_options(self) -> Any:
+        """ONNX Runtime's options of runs that come again, bound as they are."""
+        return None
 
 
 class _Bound:
-    """Inputs and logits of one shape, bound to a part of a cache."""
+    """A step, bound to a part of a cache."""
 
-    def __init__(self, graph: DecoderGraph, cache: KvCache, first: int, rows: int, tokens: int) -> None:
-        self.cache, self.generation = cache, cache.generation
-        self._session = graph._session
-        self.ids = np.zeros((rows, tokens), dtype=np.int64)
-        self.last = np.zeros(rows, dtype=np.int32)
-        self.total = np.zeros(graph._total_shape, dtype=np.int32)
-        self.token = np.arange(rows, dtype=np.int64) * tokens + tokens - 1
-        self.slot = np.zeros(rows, dtype=np.int64)
-        dtype, element = ELEMENTS[graph._logits_type]
-        self.logits = np.zeros((rows, graph.vocabulary), dtype=dtype)
-        self._binding = graph._session.io_binding()
-        arrays: dict[str, np.ndarray] = dict(zip(INPUTS, (self.ids, self.last, self.total, self.token), strict=True))
-        if graph.switchable:
-            arrays[SLOT] = self.slot
-        for name, array in arrays.items():
-            self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        self._binding.bind_output(LOGITS, "cpu", 0, element, self.logits.shape, self.logits.ctypes.data)
-        cache.bind(self._binding, first, rows)
-        self._memory: TableMemory | None = None
+    def __init__(self, session: Any, step: Step, cache: Cache, first: int, options: Any) -> None:
+        self.step, self.cache, self.generation = step, cache, cache.generation
+        self._session, self._options = session, options
+        self._binding = session.io_binding()
+        step.bind(self._binding)
+        cache.bind(self._binding, first, step.rows)
+        self.memory: TableMemory | None = None
 
-    def fill(self, ids: np.ndarray, last: np.ndarray, slots: np.ndarray) -> None:
-        self.ids[:], self.last[:], self.slot[:] = ids, last, slots
+    def serves(self, cache: Cache, memory: TableMemory | None) -> bool:
+        """Whether all is where it was: captured graphs keep addresses."""
+        return self.cache is cache and self.generation == cache.generation and self.memory is memory
 
-    def run(self, memory: TableMemory | None) -> np.ndarray:
-        if memory is not None and memory is not self._memory:
+    def run(self, memory: TableMemory | None) -> Answers:
+        """Run with what was filled in."""
+        if memory is not None and memory is not self.memory:
             # Held while it is bound: a table that grows would be given back.
-            self._memory = memory
+            self.memory = memory
             memory.bind(self._binding)
-        run_bound(self._session, self._binding)
-        return self.logits if self.logits.dtype == np.float32 else self.logits.astype(np.float32)
+        self.step.upload()
+        run_bound(self._session, self._binding, self._options)
+        return self.step.answers()
 
 
 def _cache_shape(inputs: dict[str, Any]) -> CacheShape:

@@ -2,12 +2,21 @@
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import Protocol
 
 import numpy as np
 
 from qrlora_deploy.runtime.generation.budget import Budget
-from qrlora_deploy.runtime.generation.cache import Block
+
+
+class Block(Protocol):
+    """Keys and values of some tokens, wherever they lie."""
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it takes."""
 
 
 class PrefixCache:
@@ -51,26 +60,34 @@ class PrefixCache:
         self.hits += len(keys)
         return [self._blocks[key] for key in keys]
 
-    def keep(self, owner: bytes, prompt: Sequence[int], number: int, block: Block) -> None:
-        """Keep the block `number`, from 0 on, of a prompt, where there is room."""
+    def keep(
+        self, owner: bytes, prompt: Sequence[int], number: int, size_bytes: int, read: Callable[[], Block]
+    ) -> None:
+        """Keep the block `number`, from 0 on, of a prompt, where there is room.
+
+        Args:
+            size_bytes: of the block.
+            read: gives it; called only where it is kept.
+        """
         key = list(self._keys(owner, prompt, number + 1))[-1]
-        size = sum(part.nbytes for part in block)
-        if key in self._blocks or size > self._most:
+        if key in self._blocks or size_bytes > self._most:
             return
-        self.free(self.used + size - self._most)
-        if self._budget.fits(size):
-            self._budget.take(size)
-            self._blocks[key] = block
-            self.used += size
+        self.free(self.used + size_bytes - self._most)
+        if not self._budget.fits(size_bytes):
+            return
+        # Where memory ends before the budget does, there is one block less.
+        with suppress(MemoryError):
+            self._blocks[key] = read()
+            self._budget.take(size_bytes)
+            self.used += size_bytes
 
     def free(self, size_bytes: int) -> None:
         """Let go of blocks until so many bytes are free, or none is left."""
         while size_bytes > 0 and self._blocks:
             _, block = self._blocks.popitem(last=False)
-            size = sum(part.nbytes for part in block)
-            self._budget.take(-size)
-            self.used -= size
-            size_bytes -= size
+            self._budget.take(-block.nbytes)
+            self.used -= block.nbytes
+            size_bytes -= block.nbytes
 
     def _keys(self, owner: bytes, prompt: Sequence[int], blocks: int) -> Iterator[bytes]:
         key = owner

@@ -3,19 +3,19 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
-from qrlora_deploy.errors import FileFormatError, InputError, argument
+from qrlora_deploy.errors import FileFormatError, InputError, argument, fields_for_arguments
 from qrlora_deploy.io.files import atomic_file
 from qrlora_deploy.io.outputs import check_replaceable
 from qrlora_deploy.io.reading import parse_json
 from qrlora_deploy.runtime.generation.requests import GenerationAnswer, GenerationRequest
 from qrlora_deploy.runtime.generation.sampling import Sampling
-from qrlora_deploy.runtime.prediction.requests import MAX_LINE_BYTES, OwnedLine, lines_of, parse_line
+from qrlora_deploy.runtime.prediction.requests import MAX_LINE_BYTES, OwnedLine, parse_line
 
 PARTIAL = ".partial"
 """Behind the name of a file of answers that is not whole."""
@@ -26,10 +26,12 @@ MAX_HEADER_BYTES = 4096
 class _RequestLine(OwnedLine):
     """One line; what it leaves out is as the caller says."""
 
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
     prompt: str | None = None
     messages: list[dict[str, str]] | None = Field(default=None, min_length=1)
     max_tokens: int | None = None
-    stop: list[str] | None = None
+    stop: str | list[str] | None = None
     timeout_s: float | None = None
     temperature: float | None = None
     top_k: int | None = None
@@ -42,35 +44,63 @@ class _RequestLine(OwnedLine):
     logprobs: int | None = None
 
 
-def read_generation_requests(path: Path, defaults: GenerationRequest) -> list[GenerationRequest]:
+FIELDS = frozenset(_RequestLine.model_fields)
+"""Of a line; messages name them as JSON does."""
+
+Asked = GenerationRequest | FileFormatError
+"""A request, or why a line is none."""
+
+
+def read_generation_requests(path: Path, defaults: GenerationRequest) -> list[Asked]:
     """Read a file with one JSON object a line: "prompt" or "messages", "customer", and what `GenerationRequest` and
-    `Sampling` have; further keys are ignored.
+    `Sampling` have; "stop" is a text or a list of them.
 
     Args:
         path: the file.
         defaults: for what a line leaves out.
 
+    Returns:
+        For each line its request, or the error that names the line and what is wrong with it: other keys too, since a
+        misspelt one would be answered as if it were not there.
+
     Raises:
-        FileFormatError: a line is not such an object; it is named.
         InputError: the file cannot be read or is empty.
     """
     try:
-        with path.open("rb") as file:
-            numbered = [(number, line) for number, line in lines_of(file, path) if line.strip()]
+        with path.open("rb") as file, fields_for_arguments(FIELDS):
+            found = [_asked(path, number, line, defaults) for number, line in _lines(file) if line.strip()]
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
-    if not numbered:
+    if not found:
         raise InputError(f"{path} holds no requests")
-    return [_request(path, number, line, defaults) for number, line in numbered]
+    return found
 
 
-def _request(path: Path, number: int, line: str, defaults: GenerationRequest) -> GenerationRequest:
+def _lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    """The lines with their numbers; of one that is too long no more than that can be seen."""
+    number = 0
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        yield number, line
+        while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n") and (rest := file.readline(MAX_LINE_BYTES)):
+            line = line if not rest.endswith(b"\n") else rest
+
+
+def _asked(path: Path, number: int, line: bytes, defaults: GenerationRequest) -> Asked:
+    try:
+        return _request(path, number, line, defaults)
+    except FileFormatError as error:
+        return error
+
+
+def _request(path: Path, number: int, line: bytes, defaults: GenerationRequest) -> GenerationRequest:
     place = f"{path} line {number}"
-    found = parse_line(_RequestLine, path, number, line)
+    found = parse_line(_RequestLine, path, number, _text(place, number, line))
     prompt = found.prompt if found.messages is None else found.messages
     if prompt is None or (found.prompt is not None and found.messages is not None):
         raise FileFormatError(f'{place}: a line needs either "prompt" or "messages"')
     given = {name: value for name, value in found.model_dump().items() if value is not None}
+    stop = given.get("stop", defaults.stop)
     try:
         sampling = Sampling(**{name: given.get(name, value) for name, value in vars(defaults.sampling).items()})
         return GenerationRequest(
@@ -78,11 +108,25 @@ def _request(path: Path, number: int, line: str, defaults: GenerationRequest) ->
             found.customer or defaults.customer,
             sampling,
             given.get("max_tokens", defaults.max_tokens),
-            given.get("stop", defaults.stop),
+            [stop] if isinstance(stop, str) else stop,
             given.get("timeout_s", defaults.timeout_s),
         )
     except InputError as error:
         raise FileFormatError(f"{place}: {error}") from error
+
+
+def _text(place: str, number: int, line: bytes) -> str:
+    if len(line) > MAX_LINE_BYTES:
+        raise FileFormatError(f"{place} is longer than {MAX_LINE_BYTES // 2**20} MiB; shorten the text")
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise FileFormatError(f"{place} is not UTF-8 text: {error.reason} at its byte {error.start}") from error
+
+
+def refusal(error: FileFormatError, base_digest: str) -> GenerationAnswer:
+    """The answer to a line that is no request."""
+    return GenerationAnswer("", (), "error", None, base_digest, error=error)
 
 
 def answer_record(answer: GenerationAnswer) -> dict[str, Any]:
@@ -113,7 +157,7 @@ class AnswerFile:
 
     Args:
         path: the file.
-        requests: what is asked.
+        requests: what is asked, as `read_generation_requests` gives it.
         model: what decides the answers besides, such as the bundle's digests.
         resume: go on with what an interrupted run has written.
 
@@ -124,9 +168,7 @@ class AnswerFile:
         InputError: there is a part of other requests, or the file is there and holds something else than answers.
     """
 
-    def __init__(
-        self, path: Path, requests: list[GenerationRequest], model: Mapping[str, Any], resume: bool = False
-    ) -> None:
+    def __init__(self, path: Path, requests: Sequence[Asked], model: Mapping[str, Any], resume: bool = False) -> None:
         check_replaceable(path, "file of answers", _is_answers)
         self.path, self.partial = path, path.with_name(path.name + PARTIAL)
         self._header = json.dumps({"requests_digest": _digest(requests, model)}).encode() + b"\n"
@@ -186,7 +228,7 @@ def _is_answers(path: Path) -> bool:
         return b'"finish_reason"' in file.readline(MAX_LINE_BYTES)
 
 
-def _digest(requests: list[GenerationRequest], model: Mapping[str, Any]) -> str:
+def _digest(requests: Sequence[Asked], model: Mapping[str, Any]) -> str:
     """SHA-256 over what is asked and what answers."""
     found = hashlib.sha256(json.dumps(dict(model), sort_keys=True).encode())
     for request in requests:

@@ -27,6 +27,7 @@ class GenerationRequest:
         max_tokens: tokens of the answer at most; fewer where the model's context ends before.
         stop: texts before which the answer ends; they are no part of it.
         timeout_s: seconds after which the answer ends as it is, waiting included; None: no bound.
+        ignore_end: go on where the model ends its answer, up to `max_tokens`: for measuring.
 
     Raises:
         InputError: a value is out of its range.
@@ -38,6 +39,7 @@ class GenerationRequest:
     max_tokens: int = DEFAULT_TOKENS
     stop: Sequence[str] = ()
     timeout_s: float | None = None
+    ignore_end: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.max_tokens, bool) or not isinstance(self.max_tokens, int) or self.max_tokens < 1:

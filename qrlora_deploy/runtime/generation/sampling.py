@@ -12,12 +12,10 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from qrlora_deploy.errors import InputError, QrloraError, argument
+from qrlora_deploy.runtime.generation.drawing import Filters, best, draw, log_sum
 
 MOST_SEED = 2**64 - 1
 MOST_LOGPROBS = 20
-
-SORTED = 1024
-"""Tokens that are sorted where these hold enough of the probability."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +61,11 @@ class Sampling:
     def greedy(self) -> bool:
         """Whether no random number is drawn."""
         return self.temperature == 0
+
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether the likeliest token of the model is the one that is chosen, and nothing else is told."""
+        return self.greedy and not self.penalizes and self.logprobs is None
 
     @property
     def penalizes(self) -> bool:
@@ -116,12 +119,15 @@ class Sampler:
 
     Attributes:
         seed: of its random numbers; None where there are none.
+        takes_likeliest: as of its `Sampling`.
     """
 
     def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
         self.sampling = sampling
         drawn = secrets.randbits(32) if sampling.seed is None else sampling.seed
         self.seed = None if sampling.greedy else drawn
+        # Asked for at every token.
+        self.takes_likeliest, self._penalizes = sampling.takes_likeliest, sampling.penalizes
         self._step = 0
         self._seen = set(prompt) if sampling.repetition_penalty != 1 else set()
         self._counts: dict[int, int] = {}
@@ -133,24 +139,29 @@ class Sampler:
             QrloraError: the logits hold NaN or +inf, or no finite number.
         """
         _check_logits(logits)
-        penalized = self._penalized(logits) if self.sampling.penalizes else logits
+        penalized = self._penalized(logits) if self._penalizes else logits
         token = self._draw(penalized)
         self._note(token)
         if self.sampling.logprobs is None:
             return Choice(token)
         return _with_logprobs(logits, token, self.sampling.logprobs)
 
+    def take(self, token: int) -> Choice:
+        """The next token, which is the likeliest, where `Sampling.takes_likeliest`."""
+        self._note(token)
+        return Choice(token)
+
     def _draw(self, logits: np.ndarray) -> int:
         if self.sampling.greedy:
             return int(logits.argmax())
         assert self.seed is not None
-        ids, probabilities = candidates(logits, self.sampling)
-        place = np.searchsorted(probabilities.cumsum(), uniform(self.seed, self._step), side="right")
-        return int(ids[min(int(place), len(ids) - 1)])
+        sampling = self.sampling
+        filters = Filters(sampling.top_k, sampling.top_p, sampling.min_p)
+        return draw(logits, sampling.temperature, filters, uniform(self.seed, self._step))
 
     def _note(self, token: int) -> None:
         self._step += 1
-        if self.sampling.penalizes:
+        if self._penalizes:
             self._seen.add(token)
             self._counts[token] = self._counts.get(token, 0) + 1
 
@@ -168,59 +179,18 @@ class Sampler:
         return changed
 
 
-def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens that may be drawn, their ids rising, and their probabilities fp64, whose sum is 1."""
-    ids = _best(logits, sampling.top_k) if 0 < sampling.top_k < len(logits) else np.arange(len(logits))
-    values = logits[ids].astype(np.float64)
-    probabilities = _normalized(np.exp((values - values.max()) / sampling.temperature))
-    if sampling.top_p < 1:
-        kept = _nucleus(probabilities, sampling.top_p)
-        ids, probabilities = ids[kept], _normalized(probabilities[kept])
-    if sampling.min_p > 0:
-        likely = probabilities >= sampling.min_p * probabilities.max()
-        ids, probabilities = ids[likely], _normalized(probabilities[likely])
-    return ids, probabilities
-
-
-def _nucleus(probabilities: np.ndarray, share: float) -> np.ndarray:
-    """Places, rising, of the best ones whose sum reaches `share`; of equal ones the first are better."""
-    places = np.arange(len(probabilities))
-    if len(probabilities) > SORTED:
-        best = _best(probabilities, SORTED)
-        # Sorting a whole vocabulary takes longer than all the rest.
-        places = best if probabilities[best].sum() > share else places
-    # Stable: of equal ones the first stays the first.
-    order = places[np.argsort(-probabilities[places], kind="stable")]
-    sums = probabilities[order].cumsum()
-    return np.sort(order[sums - probabilities[order] < share])
-
-
 def uniform(seed: int, step: int) -> float:
     """A number in [0, 1) that follows from seed and step alone."""
     key = np.array([seed, step], dtype=np.uint64)
     return float(np.random.Generator(np.random.Philox(key=key)).random())
 
 
-def _normalized(weights: np.ndarray) -> np.ndarray:
-    total: np.ndarray = weights / weights.sum()
-    return total
-
-
-def _best(logits: np.ndarray, count: int) -> np.ndarray:
-    """Ids of the `count` largest logits, rising; of equal ones the lowest."""
-    least = np.partition(logits, len(logits) - count)[len(logits) - count]
-    above = np.flatnonzero(logits > least)
-    equal = np.flatnonzero(logits == least)[: count - len(above)]
-    return np.sort(np.concatenate([above, equal]))
-
-
 def _with_logprobs(logits: np.ndarray, token: int, count: int) -> Choice:
-    values = logits.astype(np.float64)
-    values -= values.max()
-    values -= math.log(np.exp(values).sum())
-    best = _best(values, min(count, len(values))) if count else np.empty(0, dtype=np.int64)
-    best = best[np.argsort(-values[best], kind="stable")]
-    return Choice(token, float(values[token]), tuple((int(one), float(values[one])) for one in best))
+    total = log_sum(logits)
+    ids = best(logits, min(count, len(logits))) if count else np.empty(0, dtype=np.int64)
+    # Stable: of equal ones the lowest is the first.
+    ids = ids[np.argsort(-logits[ids], kind="stable")]
+    return Choice(token, float(logits[token]) - total, tuple((int(one), float(logits[one]) - total) for one in ids))
 
 
 def _check_logits(logits: np.ndarray) -> None:

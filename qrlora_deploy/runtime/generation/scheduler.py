@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from qrlora_deploy.errors import argument
-from qrlora_deploy.runtime.generation.budget import Budget, CacheFullError
+from qrlora_deploy.runtime.generation.budget import SHARE_LEFT, Budget, CacheFullError
 from qrlora_deploy.runtime.generation.placement import Placement
 
 
@@ -20,7 +20,7 @@ class Rows(Protocol):
         """Bytes of a row."""
 
     def resize(self, rows: int) -> None:
-        """Have memory for so many rows."""
+        """Have memory for so many rows; a MemoryError leaves things as they were."""
 
     def copy_row(self, source: int, target: int, tokens: int) -> None:
         """Copy the first tokens of a row to another one."""
@@ -66,6 +66,8 @@ class Scheduler:
         make: makes the rows of a capacity, none at first.
         max_waiting: requests that wait at most.
         spare: asked to give back so many bytes of the budget where it can.
+        stays: rows should stay where they are, as captured graphs keep addresses: a group takes as many rows at once as
+            there is memory for, and keeps them when it is empty, until another one needs them.
 
     Attributes:
         waiting: seats without a row, the first one first.
@@ -80,7 +82,9 @@ class Scheduler:
         make: Callable[[int], Rows],
         max_waiting: int = 1024,
         spare: Callable[[int], None] = lambda size_bytes: None,
+        stays: bool = False,
     ) -> None:
+        self._stays = stays
         self._buckets, self._budget, self._spare = tuple(buckets), budget, spare
         self._max_waiting = max_waiting
         self.groups = {capacity: Group(make(capacity), Placement(buckets)) for capacity in sorted(capacities)}
@@ -122,7 +126,12 @@ class Scheduler:
         return seat
 
     def admit(self) -> list[Seat]:
-        """Give rows to those who wait, as long as there is room; returns who got one."""
+        """Give rows to those who wait, as long as there is room; returns who got one.
+
+        Raises:
+            CacheFullError: the budget has room for the first one who waits, but no memory is left, and nobody has a row
+                whose memory will be free.
+        """
         admitted = []
         while self.waiting and self.seated < self._buckets[-1] and self._seat(self.waiting[0]):
             admitted.append(self.waiting.popleft())
@@ -140,18 +149,50 @@ class Scheduler:
             moved = group.placement.rows[target]
             group.cache.copy_row(source, target, moved.past)
             moved.row = target
-        if not group.placement.rows:
+        if not group.placement.rows and not self._stays:
             self._resize(group, 0)
 
     def _seat(self, seat: Seat) -> bool:
         group = self.groups[seat.capacity]
         rows = max(group.placement.size, group.placement.size_after_join or 0)
-        if rows > group.cache.rows:
-            if not self._make_room((rows - group.cache.rows) * group.cache.row_bytes, group):
-                return False
-            self._resize(group, rows)
+        if rows > group.cache.rows and not self._grow(group, rows):
+            return False
         seat.row = group.placement.join(seat)
         return True
+
+    def _grow(self, group: Group, rows: int) -> bool:
+        """Whether a group has so many rows now."""
+        if not self._make_room((rows - group.cache.rows) * group.cache.row_bytes, group):
+            return False
+        for size in self._wanted(group, rows):
+            try:
+                self._resize(group, size)
+                return True
+            except MemoryError:
+                # What others hold and do not use may be enough.
+                self._give_back_all(group)
+        if self.seated:
+            return False
+        raise CacheFullError(
+            f"cache full: there is no memory for {rows * group.cache.row_bytes} bytes of cache, though "
+            f"{argument('max_cache_bytes')} allows them; lower it, or use a device with more"
+        )
+
+    def _wanted(self, group: Group, rows: int) -> list[int]:
+        """Numbers of rows to try; `rows` is the last one, and not the only one: something is given back in between."""
+        larger = [size for size in reversed(self._buckets) if size > rows] if self._stays else []
+        left = self._budget.most // SHARE_LEFT
+        fitting = [
+            size for size in larger if self._budget.fits((size - group.cache.rows) * group.cache.row_bytes + left)
+        ]
+        return [*(fitting[:1] or [rows]), rows]
+
+    def _give_back_all(self, asking: Group) -> None:
+        """Give back what can be: beginnings of prompts, and rows that other groups do not use."""
+        self._spare(self._budget.used)
+        for group in self.groups.values():
+            if group is not asking and group.cache.rows > group.placement.size:
+                self._resize(group, group.placement.size)
 
     def _make_room(self, size_bytes: int, asking: Group) -> bool:
         """Whether so many bytes are free, after others gave back what they do not use."""
@@ -166,8 +207,9 @@ class Scheduler:
         return self._budget.fits(size_bytes)
 
     def _resize(self, group: Group, rows: int) -> None:
-        self._budget.take((rows - group.cache.rows) * group.cache.row_bytes)
+        before = group.cache.rows
         group.cache.resize(rows)
+        self._budget.take((rows - before) * group.cache.row_bytes)
 
 
 def in_turn(seats: Iterable[Seat], budget: int, chunk: Callable[[Seat], int]) -> list[Seat]:

@@ -10,11 +10,10 @@ from qrlora_deploy.errors import InputError, NotReadyError, QrloraError, argumen
 from qrlora_deploy.runtime.bundle.bundle import Bundle, check_graph, open_bundle
 from qrlora_deploy.runtime.customers.events import Report
 from qrlora_deploy.runtime.customers.store import CustomerStore
-from qrlora_deploy.runtime.generation.budget import Budget, row_capacities
-from qrlora_deploy.runtime.generation.cache import KvCache
+from qrlora_deploy.runtime.generation.budget import Budget, row_capacities, without_small
 from qrlora_deploy.runtime.generation.engine import Engine, Running
-from qrlora_deploy.runtime.generation.graph import DecoderGraph
 from qrlora_deploy.runtime.generation.holding import Holder
+from qrlora_deploy.runtime.generation.machines import machine_of
 from qrlora_deploy.runtime.generation.placement import batch_buckets
 from qrlora_deploy.runtime.generation.prefixes import PrefixCache
 from qrlora_deploy.runtime.generation.prompts import PromptReader, check_room
@@ -27,11 +26,8 @@ from qrlora_deploy.runtime.sessions.loaded_customers import LoadedCustomers
 from qrlora_deploy.runtime.sessions.session import open_session
 from qrlora_deploy.tasks.registry import BY_NAME
 
-BLOCK_TOKENS = 128
-"""A prompt is read, and its beginning kept, in blocks of so many tokens."""
-
-STEP_BLOCKS = 4
-"""Blocks of prompts that are read between two tokens of running answers."""
+STEP_TOKENS = 512
+"""Tokens of prompts that are read between two tokens of running answers, or one block where that is more."""
 
 PREFIX_SHARE = 4
 """Of the caches' memory, one part in so many may hold beginnings of prompts."""
@@ -47,27 +43,34 @@ class GenerationSession:
 
     Args:
         bundle: of the task text-generation.
-        provider: "cpu".
+        provider: "cpu", "cuda", "cuda:1" or a `Device` with options of its own; caches and the table of customers lie
+            there. GPUs take bundles in fp16 and bf16.
         max_rows: answers that are written at the same time.
         max_cache_bytes: memory for keys and values.
         batches: sizes of a batch, with `max_rows`; a batch is filled up to the next one. With one size alone, an
             answer is the same to the last bit whatever runs beside it. None: the powers of two.
         capacities: tokens that a row may hold; rows of one capacity run together. None: 256, 1,024 and so on, up to
-            the model's context.
+            the model's context, without those that are smaller than there is memory for with all rows.
         max_waiting: requests that wait for a row at most.
         customer_rows: rows of the coefficient table at most; None: no bound.
         block_tokens: a prompt is read in blocks of so many tokens, and the blocks of its beginning are kept for later
-            prompts of the same customer that begin alike.
+            prompts of the same customer that begin alike. None: 128, on a GPU 512.
+        prefix_bytes: memory of these blocks, of that of the caches; 0 keeps none, None a quarter.
         threads: threads within an operator; None leaves the choice to ONNX Runtime.
+        cuda_graphs: on a GPU, runs that write tokens are captured, a graph for each size of batch of each capacity when
+            it comes for the first time, and replayed. False: every run as it comes.
 
     Attributes:
         customers: of a switchable bundle; `customers.load` makes a coefficients file live. None: it is merged.
         store: the folder of customers, where one was given to `open`.
         longest: tokens of a prompt with its answer.
+        vocabulary: ids from 0 on that the model knows.
 
     Raises:
-        InputError: the bundle is for another task, or a size makes no sense.
-        ProviderError: the provider does not load, or is a GPU.
+        InputError: the bundle is for another task, or in a precision that the device does not compute in, or a size
+            makes no sense.
+        ProviderError: the provider does not load.
+        QrloraError: the table of customers, or a batch's logits, do not fit the device.
     """
 
     def __init__(
@@ -80,36 +83,45 @@ class GenerationSession:
         capacities: Sequence[int] | None = None,
         max_waiting: int = 1024,
         customer_rows: int | None = None,
-        block_tokens: int = BLOCK_TOKENS,
+        block_tokens: int | None = None,
+        prefix_bytes: int | None = None,
         threads: int | None = None,
+        cuda_graphs: bool = True,
     ) -> None:
         manifest = bundle.manifest
         check_bundle(bundle)
-        if Device.of(provider).on_gpu:
-            raise InputError(f"text is generated on the CPU alone so far; pass {argument('provider', 'cpu')}")
-        opened = open_session(bundle.model, provider, threads)
+        machine = machine_of(Device.of(provider), bundle, cuda_graphs)
+        buckets = batch_buckets(max_rows, batches)
+        opened = open_session(bundle.model, machine.device, threads, machine.captured)
         check_graph(opened, bundle)
-        graph = DecoderGraph(opened)
+        block = machine.block_tokens if block_tokens is None else block_tokens
+        graph = machine.graph(opened, max_rows, block)
         self.bundle = bundle
         self.longest = manifest.max_length
+        self.vocabulary = graph.vocabulary
         self.customers = LoadedCustomers(bundle, provider, max_rows=customer_rows) if graph.switchable else None
         self.store: CustomerStore | None = None
         self._prompts = PromptReader(bundle.folder, self.longest, graph.vocabulary)
         budget = Budget(max_cache_bytes)
-        prefixes = PrefixCache(budget, max_cache_bytes // PREFIX_SHARE, block_tokens)
+        kept = max_cache_bytes // PREFIX_SHARE if prefix_bytes is None else prefix_bytes
+        prefixes = PrefixCache(budget, kept, block)
+        row_sizes = row_capacities(self.longest, capacities)
+        if capacities is None:
+            row_sizes = without_small(row_sizes, buckets[-1], graph.cache_shape.token_bytes(), budget.most)
         self._scheduler = Scheduler(
-            row_capacities(self.longest, capacities),
-            batch_buckets(max_rows, batches),
+            row_sizes,
+            buckets,
             budget,
-            lambda capacity: KvCache(graph.cache_shape, capacity),
+            lambda capacity: machine.cache(graph.cache_shape, capacity),
             max_waiting,
             prefixes.free,
+            machine.captured,
         )
         self._holder = Holder(self.customers, str(bundle.folder), manifest.coefficients_digest or "")
-        step_tokens = STEP_BLOCKS * block_tokens
         self._engine = Engine(
-            graph, self._scheduler, prefixes, self._holder, manifest.base_digest, block_tokens, step_tokens
+            graph, self._scheduler, prefixes, self._holder, manifest.base_digest, block, max(STEP_TOKENS, block)
         )
+        self._machine = machine
         self._window = 2 * max_rows
         self._stepping = threading.Lock()
         self._closed = False
@@ -154,7 +166,7 @@ class GenerationSession:
         """End every answer as it is, and let go of the folder of customers."""
         with self._stepping:
             self._closed = True
-            self._engine.end_all("cancelled")
+            self._machine.call(lambda: self._engine.end_all("cancelled"))
         if self.store is not None:
             self.store.close()
 
@@ -179,7 +191,8 @@ class GenerationSession:
         self._scheduler.check(needed, len(self._engine.arrivals))
         self._holder.check(request.customer)
         reader = self._prompts
-        writer = Writer(reader.tokenizer, prompt, reader.ends, request.sampling, request.stop, max_tokens)
+        ends = () if request.ignore_end else reader.ends
+        writer = Writer(reader.tokenizer, prompt, ends, request.sampling, request.stop, max_tokens)
         deadline = None if request.timeout_s is None else self._engine.clock() + request.timeout_s
         running = Running(number, prompt, request.customer, needed, writer, deadline)
         self._engine.arrive(running)
@@ -236,7 +249,7 @@ class GenerationSession:
         """Do a step unless another thread has brought what is waited for."""
         with self._stepping:
             if not running.events:
-                self._engine.step()
+                self._machine.call(self._engine.step)
 
 
 def check_bundle(bundle: Bundle) -> None:

@@ -48,6 +48,8 @@ class StopStrings:
         """What of the text may be shown now that `piece` has come; nothing more once a stop string was found."""
         if self.found is not None:
             return ""
+        if not self._stops:
+            return piece
         text = self._held + piece
         ends = [(place + len(stop), place, stop) for stop in self._stops if (place := text.find(stop)) >= 0]
         if ends:

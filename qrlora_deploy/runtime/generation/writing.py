@@ -3,8 +3,6 @@
 from collections.abc import Collection, Sequence
 from typing import Any
 
-import numpy as np
-
 from qrlora_deploy.runtime.generation.detokenizing import StreamingDecoder
 from qrlora_deploy.runtime.generation.requests import FinishReason
 from qrlora_deploy.runtime.generation.sampling import Choice, Sampler, Sampling
@@ -55,13 +53,8 @@ class Writer:
         """The stop string that ended it."""
         return self._stops.found
 
-    def write(self, logits: np.ndarray) -> str:
-        """Choose a token by `logits [vocabulary]`; returns what the text grew by.
-
-        Raises:
-            QrloraError: the logits cannot be used.
-        """
-        choice = self.sampler.choose(logits)
+    def write(self, choice: Choice) -> str:
+        """Take a token; returns what the text grew by."""
         self.choices.append(choice)
         if choice.token in self._ends:
             # It ends the text and is no part of it, whether the tokenizer calls it special or not.

@@ -9,6 +9,8 @@ import threading
 import weakref
 from typing import Protocol
 
+LOST_ON_GPU = "a session on a GPU cannot be used in a forked process; open it after the fork"
+
 
 class Forkable(Protocol):
     """Something that goes on in a forked child."""

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from qrlora_deploy.errors import InputError, MalformedInputError, MismatchError, UnknownCustomerError, argument
-from qrlora_deploy.runtime.bundle.bundle import Bundle, check_graph, check_no_decoder
+from qrlora_deploy.runtime.bundle.bundle import Bundle, check_no_decoder
 from qrlora_deploy.runtime.host.devices import Device
 from qrlora_deploy.runtime.prediction.tokenizing import TextEncoder, as_texts, batches, check_texts
-from qrlora_deploy.runtime.sessions.bucket_runner import make_runner
 from qrlora_deploy.runtime.sessions.buckets import Buckets
-from qrlora_deploy.runtime.sessions.session import open_session
+from qrlora_deploy.runtime.sessions.runners import make_runner, open_graph
 from qrlora_deploy.runtime.sessions.switchable import SwitchableSession
 from qrlora_deploy.tasks.answering import Answering
 from qrlora_deploy.tasks.base import Span
@@ -83,9 +82,8 @@ class Predictor:
         self.switchable = session
         provider = provider or "cpu"
         if bundle.manifest.kind == "merged":
-            opened = open_session(bundle.model, provider, threads, cuda_graph=buckets is not None)
-            check_graph(opened, bundle)
-            self._merged = make_runner(opened, bundle.manifest, provider, buckets)
+            opened = open_graph(bundle, provider, threads, cuda_graph=buckets is not None)
+            self._merged = make_runner(opened, bundle, provider, buckets, threads=threads)
         elif session is None:
             self.switchable = SwitchableSession(bundle, provider, threads=threads, buckets=buckets)
 

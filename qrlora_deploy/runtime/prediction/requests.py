@@ -1,5 +1,6 @@
 """Requests from a JSON Lines file: text, and whose it is."""
 
+import difflib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,4 +107,8 @@ def _validated(kind: type[Line], place: str, line: str) -> Line:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "the line"
+        if first["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(field, kind.model_fields, 1)
+            known = f'did you mean "{near[0]}"?' if near else f"a line may have {', '.join(kind.model_fields)}"
+            raise FileFormatError(f'{place}: there is no "{field}"; {known}') from error
         raise FileFormatError(f"{place}: {field}: {first['msg']}") from error

@@ -7,15 +7,12 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from qrlora_deploy.errors import InputError
 from qrlora_deploy.runtime.bundle.bundle import Manifest
 from qrlora_deploy.runtime.bundle.row_layout import SLOT
-from qrlora_deploy.runtime.host.devices import Device
 from qrlora_deploy.runtime.sessions.buckets import Buckets, filling, pad_into
 from qrlora_deploy.runtime.sessions.running import (
     Inputs,
     PlainRunner,
-    Runner,
     Tables,
     is_padding_free,
     run_bound,
@@ -140,22 +137,6 @@ class BucketRunner:
         if self._gpu is not None:
             options.add_run_config_entry("gpu_graph_id", graph)
         return options
-
-
-def make_runner(
-    session: Any, manifest: Manifest, provider: str | Device, buckets: Buckets | None, tables: Tables | None = None
-) -> Runner:
-    """A `BucketRunner` where there are buckets, else a `PlainRunner`.
-
-    Raises:
-        InputError: a bucket is longer than the model can take.
-    """
-    if buckets is None:
-        return PlainRunner(session, text_inputs(manifest), tables)
-    if buckets.lengths[-1] > manifest.max_length:
-        raise InputError(f"a bucket of {buckets.lengths[-1]} tokens is longer than the model's {manifest.max_length}")
-    device = Device.of(provider)
-    return BucketRunner(session, manifest, device.index if device.provider == "cuda" else None, buckets, tables)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from qrlora_deploy.runtime.bundle.row_layout import (
 )
 from qrlora_deploy.runtime.bundle.sealed_facts import read_base_head
 from qrlora_deploy.runtime.host.devices import Device
-from qrlora_deploy.runtime.host.forking import survive_forks
+from qrlora_deploy.runtime.host.forking import LOST_ON_GPU, survive_forks
 from qrlora_deploy.runtime.sessions.versions import Version, Versions
 from qrlora_deploy.runtime.table.memory import make_memory
 from qrlora_deploy.runtime.table.table import BASE_ROW, CoefficientTable, rows_of
@@ -233,7 +233,7 @@ class LoadedCustomers:
             NotReadyError: it is one.
         """
         if self._lost:
-            raise NotReadyError("a session on a GPU cannot be used in a forked process; open it after the fork")
+            raise NotReadyError(LOST_ON_GPU)
 
     def _fitting_row(self, coefficients: Coefficients, place: str) -> dict[str, np.ndarray]:
         """The row of a customer, which may not fit at all."""

@@ -60,6 +60,9 @@ def open_session(
         options.intra_op_num_threads = threads
     if device.on_gpu:
         options.log_severity_level = QUIET
+    else:
+        # ONNX Runtime would keep kilobytes for every shape of a batch that it ever ran, and gain no time by it.
+        options.enable_mem_pattern = False
     if device.configure is not None:
         device.configure(options)
     session, reason = _create(model, options, device, cuda_graph)

@@ -8,14 +8,13 @@ from qrlora_deploy.errors import (
     InputError,
     MalformedInputError,
 )
-from qrlora_deploy.runtime.bundle.bundle import Bundle, check_graph
+from qrlora_deploy.runtime.bundle.bundle import Bundle
 from qrlora_deploy.runtime.host.devices import Device
-from qrlora_deploy.runtime.sessions.bucket_runner import make_runner
 from qrlora_deploy.runtime.sessions.buckets import Buckets
 from qrlora_deploy.runtime.sessions.input_checks import check_inputs
 from qrlora_deploy.runtime.sessions.loaded_customers import LoadedCustomers
+from qrlora_deploy.runtime.sessions.runners import make_runner, open_graph
 from qrlora_deploy.runtime.sessions.running import text_inputs
-from qrlora_deploy.runtime.sessions.session import open_session
 from qrlora_deploy.runtime.sessions.versions import Version
 from qrlora_deploy.runtime.table.table import rows_of
 from qrlora_deploy.tasks.answering import Answering
@@ -58,11 +57,10 @@ class SwitchableSession(LoadedCustomers):
         if manifest.kind != "switchable":
             raise InputError(f"{bundle.folder} is a {manifest.kind} bundle; export a switchable one")
         self.buckets = buckets
-        self.session = open_session(bundle.model, provider, threads, cuda_graph=buckets is not None)
-        check_graph(self.session, bundle)
+        self.session = open_graph(bundle, provider, threads, cuda_graph=buckets is not None)
         self._text_inputs = text_inputs(manifest)
         super().__init__(bundle, provider, rows, max_rows)
-        self._runner = make_runner(self.session, manifest, provider, buckets, lambda: self.table.memory)
+        self._runner = make_runner(self.session, bundle, provider, buckets, lambda: self.table.memory, threads)
 
     def predict(
         self, inputs: dict[str, np.ndarray], customers: Sequence[str | None]

@@ -43,6 +43,12 @@ def kept_tokens(mask: np.ndarray) -> np.ndarray:
     return np.flatnonzero(kept)
 
 
+def is_right_padded(mask: np.ndarray) -> bool:
+    """Whether every row of `mask [batch, length]` is text, at least one token of it, and then padding."""
+    text = mask != 0
+    return bool(text[:, 0].all() and (text[:, 1:] <= text[:, :-1]).all())
+
+
 def write_tokens(target: np.ndarray, kept: np.ndarray) -> None:
     """Write the positions `kept` into `target [at least as many]`, and position 0 behind them.
 

@@ -8,6 +8,7 @@ import ctypes
 import functools
 import sys
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ QUERIES = 64
 POINTER, SIZE = ctypes.c_void_p, ctypes.c_size_t
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "cudaMemcpyAsync": (POINTER, POINTER, SIZE, ctypes.c_int, POINTER),
+    "cudaMemcpy2DAsync": (POINTER, SIZE, POINTER, SIZE, SIZE, SIZE, ctypes.c_int, POINTER),
     "cudaMemsetAsync": (POINTER, ctypes.c_int, SIZE, POINTER),
     "cudaStreamSynchronize": (POINTER,),
     "cudaStreamQuery": (POINTER,),
@@ -92,6 +94,7 @@ class CudaCopies:
         # Looked up once: a small copy takes about as long as to find and call them.
         self._exchange, self._last_error = held.cudaThreadExchangeStreamCaptureMode, held.cudaGetLastError
         self._begin, self._query = held.cudaMemcpyAsync, held.cudaStreamQuery
+        self._begin_pieces = held.cudaMemcpy2DAsync
         with _BesideCaptures():
             _check(self._cuda.cudaSetDevice(device))
             _check(self._cuda.cudaStreamCreateWithFlags(ctypes.byref(self._stream), NON_BLOCKING))
@@ -107,8 +110,8 @@ class CudaCopies:
             # it is under way.
             _check(self._cuda.cudaStreamSynchronize(self._stream))
 
-    def begin_copy(self, target: int, source: int, size_bytes: int) -> None:
-        """Begin to copy a few kilobytes from pinned memory of the host to the device; `wait` waits for it.
+    def begin_copy(self, target: int, source: int, size_bytes: int, kind: int = HOST_TO_DEVICE) -> None:
+        """Begin to copy a few kilobytes between pinned memory of the host and the device; `wait` waits for it.
 
         The calls keep the interpreter's lock, as none of them waits. The thread's current device does
         not matter: a copy follows its stream.
@@ -116,7 +119,17 @@ class CudaCopies:
         # As `_BesideCaptures` does, whose calls in Python would cost as much as this.
         self._mode.value = RELAXED
         self._exchange(self._mode_place)
-        code = self._begin(target, source, size_bytes, HOST_TO_DEVICE, self._stream)
+        code = self._begin(target, source, size_bytes, kind, self._stream)
+        self._exchange(self._mode_place)
+        if code:
+            _check(code)
+
+    def begin_pieces(self, target: "Pieces", source: "Pieces", size_bytes: int, count: int, kind: int) -> None:
+        """Begin to copy `count` pieces of `size_bytes` each; as `begin_copy`."""
+        self._mode.value = RELAXED
+        self._exchange(self._mode_place)
+        places = (target.pointer, target.distance, source.pointer, source.distance)
+        code = self._begin_pieces(*places, size_bytes, count, kind, self._stream)
         self._exchange(self._mode_place)
         if code:
             _check(code)
@@ -144,12 +157,26 @@ class CudaCopies:
             _check(self._cuda.cudaStreamSynchronize(self._stream))
 
 
+@dataclass(frozen=True)
+class Pieces:
+    """Where pieces of memory of one size lie.
+
+    Attributes:
+        pointer: the address of the first one.
+        distance: bytes from one to the next, of their beginnings.
+    """
+
+    pointer: int
+    distance: int
+
+
 class CudaBuffer:
     """Zeroed memory of a GPU; given back when nobody refers to it any more.
 
     Args:
         size_bytes: how much.
         device: number of the GPU.
+        copies: on that GPU, to share them with other buffers; None: of its own.
 
     Attributes:
         pointer: the address.
@@ -160,10 +187,11 @@ class CudaBuffer:
         ProviderError: CUDA is not there.
     """
 
-    def __init__(self, size_bytes: int, device: int = 0) -> None:
+    def __init__(self, size_bytes: int, device: int = 0, copies: CudaCopies | None = None) -> None:
         cuda, place = cuda_runtime(), ctypes.c_void_p()
-        self.copies = CudaCopies(device)
+        self.copies = copies or CudaCopies(device)
         with _BesideCaptures():
+            _check(cuda.cudaSetDevice(device))
             if cuda.cudaMalloc(ctypes.byref(place), ctypes.c_size_t(size_bytes)):
                 cuda.cudaGetLastError()  # or the next call reports it again
                 raise MemoryError(f"{size_bytes} bytes do not fit GPU {device}")

@@ -4,6 +4,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from qrlora_deploy.errors import InputError
+
+
+class TableFullError(InputError):
+    """No row is free and none can be had; later there may be one."""
+
+    kind = "not_ready"
+
 
 class FreeRows:
     """Rows that were given back, and a range of rows that nobody has had yet: of ten million, two numbers.

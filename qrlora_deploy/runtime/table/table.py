@@ -18,7 +18,7 @@ from qrlora_deploy.errors import InputError
 from qrlora_deploy.runtime.host.forking import survive_forks
 from qrlora_deploy.runtime.table.blocks import Block, write_blocks
 from qrlora_deploy.runtime.table.directory import Bulk, Directory
-from qrlora_deploy.runtime.table.free_rows import FreeRows
+from qrlora_deploy.runtime.table.free_rows import FreeRows, TableFullError
 from qrlora_deploy.runtime.table.id_index import IdIndex
 from qrlora_deploy.runtime.table.memory import TableMemory
 from qrlora_deploy.runtime.table.row_use import RowUse
@@ -28,12 +28,6 @@ BASE_ROW = 0
 
 MOST_ROWS = 2**31 - 1
 """As many as a bulk has customers; more have no size that the libraries beneath can count."""
-
-
-class TableFullError(InputError):
-    """No row is free and none can be had; later there may be one."""
-
-    kind = "not_ready"
 
 
 class CoefficientTable:

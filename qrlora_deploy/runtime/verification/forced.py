@@ -11,7 +11,7 @@ from qrlora_deploy.runtime.bundle.row_layout import SLOT, TABLE
 from qrlora_deploy.runtime.verification.bounds import DECODER_BOUNDS
 from qrlora_deploy.runtime.verification.masked import run_masked, takes_mask
 from qrlora_deploy.runtime.verification.reference import Case
-from qrlora_deploy.runtime.verification.report import ForcedReport, ParityReport, compare_effects
+from qrlora_deploy.runtime.verification.report import ForcedReport, compare_effects
 
 FOLLOWING, COLUMNS, TOP = "following", "columns", "top"
 """Of a case, beside its prompts `input_ids` and `attention_mask [rows, tokens]`: what each row is made to say
@@ -42,7 +42,7 @@ def run_forced(session: Any, inputs: Mapping[str, np.ndarray], what: str) -> np.
     try:
         if takes_mask(session):
             return run_masked(session, inputs, following)
-        steps = _Steps(session, rows, longest + following.shape[1], further)
+        steps = ForcedSteps(session, rows, longest + following.shape[1], further)
         found = [steps.run(inputs["input_ids"], lengths, longest, np.arange(rows) * longest + lengths - 1)]
         for step, tokens in enumerate(following.T, start=1):
             found.append(steps.run(tokens[:, None], lengths + step, steps.buffer, np.arange(rows)))
@@ -52,8 +52,15 @@ def run_forced(session: Any, inputs: Mapping[str, np.ndarray], what: str) -> np.
     return np.stack(found, axis=1)
 
 
-class _Steps:
-    """A batch that goes on step by step, its cache bound as input and output."""
+class ForcedSteps:
+    """A batch that goes on step by step, its cache bound as input and output.
+
+    Args:
+        session: of a decoder.
+        rows: of the batch.
+        buffer: tokens that a row may have.
+        further: inputs that stay, such as the table and the slots.
+    """
 
     def __init__(self, session: Any, rows: int, buffer: int, further: Mapping[str, np.ndarray]) -> None:
         self.buffer = buffer
@@ -69,7 +76,14 @@ class _Steps:
                 self._binding.bind_ortvalue_output(value.name.replace(PAST, PRESENT, 1), cache)
 
     def run(self, ids: np.ndarray, valid: np.ndarray, total: int, token: np.ndarray) -> np.ndarray:
-        """Logits `[rows, vocabulary]` behind one more piece of all rows."""
+        """Logits `[rows, vocabulary]` behind one more piece of all rows.
+
+        Args:
+            ids: `[rows, tokens]`.
+            valid: tokens of each row with these.
+            total: tokens of the first piece, `buffer` for all others.
+            token: of each row, the place of its last token in the flat `ids`.
+        """
         inputs = {
             "input_ids": ids.astype(np.int64),
             "seqlens_k": (valid - 1).astype(np.int32),
@@ -92,7 +106,7 @@ def _zeros(shape: Sequence[int], kind: str, device: str) -> Any:
     return value
 
 
-def check_forced(session: Any, reference: Sequence[Case], precision: str = "fp32") -> ParityReport:
+def check_forced(session: Any, reference: Sequence[Case], precision: str = "fp32") -> ForcedReport:
     """Run every case and compare with its logits, and the effect of the customers with PyTorch's.
 
     Args:

@@ -8,8 +8,10 @@ import numpy as np
 from qrlora_deploy.errors import CheckFailed
 from qrlora_deploy.runtime.bundle.bundle import REFERENCE_FILE, Bundle
 from qrlora_deploy.runtime.bundle.row_layout import COEFFICIENTS, TABLE
+from qrlora_deploy.runtime.host.devices import Device
+from qrlora_deploy.runtime.sessions.token_index import is_right_padded
+from qrlora_deploy.runtime.verification.alone import check_decoder
 from qrlora_deploy.runtime.verification.bounds import BOUNDS, Bounds
-from qrlora_deploy.runtime.verification.forced import check_forced
 from qrlora_deploy.runtime.verification.reference import Case, read_reference, without_padding, write_reference
 from qrlora_deploy.runtime.verification.report import ParityReport, compare_effects
 from qrlora_deploy.runtime.verification.running import open_for_check, run_logits
@@ -21,7 +23,9 @@ __all__ = [
     "Case",
     "ParityReport",
     "bound_of",
+    "check_graphs",
     "check_parity",
+    "check_right_padded",
     "customer_effect",
     "open_for_check",
     "read_reference",
@@ -69,6 +73,28 @@ def check_parity(session: Any, reference: Sequence[Case], task: Task, precision:
     shown = shows_customers(reference, task.least_size)
     effect = compare_effects(np.concatenate(effects), _effects_of(measured)) if shown else (None, None)
     return ParityReport(worst[1], bound, agreed / rows, len(reference), rows, worst[0], errors, precision, *effect)
+
+
+def check_right_padded(session: Any, reference: Sequence[Case], task: Task, whole: ParityReport) -> ParityReport:
+    """Check a graph of packed attention on the cases that it is made for.
+
+    Args:
+        session: of that graph.
+        reference: as for `check_parity`.
+        task: as for `check_parity`.
+        whole: the report of the bundle's other graph, on all cases.
+
+    Returns:
+        The worse one of the two reports.
+
+    Raises:
+        CheckFailed: as of `check_parity`.
+    """
+    fitting = [case for case in reference if is_right_padded(case.inputs["attention_mask"])]
+    report = check_parity(session, fitting, task, whole.precision)
+    if report.passed and (not whole.passed or whole.max_abs_error >= report.max_abs_error):
+        return whole
+    return report
 
 
 def bound_of(reference: Sequence[Case], precision: str = "fp32", least_size: float = 1.0) -> float:
@@ -158,9 +184,26 @@ def verify(bundle: Bundle, provider: str = "cpu", threads: int | None = None) ->
         FileFormatError: the reference is damaged.
     """
     precision = bundle.manifest.precision
-    session = open_for_check(bundle.model, precision, provider, threads)
     reference = read_reference(bundle.folder / REFERENCE_FILE)
     task = bundle.manifest.deciding_task
     if task.writes_text:
-        return check_forced(session, reference, precision)
-    return check_parity(session, reference, task, precision)
+        session = open_for_check(bundle.model, precision, provider, threads)
+        return check_decoder(session, reference, precision, bundle.model, bundle.manifest.max_length)
+    return check_graphs(bundle, reference, task, provider, threads)
+
+
+def check_graphs(
+    bundle: Bundle, reference: Sequence[Case], task: Task, provider: str = "cpu", threads: int | None = None
+) -> ParityReport:
+    """As `check_parity`, for all graphs that a bundle has for a provider; the report is the worst one's.
+
+    Raises:
+        CheckFailed: as of `check_parity`.
+        ProviderError: the provider does not load or cannot compute in the bundle's precision.
+    """
+    precision = bundle.manifest.precision
+    report = check_parity(open_for_check(bundle.model, precision, provider, threads), reference, task, precision)
+    if bundle.packed is None or Device.of(provider).provider != "cuda":
+        return report
+    packed = open_for_check(bundle.packed, precision, provider, threads)
+    return check_right_padded(packed, reference, task, report)

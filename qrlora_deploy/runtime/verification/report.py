@@ -77,14 +77,26 @@ class ParityReport:
         return failures
 
 
+@dataclass(frozen=True)
 class ForcedReport(ParityReport):
-    """Of a decoder: `bound` is a share of the logits' standard deviation, and labels are the likeliest tokens."""
+    """Of a decoder: `bound` is a share of the logits' standard deviation, and labels are the likeliest tokens.
+
+    Attributes:
+        alone: the first token that a row of a mixed batch wrote otherwise than alone; empty where there is none.
+        alone_tokens: of each row's answer that were compared.
+    """
+
+    alone: str = ""
+    alone_tokens: int = 0
 
     _answers: ClassVar[str] = "the likeliest tokens"
 
     @property
     def _bounds(self) -> Bounds:
         return DECODER_BOUNDS[self.precision]
+
+    def _failures(self) -> list[str]:
+        return super()._failures() + ([self.alone] if self.alone else [])
 
 
 def compare_effects(found: np.ndarray, expected: np.ndarray) -> tuple[float | None, float | None]:

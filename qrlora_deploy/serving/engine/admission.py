@@ -76,7 +76,7 @@ class Admission:
     def __init__(self, limits: Limits, pace: Pace) -> None:
         self.held = Held()
         self.by_customer: dict[str | None, Held] = {}
-        self._pace = pace
+        self._pace, self._most_s = pace, limits.max_queue_s
         self._whole = Held(limits.max_queue_rows, limits.max_queue_tokens, limits.max_queue_bytes)
         self._share = Held(
             max(1, int(limits.customer_share * limits.max_queue_rows)),
@@ -125,6 +125,10 @@ class Admission:
 
     def _check_room(self, place: Place) -> None:
         load, held = place.load, self.held
+        if self._most_s is not None and held.rows:
+            over_s = self._pace.run_s(held.rows + load.rows) - self._most_s
+            if over_s > 0:
+                raise OverloadedError("the queue is as long as it may take; try again later", over_s)
         room_bytes = self._whole.size_bytes - held.size_bytes
         if load.size_bytes > room_bytes or _over(held.rows + load.rows, held.tokens + load.tokens, self._whole):
             # Bytes are given back with the rows that they belong to.

@@ -13,6 +13,8 @@ class Limits:
         max_queue_rows: rows of all requests from their arrival to their answer.
         max_queue_tokens: their tokens; before a text is tokenised the most that it can have.
         max_queue_bytes: their texts, in bytes.
+        max_queue_s: what is here may take so long to be answered, at the speed that is measured; a request that would
+            make it more is refused, unless nothing else is here. None: no such bound.
         customer_share: of the queue's rows and tokens, the most that one customer may have, above 0 to 1. The base
             counts as a customer. 1: one customer may fill the queue.
         max_batch_tokens: rows x padded length of a run at most. A row that is longer runs alone.
@@ -29,6 +31,7 @@ class Limits:
     max_queue_rows: int = 4096
     max_queue_tokens: int = 2**20
     max_queue_bytes: int = 2**26
+    max_queue_s: float | None = None
     customer_share: float = 0.5
     max_batch_tokens: int = 16384
     max_padding_tokens: int = 256
@@ -39,7 +42,7 @@ class Limits:
         for field in fields(self):
             value = getattr(self, field.name)
             least_is_zero = field.name in ("max_wait_s", "max_padding_tokens")
-            if not (value >= 0 if least_is_zero else value > 0):
+            if value is not None and not (value >= 0 if least_is_zero else value > 0):
                 bound = "at least 0" if least_is_zero else "positive"
                 raise InputError(f"the limit {field.name} must be {bound}, not {value}")
         if self.customer_share > 1:

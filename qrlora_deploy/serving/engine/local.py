@@ -107,6 +107,7 @@ class LocalEngine:
             run_tokens=runner.tokens,
             padded_tokens=runner.padded_tokens,
             last_run_s=runner.last_run_s,
+            running=runner.running,
             resident=len(self._model.table),
             loads=self._model.table.loads,
             evictions=self._model.table.evictions,

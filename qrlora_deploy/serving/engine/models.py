@@ -7,12 +7,11 @@ from typing import Protocol
 import numpy as np
 
 from qrlora_deploy.errors import InputError, UnknownCustomerError
-from qrlora_deploy.runtime.bundle.bundle import Bundle, check_graph
+from qrlora_deploy.runtime.bundle.bundle import Bundle
 from qrlora_deploy.runtime.bundle.manifest import Manifest
 from qrlora_deploy.runtime.host.devices import Device
-from qrlora_deploy.runtime.sessions.bucket_runner import make_runner
 from qrlora_deploy.runtime.sessions.buckets import Buckets
-from qrlora_deploy.runtime.sessions.session import open_session
+from qrlora_deploy.runtime.sessions.runners import make_runner, open_graph
 from qrlora_deploy.runtime.sessions.versions import Version
 
 
@@ -95,9 +94,8 @@ class MergedModel:
         self.bundle = bundle
         self.manifest = bundle.manifest
         self.buckets = buckets
-        session = open_session(bundle.model, provider, threads, cuda_graph=buckets is not None)
-        check_graph(session, bundle)
-        self._runner = make_runner(session, self.manifest, provider, buckets)
+        session = open_graph(bundle, provider, threads, cuda_graph=buckets is not None)
+        self._runner = make_runner(session, bundle, provider, buckets, threads=threads)
         self._version = Version(self.manifest.answering, self.manifest.coefficients_digest or "")
 
     def answer(

@@ -33,6 +33,10 @@ class Pace:
         self._seconds += WEIGHT * (max(seconds, 1e-6) - self._seconds)
         self.rows_s, self.tokens_s = self._rows / self._seconds, self._tokens / self._seconds
 
+    def run_s(self, rows: float) -> float:
+        """How long so many rows take; 0 before anything has run."""
+        return rows / self.rows_s if self.rows_s else 0.0
+
     def wait_s(self, rows: float, tokens: float) -> float:
         """When so many rows and tokens will have been answered: what a client that is refused is told to wait."""
         if not self.tokens_s:

@@ -32,6 +32,7 @@ class EngineStats:
         evictions: customers that made room there for others.
         draining: no new request is taken.
         last_run_s: when the last run ended, in seconds of the Unix epoch; 0: there was none.
+        running: number of the run that is under way, from 1 on; 0: nothing runs.
     """
 
     rows: int = 0
@@ -50,6 +51,7 @@ class EngineStats:
     evictions: int = 0
     draining: bool = False
     last_run_s: float = 0.0
+    running: int = 0
 
     def __add__(self, other: "EngineStats") -> "EngineStats":
         """Those of two engines together; one that drains is enough."""
@@ -59,6 +61,7 @@ class EngineStats:
             queue_counts=tuple(a + b for a, b in zip_longest(self.queue_counts, other.queue_counts, fillvalue=0)),
             draining=self.draining or other.draining,
             last_run_s=max(self.last_run_s, other.last_run_s),
+            running=max(self.running, other.running),
             **sums,
         )
 
@@ -71,7 +74,7 @@ class EngineStats:
 
     def ended(self) -> "EngineStats":
         """What an engine counted that has ended and so holds nothing."""
-        return replace(self, draining=False, queued_rows=0, queued_tokens=0, resident=0)
+        return replace(self, draining=False, queued_rows=0, queued_tokens=0, resident=0, running=0)
 
 
 COUNTERS = (

@@ -26,13 +26,13 @@ class Load:
     asker: str = ""
 
     @classmethod
-    def of_texts(cls, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int) -> "Load":
+    def of_texts(cls, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int, asker: str = "") -> "Load":
         """The most that texts can take, without tokenising them: no tokenizer makes more tokens than bytes, but for
         the few special ones, and none more than `max_length`."""
         sizes = [len(text.encode("utf-8", "surrogatepass")) for text in texts]
         for row, pair in enumerate(pairs or ()):
             sizes[row] += len(pair.encode("utf-8", "surrogatepass"))
-        return cls(len(sizes), sum(min(size + SPECIAL_TOKENS, max_length) for size in sizes), sum(sizes))
+        return cls(len(sizes), sum(min(size + SPECIAL_TOKENS, max_length) for size in sizes), sum(sizes), asker)
 
 
 SPECIAL_TOKENS = 4

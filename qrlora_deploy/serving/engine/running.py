@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -44,6 +45,7 @@ class BatchRunner:
         tokens: of those rows.
         padded_tokens: rows x length of the runs, as they were padded.
         last_run_s: when the last one ended, in seconds of the Unix epoch; 0: there was none.
+        running: number of the run that is under way; 0: nothing runs.
     """
 
     def __init__(self, model: Model, shapes: Shapes, pace: Pace, clock: Callable[[], float] = time.monotonic) -> None:
@@ -55,6 +57,7 @@ class BatchRunner:
         self.tokens = 0
         self.padded_tokens = 0
         self.last_run_s = 0.0
+        self.running = self._begun = 0
         self._turn, self._counting = Turns(), threading.Lock()
         self._model, self._shapes, self._pace, self._clock = model, shapes, pace, clock
         rows = _most_rows(model)
@@ -100,7 +103,8 @@ class BatchRunner:
             start_s = self._clock()
             if any(row.request.ended or _is_late(row, start_s) for row in rows):
                 return None
-            logits, versions = self._model.answer(inputs, customers)
+            with self._under_way():
+                logits, versions = self._model.answer(inputs, customers)
             run = self._counted(rows, start_s)
         # After the turn, so that the next run does not wait for it.
         self._count_waits(rows, start_s)
@@ -108,6 +112,16 @@ class BatchRunner:
             (row, self._answer(row, values, version, run))
             for row, values, version in zip(rows, logits, versions, strict=True)
         ]
+
+    @contextmanager
+    def _under_way(self) -> Iterator[None]:
+        """For the time of a run, failed or not: who watches sees by the number that it does not end."""
+        self._begun += 1
+        self.running = self._begun
+        try:
+            yield
+        finally:
+            self.running = 0
 
     def _answer(self, row: WaitingRow, logits: np.ndarray, version: Version, run: Run) -> RowAnswer:
         answering = version.answering

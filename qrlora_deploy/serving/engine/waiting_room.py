@@ -4,7 +4,6 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 
 from qrlora_deploy.errors import InputError, QrloraError
 from qrlora_deploy.serving.engine.admission import Admission, Place
@@ -101,7 +100,7 @@ class WaitingRoom:
             if request.ended:
                 return
             load = request.place.load
-            self._admission.correct(request.place, replace(load, tokens=tokens))
+            self._admission.correct(request.place, Load(load.rows, tokens, load.size_bytes, load.asker))
             if not self._queue.rows:
                 self._oldest_s = self._clock()
             self._queue.push(request.waiting)

@@ -14,7 +14,7 @@ from qrlora_deploy.serving.access import Access, key_of
 from qrlora_deploy.serving.answering import FAILED
 from qrlora_deploy.serving.parts import Spans, Tracing
 from qrlora_deploy.serving.refusals import FAILED as FAILED_STATUS
-from qrlora_deploy.serving.refusals import GONE, STATUS, status_of
+from qrlora_deploy.serving.refusals import GONE, STATUS, retry_after_of, status_of
 
 REQUEST_ID = "x-request-id"
 """A client may send it; it comes back in the trailing metadata, and stands in the log."""
@@ -99,7 +99,7 @@ class Call:
             grpc.aio.AbortError: always; gRPC ends the call by it.
         """
         trailing = [(REQUEST_ID, self.request_id)]
-        again_s = getattr(error, "retry_after_s", None)
+        again_s = retry_after_of(error)
         if again_s is not None:
             trailing += [(RETRY_AFTER, f"{again_s:g}"), (PUSHBACK, str(round(again_s * 1000)))]
         await self._context.abort(grpc.StatusCode[status_of(error).grpc], str(error), tuple(trailing))

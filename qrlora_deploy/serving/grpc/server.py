@@ -13,6 +13,10 @@ from qrlora_deploy.serving.tls import Tls
 LOOK_S = 0.01
 """Between two looks whether every call has been answered."""
 
+QUIET_LOOKS, QUIET_S = 8, 1.0
+"""No call begins between so many looks: then none is left that gRPC has and Python has not taken up, which would be
+cancelled. After so many seconds of calls that go on coming nobody waits for that any more."""
+
 GRACE_S = 0.5
 """For calls that never end, such as those that watch the health, once everything was answered."""
 
@@ -77,6 +81,7 @@ class GrpcServer:
             return
         self._following.cancel()
         await self._health.end()
+        await self._quiet(min(QUIET_S, grace_s))
         stopping = asyncio.ensure_future(self._server.stop(grace_s + GRACE_S))
         until = time.monotonic() + grace_s
         while self._service.running and time.monotonic() < until and not self._hurried:
@@ -84,6 +89,14 @@ class GrpcServer:
         # The grace that ends first counts.
         await self._server.stop(0 if self._service.running else GRACE_S)
         await stopping
+
+    async def _quiet(self, within_s: float) -> None:
+        """Wait until no call begins for a moment."""
+        until, looks, begun = time.monotonic() + within_s, 0, self._service.begun
+        while looks < QUIET_LOOKS and time.monotonic() < until and not self._hurried:
+            await asyncio.sleep(LOOK_S)
+            looks = looks + 1 if begun == self._service.begun else 0
+            begun = self._service.begun
 
     def hurry(self) -> None:
         """Wait no longer in `stop`."""

@@ -54,6 +54,7 @@ class InferenceService(grpc.GenericRpcHandler):
 
     Attributes:
         running: calls that are being answered.
+        begun: calls since the start.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class InferenceService(grpc.GenericRpcHandler):
         self.models, self.life, self.keys, self.metrics = models, life, keys, metrics
         self.counts, self.tracing = counts or RequestCounts(), tracing
         self.max_held_bytes = max_held_bytes
-        self.running = self._held = 0
+        self.running = self.begun = self._held = 0
 
     def service(self, details: Any) -> grpc.RpcMethodHandler | None:
         """What gRPC asks for at the begin of a call, before its message is read; None: it is no call of this service.
@@ -79,6 +80,7 @@ class InferenceService(grpc.GenericRpcHandler):
         name = _NAMES.get(details.method)
         if name is None:
             return None
+        self.begun += 1
         try:
             access = self._admit(name, details.invocation_metadata)
         except QrloraError as error:
@@ -139,8 +141,8 @@ class InferenceService(grpc.GenericRpcHandler):
         call.end_spans(reason, code)
 
     async def ServerLive(self, message: Any, call: Call) -> Any:
-        """The process runs."""
-        return METHODS["ServerLive"][1](live=True)
+        """The process runs, and what it runs goes on."""
+        return METHODS["ServerLive"][1](live=self.life.live)
 
     async def ServerReady(self, message: Any, call: Call) -> Any:
         """Requests are welcome."""

@@ -17,6 +17,10 @@ from qrlora_deploy.serving.refusals import GONE
 PER_HEADER = 32
 """Bytes that a header counts beside its own: very many empty ones take memory too."""
 
+LOOKS, LOOK_S = 4, 0.03
+"""Before an idle connection is ended by a server that ends: what arrived before that is read in between, on a busy
+machine, too, where one look may come as late as the next one."""
+
 LINGER_S = 5.0
 """For a client to take the line that refuses it."""
 
@@ -33,8 +37,11 @@ class GuardedProtocol(HttpToolsProtocol):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._in_head, self._head_bytes, self._fed = True, 0, 0
+        self._most_head_bytes = self.http_limits.max_head_bytes
         self._head_timer: asyncio.TimerHandle | None = None
         self._reply_timer: asyncio.TimerHandle | None = None
+        self._end_timer: asyncio.TimerHandle | None = None
+        self._unsent = 0
         self._running: RequestResponseCycle | None = None
         self._refusal = (400, "this is no HTTP request")
 
@@ -49,9 +56,14 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The end; what is being answered is given up, and its rows that still wait are not run."""
         self._forget_timer()
+        if self._end_timer is not None:
+            self._end_timer.cancel()
         self.resume_writing()
         super().connection_lost(exc)
         if self._running is not None and not self._running.response_complete:
+            # uvicorn tells the request that came last, which may still wait behind this one.
+            self._running.disconnected = True
+            self._running.message_event.set()
             state = self._running.scope["state"]
             state[GONE] = True
             if GIVE_UP in state:
@@ -98,7 +110,10 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """A header."""
-        self._count(len(name) + len(value) + PER_HEADER)
+        # As `_count`, without a call: a request has many headers.
+        self._head_bytes += len(name) + len(value) + PER_HEADER
+        if self._head_bytes > self._most_head_bytes:
+            self._head_is_long()
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
@@ -117,9 +132,33 @@ class GuardedProtocol(HttpToolsProtocol):
         self._in_head, self._fed = True, 0
 
     def shutdown(self) -> None:
-        """The server ends: a request whose head is under way is still taken."""
-        if not (self._in_head and self._fed):
-            super().shutdown()
+        """The server ends: what has been asked is answered, also where nobody here has read it yet."""
+        self._end_when_idle(LOOKS)
+        self._look_at_the_end_later()
+
+    def _end_when_idle(self, looks: int) -> None:
+        """End after so many looks whether something comes, each of which leaves the loop time to read."""
+        if self.transport.is_closing() or (self._in_head and self._fed):
+            return
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.keep_alive = False
+        elif looks:
+            self.loop.call_later(LOOK_S, self._end_when_idle, looks - 1)
+        else:
+            self.transport.close()
+
+    def _look_at_the_end_later(self) -> None:
+        self._unsent = self.transport.get_write_buffer_size()
+        self._end_timer = self.loop.call_later(self.http_limits.end_s, self._look_at_the_end)
+
+    def _look_at_the_end(self) -> None:
+        """Let go of a client that keeps the server from ending: it sends no whole request, or takes no reply."""
+        unsent = self.transport.get_write_buffer_size()
+        if unsent and unsent == self._unsent:
+            self.transport.abort()
+        elif not self.transport.is_closing() and (self._within_body() or (self._in_head and self._fed)):
+            self._refuse(503, f"the server ends, and the request was not whole within {self.http_limits.end_s:g} s")
+        self._look_at_the_end_later()
 
     def timeout_keep_alive_handler(self) -> None:
         """Idle for too long; a client that does not take the end of its reply keeps no memory either."""
@@ -132,9 +171,12 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _count(self, size: int) -> None:
         self._head_bytes += size
-        if self._head_bytes > self.http_limits.max_head_bytes:
-            self._refusal = (431, f"the headers are longer than {self.http_limits.max_head_bytes} bytes")
-            raise HeadTooLong
+        if self._head_bytes > self._most_head_bytes:
+            self._head_is_long()
+
+    def _head_is_long(self) -> None:
+        self._refusal = (431, f"the headers are longer than {self._most_head_bytes} bytes")
+        raise HeadTooLong
 
     def _within_body(self) -> bool:
         """Whether what is wrong belongs to the request that is next to be answered, and not to one behind it."""

@@ -22,6 +22,9 @@ GIVE_UP = "give_up"
 SPANS = "spans"
 """In the state of a request: its spans, if there are any."""
 
+CUSTOMERS = "customers"
+"""In the state of a request: those of its rows, as far as it was read."""
+
 STATUS_CODE = "http.response.status_code"
 
 ENDED_BY = "ended_by"
@@ -87,6 +90,8 @@ class Endpoint:
         try:
             access = open_access if self.is_open else self.front.access(request)
             reply = await self.handler(request, access)
+            # Of an answer that is another server's.
+            reason = scope["state"].get(ENDED_BY) or ""
         except Exception as error:
             scope["state"][ENDED_BY] = getattr(error, "kind", QrloraError.kind)
             reply, reason = reply_to_error(error, request_id_of(request)), reason_of(error)
@@ -111,7 +116,7 @@ def _end(spans: Spans | None, reason: str, code: int) -> None:
 
 def customers_of(request: Request) -> Sequence[str | None]:
     """Of the rows that a request asks for, as far as it was read."""
-    found: Sequence[str | None] = getattr(request.state, "customers", ())
+    found: Sequence[str | None] = request.scope["state"].get(CUSTOMERS, ())
     return found
 
 
@@ -123,4 +128,5 @@ def spans_of(request: Request) -> Spans | None:
 
 def request_id_of(request: Request) -> str:
     """The client's own id, or the one that was made up."""
-    return getattr(request.state, "request_id", "-")
+    found: str = request.scope["state"].get("request_id", "-")
+    return found

@@ -1,6 +1,7 @@
 """The routes of the HTTP front."""
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -12,10 +13,11 @@ from qrlora_deploy.errors import MalformedInputError
 from qrlora_deploy.serving.access import Access, key_of, open_access
 from qrlora_deploy.serving.answering import Question, answer
 from qrlora_deploy.serving.engine.rows import RowAnswer
-from qrlora_deploy.serving.http.bodies import parsed
+from qrlora_deploy.serving.http.bodies import body_of, parsed
 from qrlora_deploy.serving.http.classify import classify_answer, parse_classify
 from qrlora_deploy.serving.http.embeddings import embeddings_answer, parse_embeddings
 from qrlora_deploy.serving.http.endpoint import (
+    CUSTOMERS,
     GIVE_UP,
     SPANS,
     Endpoint,
@@ -25,7 +27,7 @@ from qrlora_deploy.serving.http.endpoint import (
     request_id_of,
     spans_of,
 )
-from qrlora_deploy.serving.http.live_page import LivePage
+from qrlora_deploy.serving.http.live_page import LivePage, Shown
 from qrlora_deploy.serving.http.openapi import openapi
 from qrlora_deploy.serving.http.protocol import InferAnswer, parse_infer, parse_object, write_answer
 from qrlora_deploy.serving.http.replies import JSON, error_reply, json_reply
@@ -77,6 +79,11 @@ class Front:
     def __post_init__(self) -> None:
         self.live_window: LiveNumbers = self.window or Window(self.counts.totals, self.models.stats)
 
+    @property
+    def shown(self) -> Iterable[Shown]:
+        """Models that the live page shows."""
+        return self.models
+
     def routes(self) -> list[Route]:
         """All of them. Health and the description of the interface need no key."""
         model = "/v2/models/{model}"
@@ -104,7 +111,7 @@ class Front:
         ]
         if self.metrics is not None:
             routes.append(self._route("/metrics", "GET", partial(scraped, self.metrics)))
-        page = LivePage(self.models, self.life, self.live_window)
+        page = LivePage(self.shown, self.life, self.live_window)
         return routes + [self._route(path, "GET", handler, is_open) for path, handler, is_open in page.handlers()]
 
     def _route(self, path: str, method: str, handler: Handler, is_open: bool = False, asks: bool = False) -> Route:
@@ -156,8 +163,9 @@ class Front:
         return self.models.find(request.path_params["model"], request.path_params.get("version"))
 
     async def live(self, request: Request, access: Access) -> Response:
-        """The process runs."""
-        return json_reply({"live": True})
+        """The process runs, and what it runs goes on."""
+        live = self.life.live
+        return json_reply({"live": live}, 200 if live else 503)
 
     async def ready(self, request: Request, access: Access) -> Response:
         """Requests are welcome."""
@@ -196,14 +204,16 @@ class Front:
 
     async def index(self, request: Request, access: Access) -> Response:
         """All models; those that are ready, where the body asks so."""
-        body = await request.body()
+        body = await body_of(request)
         record = parse_object(body) if body else {}
         found = repository_index(self.models, self.life.ready)
         return json_reply([model for model in found if model["state"] == "READY"] if record.get("ready") else found)
 
     async def classify(self, request: Request, access: Access) -> Response:
         """Texts in plain JSON."""
-        question, customers, name = await parsed(await request.body(), lambda body: parse_classify(parse_object(body)))
+        question, customers, name = await parsed(
+            await body_of(request), lambda body: parse_classify(parse_object(body))
+        )
         model = self.models.find(name)
         if not model.task.has_labels:
             raise MalformedInputError(f"the model {model.name} answers with embeddings; ask /v1/embeddings")
@@ -213,7 +223,7 @@ class Front:
 
     async def embeddings(self, request: Request, access: Access) -> Response:
         """Vectors of texts, as clients of OpenAI's interface ask for them."""
-        asked = await parsed(await request.body(), lambda body: parse_embeddings(parse_object(body)))
+        asked = await parsed(await body_of(request), lambda body: parse_embeddings(parse_object(body)))
         model = self.models.find(asked.model)
         if model.task.has_labels:
             raise MalformedInputError(f"the model {model.name} answers with labels, not embeddings; ask /v1/classify")
@@ -225,7 +235,7 @@ class Front:
         """The protocol's inference."""
         model = self._model(request)
         length, outputs = _header_length(request), outputs_of(model.task)
-        asked = await parsed(await request.body(), lambda body: parse_infer(body, length, outputs))
+        asked = await parsed(await body_of(request), lambda body: parse_infer(body, length, outputs))
         question, customers = question_of(asked)
         deadline_s = deadline_of(request.headers.get(TIMEOUT), asked.parameters.get("timeout"))
         answers = await self._answer(request, model, question, customers, deadline_s, access)
@@ -240,10 +250,10 @@ class Front:
         deadline_s: float | None,
         access: Access,
     ) -> list[RowAnswer]:
-        request.state.customers = customers
-        task = asyncio.current_task()
+        state, task = request.scope["state"], asyncio.current_task()
+        state[CUSTOMERS] = customers
         if task is not None:
-            request.scope["state"][GIVE_UP] = task.cancel
+            state[GIVE_UP] = task.cancel
         self.life.check()
         return await answer(model, question, customers, deadline_s, access, spans_of(request))
 

@@ -11,7 +11,7 @@ from qrlora_deploy.serving.http.encodings import WORTH_BYTES, check_encoding, ch
 from qrlora_deploy.serving.http.limits import HttpLimits
 from qrlora_deploy.serving.http.replies import error_reply
 from qrlora_deploy.serving.life import Life
-from qrlora_deploy.serving.refusals import OverloadedError, SlowClientError, TooLargeError
+from qrlora_deploy.serving.refusals import DrainingError, OverloadedError, SlowClientError, TooLargeError
 
 REQUEST_ID = b"x-request-id"
 GOOD_ID = re.compile(rb"[\x21-\x7e]{1,128}")
@@ -96,6 +96,7 @@ class _Body:
         Raises:
             TooLargeError: it is over its bound.
             SlowClientError: it took too long, or the client has gone.
+            DrainingError: the server ends, and the connection has been ended.
             MalformedInputError: it is not compressed as it says.
             OverloadedError: there are too many bodies.
         """
@@ -132,6 +133,8 @@ class _Body:
             if not message.get("more_body", False):
                 return pieces[0] if len(pieces) == 1 else b"".join(pieces)
             message = await self._receive()
+        if self._guard.closes:
+            raise DrainingError("the server ends, and the body was not whole in time; try again soon")
         raise SlowClientError("the client has gone before its body was whole")
 
     def _hold(self, size: int) -> None:

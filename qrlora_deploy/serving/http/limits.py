@@ -20,6 +20,8 @@ class HttpLimits:
         body_s: from there to the end of the body.
         reply_s: for a client to take its reply.
         keep_alive_s: that a connection may be idle.
+        end_s: once the server ends, for the rest of a request whose head or body is under way, and for a client that
+            takes nothing more of its reply.
 
     Raises:
         InputError: one is not positive.
@@ -33,6 +35,7 @@ class HttpLimits:
     body_s: float = 60.0
     reply_s: float = 60.0
     keep_alive_s: float = 75.0
+    end_s: float = 5.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

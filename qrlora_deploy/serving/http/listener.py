@@ -10,7 +10,7 @@ from starlette.types import ASGIApp
 
 from qrlora_deploy.errors import InputError, library_errors
 from qrlora_deploy.serving.addresses import at_port, bound_socket
-from qrlora_deploy.serving.http.connections import guarded_by
+from qrlora_deploy.serving.http.connections import LOOKS, guarded_by
 from qrlora_deploy.serving.http.limits import HttpLimits
 from qrlora_deploy.serving.tls import Tls
 
@@ -79,6 +79,9 @@ class HttpListener:
     async def stop(self, grace_s: float) -> None:
         """Take no new connection, answer what was begun, and close; after `grace_s` what is left is cancelled."""
         self.config.timeout_graceful_shutdown = math.ceil(grace_s)
+        # Connections that the system has taken are taken here, too: the loop comes to them in between.
+        for _ in range(LOOKS):
+            await asyncio.sleep(STEP_S)
         self._uvicorn.should_exit = True
         if self._serving is not None:
             await self._serving
@@ -110,6 +113,7 @@ def _config(app: ASGIApp, tls: Tls | None, limits: HttpLimits) -> uvicorn.Config
         lifespan="off",
         log_config=None,
         access_log=False,
+        proxy_headers=False,
         server_header=False,
         backlog=BACKLOG,
         timeout_keep_alive=math.ceil(limits.keep_alive_s),

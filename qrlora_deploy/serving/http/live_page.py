@@ -1,8 +1,9 @@
 """The page that shows what the server does, for a person: its files, and the numbers that it asks for."""
 
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from importlib import resources
+from typing import Protocol
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -12,7 +13,6 @@ from qrlora_deploy.serving.access import Access
 from qrlora_deploy.serving.http.replies import json_reply
 from qrlora_deploy.serving.life import Life
 from qrlora_deploy.serving.parts import LiveNumbers
-from qrlora_deploy.serving.served import Models
 from qrlora_deploy.version import __version__
 
 FILES = {
@@ -40,16 +40,28 @@ HEADERS = {
 Handler = Callable[[Request, Access], Awaitable[Response]]
 
 
+class Shown(Protocol):
+    """A model, as far as the page shows it; `served.ServedModel` is one."""
+
+    @property
+    def name(self) -> str:
+        """In URLs."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken."""
+
+
 class LivePage:
     """Answers for the page.
 
     Args:
-        models: that are served.
+        models: that are served; asked anew each time.
         life: whether requests are taken.
         window: the last minutes of all processes.
     """
 
-    def __init__(self, models: Models, life: Life, window: LiveNumbers) -> None:
+    def __init__(self, models: Iterable[Shown], life: Life, window: LiveNumbers) -> None:
         self._models, self._life, self._window = models, life, window
         self._started_s = time.monotonic()
         folder = resources.files(live)

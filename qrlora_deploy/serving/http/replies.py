@@ -9,7 +9,7 @@ import orjson
 from starlette.responses import Response
 
 from qrlora_deploy.errors import QrloraError
-from qrlora_deploy.serving.refusals import RefusalError, status_of
+from qrlora_deploy.serving.refusals import retry_after_of, status_of
 
 JSON = "application/json"
 INTERNAL = "the server failed to answer; its log has the reason under this request's x-request-id"
@@ -35,8 +35,7 @@ def error_reply(message: str, code: int, retry_after_s: float | None = None) -> 
 def reply_to_error(error: Exception, request_id: str) -> Response:
     """The reply for what a request ended with. What is none of our errors is logged, without what a client sent."""
     if isinstance(error, QrloraError):
-        retry = error.retry_after_s if isinstance(error, RefusalError) else None
-        return error_reply(str(error), status_of(error).http, retry)
+        return error_reply(str(error), status_of(error).http, retry_after_of(error))
     # The message of a foreign exception may hold a customer's text; where it came from holds none.
     place = "".join(traceback.format_tb(error.__traceback__))
     logger.error("request %s: %s\n%s", request_id, type(error).__name__, place)

@@ -18,6 +18,9 @@ MAX_DIMENSIONS = 8
 MAX_ELEMENTS = 2**31
 """No body is long enough for more; beside a size of 0 a shape could say anything, and numpy refuses what overflows."""
 
+PIECE = 1 << 15
+"""Numbers of JSON that are read at once, some milliseconds of work: in between others may have the interpreter."""
+
 LENGTH = struct.Struct("<I")
 """Before each element of BYTES in binary data."""
 
@@ -46,20 +49,44 @@ def numbers_of_json(data: Any, shape: tuple[int, ...], place: str) -> np.ndarray
     Raises:
         MalformedInputError: it is no list of whole numbers of 64 bits, or of another size than the shape.
     """
+    rows = data if isinstance(data, list) else [data]
+    step = max(1, PIECE // _elements(rows[0])) if rows else 1
+    pieces = [_numbers(rows[start : start + step], shape, place) for start in range(0, len(rows), step)]
     try:
-        # As objects: of one long text among many elements numpy's own choice would make all as long.
-        array = np.asarray(data, dtype=object)
-    # numpy says by either that lists are ragged or too deep.
-    except (ValueError, RecursionError) as error:
-        raise MalformedInputError(f"{place}: data is not a list of numbers of the shape {list(shape)}") from error
-    if not set(map(type, array.flat)) <= {int}:
-        raise MalformedInputError(f"{place}: data must hold whole numbers of 64 bits alone")
+        array = np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+    except ValueError as error:
+        raise _no_numbers(place, shape) from error
     if array.size != math.prod(shape):
         raise _wrong_size(place, array.size, shape)
+    return array.reshape(shape)
+
+
+def _elements(item: Any) -> int:
+    """How many elements an item of a list has, if those within it are all alike; at least 1."""
+    count = 1
+    while isinstance(item, list) and item:
+        count, item = count * len(item), item[0]
+    return count
+
+
+def _numbers(rows: list[Any], shape: tuple[int, ...], place: str) -> np.ndarray:
+    """A piece of `data` as INT64, as deep as it is nested."""
     try:
-        return array.astype(np.int64).reshape(shape)
+        # As objects: of one long text among many elements numpy's own choice would make all as long.
+        array = np.asarray(rows, dtype=object)
+    # numpy says by either that lists are ragged or too deep.
+    except (ValueError, RecursionError) as error:
+        raise _no_numbers(place, shape) from error
+    if not set(map(type, array.flat)) <= {int}:
+        raise MalformedInputError(f"{place}: data must hold whole numbers of 64 bits alone")
+    try:
+        return array.astype(np.int64)
     except OverflowError as error:
         raise MalformedInputError(f"{place}: data must hold whole numbers of 64 bits alone") from error
+
+
+def _no_numbers(place: str, shape: tuple[int, ...]) -> MalformedInputError:
+    return MalformedInputError(f"{place}: data is not a list of numbers of the shape {list(shape)}")
 
 
 def texts_of_json(data: Any, shape: tuple[int, ...], place: str) -> list[str]:

@@ -25,6 +25,7 @@ class Child:
         ready: set when it does its work.
         failure: what it said before it ended.
         watching: the task that follows it.
+        pulse: what it said of itself last, as `Control.runs`; None: nothing since it was asked.
     """
 
     def __init__(
@@ -37,6 +38,8 @@ class Child:
         self.ready, self._lost = asyncio.Event(), asyncio.Event()
         self.failure: QrloraError | None = None
         self.watching: asyncio.Task[None] | None = None
+        self.pulse: dict[str, int] | None = None
+        self._killed_for = ""
 
     @property
     def name(self) -> str:
@@ -68,6 +71,8 @@ class Child:
         code = await self._process.wait()
         # What it said last may still be on its way.
         await self._lost.wait()
+        if self._killed_for:
+            return f"{self._killed_for} and was killed"
         if code < 0:
             return f"was ended by {signal.Signals(-code).name}"
         return f"ended with the code {code}" if code else ""
@@ -77,14 +82,22 @@ class Child:
         if self._link is not None:
             self._link.send(order, number, payload)
 
-    def kill(self) -> None:
-        """End it at once."""
+    def ask_pulse(self) -> None:
+        """Have it say that it is alive; `pulse` is set when it does."""
+        self.pulse = None
+        self.tell(Order.PING)
+
+    def kill(self, what_it_did: str = "") -> None:
+        """End it at once, for something that it did or did not do."""
         if self._process is not None and self._process.returncode is None:
+            self._killed_for = what_it_did
             self._process.kill()
 
     def _frame(self, link: Link, kind: int, number: int, payload: bytearray) -> None:
         if kind == Order.READY:
             self.ready.set()
+        elif kind == Order.PONG:
+            self.pulse = record_of(payload)
         elif kind == Order.FAILED:
             message, code = record_of(payload)
             self.failure = (InputError if code == InputError.exit_code else QrloraError)(message)

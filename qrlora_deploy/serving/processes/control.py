@@ -11,9 +11,13 @@ import orjson
 
 from qrlora_deploy.errors import QrloraError
 from qrlora_deploy.serving.processes.links import HEAD, BrokenFrameError, Link, record_of
+from qrlora_deploy.serving.refusals import DrainingError
 
 FLUSH_S = 0.5
 """Between two times that a front tells what it counted: what it counted since is lost when it is killed."""
+
+PATIENCE_S = 5.0
+"""For the supervisor to answer."""
 
 
 class Order(IntEnum):
@@ -32,6 +36,8 @@ class Order(IntEnum):
     SCRAPED = 14
     FORGET = 15
     SEEN = 16
+    PING = 17
+    PONG = 18
 
 
 class Control:
@@ -43,6 +49,7 @@ class Control:
         reload: called to read files again.
         state: gives what the supervisor asks for.
         forget: called with a model and a customer that was erased.
+        runs: gives the number of the run that is under way by what runs it, as `EngineStats.running`.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -56,6 +63,7 @@ class Control:
         self.reload: Callable[[], None] = lambda: None
         self.state: Callable[[], Any] = lambda: None
         self.forget: Callable[[str, str], None] = lambda model, customer: None
+        self.runs: Callable[[], dict[str, int]] = dict
 
     async def start(self) -> None:
         """Begin to listen to the supervisor."""
@@ -86,14 +94,21 @@ class Control:
         self._counted.append(counted)
 
     async def ask(self, order: Order) -> bytes:
-        """What the supervisor knows of the whole server: `SCRAPE` asks for all metrics, `LOOK` for the last minutes."""
+        """What the supervisor knows of the whole server: `SCRAPE` asks for all metrics, `LOOK` for the last minutes.
+
+        Raises:
+            DrainingError: it does not answer.
+        """
         assert self._link is not None
         number = next(self._numbers)
         self._asked[number] = asyncio.get_running_loop().create_future()
         self._flush()
         self._link.send(order, number)
         try:
-            return await self._asked[number]
+            async with asyncio.timeout(PATIENCE_S):
+                return await self._asked[number]
+        except TimeoutError:
+            raise DrainingError("the process that knows this does not answer; try again soon") from None
         finally:
             del self._asked[number]
 
@@ -113,6 +128,8 @@ class Control:
             self.stop()
         elif kind == Order.RELOAD:
             self.reload()
+        elif kind == Order.PING:
+            link.send_record(Order.PONG, number, self.runs())
         elif kind == Order.ASK_STATE:
             self._flush()
             link.send_record(Order.STATE, number, self.state())

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import threading
 from functools import partial
+from typing import Any
 
 import uvicorn
 
@@ -71,8 +72,13 @@ class EngineProcess:
 
     def _obey(self) -> None:
         control = self._control
-        control.stop, control.reload, control.state = self._ending.set, self._begin_reload, self._socket.stats
-        control.forget = self._forget
+        control.stop, control.reload, control.state = self._ending.set, self._begin_reload, self._state
+        control.forget, control.runs = self._forget, self._socket.runs
+
+    def _state(self) -> dict[str, Any]:
+        """What the supervisor adds up, as `messages.EngineState`."""
+        stores = {name: ask() for name, ask in self._parts.stores().items()}
+        return {"engines": self._socket.stats(), "stores": stores}
 
     async def _finish(self) -> None:
         self._life.drain()

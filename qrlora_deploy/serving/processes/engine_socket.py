@@ -86,6 +86,10 @@ class EngineSocket:
         """Counters of each model's engine."""
         return {name: engine.stats() for name, engine in self.engines.items()}
 
+    def runs(self) -> dict[str, int]:
+        """The number of the run that is under way, of each model's engine; 0: none."""
+        return {name: engine.stats().running for name, engine in self.engines.items()}
+
     def joined(self, front: "_Front") -> None:
         """A front is there."""
         self._fronts.add(front)

@@ -20,7 +20,7 @@ def run_front(options: ChildOptions, control: Control) -> None:
         QrloraError: something cannot be opened, or not everything was answered in time.
     """
     made_of = options.server
-    keys = None if made_of.keys is None else Keys.open(made_of.keys)
+    keys = None if made_of.keys is None else Keys.open(made_of.keys, kept=made_of.kept_keys)
     links = [EngineLink(options.socket_of(number)) for number in range(len(options.devices))]
     models = Models([_served(places, links) for places in made_of.places])
     tracing = tracing_of(made_of.counted) if made_of.otel else None

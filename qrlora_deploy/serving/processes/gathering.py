@@ -2,12 +2,15 @@
 
 import asyncio
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import orjson
 
+from qrlora_deploy.runtime.customers.objects.store import ObjectStoreStats
 from qrlora_deploy.serving.engine.protocol import EngineStats, sum_of
 from qrlora_deploy.serving.live.totals import RequestTotals
 from qrlora_deploy.serving.live.window import STEP_S, Window
@@ -15,7 +18,7 @@ from qrlora_deploy.serving.metrics import Metrics
 from qrlora_deploy.serving.processes.children import Child
 from qrlora_deploy.serving.processes.control import Order
 from qrlora_deploy.serving.processes.links import BrokenFrameError, record_of
-from qrlora_deploy.serving.processes.messages import unpack_stats
+from qrlora_deploy.serving.processes.messages import EngineState
 from qrlora_deploy.serving.processes.options import ENGINE
 
 PATIENCE_S = 1.0
@@ -52,13 +55,15 @@ class Gathering:
     def __init__(self, counted: Sequence[str] = ()) -> None:
         self.children: list[Child] = []
         self._models: dict[str, _Model] = {}
-        self._metrics = Metrics(_Values(self._models), counted)
+        self._stores: dict[str, Callable[[], ObjectStoreStats]] = {}
+        self._metrics = Metrics(_Values(self._models), counted, self._stores)
         self._numbers = itertools.count(1)
         self._asked: dict[int, asyncio.Future[Any]] = {}
         self._answering: set[asyncio.Task[None]] = set()
-        self._engines: dict[Child, dict[str, EngineStats]] = {}
+        self._engines: dict[Child, EngineState] = {}
         self._fronts: dict[Child, RequestTotals] = {}
         self._of_ended_engines: dict[str, EngineStats] = {}
+        self._failures_of_ended: Counter[str] = Counter()
         self._of_ended_fronts = self._requests = RequestTotals()
         self._window = Window(lambda: self._requests, self._stats)
 
@@ -99,28 +104,41 @@ class Gathering:
         for child, state in zip(asked, states, strict=True):
             # One that does not answer in time has what it told before.
             if state and child.options.role == ENGINE:
-                self._engines[child] = {name: unpack_stats(record) for name, record in state.items()}
+                self._engines[child] = EngineState.of_record(state)
             elif state:
                 self._fronts[child] = RequestTotals.of_record(state)
         self._keep_of_ended()
         self._requests = sum(self._fronts.values(), self._of_ended_fronts)
         self._sum_engines()
+        self._sum_stores()
 
     def _keep_of_ended(self) -> None:
         """Add up what ended processes told last: a counter that falls would be taken for a server started anew."""
         for child in self._engines.keys() - set(self.children):
-            for name, stats in self._engines.pop(child).items():
+            state = self._engines.pop(child)
+            for name, stats in state.engines.items():
                 self._of_ended_engines[name] = self._of_ended_engines.get(name, EngineStats()) + stats.ended()
+            self._failures_of_ended.update({name: store.failures for name, store in state.stores.items()})
         for child in self._fronts.keys() - set(self.children):
             self._of_ended_fronts += self._fronts.pop(child)
 
     def _sum_engines(self) -> None:
         told = {name: [stats] for name, stats in self._of_ended_engines.items()}
-        for engine in self._engines.values():
-            for name, stats in engine.items():
+        for state in self._engines.values():
+            for name, stats in state.engines.items():
                 told.setdefault(name, []).append(stats)
         for name, all_told in told.items():
             self._models.setdefault(name, _Model(name, _Known())).engine.told = all_told
+
+    def _sum_stores(self) -> None:
+        seen: dict[str, ObjectStoreStats] = {}
+        for state in self._engines.values():
+            for name, store in state.stores.items():
+                seen[name] = seen[name] + store if name in seen else store
+        for name, store in seen.items():
+            whole = replace(store, failures=store.failures + self._failures_of_ended[name])
+            # Of a store that no engine tells of at the moment the last is known.
+            self._stores[name] = partial(_same, whole)
 
     def _stats(self) -> dict[str, EngineStats]:
         return {name: model.engine.stats() for name, model in self._models.items()}
@@ -137,6 +155,10 @@ class Gathering:
             return None
         finally:
             del self._asked[number]
+
+
+def _same(stats: ObjectStoreStats) -> ObjectStoreStats:
+    return stats
 
 
 class _Values:

@@ -2,7 +2,7 @@
 
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Any
 
@@ -17,10 +17,18 @@ from qrlora_deploy.errors import (
     QrloraError,
     UnknownCustomerError,
 )
+from qrlora_deploy.runtime.customers.objects.store import ObjectStoreStats
 from qrlora_deploy.serving.engine.protocol import EngineStats
 from qrlora_deploy.serving.engine.rows import Row, RowAnswer, Run
 from qrlora_deploy.serving.processes.links import BrokenFrameError, record_of
-from qrlora_deploy.serving.refusals import DeadlineError, DrainingError, OverloadedError, QuotaError, TooLargeError
+from qrlora_deploy.serving.refusals import (
+    DeadlineError,
+    DrainingError,
+    OverloadedError,
+    QuotaError,
+    TooLargeError,
+    retry_after_of,
+)
 
 LENGTH = struct.Struct("<I")
 
@@ -153,7 +161,7 @@ def _answers(head: Any, numbers: np.ndarray, rows: Sequence[Row]) -> Iterator[Ro
 
 def pack_error(error: QrloraError) -> bytes:
     """The payload of an error: its kind, its line, and when it is worth another try."""
-    return orjson.dumps([error.kind, str(error), getattr(error, "retry_after_s", None)])
+    return orjson.dumps([error.kind, str(error), retry_after_of(error)])
 
 
 def unpack_error(payload: bytearray) -> QrloraError:
@@ -169,6 +177,32 @@ def unpack_stats(record: Mapping[str, Any]) -> EngineStats:
     """Counters as JSON has them."""
     known = {field.name for field in fields(EngineStats)}
     return EngineStats(**{name: _frozen(value) for name, value in record.items() if name in known})
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """What the process of an engine tells of itself.
+
+    Attributes:
+        engines: counters, by model.
+        stores: how the object stores of the customers are doing, by model.
+    """
+
+    engines: Mapping[str, EngineStats]
+    stores: Mapping[str, ObjectStoreStats]
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> "EngineState":
+        """From JSON.
+
+        Raises:
+            BrokenFrameError: it is no such state.
+        """
+        try:
+            engines = {name: unpack_stats(stats) for name, stats in record["engines"].items()}
+            return cls(engines, {name: ObjectStoreStats(**stats) for name, stats in record["stores"].items()})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise BrokenFrameError("a frame of an engine's state that is none") from error
 
 
 def _frozen(value: Any) -> Any:

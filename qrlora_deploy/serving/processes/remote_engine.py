@@ -22,7 +22,11 @@ from qrlora_deploy.serving.refusals import DrainingError
 AGAIN_S = 0.05
 """Between two tries to reach an engine."""
 
+SILENT_S = 5.0
+"""An engine that has told no counters for so long is not asked, and the server is not ready, until it does again."""
+
 AWAY = "the engine is starting; try again soon"
+SILENT = "the engine does not answer; try again soon"
 FAILED = "the engine ended before the request was answered; try again soon"
 
 logger = logging.getLogger(__name__)
@@ -60,6 +64,7 @@ class EngineLink:
     Attributes:
         stats: counters by model, as the engine told them last; empty while it cannot be reached.
         open: requests that have not ended.
+        silent: it is connected and has told nothing for `SILENT_S`: it is stopped, or hangs.
     """
 
     def __init__(self, path: Path) -> None:
@@ -68,6 +73,8 @@ class EngineLink:
         self._link: Link | None = None
         self.stats: dict[str, EngineStats] = {}
         self.open: dict[int, RemoteTicket] = {}
+        self.silent = False
+        self._told = 0
 
     @property
     def open_rows(self) -> int:
@@ -79,7 +86,7 @@ class EngineLink:
         self._ends = asyncio.Event()
         self._lost_one = asyncio.Event()
         await self._reach()
-        self._following = asyncio.create_task(self._follow())
+        self._following = [asyncio.create_task(self._follow()), asyncio.create_task(self._listen())]
 
     async def _reach(self) -> None:
         loop = asyncio.get_running_loop()
@@ -100,9 +107,21 @@ class EngineLink:
             await self._lost_one.wait()
             await self._reach()
 
+    async def _listen(self) -> None:
+        """Notice an engine that is silent. Steps are counted: who was stopped itself has not listened meanwhile."""
+        told = steps = 0
+        while True:
+            await asyncio.sleep(SILENT_S / 10)
+            steps = steps + 1 if self._told == told else 0
+            told = self._told
+            if steps >= 10 and self._link is not None and not self.silent:
+                self.silent = True
+                logger.warning("an engine says nothing for %g s; until it does, requests are refused", SILENT_S)
+
     def close(self) -> None:
         """Let go of the engine."""
-        self._following.cancel()
+        for task in self._following:
+            task.cancel()
         if self._link is not None:
             self._link.close()
 
@@ -110,10 +129,12 @@ class EngineLink:
         """Ask for a place.
 
         Raises:
-            DrainingError: the engine cannot be reached.
+            DrainingError: the engine cannot be reached, or says nothing.
         """
         if self._link is None or not self.stats:
             raise DrainingError(AWAY)
+        if self.silent:
+            raise DrainingError(SILENT)
         ticket = RemoteTicket(self, load, customers, next(self._numbers), asyncio.get_running_loop().create_future())
         self.open[ticket.number] = ticket
         names = customers[:1] if len(set(customers)) == 1 else customers
@@ -134,6 +155,8 @@ class EngineLink:
     def _received(self, link: Link, kind: int, number: int, payload: bytearray) -> None:
         if kind == Kind.STATS:
             self.stats = {model: unpack_stats(record) for model, record in record_of(payload).items()}
+            self._told += 1
+            self.silent = False
             return
         ticket = self.open.get(number)
         if ticket is None:
@@ -160,7 +183,7 @@ class EngineLink:
             ticket.future.set_exception(error)
 
     def _lost(self, link: Link) -> None:
-        self._link, self.stats = None, {}
+        self._link, self.stats, self.silent = None, {}, False
         for ticket in list(self.open.values()):
             self._end(ticket, DrainingError(FAILED))
         self._lost_one.set()
@@ -191,7 +214,7 @@ class RemoteEngine:
 
     def _link(self, customer: str | None) -> EngineLink:
         if customer is None:
-            return min(self._links, key=lambda link: (not link.stats, link.open_rows))
+            return min(self._links, key=lambda link: (not link.stats or link.silent, link.open_rows))
         return self._links[zlib.crc32(customer.encode("utf-8", "surrogatepass")) % len(self._links)]
 
     def release(self, ticket: Ticket) -> None:
@@ -226,7 +249,8 @@ class RemoteEngine:
         known = [link.stats[self._model] for link in self._links if self._model in link.stats]
         together = sum_of(known)
         # One device that is away makes the server not ready: its customers have no other one.
-        return together if len(known) == len(self._links) else replace(together, draining=True)
+        all_there = len(known) == len(self._links) and not any(link.silent for link in self._links)
+        return together if all_there else replace(together, draining=True)
 
     def drain(self, timeout_s: float) -> bool:
         """As `Engine.drain`, of the requests of this front. The engine itself goes on."""

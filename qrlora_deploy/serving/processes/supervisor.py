@@ -20,15 +20,17 @@ from qrlora_deploy.serving.assembly import AssemblyOptions
 from qrlora_deploy.serving.processes.children import Child
 from qrlora_deploy.serving.processes.control import Order
 from qrlora_deploy.serving.processes.gathering import Gathering
+from qrlora_deploy.serving.processes.heartbeat import kill_if_it_hangs
 from qrlora_deploy.serving.processes.options import ENGINE, FRONT, ChildOptions
 
 AGAIN_S = 600.0
-"""An engine that fails twice within so long is not started a third time: the server ends."""
+"""An engine that fails twice within so long is not started a third time: the server ends. One that says that it cannot
+open what it needs is started again and again for so long."""
 
-FRONT_S = 0.2
-"""From the end of a front to its next start; longer, up to `FRONT_MAX_S`, where it fails again and again."""
+PAUSE_S = 0.2
+"""From the end of a front to its next start; longer, up to `PAUSE_MAX_S`, where it cannot begin again and again."""
 
-FRONT_MAX_S = 5.0
+PAUSE_MAX_S = 5.0
 
 GRACE_S = 10.0
 """Beyond the time for draining, after which a process that does not end is killed."""
@@ -77,6 +79,7 @@ class Supervisor:
             admin_port=self.ports.get("admin API"),
         )
         self._children: list[Child] = []
+        self._away_since: dict[int, float] = {}
         self._failure: QrloraError | None = None
         self._signals = 0
 
@@ -109,6 +112,7 @@ class Supervisor:
 
     async def _run(self, folder: Path, started: Callable[[], None]) -> None:
         self._folder, self._ending = folder, asyncio.Event()
+        self._options = replace(self._options, kept_keys=folder / "keys.json")
         self.gathering = Gathering(self._options.counted)
         following = asyncio.create_task(self.gathering.follow())
         with self._obeying_signals():
@@ -145,7 +149,9 @@ class Supervisor:
     async def _watch(self, child: Child) -> None:
         """Follow a process to its end."""
         begin_s = time.monotonic()
+        feeling = asyncio.create_task(kill_if_it_hangs(child, self._options.hang_s, self._ending))
         how = await child.run()
+        feeling.cancel()
         self._children.remove(child)
         if self._ending.is_set():
             if how and child.was_ready and self._failure is None:
@@ -156,13 +162,24 @@ class Supervisor:
             return
         logger.error("%s %s", child.name, child.failure or how or "ended")
         if child.options.role == ENGINE:
-            self._engine_ended(child, how, time.monotonic() - begin_s)
+            await self._engine_ended(child, how, time.monotonic() - begin_s)
         else:
-            await asyncio.sleep(min(FRONT_MAX_S, FRONT_S * 2**child.times))
-            if not self._ending.is_set():
-                self._start(FRONT, child.options.number, 1 if child.was_ready else child.times + 1)
+            await self._start_later(child)
 
-    def _engine_ended(self, child: Child, how: str, lived_s: float) -> None:
+    async def _start_later(self, child: Child) -> None:
+        """Start a process again after a pause, which is longer where it cannot begin."""
+        await asyncio.sleep(min(PAUSE_MAX_S, PAUSE_S * 2**child.times))
+        if not self._ending.is_set():
+            self._start(child.options.role, child.options.number, 1 if child.was_ready else child.times + 1)
+
+    async def _engine_ended(self, child: Child, how: str, lived_s: float) -> None:
+        now, number = time.monotonic(), child.options.number
+        if child.was_ready:
+            self._away_since[number] = now
+        elif child.failure is not None and now - self._away_since[number] < AGAIN_S:
+            # It said what it lacks, such as a file that is being written or a store that is down.
+            await self._start_later(child)
+            return
         if child.times and (lived_s < AGAIN_S or not child.was_ready):
             self._fail(child, how, f"for the second time within {AGAIN_S:g} s")
             return

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from qrlora_deploy.formats.customer_files import check_customer_id
 from qrlora_deploy.serving.ray.replica import ReplicaOptions
 from qrlora_deploy.serving.ray.scaling import Scaling
 from qrlora_deploy.serving.server import ServerOptions
@@ -42,9 +43,16 @@ class RayServerOptions:
         server: where the front listens, and how its process ends.
         ray_address: of a Ray that runs; None: one is started here, and ends with the front.
         counted: customers whose rows metrics tell by name.
+
+    Raises:
+        InputError: one of them is no customer's id.
     """
 
     app: RayOptions
     server: ServerOptions = field(default_factory=ServerOptions)
     ray_address: str | None = None
     counted: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for name in self.counted:
+            check_customer_id(name)

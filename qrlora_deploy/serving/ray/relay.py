@@ -15,13 +15,16 @@ from starlette.routing import Route
 from qrlora_deploy.errors import QrloraError
 from qrlora_deploy.serving.access import Access
 from qrlora_deploy.serving.engine.protocol import EngineStats
+from qrlora_deploy.serving.http.endpoint import ENDED_BY
 from qrlora_deploy.serving.http.front import GIVE_UP, HEADER_LENGTH, TIMEOUT, Front, Handler
+from qrlora_deploy.serving.http.live_page import Shown
 from qrlora_deploy.serving.http.replies import json_reply
 from qrlora_deploy.serving.inference.questions import deadline_of
+from qrlora_deploy.serving.live.totals import RequestCounts
 from qrlora_deploy.serving.metrics import Metrics
 from qrlora_deploy.serving.parts import Keys
 from qrlora_deploy.serving.ray.calls import Call, Headers, Reply
-from qrlora_deploy.serving.ray.totals import Totals
+from qrlora_deploy.serving.ray.totals import ReplicasWindow, Totals
 from qrlora_deploy.serving.ray.whose import customer_of
 from qrlora_deploy.serving.refusals import DeadlineError, DrainingError, LostError, OverloadedError
 from qrlora_deploy.serving.served import Models
@@ -82,7 +85,14 @@ class RelayFront(Front):
             ["reason"],
             registry=metrics.registry,
         )
-        super().__init__(NoModels(), keys=keys, metrics=metrics)
+        counts = RequestCounts()
+        window = ReplicasWindow(counts.totals, self._totals, replicas.stats)
+        super().__init__(NoModels(), keys=keys, metrics=metrics, counts=counts, window=window)
+
+    @property
+    def shown(self) -> Iterable[Shown]:
+        """Models of the replicas."""
+        return self._totals
 
     def _route(self, path: str, method: str, handler: Handler, is_open: bool = False, asks: bool = False) -> Route:
         if path == "/metrics":
@@ -120,6 +130,7 @@ class RelayFront(Front):
         deadline_s = deadline_of(request.headers.get(TIMEOUT))
         reply = await _in_time(self._twice(call), deadline_s)
         request.state.customers = reply.customers
+        request.scope["state"][ENDED_BY] = reply.refusal
         response = Response(reply.body, reply.status)
         response.raw_headers = list(_headers(reply.headers))
         return response

@@ -11,6 +11,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
 
 from qrlora_deploy.errors import InputError, library_errors
+from qrlora_deploy.serving.tracing.complaints import tell_complaints
 from qrlora_deploy.serving.tracing.spans import Tracing
 from qrlora_deploy.version import __version__
 
@@ -35,6 +36,7 @@ def open_tracing(customers: Iterable[str] = (), environ: Mapping[str, str] = os.
         InputError: a variable asks for what there is not.
     """
     exporter = make_exporter(environ)
+    tell_complaints()
     with library_errors("OpenTelemetry cannot be set up by its OTEL_ variables", InputError):
         provider = TracerProvider(resource=make_resource(), shutdown_on_exit=False)
         if exporter is not None:

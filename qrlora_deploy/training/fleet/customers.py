@@ -122,16 +122,17 @@ def choose_customers(
     """
     frozen = settings.head == "frozen"
     checkpoint = taken_for(checkpoint, settings.task)
-    if not settings.labelled:
+    if not settings.labelled and not settings.written:
         raise InputError(f"a fleet trains no {BY_OPTION[settings.task].name}; train these customers by `train`")
     base = frozen_outputs(checkpoint, settings.task) if frozen else base_outputs(checkpoint)
-    if base.task.writes_text:
-        raise InputError(f"a fleet trains no {base.task.name}; train these customers by `train`")
+    if base.task.writes_text and not frozen:
+        raise InputError(f"a {base.task.name} keeps the head of its decoder; no {argument('head', settings.head)}")
     if frozen:
         settings.metric_of(base.task)
         settings.check_tuning(base.task, source.evaluation is not None)
-    groups = _read(source, source.data, shard)
-    held_out = _read(source, source.evaluation, shard) if source.evaluation else Groups()
+    written = base.task.writes_text
+    groups = _read(source, source.data, shard, written)
+    held_out = _read(source, source.evaluation, shard, written) if source.evaluation else Groups()
     refused = {
         name: f"{_bad_id(name)}; {reason}" if _bad_id(name) else reason for name, reason in groups.refused.items()
     }
@@ -157,8 +158,8 @@ def choose_customers(
     return FleetCustomers(customers, refused, len(strangers))
 
 
-def _read(source: FleetSource, place: Path, shard: Shard) -> Groups:
-    return read_groups(place, source.customer_column, source.text_column, source.label_column, shard.holds)
+def _read(source: FleetSource, place: Path, shard: Shard, written: bool) -> Groups:
+    return read_groups(place, source.customer_column, source.text_column, source.label_column, shard.holds, written)
 
 
 def _unclear(customers: list[Customer]) -> dict[str, str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from qrlora_deploy.tasks.base import Task
+from qrlora_deploy.tasks.base import IGNORED, Task
 from qrlora_deploy.training.fleet.customers import Customer
 from qrlora_deploy.training.fleet.model import FleetModel
 from qrlora_deploy.training.fleet.pool import PackedRows, RowPool
@@ -14,7 +14,7 @@ from qrlora_deploy.training.fleet.schedule import StepRows
 from qrlora_deploy.training.fleet.scoring import Answers
 from qrlora_deploy.training.fleet.shipping import ship
 from qrlora_deploy.training.fleet.targets import TargetTable
-from qrlora_deploy.training.fleet.tokens import TokenRows
+from qrlora_deploy.training.fleet.tokens import LABELS, TokenRows
 from qrlora_deploy.training.settings import TrainSettings
 
 CHUNK_TOKENS = {"cpu": 2048, "cuda": 65536}
@@ -86,13 +86,14 @@ class Engine:
 
     def __init__(self, model: FleetModel, slots: int, settings: TrainSettings, limit_bytes: int) -> None:
         self.model, self.settings, self.device = model, settings, model.device
-        left = model.tokenizer.padding_side == "left"
+        left = model.tokenizer.padding_side == "left" and not model.writes_text
         self.pool = RowPool(slots, model.pad, left, model.device, limit_bytes)
         self.width = int(model.model.config.get_text_config().hidden_size)
         self.targets = TargetTable(slots)
         self.tasks: list[Task] = []
         self.kinds = np.zeros(slots, dtype=np.int64)  # by slot, the place of its task in `tasks`
         self.train_rows, self.held_out_rows = (np.zeros(slots, dtype=np.int64) for _ in range(2))
+        self.answer_tokens: dict[int, np.ndarray] = {}  # by slot, how many tokens of each row are learned
         self.losses = torch.zeros(slots, dtype=torch.float64, device=model.device)
         room = limit_bytes // (BYTES_BY_WIDTH * self.width * model.blocks)
         self.chunk_tokens = max(1, min(CHUNK_TOKENS[model.device.type], room))
@@ -108,9 +109,14 @@ class Engine:
         self.pool.reserve(sum(int(part.lengths.sum()) for part in rows))
         for slot, customer, part in zip(slots, customers, rows, strict=True):
             self.pool.add(slot, part)
-            self.train_rows[slot], self.held_out_rows[slot] = len(customer.targets), len(customer.evaluation_targets)
+            held_out = part.held_out if self.model.writes_text else len(customer.evaluation_targets)
+            self.train_rows[slot], self.held_out_rows[slot] = len(part.lengths) - held_out, held_out
             self.kinds[slot] = self._kind(customer.outputs.task)
-        self.targets.enter(slots, [[*customer.targets, *customer.evaluation_targets] for customer in customers])
+        if self.model.writes_text:
+            self.answer_tokens |= {slot: answer_counts(part) for slot, part in zip(slots, rows, strict=True)}
+            self.targets.enter(slots, [[0.0] * len(part.lengths) for part in rows])
+        else:
+            self.targets.enter(slots, [[*customer.targets, *customer.evaluation_targets] for customer in customers])
         self.model.enter(slots, [customer.outputs for customer in customers])
         self.losses.index_fill_(0, ship(torch.tensor(slots), self.device), 0.0)
         self._run_trunk(self._rows(slots, np.zeros_like(self.train_rows), self.train_rows + self.held_out_rows))
@@ -128,6 +134,7 @@ class Engine:
             shares: `[slots]`, of the peak learning rates.
             steps: `[slots]`, how many steps each customer has made with this one.
         """
+        rows = self._by_tokens(rows) if self.model.writes_text else rows
         chunks, share, count = ship(
             (self._chunks(rows), torch.from_numpy(shares).float(), torch.from_numpy(np.maximum(steps, 1)).float()),
             self.device,
@@ -143,6 +150,12 @@ class Engine:
             "head": share * self.settings.head_learning_rate,
         }
         self.model.step(rates, count)
+
+    def _by_tokens(self, rows: StepRows) -> StepRows:
+        """The same rows, of whose losses each token of a customer's batch has the same share."""
+        counts = [self.answer_tokens[slot][row] for slot, row in zip(rows.slots, rows.rows, strict=True)]
+        totals = np.bincount(rows.slots, counts)
+        return StepRows(rows.slots, rows.rows, 1.0 / np.maximum(totals[rows.slots], 1))
 
     def take_losses(self, slots: np.ndarray) -> np.ndarray:
         """Sums of the losses of some customers' steps since they were last taken; waits for these steps."""
@@ -264,6 +277,14 @@ class Engine:
         if task not in self.tasks:
             self.tasks.append(task)
         return self.tasks.index(task)
+
+
+def answer_counts(rows: TokenRows) -> np.ndarray:
+    """`[rows]` int64: how many tokens of each row are learned; nothing foretells its first one."""
+    starts = np.cumsum(rows.lengths) - rows.lengths
+    learned = rows.values[LABELS] != IGNORED
+    learned[starts] = False
+    return np.add.reduceat(learned.astype(np.int64), starts)
 
 
 def free_share(free_bytes: int) -> int:

@@ -22,7 +22,12 @@ class Groups:
 
 
 def read_groups(
-    place: Path, customer_column: str | None, text_column: str | None, label_column: str | None, keeps: Keeps
+    place: Path,
+    customer_column: str | None,
+    text_column: str | None,
+    label_column: str | None,
+    keeps: Keeps,
+    written: bool = False,
 ) -> Groups:
     """Read the rows of many customers.
 
@@ -32,6 +37,7 @@ def read_groups(
         text_column: as in `read_examples`.
         label_column: as in `read_examples`.
         keeps: which customers are wanted.
+        written: whether rows are prompts with answers.
 
     Raises:
         InputError: there is no such place, no data in it, a file with a column of ids cannot be read,
@@ -45,12 +51,14 @@ def read_groups(
         )
     files = [place] if place.is_file() else _files(place)
     if customer_column is None:
-        return _one_file_each(files, text_column, label_column, keeps)
+        return _one_file_each(files, text_column, label_column, keeps, written)
     column = customer_column.strip()
     table = _joined([(file, _read(file, column)) for file in files], place)
-    label = label_column_of(str(place), table.columns, text_column, label_column)
-    # Before the rows are parted: what a number is written like may differ between customers.
-    columns = table.columns | {label: settled(table.columns[label])}
+    columns = table.columns
+    if not written:
+        label = label_column_of(str(place), columns, text_column, label_column)
+        # Before the rows are parted: what a number is written like may differ between customers.
+        columns = columns | {label: settled(columns[label])}
     parts = _rows_by_customer(columns[column])
     clashes = _clashes(parts.keys() | table.faults.keys())
     groups = Groups(refused={name: text for name, text in (clashes | table.faults).items() if keeps(name)})
@@ -60,7 +68,7 @@ def read_groups(
         part: Columns = {column: [values[row] for row in rows] for column, values in columns.items()}
         try:
             source = f"the rows of {name} in {place}"
-            groups.examples[name] = examples_of(source, Table(part), text_column, label_column)
+            groups.examples[name] = examples_of(source, Table(part), text_column, label_column, written=written)
         except InputError as error:
             groups.refused[name] = str(error)
     return groups
@@ -77,7 +85,9 @@ def _files(folder: Path) -> list[Path]:
     return files
 
 
-def _one_file_each(files: list[Path], text_column: str | None, label_column: str | None, keeps: Keeps) -> Groups:
+def _one_file_each(
+    files: list[Path], text_column: str | None, label_column: str | None, keeps: Keeps, written: bool
+) -> Groups:
     groups = Groups()
     by_name: dict[str, list[Path]] = {}
     for file in files:
@@ -89,7 +99,7 @@ def _one_file_each(files: list[Path], text_column: str | None, label_column: str
         try:
             if len(places) > 1:
                 raise InputError(f"{' and '.join(path.name for path in places)} are the same customer; keep one")
-            groups.examples[name] = read_examples(places[0], text_column, label_column)
+            groups.examples[name] = read_examples(places[0], text_column, label_column, written=written)
         except InputError as error:
             groups.refused[name] = str(error)
     return groups

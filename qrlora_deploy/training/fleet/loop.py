@@ -41,6 +41,7 @@ class _Active:
     Attributes:
         customer: who.
         metric: chooses the best epoch.
+        remark: what a user may not expect of its run.
         baseline: metrics before training.
         metrics: of the best epoch so far.
         waited: epochs since then.
@@ -50,11 +51,19 @@ class _Active:
 
     customer: Customer
     metric: str
+    remark: str = ""
     baseline: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     waited: int = 0
     loss: float = 0.0
     tuned: Tuned = field(default_factory=Tuned)
+
+    def is_better(self, metrics: dict[str, float]) -> bool:
+        """Whether these are better than those of every epoch so far."""
+        if not self.metrics:
+            return True
+        sign = -1 if self.metric in self.customer.outputs.task.lower_is_better else 1
+        return sign * metrics[self.metric] > sign * self.metrics[self.metric]
 
 
 class Fleet:
@@ -88,7 +97,9 @@ class Fleet:
             self.engine = Engine(model, self.slots, settings, free_share(free))
             self.schedule = Schedule(self.slots, settings)
             segments = segment_rows(model.model, model.tokenizer)
-            encoder = RowEncoder(model.tokenizer, list(model.pad), settings.max_length, segments)
+            encoder = RowEncoder(
+                model.tokenizer, list(model.pad), settings.max_length, segments, written=model.writes_text
+            )
             self.tokens = TokensAhead(encoder, list(self.queue), 2 * self.slots)
         self.writer = Writer(settings, self.origin)
 
@@ -165,9 +176,10 @@ class Fleet:
             return
         slots, customers, parts = (list(column) for column in zip(*entering, strict=True))
         self.engine.enter(slots, customers, parts)
-        for slot, customer in zip(slots, customers, strict=True):
-            self.schedule.enter(slot, len(customer.train))
-            self.active[slot] = _Active(customer, self.settings.metric_of(customer.outputs.task))
+        for slot, customer, part in zip(slots, customers, parts, strict=True):
+            self.schedule.enter(slot, int(self.engine.train_rows[slot]))
+            remark = part.remark or customer.outputs.remark
+            self.active[slot] = _Active(customer, self.settings.metric_of(customer.outputs.task), remark)
         judged = [slot for slot in slots if self.active[slot].customer.evaluation]
         known = [slot for slot in judged if not self.active[slot].customer.outputs.new]
         for slot, metrics in self._scores(self.engine.answer_held_out(known), known).items():
@@ -212,7 +224,7 @@ class Fleet:
         answers = self.engine.answer_held_out(slots)
         for slot, metrics in self._scores(answers, slots).items():
             active = self.active[slot]
-            if not active.metrics or metrics[active.metric] > active.metrics[active.metric]:
+            if active.is_better(metrics):
                 active.metrics, active.waited = metrics, 0
                 better.append(slot)
             else:
@@ -261,7 +273,7 @@ class Fleet:
             baseline=active.baseline,
             loss=round(active.loss, 6),
             device=self.device.type,
-            remark=active.customer.outputs.remark,
+            remark=active.remark,
             tuned=active.tuned,
         )
 

@@ -14,10 +14,13 @@ from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.models.adapter import resolve_layer
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.models.head import check_not_adapted, check_stored, draw_weight, output_layer
+from qrlora_deploy.tasks.base import IGNORED
+from qrlora_deploy.tasks.causal_lm import CausalLM
 from qrlora_deploy.training.fleet.adam import AdamTable
 from qrlora_deploy.training.fleet.branch import RowHead, RowLinear, RowValues, attach_rows, padded_rank
 from qrlora_deploy.training.fleet.shipping import ship
-from qrlora_deploy.training.fleet.tokens import IDS
+from qrlora_deploy.training.fleet.tokens import IDS, LABELS
+from qrlora_deploy.training.forward_only import check_reads_forward
 from qrlora_deploy.training.loop import load_tokenizer
 from qrlora_deploy.training.outputs import Outputs, base_outputs
 from qrlora_deploy.training.precision import halve_frozen, has_bf16, mixed_precision
@@ -27,6 +30,8 @@ from qrlora_deploy.training.trunk.split import SplitModel, split_model
 from qrlora_deploy.training.trunk.upper import Upper
 
 MASK = "attention_mask"
+PROBE = "Where is my parcel? It should have come two days ago."
+"""What a decoder is tried on."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +80,16 @@ class FleetModel:
         labels: int,
         device: torch.device,
     ) -> None:
-        self.model = checkpoint.load_model(**base_outputs(checkpoint).options).to(device)
-        self.tokenizer = load_tokenizer(checkpoint, self.model, settings.max_length)
+        own = base_outputs(checkpoint)
+        self.writes_text = own.task.writes_text
+        self.model = checkpoint.load_model(**own.options).to(device)
+        self.tokenizer = load_tokenizer(checkpoint, self.model, settings.max_length, padded=not self.writes_text)
+        if self.writes_text:
+            check_reads_forward(self.model, [{"input_ids": self.tokenizer(PROBE)["input_ids"]}], False)
         self.device, self.seed = device, settings.seed
         self.values = RowValues()
         paths = [resolve_layer(self.model, name)[0] for name in basis.names]
-        self.split = _split(self.model, paths, self.tokenizer.padding_side)
+        self.split = None if self.writes_text else _split(self.model, paths, self.tokenizer.padding_side)
         head = output_layer(self.model) if settings.head == "output" else None
         if head is not None:
             check_not_adapted(head, basis)
@@ -92,11 +101,16 @@ class FleetModel:
         self.head: dict[str, AdamTable] = {}
         if head is not None:
             self._build_head(checkpoint, head, slots, labels)
-        self.limits = torch.zeros(slots, labels, device=device)
+        self.limits = torch.zeros(slots, max(1, labels), device=device)
         self.upper = self._build_upper() if self.split is not None else None
-        if has_bf16(device.type):
+        # A decoder's head may be its embedding, which is not to be rounded.
+        if has_bf16(device.type) and not self.writes_text:
             halve_frozen(self.model, RowLinear)  # after the parts were held against the whole, in fp32
         self.blocks = len(self.split.blocks) - self.split.first if self.split else 1
+        if self.writes_text:
+            self.blocks = int(self.model.config.get_text_config().num_hidden_layers)
+            self.pad = {IDS: 0, LABELS: IGNORED}
+            return
         known = {IDS: self.tokenizer.pad_token_id, "token_type_ids": self.tokenizer.pad_token_type_id}
         self.pad = {name: known.get(name, 0) for name in self.tokenizer("a") if name != MASK}
 
@@ -170,7 +184,13 @@ class FleetModel:
         return self._limited(self.upper(hidden, layout))
 
     def logits_padded(self, batch: dict[str, torch.Tensor], hidden: torch.Tensor | None) -> torch.Tensor:
-        """The same from a batch of the model's inputs, and what the trunk gave for it where there is one."""
+        """The same from a batch of the model's inputs, and what the trunk gave for it where there is one.
+
+        Of a decoder it is `CausalLM.row_sums`.
+        """
+        if self.writes_text:
+            targets = batch.pop(LABELS)
+            return CausalLM().row_sums(CausalLM().graded(self.model, batch, targets), targets)
         if self.split is None or hidden is None:
             return self._limited(self.model(**batch).logits)
         return self._limited(self.split.upper(hidden, batch))

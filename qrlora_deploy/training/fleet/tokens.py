@@ -11,14 +11,15 @@ import numpy as np
 
 from qrlora_deploy.data.cutting import cut_texts
 from qrlora_deploy.data.examples import Examples
-from qrlora_deploy.data.lines import place_of
+from qrlora_deploy.data.lines import row_of
 from qrlora_deploy.errors import InputError, first_line
 from qrlora_deploy.io.threads import finish
 from qrlora_deploy.models.capacity import check_segments
+from qrlora_deploy.tasks.answer_rows import answer_rows
 from qrlora_deploy.training.fleet.customers import Customer
 from qrlora_deploy.training.rows import build_rows
 
-IDS = "input_ids"
+IDS, LABELS = "input_ids", "labels"
 ROWS_AT_ONCE = 4096
 """Rows that the tokenizer gets together; it shares them out among the cores without holding up Python."""
 
@@ -30,10 +31,14 @@ class TokenRows:
     Attributes:
         values: `[tokens]` int32 by name of each input of the model that has one value a token.
         lengths: `[rows]` int64, none of them 0.
+        held_out: how many rows are held out, of prompts with answers; a row of data may give several, or none.
+        remark: what a user may not expect of them.
     """
 
     values: dict[str, np.ndarray]
     lengths: np.ndarray
+    held_out: int = 0
+    remark: str = ""
 
 
 class RowEncoder:
@@ -47,15 +52,26 @@ class RowEncoder:
         names: of the model's inputs that have one value a token.
         max_length: tokens of a row.
         segments: that the base tells apart, as `capacity.segment_rows` has it.
+        written: whether rows are prompts with answers; then `labels` go with the tokens.
     """
 
-    def __init__(self, tokenizer: Any, names: Sequence[str], max_length: int, segments: int | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        names: Sequence[str],
+        max_length: int,
+        segments: int | None = None,
+        written: bool = False,
+    ) -> None:
         self.tokenizer, self.names, self.max_length = tokenizer, tuple(names), max_length
+        self.written = written
         self.segments = segments
         self._same: dict[bool, bool] = {}
 
     def __call__(self, customers: Sequence[Customer]) -> list[TokenRows | InputError]:
         """Their rows, or what is wrong with them."""
+        if self.written:
+            return [self._answers(customer) for customer in customers]
         try:
             return self._encode(customers)
         except (TypeError, ValueError) as error:
@@ -71,6 +87,16 @@ class RowEncoder:
             rows = next(quick) if able else self._slow(customer)
             found.append(self._problem(customer, rows) or rows)
         return found
+
+    def _answers(self, customer: Customer) -> TokenRows | InputError:
+        try:
+            made = [answer_rows(self.tokenizer, part, self.max_length) for part in _parts(customer)]
+        except InputError as error:
+            return error
+        rows = [row for part in made for row in part.rows]
+        flat = _flat({name: [row[name] for row in rows] for name in (IDS, LABELS)})
+        held_out = len(made[1].rows) if customer.evaluation else 0
+        return TokenRows(flat.values, flat.lengths, held_out, made[0].remark(self.max_length))
 
     def _problem(self, customer: Customer, rows: TokenRows) -> InputError | None:
         empty = np.flatnonzero(rows.lengths == 0)
@@ -168,7 +194,7 @@ def _without_text(customer: Customer, row: int) -> str:
     part, number = customer.train, row + 1
     if customer.evaluation is not None and row >= len(part):
         part, number = customer.evaluation, number - len(part)
-    return f"{place_of(part.name, number)}: row {number} has no text that the tokenizer knows"
+    return f"{row_of(part.name, number)} has no text that the tokenizer knows"
 
 
 def _parts(customer: Customer) -> list[Examples]:

@@ -20,6 +20,7 @@ from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.runtime import Predictor, open_bundle
+from qrlora_deploy.runtime.verification import alone
 from tests.decoders import make_basis, make_customers, save_bundle, save_tiny
 from tests.tiny import save_base
 
@@ -93,6 +94,35 @@ def test_a_wrong_graph_is_refused(
     with pytest.raises(CheckFailed, match="logits differ from PyTorch"):
         save_bundle(tmp_path / "bundle", *base)
     assert not (tmp_path / "bundle").exists()
+
+
+def test_rows_that_disturb_each_other_are_refused(
+    base: tuple[Checkpoint, Basis], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Leaking(alone.ForcedSteps):
+        """From the seventh token on a row of a batch answers as its neighbour."""
+
+        count = 0
+
+        def run(self, ids: np.ndarray, *places: Any) -> np.ndarray:
+            self.count += 1
+            return np.roll(super().run(ids, *places), 1 if self.count > 6 else 0, axis=0)
+
+    folder = save_bundle(tmp_path / "good", *base)
+    monkeypatch.setattr(alone, "ForcedSteps", Leaking)
+    told = r"row \d of 'right padding' writes another token (7|8|9) than it does alone"
+    with pytest.raises(CheckFailed, match=told):
+        save_bundle(tmp_path / "bundle", *base)
+    assert not (tmp_path / "bundle").exists()
+    failure = EXPORTER.verify(folder, None, "cpu").failure
+    assert isinstance(failure, CheckFailed) and "than it does alone" in str(failure)
+
+
+def test_how_many_tokens_rows_write_alone() -> None:
+    assert alone.tokens_for(10**6, 4, 40, 8192) == alone.MOST_TOKENS
+    assert alone.tokens_for(10**6, 4, 40, 64) == 24
+    assert alone.tokens_for(4 * 10**9, 4, 40, 8192) == alone.MOST_BYTES // (20 * 10**9)
+    assert alone.tokens_for(10**12, 4, 40, 8192) == alone.LEAST_TOKENS
 
 
 def test_changed_weights_are_noticed(base: tuple[Checkpoint, Basis], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, Phi3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
-from exporters.onnx.decoder.rotary import rotary_tables
+from exporters.onnx.decoder.rotary import check_rotary, rotary_tables
 from exporters.onnx.decoder.shape import read_shape
 from qrlora_deploy.errors import InputError
 
@@ -50,5 +50,5 @@ def test_as_transformers_has_it(kind: str) -> None:
 
 
 def test_a_scaling_that_depends_on_the_length_is_refused() -> None:
-    with pytest.raises(InputError, match="rope_type 'dynamic' is not supported"):
-        rotary_tables({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, 32, 8)
+    with pytest.raises(InputError, match="base: rope_type 'dynamic' is not supported"):
+        check_rotary({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, "base")

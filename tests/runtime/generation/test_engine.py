@@ -2,12 +2,15 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from qrlora_deploy.runtime.generation.budget import CacheFullError
+from qrlora_deploy.runtime.generation.cache import KvCache
 from tests.runtime.generation.tiny import NAMES, Desk, Made, answer_of, make_decoder, prompt_of
 
 pytestmark = pytest.mark.makes
@@ -222,3 +225,59 @@ def test_numbers_that_are_not_finite_end_their_row_alone(made: Made) -> None:
     assert (
         desk.alone(prompt_of(3, 5), "three").tokens == Desk(made, batches=(4,)).alone(prompt_of(3, 5), "three").tokens
     )
+
+
+class NoMemory:
+    """A session that says what ONNX Runtime does where memory ends, in its runs of so many rows."""
+
+    def __init__(self, session: Any, runs: range) -> None:
+        self._session, self._runs, self.run = session, runs, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def run_with_iobinding(self, binding: Any, options: Any) -> None:
+        self.run += 1
+        if self.run in self._runs:
+            raise RuntimeError("[E] : AllocateRawInternal Failed to allocate memory for requested buffer of size 9")
+        self._session.run_with_iobinding(binding, options)
+
+
+@pytest.mark.parametrize("runs", [range(2, 3), range(5, 6)], ids=["a prompt", "a token"])
+def test_where_memory_ends_within_a_run_the_cache_is_full(made: Made, runs: range) -> None:
+    desk = Desk(made)
+    desk.graph._session = NoMemory(desk.graph._session, runs)
+    asked = [desk.ask(prompt_of(seed, 5), "one") for seed in range(3)]
+    desk.finish()
+    errors = [answer_of(running).error for running in asked]
+    # The second prompt; or the second token of all three.
+    failed = [error for error in errors if error is not None]
+    assert len(failed) == (1 if runs.start == 2 else 3) and all(isinstance(error, CacheFullError) for error in failed)
+    assert str(failed[0]).startswith("cache full: no memory is left to run")
+    assert desk.alone(prompt_of(0, 5), "one").tokens == Desk(made).alone(prompt_of(0, 5), "one").tokens
+    assert desk.holders.held == 0
+
+
+def test_where_memory_ends_for_rows_those_that_are_there_go_on(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk(made)
+    empty = KvCache._empty
+    most = 2
+
+    def limited(self: KvCache, rows: int) -> np.ndarray:
+        if rows > most:
+            raise MemoryError
+        return empty(self, rows)
+
+    monkeypatch.setattr(KvCache, "_empty", limited)
+    asked = [desk.ask(prompt_of(seed, 5), "one") for seed in range(5)]
+    desk.finish()
+    assert [answer_of(running).tokens for running in asked] == [
+        Desk(made).alone(prompt_of(seed, 5), "one").tokens for seed in range(5)
+    ]
+    most = 0
+    refused = desk.ask(prompt_of(0, 5), "one")
+    desk.finish()
+    error = answer_of(refused).error
+    assert isinstance(error, CacheFullError) and str(error).startswith("cache full: there is no memory for")
+    most = 1
+    assert desk.alone(prompt_of(0, 5), "one").error is None

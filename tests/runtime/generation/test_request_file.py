@@ -26,12 +26,12 @@ def write(path: Path, *lines: object) -> Path:
 def test_a_line_says_what_is_otherwise(tmp_path: Path) -> None:
     path = write(
         tmp_path / "requests.jsonl",
-        {"prompt": "a", "more": 1},
+        {"prompt": "a", "stop": "one text"},
         {"messages": [{"role": "user", "content": "b"}], "customer": "bolt", "max_tokens": 3, "top_k": 2, "stop": []},
         {"prompt": "c", "temperature": 0, "seed": 9},
     )
     first, second, third = read_generation_requests(path, DEFAULTS)
-    assert first == GenerationRequest("a", "acme", Sampling(temperature=0.5, seed=3), 20, ["END"])
+    assert first == GenerationRequest("a", "acme", Sampling(temperature=0.5, seed=3), 20, ["one text"])
     chat = [{"role": "user", "content": "b"}]
     assert second == GenerationRequest(chat, "bolt", Sampling(temperature=0.5, seed=3, top_k=2), 3, [])
     assert third == GenerationRequest("c", "acme", Sampling(temperature=0, seed=9), 20, ["END"])
@@ -44,17 +44,33 @@ def test_a_line_says_what_is_otherwise(tmp_path: Path) -> None:
         ({"prompt": "a", "messages": [{"role": "user", "content": "b"}]}, 'either "prompt" or "messages"'),
         ({"messages": []}, "messages"),
         ({"prompt": 3}, "prompt"),
-        ({"prompt": "a", "top_p": 2}, "top_p must be above 0"),
-        ({"prompt": "a", "max_tokens": 0}, "max_tokens must be"),
+        ({"prompt": "a", "top_p": 2}, '"top_p" must be above 0'),
+        ({"prompt": "a", "max_tokens": 0}, '"max_tokens" must be'),
+        ({"prompt": "a", "custmer": "one"}, 'there is no "custmer"; did you mean "customer"?'),
+        ({"prompt": "a", "stop": ""}, '"stop" must hold texts'),
+        ({"prompt": "a", "stop": 3}, "stop"),
         ({"prompt": "a", "customer": "../x"}, "x"),
         (["a"], "object"),
     ],
 )
-def test_a_bad_line_is_named(line: object, text: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "requests.jsonl", {"prompt": "good"}, line)
-    with pytest.raises(FileFormatError, match="^[^\n]*requests.jsonl line 2: ") as caught:
-        read_generation_requests(path, DEFAULTS)
-    assert text in str(caught.value)
+def test_a_bad_line_is_named_and_costs_no_other(line: object, text: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "requests.jsonl", {"prompt": "good"}, line, {"prompt": "too"})
+    first, refused, last = read_generation_requests(path, DEFAULTS)
+    assert isinstance(first, GenerationRequest) and isinstance(last, GenerationRequest)
+    assert isinstance(refused, FileFormatError)
+    assert str(refused).startswith(f"{path} line 2: ") and text in str(refused)
+    assert "\n" not in str(refused)
+
+
+def test_lines_that_are_no_text_cost_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qrlora_deploy.runtime.generation.request_file.MAX_LINE_BYTES", 40)
+    path = tmp_path / "requests.jsonl"
+    long = json.dumps({"prompt": "a" * 200}).encode()
+    path.write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff"}\n' + long + b'\n{"prompt"\n{"prompt": "b"}\n')
+    first, *refused, last = read_generation_requests(path, DEFAULTS)
+    assert [one.prompt for one in (first, last) if isinstance(one, GenerationRequest)] == ["a", "b"]
+    parts = ("line 2 is not UTF-8 text", "line 3 is longer", "line 4: ")
+    assert len(refused) == 3 and all(part in str(one) for part, one in zip(parts, refused, strict=True))
 
 
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:

@@ -10,13 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qrlora_deploy.errors import InputError, QrloraError
-from qrlora_deploy.runtime.generation.sampling import Sampler, Sampling, candidates, uniform
+from qrlora_deploy.runtime.generation import drawing
+from qrlora_deploy.runtime.generation.drawing import Filters, best, draw
+from qrlora_deploy.runtime.generation.sampling import Sampler, Sampling, uniform
 
 VOCABULARY = 50
 
 
 def random_logits(seed: int, scale: float = 2.0) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, scale, VOCABULARY).astype(np.float32)
+
+
+def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
+    """What a sampler may draw from."""
+    filters = Filters(sampling.top_k, sampling.top_p, sampling.min_p)
+    return drawing.candidates(logits, sampling.temperature, filters)
 
 
 def of_transformers(logits: np.ndarray, history: list[int], sampling: Sampling) -> np.ndarray:
@@ -74,6 +82,29 @@ def test_of_a_large_vocabulary_the_same_tokens_are_kept(scale: float, share: flo
     count = int(np.searchsorted(exact[best].cumsum(), share)) + 1
     assert ids.tolist() == sorted(best[:count])
     np.testing.assert_allclose(probabilities, exact[ids] / exact[ids].sum(), rtol=1e-12, atol=0)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(0, 1000), st.integers(1, 9000), st.data())
+def test_the_best_are_those_that_sorting_finds(seed: int, size: int, data: st.DataObject) -> None:
+    values = np.random.default_rng(seed).normal(0, 3, size).round(data.draw(st.integers(0, 3))).astype(np.float32)
+    values[values < data.draw(st.sampled_from([-99, 0]))] = -np.inf
+    count = data.draw(st.integers(1, size))
+    assert best(values, count).tolist() == sorted(np.argsort(-values, kind="stable")[:count].tolist())
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(0, 1000), st.integers(1, 3000), st.floats(0, 1, exclude_max=True))
+def test_of_all_tokens_the_one_is_drawn_where_the_sum_passes(seed: int, size: int, share: float) -> None:
+    logits = np.random.default_rng(seed).normal(0, 3, size).astype(np.float32)
+    logits[np.random.default_rng(seed + 1).random(size) < 0.3] = -np.inf
+    logits[seed % size] = 3
+    probabilities = np.exp(logits.astype(np.float64) / 0.7)
+    sums = np.concatenate([[0], probabilities.cumsum() / probabilities.sum()])
+    token = draw(logits, 0.7, Filters(), share)
+    assert probabilities[token] > 0
+    # Weights in fp32: a border is where fp64 has it, but for so much.
+    assert sums[token] - 1e-6 <= share <= sums[token + 1] + 1e-6
 
 
 def test_repetition_penalty_grows_with_the_answer() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qrlora_deploy.errors import InputError
-from qrlora_deploy.runtime.generation.budget import Budget, CacheFullError, row_capacities
+from qrlora_deploy.runtime.generation.budget import Budget, CacheFullError, row_capacities, without_small
 from qrlora_deploy.runtime.generation.placement import Placement, batch_buckets
 from qrlora_deploy.runtime.generation.scheduler import Scheduler, Seat, in_turn
 
@@ -206,6 +206,14 @@ def test_sizes_of_batches_and_rows() -> None:
     assert row_capacities(100) == (100,)
     assert row_capacities(256) == (256,)
     assert row_capacities(100, [50, 20]) == (20, 50)
+
+
+def test_capacities_that_save_nothing_are_left_out() -> None:
+    # Rows take three quarters.
+    most = 4 * 2048 * 10 * 4 // 3 + 4
+    assert without_small((256, 1024, 2048), rows=4, token_bytes=10, most=most) == (2048,)
+    assert without_small((256, 1024, 2048), rows=4, token_bytes=10, most=most - 8) == (1024, 2048)
+    assert without_small((256, 1024, 2048), rows=4, token_bytes=10, most=1) == (256, 1024, 2048)
 
 
 @pytest.mark.parametrize("bad", [[], [0], [3], [4, 9]])

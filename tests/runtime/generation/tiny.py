@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import onnxruntime
@@ -68,6 +68,19 @@ class Made:
         whole: list[int] = found[0].tolist()
         return whole[len(prompt) :]
 
+    def forced(self, prompt: list[int], customer: str | None, answer: list[int]) -> np.ndarray:
+        """Logits `[tokens, vocabulary]` of transformers' own forward before each token of an answer."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from qrlora_deploy.models.adapter import insert, set_coefficients
+
+        model = AutoModelForCausalLM.from_pretrained(self.checkpoint.folder, dtype=torch.float32)
+        set_coefficients(insert(model.eval(), self.basis), self.basis, self.values[self.number(customer)])
+        with torch.no_grad():
+            found: np.ndarray = model(torch.tensor([prompt + answer])).logits[0].numpy()
+        return found[len(prompt) - 1 : -1]
+
 
 def make_decoder(folder: Path, family: str = "Llama", **changes: Any) -> Made:
     """A decoder in `folder`."""
@@ -113,17 +126,20 @@ class Desk:
     now: float = 0.0
     asked: list[Running] = field(default_factory=list)
 
+    stays: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
-        self.graph = DecoderGraph(onnxruntime.InferenceSession(self.made.model))
+        self.graph = self.open_graph()
         self.budget = Budget(self.max_bytes)
         self.prefixes = PrefixCache(self.budget, self.max_bytes // 4, self.block)
-        self.holders = Holders(self.made)
+        self.holders = self.open_holders()
         self.scheduler = Scheduler(
             self.capacities,
             batch_buckets(self.max_rows, self.batches),
             self.budget,
-            lambda capacity: KvCache(self.graph.cache_shape, capacity),
+            self.open_cache,
             spare=self.prefixes.free,
+            stays=self.stays,
         )
         self.engine = Engine(
             self.graph,
@@ -136,6 +152,18 @@ class Desk:
             lambda: self.now,
         )
         self.tokenizer = _NoText()
+
+    def open_graph(self) -> DecoderGraph:
+        """The decoder."""
+        return DecoderGraph(onnxruntime.InferenceSession(self.made.model))
+
+    def open_cache(self, capacity: int) -> Any:
+        """Rows of a capacity."""
+        return KvCache(self.graph.cache_shape, capacity)
+
+    def open_holders(self) -> Holders:
+        """The customers."""
+        return Holders(self.made)
 
     def ask(
         self,

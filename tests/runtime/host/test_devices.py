@@ -126,6 +126,8 @@ def test_a_real_session_takes_options_of_its_own(switchable: Path, tmp_path: Pat
     device = Device(provider_options={"use_arena": "0"}, configure=taken.append)
     session = SwitchableSession(bundle, device, threads=1)
     assert [options.intra_op_num_threads for options in taken] == [1]
+    # ONNX Runtime would keep memory for each shape that it ever ran, and a server meets very many.
+    assert not taken[0].enable_mem_pattern
     plain = SwitchableSession(bundle, threads=1)
     inputs = {name: np.ones((1, 3), np.int64) for name in ("input_ids", "attention_mask", "token_type_ids")}
     np.testing.assert_array_equal(session.predict(inputs, [None])[0], plain.predict(inputs, [None])[0])

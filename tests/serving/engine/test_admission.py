@@ -63,6 +63,32 @@ def test_what_is_refused_says_when_to_come_again() -> None:
     assert refused.value.retry_after_s == pytest.approx(2.0), "20 rows of 10 a second"
 
 
+def test_what_waits_is_bounded_by_the_time_that_it_takes() -> None:
+    pace = Pace()
+    admission = Admission(Limits(max_queue_s=0.5), pace)
+    first = admission.reserve(Load(100, 100, 100), ["a"] * 100)
+    admission.reserve(Load(1, 1, 1), ["b"])
+    pace.ran(10, 100, 1.0)
+    admission.release(first)
+    places = [admission.reserve(Load(1, 1, 1), ["b"]) for _ in range(4)]
+    with pytest.raises(OverloadedError, match="as long as it may take") as refused:
+        admission.reserve(Load(2, 2, 2), ["c"] * 2)
+    assert refused.value.retry_after_s == pytest.approx(0.2), "7 rows of 10 a second, 0.5 s at most"
+    admission.release(places[0])
+    admission.reserve(Load(1, 1, 1), ["c"])
+
+
+def test_what_takes_longer_than_the_queue_may_is_let_in_alone() -> None:
+    pace = Pace()
+    pace.ran(10, 100, 1.0)
+    admission = Admission(Limits(max_queue_s=0.5), pace)
+    alone = admission.reserve(Load(60, 60, 60), ["a"] * 60)
+    with pytest.raises(OverloadedError):
+        admission.reserve(Load(1, 1, 1), ["b"])
+    admission.release(alone)
+    admission.reserve(Load(1, 1, 1), ["b"])
+
+
 def test_a_customer_shares_the_pace_with_the_others() -> None:
     pace = Pace()
     pace.ran(10, 100, 1.0)
@@ -97,6 +123,7 @@ def test_requests_that_are_none() -> None:
     [
         ({"max_queue_rows": 0}, "max_queue_rows must be positive, not 0"),
         ({"customer_share": 1.5}, "customer_share must be at most 1"),
+        ({"max_queue_s": 0.0}, "max_queue_s must be positive, not 0.0"),
         ({"max_wait_s": -1.0}, "max_wait_s must be at least 0"),
         ({"window_s": float("nan")}, "window_s must be positive, not nan"),
     ],

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -120,6 +121,21 @@ def test_the_end_waits_for_what_is_being_answered(service: InferenceService, gat
             # Those who watch the health do not hold it up.
             await asyncio.wait_for(closing, 10)
             assert not service.running
+
+    asyncio.run(run())
+
+
+def test_the_end_takes_up_calls_that_have_arrived_before_it(service: InferenceService) -> None:
+    async def run() -> None:
+        async with serving(service) as (server, client):
+            await client.infer(ONE)
+            calls = [client.call("ModelInfer", ONE) for _ in range(20)]
+            # They are sent, and the loop has not come to them: a busy one, whose time to end is there.
+            for _ in range(3):
+                await asyncio.sleep(0)
+            time.sleep(0.3)
+            await server.stop(10)
+            assert [len((await call).outputs) for call in calls] == [1] * 20
 
     asyncio.run(run())
 

@@ -12,6 +12,7 @@ import pytest
 from qrlora_deploy.serving.access import Access
 from qrlora_deploy.serving.grpc.listening import GrpcLimits
 from qrlora_deploy.serving.grpc.service import InferenceService
+from qrlora_deploy.serving.life import Life
 from qrlora_deploy.serving.metrics import Metrics
 from qrlora_deploy.serving.refusals import UnauthenticatedError
 from tests.serving.grpc.client import Client, asking, message, request, serving, texts
@@ -113,11 +114,11 @@ def test_what_fails_within_tells_nothing_of_it(
 
 def test_requests_before_the_server_is_ready(service: InferenceService) -> None:
     async def ask(client: Client) -> grpc.aio.AioRpcError:
-        service.life.ready = False
+        began, service.life = service.life, Life()
         try:
             return await client.error(request([texts(["a"])]))
         finally:
-            service.life.ready = True
+            service.life = began
 
     assert asking(service, ask).code() == grpc.StatusCode.UNAVAILABLE
 

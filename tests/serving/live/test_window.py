@@ -1,6 +1,6 @@
 """The window of the last minutes: what it says is what happened in it, over processes and restarts."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -156,4 +156,5 @@ def test_counters_of_engines_are_added() -> None:
     )
     assert (found.since(one).rows, found.since(one).resident, found.since(one).queue_counts) == (10, 88, (0, 0))
     names = {it.name for it in fields(EngineStats)}
-    assert set(COUNTERS) | set(GAUGES) | {"rejected", "queue_counts", "draining", "last_run_s"} == names
+    assert set(COUNTERS) | set(GAUGES) | {"rejected", "queue_counts", "draining", "last_run_s", "running"} == names
+    assert (replace(one, running=7) + other).running == 7 and replace(one, running=7).ended().running == 0

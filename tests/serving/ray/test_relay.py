@@ -25,7 +25,9 @@ from qrlora_deploy.serving.ray.calls import Call, Reply
 from qrlora_deploy.serving.ray.relay import RelayFront
 from qrlora_deploy.serving.ray.rendezvous import ranked
 from qrlora_deploy.serving.ray.replica import Replica, ReplicaOptions
+from qrlora_deploy.serving.ray.totals import Totals as RelayTotals
 from qrlora_deploy.serving.refusals import LostError
+from tests.runtime.place import until
 from tests.tiny import SENTENCES
 
 TEXTS = list(SENTENCES)
@@ -239,3 +241,40 @@ def test_not_ready_once_it_drains(nearby: Nearby) -> None:
         assert client.get("/v2/health/ready").status_code == 503
         assert client.post("/v1/classify", json=classify("acme")).status_code == 200
     assert nearby.asked.count("a") + nearby.asked.count("b") + nearby.asked.count("c") == 2
+
+
+def test_the_page_is_of_the_front_and_of_all_replicas(client: TestClient, nearby: Nearby) -> None:
+    page = client.get("/")
+    assert page.status_code == 200 and "live.js" in page.text and client.get("/live.js").status_code == 200
+    client.get("/live.json")
+    for name in ("acme", "beta", "gamma", "delta"):
+        assert client.post("/v1/classify", json={"texts": TEXTS, "customer": name}).status_code == 200
+    assert client.post("/v1/classify", json={"texts": TEXTS, "customer": "nobody"}).status_code == 404
+
+    def numbers() -> dict[str, Any]:
+        found: dict[str, Any] = client.get("/live.json").json()
+        return found
+
+    until(lambda: numbers()["refused"] == {"unknown_customer": 1})
+    found = numbers()
+    rows = 4 * len(TEXTS)
+    assert [model["name"] for model in found["models"]] == ["tiny"] and found["models"][0]["ready"]
+    assert found["models"][0]["rows_s"] * found["seconds"] == pytest.approx(rows, rel=0.02)
+    # Counted by buckets in each replica, and added up bucket by bucket.
+    each = [replica.stats()["tiny"] for replica in nearby.replicas.values()]
+    total = RelayTotals()
+    total.take([replica.stats() for replica in nearby.replicas.values()])
+    assert sum(total.stats()["tiny"].queue_counts) == rows == sum(sum(stats.queue_counts) for stats in each)
+    assert len(total.stats()["tiny"].queue_counts) == max(len(stats.queue_counts) for stats in each)
+
+
+def test_replicas_that_cannot_be_asked_leave_the_page_as_it_was(client: TestClient, nearby: Nearby) -> None:
+    assert client.post("/v1/classify", json={"texts": TEXTS, "customer": "acme"}).status_code == 200
+    assert [model["name"] for model in client.get("/live.json").json()["models"]] == ["tiny"]
+
+    async def broken() -> list[Mapping[str, EngineStats]]:
+        raise LostError("gone")
+
+    nearby.stats = broken  # type: ignore[method-assign]
+    reply = client.get("/live.json")
+    assert reply.status_code == 200 and [model["name"] for model in reply.json()["models"]] == ["tiny"]

@@ -1,6 +1,8 @@
 """Spans that leave the process: what the variables of OpenTelemetry say, and `serve --otel` beside a collector."""
 
+import logging
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ from opentelemetry.sdk.trace.export import ConsoleSpanExporter
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
 from qrlora_deploy.serving.tracing import sending
+from qrlora_deploy.serving.tracing.complaints import Complaints
 from qrlora_deploy.serving.tracing.sending import make_exporter, make_resource, open_tracing
 from qrlora_deploy.version import __version__
 from tests.cli.running import environment, run
@@ -101,6 +104,49 @@ def test_a_collector_that_is_not_there_holds_nothing_up(
         assert server.end() == 0
     # The SDK's own complaints are lines of JSON too.
     assert all(line.startswith("{") for line in server.errors)
+
+
+@pytest.mark.parametrize("log", [(), ("--log-json",)])
+@pytest.mark.parametrize("collector", ["nobody", "silent"])
+def test_without_a_collector_there_is_one_line_a_minute(
+    served: tuple[object, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    log: tuple[str, ...],
+    collector: str,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as silent:
+        port = 9 if collector == "nobody" else silent.getsockname()[1]
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "0.3")
+        monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
+        # Less than what is asked makes: spans are dropped, and nobody waits for room.
+        monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "16")
+        monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "8")
+        with (
+            Served(*served, "--otel", *log, cwd=tmp_path) as server,
+            httpx.Client(base_url=server.url, timeout=20) as client,
+        ):
+            end = time.monotonic() + 4
+            while time.monotonic() < end:
+                assert client.post("/v1/classify", json={"texts": ["a text"]}).status_code == 200
+            said = [line for line in server.errors if '"request"' not in line]
+            assert len(said) == 1 and "spans may be lost: " in said[0], said
+            assert server.end() == 0
+
+
+def test_complaints_are_counted_while_they_are_not_told(caplog: pytest.LogCaptureFixture) -> None:
+    now = [100.0]
+    complaints = Complaints(lambda: now[0])
+    record = logging.LogRecord("opentelemetry.x", logging.ERROR, "", 1, "refused %s", ("here",), None)
+    for second in range(150):
+        now[0] = 100.0 + second
+        complaints.handle(record)
+    assert caplog.messages == [
+        "spans may be lost: refused here",
+        "spans may be lost: refused here (59 more such lines were left out)",
+        "spans may be lost: refused here (59 more such lines were left out)",
+    ]
 
 
 def test_what_the_variables_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:

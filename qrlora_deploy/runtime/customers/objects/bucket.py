@@ -13,7 +13,7 @@ from qrlora_deploy.formats.customer_files import (
     customer_of,
     read_customer_content,
 )
-from qrlora_deploy.runtime.customers.objects.patience import Patience
+from qrlora_deploy.runtime.customers.objects.patience import Patience, StoreDownError
 from qrlora_deploy.runtime.customers.objects.places import open_place
 
 T = TypeVar("T")
@@ -70,15 +70,16 @@ class Bucket:
         """The content of a customer's object, and its mark.
 
         Raises:
-            UnknownCustomerError: there is no such object.
+            UnknownCustomerError: there is no such object, but others.
             InputError: the id is none, or the object is too large.
-            StoreDownError: the store does not answer.
+            StoreDownError: the store does not answer, or the whole place is not there or empty.
         """
         check_customer_id(customer)
         key = f"{self._root}/{customer}{SUFFIX}"
         try:
             return self.patience.attempt(lambda: self._read(key), what=customer)
         except FileNotFoundError:
+            self._check_place()
             raise UnknownCustomerError(f"{self.url} holds no customer {customer!r}") from None
 
     def coefficients(self, customer: str) -> Coefficients:
@@ -89,6 +90,24 @@ class Bucket:
             QrloraError: as `read`.
         """
         return read_customer_content(self.read(customer)[0], f"{self.url}/{customer}{SUFFIX}")
+
+    def _check_place(self) -> None:
+        """Make sure that the place has customers: a store says of a missing bucket what it says of a missing object.
+
+        Raises:
+            StoreDownError: it has none, is not there, or does not answer.
+        """
+        try:
+            if any(self.pages()):
+                return
+        except InputError as error:
+            raise StoreDownError(str(error)) from error
+        raise StoreDownError(str(self.emptied()))
+
+    def emptied(self) -> InputError:
+        """What is wrong with a place that had customers and has none: more likely somebody has moved it."""
+        self.patience.missing()
+        return InputError(f"{self.url} is empty")
 
     def _read(self, key: str) -> tuple[bytes, bytes]:
         facts = self._do(self._files.info, key)
@@ -117,6 +136,7 @@ class Bucket:
         try:
             return self.patience.attempt(do)
         except FileNotFoundError:
+            self.patience.missing()
             raise InputError(f"{self.url}: there is no such place") from None
 
     def _do(self, method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

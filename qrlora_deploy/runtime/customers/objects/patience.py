@@ -81,6 +81,10 @@ class Patience:
                 return result
         raise AssertionError("the last attempt ends")
 
+    def missing(self) -> None:
+        """The store answers, but the place is not there, or empty where it must not be: that is no better."""
+        self._failed("", last=True)
+
     def _answered(self) -> None:
         with self._lock:
             self._failing.clear()

@@ -38,6 +38,8 @@ JITTER = 0.2
 """Part of the time between listings by which each is moved, so that servers do not list in step."""
 
 
+AWAY = "the store of this customer does not answer; try again soon"
+
 CLOSE_S = 2.0
 """What `close` waits for a listing that is under way."""
 
@@ -57,6 +59,15 @@ class ObjectStoreStats:
     customers: int
     failures: int
     age_s: float
+
+    def __add__(self, other: "ObjectStoreStats") -> "ObjectStoreStats":
+        """What two processes see of one store: the worse of both, and all that failed."""
+        return ObjectStoreStats(
+            self.up and other.up,
+            min(self.customers, other.customers),
+            self.failures + other.failures,
+            max(self.age_s, other.age_s),
+        )
 
 
 class ObjectStore:
@@ -122,13 +133,16 @@ class ObjectStore:
         """Bring a customer into the table, unless another request has just done so.
 
         Raises:
-            UnknownCustomerError: no listing has shown it, or it is gone since.
+            UnknownCustomerError: the last listing has not shown it, and the store is not down; or it is gone since.
             InputError: the id is none, or its object is refused.
-            NotReadyError: the store is down.
+            NotReadyError: the store is down, or the whole place is not there.
             QrloraError: the table cannot grow.
         """
         check_customer_id(customer)
         if customer not in self._names:
+            if not self.bucket.patience.up:
+                # It may have come since the last listing.
+                raise NotReadyError(AWAY)
             raise UnknownCustomerError(f"{self.bucket.url} held no customer {customer!r} when it was listed last")
         with self._lock_of(customer):
             if customer in self.session.table:
@@ -142,7 +156,7 @@ class ObjectStore:
                 if not self._complaint:
                     self._complain(str(error))
                 # Without the place: clients are told of it.
-                raise NotReadyError("the store of this customer does not answer; try again soon") from error
+                raise NotReadyError(AWAY) from error
 
     def look(self) -> None:
         """List the place, and bring what has changed.
@@ -163,9 +177,9 @@ class ObjectStore:
                 for customer, _ in page:
                     gone.pop(customer, None)
             names = Names(parts)
-            if not names and self._read:
+            if not len(names) and len(self._names):
                 # More likely a place that somebody has moved than one whose customers have all gone.
-                raise InputError(f"{self.bucket.url} is empty")
+                raise self.bucket.emptied()
             self._names, self._listed_s = names, began_s
             self._refresh_all(changed | gone)
 

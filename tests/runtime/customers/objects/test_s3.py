@@ -4,6 +4,7 @@ QRLORA_MOTO=FOLDER/bin/python pytest tests/runtime/customers/objects/test_s3.py
 """
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ pytest.importorskip("s3fs", reason="needs s3fs")
 from qrlora_deploy.errors import InputError, NotReadyError, UnknownCustomerError
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.runtime.customers.objects.bucket import Bucket
+from qrlora_deploy.runtime.customers.objects.store import ObjectStore
 from tests.runtime.customers.objects.place import ObjectPlace
 from tests.runtime.customers.objects.s3 import BUCKET, S3Server
 
@@ -81,6 +83,12 @@ def test_an_empty_prefix_a_missing_bucket_and_an_empty_object(place: ObjectPlace
         Bucket(place.url).coefficients("empty")
 
 
+def wait_until_it_is_asked_again(store: ObjectStore) -> None:
+    """After a failure the store rests, and nothing would be asked."""
+    while time.monotonic() < store.bucket.patience._rests_until_s:
+        time.sleep(0.01)
+
+
 def test_a_server_that_goes_away_and_comes_back(place: ObjectPlace, server: S3Server) -> None:
     place.put("acme", 1)
     place.put("cold", 2)
@@ -98,10 +106,17 @@ def test_a_server_that_goes_away_and_comes_back(place: ObjectPlace, server: S3Se
     with pytest.raises(InputError, match="there is no such place"):
         store.look()
     assert place.logits("acme") == before
+    wait_until_it_is_asked_again(store)
+    # S3 says the same of a bucket that is missing and of an object.
+    with pytest.raises(NotReadyError, match="does not answer"):
+        place.logits("cold")
     server.make_bucket()
     with pytest.raises(InputError, match="is empty"):
         store.look()
     assert place.logits("acme") == before
+    wait_until_it_is_asked_again(store)
+    with pytest.raises(NotReadyError, match="does not answer"):
+        place.logits("cold")
     place.put("acme", 3)
     place.put("cold", 4)
     store.look()

@@ -206,11 +206,17 @@ def test_a_store_that_is_down_takes_nobody_away(objects: ObjectPlace, error: Exc
     for _ in range(20):
         with pytest.raises(NotReadyError, match="does not answer"):
             objects.logits("cold")
+    for name in ("new", "nobody"):
+        # Of who came since the last listing nothing is known.
+        with pytest.raises(NotReadyError, match="does not answer"):
+            objects.logits(name)
     assert len(broken.asked) == asked, "it rests after it has failed"
     assert objects.logits("acme") == before
     broken.error = None
     store.look()
     assert store.stats().up
+    with pytest.raises(UnknownCustomerError):
+        objects.logits("nobody")
     assert objects.logits("cold") == objects.expected(2)
 
 
@@ -273,6 +279,38 @@ def test_the_same_complaint_is_made_once_and_nobody_goes_with_an_empty_place(obj
     until(lambda: len(listed) > 5)
     assert objects.kinds() == ["loaded", "failed"] and objects.logits("acme") == before
     assert objects.events[-1].message == f"{objects.url} is empty; what is loaded goes on being served"
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+@pytest.mark.parametrize("left", ["nothing", "another file", "a customer"])
+def test_unknown_is_said_only_where_the_store_says_so(objects: ObjectPlace, loaded: bool, left: str) -> None:
+    for number, name in enumerate(("acme", "cold", "last"), 1):
+        objects.put(name, number)
+    store = objects.store()
+    before = objects.logits("acme") if loaded else []
+    objects.files.rm(objects.root, recursive=True)
+    if left != "nothing":
+        objects.files.makedirs(objects.root, exist_ok=True)
+    if left == "another file":
+        objects.files.pipe_file(f"{objects.root}/README.md", b"still a folder")
+    elif left == "a customer":
+        objects.put("last", 3)
+    kind = UnknownCustomerError if left == "a customer" else NotReadyError
+    for _ in range(3):
+        with pytest.raises(kind):
+            objects.logits("cold")
+    if left != "a customer":
+        assert not store.stats().up and objects.kinds()[-1] == "failed" and objects.kinds().count("failed") == 1
+        with pytest.raises(InputError, match=r"is empty|no such place"):
+            store.look()
+        assert store.stats().customers == 3
+        objects.files.makedirs(objects.root, exist_ok=True)
+        for name in ("acme", "cold", "last"):
+            objects.put(name, 4)
+        store.look()
+        assert store.stats().up and objects.logits("cold") == objects.expected(4)
+    elif loaded:
+        assert objects.logits("acme") == before
 
 
 def test_one_read_for_many_who_ask_at_once(objects: ObjectPlace) -> None:

@@ -1,0 +1,1 @@
+"""How fast decoders write: exported graphs, PyTorch's ways and PEFT's, on the shapes of known models."""

@@ -1,0 +1,214 @@
+"""Packed attention: the second graph of a padding-free bundle."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+
+from exporters.onnx import export_merged, export_switchable
+from exporters.onnx.graph import SMALLEST_EXTERNAL_BYTES, input_names, write_graph
+from exporters.onnx.options import OnnxOptions
+from exporters.onnx.varlen import OPERATOR, VarlenPacking
+from qrlora_deploy.data.examples import Examples
+from qrlora_deploy.errors import InputError, ProviderError
+from qrlora_deploy.exporting.job import ExportJob
+from qrlora_deploy.factorization.from_checkpoint import factorize
+from qrlora_deploy.formats.coefficients import Coefficients
+from qrlora_deploy.models.checkpoint import open_checkpoint
+from qrlora_deploy.models.targets import choose_targets
+from qrlora_deploy.rank_rules.energy_share import EnergyShare
+from qrlora_deploy.runtime import Buckets, SwitchableSession, open_bundle, open_session, verify
+from qrlora_deploy.runtime.bundle.external_data import external_locations
+from qrlora_deploy.runtime.prediction.predictor import Predictor
+from qrlora_deploy.runtime.sessions.runners import PaddingRunner
+from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX, is_right_padded, kept_tokens, write_tokens
+from tests.exporters.test_switchable import save_encoder
+from tests.runtime.fire import made_up_customer, made_up_inputs
+from tests.tolerances import FP16_DEVICES, FP32_ONNX
+
+LENGTHS = ([6, 6], [1, 6], [3, 1], [6], [1], [2, 5, 6, 1])
+
+
+class PackedAttention(OpRun):
+    """The operator in numpy, row by row, from where each row begins."""
+
+    op_domain = "com.microsoft"
+
+    def _run(self, *arrays: Any, num_heads: int = 1, scale: float | None = None) -> tuple[np.ndarray]:
+        query, key, value, bias, offsets, borders, added = (*arrays, None)[:7]
+        assert bias is None and sorted(offsets.flatten()) == list(range(offsets.size))
+        size = query.shape[1] // num_heads
+        # Behind the last row the kernel writes nothing.
+        output = np.full_like(query, np.nan)
+        for row, (start, end) in enumerate(zip(borders[:-1], borders[1:], strict=True)):
+            places = offsets.flatten()[start:end]
+            assert places.tolist() == list(range(row * offsets.shape[1], row * offsets.shape[1] + end - start))
+            cut = [it[start:end].reshape(-1, num_heads, size).swapaxes(0, 1) for it in (query, key, value)]
+            scores = cut[0] @ cut[1].swapaxes(1, 2) * (size**-0.5 if scale is None else scale)
+            if added is not None:
+                scores = scores + added[0, :, : end - start, : end - start]
+            weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+            weights /= weights.sum(axis=-1, keepdims=True)
+            output[start:end] = (weights @ cut[2]).swapaxes(0, 1).reshape(end - start, -1)
+        return (output,)
+
+
+PackedAttention.__name__ = OPERATOR
+
+
+@pytest.mark.parametrize("name", ["distilbert", "mpnet", pytest.param("roberta", marks=pytest.mark.slow)])
+def test_both_graphs_answer_alike_from_the_same_weights(name: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(save_encoder(name, tmp_path / "base")))
+    model, packing = checkpoint.load_model(), VarlenPacking(required=True)
+    names = input_names(model, checkpoint.tokenizer())
+    try:
+        graph = write_graph(model, names, tmp_path, packing=packing)
+    except InputError as error:
+        pytest.skip(f"an attention of its own: {error}")
+    assert graph.packed
+    packed = onnx.load(tmp_path / "packed.onnx", load_external_data=False)
+    assert [node.op_type for node in packed.graph.node].count(OPERATOR) == graph.attention_nodes == 2
+    assert not any(node.op_type == "Attention" for node in packed.graph.node)
+    assert external_locations((tmp_path / "packed.onnx").read_bytes()) == {"model.onnx.data"}
+    assert max(len(tensor.raw_data) for tensor in packed.graph.initializer) < SMALLEST_EXTERNAL_BYTES
+    evaluator = ReferenceEvaluator(str(tmp_path / "packed.onnx"), new_ops=[PackedAttention])
+    session = open_session(tmp_path / "model.onnx", threads=1)
+    for lengths in LENGTHS:
+        mask = (np.arange(6) < np.array(lengths)[:, None]).astype(np.int64)
+        inputs = {"input_ids": np.random.default_rng(3).integers(5, 100, mask.shape), "attention_mask": mask}
+        kept = kept_tokens(mask)
+        tokens = np.empty(len(kept) + 3, dtype=np.int64)
+        write_tokens(tokens, kept)
+        expected = session.run(None, inputs | {TOKEN_INDEX: kept})[0]
+        for index in (kept, tokens):
+            np.testing.assert_allclose(evaluator.run(None, inputs | {TOKEN_INDEX: index})[0], expected, **FP32_ONNX)
+
+
+def test_a_model_that_looks_a_few_tokens_far_has_no_packed_attention(tmp_path: Path) -> None:
+    packing = VarlenPacking()
+    packing.obstacle = "a token looks 3 tokens far"
+    assert not packing.possible(object())
+    packing.required = True
+    with pytest.raises(InputError, match="object cannot have attention='packed': a token looks 3 tokens far"):
+        packing.possible(object())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"padding_free": True}, {"provider": "cuda", "precision": "fp16"}, {"provider": "cuda", "precision": "bf16"}],
+)
+def test_packed_attention_without_what_it_needs_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"attention='packed' needs padding_free, provider='cuda' and precision="):
+        OnnxOptions(attention="packed", **options)
+    assert not OnnxOptions(**options).packs
+    assert OnnxOptions(padding_free=True, provider="cuda", precision="fp16").packs
+    assert not OnnxOptions(padding_free=True, provider="cuda", precision="fp16", attention="standard").packs
+    with pytest.raises(InputError, match="unknown attention 'flash'; choose from auto, standard, packed"):
+        OnnxOptions(attention="flash")
+
+
+@given(rows=st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=6))
+def test_right_padded_rows_are_text_and_then_padding(rows: list[list[bool]]) -> None:
+    expected = all(any(row) and row == sorted(row, reverse=True) for row in rows)
+    assert is_right_padded(np.array(rows).astype(np.int64)) == expected
+
+
+class Named:
+    """A runner that answers with its number."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def run(self, inputs: Any, slot: np.ndarray | None = None) -> np.ndarray:
+        return np.full((1, 1), self.number)
+
+
+def test_a_batch_runs_in_the_graph_for_its_padding_and_the_other_is_opened_once() -> None:
+    opened = []
+
+    def open_other() -> Named:
+        opened.append(2)
+        return Named(2)
+
+    runner = PaddingRunner(Named(1), open_other)
+    masks = ([1, 1, 0], [0, 1, 1], [1, 0, 1], [0, 0, 0], [1, 1, 1])
+    found = [runner.run({"attention_mask": np.array([mask])})[0, 0] for mask in masks]
+    assert found == [1, 2, 2, 2, 1] and opened == [2]
+
+
+@pytest.fixture(scope="module", params=[("mpnet", "fp32"), ("mpnet", "fp16"), ("roberta", "fp16"), ("roberta", "fp32")])
+def on_cuda(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, texts: Examples) -> Any:
+    """A switchable and a merged bundle with packed attention, and the customer of the second."""
+    name, precision = request.param
+    folder = tmp_path_factory.mktemp("packed")
+    checkpoint = open_checkpoint(str(save_encoder(name, folder / "base")))
+    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton()), EnergyShare(0.5))
+    options = OnnxOptions(
+        data=texts, padding_free=True, attention="packed", provider="cuda", precision=precision, head_labels=0
+    )
+    values = np.random.default_rng(5).uniform(0.3, 1.0, basis.total_rank).astype(np.float32)
+    customer = Coefficients(
+        values, basis.digest, checkpoint.name, checkpoint.digest, checkpoint.task, checkpoint.labels
+    )
+    try:
+        export_switchable(ExportJob(checkpoint, basis, folder / "all"), options)
+    except ProviderError as error:
+        pytest.skip(f"no CUDA execution provider here: {error}")
+    export_merged(ExportJob(checkpoint, basis, folder / "one", customer), options)
+    return folder / "all", folder / "one", FP32_ONNX if precision == "fp32" else FP16_DEVICES
+
+
+@pytest.mark.gpu
+def test_every_mask_is_answered_as_on_the_cpu(on_cuda: Any) -> None:
+    folder, _one, tolerance = on_cuda
+    bundle = open_bundle(folder)
+    assert bundle.packed is not None and verify(bundle, "cuda").passed and verify(bundle).passed
+    buckets = Buckets((1, 4, 32), (12, 24))
+    sessions = [SwitchableSession(bundle, threads=1)]
+    sessions += [SwitchableSession(bundle, "cuda", buckets=chosen) for chosen in (None, buckets)]
+    for session in sessions:
+        for number in range(9):
+            session.load(f"c{number}", made_up_customer(session.manifest, number, None))
+    names = [None, *sessions[0].customers()]
+    random = np.random.default_rng(1)
+    for kind in ("right", "left", "holes", "right"):
+        for batch, length in ((1, 1), (1, 3), (4, 12), (31, 24), (2, 13), (33, 24), (5, 20), (32, 24), (3, 37)):
+            inputs = made_up_inputs(bundle.manifest, batch, length, seed=batch)
+            mask = np.arange(length) < random.integers(1, length + 1, batch)[:, None]
+            mask[0] = True
+            if kind == "left":
+                mask = mask[:, ::-1]
+            if kind == "holes":
+                mask[:, 1::2] = False
+            inputs["attention_mask"][:] = mask
+            owners = [names[row % len(names)] for row in range(batch)]
+            expected, *found = (session.predict(inputs, owners)[0] for session in sessions)
+            for answer in found:
+                np.testing.assert_allclose(answer, expected, **tolerance)
+
+
+@pytest.mark.gpu
+def test_a_merged_bundle_answers_texts_by_its_packed_graph(on_cuda: Any) -> None:
+    _all, folder, tolerance = on_cuda
+    bundle = open_bundle(folder)
+    assert bundle.packed is not None and verify(bundle, "cuda").passed
+    texts = ["a", "some words of a text", "another one that is a good deal longer than the others are", ""] * 5
+    plain, packed = (Predictor(bundle, provider).predict(texts) for provider in ("cpu", "cuda"))
+    np.testing.assert_allclose([it.score for it in packed], [it.score for it in plain], **tolerance)
+
+
+@pytest.mark.gpu
+def test_a_packed_graph_that_was_changed_is_refused(on_cuda: Any, tmp_path: Path) -> None:
+    folder, _one, _tolerance = on_cuda
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    with (tmp_path / "packed.onnx").open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(Exception, match=r"packed\.onnx was changed"):
+        open_bundle(tmp_path)
