@@ -148,7 +148,7 @@ def write_graph(
     if emitted and not attention_nodes and not _all_capped(model):
         raise QrloraError(f"{type(model).__name__}: no Attention operator reached the graph; please report this model")
     products = base_products(program.model.graph.all_nodes(), wrapper)
-    _strip(program.model)
+    strip_traces(program.model)
     # Weights always go to their own file: a model of more than 2 GB has no other form.
     onnx_ir.save(
         program.model,
@@ -161,7 +161,7 @@ def write_graph(
         packed = True
         with packing.packed():
             packed_program = _trace(wrapper, examples, opset, task.output_name)
-        _strip(packed_program.model)
+        strip_traces(packed_program.model)
         write_beside(packed_program.model, folder / MODEL_FILE, folder / PACKED_FILE)
     inputs = tuple(_record(name, *example) for name, example in examples.items())
     return Graph(inputs, attention_nodes, opset, products, wrapper, packed)
@@ -235,7 +235,7 @@ def _trace(wrapper: torch.nn.Module, examples: dict[str, Example], opset: int, o
         for _tensor, axes in examples.values()
     )
     try:
-        with warnings.catch_warnings(), _quiet(), torch.no_grad():
+        with warnings.catch_warnings(), quiet_exporter(), torch.no_grad():
             # Deprecations inside torch and transformers, nothing a user can act on.
             warnings.simplefilter("ignore")
             program: Any = torch.onnx.export(
@@ -259,7 +259,7 @@ def _trace(wrapper: torch.nn.Module, examples: dict[str, Example], opset: int, o
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """Without the exporter's remarks that torchvision, which nothing here needs, is not installed."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
@@ -270,7 +270,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _strip(model: Any) -> None:
+def strip_traces(model: Any) -> None:
     """Remove the source lines and stack traces that the exporter notes on every node: they name
     folders of the machine that exported and are most of the file."""
     for node in model.graph.all_nodes():

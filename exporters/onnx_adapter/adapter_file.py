@@ -33,8 +33,9 @@ def export_adapter(job: ExportJob, options: AdapterOptions = DEFAULTS) -> Mappin
     """The exporter "onnx-adapter": tables of two rows, the base in row 0 and the customer in row 1.
 
     The file holds `coefficient_table [2, width]` fp32, and with `options.head_labels` also
-    `head_table [2, head width]` fp32, under the names of the switchable graph's inputs. It is read
-    back and compared before it takes the place of `job.output`.
+    `head_table [2, head width]` fp32, under the names of the switchable graph's inputs. Of a decoder it holds
+    `coefficient_table [1, width]`, the customer alone, as the exporter "genai" wants it in its variant "drop-in". It
+    is read back and compared before it takes the place of `job.output`.
 
     Raises:
         InputError: there is no customer, it has a head of its own but the graph no room for one, the
@@ -72,6 +73,10 @@ def export_adapter(job: ExportJob, options: AdapterOptions = DEFAULTS) -> Mappin
 
 def _tables(job: ExportJob, customer: Coefficients, head_labels: int) -> dict[str, np.ndarray]:
     layout = TableLayout(list(job.basis.ranks.values()))
+    if job.checkpoint.writes_text:
+        if head_labels:
+            raise InputError(f"{argument('head_labels')} is not for decoders, which write text; leave it out")
+        return {TABLE: layout.row(customer.values)[None]}
     tables = {TABLE: np.stack([np.zeros(layout.width, dtype=np.float32), layout.row(customer.values)])}
     if not head_labels:
         if customer.head:

@@ -14,6 +14,8 @@ import numpy as np
 import safetensors.numpy
 from torch import nn
 
+from exporters.peft.exporter import PeftOptions
+from exporters.peft.vllm import max_lora_rank, vllm_refusal, vllm_text
 from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.exporting.job import ExportJob
 from qrlora_deploy.formats.basis import Basis
@@ -26,6 +28,8 @@ from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.models.targets import is_conv1d
 from qrlora_deploy.tasks.registry import task_named
 
+DEFAULTS = PeftOptions()
+
 CONFIG_FILE, WEIGHTS_FILE, README_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
 PREFIX = "base_model.model"
 """What PEFT puts before every module path of the base: its own model, and its tuner inside."""
@@ -34,12 +38,12 @@ ALWAYS_SAVED = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", 
 """By its tasks, what PEFT adds to `modules_to_save`, and demands the weights of if they exist."""
 
 
-def export_peft(job: ExportJob) -> Mapping[str, Any]:
+def export_peft(job: ExportJob, options: PeftOptions = DEFAULTS) -> Mapping[str, Any]:
     """The exporter "peft": adapter_config.json, adapter_model.safetensors and a README in a new folder.
 
     Raises:
-        InputError: there is no customer, the base has no task head, PEFT cannot hold a target, or
-            `job.output` exists.
+        InputError: there is no customer, the base has no task head, PEFT cannot hold a target, or vLLM cannot where
+            that is asked for, or `job.output` exists.
         BasisMismatchError: base, basis and customer do not belong together.
         QrloraError: the disk is full.
     """
@@ -59,6 +63,9 @@ def export_peft(job: ExportJob) -> Mapping[str, Any]:
     paths = [path for path, _layer in layers.values()]
     _check_matching(model, paths, saved)
     config = _config(checkpoint, basis, layers, to_save)
+    refusal = vllm_refusal(checkpoint.writes_text, config)
+    if options.vllm and refusal:
+        raise InputError(f"{argument('vllm')}: {refusal}")
     tensors = _factors(basis, customer, layers) | _saved_tensors(checkpoint, model, customer, saved)
     metadata = {
         "format": "pt",
@@ -69,7 +76,7 @@ def export_peft(job: ExportJob) -> Mapping[str, Any]:
     with atomic_folder(job.output) as folder:
         write_json(folder / CONFIG_FILE, config)
         (folder / WEIGHTS_FILE).write_bytes(safetensors.numpy.save(tensors, metadata))
-        readme = _readme(checkpoint, customer, outputs, job.output)
+        readme = _readme(checkpoint, customer, outputs, job.output) + vllm_text(refusal, config)
         (folder / README_FILE).write_text(readme, encoding="utf-8")
     return {
         "kind": "peft",
@@ -79,6 +86,7 @@ def export_peft(job: ExportJob) -> Mapping[str, Any]:
         "targets": paths,
         "ranks": list(basis.ranks.values()),
         "modules_to_save": saved,
+        **({"vllm": refusal or f"max_lora_rank {max_lora_rank(config['r'])}"} if checkpoint.writes_text else {}),
         "base_digest": checkpoint.digest,
         "basis_digest": basis.digest,
         "coefficients_digest": customer.digest,

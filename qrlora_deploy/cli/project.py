@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from qrlora_deploy.cli.options import basis_option, common, output_option
+from qrlora_deploy.cli.options import FiniteRange, basis_option, common, output_option
 from qrlora_deploy.cli.output import Output, size_text
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -22,7 +22,7 @@ SHOWN = 3
 @click.option("--labels", help="Names of the outputs of a LoRA's own head, with commas.")
 @click.option(
     "--least-share",
-    type=click.FloatRange(0, 1),
+    type=FiniteRange(0, 1),
     default=0.0,
     show_default=True,
     help="Write nothing where the coefficients hold less than this share of the update.",

@@ -5,7 +5,7 @@ from statistics import median
 
 import click
 
-from qrlora_deploy.cli.options import EXISTING_FILE, common, output_option, tell_if_interrupted
+from qrlora_deploy.cli.options import EXISTING_FILE, FiniteRange, common, output_option, tell_if_interrupted
 from qrlora_deploy.cli.output import Output, plain, progress_bar
 
 SHOWN = 3
@@ -20,7 +20,7 @@ SHOWN = 3
 @output_option("Folder for the new files, under the same names.")
 @click.option(
     "--least-share",
-    type=click.FloatRange(0, 1),
+    type=FiniteRange(0, 1),
     default=0.0,
     show_default=True,
     help="Do not write a customer of whose update the new basis holds less than this share.",

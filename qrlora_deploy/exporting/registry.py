@@ -19,6 +19,7 @@ OWN_PACKAGE = "qrlora-deploy"
 
 BUILT_IN = (
     EntryPoint("onnx", "exporters.onnx.exporter:EXPORTER", GROUP),
+    EntryPoint("genai", "exporters.genai.exporter:EXPORTER", GROUP),
     EntryPoint("onnx-adapter", "exporters.onnx_adapter.exporter:EXPORTER", GROUP),
     EntryPoint("peft", "exporters.peft.exporter:EXPORTER", GROUP),
     EntryPoint("triton", "exporters.triton.exporter:EXPORTER", GROUP),

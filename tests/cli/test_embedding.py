@@ -192,7 +192,7 @@ def test_what_does_not_fit_is_refused_in_one_line(place: Path, tmp_path: Path) -
     (tmp_path / "labelled.tsv").write_text("text\ttext_pair\tlabel\na\tb\t1\na\tc\t0\n", "utf-8")
     labelled = ["--data", tmp_path / "labelled.tsv"]
     assert "take it for embeddings by --task embedding" in refused(*train, *labelled)
-    assert "row 2 has the label '0'" in refused(*train, *labelled, "--task", "embedding")
+    assert "line 3 has the label '0'" in refused(*train, *labelled, "--task", "embedding")
     assert "no output layer" in refused(*train, *data, "--task", "embedding", "--head", "output")
     assert "no output layer" in refused("warmup", "mean", *data, "--task", "embedding", *out)
     fleet = ["train-fleet", "mean", "--basis", "mean.safetensors", *data, "--customer-column", "anchor", *out]

@@ -207,7 +207,7 @@ def test_inspect_counts_the_caches(place: Path) -> None:
     ran = run_here("inspect", "bundle", cwd=place)
     assert "6 caches past_key_values float32 [batch, 2, buffer, 16]" in " ".join(ran.out.split())
     assert "past_key_values.0" not in ran.out
-    assert len(run_here("inspect", "bundle", "--json", cwd=place).json["outputs"]) == 7
+    assert len(run_here("inspect", "bundle", "--json", cwd=place).json["outputs"]) == 8
 
 
 def test_a_customer_of_another_base_is_named(place: Path, written: Written) -> None:

@@ -26,6 +26,8 @@ NEEDED = {
     "train": "base --basis basis.safetensors --data good.tsv -o new",
     "train-fleet": "base --basis basis.safetensors --data good.tsv --customer-column id -o new",
     "export": "base --basis basis.safetensors -o new",
+    "project": "base --base base --basis basis.safetensors -o new",
+    "rebase": "base --to basis.safetensors -o new",
     "predict": "bundle --text a",
     "generate": "bundle --prompt a",
     "bench": "bundle",

@@ -169,6 +169,8 @@ LINES = {
     "factorize": "factorize BASE -o basis.safetensors",
     "train": "train BASE --basis BASIS --data ROWS -o customer.safetensors",
     "train-fleet": "train-fleet BASE --basis BASIS --data ROWS --customer-column label -o fleet",
+    "project": "project BASE --base BASE --basis BASIS -o projected",
+    "rebase": "rebase CUSTOMERS --to BASIS -o rebased",
     "merge": "merge BASE --basis BASIS --coefficients CUSTOMER -o merged",
     "export": "export BASE --basis BASIS -o bundle",
     "verify": "verify MERGED",

@@ -57,7 +57,7 @@ def test_our_own_are_found_however_the_project_is_installed(packages: Path) -> N
     from exporters.onnx.exporter import EXPORTER
 
     assert find_exporter("onnx") is EXPORTER
-    assert [exporter.name for exporter in all_exporters()] == ["onnx", "onnx-adapter", "peft", "triton"]
+    assert [exporter.name for exporter in all_exporters()] == ["genai", "onnx", "onnx-adapter", "peft", "triton"]
 
 
 def test_another_package_cannot_take_the_place_of_an_exporter_of_ours(packages: Path) -> None:

@@ -49,9 +49,9 @@ def test_the_base_install_has_no_framework_and_the_card_is_whole() -> None:
 
 def test_every_command_with_a_part_is_there() -> None:
     assert set(COMMANDS) - set(OF_COMMAND) == {"inspect", "combine", "doctor", "keys", "customers"}
-    # The client is a library alone, object stores are asked for where a URL is given, spans and Ray are options, and
-    # chats are data.
-    options = {"client", "ray", "store", "otel", "llm"}
+    # The client is a library alone, object stores are asked for where a URL is given, spans and Ray are options, chats
+    # are data, and the quickstart for decoders needs no base that is installed.
+    options = {"client", "ray", "store", "otel", "llm", "quickstart"}
     assert set(OF_COMMAND) < set(COMMANDS) and set().union(*OF_COMMAND.values()) == set(PARTS) - options
 
 

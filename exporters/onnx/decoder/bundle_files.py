@@ -17,6 +17,7 @@ from exporters.onnx.decoder.graph import OPSET
 from exporters.onnx.decoder.shape import Shape
 from qrlora_deploy.exporting.job import ExportJob
 from qrlora_deploy.formats.provenance import tool_versions
+from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.runtime.bundle.bundle import (
     MANIFEST_FILE,
     REFERENCE_FILE,
@@ -77,14 +78,19 @@ def write_side_files(folder: Path, job: ExportJob, tokenizer: Any, made: Made) -
     checkpoint = job.checkpoint
     checkpoint.config.to_json_file(folder / "config.json")
     write_tokenizer(folder, tokenizer)
+    write_generation(folder, checkpoint)
+    kind = kind_of(job)
+    readme = README.format(task=CausalLM.name, kind=kind, precision=made.report.precision, what=WHAT[kind], opset=OPSET)
+    (folder / "README.md").write_text(readme, encoding="utf-8")
+
+
+def write_generation(folder: Path, checkpoint: Checkpoint) -> None:
+    """How text is generated: the base's own file, or what its config says."""
     given = checkpoint.folder / GENERATION_FILE
     if given.is_file():
         shutil.copyfile(given, folder / GENERATION_FILE)
     else:
         GenerationConfig.from_model_config(checkpoint.config).to_json_file(folder / GENERATION_FILE)
-    kind = kind_of(job)
-    readme = README.format(task=CausalLM.name, kind=kind, precision=made.report.precision, what=WHAT[kind], opset=OPSET)
-    (folder / "README.md").write_text(readme, encoding="utf-8")
 
 
 def seal(folder: Path, job: ExportJob, tokenizer: Any, padding: int, shape: Shape, made: Made) -> Manifest:

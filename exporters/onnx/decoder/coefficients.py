@@ -37,7 +37,9 @@ class Part:
         return self.kept + self.branch.width
 
 
-def add_coefficients(nodes: Nodes, branches: Branches, parts: Sequence[Part], table_dtype: str) -> None:
+def add_coefficients(
+    nodes: Nodes, branches: Branches, parts: Sequence[Part], table_dtype: str, one_customer: bool = False
+) -> None:
     """Put the nodes that make `parts` before all others.
 
     Args:
@@ -45,10 +47,12 @@ def add_coefficients(nodes: Nodes, branches: Branches, parts: Sequence[Part], ta
         branches: where the coefficients stand in a row of the table.
         parts: of every branch.
         table_dtype: "fp32" or "fp16".
+        one_customer: all rows have the one row of a table that is zero where it is not given.
     """
     inner, nodes.nodes = nodes.nodes, []
     nodes.start_at = len(inner)
-    rows = _rows(nodes, table_dtype, any(part.kept for part in parts))
+    found = _one_row(nodes, branches.width, table_dtype) if one_customer else _rows(nodes)
+    rows = _prepared(nodes, found, table_dtype, any(part.kept for part in parts))
     for number, group in enumerate(_groups(parts)):
         columns = np.concatenate([branches.columns(part.branch, part.kept) for part in group])
         taken = rows
@@ -59,12 +63,22 @@ def add_coefficients(nodes: Nodes, branches: Branches, parts: Sequence[Part], ta
     nodes.nodes += inner
 
 
-def _rows(nodes: Nodes, table_dtype: str, with_ones: bool) -> str:
-    """`[batch, 1, width]` in the graph's dtype; a column of ones may stand behind the table's."""
-    dtype = TABLE_DTYPES[table_dtype]
+def _one_row(nodes: Nodes, width: int, table_dtype: str) -> str:
+    """The table as an initializer that may be given."""
+    nodes.constant(TABLE, np.zeros([1, width]), TABLE_DTYPES[table_dtype])
+    return TABLE
+
+
+def _rows(nodes: Nodes) -> str:
+    """What each row of the batch has of the table."""
     negative = nodes.add("Less", [SLOT, nodes.constant("zero", 0, np.int64)])
     slot = nodes.add("Where", [negative, nodes.constant("no_slot", NO_SLOT, np.int64), SLOT])
-    rows = nodes.add("Gather", [TABLE, slot])
+    return nodes.add("Gather", [TABLE, slot])
+
+
+def _prepared(nodes: Nodes, rows: str, table_dtype: str, with_ones: bool) -> str:
+    """`[batch, 1, width]` in the graph's dtype; a column of ones may stand behind the table's."""
+    dtype = TABLE_DTYPES[table_dtype]
     if with_ones:
         one = nodes.constant("one", 1, dtype)
         rows = nodes.add("Pad", [rows, nodes.constant("a_column", [0, 0, 0, 1], np.int64), one])

@@ -16,7 +16,6 @@ from exporters.onnx.prepared import BATCH, choose_texts
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.exporting.job import ExportJob
-from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.io.files import atomic_folder
 from qrlora_deploy.io.outputs import check_free_folder
 from qrlora_deploy.merging.arithmetic import plan_folds
@@ -67,7 +66,7 @@ def export_decoder(job: ExportJob, options: OnnxOptions) -> Manifest:
     check_free_folder(job.output)
     decoder = open_decoder(job.checkpoint)
     customer = job.coefficients
-    _check_fits(job, customer)
+    check_fits(job)
     progress(0)
     case = _reference(job, decoder, texts_of(options.data), options.table_dtype)
     progress(1)
@@ -104,14 +103,24 @@ def open_decoder(checkpoint: Checkpoint) -> Decoder:
         InputError: the base writes no text or is not whole, its family or a setting of it is not supported, or its
             tokenizer is none that serving can use.
     """
+    tokenizer = open_tokenizer(checkpoint)
+    shape = read_shape(checkpoint.config, checkpoint.name, max_tokens(checkpoint.skeleton(), tokenizer))
+    return Decoder(tokenizer, shape, padding_of(tokenizer, checkpoint.config))
+
+
+def open_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The tokenizer of a base that writes text.
+
+    Raises:
+        InputError: the base writes no text or is not whole, or its tokenizer is none that serving can use.
+    """
     checkpoint.require_task_head()
     checkpoint.check_usable()
     tokenizer = checkpoint.tokenizer()
     check_ids(checkpoint.name, checkpoint.skeleton(), tokenizer, pairs=False)
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"{checkpoint.name} has no fast tokenizer (tokenizer.json), which serving needs")
-    shape = read_shape(checkpoint.config, checkpoint.name, max_tokens(checkpoint.skeleton(), tokenizer))
-    return Decoder(tokenizer, shape, _padding(tokenizer, checkpoint.config))
+    return tokenizer
 
 
 def texts_of(data: Examples | None) -> Sequence[str]:
@@ -122,7 +131,7 @@ def texts_of(data: Examples | None) -> Sequence[str]:
     return ["\n".join(turn.content for turn in turns) for turns in rows[:BATCH]]
 
 
-def _padding(tokenizer: Any, config: Any) -> int:
+def padding_of(tokenizer: Any, config: Any) -> int:
     """A token to fill rows up with, which nobody reads."""
     ends = config.eos_token_id
     ends = ends[0] if isinstance(ends, (list, tuple)) and ends else ends
@@ -130,7 +139,13 @@ def _padding(tokenizer: Any, config: Any) -> int:
     return int(next((token for token in known if token is not None), 0))
 
 
-def _check_fits(job: ExportJob, customer: Coefficients | None) -> None:
+def check_fits(job: ExportJob) -> None:
+    """Make sure that base, basis and customer belong together.
+
+    Raises:
+        BasisMismatchError: they do not.
+    """
+    customer = job.coefficients
     if customer is None:
         check_basis_fits(job.checkpoint, job.basis)
     else:

@@ -19,10 +19,12 @@ class ExternalData:
 
     Args:
         folder: where it is made.
+        name: of the file.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._file = (folder / FILE).open("wb")
+    def __init__(self, folder: Path, name: str = FILE) -> None:
+        self._name = name
+        self._file = (folder / name).open("wb")
 
     def __enter__(self) -> "ExternalData":
         return self
@@ -41,6 +43,6 @@ class ExternalData:
         array.reshape(-1).view(np.uint8).tofile(self._file)
         kind = np_dtype_to_tensor_dtype(array.dtype)
         proto = TensorProto(name=name, data_type=kind, dims=array.shape, data_location=TensorProto.EXTERNAL)
-        for key, value in (("location", FILE), ("offset", offset), ("length", array.nbytes)):
+        for key, value in (("location", self._name), ("offset", offset), ("length", array.nbytes)):
             proto.external_data.add(key=key, value=str(value))
         return proto

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from exporters.onnx.decoder.rotary import check_rotary
-from qrlora_deploy.errors import InputError
+from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.models.decoder_family import Decoder
 from qrlora_deploy.models.families import of_type
 
@@ -76,7 +76,10 @@ def read_shape(config: Any, name: str, positions: int = 0) -> Shape:
     family = of_type(config.model_type)
     decoder = family.decoder if family else None
     if decoder is None:
-        raise InputError(f"{name}: decoders of model type {config.model_type!r} cannot be exported")
+        raise InputError(
+            f"{name}: decoders of model type {config.model_type!r} cannot be exported this way; "
+            f"{argument('format', 'genai')} traces them as transformers has them"
+        )
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if size % HEAD_MULTIPLE:
         raise InputError(f"{name}: its heads have {size} numbers, not a multiple of {HEAD_MULTIPLE}")

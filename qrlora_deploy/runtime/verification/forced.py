@@ -9,6 +9,7 @@ import onnxruntime
 from qrlora_deploy.errors import CheckFailed, first_line
 from qrlora_deploy.runtime.bundle.row_layout import SLOT, TABLE
 from qrlora_deploy.runtime.verification.bounds import DECODER_BOUNDS
+from qrlora_deploy.runtime.verification.masked import run_masked, takes_mask
 from qrlora_deploy.runtime.verification.reference import Case
 from qrlora_deploy.runtime.verification.report import ForcedReport, compare_effects
 
@@ -28,7 +29,7 @@ def run_forced(session: Any, inputs: Mapping[str, np.ndarray], what: str) -> np.
 
     Args:
         session: of a decoder.
-        inputs: of a case; the rows' prompts are padded on the right.
+        inputs: of a case; the rows' prompts are padded on the right, or on either side where the graph has a mask.
         what: names the case in an error.
 
     Raises:
@@ -38,8 +39,10 @@ def run_forced(session: Any, inputs: Mapping[str, np.ndarray], what: str) -> np.
     rows, longest = inputs["input_ids"].shape
     following = inputs[FOLLOWING]
     further = {name: inputs[name] for name in (TABLE, SLOT) if name in inputs}
-    steps = ForcedSteps(session, rows, longest + following.shape[1], further)
     try:
+        if takes_mask(session):
+            return run_masked(session, inputs, following)
+        steps = ForcedSteps(session, rows, longest + following.shape[1], further)
         found = [steps.run(inputs["input_ids"], lengths, longest, np.arange(rows) * longest + lengths - 1)]
         for step, tokens in enumerate(following.T, start=1):
             found.append(steps.run(tokens[:, None], lengths + step, steps.buffer, np.arange(rows)))
@@ -150,4 +153,7 @@ def _base(session: Any, case: Case) -> np.ndarray:
     if TABLE not in case.inputs:
         return case.base_logits
     inputs = case.inputs | {TABLE: np.zeros_like(case.inputs[TABLE])}
+    if SLOT not in inputs:
+        # One customer for all rows, whose table is that of the base where none is given.
+        del inputs[TABLE]
     return run_forced(session, inputs, repr(case.name))[..., case.inputs[COLUMNS]]

@@ -7,12 +7,13 @@ import numpy as np
 import onnxruntime
 
 from qrlora_deploy.errors import CheckFailed, FileFormatError, ProviderError, argument, first_line
+from qrlora_deploy.runtime.host.devices import Device
 from qrlora_deploy.runtime.sessions.running import is_padding_free
 from qrlora_deploy.runtime.sessions.session import open_session
 from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX, kept_tokens
 
 
-def open_for_check(model: Path, precision: str, provider: str = "cpu", threads: int | None = None) -> Any:
+def open_for_check(model: Path, precision: str, provider: str | Device = "cpu", threads: int | None = None) -> Any:
     """As `open_session`, and says what to do where a provider cannot compute in `precision`.
 
     Raises:
@@ -28,7 +29,7 @@ def open_for_check(model: Path, precision: str, provider: str = "cpu", threads: 
             raise
         kernel = reason.rpartition("NOT_IMPLEMENTED : ")[2]
         raise ProviderError(
-            f"{provider} cannot run a graph in {precision}: {kernel}; {_where_it_runs(precision)}"
+            f"{Device.of(provider).provider} cannot run a graph in {precision}: {kernel}; {_where_it_runs(precision)}"
         ) from error
 
 

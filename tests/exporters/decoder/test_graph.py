@@ -197,7 +197,7 @@ DYNAMIC = {
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("Cohere", {}, "model type 'cohere' cannot be exported"),
+        ("Cohere", {}, "model type 'cohere' cannot be exported this way; format='genai' traces"),
         ("Llama", {"hidden_act": "relu"}, "activation 'relu' is not supported"),
         ("Llama", {"head_dim": 12}, "12 numbers, not a multiple of 16"),
         ("Llama", DYNAMIC, "/base: rope_type 'dynamic' is not supported; these are: default, linear, llama3"),

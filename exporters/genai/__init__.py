@@ -1,0 +1,1 @@
+"""Decoders for other runtimes: onnxruntime-genai and transformers.js open what is written here."""
