@@ -195,12 +195,21 @@ def test_bad_input_ends_in_one_line(place: Path, switchable: Path) -> None:
     assert other.code == 2 and "is for text-classification and writes no text" in other.err
 
 
-@pytest.mark.parametrize("command", [["predict", "--text", "a"], ["serve", "--check"]])
-def test_commands_for_texts_as_a_whole_refuse_a_decoder(command: list[str], place: Path) -> None:
-    name, *rest = command
-    ran = run_here(name, "bundle", *rest, cwd=place)
+def test_predict_refuses_a_decoder(place: Path) -> None:
+    ran = run_here("predict", "bundle", "--text", "a", cwd=place)
     assert ran.code == 2
     assert ran.err.strip().splitlines()[-1] == "Error: bundle is a decoder, which writes text; ask it by `generate`"
+
+
+def test_serve_takes_a_decoder_alone_in_its_process(place: Path) -> None:
+    serve = ("serve", "bundle", "--customers", "customers", "--port", 0, "--insecure", "--max-answers", 2)
+    assert run_here(*serve, "--check", cwd=place).code == 0
+    for option, words in (
+        (["--processes", 1], "leave out --processes"),
+        (["--buckets", "1:32"], "leave out --buckets"),
+    ):
+        ran = run_here(*serve, *option, cwd=place)
+        assert ran.code == 2 and ran.err.strip().splitlines()[-1].endswith(words)
 
 
 def test_inspect_counts_the_caches(place: Path) -> None:
