@@ -11,7 +11,7 @@ CLIENTS = Path(__file__).parent / "clients"
 PYTHON: dict[str, tuple[str, ...]] = {
     "genai": ("onnxruntime-genai", "onnxruntime", "numpy"),
     "peft": ("peft", "transformers", "torch", "safetensors", "numpy"),
-    "vllm_rules": ("safetensors", "numpy"),
+    "vllm_rules": ("safetensors", "numpy", "regex"),
 }
 """Packages of each client in Python."""
 

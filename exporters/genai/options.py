@@ -32,7 +32,7 @@ class GenaiOptions:
     variant: str | None = option(
         None,
         "Without a customer. rows: a customer in each row of a batch, by the inputs coefficient_table and slot; "
-        "drop-in: an ordinary model, whose customers are .onnx_adapter files (--format onnx-adapter), one for a whole "
+        "drop-in: an ordinary model, whose customers are files of the exporter onnx-adapter, one for a whole "
         "batch. By default rows.",
         choices=VARIANTS,
     )

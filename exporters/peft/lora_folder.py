@@ -14,7 +14,7 @@ import numpy as np
 import safetensors.numpy
 from torch import nn
 
-from exporters.peft.exporter import PeftOptions
+from exporters.peft.options import PeftOptions
 from exporters.peft.vllm import max_lora_rank, vllm_refusal, vllm_text
 from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.exporting.job import ExportJob

@@ -7,8 +7,10 @@ from dataclasses import replace
 from functools import partial
 
 from qrlora_deploy.errors import InputError, MalformedInputError, QrloraError, UnknownCustomerError
+from qrlora_deploy.runtime.generation.prompts import check_room
 from qrlora_deploy.runtime.generation.requests import GenerationAnswer, GenerationEvent, GenerationRequest
 from qrlora_deploy.runtime.generation.sampling import MOST_SEED
+from qrlora_deploy.runtime.generation.session import GenerationSession
 from qrlora_deploy.serving.answering import UNKNOWN, Allows, public_error
 from qrlora_deploy.serving.engine.rows import SPECIAL_TOKENS, Load
 from qrlora_deploy.serving.engine.waiting_room import CLOSED
@@ -163,7 +165,7 @@ def _prepared(
     """Requests with ids of tokens, each as often as there are copies. In a thread."""
     found = []
     for request in requests:
-        made = _prepared_chat(model, engine, request) if _is_chat(request) else engine.prepare(request)
+        made = _prepared_chat(model, engine, request) if _is_chat(request) else _with_tokens(engine.session, request)
         found += [_copy(made, number) for number in range(copies)]
     return found
 
@@ -173,12 +175,26 @@ def _prepared_chat(model: ServedModel, engine: TextEngine, request: GenerationRe
         raise MalformedInputError(f"the model {model.name} has no chat template; ask /v1/completions")
     engine.session.check_customer(request.customer)
     try:
-        return engine.prepare(request)
+        return _with_tokens(engine.session, request)
     except UnknownCustomerError:
         raise
     except InputError as error:
         # The customer is there, so it is the chat: what a template says of it is the asker's business.
         raise MalformedInputError(str(error)) from error
+
+
+def _with_tokens(session: GenerationSession, request: GenerationRequest) -> GenerationRequest:
+    """The request with ids of tokens as its prompt, and as many tokens as there is room for. It may wait for a
+    customer's file.
+
+    Raises:
+        MalformedInputError: the prompt is empty, too long or cannot be read.
+        UnknownCustomerError: there is no such customer.
+        InputError: the customer's file cannot be served.
+    """
+    session.check_customer(request.customer)
+    prompt = session.read(request)
+    return replace(request, prompt=prompt, max_tokens=check_room(prompt, request.max_tokens, session.longest))
 
 
 def _is_chat(request: GenerationRequest) -> bool:

@@ -9,7 +9,6 @@ from concurrent.futures import Future
 from dataclasses import replace
 
 from qrlora_deploy.errors import InputError, MalformedInputError, QrloraError
-from qrlora_deploy.runtime.generation.prompts import check_room
 from qrlora_deploy.runtime.generation.requests import GenerationEvent, GenerationRequest
 from qrlora_deploy.runtime.generation.session import GenerationSession
 from qrlora_deploy.serving.engine.admission import Admission, Place, place_of
@@ -105,21 +104,8 @@ class TextEngine:
         self.release(ticket)
         raise MalformedInputError("the model writes text; ask /v1/completions")
 
-    def prepare(self, request: GenerationRequest) -> GenerationRequest:
-        """The request with ids of tokens as its prompt, and as many tokens as there is room for. It may wait for a
-        customer's file.
-
-        Raises:
-            MalformedInputError: the prompt is empty, too long or cannot be read.
-            UnknownCustomerError: there is no such customer.
-            InputError: the customer's file cannot be served.
-        """
-        self.session.check_customer(request.customer)
-        prompt = self.session.read(request)
-        return replace(request, prompt=prompt, max_tokens=check_room(prompt, request.max_tokens, self.session.longest))
-
     def write(self, ticket: Ticket, requests: Sequence[GenerationRequest], tell: Tell, every: bool = True) -> Writing:
-        """Queue requests, which `prepare` has made ready; the place becomes as large as they are.
+        """Queue requests, whose prompts are ids of tokens; the place becomes as large as they are.
 
         Args:
             ticket: of `admit`.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from qrlora_deploy.tasks.base import IGNORED, Task
+from qrlora_deploy.tasks.base import Task
 from qrlora_deploy.training.fleet.customers import Customer
 from qrlora_deploy.training.fleet.model import FleetModel
 from qrlora_deploy.training.fleet.pool import PackedRows, RowPool
@@ -14,7 +14,7 @@ from qrlora_deploy.training.fleet.schedule import StepRows
 from qrlora_deploy.training.fleet.scoring import Answers
 from qrlora_deploy.training.fleet.shipping import ship
 from qrlora_deploy.training.fleet.targets import TargetTable
-from qrlora_deploy.training.fleet.tokens import LABELS, TokenRows
+from qrlora_deploy.training.fleet.tokens import TokenRows, answer_counts
 from qrlora_deploy.training.settings import TrainSettings
 
 CHUNK_TOKENS = {"cpu": 2048, "cuda": 65536}
@@ -277,14 +277,6 @@ class Engine:
         if task not in self.tasks:
             self.tasks.append(task)
         return self.tasks.index(task)
-
-
-def answer_counts(rows: TokenRows) -> np.ndarray:
-    """`[rows]` int64: how many tokens of each row are learned; nothing foretells its first one."""
-    starts = np.cumsum(rows.lengths) - rows.lengths
-    learned = rows.values[LABELS] != IGNORED
-    learned[starts] = False
-    return np.add.reduceat(learned.astype(np.int64), starts)
 
 
 def free_share(free_bytes: int) -> int:

@@ -16,6 +16,7 @@ from qrlora_deploy.errors import InputError, first_line
 from qrlora_deploy.io.threads import finish
 from qrlora_deploy.models.capacity import check_segments
 from qrlora_deploy.tasks.answer_rows import answer_rows
+from qrlora_deploy.tasks.base import IGNORED
 from qrlora_deploy.training.fleet.customers import Customer
 from qrlora_deploy.training.rows import build_rows
 
@@ -214,3 +215,11 @@ def _equal(one: TokenRows, two: TokenRows) -> bool:
     return np.array_equal(one.lengths, two.lengths) and all(
         np.array_equal(one.values[name], values) for name, values in two.values.items()
     )
+
+
+def answer_counts(rows: TokenRows) -> np.ndarray:
+    """`[rows]` int64: how many tokens of each row are learned; nothing foretells its first one."""
+    starts = np.cumsum(rows.lengths) - rows.lengths
+    learned = rows.values[LABELS] != IGNORED
+    learned[starts] = False
+    return np.add.reduceat(learned.astype(np.int64), starts)
