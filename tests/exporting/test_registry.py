@@ -82,7 +82,7 @@ def test_two_other_packages_of_one_name_are_both_named(packages: Path) -> None:
 def test_an_exporter_of_another_package_is_found(packages: Path) -> None:
     install(packages, "other-exporters", {"flat": "flat_exporters:FLAT"})
     assert find_exporter("flat").options().depth == 1
-    with pytest.raises(InputError, match="no such exporter; there are flat, onnx, onnx-adapter, peft"):
+    with pytest.raises(InputError, match="no such exporter; there are flat, genai, onnx, onnx-adapter, peft"):
         find_exporter("nothing")
 
 
