@@ -20,7 +20,7 @@ def measure_one_thread(folder: Path, name: str, prompt: int, new: int, rounds: i
     torch.set_num_threads(1)
     shape = SHAPES[name]
     checkpoint = save_model(folder / "base", shape, torch.float32, "cpu")
-    model = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.float32).eval()
+    model = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.float32, trust_remote_code=False).eval()
     ids = torch.randint(3, model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(11))
     contenders: dict[str, Timed] = {EAGER_FP32: Generate(model, "cpu", new, time.process_time)}
     checks = {}
