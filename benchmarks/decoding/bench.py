@@ -122,7 +122,7 @@ def prepare(folder: Path, name: str, settings: Settings) -> Bench:
     shape, device = SHAPES[name], settings.device
     dtype, precision = (torch.float16, "fp16") if device == "cuda" else (torch.float32, "fp32")
     checkpoint = save_model(folder / "base", shape, dtype, device)
-    model: Any = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    model: Any = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.float32, trust_remote_code=False)
     model = model.to(device).eval()
     graphs: dict[str, Made] = {}
     sessions, checks = {}, {}

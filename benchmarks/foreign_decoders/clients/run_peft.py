@@ -30,7 +30,7 @@ def answer(expected: Expected, model: Any) -> list[list[int]]:
 
 if __name__ == "__main__":
     held = here()
-    base = AutoModelForCausalLM.from_pretrained(held.base, dtype=torch.float32).eval()
+    base = AutoModelForCausalLM.from_pretrained(held.base, dtype=torch.float32, trust_remote_code=False).eval()
     first, *others = held.names[1:]
     adapted = PeftModel.from_pretrained(base, str(held.folder / f"{first}-peft"), adapter_name=first).eval()
     for name in others:
@@ -42,7 +42,9 @@ if __name__ == "__main__":
     with adapted.disable_adapter():
         for prompt, tokens in enumerate(answer(held, adapted)):
             held.compare("--format peft in PEFT", "base", prompt, tokens)
-    whole = AutoModelForCausalLM.from_pretrained(held.folder / "acme-merged", dtype=torch.float32).eval()
+    whole = AutoModelForCausalLM.from_pretrained(
+        held.folder / "acme-merged", dtype=torch.float32, trust_remote_code=False
+    ).eval()
     for prompt, tokens in enumerate(answer(held, whole)):
         held.compare("merge, in transformers", "acme", prompt, tokens)
     held.report("peft", "transformers", "torch")
