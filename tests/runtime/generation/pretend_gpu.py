@@ -4,9 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
-from onnx import TensorProto, helper
 
 from qrlora_deploy.runtime.bundle.row_layout import TABLE
 from qrlora_deploy.runtime.generation.cuda_cache import CudaKvCache
@@ -75,6 +73,9 @@ class PretendDesk(Desk):
 
 def with_greedy(made: Made, folder: Path) -> Made:
     """The same decoder, whose graph tells the likeliest token of each row; as it is where it does already."""
+    import onnx  # a serving host has it not
+    from onnx import TensorProto, helper
+
     model = onnx.load(made.model, load_external_data=False)
     if any(output.name == "greedy" for output in model.graph.output):
         return made

@@ -14,9 +14,10 @@ from qrlora_deploy.runtime.generation.requests import GenerationAnswer, Generati
 from qrlora_deploy.runtime.generation.sampling import Sampling
 from qrlora_deploy.runtime.generation.session import GenerationSession
 from qrlora_deploy.runtime.verification.bounds import DECODER_BOUNDS
-from tests.decoders import save_bundle
 from tests.runtime.generation.tiny import NAMES, prompt_of
 from tests.runtime.generation.written import Written, write_everything
+
+pytestmark = pytest.mark.makes
 
 OWNERS = (None, *NAMES)
 PROMPTS = [(prompt_of(seed, length), OWNERS[seed % 4]) for seed, length in enumerate((3, 21, 1, 40, 8, 16, 7, 30))]
@@ -29,6 +30,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
 
 @pytest.fixture(scope="module", params=["fp16", "bf16"])
 def bundle(written: Written, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.decoders import save_bundle  # needs PyTorch, which a serving host has not
+
     folder = tmp_path_factory.mktemp(request.param) / "bundle"
     made = written.made
     return save_bundle(folder, made.checkpoint, made.basis, precision=request.param, provider="cuda")
