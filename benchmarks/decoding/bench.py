@@ -19,8 +19,9 @@ from benchmarks.decoding.shapes import SHAPES, TARGETS, make_basis, make_custome
 CUSTOMERS = 65
 """In the table of a graph; the first one is the base."""
 
-FLOOR_BYTES_S = 3.0e12
-"""At which an H100 reads its memory; the floor is the time of all weights once."""
+FLOOR_BYTES_S = {"H200": 4.3e12}
+H100_BYTES_S = 3.0e12
+"""At which a card reads its memory, by what its name holds, and an H100; the floor is the time of all weights once."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,10 @@ class Bench:
 
     @property
     def floor_ms(self) -> float:
-        """Milliseconds in which an H100 reads all weights once."""
-        return self.weight_bytes / FLOOR_BYTES_S * 1e3
+        """Milliseconds in which the card reads all weights once; an H100 where it is not known."""
+        name = torch.cuda.get_device_name() if self.settings.device == "cuda" else ""
+        speed = next((found for card, found in FLOOR_BYTES_S.items() if card in name), H100_BYTES_S)
+        return self.weight_bytes / speed * 1e3
 
     def ids(self, rows: int) -> torch.Tensor:
         """`[rows, prompt]`, seeded."""

@@ -7,7 +7,7 @@ from benchmarks.decoding.bench import Bench
 REPLAYS = 3
 """The one in the middle counts."""
 
-ATTENTION = ("flash_fwd_splitkv_kernel", "kernel_mha", "fmha", "flash_fwd_kernel", "flash_fwd_")
+ATTENTION = ("flash_fwd_splitkv_kernel", "kernel_mha", "fmha", "flash_fwd_kernel", "native_sdpa")
 """In the names of the kernels that attend, one or more a layer."""
 
 
