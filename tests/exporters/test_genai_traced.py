@@ -19,7 +19,7 @@ from tests.exporters.test_genai import padded, run, session_of, tables
 from tests.tiny_decoder import save_decoder
 from tests.tolerances import DECODER_FP32
 
-TARGETS = ("q_proj", "v_proj", "query_key_value", "dense", "fc1")
+TARGETS = ("q_proj", "v_proj", "query_key_value", "dense")
 
 
 def opened(folder: Path, family: str) -> tuple[Checkpoint, Basis]:

@@ -124,8 +124,15 @@ def _request(record: Mapping[str, Any], prompts: list[Any], logprobs: int | None
 
 
 def split_name(name: str | None) -> tuple[str | None, str | None]:
-    """A model's name and a customer's: `base:customer`; the base where there is none."""
-    model, _, customer = (name or "").partition(":")
+    """A model's name and a customer's: `base:customer`; the base where there is none.
+
+    Raises:
+        MalformedInputError: nothing stands before or behind the colon, as where a client's variable is empty: the base
+            would answer in the place of a customer.
+    """
+    model, colon, customer = (name or "").partition(":")
+    if colon and not (model and customer):
+        raise MalformedInputError("model must be NAME or NAME:CUSTOMER; one of the two is empty")
     return model or None, customer or None
 
 
@@ -202,10 +209,9 @@ def _message(number: int, item: Mapping[str, Any]) -> dict[str, str]:
     """Role and content; the newer name of the system is its old one, which templates know."""
     role, content = item.get("role"), item.get("content")
     if isinstance(content, list):
-        parts = [
-            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
-        ]
-        content = None if None in parts else "".join(str(part) for part in parts)
+        parts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        texts = [part for part in parts if isinstance(part, str)]
+        content = "".join(texts) if len(texts) == len(content) else None
     if role not in ("system", "developer", "user", "assistant") or not isinstance(content, str):
         raise MalformedInputError(
             f"message {number} needs a role (system, developer, user or assistant) and content, a text or parts of text"

@@ -215,6 +215,8 @@ def test_a_hostile_body_is_refused_in_one_line(server: Served, record: dict[str,
         ([{"role": "tool", "content": "a"}], "message 0"),
         ([{"role": "user"}], "message 0"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "message 0"),
+        ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "message 0"),
+        ([{"role": "user", "content": [{"type": "text", "text": {"a": 1}}]}], "message 0"),
     ],
 )
 def test_a_chat_that_is_none_is_refused(server: Served, messages: Any, says: str) -> None:

@@ -52,8 +52,11 @@ def test_roles_and_parts_become_messages() -> None:
 
 def test_a_name_is_split_at_its_first_colon() -> None:
     assert split_name("text:a:b") == ("text", "a:b")
-    assert split_name("text") == split_name("text:") == ("text", None)
+    assert split_name("text") == ("text", None)
     assert split_name(None) == split_name("") == (None, None)
+    for empty in ("text:", ":acme", ":"):
+        with pytest.raises(MalformedInputError, match="one of the two is empty"):
+            split_name(empty)
 
 
 @pytest.mark.parametrize(
