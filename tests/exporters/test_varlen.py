@@ -81,7 +81,8 @@ def test_both_graphs_answer_alike_from_the_same_weights(name: str, tmp_path: Pat
     session = open_session(tmp_path / "model.onnx", threads=1)
     for lengths in LENGTHS:
         mask = (np.arange(6) < np.array(lengths)[:, None]).astype(np.int64)
-        inputs = {"input_ids": np.random.default_rng(3).integers(5, 100, mask.shape), "attention_mask": mask}
+        inputs = {name: np.zeros_like(mask) for name in names}
+        inputs |= {"input_ids": np.random.default_rng(3).integers(5, 100, mask.shape), "attention_mask": mask}
         kept = kept_tokens(mask)
         tokens = np.empty(len(kept) + 3, dtype=np.int64)
         write_tokens(tokens, kept)
