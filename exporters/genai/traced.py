@@ -3,7 +3,6 @@
 The graph has the inputs and outputs of the first way, and a cache that grows.
 """
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,15 @@ import onnx
 import onnx_ir
 import torch
 from onnx import numpy_helper
-from onnxscript.optimizer import optimize_ir
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
 from exporters.onnx.attention import onnx_attention, use_onnx_attention
 from exporters.onnx.customer_rows import CustomerRows
 from exporters.onnx.decoder.masked import ALL, BATCH, MASK, PAST, TOKENS
-from exporters.onnx.graph import OPSET, SMALLEST_EXTERNAL_BYTES, quiet_exporter, strip_traces
+from exporters.onnx.graph import OPSET, SMALLEST_EXTERNAL_BYTES
 from exporters.onnx.switchable import make_switchable
-from qrlora_deploy.errors import InputError, QrloraError, first_line
+from exporters.onnx.tracing import Example, export_program, strip_traces
+from qrlora_deploy.errors import InputError
 from qrlora_deploy.exporting.job import ExportJob
 from qrlora_deploy.merging.checkpoints import merge_model
 from qrlora_deploy.runtime.bundle.row_layout import SLOT, TABLE
@@ -176,9 +175,6 @@ def write_traced(job: ExportJob, variant: str, table_dtype: str, graph: Path, da
     return cache, int(vocabulary)
 
 
-Example = tuple[torch.Tensor, tuple[str | int, ...]]
-
-
 def _examples(rows: CustomerRows | None, variant: str, cache: Cache) -> dict[str, Example]:
     mask = torch.ones(ROWS, OLD + NEW, dtype=torch.int64)
     mask[0, :2] = 0
@@ -203,25 +199,8 @@ def _trace(stepping: Stepping, examples: dict[str, Example], name: str) -> Any:
         for _tensor, axes in examples.values()
     )
     past = [one for one in examples if one.startswith("past_key_values")]
-    try:
-        with warnings.catch_warnings(), quiet_exporter(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            program: Any = torch.onnx.export(
-                stepping,
-                tuple(tensor for tensor, _axes in examples.values()),
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=list(examples),
-                output_names=["logits", *(one.replace("past_key_values", "present") for one in past)],
-                dynamic_shapes=(dynamic,),
-                verbose=False,
-                # As for the encoders' graphs.
-                optimize=False,
-            )
-    except torch.onnx.errors.OnnxExporterError as error:
-        reason = first_line(error.__cause__ or error)
-        raise QrloraError(f"{name} cannot be exported to ONNX: {reason}") from error
-    optimize_ir(program.model)
+    names = ["logits", *(one.replace("past_key_values", "present") for one in past)]
+    program = export_program(stepping, examples, dynamic, OPSET, names, name)
     strip_traces(program.model)
     return program.model
 

@@ -1,17 +1,13 @@
 """From a PyTorch model to an ONNX file with named dynamic axes."""
 
 import inspect
-import logging
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import onnx_ir
 import torch
-from onnxscript.optimizer import optimize_ir
 from optimum.utils import DummyTextInputGenerator, NormalizedTextConfig
 
 from exporters.onnx.attention import HEADS, use_onnx_attention
@@ -19,8 +15,9 @@ from exporters.onnx.bias_folding import fold_attention_biases
 from exporters.onnx.padding_free import Packing, pack_blocks
 from exporters.onnx.quantizing import base_products
 from exporters.onnx.shared_weights import write_beside
+from exporters.onnx.tracing import Example, export_program, strip_traces
 from exporters.onnx.varlen import VarlenPacking
-from qrlora_deploy.errors import InputError, QrloraError, argument, first_line
+from qrlora_deploy.errors import InputError, QrloraError, argument
 from qrlora_deploy.runtime.bundle.bundle import MODEL_FILE, PACKED_FILE, TensorRecord
 from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX
 from qrlora_deploy.tasks.base import Task
@@ -59,10 +56,6 @@ class Graph:
     products: tuple[str, ...] = ()
     traced: Any = None
     packed: bool = False
-
-
-Example = tuple[torch.Tensor, tuple[str | int, ...]]
-"""A tensor to trace with, and its axes: a dynamic one has a name instead of a size."""
 
 
 class RowInputs(Protocol):
@@ -234,49 +227,4 @@ def _trace(wrapper: torch.nn.Module, examples: dict[str, Example], opset: int, o
         {index: dims[axis] for index, axis in enumerate(axes) if isinstance(axis, str)}
         for _tensor, axes in examples.values()
     )
-    try:
-        with warnings.catch_warnings(), quiet_exporter(), torch.no_grad():
-            # Deprecations inside torch and transformers, nothing a user can act on.
-            warnings.simplefilter("ignore")
-            program: Any = torch.onnx.export(
-                wrapper,
-                tuple(tensor for tensor, _axes in examples.values()),
-                dynamo=True,
-                opset_version=opset,
-                input_names=list(examples),
-                output_names=[output_name],
-                dynamic_shapes=(shapes,),
-                verbose=False,
-                # This would also fuse operators of opset 23 in ways that are wrong: it gives a rotary embedding
-                # tables of one row, whatever the batch, and mixes the dtypes of a norm that computes in fp32.
-                optimize=False,
-            )
-            optimize_ir(program.model)
-            return program
-    except torch.onnx.errors.OnnxExporterError as error:
-        reason = first_line(error.__cause__ or error)
-        raise QrloraError(f"the model cannot be exported to ONNX: {reason}") from error
-
-
-@contextmanager
-def quiet_exporter() -> Iterator[None]:
-    """Without the exporter's remarks that torchvision, which nothing here needs, is not installed."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def strip_traces(model: Any) -> None:
-    """Remove the source lines and stack traces that the exporter notes on every node: they name
-    folders of the machine that exported and are most of the file."""
-    for node in model.graph.all_nodes():
-        node.metadata_props.clear()
-        node.doc_string = None
-        for value in node.outputs:
-            value.metadata_props.clear()
-    for holder in (model, model.graph, *model.graph.inputs, *model.graph.initializers.values()):
-        holder.metadata_props.clear()
+    return export_program(wrapper, examples, shapes, opset, [output_name], "the model")

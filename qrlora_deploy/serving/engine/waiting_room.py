@@ -1,14 +1,15 @@
 """All requests of an engine, from their arrival to their end: each one ends once, whatever happens."""
 
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 
 from qrlora_deploy.errors import InputError, QrloraError
-from qrlora_deploy.serving.engine.admission import Admission, Place
+from qrlora_deploy.serving.engine.admission import Place
 from qrlora_deploy.serving.engine.batching import Shapes, cut
 from qrlora_deploy.serving.engine.fairness import FairQueue
+from qrlora_deploy.serving.engine.gate import Gate
 from qrlora_deploy.serving.engine.limits import Limits
 from qrlora_deploy.serving.engine.pace import Pace
 from qrlora_deploy.serving.engine.protocol import EngineStats
@@ -16,7 +17,7 @@ from qrlora_deploy.serving.engine.quotas import Quotas
 from qrlora_deploy.serving.engine.requests import Request, WaitingRow
 from qrlora_deploy.serving.engine.rows import Load, Row
 from qrlora_deploy.serving.engine.running import Outcome
-from qrlora_deploy.serving.refusals import DeadlineError, DrainingError
+from qrlora_deploy.serving.refusals import DrainingError
 
 CLOSED = "the server ended before the request was answered"
 
@@ -38,37 +39,28 @@ class WaitingRoom:
     """
 
     def __init__(self, limits: Limits, quotas: Quotas, shapes: Shapes, pace: Pace, clock: Callable[[], float]) -> None:
-        self._limits, self._quotas, self._shapes, self._pace, self._clock = limits, quotas, shapes, pace, clock
+        self._limits, self._shapes, self._pace, self._clock = limits, shapes, pace, clock
         self._lock = threading.Lock()
         self._work, self._idle = threading.Condition(self._lock), threading.Condition(self._lock)
         # All that follows is read and written under the lock.
-        self._admission = Admission(limits, pace)
+        self._gate = Gate(limits, quotas, pace, clock)
         self._queue: FairQueue[WaitingRow] = FairQueue()
         self._batches: deque[list[WaitingRow]] = deque()
         self._open: set[Request] = set()
         self._oldest_s = 0.0
         self._rows = self._tokenised = self._telling = self._running = 0
-        self._rejected: Counter[str] = Counter()
-        self._draining = self._closed = False
+        self._closed = False
 
     def reserve(self, load: Load, customers: Sequence[str | None], deadline_s: float | None) -> Place:
         """As `Engine.admit`."""
         with self._lock:
-            try:
-                if self._draining:
-                    raise DrainingError("the server is ending and takes no new request")
-                if deadline_s is not None and self._clock() >= deadline_s:
-                    raise DeadlineError("the deadline passed before the request came")
-                return self._reserve(load, customers, deadline_s)
-            except QrloraError as error:
-                self._rejected[error.kind] += 1
-                raise
+            return self._gate.admit(load, customers, deadline_s)
 
     def give_back(self, place: Place) -> None:
         """As `Engine.release`."""
         with self._lock:
             if not place.used:
-                self._admission.release(place)
+                self._gate.admission.release(place)
                 self._tell_idle()
 
     def enter(self, place: Place, rows: Sequence[Row]) -> Request:
@@ -100,7 +92,7 @@ class WaitingRoom:
             if request.ended:
                 return
             load = request.place.load
-            self._admission.correct(request.place, Load(load.rows, tokens, load.size_bytes, load.asker))
+            self._gate.admission.correct(request.place, Load(load.rows, tokens, load.size_bytes, load.asker))
             if not self._queue.rows:
                 self._oldest_s = self._clock()
             self._queue.push(request.waiting)
@@ -163,7 +155,7 @@ class WaitingRoom:
         """Tell each request its answers or its error, unless it has ended."""
         with self._lock:
             ending = [(request, error) for request, error in requests if self._take_out(request)]
-            self._rejected.update(error.kind for _, error in ending if error is not None)
+            self._gate.rejected.update(error.kind for _, error in ending if error is not None)
             self._telling += 1
         for request, error in ending:
             # Whatever a future does, the others are told.
@@ -182,14 +174,14 @@ class WaitingRoom:
     def drain(self, timeout_s: float) -> bool:
         """As `Engine.drain`."""
         with self._lock:
-            self._draining = True
+            self._gate.draining = True
             self._work.notify_all()
             return self._idle.wait_for(self._is_idle, timeout_s)
 
     def close(self) -> None:
         """Let nobody in, and give out no more batches."""
         with self._lock:
-            self._draining = self._closed = True
+            self._gate.draining = self._closed = True
             self._work.notify_all()
 
     def stats(self) -> EngineStats:
@@ -201,18 +193,9 @@ class WaitingRoom:
                 queued_rows=self._queue.rows + len(drawn),
                 queued_tokens=self._queue.tokens + sum(row.length for row in drawn),
                 tokenised_rows=self._tokenised,
-                rejected=tuple(sorted(self._rejected.items())),
-                draining=self._draining,
+                rejected=tuple(sorted(self._gate.rejected.items())),
+                draining=self._gate.draining,
             )
-
-    def _reserve(self, load: Load, customers: Sequence[str | None], deadline_s: float | None) -> Place:
-        place = self._admission.reserve(load, customers, deadline_s)
-        try:
-            self._quotas.take(place.customers)
-        except QrloraError:
-            self._admission.release(place)
-            raise
-        return place
 
     def _may_draw(self) -> bool:
         """Whether rows may be taken from the queue: nothing runs, or there are enough for a full batch."""
@@ -225,7 +208,7 @@ class WaitingRoom:
         """How long to wait before rows are taken; None: until one comes, or until a batch has run."""
         if not self._queue.rows or not self._may_draw():
             return None
-        if self._draining or self._queue.tokens >= self._limits.max_batch_tokens:
+        if self._gate.draining or self._queue.tokens >= self._limits.max_batch_tokens:
             return 0
         return max(0.0, self._oldest_s + self._limits.max_wait_s - self._clock())
 
@@ -244,12 +227,12 @@ class WaitingRoom:
         self._open.discard(request)
         if request.left:
             self._queue.discard(request.waiting)
-        self._admission.release(request.place)
+        self._gate.admission.release(request.place)
         return True
 
     def _is_idle(self) -> bool:
-        return not self._admission.held.rows and not self._telling
+        return not self._gate.admission.held.rows and not self._telling
 
     def _tell_idle(self) -> None:
-        if self._draining and self._is_idle():
+        if self._gate.draining and self._is_idle():
             self._idle.notify_all()

@@ -3,7 +3,6 @@
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -11,8 +10,9 @@ from dataclasses import replace
 from qrlora_deploy.errors import InputError, MalformedInputError, QrloraError
 from qrlora_deploy.runtime.generation.requests import GenerationEvent, GenerationRequest
 from qrlora_deploy.runtime.generation.session import GenerationSession
-from qrlora_deploy.serving.engine.admission import Admission, Place, place_of
+from qrlora_deploy.serving.engine.admission import Place, place_of
 from qrlora_deploy.serving.engine.fairness import FairQueue
+from qrlora_deploy.serving.engine.gate import Gate
 from qrlora_deploy.serving.engine.limits import Limits
 from qrlora_deploy.serving.engine.models import NoTable, Table
 from qrlora_deploy.serving.engine.pace import Pace
@@ -23,7 +23,7 @@ from qrlora_deploy.serving.engine.running import as_ours
 from qrlora_deploy.serving.engine.waiting_room import CLOSED
 from qrlora_deploy.serving.generation.counting import Counts, WriterStats
 from qrlora_deploy.serving.generation.writing import Asked, Tell, Writing
-from qrlora_deploy.serving.refusals import DeadlineError, DrainingError
+from qrlora_deploy.serving.refusals import DrainingError
 
 LOG = logging.getLogger(__name__)
 
@@ -53,14 +53,13 @@ class TextEngine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.session, self.manifest, self._clock = session, session.bundle.manifest, clock
-        self._quotas, self._pace = quotas or Quotas(), Pace()
+        self._pace = Pace()
         self._lock = threading.Lock()
         self._work, self._idle = threading.Condition(self._lock), threading.Condition(self._lock)
         # All that follows is read and written under the lock; but the answers that run belong to the thread.
-        self._admission = Admission(limits or Limits(), self._pace)
+        self._gate = Gate(limits or Limits(), quotas or Quotas(), self._pace, clock)
         self._queue: FairQueue[Asked] = FairQueue()
-        self._counts, self._rejected = Counts(), Counter[str]()
-        self._draining = self._closed = False
+        self._counts, self._closed = Counts(), False
         self._running: list[Asked] = []
         self._paced_s = 0.0
         self._thread = threading.Thread(target=self._serve, name="text-engine", daemon=True)
@@ -69,24 +68,7 @@ class TextEngine:
     def admit(self, load: Load, customers: Sequence[str | None], deadline_s: float | None = None) -> Place:
         """As `Engine.admit`: an answer is a row, and its tokens are those of its prompt and of itself at most."""
         with self._lock:
-            try:
-                if self._draining:
-                    raise DrainingError("the server is ending and takes no new request")
-                if deadline_s is not None and self._clock() >= deadline_s:
-                    raise DeadlineError("the deadline passed before the request came")
-                return self._reserve(load, customers, deadline_s)
-            except QrloraError as error:
-                self._rejected[error.kind] += 1
-                raise
-
-    def _reserve(self, load: Load, customers: Sequence[str | None], deadline_s: float | None) -> Place:
-        place = self._admission.reserve(load, customers, deadline_s)
-        try:
-            self._quotas.take(place.customers)
-        except QrloraError:
-            self._admission.release(place)
-            raise
-        return place
+            return self._gate.admit(load, customers, deadline_s)
 
     def release(self, ticket: Ticket) -> None:
         """As `Engine.release`; a request that was given to `write` keeps its place until its answers end."""
@@ -128,7 +110,7 @@ class TextEngine:
                 raise DrainingError(CLOSED)
             place.used = True
             tokens = sum(asked.length for asked in writing.answers)
-            self._admission.correct(place, replace(place.load, tokens=tokens))
+            self._gate.admission.correct(place, replace(place.load, tokens=tokens))
             self._queue.push(writing.answers)
             self._work.notify()
         return writing
@@ -153,11 +135,11 @@ class TextEngine:
                 self._counts.engine_stats(),
                 queued_rows=self._queue.rows,
                 queued_tokens=self._queue.tokens,
-                rejected=tuple(sorted(self._rejected.items())),
+                rejected=tuple(sorted(self._gate.rejected.items())),
                 resident=len(table),
                 loads=table.loads,
                 evictions=table.evictions,
-                draining=self._draining,
+                draining=self._gate.draining,
                 running=self._counts.steps + 1 if self._running else 0,
             )
 
@@ -169,13 +151,13 @@ class TextEngine:
     def drain(self, timeout_s: float) -> bool:
         """As `Engine.drain`; answers that were admitted are written to their end."""
         with self._lock:
-            self._draining = True
-            return self._idle.wait_for(lambda: not self._admission.held.rows, timeout_s)
+            self._gate.draining = True
+            return self._idle.wait_for(lambda: not self._gate.admission.held.rows, timeout_s)
 
     def close(self) -> None:
         """As `Engine.close`; what is being written ends as it is, by a `DrainingError`."""
         with self._lock:
-            self._draining = self._closed = True
+            self._gate.draining = self._closed = True
             self._work.notify_all()
         if self._thread is not threading.current_thread():
             self._thread.join()
@@ -262,7 +244,7 @@ class TextEngine:
             if asked in self._running:
                 self._running.remove(asked)
             if answer.error is not None:
-                self._rejected[answer.error.kind] += 1
+                self._gate.rejected[answer.error.kind] += 1
             cancelled = answer.error is not None or answer.finish_reason == "cancelled"
             self._leave(asked, cancelled, answer.prompt_tokens, answer.reused_tokens)
         asked.tell(event)
@@ -291,6 +273,6 @@ class TextEngine:
             self._release(asked.writing.place)
 
     def _release(self, place: Place) -> None:
-        self._admission.release(place)
-        if not self._admission.held.rows:
+        self._gate.admission.release(place)
+        if not self._gate.admission.held.rows:
             self._idle.notify_all()

@@ -403,7 +403,7 @@ def test_the_digest_is_of_the_version_that_answered(
 
 def _nothing_is_held(engine: LocalEngine) -> bool:
     stats, room = engine.stats(), engine._room
-    held = (room._admission.held, room._admission.by_customer, room._open, room._queue._waiting)
+    held = (room._gate.admission.held, room._gate.admission.by_customer, room._open, room._queue._waiting)
     return (stats.queued_rows, stats.queued_tokens) == (0, 0) and held == (Held(), {}, set(), {})
 
 

@@ -105,7 +105,7 @@ def test_an_engine_keeps_quotas(session: WatchedSession) -> None:
         ask(engine, [a_row(5, "c1")] * 2).result(30)
         with pytest.raises(QuotaError):
             ask(engine, [a_row(5, "c1")])
-        assert engine._room._admission.held == Held()
+        assert engine._room._gate.admission.held == Held()
         ask(engine, [a_row(5, "c2")] * 9).result(30)
         clock.now += 1
         ask(engine, [a_row(5, "c1")]).result(30)

@@ -1,0 +1,84 @@
+"""A PyTorch module as a program of `torch.onnx`, without what the exporter says and notes beside it."""
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from onnxscript.optimizer import optimize_ir
+
+from qrlora_deploy.errors import QrloraError, first_line
+
+Example = tuple[torch.Tensor, tuple[str | int, ...]]
+"""A tensor to trace with, and its axes: a dynamic one has a name instead of a size."""
+
+
+def export_program(
+    module: torch.nn.Module,
+    examples: Mapping[str, Example],
+    dynamic_shapes: tuple[dict[int, Any], ...],
+    opset: int,
+    output_names: list[str],
+    what: str,
+) -> Any:
+    """Trace a module that takes its inputs by position, as a program of `torch.onnx`, optimised.
+
+    Args:
+        module: in evaluation mode.
+        examples: of its inputs, by name.
+        dynamic_shapes: of each input, the axes that are dynamic.
+        opset: of the operators.
+        output_names: in order.
+        what: names the model in an error.
+
+    Raises:
+        QrloraError: it cannot be traced.
+    """
+    try:
+        with warnings.catch_warnings(), _quiet_exporter(), torch.no_grad():
+            # Deprecations inside torch and transformers, nothing a user can act on.
+            warnings.simplefilter("ignore")
+            program: Any = torch.onnx.export(
+                module,
+                tuple(tensor for tensor, _axes in examples.values()),
+                dynamo=True,
+                opset_version=opset,
+                input_names=list(examples),
+                output_names=output_names,
+                dynamic_shapes=(dynamic_shapes,),
+                verbose=False,
+                # This would also fuse operators of opset 23 in ways that are wrong: it gives a rotary embedding
+                # tables of one row, whatever the batch, and mixes the dtypes of a norm that computes in fp32.
+                optimize=False,
+            )
+            optimize_ir(program.model)
+            return program
+    except torch.onnx.errors.OnnxExporterError as error:
+        reason = first_line(error.__cause__ or error)
+        raise QrloraError(f"{what} cannot be exported to ONNX: {reason}") from error
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Without the exporter's remarks that torchvision, which nothing here needs, is not installed."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def strip_traces(model: Any) -> None:
+    """Remove the source lines and stack traces that the exporter notes on every node: they name
+    folders of the machine that exported and are most of the file."""
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for holder in (model, model.graph, *model.graph.inputs, *model.graph.initializers.values()):
+        holder.metadata_props.clear()
