@@ -28,6 +28,13 @@ CASTS = (ATEN.to.dtype, ATEN.to.device, ATEN.to.dtype_layout)
 PLAIN = (ATEN.contiguous.default, ATEN.detach.default, ATEN.alias.default)
 """Operators that change no number."""
 
+ASSERTIONS = (
+    ATEN._assert_scalar.default,
+    ATEN._assert_tensor_metadata.default,
+    ATEN.sym_constrain_range_for_size.default,
+)
+"""What holds of sizes; torch leaves it out of the graph, too."""
+
 
 @contextmanager
 def rewritten_programs() -> Iterator[None]:
@@ -37,7 +44,7 @@ def rewritten_programs() -> Iterator[None]:
     def rewrite_or_decompose(program: Any, table: Mapping[Any, Any] | None = None, **options: Any) -> Any:
         if not can_be_rewritten(program.graph, table or {}):
             return decompose(program, table, **options)
-        rewrite(program.graph)
+        rewrite(program)
         return program
 
     with patch.object(torch.export.ExportedProgram, "run_decompositions", rewrite_or_decompose):
@@ -58,8 +65,9 @@ def can_be_rewritten(graph: Graph, table: Mapping[Any, Any]) -> bool:
     return True
 
 
-def rewrite(graph: Graph) -> None:
-    """Replace, in place, the operators of a graph that `can_be_rewritten`."""
+def rewrite(program: torch.export.ExportedProgram) -> None:
+    """Replace, in place, the operators of a program whose graph `can_be_rewritten`."""
+    graph = program.graph
     for node in list(graph.nodes):
         if node.target in RENAMED:
             node.target = RENAMED[node.target]
@@ -68,6 +76,9 @@ def rewrite(graph: Graph) -> None:
             node.kwargs = {"dtype": node.meta["val"].dtype}
         elif node.target in CASTS or node.target in PLAIN or node.target is ATEN.dropout.default:
             node.replace_all_uses_with(node.args[0])
+            program.graph_signature.replace_all_uses(node.name, node.args[0].name)
+        elif node.target in ASSERTIONS:
+            graph.erase_node(node)
         elif node.target is ATEN.add_.Tensor:
             node.target = ATEN.add.Tensor
             # It took the place of its input: who read that afterwards reads the sum.
@@ -79,7 +90,7 @@ def _is_plain_call(node: Node) -> bool:
     """A call of one operator, or of a function of sizes, such as a sum of them."""
     if node.op != "call_function":
         return False
-    return isinstance(node.target, torch._ops.OpOverload) or getattr(node.target, "__module__", "") == "_operator"
+    return isinstance(node.target, torch._ops.OpOverload) or node.target.__module__ in ("_operator", "math", "torch")
 
 
 def _is_as_expected(node: Node) -> bool:
