@@ -52,7 +52,7 @@ def rewritten_programs() -> Iterator[None]:
 
 
 def can_be_rewritten(graph: Graph, table: Mapping[Any, Any]) -> bool:
-    """Whether `rewrite` leaves no operator that `table` decomposes, none that writes to its input, and no inner graph."""
+    """Whether `rewrite` leaves no operator that `table` decomposes or that writes to its input, and no inner graph."""
     known = {*RENAMED, *CASTS, *PLAIN, ATEN.dropout.default, ATEN.add_.Tensor}
     for node in graph.nodes:
         if node.op == "get_attr" or node.op.startswith("call") and not _is_plain_call(node):
