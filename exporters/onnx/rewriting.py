@@ -11,7 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph
 
 ATEN = torch.ops.aten
 
@@ -54,7 +54,8 @@ def rewritten_programs() -> Iterator[None]:
 def can_be_rewritten(graph: Graph, table: Mapping[Any, Any]) -> bool:
     """Whether `rewrite` leaves no operator that `table` decomposes or that writes to its input, and no inner graph."""
     known = {*RENAMED, *CASTS, *PLAIN, ATEN.dropout.default, ATEN.add_.Tensor}
-    for node in graph.nodes:
+    nodes: list[Any] = list(graph.nodes)
+    for node in nodes:
         if node.op == "get_attr" or node.op.startswith("call") and not _is_plain_call(node):
             return False
         if node.target in known:
@@ -68,7 +69,8 @@ def can_be_rewritten(graph: Graph, table: Mapping[Any, Any]) -> bool:
 def rewrite(program: torch.export.ExportedProgram) -> None:
     """Replace, in place, the operators of a program whose graph `can_be_rewritten`."""
     graph = program.graph
-    for node in list(graph.nodes):
+    nodes: list[Any] = list(graph.nodes)
+    for node in nodes:
         if node.target in RENAMED:
             node.target = RENAMED[node.target]
         elif node.target in CASTS and not _keeps_dtype(node):
@@ -86,14 +88,14 @@ def rewrite(program: torch.export.ExportedProgram) -> None:
     graph.eliminate_dead_code()
 
 
-def _is_plain_call(node: Node) -> bool:
+def _is_plain_call(node: Any) -> bool:
     """A call of one operator, or of a function of sizes, such as a sum of them."""
     if node.op != "call_function":
         return False
     return isinstance(node.target, torch._ops.OpOverload) or node.target.__module__ in ("_operator", "math", "torch")
 
 
-def _is_as_expected(node: Node) -> bool:
+def _is_as_expected(node: Any) -> bool:
     """Whether an operator is what `rewrite` makes of it."""
     if node.target is ATEN.dropout.default:
         return node.args[2] is False
@@ -104,17 +106,17 @@ def _is_as_expected(node: Node) -> bool:
     return True
 
 
-def _is_fresh(node: Node) -> bool:
+def _is_fresh(node: Any) -> bool:
     """Whether a node's value has memory of its own."""
     schema = getattr(node.target, "_schema", None)
     return node.op == "call_function" and schema is not None and not any(value.alias_info for value in schema.returns)
 
 
-def _writes(node: Node) -> bool:
+def _writes(node: Any) -> bool:
     schema = getattr(node.target, "_schema", None)
     return schema is not None and bool(schema.is_mutable)
 
 
-def _keeps_dtype(node: Node) -> bool:
+def _keeps_dtype(node: Any) -> bool:
     kept: bool = node.meta["val"].dtype == node.args[0].meta["val"].dtype
     return kept

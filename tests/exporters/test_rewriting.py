@@ -16,7 +16,8 @@ from exporters.onnx.tracing import export_program
 class Rewritten(torch.nn.Module):
     """Everything that is rewritten, an output that is no more than a cast of its own dtype among it."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        (x,) = inputs
         both = (x > 0) & (x < 1)
         y = torch.nn.functional.dropout(torch.min(x, x * x), 0.1, False).contiguous()
         total = y * 2
@@ -27,7 +28,8 @@ class Rewritten(torch.nn.Module):
 class WritesToView(torch.nn.Module):
     """A sum that is seen through another name of the same memory."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        (x,) = inputs
         y = x * 2
         view = y[:, 1:]
         y += 1
