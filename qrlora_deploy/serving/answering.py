@@ -14,6 +14,7 @@ import numpy as np
 from qrlora_deploy.errors import InputError, MalformedInputError, QrloraError, UnknownCustomerError
 from qrlora_deploy.serving.engine.protocol import Ticket
 from qrlora_deploy.serving.engine.rows import Load, Row, RowAnswer
+from qrlora_deploy.serving.handover import handover_here
 from qrlora_deploy.serving.parts import Spans
 from qrlora_deploy.serving.refusals import DeadlineError, RefusalError
 from qrlora_deploy.serving.served import ServedModel
@@ -186,9 +187,9 @@ async def _answered(
 
 
 def _in_this_loop(future: "Future[list[RowAnswer]]") -> "asyncio.Future[list[RowAnswer]]":
-    """As `asyncio.wrap_future`, which takes three times as long."""
-    loop = asyncio.get_running_loop()
-    waiting: asyncio.Future[list[RowAnswer]] = loop.create_future()
+    """As `asyncio.wrap_future`, with one wake-up of the loop for all that end together."""
+    waiting: asyncio.Future[list[RowAnswer]] = asyncio.get_running_loop().create_future()
+    handover = handover_here()
 
     def hand_over() -> None:
         if waiting.done():
@@ -200,12 +201,7 @@ def _in_this_loop(future: "Future[list[RowAnswer]]") -> "asyncio.Future[list[Row
         else:
             waiting.set_result(future.result())
 
-    def ended(_: "Future[list[RowAnswer]]") -> None:
-        # Of a loop that has ended nobody waits.
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(hand_over)
-
-    future.add_done_callback(ended)
+    future.add_done_callback(lambda _: handover.add(hand_over))
     waiting.add_done_callback(lambda it: future.cancel() if it.cancelled() else None)
     return waiting
 

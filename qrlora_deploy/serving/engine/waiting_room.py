@@ -4,6 +4,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 
 from qrlora_deploy.errors import InputError, QrloraError
 from qrlora_deploy.serving.engine.admission import Place
@@ -17,6 +18,7 @@ from qrlora_deploy.serving.engine.quotas import Quotas
 from qrlora_deploy.serving.engine.requests import Request, WaitingRow
 from qrlora_deploy.serving.engine.rows import Load, Row
 from qrlora_deploy.serving.engine.running import Outcome
+from qrlora_deploy.serving.handover import EndOfTurn
 from qrlora_deploy.serving.refusals import DrainingError
 
 CLOSED = "the server ended before the request was answered"
@@ -50,6 +52,7 @@ class WaitingRoom:
         self._oldest_s = 0.0
         self._rows = self._tokenised = self._telling = self._running = 0
         self._closed = False
+        self._waking = EndOfTurn(self._wake)
 
     def reserve(self, load: Load, customers: Sequence[str | None], deadline_s: float | None) -> Place:
         """As `Engine.admit`."""
@@ -70,13 +73,13 @@ class WaitingRoom:
             InputError: the place was used or given back.
         """
         request = Request(place, rows, self._clock())
+        request.future.if_cancelled = partial(self._cancel, request)
         with self._lock:
             if place.used or place.released:
                 raise InputError("a ticket is given to submit once, and not after release")
             place.used = True
             self._tokenised += len(rows)
             self._open.add(request)
-        request.future.add_done_callback(lambda future: self._cancel(request) if future.cancelled() else None)
         return request
 
     def enqueue(self, request: Request) -> None:
@@ -96,6 +99,13 @@ class WaitingRoom:
             if not self._queue.rows:
                 self._oldest_s = self._clock()
             self._queue.push(request.waiting)
+            ready = self._may_draw()
+        if ready:
+            # What comes in the same turn of an event loop runs together.
+            self._waking.ask()
+
+    def _wake(self) -> None:
+        with self._lock:
             if self._may_draw():
                 self._work.notify()
 
@@ -214,10 +224,8 @@ class WaitingRoom:
 
     def _cancel(self, request: Request) -> None:
         with self._lock:
-            mine = self._take_out(request)
+            self._take_out(request)
             self._tell_idle()
-        if mine:
-            request.future.set_running_or_notify_cancel()
 
     def _take_out(self, request: Request) -> bool:
         """Forget a request, with what is reserved for it and its rows that wait. False where it has ended."""

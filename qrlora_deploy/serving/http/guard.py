@@ -2,7 +2,6 @@
 
 import asyncio
 import re
-import secrets
 from collections.abc import Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -12,6 +11,7 @@ from qrlora_deploy.serving.http.limits import HttpLimits
 from qrlora_deploy.serving.http.replies import error_reply
 from qrlora_deploy.serving.life import Life
 from qrlora_deploy.serving.refusals import DrainingError, OverloadedError, SlowClientError, TooLargeError
+from qrlora_deploy.serving.request_ids import new_request_id
 
 REQUEST_ID = b"x-request-id"
 GOOD_ID = re.compile(rb"[\x21-\x7e]{1,128}")
@@ -44,7 +44,7 @@ class Guard:
         headers = dict(scope["headers"])
         request_id = headers.get(REQUEST_ID, b"")
         if not GOOD_ID.fullmatch(request_id):
-            request_id = secrets.token_hex(8).encode()
+            request_id = new_request_id().encode()
         scope.setdefault("state", {})["request_id"] = request_id.decode("ascii")
         body, reply = _Body(self, headers, receive), _Reply(self, headers, request_id, send)
         try:
