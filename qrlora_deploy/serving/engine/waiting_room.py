@@ -224,8 +224,10 @@ class WaitingRoom:
 
     def _cancel(self, request: Request) -> None:
         with self._lock:
-            self._take_out(request)
+            mine = self._take_out(request)
             self._tell_idle()
+        if mine:
+            request.future.set_running_or_notify_cancel()
 
     def _take_out(self, request: Request) -> bool:
         """Forget a request, with what is reserved for it and its rows that wait. False where it has ended."""
