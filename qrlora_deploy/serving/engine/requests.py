@@ -9,7 +9,7 @@ from qrlora_deploy.serving.engine.promise import Promise
 from qrlora_deploy.serving.engine.rows import Row, RowAnswer
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Request:
     """Rows that are answered together.
 

@@ -98,6 +98,7 @@ class BatchRunner:
     def _run(self, rows: Sequence[WaitingRow]) -> list[Outcome] | None:
         """The answers of rows; None where some of them are not wanted any more when their turn comes."""
         inputs = self.collator.batch([row.row for row in rows])
+        self.collator.check_values(inputs, [row.number for row in rows])
         customers = [row.customer for row in rows]
         with self._turn:
             start_s = self._clock()
@@ -125,9 +126,7 @@ class BatchRunner:
 
     def _answer(self, row: WaitingRow, logits: np.ndarray, version: Version, run: Run) -> RowAnswer:
         answering = version.answering
-        own = self.collator.unpadded(logits, row.length)
-        if answering.labels:
-            own = answering.own(own)
+        own = answering.own(self.collator.unpadded(logits, row.length))
         return RowAnswer(own, answering.labels, version.digest, answering.thresholds, row.row.words, run)
 
     def _counted(self, rows: Sequence[WaitingRow], start_s: float) -> Run:

@@ -94,8 +94,7 @@ class WaitingRoom:
                 raise DrainingError(CLOSED)
             if request.ended:
                 return
-            load = request.place.load
-            self._gate.admission.correct(request.place, Load(load.rows, tokens, load.size_bytes, load.asker))
+            self._gate.admission.has_tokens(request.place, tokens)
             if not self._queue.rows:
                 self._oldest_s = self._clock()
             self._queue.push(request.waiting)
@@ -165,7 +164,9 @@ class WaitingRoom:
         """Tell each request its answers or its error, unless it has ended."""
         with self._lock:
             ending = [(request, error) for request, error in requests if self._take_out(request)]
-            self._gate.rejected.update(error.kind for _, error in ending if error is not None)
+            for _, error in ending:
+                if error is not None:
+                    self._gate.rejected[error.kind] += 1
             self._telling += 1
         for request, error in ending:
             # Whatever a future does, the others are told.
