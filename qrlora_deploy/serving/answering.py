@@ -180,10 +180,16 @@ async def _answered(
     waiting = _in_this_loop(model.engine.submit(ticket, rows))
     if deadline_s is None:
         return await waiting
+    late = waiting.get_loop().call_later(max(0.0, deadline_s - time.monotonic()), _give_up, waiting)
     try:
-        return await asyncio.wait_for(waiting, max(0.0, deadline_s - time.monotonic()))
-    except TimeoutError as error:
-        raise DeadlineError("the request's time passed before it was answered") from error
+        return await waiting
+    finally:
+        late.cancel()
+
+
+def _give_up(waiting: "asyncio.Future[list[RowAnswer]]") -> None:
+    if not waiting.done():
+        waiting.set_exception(DeadlineError("the request's time passed before it was answered"))
 
 
 def _in_this_loop(future: "Future[list[RowAnswer]]") -> "asyncio.Future[list[RowAnswer]]":
@@ -202,7 +208,8 @@ def _in_this_loop(future: "Future[list[RowAnswer]]") -> "asyncio.Future[list[Row
             waiting.set_result(future.result())
 
     future.add_done_callback(lambda _: handover.add(hand_over))
-    waiting.add_done_callback(lambda it: future.cancel() if it.cancelled() else None)
+    # Done before the engine is: nobody waits any more. What has ended takes no notice.
+    waiting.add_done_callback(lambda _: future.cancel())
     return waiting
 
 

@@ -68,9 +68,7 @@ class RequestMetrics:
         seconds = HistogramMetricFamily(
             "qrlora_request_seconds", "From a request's arrival to its answer.", labels=["route"]
         )
-        rows = CounterMetricFamily(
-            "qrlora_request_rows", "Rows of requests that were answered well.", labels=["route"]
-        )
+        rows = CounterMetricFamily("qrlora_request_rows", "Rows of requests that were answered well.", labels=["route"])
         for route in sorted(self._routes):
             found = [counted for (name, _), counted in self._counted.items() if name == route]
             seconds.add_metric([route], _buckets(found), sum(counted.seconds for counted in found))

@@ -5,8 +5,8 @@ import re
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from qrlora_deploy.serving.http.exchange import BODY_IS_HERE, HEADERS, REQUEST_ID, WRITE_WHOLE, Headers, WriteWhole
 from qrlora_deploy.serving.http.encodings import WORTH_BYTES, check_encoding, chosen, deflated, inflated
+from qrlora_deploy.serving.http.exchange import BODY_IS_HERE, HEADERS, REQUEST_ID, WRITE_WHOLE, Headers, WriteWhole
 from qrlora_deploy.serving.http.limits import HttpLimits
 from qrlora_deploy.serving.http.replies import error_reply
 from qrlora_deploy.serving.life import Life
