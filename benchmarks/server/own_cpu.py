@@ -4,7 +4,8 @@
     python -m benchmarks.server.own_cpu --against CHECKOUT
 
 Requests of one text come by HTTP (`/v1/classify` and the protocol) and by gRPC over several connections, each as soon
-as the last one is answered. "empty" is what grpc's own server takes for nothing, beside ours. With another checkout of the project, its server takes turns with this one's.
+as the last one is answered. "empty" is what grpc's own server takes for nothing, beside ours. With another checkout of
+the project, its server takes turns with this one's.
 """
 
 import argparse

@@ -4,8 +4,8 @@
 
 Tokenising gives a row that was made before, and a run gives zeros; queue, batching, threads, keys and fronts are those
 of `serve`. It prints its port and the key that it takes. Every line of its input is answered by its CPU seconds so far.
-`empty` is grpc's own aio server with a handler that answers the same bytes to everything: less than that no server takes
-that is made of it. It is run by path, so that the project may be that of another checkout.
+`empty` is grpc's own aio server with a handler that answers the same bytes to everything: less than that no server
+takes that is made of it. It is run by path, so that the project may be that of another checkout.
 """
 
 import secrets

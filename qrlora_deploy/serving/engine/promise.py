@@ -1,5 +1,6 @@
 """What becomes of a request: a `Future` that costs little where nobody blocks for it."""
 
+import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, InvalidStateError
@@ -7,6 +8,8 @@ from concurrent.futures._base import CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+LOG = logging.getLogger(__name__)
 
 
 class Promise(Future[T]):
@@ -21,7 +24,7 @@ class Promise(Future[T]):
         # All that `Future` makes, but for the condition: `wait` and `as_completed` take these, too.
         self._condition: Any = threading.Lock()
         self._state = PENDING
-        self._result: T | None = None
+        self._result: Any = None
         self._exception: BaseException | None = None
         self._waiters: list[Any] = []
         self._done_callbacks: list[Callable[[Future[T]], object]] = []
@@ -37,7 +40,7 @@ class Promise(Future[T]):
             self._state = CANCELLED
         if self.if_cancelled is not None:
             self.if_cancelled()
-        self._invoke_callbacks()
+        self._tell()
         return True
 
     def result(self, timeout: float | None = None) -> T:
@@ -51,8 +54,8 @@ class Promise(Future[T]):
         error = self.exception(timeout)
         if error is not None:
             raise error
-        found: Any = self._result
-        return found  # type: ignore[no-any-return]
+        found: T = self._result
+        return found
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """The error that it was given, if it was one; waits as `result` does.
@@ -93,4 +96,12 @@ class Promise(Future[T]):
             self._result, self._exception, self._state = result, error, FINISHED
             for waiter in self._waiters:
                 waiter.add_result(self) if error is None else waiter.add_exception(self)
-        self._invoke_callbacks()
+        self._tell()
+
+    def _tell(self) -> None:
+        # Once it is done nobody is added.
+        for call in self._done_callbacks:
+            try:
+                call(self)
+            except Exception:
+                LOG.exception("a callback of a request failed")
