@@ -12,9 +12,9 @@ from typing import Protocol
 import numpy as np
 
 from qrlora_deploy.errors import InputError, MalformedInputError, QrloraError, UnknownCustomerError
+from qrlora_deploy.serving.engine.handover import handover_here
 from qrlora_deploy.serving.engine.protocol import Ticket
 from qrlora_deploy.serving.engine.rows import Load, Row, RowAnswer
-from qrlora_deploy.serving.handover import handover_here
 from qrlora_deploy.serving.parts import Spans
 from qrlora_deploy.serving.refusals import DeadlineError, RefusalError
 from qrlora_deploy.serving.served import ServedModel

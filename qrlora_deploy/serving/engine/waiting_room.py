@@ -11,6 +11,7 @@ from qrlora_deploy.serving.engine.admission import Place
 from qrlora_deploy.serving.engine.batching import Shapes, cut
 from qrlora_deploy.serving.engine.fairness import FairQueue
 from qrlora_deploy.serving.engine.gate import Gate
+from qrlora_deploy.serving.engine.handover import EndOfTurn
 from qrlora_deploy.serving.engine.limits import Limits
 from qrlora_deploy.serving.engine.pace import Pace
 from qrlora_deploy.serving.engine.protocol import EngineStats
@@ -18,7 +19,6 @@ from qrlora_deploy.serving.engine.quotas import Quotas
 from qrlora_deploy.serving.engine.requests import Request, WaitingRow
 from qrlora_deploy.serving.engine.rows import Load, Row
 from qrlora_deploy.serving.engine.running import Outcome
-from qrlora_deploy.serving.handover import EndOfTurn
 from qrlora_deploy.serving.refusals import DrainingError
 
 CLOSED = "the server ended before the request was answered"
