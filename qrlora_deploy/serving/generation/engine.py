@@ -110,7 +110,7 @@ class TextEngine:
                 raise DrainingError(CLOSED)
             place.used = True
             tokens = sum(asked.length for asked in writing.answers)
-            self._gate.admission.correct(place, replace(place.load, tokens=tokens))
+            self._gate.admission.has_tokens(place, tokens)
             self._queue.push(writing.answers)
             self._work.notify()
         return writing

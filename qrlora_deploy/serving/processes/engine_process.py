@@ -9,6 +9,7 @@ from typing import Any
 import uvicorn
 
 from qrlora_deploy.serving.assembly import EngineParts
+from qrlora_deploy.serving.garbage import calm_collector
 from qrlora_deploy.serving.http.listener import HttpListener
 from qrlora_deploy.serving.life import Life
 from qrlora_deploy.serving.processes.control import Control, Order
@@ -31,7 +32,8 @@ def run_engine(options: ChildOptions, control: Control) -> None:
     """
     parts = EngineParts(options.engine_run())
     try:
-        with asyncio.Runner(loop_factory=uvicorn.Config("", log_config=None).get_loop_factory()) as runner:
+        loops = asyncio.Runner(loop_factory=uvicorn.Config("", log_config=None).get_loop_factory())
+        with calm_collector(), loops as runner:
             runner.run(EngineProcess(options, control, parts).run())
     finally:
         parts.close()
