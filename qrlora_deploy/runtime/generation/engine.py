@@ -213,13 +213,14 @@ class Engine:
             self._end(running, "error", choice)
             return
         piece = running.writer.write(choice)
-        running.events.append(GenerationEvent(running.number, piece, (choice,)))
+        running.events.append(GenerationEvent(running.number, piece, (choice,), shown=running.writer.shown))
         if running.writer.finished is not None:
             self._end(running, running.writer.finished)
 
     def _end(self, running: Running, reason: FinishReason, error: QrloraError | None = None) -> None:
         rest = running.writer.finish(reason) if running.writer.finished is None else ""
-        running.events.append(GenerationEvent(running.number, rest, (), self._answer(running, error)))
+        answer = self._answer(running, error)
+        running.events.append(GenerationEvent(running.number, rest, (), answer, running.writer.shown))
         if running.seat is not None:
             if error is not None and running.seat.row is not None:
                 # What is no number in it would spoil the answers of who gets it next.
@@ -243,7 +244,7 @@ class Engine:
             prompt_tokens=len(running.prompt),
             reused_tokens=running.reused,
             seed=writer.sampler.seed,
-            logprobs=tuple(writer.choices) if writer.sampler.sampling.logprobs is not None else (),
+            logprobs=tuple(writer.choices[: writer.shown]) if writer.sampler.sampling.logprobs is not None else (),
             error=error,
         )
 

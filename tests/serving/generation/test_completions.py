@@ -154,6 +154,43 @@ def test_stop_logprobs_and_ids(written: Written, server: Served) -> None:
     assert [it["text"].strip() for it in both["choices"]] == [text.strip()] * 2 + [other] * 2
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_tokens_of_a_stop_string_have_no_logprobs_in_a_stream_nor_at_once(server: Served, path: str) -> None:
+    chat = "chat" in path
+    asked = {"messages": [{"role": "user", "content": PROMPTS[3]}]} if chat else {"prompt": PROMPTS[3]}
+    told = {"logprobs": True, "top_logprobs": 2} if chat else {"logprobs": 2}
+    record = {"model": "text:three", "temperature": 0, "max_tokens": NEW, **asked, **told}
+
+    def tokens_of(choices: list[Any]) -> list[Any]:
+        """Each token with its log probability."""
+        told = [it["logprobs"] for it in choices if it["logprobs"]]
+        if chat:
+            return [(token["token"], token["logprob"]) for it in told for token in it["content"]]
+        return [pair for it in told for pair in zip(it["tokens"], it["token_logprobs"], strict=True)]
+
+    def text_of(choice: Any) -> str:
+        text: str = choice["message"]["content"] if chat else choice["text"]
+        return text
+
+    free = server.post(path, record).json()["choices"][0]
+    tokens = tokens_of([free])
+    # The second of them is another answer's: what begins as it does is held back, and shown in the end.
+    middle = text_of(free)[len(text_of(free)) // 2 :][:3]
+    for stop in ([middle], [middle[0] + "no such text"]):
+        whole = server.post(path, record | {"stop": stop}).json()["choices"][0]
+        *pieces, _ = server.events(path, record | {"stop": stop, "stream": True})
+        found = tokens_of([it["choices"][0] for it in pieces])
+        assert found == tokens_of([whole]) == tokens[: len(found)]
+        if stop[0] != middle:
+            assert (text_of(whole), found) == (text_of(free), tokens)
+        else:
+            cut = "".join(token for token, _ in found)
+            # The last one may begin in the text and end in the stop string.
+            assert len(found) < len(tokens) and len(text_of(whole)) <= len(cut) < len(text_of(whole)) + len(
+                tokens[len(found) - 1][0]
+            )
+
+
 def _request(prompt: str) -> Any:
     from qrlora_deploy.runtime.generation.requests import GenerationRequest
 
