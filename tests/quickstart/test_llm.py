@@ -142,7 +142,7 @@ TINY = {"num_attention_heads": 2, "max_position_embeddings": 256}
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_three_customers_and_the_base_answer_in_one_batch(tmp_path: Path) -> None:
     base = save_decoder(tmp_path / "tiny", **TINY)
     out = tmp_path / "out"
@@ -172,9 +172,9 @@ def test_three_customers_and_the_base_answer_in_one_batch(tmp_path: Path) -> Non
 
 def killed_and_gone_on(base: Path, out: Path) -> LlmReport:
     """The report of a run that was killed within each of its steps."""
-    steps = [("factorize", 5), ("train banking", 5), ("train home", 2), ("export", 1), ("score", 2)]
+    steps = [("train banking", 5), ("train home", 2), ("export", 1), ("score", 2)]
     for number, (step, done) in enumerate(steps):
-        words = [sys.executable, "-m", "tests.quickstart.killed", out, base, step, done, *["resume"] * (number > 1)]
+        words = [sys.executable, "-m", "tests.quickstart.killed", out, base, step, done, *["resume"] * (number > 0)]
         ran = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False)
         assert ran.returncode == -signal.SIGKILL, ran.stderr
     seen: list[str] = []
