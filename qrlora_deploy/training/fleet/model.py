@@ -221,6 +221,12 @@ class FleetModel:
         for table in (self.u, *self.head.values()):
             table.keep(where)
 
+    def return_to_best(self, slots: list[int]) -> None:
+        """Let some customers, who have ended, answer by what was kept last of them."""
+        where = ship(torch.tensor(slots), self.device)
+        for table in (self.u, *self.head.values()):
+            table.return_to_best(where)
+
     def best(self, slots: list[int], outputs: list[Outputs]) -> list[Learnt]:
         """What was kept last of some customers: all of them at once, as the device is waited for."""
         where = ship(torch.tensor(slots), self.device)

@@ -116,6 +116,22 @@ def test_a_trunk_is_cached_below_the_first_adapted_block(
         check_same(customer, train(decoder, upper, *parts, settings, tmp_path / f"{name}.work"))
 
 
+def test_labels_are_judged_by_their_likelihoods_as_alone(decoder: Checkpoint, basis: Basis, tmp_path: Path) -> None:
+    for customer, words in {"acme": (" red", " green", " blue"), "beta": (" yes", " no", " yes")}.items():
+        rows = [{"prompt": word, "completion": answer} for word, answer in zip(WORDS, words, strict=False)]
+        write_lines(tmp_path / "data" / f"{customer}.jsonl", rows * 4)
+        write_lines(tmp_path / "held-out" / f"{customer}.jsonl", rows)
+    settings = replace(SETTINGS, epochs=12, learning_rate=0.3)
+    run(decoder, basis, tmp_path, True, settings)
+    for customer in ("acme", "beta"):
+        found = read_coefficients(tmp_path / "out" / f"{customer}.safetensors").training
+        parts = [read_examples(tmp_path / place / f"{customer}.jsonl") for place in ("data", "held-out")]
+        alone = train(decoder, basis, *parts, settings, tmp_path / f"{customer}.work").training
+        for when in ("baseline", "metrics"):
+            assert found[when]["label_accuracy"] == alone[when]["label_accuracy"]
+        assert found["metrics"]["label_accuracy"] > found["baseline"]["label_accuracy"]
+
+
 def test_rows_of_all_customers_may_be_in_one_file(decoder: Checkpoint, basis: Basis, tmp_path: Path) -> None:
     rows = [row | {"who": name} for number, name in enumerate("ab") for row in prompts(6 + number, number)]
     data = write_lines(tmp_path / "all.jsonl", rows)
