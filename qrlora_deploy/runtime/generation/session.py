@@ -225,7 +225,7 @@ class GenerationSession:
 
     def text_of(self, token: int) -> str:
         """What the tokenizer shows of one token; U+FFFD stands where it is a part of a character."""
-        return str(self._prompts.tokenizer.decode([token], skip_special_tokens=False))
+        return self._prompts.text_of(token)
 
     def check_customer(self, customer: str | None) -> None:
         """Make sure that a customer is there.

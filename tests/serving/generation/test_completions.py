@@ -18,14 +18,12 @@ pytest.importorskip("orjson", reason="needs the extra serve")
 from qrlora_deploy.errors import InputError, MalformedInputError
 from qrlora_deploy.runtime.generation.session import GenerationSession
 from qrlora_deploy.runtime.sessions.buckets import Buckets
-from qrlora_deploy.serving.assembly import AssemblyOptions
 from qrlora_deploy.serving.engine.limits import Limits
 from qrlora_deploy.serving.engine.quotas import Quotas
 from qrlora_deploy.serving.engine.rows import Load
 from qrlora_deploy.serving.generation.engine import TextEngine
 from qrlora_deploy.serving.keys_file import empty_keys, with_key, write_keys
 from qrlora_deploy.serving.opening import ModelPlaces, OpenModel, RunOptions
-from qrlora_deploy.serving.processes.supervisor import Supervisor
 from qrlora_deploy.serving.refusals import QuotaError
 from tests.runtime.generation.tiny import NAMES
 from tests.runtime.generation.written import Written, write_everything
@@ -381,7 +379,5 @@ def test_a_quota_counts_answers(written: Written) -> None:
 
 def test_what_a_decoder_does_not_do_is_refused_before_it_is_opened(written: Written) -> None:
     places = [ModelPlaces("text", written.bundle)]
-    with pytest.raises(InputError, match=r"writes text, which one process does alone; leave out processes$"):
-        Supervisor(AssemblyOptions(places, processes=1))
     with pytest.raises(InputError, match=r"writes text, in batches of its own; leave out buckets$"):
         OpenModel(places[0], RunOptions(buckets=Buckets((1,), (32,))))
