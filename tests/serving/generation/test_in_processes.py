@@ -1,4 +1,4 @@
-"""A decoder behind `serve --processes`: fronts ask an engine, and answers, streams and ends are those of one process."""
+"""A decoder behind `serve --processes`: fronts ask an engine; answers, streams and ends are those of one process."""
 
 import json
 import os
