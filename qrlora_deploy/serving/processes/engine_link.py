@@ -6,21 +6,18 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from qrlora_deploy.errors import QrloraError
-from qrlora_deploy.runtime.generation.requests import GenerationRequest
+from qrlora_deploy.runtime.generation.requests import GenerationAnswer, GenerationEvent, GenerationRequest
 from qrlora_deploy.serving.engine.protocol import EngineStats
 from qrlora_deploy.serving.engine.rows import Load, Row, RowAnswer
+from qrlora_deploy.serving.generation.writing import Tell
 from qrlora_deploy.serving.processes.links import BrokenFrameError, Link, record_of
 from qrlora_deploy.serving.processes.messages import Kind, pack_rows, unpack_answers, unpack_error, unpack_stats
 from qrlora_deploy.serving.processes.text_messages import pack_requests, unpack_events
 from qrlora_deploy.serving.refusals import DrainingError
-
-if TYPE_CHECKING:
-    from qrlora_deploy.serving.processes.remote_writer import RemoteWriting
 
 AGAIN_S = 0.05
 """Between two tries to reach an engine."""
@@ -58,6 +55,43 @@ class RemoteTicket:
     rows: Sequence[Row] = ()
     future: "Future[list[RowAnswer]] | None" = None
     writing: "RemoteWriting | None" = None
+
+
+@dataclass(eq=False)
+class RemoteWriting:
+    """Answers that an engine was asked for.
+
+    Attributes:
+        ticket: their place.
+        requests: one for each.
+        tell: gets their events.
+        base_digest: of the model.
+        ended: numbers of those that have ended.
+    """
+
+    ticket: RemoteTicket
+    requests: Sequence[GenerationRequest]
+    tell: Tell
+    base_digest: str
+    ended: set[int] = field(default_factory=set)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all have ended."""
+        return len(self.ended) == len(self.requests)
+
+    def told(self, event: GenerationEvent) -> None:
+        """Something has happened."""
+        if event.answer is not None:
+            self.ended.add(event.number)
+        self.tell(event)
+
+    def fail(self, error: QrloraError) -> None:
+        """The others end by an error."""
+        for number, request in enumerate(self.requests):
+            if number not in self.ended:
+                answer = GenerationAnswer("", (), "error", request.customer, self.base_digest, error=error)
+                self.told(GenerationEvent(number, answer=answer))
 
 
 class EngineLink:

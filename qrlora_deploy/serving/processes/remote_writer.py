@@ -2,17 +2,16 @@
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
-from qrlora_deploy.errors import InputError, QrloraError
+from qrlora_deploy.errors import InputError
 from qrlora_deploy.io.reading import parse_json, read_text
 from qrlora_deploy.runtime.bundle.bundle import CONFIG_FILE, Bundle
 from qrlora_deploy.runtime.generation.prompts import MAX_CONFIG_BYTES, PromptReader
-from qrlora_deploy.runtime.generation.requests import GenerationAnswer, GenerationEvent, GenerationRequest
+from qrlora_deploy.runtime.generation.requests import GenerationRequest
 from qrlora_deploy.serving.engine.protocol import Ticket
 from qrlora_deploy.serving.generation.counting import WriterStats
 from qrlora_deploy.serving.generation.writing import Tell
-from qrlora_deploy.serving.processes.engine_link import FAILED, SILENT, EngineLink, RemoteTicket
+from qrlora_deploy.serving.processes.engine_link import FAILED, SILENT, EngineLink, RemoteWriting
 from qrlora_deploy.serving.processes.messages import Kind
 from qrlora_deploy.serving.processes.remote_engine import RemoteEngine, asked_of
 from qrlora_deploy.serving.refusals import DrainingError
@@ -46,43 +45,6 @@ class BundlePrompts:
     def text_of(self, token: int) -> str:
         """As `GenerationSession.text_of`."""
         return self._reader.text_of(token)
-
-
-@dataclass(eq=False)
-class RemoteWriting:
-    """Answers that an engine was asked for.
-
-    Attributes:
-        ticket: their place.
-        requests: one for each.
-        tell: gets their events.
-        base_digest: of the model.
-        ended: numbers of those that have ended.
-    """
-
-    ticket: RemoteTicket
-    requests: Sequence[GenerationRequest]
-    tell: Tell
-    base_digest: str
-    ended: set[int] = field(default_factory=set)
-
-    @property
-    def is_over(self) -> bool:
-        """Whether all have ended."""
-        return len(self.ended) == len(self.requests)
-
-    def told(self, event: GenerationEvent) -> None:
-        """Something has happened."""
-        if event.answer is not None:
-            self.ended.add(event.number)
-        self.tell(event)
-
-    def fail(self, error: QrloraError) -> None:
-        """The others end by an error."""
-        for number, request in enumerate(self.requests):
-            if number not in self.ended:
-                answer = GenerationAnswer("", (), "error", request.customer, self.base_digest, error=error)
-                self.told(GenerationEvent(number, answer=answer))
 
 
 class RemoteWriter(RemoteEngine):
