@@ -97,15 +97,32 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         temporary = place / path.name
         temporary.mkdir()
         yield temporary
-        _settle(place)
-        try:
-            if path.is_dir():
-                path.rmdir()
-            temporary.replace(path)
-        except OSError as error:
-            if error.errno not in TAKEN:
-                raise
-            raise InputError(f"{path} already exists: another process made it meanwhile") from error
+        _publish(temporary, place, path)
+
+
+def publish_folder(made: Path, path: Path) -> None:
+    """Rename a folder that is whole, and lies in one that `lock_folder` locked, to `path`, as `atomic_folder` does.
+
+    Raises:
+        InputError: `path` exists and is not an empty folder; what was made stays.
+        QrloraError: the disk is full or refuses it.
+    """
+    check_free_folder(path)
+    with _one_line(path):
+        _publish(made, made.parent, path)
+
+
+def _publish(made: Path, place: Path, path: Path) -> None:
+    """Flush everything in the locked folder `place`, and rename what was made there to `path`."""
+    _settle(place)
+    try:
+        if path.is_dir():
+            path.rmdir()
+        made.replace(path)
+    except OSError as error:
+        if error.errno not in TAKEN:
+            raise
+        raise InputError(f"{path} already exists: another process made it meanwhile") from error
 
 
 @contextmanager

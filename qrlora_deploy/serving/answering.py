@@ -112,7 +112,7 @@ async def answer(
     ticket = model.engine.admit(load, customers, deadline_s)
     try:
         if ticket.pending is not None:
-            await _in_time(ticket.pending, deadline_s)
+            await in_time(ticket.pending, deadline_s)
         if spans is not None:
             spans.stage("tokenise")
         rows = await _tokenised(model, question, customers, load)
@@ -152,7 +152,13 @@ def _load(model: ServedModel, question: Question, asker: str) -> Load:
     return Load(len(ids), ids.size, sum(array.nbytes for array in question.inputs.values()), asker)
 
 
-async def _in_time(pending: Awaitable[None], deadline_s: float | None) -> None:
+async def in_time(pending: Awaitable[None], deadline_s: float | None) -> None:
+    """Wait for a place.
+
+    Raises:
+        DeadlineError: the request's time has passed before.
+        QrloraError: it is refused.
+    """
     try:
         async with asyncio.timeout(None if deadline_s is None else max(0.0, deadline_s - time.monotonic())):
             await pending

@@ -250,4 +250,4 @@ def refuse_decoders(places: Sequence[ModelPlaces], what: str) -> None:
     """
     for place in places:
         if open_bundle(place.bundle, graph=False).manifest.deciding_task.writes_text:
-            raise InputError(f"{place.bundle} writes text, which one process does alone; leave out {what}")
+            raise InputError(f"{place.bundle} writes text, which is not served by {what}; leave it out")

@@ -80,7 +80,10 @@ class EngineProcess:
     def _state(self) -> dict[str, Any]:
         """What the supervisor adds up, as `messages.EngineState`."""
         stores = {name: ask() for name, ask in self._parts.stores().items()}
-        return {"engines": self._socket.stats(), "stores": stores}
+        writers = {
+            model.served.name: model.served.writer.written() for model in self._parts.models if model.served.writer
+        }
+        return {"engines": self._socket.stats(), "stores": stores, "writers": writers}
 
     async def _finish(self) -> None:
         self._life.drain()
