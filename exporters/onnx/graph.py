@@ -16,7 +16,7 @@ from exporters.onnx.padding_free import Packing, pack_blocks
 from exporters.onnx.quantizing import base_products
 from exporters.onnx.shared_weights import write_beside
 from exporters.onnx.tracing import Example, export_program, strip_traces
-from exporters.onnx.varlen import VarlenPacking
+from exporters.onnx.varlen import PackedAnswers, VarlenPacking
 from qrlora_deploy.errors import InputError, QrloraError, argument
 from qrlora_deploy.runtime.bundle.bundle import MODEL_FILE, PACKED_FILE, TensorRecord
 from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX
@@ -133,6 +133,9 @@ def write_graph(
             f"{type(model).__name__} cannot be made padding-free: {packing.attended} of its {blocks} blocks attend "
             f"through the registered function; leave {argument('padding_free')} out"
         )
+    if isinstance(packing, VarlenPacking):
+        with torch.no_grad():
+            packing.explore(wrapper, examples)
     if finish is not None:
         finish()
     opset = OPSET if packing is None else packing.opset
@@ -149,15 +152,27 @@ def write_graph(
         external_data=f"{MODEL_FILE}.data",
         size_threshold_bytes=SMALLEST_EXTERNAL_BYTES,
     )
-    packed = False
-    if isinstance(packing, VarlenPacking) and packing.possible(model):
-        packed = True
-        with packing.packed():
-            packed_program = _trace(wrapper, examples, opset, task.output_name)
-        strip_traces(packed_program.model)
-        write_beside(packed_program.model, folder / MODEL_FILE, folder / PACKED_FILE)
+    packed = isinstance(packing, VarlenPacking) and packing.possible(model)
+    if packed:
+        _write_packed(wrapper, names, folder, packing, rows, task.output_name)
     inputs = tuple(_record(name, *example) for name, example in examples.items())
     return Graph(inputs, attention_nodes, opset, products, wrapper, packed)
+
+
+def _write_packed(
+    wrapper: Any, names: tuple[str, ...], folder: Path, packing: VarlenPacking, rows: RowInputs | None, output_name: str
+) -> None:
+    """The graph of tokens, on the weights of the one that was written before; it takes no more than it reads."""
+    mask = _example_mask()
+    examples = packing.packed_examples(names, mask) | ({} if rows is None else rows.examples(len(mask)))
+    with packing.packed(wrapper.model):
+        program = _trace(PackedAnswers(wrapper, names, tuple(examples)).eval(), examples, packing.opset, output_name)
+    strip_traces(program.model)
+    inputs = program.model.graph.inputs
+    unread = [value for value in inputs if not value.uses()]
+    for value in unread:
+        inputs.remove(value)
+    write_beside(program.model, folder / MODEL_FILE, folder / PACKED_FILE)
 
 
 def _all_capped(model: Any) -> bool:
@@ -201,14 +216,13 @@ class _AnswersOnly(torch.nn.Module):
 def _examples(
     model: Any, names: tuple[str, ...], rows: RowInputs | None, packing: Packing | None
 ) -> dict[str, Example]:
-    # No axis has size 1 or the size of another one: the exporter would take them for constants.
-    batch, sequence = 3, 11
+    mask = _example_mask()
+    batch, sequence = mask.shape
     generator = DummyTextInputGenerator(
         "text-classification", NormalizedTextConfig(model.config), batch_size=batch, sequence_length=sequence
     )
     inputs = {name: generator.generate(name, framework="pt") for name in names}
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    inputs["attention_mask"][0, 7:] = 0
+    inputs["attention_mask"] = mask
     if "token_type_ids" in inputs:
         inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
     text: dict[str, Example] = {name: (inputs[name], ("batch", "sequence")) for name in names}
@@ -216,13 +230,22 @@ def _examples(
     return text | tokens | ({} if rows is None else rows.examples(batch))
 
 
+def _example_mask() -> torch.Tensor:
+    """`[batch, sequence]`; its last row is full."""
+    # No axis has size 1 or the size of another one: the exporter would take them for constants.
+    mask = torch.ones(3, 11, dtype=torch.int64)
+    mask[0, 7:] = 0
+    return mask
+
+
 def _trace(wrapper: torch.nn.Module, examples: dict[str, Example], opset: int, output_name: str) -> Any:
-    dims = {
+    dims: dict[str, Any] = {
         "batch": torch.export.Dim("batch", min=1),
         "sequence": torch.export.Dim("sequence", min=1, max=2**20),
         "slots": torch.export.Dim("slots", min=1),
         "tokens": torch.export.Dim("tokens", min=1),
     }
+    dims["batch + 1"] = dims["batch"] + 1
     shapes = tuple(
         {index: dims[axis] for index, axis in enumerate(axes) if isinstance(axis, str)}
         for _tensor, axes in examples.values()
