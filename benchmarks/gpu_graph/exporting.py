@@ -17,6 +17,7 @@ from exporters.onnx.branch_fusion import fuse_branches
 from exporters.onnx.graph import write_graph
 from exporters.onnx.precision import cast_inside
 from exporters.onnx.switchable import make_switchable
+from qrlora_deploy.runtime.bundle.bundle import MODEL_FILE, PACKED_FILE
 
 OPTIMIZER = "transformers.optimizer"
 
@@ -61,5 +62,5 @@ def _export(name: str, place: Path, arguments: argparse.Namespace) -> tuple[Path
     cast_inside(model, rows, arguments.precision)
     packing = variant.packing() if variant.packing else None
     finish = None if rows is None or variant.apart else functools.partial(fuse_branches, model, rows)
-    write_graph(model, tuple(make_inputs(arguments.shape, 1, 8)), place, rows, packing, finish)
-    return place / "model.onnx", table
+    graph = write_graph(model, tuple(make_inputs(arguments.shape, 1, 8)), place, rows, packing, finish)
+    return place / (PACKED_FILE if graph.packed else MODEL_FILE), table

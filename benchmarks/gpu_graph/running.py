@@ -11,6 +11,15 @@ import torch
 
 from benchmarks.gpu_graph.shapes import Inputs
 from qrlora_deploy.runtime.bundle.row_layout import SLOT, TABLE
+from qrlora_deploy.runtime.sessions.packed_tokens import (
+    aligned_length,
+    dtype_of,
+    is_packed,
+    packed_names,
+    packed_shapes,
+    packed_size,
+    write_packed,
+)
 from qrlora_deploy.runtime.sessions.session import open_session
 from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX, kept_tokens, padded_tokens, write_tokens
 
@@ -71,6 +80,12 @@ class BoundGraph:
         feeds: dict[str, np.ndarray] = dict(inputs)
         names = {value.name for value in self.session.get_inputs()}
         self.tokens = batch * length
+        self.packed = is_packed(session)
+        if self.packed:
+            self.tokens = packed_size(int(inputs["attention_mask"].sum()), batch, length)
+            shapes = packed_shapes(packed_names(session), batch, aligned_length(length), self.tokens)
+            feeds = {name: np.zeros(shape, dtype_of(name)) for name, shape in shapes.items()}
+            write_packed(feeds, inputs)
         if TOKEN_INDEX in names:
             self.tokens = padded_tokens(len(kept_tokens(inputs["attention_mask"])), batch, length)
             feeds[TOKEN_INDEX] = np.zeros(self.tokens, dtype=np.int64)
@@ -85,7 +100,7 @@ class BoundGraph:
             self.options.add_run_config_entry("gpu_graph_id", number)
         self.binding = self.session.io_binding()
         for name, tensor in self.place.items():
-            dtype = np.int64 if tensor.dtype == torch.int64 else np.float32
+            dtype = self.host[name].numpy().dtype
             self.binding.bind_input(name, device, 0, dtype, list(tensor.shape), tensor.data_ptr())
         self.binding.bind_output("logits", device, 0, np.float32, list(self.logits.shape), self.logits.data_ptr())
 
@@ -95,8 +110,11 @@ class BoundGraph:
 
     def whole(self) -> np.ndarray:
         """What a server does with a batch: count the tokens, copy, run, copy back."""
-        for name, values in self.batch.items():
-            self.host[name].numpy()[:] = values
+        if self.packed:
+            write_packed({name: self.host[name].numpy() for name in packed_names(self.session)}, self.batch)
+        else:
+            for name, values in self.batch.items():
+                self.host[name].numpy()[:] = values
         if TOKEN_INDEX in self.host:
             write_tokens(self.host[TOKEN_INDEX].numpy(), kept_tokens(self.batch["attention_mask"]))
         for name, tensor in self.host.items():

@@ -40,16 +40,6 @@ def attend_float(
     return attend(query, key, value, mask, heads, bias)
 
 
-class AlwaysVarlen(VarlenPacking):
-    """Attention on the packed tokens in the first graph too, the only one that is timed here."""
-
-    varlen = True
-
-    def possible(self, model: nn.Module) -> bool:
-        """No second graph."""
-        return False
-
-
 class _Shared:
     """One product for three layers, computed when the first of them sees an input."""
 
@@ -126,7 +116,7 @@ class Variant:
 PADDED = Variant("padded")
 PACKED = Variant("padding-free", packing=Packing)
 MASKED = Variant("padding-free, mask", packing=MaskPacking)
-VARLEN = Variant("padding-free, varlen", packing=AlwaysVarlen, cuda_only=True)
+VARLEN = Variant("padding-free, varlen", packing=VarlenPacking, cuda_only=True)
 MERGED = (
     PADDED,
     replace(PADDED, name="padded, one qkv", fused=True),

@@ -32,8 +32,13 @@ def write_beside(model: Any, first: Path, path: Path) -> None:
         other = known.get(_content(tensor)) if tensor.nbytes >= SMALLEST_SHARED_BYTES else None
         if other is not None:
             value.const_value = onnx_ir.ExternalTensor(
-                other.location, other.offset, other.length, other.dtype,
-                shape=other.shape, name=value.name, base_dir=other.base_dir,
+                other.location,
+                other.offset,
+                other.length,
+                other.dtype,
+                shape=other.shape,
+                name=value.name,
+                base_dir=other.base_dir,
             )
         else:
             own += tensor.nbytes

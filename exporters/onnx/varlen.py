@@ -20,18 +20,10 @@ from exporters.onnx.attention import BIASED, Heads
 from exporters.onnx.padding_free import Packing
 from exporters.onnx.tracing import Example
 from qrlora_deploy.errors import InputError, argument
-from qrlora_deploy.runtime.sessions.packed_tokens import BORDERS, FIRSTS, OFFSETS, PLACES, ROWS, SEATS, packed_arrays
+from qrlora_deploy.runtime.bundle.packed_inputs import BORDERS, FIRSTS, OFFSETS, PLACES, ROWS, SEATS, packed_axes
+from qrlora_deploy.runtime.sessions.packed_tokens import packed_arrays
 
 OPERATOR = "PackedMultiHeadAttention"
-
-AXES: dict[str, tuple[str | int, ...]] = {
-    BORDERS: ("batch + 1",),
-    OFFSETS: ("batch", "sequence"),
-    FIRSTS: ("batch",),
-    SEATS: ("batch", "sequence"),
-    "attention_mask": ("batch", "sequence"),
-}
-"""Of the inputs of such a graph; those that are not here have one number for each token."""
 
 
 class VarlenPacking(Packing):
@@ -111,9 +103,18 @@ class VarlenPacking(Packing):
         """Examples of all that such a graph may take of a batch with this mask, whose text inputs are `names`."""
         batch, length = mask.shape
         inputs = dict.fromkeys(names, torch.ones_like(mask).numpy()) | {"attention_mask": mask.numpy()}
-        wanted = (*names, PLACES, ROWS, BORDERS, OFFSETS, FIRSTS, SEATS)
+        texts = [name for name in names if name != "attention_mask"]
+        # A task that reads the first token alone has no use for the mask.
+        wanted = (
+            *texts,
+            PLACES,
+            ROWS,
+            BORDERS,
+            OFFSETS,
+            *((FIRSTS,) if self.firsts_only else (SEATS, "attention_mask")),
+        )
         arrays = packed_arrays(inputs, wanted, batch, length, int(mask.sum()))
-        return {name: (torch.from_numpy(array), AXES.get(name, ("tokens",))) for name, array in arrays.items()}
+        return {name: (torch.from_numpy(array), packed_axes(name)) for name, array in arrays.items()}
 
     def fill_packed(self, given: dict[str, torch.Tensor]) -> None:
         """Take the inputs of a run on tokens."""
@@ -124,7 +125,7 @@ class VarlenPacking(Packing):
     def text_of(self, names: Sequence[str], takes_types: bool) -> dict[str, torch.Tensor]:
         """What the model is given, all rows as one."""
         named = {name: self.given[name].unsqueeze(0) for name in names if name != "attention_mask"}
-        named["attention_mask"] = self.given["attention_mask"]
+        named["attention_mask"] = self.given.get("attention_mask", torch.ones_like(self.offsets))
         if takes_types and "token_type_ids" not in named:
             named["token_type_ids"] = torch.zeros(1, 1, dtype=torch.int64)
         places = self.given[PLACES].unsqueeze(0)
@@ -182,12 +183,13 @@ class VarlenPacking(Packing):
         # What a token adds for one that is `d` further on, d from `1 - most` to `most - 1`.
         table = torch.cat([whole[:, 1:, 0].flip(1), whole[:, 0]], dim=1)
 
-        def bias() -> torch.Tensor:
+        def make() -> torch.Tensor:
             steps = torch.arange(self.length)
             distance = (steps + (most - 1)).unsqueeze(0) - steps.unsqueeze(1)
-            return table[:, distance].unsqueeze(0)
+            bias = table.index_select(1, distance.flatten())
+            return bias.unflatten(1, (self.length, self.length)).unsqueeze(0)
 
-        return bias
+        return make
 
 
 class PackedAnswers(nn.Module):

@@ -14,7 +14,8 @@ from qrlora_deploy.runtime.bundle.external_data import external_locations
 from qrlora_deploy.runtime.bundle.manifest import VERSIONS, Manifest
 from qrlora_deploy.runtime.bundle.manifest_checks import manifest_problems
 from qrlora_deploy.runtime.bundle.manifest_parts import ParityRecord, TargetRecord, TensorRecord
-from qrlora_deploy.runtime.bundle.row_layout import BASE_HEAD_FILE, TABLE
+from qrlora_deploy.runtime.bundle.packed_inputs import BORDERS, PACKED_INPUTS, packed_axes
+from qrlora_deploy.runtime.bundle.row_layout import BASE_HEAD_FILE, CUSTOMER_INPUTS, TABLE
 from qrlora_deploy.runtime.bundle.sealed_facts import CONFIG_FILE, REFERENCE_FILE
 
 __all__ = [
@@ -143,11 +144,14 @@ def check_graph(session: Any, bundle: Bundle) -> None:
     types = {value.name: value.type for value in session.get_inputs()}
     if TABLE in types and types[TABLE] != GRAPH_TYPES[bundle.manifest.table_dtype]:
         raise FileFormatError(f"{bundle.folder}: the manifest speaks of a table of another dtype than the graph has")
-    for records, values in (
-        (bundle.manifest.inputs, session.get_inputs()),
-        (bundle.manifest.outputs, session.get_outputs()),
-    ):
-        expected = {record.name: record.shape for record in records}
+    taken = {record.name: record.shape for record in bundle.manifest.inputs}
+    given = {record.name: record.shape for record in bundle.manifest.outputs}
+    if BORDERS in types:
+        # Such a graph takes no more than it reads, in a form of its own.
+        known = {name: packed_axes(name) for name in (*PACKED_INPUTS, *(taken.keys() - CUSTOMER_INPUTS))}
+        known |= {name: shape for name, shape in taken.items() if name in CUSTOMER_INPUTS}
+        taken = {name: shape for name, shape in known.items() if name in types}
+    for expected, values in ((taken, session.get_inputs()), (given, session.get_outputs())):
         if {value.name: tuple(value.shape) for value in values} != expected:
             raise FileFormatError(f"{bundle.folder}: the manifest speaks of other inputs or outputs than the graph has")
 

@@ -9,25 +9,8 @@ from typing import Any
 
 import numpy as np
 
-PLACES = "token_places"
-"""`[tokens]` int64: which token of its row each is, counted from 0."""
-
-ROWS = "token_rows"
-"""`[tokens]` int64: the row of each token."""
-
-BORDERS = "row_borders"
-"""`[rows + 1]` int32: the first token of each row, and the end of the last one."""
-
-OFFSETS = "token_offsets"
-"""`[rows, length]` int32: the positions of the tokens in a padded batch, as one row; then those of padding."""
-
-FIRSTS = "first_tokens"
-"""`[rows]` int64: the first token of each row, where these models read their answer; 0 for an empty row."""
-
-SEATS = "token_seats"
-"""`[rows, length]` int64: which token stands on each position of the padded batch; 0 where none does."""
-
-INT32 = (BORDERS, OFFSETS)
+from qrlora_deploy.runtime.bundle.packed_inputs import BORDERS, FIRSTS, INT32, OFFSETS, PLACES, ROWS, SEATS, packed_axes
+from qrlora_deploy.runtime.bundle.row_layout import CUSTOMER_INPUTS
 
 STEPS = ((1024, 64), (4096, 128), (16384, 256))
 """Numbers of tokens are rounded up: up to the first number of a pair to a multiple of the second; below 64 a product takes
@@ -55,16 +38,15 @@ def aligned_length(length: int) -> int:
     return -(-length // ALIGNED) * ALIGNED
 
 
+def packed_names(session: Any) -> list[str]:
+    """The inputs of a graph that are written from a batch."""
+    return [value.name for value in session.get_inputs() if value.name not in CUSTOMER_INPUTS]
+
+
 def packed_shapes(names: Iterable[str], rows: int, length: int, tokens: int) -> dict[str, tuple[int, ...]]:
-    """The shape of each of a graph's inputs `names`; those that are not known here have one number for each token."""
-    known: dict[str, tuple[int, ...]] = {
-        BORDERS: (rows + 1,),
-        OFFSETS: (rows, length),
-        FIRSTS: (rows,),
-        SEATS: (rows, length),
-        "attention_mask": (rows, length),
-    }
-    return {name: known.get(name, (tokens,)) for name in names}
+    """The shape of each of a graph's inputs `names`."""
+    sizes = {"batch": rows, "batch + 1": rows + 1, "sequence": length, "tokens": tokens}
+    return {name: tuple(sizes[str(axis)] for axis in packed_axes(name)) for name in names}
 
 
 def write_packed(targets: Mapping[str, np.ndarray], inputs: Mapping[str, np.ndarray]) -> None:

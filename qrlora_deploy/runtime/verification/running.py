@@ -8,9 +8,9 @@ import onnxruntime
 
 from qrlora_deploy.errors import CheckFailed, FileFormatError, ProviderError, argument, first_line
 from qrlora_deploy.runtime.host.devices import Device
-from qrlora_deploy.runtime.sessions.running import is_padding_free
+from qrlora_deploy.runtime.bundle.row_layout import CUSTOMER_INPUTS
+from qrlora_deploy.runtime.sessions.running import feeds_of
 from qrlora_deploy.runtime.sessions.session import open_session
-from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX, kept_tokens
 
 
 def open_for_check(model: Path, precision: str, provider: str | Device = "cpu", threads: int | None = None) -> Any:
@@ -46,10 +46,11 @@ def run_logits(session: Any, inputs: dict[str, np.ndarray], what: str) -> np.nda
     Raises:
         CheckFailed: the model does not run on it.
     """
-    if is_padding_free(session):
-        inputs = inputs | {TOKEN_INDEX: kept_tokens(inputs["attention_mask"])}
+    texts = [name for name in inputs if name not in CUSTOMER_INPUTS]
+    numbers = {name: array for name, array in inputs.items() if name in CUSTOMER_INPUTS}
+    feeds = numbers | feeds_of(session, inputs, texts)
     try:
-        return np.asarray(session.run(None, inputs, _quiet())[0])
+        return np.asarray(session.run(None, feeds, _quiet())[0])
     # ONNX Runtime's exceptions share no base class of their own.
     except Exception as error:
         raise CheckFailed(f"the model does not run on {what}: {first_line(error)}") from error
