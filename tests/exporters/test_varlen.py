@@ -26,8 +26,8 @@ from qrlora_deploy.rank_rules.energy_share import EnergyShare
 from qrlora_deploy.runtime import Buckets, SwitchableSession, open_bundle, open_session, verify
 from qrlora_deploy.runtime.bundle.external_data import external_locations
 from qrlora_deploy.runtime.prediction.predictor import Predictor
-from qrlora_deploy.runtime.sessions.runners import PaddingRunner
 from qrlora_deploy.runtime.sessions.packed_tokens import packed_arrays
+from qrlora_deploy.runtime.sessions.runners import PaddingRunner
 from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX, is_right_padded, kept_tokens
 from tests.exporters.test_switchable import save_encoder
 from tests.runtime.fire import made_up_customer, made_up_inputs

@@ -7,8 +7,8 @@ import numpy as np
 import onnxruntime
 
 from qrlora_deploy.errors import CheckFailed, FileFormatError, ProviderError, argument, first_line
-from qrlora_deploy.runtime.host.devices import Device
 from qrlora_deploy.runtime.bundle.row_layout import CUSTOMER_INPUTS
+from qrlora_deploy.runtime.host.devices import Device
 from qrlora_deploy.runtime.sessions.running import feeds_of
 from qrlora_deploy.runtime.sessions.session import open_session
 
