@@ -12,13 +12,16 @@ from optimum.utils import DummyTextInputGenerator, NormalizedTextConfig
 
 from exporters.onnx.attention import HEADS, use_onnx_attention
 from exporters.onnx.bias_folding import fold_attention_biases
+from exporters.onnx.customer_rows import CustomerRows
+from exporters.onnx.merged_graphs import Merging, merged_rows
 from exporters.onnx.padding_free import Packing, pack_blocks
 from exporters.onnx.quantizing import base_products
 from exporters.onnx.shared_weights import write_beside
 from exporters.onnx.tracing import Example, export_program, strip_traces
 from exporters.onnx.varlen import PackedAnswers, VarlenPacking
 from qrlora_deploy.errors import InputError, QrloraError, argument
-from qrlora_deploy.runtime.bundle.bundle import MODEL_FILE, PACKED_FILE, TensorRecord
+from qrlora_deploy.runtime.bundle.bundle import ALONE_FILE, MERGE_FILE, MODEL_FILE, PACKED_FILE, TensorRecord
+from qrlora_deploy.runtime.bundle.row_layout import CUSTOMER_INPUTS
 from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX
 from qrlora_deploy.tasks.base import Task
 from qrlora_deploy.tasks.classification import Classification
@@ -89,6 +92,7 @@ def write_graph(
     packing: Packing | None = None,
     finish: Callable[[], None] | None = None,
     task: Task = CLASSES,
+    alone: bool = False,
 ) -> Graph:
     """Export `model` to `folder/model.onnx`, weights in `model.onnx.data`.
 
@@ -104,6 +108,7 @@ def write_graph(
             also makes `folder/packed.onnx`, of the same weights.
         finish: changes the model's layers once more, after a run that shows what they read and before the trace.
         task: of the model; says what the graph answers and what that is called.
+        alone: also write the graphs of `merged_graphs`, for one customer; `rows` are `CustomerRows` then.
 
     Raises:
         QrloraError: the model cannot be traced, or the attention operator did not reach the graph.
@@ -155,24 +160,61 @@ def write_graph(
     packed = isinstance(packing, VarlenPacking) and packing.possible(model)
     if packed:
         _write_packed(wrapper, names, folder, packing, rows, task.output_name)
+    if alone and isinstance(rows, CustomerRows):
+        _write_alone(wrapper, names, folder, packing if packed else None, rows, examples)
     inputs = tuple(_record(name, *example) for name, example in examples.items())
     return Graph(inputs, attention_nodes, opset, products, wrapper, packed)
 
 
 def _write_packed(
-    wrapper: Any, names: tuple[str, ...], folder: Path, packing: VarlenPacking, rows: RowInputs | None, output_name: str
+    wrapper: Any,
+    names: tuple[str, ...],
+    folder: Path,
+    packing: VarlenPacking,
+    rows: RowInputs | None,
+    output_name: str,
+    file: str = PACKED_FILE,
 ) -> None:
     """The graph of tokens, on the weights of the one that was written before; it takes no more than it reads."""
     mask = _example_mask()
     examples = packing.packed_examples(names, mask) | ({} if rows is None else rows.examples(len(mask)))
     with packing.packed(wrapper.model):
         program = _trace(PackedAnswers(wrapper, names, tuple(examples)).eval(), examples, packing.opset, output_name)
+    _write_second(program, folder, file)
+
+
+def _write_second(program: Any, folder: Path, file: str) -> None:
     strip_traces(program.model)
     inputs = program.model.graph.inputs
     unread = [value for value in inputs if not value.uses()]
     for value in unread:
         inputs.remove(value)
-    write_beside(program.model, folder / MODEL_FILE, folder / PACKED_FILE)
+    write_beside(program.model, folder / MODEL_FILE, folder / file)
+
+
+def _write_alone(
+    wrapper: Any,
+    names: tuple[str, ...],
+    folder: Path,
+    varlen: VarlenPacking | None,
+    rows: CustomerRows,
+    examples: dict[str, Example],
+) -> None:
+    """The graphs for one customer; `varlen` where attention is packed, else they are of the form of the first graph."""
+    merged = merged_rows(wrapper.model, rows)
+    merging = Merging(wrapper.model, merged).eval()
+    opset, output_name = OPSET if rows.packing is None else rows.packing.opset, wrapper.task.output_name
+    _write_second(_trace(merging, merging.examples(), opset, merging.outputs), folder, MERGE_FILE)
+    text = {name: example for name, example in examples.items() if name not in CUSTOMER_INPUTS}
+    whole = text | merged.examples(len(_example_mask()))
+    alone = _AnswersOnly(wrapper.model, wrapper.task, tuple(whole), merged, rows.packing).eval()
+    try:
+        if varlen is None:
+            _write_second(_trace(alone, whole, opset, output_name), folder, ALONE_FILE)
+        else:
+            _write_packed(alone, names, folder, varlen, merged, output_name, ALONE_FILE)
+    finally:
+        rows.merged = {}
 
 
 def _all_capped(model: Any) -> bool:
@@ -238,7 +280,7 @@ def _example_mask() -> torch.Tensor:
     return mask
 
 
-def _trace(wrapper: torch.nn.Module, examples: dict[str, Example], opset: int, output_name: str) -> Any:
+def _trace(wrapper: torch.nn.Module, examples: dict[str, Example], opset: int, outputs: str | list[str]) -> Any:
     dims: dict[str, Any] = {
         "batch": torch.export.Dim("batch", min=1),
         "sequence": torch.export.Dim("sequence", min=1, max=2**20),
@@ -250,4 +292,6 @@ def _trace(wrapper: torch.nn.Module, examples: dict[str, Example], opset: int, o
         {index: dims[axis] for index, axis in enumerate(axes) if isinstance(axis, str)}
         for _tensor, axes in examples.values()
     )
-    return export_program(wrapper, examples, shapes, opset, [output_name], "the model")
+    return export_program(
+        wrapper, examples, shapes, opset, [outputs] if isinstance(outputs, str) else outputs, "the model"
+    )

@@ -38,6 +38,14 @@ MODEL_FILE = "model.onnx"
 PACKED_FILE = "packed.onnx"
 """A second graph of the same weights, for CUDA, whose attention takes packed tokens: for right-padded batches."""
 
+MERGE_FILE = "merge.onnx"
+"""Makes the merged weights of a customer of a switchable bundle from his row of the table."""
+
+ALONE_FILE = "alone.onnx"
+"""Answers batches of one customer, whose merged weights are inputs; of packed tokens where there is a packed graph."""
+
+GRAPHS = (MODEL_FILE, PACKED_FILE, MERGE_FILE, ALONE_FILE)
+
 WEIGHTS_FILE = "model.onnx.data"
 TOKENIZER_FILE = "tokenizer.json"
 NEEDED = (MODEL_FILE, REFERENCE_FILE, TOKENIZER_FILE, CONFIG_FILE)
@@ -75,6 +83,12 @@ class Bundle:
         """The second graph, for right-padded batches on CUDA; None where there is none."""
         return self.folder / PACKED_FILE if PACKED_FILE in self.manifest.files else None
 
+    @property
+    def alone(self) -> tuple[Path, Path] | None:
+        """The graphs for batches of one customer: that makes merged weights, and that takes them; None: it has none."""
+        files = self.folder / MERGE_FILE, self.folder / ALONE_FILE
+        return files if all(file.name in self.manifest.files for file in files) else None
+
 
 def digest_files(folder: Path) -> dict[str, str]:
     """SHA-256 of every file under `folder` but the manifest, by its path with forward slashes."""
@@ -111,7 +125,7 @@ def open_bundle(folder: str | os.PathLike[str], graph: bool = True) -> Bundle:
         remedy = f", {LINKS}" if all(problem.endswith(IS_LINK) for problem in problems) else ". Export it again"
         raise FileFormatError(f"{folder} is not the bundle that was exported: {'; '.join(problems)}{remedy}")
     if graph:
-        for name in (MODEL_FILE, PACKED_FILE):
+        for name in GRAPHS:
             if name in manifest.files:
                 _check_external_data(folder / name, manifest)
     wrong = list(manifest_problems(folder, manifest))
@@ -122,7 +136,7 @@ def open_bundle(folder: str | os.PathLike[str], graph: bool = True) -> Bundle:
 
 def is_graph_file(name: str) -> bool:
     """Whether a file of a bundle is a graph of it or the weights beside it."""
-    return name in (MODEL_FILE, PACKED_FILE, WEIGHTS_FILE)
+    return name in (*GRAPHS, WEIGHTS_FILE)
 
 
 def check_no_decoder(bundle: Bundle) -> None:

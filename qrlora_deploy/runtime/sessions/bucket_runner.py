@@ -1,6 +1,6 @@
 """Runs in fixed shapes: on CUDA each one is a captured graph."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,9 @@ from qrlora_deploy.runtime.bundle.row_layout import SLOT
 from qrlora_deploy.runtime.sessions.buckets import Buckets
 from qrlora_deploy.runtime.sessions.layouts import layout_of
 from qrlora_deploy.runtime.sessions.packed_tokens import dtype_of
-from qrlora_deploy.runtime.sessions.running import Inputs, PlainRunner, Tables, run_bound, text_inputs
+from qrlora_deploy.runtime.sessions.running import Bindable, Inputs, PlainRunner, Tables, run_bound, text_inputs
 from qrlora_deploy.runtime.sessions.worker import Worker
 from qrlora_deploy.runtime.table.cuda import DEVICE_TO_HOST, HOST_TO_DEVICE, CudaBuffer, pinned_bytes
-from qrlora_deploy.runtime.table.memory import TableMemory
 
 LOGITS = "logits"
 """What the answers are called here, whatever the graph's output is."""
@@ -34,7 +33,7 @@ class BucketRunner:
     Runtime keeps captured graphs by thread, and the memory between their operators is shared with
     every other run, so no two runs may overlap: hence the thread. What fits no bucket runs there
     as it is. A padding-free or packed graph also has a number of tokens, rounded up (`padded_tokens`,
-    `packed_size`): a bucket is captured here for full rows, and for every other number when it comes for the first time.
+    `packed_size`): a bucket is captured here for full rows, and for every other number when it first comes.
 
     Args:
         session: opened by `open_session`, on CUDA with `cuda_graph`.
@@ -52,16 +51,25 @@ class BucketRunner:
         self._names = text_inputs(manifest)
         self._answer, self._answer_name = manifest.outputs[0].shape, manifest.outputs[0].name
         self._layout, self._plain = layout_of(session, manifest), PlainRunner(session, self._names, tables)
+        self._slots = any(value.name == SLOT for value in session.get_inputs())
         self._bound: dict[tuple[int, int, int], _Bound] = {}
         self._graphs = 0
         self._worker = Worker()
         for batch, length in buckets:
             ones = {name: np.ones((batch, length), dtype=np.int64) for name in self._names}
-            self.run(ones, None if tables is None else np.zeros(batch, dtype=np.int64))
+            self.run(ones, np.zeros(batch, dtype=np.int64) if self._slots else None)
 
-    def run(self, inputs: Inputs, slot: np.ndarray | None = None) -> np.ndarray:
-        """As `Runner.run`."""
-        logits: np.ndarray = self._worker.call(lambda: self._run(inputs, slot))
+    def run(
+        self, inputs: Inputs, slot: np.ndarray | None = None, before: Callable[[], None] | None = None
+    ) -> np.ndarray:
+        """As `Runner.run`; `before` is called first, while no graph runs."""
+
+        def job() -> np.ndarray:
+            if before is not None:
+                before()
+            return self._run(inputs, slot)
+
+        logits: np.ndarray = self._worker.call(job)
         return logits
 
     def _run(self, inputs: Inputs, slot: np.ndarray | None) -> np.ndarray:
@@ -82,7 +90,7 @@ class BucketRunner:
         answer = bound.logits[:batch]
         return (answer if answer.ndim < 3 else answer[:, :length]).copy()
 
-    def _find(self, shape: tuple[int, int, int], memory: TableMemory | None) -> "_Bound":
+    def _find(self, shape: tuple[int, int, int], memory: Bindable | None) -> "_Bound":
         bound = self._bound.get(shape)
         if bound is None or bound.memory is not memory:
             # A table that has grown lies elsewhere, and a graph keeps its addresses: no bucket of
@@ -91,10 +99,10 @@ class BucketRunner:
             bound = self._bound[shape] = self._bind(shape, memory)
         return bound
 
-    def _bind(self, shape: tuple[int, int, int], memory: TableMemory | None) -> "_Bound":
+    def _bind(self, shape: tuple[int, int, int], memory: Bindable | None) -> "_Bound":
         batch, length, tokens = shape
         shapes = self._layout.shapes((batch, length), tokens)
-        if memory is not None:
+        if self._slots:
             shapes[SLOT] = (batch,)
         sizes = {"batch": batch, "sequence": length}
         answer = tuple(axis if isinstance(axis, int) else sizes[axis] for axis in self._answer)
@@ -130,7 +138,7 @@ class _Bound:
     buffers: "_HostBuffers | _CudaBuffers"
     inputs: dict[str, np.ndarray]
     logits: np.ndarray
-    memory: TableMemory | None
+    memory: Bindable | None
 
 
 class _HostBuffers:

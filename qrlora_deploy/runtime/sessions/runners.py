@@ -13,7 +13,7 @@ from qrlora_deploy.runtime.sessions.bucket_runner import BucketRunner
 from qrlora_deploy.runtime.sessions.buckets import Buckets
 from qrlora_deploy.runtime.sessions.running import Inputs, PlainRunner, Runner, Tables, text_inputs
 from qrlora_deploy.runtime.sessions.session import open_session
-from qrlora_deploy.runtime.sessions.token_index import is_right_padded
+from qrlora_deploy.runtime.sessions.token_index import is_plain_text
 
 
 def open_graph(
@@ -79,7 +79,7 @@ class PaddingRunner:
     """Runs right-padded batches in one graph, and all others in another one.
 
     Args:
-        right: for right-padded batches without a token of padding in their text, which some models do not count.
+        right: for batches of plain text, as `is_plain_text` has it.
         open_other: makes the runner for the others. It is called once, by the first such batch: most users never
             send one, and its session holds all weights again.
         pad: number of the token of padding.
@@ -92,9 +92,8 @@ class PaddingRunner:
 
     def run(self, inputs: Inputs, slot: np.ndarray | None = None) -> np.ndarray:
         """As `Runner.run`."""
-        mask = inputs["attention_mask"]
-        plain = is_right_padded(mask) and not ((inputs["input_ids"] == self._pad) & (mask != 0)).any()
-        return (self._right if plain else self._find_other()).run(inputs, slot)
+        runner = self._right if is_plain_text(inputs, self._pad) else self._find_other()
+        return runner.run(inputs, slot)
 
     def _find_other(self) -> Runner:
         with self._opening:

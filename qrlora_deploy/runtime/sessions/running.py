@@ -10,11 +10,18 @@ from qrlora_deploy.runtime.bundle.bundle import Manifest
 from qrlora_deploy.runtime.bundle.row_layout import CUSTOMER_INPUTS, SLOT
 from qrlora_deploy.runtime.sessions.packed_tokens import is_packed, pack_batch, packed_names
 from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX, kept_tokens
-from qrlora_deploy.runtime.table.memory import TableMemory
 
 Inputs = Mapping[str, np.ndarray]
 
-Tables = Callable[[], TableMemory]
+
+class Bindable(Protocol):
+    """What lies on the device from run to run, such as the tables."""
+
+    def bind(self, binding: Any) -> None:
+        """Give it to an `onnxruntime.IOBinding`, without a copy."""
+
+
+Tables = Callable[[], Bindable]
 """The tables as they lie now. Asked for when a run begins, after its rows are held: a table that has
 grown since then holds the same ones."""
 
@@ -52,8 +59,9 @@ class PlainRunner:
         binding = self._session.io_binding()
         for name, array in feeds_of(self._session, inputs, self._names).items():
             binding.bind_cpu_input(name, array)
-        if slot is not None and self._tables is not None:
+        if slot is not None:
             binding.bind_cpu_input(SLOT, slot)
+        if self._tables is not None:
             # Held to the end of the run, or a table that grows meanwhile would be given back.
             memory = self._tables()
             memory.bind(binding)
