@@ -10,7 +10,8 @@ import onnxruntime
 import torch
 
 from benchmarks.gpu_graph.shapes import Inputs
-from qrlora_deploy.runtime.bundle.row_layout import SLOT, TABLE
+from qrlora_deploy.runtime.bundle.bundle import ALONE_FILE, MERGE_FILE
+from qrlora_deploy.runtime.bundle.row_layout import MERGED, SLOT, TABLE
 from qrlora_deploy.runtime.sessions.packed_tokens import (
     aligned_length,
     dtype_of,
@@ -46,10 +47,12 @@ class Graph:
     Args:
         path: of the file.
         table: `[slots, width]` fp32 of a switchable graph; row r of a batch gets slot r + 1.
+        one: every row gets slot 1.
     """
 
-    def __init__(self, path: Path, table: np.ndarray | None) -> None:
-        self.path, self.table = path, table
+    def __init__(self, path: Path, table: np.ndarray | None, one: bool = False) -> None:
+        self.path, self.table, self.one = path, table, one
+        self._weights: dict[str, np.ndarray] = {}
         self._session: Any = None
         self._bound = 0
 
@@ -58,7 +61,21 @@ class Graph:
         if self._session is None:
             self._session = open_session(self.path, device, threads, cuda_graph=device == "cuda")
         self._bound += 1
-        return BoundGraph(self._session, inputs, device, self.table, str(self._bound))
+        table, further = self.table, self._merged(device, threads)
+        if table is not None:
+            batch = len(inputs["attention_mask"])
+            slots = np.ones(batch, dtype=np.int64) if self.one else np.arange(1, batch + 1, dtype=np.int64)
+            further = further or {TABLE: table, SLOT: slots}
+        return BoundGraph(self._session, inputs, device, further, str(self._bound))
+
+    def _merged(self, device: str, threads: int | None) -> dict[str, np.ndarray]:
+        """The merged weights of slot 1, where they are inputs of the graph."""
+        if not self._weights and self.path.name == ALONE_FILE and self.table is not None:
+            merge = open_session(self.path.parent / MERGE_FILE, device, threads)
+            names = [value.name for value in merge.get_outputs()]
+            made = merge.run(None, {TABLE: self.table, SLOT: np.ones(1, dtype=np.int64)})
+            self._weights = dict(zip(names, made, strict=True))
+        return self._weights
 
 
 class BoundGraph:
@@ -68,11 +85,11 @@ class BoundGraph:
         session: of the graph.
         inputs: the batch, on the host.
         device: "cpu" or "cuda".
-        table: of a switchable graph.
+        further: inputs that are not of the text.
         number: `gpu_graph_id`.
     """
 
-    def __init__(self, session: Any, inputs: Inputs, device: str, table: np.ndarray | None, number: str) -> None:
+    def __init__(self, session: Any, inputs: Inputs, device: str, further: dict[str, np.ndarray], number: str) -> None:
         self.device = device
         self.session = session
         self.batch = inputs
@@ -89,8 +106,7 @@ class BoundGraph:
         if TOKEN_INDEX in names:
             self.tokens = padded_tokens(len(kept_tokens(inputs["attention_mask"])), batch, length)
             feeds[TOKEN_INDEX] = np.zeros(self.tokens, dtype=np.int64)
-        if table is not None:
-            feeds |= {TABLE: table, SLOT: np.arange(1, batch + 1, dtype=np.int64)}
+        feeds |= further
         self.host = {name: pinned(feeds[name], device) for name in names}
         self.place = {name: tensor.to(device).contiguous() for name, tensor in self.host.items()}
         outputs = int(self.session.get_outputs()[0].shape[1])
@@ -118,7 +134,7 @@ class BoundGraph:
         if TOKEN_INDEX in self.host:
             write_tokens(self.host[TOKEN_INDEX].numpy(), kept_tokens(self.batch["attention_mask"]))
         for name, tensor in self.host.items():
-            if name != TABLE:
+            if name != TABLE and not name.startswith(MERGED):
                 self.place[name].copy_(tensor, non_blocking=True)
         wait(self.device)
         self.run()

@@ -51,6 +51,7 @@ class Graph:
         products: names of the products of the base's linear layers, which int8 quantises.
         traced: the wrapper that was traced; runs in PyTorch, on the graph's inputs by position.
         packed: whether there is a second graph, whose attention is packed.
+        alone: whether there are graphs for one customer.
     """
 
     inputs: tuple[TensorRecord, ...]
@@ -59,6 +60,7 @@ class Graph:
     products: tuple[str, ...] = ()
     traced: Any = None
     packed: bool = False
+    alone: bool = False
 
 
 class RowInputs(Protocol):
@@ -160,10 +162,11 @@ def write_graph(
     packed = isinstance(packing, VarlenPacking) and packing.possible(model)
     if packed:
         _write_packed(wrapper, names, folder, packing, rows, task.output_name)
-    if alone and isinstance(rows, CustomerRows):
+    alone = alone and isinstance(rows, CustomerRows)
+    if alone:
         _write_alone(wrapper, names, folder, packing if packed else None, rows, examples)
     inputs = tuple(_record(name, *example) for name, example in examples.items())
-    return Graph(inputs, attention_nodes, opset, products, wrapper, packed)
+    return Graph(inputs, attention_nodes, opset, products, wrapper, packed, alone)
 
 
 def _write_packed(

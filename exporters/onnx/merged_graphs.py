@@ -1,4 +1,4 @@
-"""Two more graphs of a switchable bundle, by which a session keeps merged weights of customers who have batches alone.
+"""Two more graphs of a switchable bundle, by which a session keeps merged weights of one customer.
 
 `merge.onnx` makes the weights of a customer from his row of the table: `W + R diag(c) Q` of every target. `alone.onnx` is
 the model without side branches, and the weights of the targets are inputs of it. So one session answers for any

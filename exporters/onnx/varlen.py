@@ -1,10 +1,10 @@
 """Packed attention: a second graph that sees tokens alone, on CUDA alone.
 
 ONNX Runtime's `PackedMultiHeadAttention` takes the tokens of all rows, one behind the other, and where each row begins.
-So the whole graph works on tokens, from the embedding on, and rows come back where the task reads its answer: at the
-first token of each, or at all of them. Which token is where is counted by whoever runs it
-(`runtime/sessions/packed_tokens.py`); a captured graph has no operators for that. A token's place in its row must be its
-place among the row's tokens: that holds where padding is on the right. For all other masks there is the graph of
+So the whole graph works on tokens, from the embedding on. Rows come back where the task reads its answer: at the first
+token of each, or at all of them. Which token is where is counted by whoever runs it
+(`runtime/sessions/packed_tokens.py`), without operators in the graph. A token's place in its row must be its place
+among the row's tokens: that holds where padding is on the right. For all other masks there is the graph of
 `padding_free` in the same bundle.
 """
 

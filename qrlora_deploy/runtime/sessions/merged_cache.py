@@ -1,8 +1,8 @@
-"""Merged weights of customers who have batches for themselves: such a batch costs what a merged graph costs.
+"""Merged weights of customers who have batches for themselves: such a batch costs what a merged graph's does.
 
-A session of many customers takes some per cent longer than one of a single customer. Where all rows of a batch are of one
-customer, and were before, his weights are made on the device, in a fraction of a run, and kept. They are of one version:
-whoever asks names it, and another one is never given.
+A session of many customers takes some per cent longer than one of a single customer. Where all rows of a batch are of
+one customer, and were before, his weights are made on the device, in a fraction of a run, and kept. They are of one
+version: whoever asks names it, and another one is never given.
 """
 
 import threading
@@ -205,5 +205,5 @@ class MergedCache:
         return self._bindable
 
 
-_DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "uint16"}
-"""Of merged weights, by ONNX Runtime's names; numpy has no bf16, and nobody computes with them there."""
+_DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16"}
+"""Of merged weights, by ONNX Runtime's names."""

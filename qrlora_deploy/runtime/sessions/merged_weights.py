@@ -11,9 +11,6 @@ from qrlora_deploy.runtime.table.cuda import DEVICE_TO_DEVICE, CudaBuffer
 ALIGNMENT = 256
 """Of every weight in a buffer, in bytes: what CUDA's own allocations have."""
 
-BF16 = 16
-"""ONNX's number of bf16, which numpy does not have; such weights are given as their 16 bits."""
-
 
 class Weights(Protocol):
     """The weights of the targets, with one customer in them, under the names of a graph's inputs."""
@@ -68,8 +65,7 @@ class CudaWeights:
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], dtype: "np.dtype[Any]", device: int) -> None:
         self._shapes, self._device = shapes, device
-        # bf16 has no dtype of numpy's; ONNX Runtime takes its own number of the type.
-        self._type: Any = BF16 if dtype == np.uint16 else dtype.type
+        self._dtype = dtype
         self._starts, self._size_bytes = {}, 0
         for name, shape in shapes.items():
             self._starts[name] = self._size_bytes
@@ -86,7 +82,7 @@ class CudaWeights:
 
     def _bind(self, bind: Any) -> None:
         for name, shape in self._shapes.items():
-            bind(name, "cuda", self._device, self._type, shape, self._buffer.pointer + self._starts[name])
+            bind(name, "cuda", self._device, self._dtype.type, shape, self._buffer.pointer + self._starts[name])
 
     def copy(self, other: "CudaWeights") -> None:
         """As `Weights.copy`."""

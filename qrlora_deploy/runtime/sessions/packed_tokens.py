@@ -1,7 +1,7 @@
 """What a graph of packed attention takes: the tokens of a right-padded batch, one row behind the other.
 
-Such a graph sees no batch, only tokens and where each row begins. A captured graph fits any mixture of lengths, then: its
-size is a number of tokens and a number of rows, and rows that are not there are empty.
+Such a graph sees no batch, only tokens and where each row begins. So a captured graph fits any mixture of lengths: it
+has a number of tokens and a number of rows, and rows that are not there are empty.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from qrlora_deploy.runtime.bundle.packed_inputs import BORDERS, FIRSTS, INT32, OFFSETS, PLACES, ROWS, SEATS, packed_axes
-from qrlora_deploy.runtime.bundle.row_layout import CUSTOMER_INPUTS
+from qrlora_deploy.runtime.bundle.row_layout import CUSTOMER_INPUTS, MERGED
 
 STEPS = ((1024, 64), (4096, 128), (16384, 256))
-"""Numbers of tokens are rounded up: up to the first number of a pair to a multiple of the second; below 64 a product takes
-no less time on a GPU, and further up a step is at most a sixteenth."""
+"""Numbers of tokens are rounded up: up to the first number of a pair to a multiple of the second. Below 64 a product
+takes no less time on a GPU, and further up a step is a sixteenth at most."""
 
 LAST_STEP = 512
 
@@ -40,7 +40,8 @@ def aligned_length(length: int) -> int:
 
 def packed_names(session: Any) -> list[str]:
     """The inputs of a graph that are written from a batch."""
-    return [value.name for value in session.get_inputs() if value.name not in CUSTOMER_INPUTS]
+    names = [value.name for value in session.get_inputs()]
+    return [name for name in names if name not in CUSTOMER_INPUTS and not name.startswith(MERGED)]
 
 
 def packed_shapes(names: Iterable[str], rows: int, length: int, tokens: int) -> dict[str, tuple[int, ...]]:
