@@ -1,7 +1,7 @@
 """Two more graphs of a switchable bundle, by which a session keeps merged weights of one customer.
 
-`merge.onnx` makes the weights of a customer from his row of the table: `W + R diag(c) Q` of every target. `alone.onnx` is
-the model without side branches, and the weights of the targets are inputs of it. So one session answers for any
+`merge.onnx` makes the weights of a customer from his row of the table: `W + R diag(c) Q` of every target. `alone.onnx`
+is the model without side branches, and the weights of the targets are inputs of it. So one session answers for any
 customer at the cost of a merged graph, where all rows of a batch are his.
 """
 

@@ -33,6 +33,11 @@ REMEMBERED = 4096
 """Customers whose batches are counted."""
 
 
+def captures(device: Device) -> bool:
+    """Whether runs in buckets are captured, with the addresses of the weights that they read."""
+    return device.provider == "cuda"
+
+
 @dataclass(frozen=True)
 class _Kept:
     digest: str
@@ -91,7 +96,7 @@ class MergedCache:
             )
         device = Device.of(provider)
         merge, alone = bundle.alone
-        captured = buckets is not None and device.provider == "cuda"
+        captured = buckets is not None and captures(device)
         self._merging = open_session(merge, provider, threads)
         self._session = open_session(alone, provider, threads, cuda_graph=captured)
         self._tables, self._texts, self._pad = tables, text_inputs(bundle.manifest), bundle.manifest.pad_token_id
