@@ -55,12 +55,14 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         found.append(_measure_batch(arguments, graphs, peer, make_inputs(arguments.shape, batch, length)))
         _show(found[-1])
         print(f"({time.perf_counter() - started:.0f} s)", flush=True)
+    merge_ms = {name: graph.merge_ms(arguments.device, arguments.threads) for name, graph in graphs.items()}
     return {
         "shape": arguments.shape,
         "precision": arguments.precision,
         "device": arguments.device,
         "threads": arguments.threads,
         "batches": found,
+        "merge_ms": {name: taken for name, taken in merge_ms.items() if taken is not None},
         "geometric_means": geometric_means(found),
         "environment": environment("cuda" if arguments.device == "cuda" else "cpu"),
     }
