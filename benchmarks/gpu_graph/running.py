@@ -1,7 +1,7 @@
 """Bound sessions and PyTorch peers, timed from inputs on the device and from inputs on the host."""
 
-from collections.abc import Callable
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median

@@ -81,7 +81,9 @@ class CustomerRows:
 
         The guard is in the graph, two operators in a run, for clients that do not use this project's sessions.
         """
-        slot = torch.where(inputs[SLOT] < 0, NO_SLOT, inputs[SLOT])
+        slot = inputs[SLOT]
+        if self.packing is None or not self.packing.flat:
+            slot = torch.where(slot < 0, NO_SLOT, slot)
         heads = inputs[HEAD_TABLE].index_select(0, slot) if self.head is not None else None
         return inputs[TABLE].index_select(0, slot), heads
 

@@ -38,7 +38,7 @@ class MergedRows:
         c = torch.zeros(1, self.rows.layout.width, dtype=self.rows.dtype)
         weights: dict[str, Example] = {}
         for branch in self.branches:
-            weight = branch.merge(c)
+            weight = branch.merge(c).detach()
             weights[MERGED + branch.name] = weight, tuple(weight.shape)
         tables = self.rows.examples(batch) if self.rows.head is not None else {}
         return weights | {name: tables[name] for name in (HEAD_TABLE, SLOT) if name in tables}

@@ -32,6 +32,7 @@ class Packing:
         opset: that its operators are of.
         by_lengths: whether attention is told lengths where order does not matter; else it always gets the mask.
         attended: how many attentions ran on tokens.
+        flat: whether the graph sees tokens alone, and only this project's sessions run it.
         inside: whether the run is between the first block and the last.
         tokens: `[tokens]` int64, positions in the batch as one row.
         places: `[batch * length]` int64, the other way round; 0 for a token that was left out.
@@ -43,6 +44,7 @@ class Packing:
 
     opset = 24
     by_lengths = True
+    flat = False
 
     def __init__(self) -> None:
         self.attended = 0

@@ -30,7 +30,6 @@ class VarlenPacking(Packing):
     """As `Packing`; within `packed` blocks see tokens that never were in rows, and attention is the packed operator.
 
     Attributes:
-        flat: whether that is so now.
         borders, offsets: as `packed_tokens` has them.
         obstacle: why there is no such graph, once the model has run; empty where there is one.
         start: number of a row's first position, as the model's embedding counts.
@@ -40,7 +39,6 @@ class VarlenPacking(Packing):
         required: a model with an obstacle is refused.
     """
 
-    flat = False
     firsts_only = False
     start: int | None = None
 
