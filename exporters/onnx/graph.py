@@ -159,14 +159,14 @@ def write_graph(
         external_data=f"{MODEL_FILE}.data",
         size_threshold_bytes=SMALLEST_EXTERNAL_BYTES,
     )
-    packed = isinstance(packing, VarlenPacking) and packing.possible(model)
-    if packed:
-        _write_packed(wrapper, names, folder, packing, rows, task.output_name)
-    alone = alone and isinstance(rows, CustomerRows)
-    if alone:
-        _write_alone(wrapper, names, folder, packing if packed else None, rows, examples)
+    varlen = packing if isinstance(packing, VarlenPacking) and packing.possible(model) else None
+    if varlen is not None:
+        _write_packed(wrapper, names, folder, varlen, rows)
+    customers = rows if alone and isinstance(rows, CustomerRows) else None
+    if customers is not None:
+        _write_alone(wrapper, names, folder, varlen, customers, examples)
     inputs = tuple(_record(name, *example) for name, example in examples.items())
-    return Graph(inputs, attention_nodes, opset, products, wrapper, packed, alone)
+    return Graph(inputs, attention_nodes, opset, products, wrapper, varlen is not None, customers is not None)
 
 
 def _write_packed(
@@ -175,14 +175,14 @@ def _write_packed(
     folder: Path,
     packing: VarlenPacking,
     rows: RowInputs | None,
-    output_name: str,
     file: str = PACKED_FILE,
 ) -> None:
     """The graph of tokens, on the weights of the one that was written before; it takes no more than it reads."""
     mask = _example_mask()
     examples = packing.packed_examples(names, mask) | ({} if rows is None else rows.examples(len(mask)))
     with packing.packed(wrapper.model):
-        program = _trace(PackedAnswers(wrapper, names, tuple(examples)).eval(), examples, packing.opset, output_name)
+        answers = PackedAnswers(wrapper, names, tuple(examples)).eval()
+        program = _trace(answers, examples, packing.opset, wrapper.task.output_name)
     _write_second(program, folder, file)
 
 
@@ -206,16 +206,16 @@ def _write_alone(
     """The graphs for one customer; `varlen` where attention is packed, else they are of the form of the first graph."""
     merged = merged_rows(wrapper.model, rows)
     merging = Merging(wrapper.model, merged).eval()
-    opset, output_name = OPSET if rows.packing is None else rows.packing.opset, wrapper.task.output_name
+    opset = OPSET if rows.packing is None else rows.packing.opset
     _write_second(_trace(merging, merging.examples(), opset, merging.outputs), folder, MERGE_FILE)
     text = {name: example for name, example in examples.items() if name not in CUSTOMER_INPUTS}
     whole = text | merged.examples(len(_example_mask()))
     alone = _AnswersOnly(wrapper.model, wrapper.task, tuple(whole), merged, rows.packing).eval()
     try:
         if varlen is None:
-            _write_second(_trace(alone, whole, opset, output_name), folder, ALONE_FILE)
+            _write_second(_trace(alone, whole, opset, wrapper.task.output_name), folder, ALONE_FILE)
         else:
-            _write_packed(alone, names, folder, varlen, merged, output_name, ALONE_FILE)
+            _write_packed(alone, names, folder, varlen, merged, ALONE_FILE)
     finally:
         rows.merged = {}
 

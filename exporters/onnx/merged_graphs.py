@@ -27,11 +27,7 @@ class MergedRows:
 
     def __init__(self, rows: CustomerRows, branches: Sequence[Any]) -> None:
         self.rows, self.branches = rows, branches
-
-    @property
-    def packing(self) -> Packing | None:
-        """Of the model."""
-        return self.rows.packing
+        self.packing: Packing | None = rows.packing
 
     def examples(self, batch: int) -> dict[str, Example]:
         """The merged weights, by the names of their targets, and the heads of rows where there are some."""

@@ -16,7 +16,7 @@ FIRSTS = "first_tokens"
 """`[rows]` int64: the first token of each row, where these models read their answer; 0 for an empty row."""
 
 SEATS = "token_seats"
-"""`[rows, length]` int64: which token stands on each position of the padded batch; 0 where none does."""
+"""`[rows, length]` int64: which token stands on each position of the padded batch; where none does, the row's first."""
 
 PACKED_INPUTS = (PLACES, ROWS, BORDERS, OFFSETS, FIRSTS, SEATS)
 

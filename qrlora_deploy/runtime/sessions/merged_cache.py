@@ -119,10 +119,12 @@ class MergedCache:
         self._lock, self._one_merge = threading.Lock(), threading.Lock()
         self.merges = self.hits = 0
         self._captured: BucketRunner | None = None
+        self._current: Weights | None = None
         if captured and buckets is not None:
-            self._shared, self._current = self._make(), None
+            gpu = device.index if device.provider == "cuda" else None
+            self._shared = self._make()
             self._bindable = _Bindable(self._shared, self._heads_memory())
-            self._captured = BucketRunner(self._session, bundle.manifest, device.index, buckets, self._fixed)
+            self._captured = BucketRunner(self._session, bundle.manifest, gpu, buckets, self._fixed)
 
     @property
     def size_bytes(self) -> int:

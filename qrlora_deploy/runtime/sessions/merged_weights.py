@@ -47,7 +47,7 @@ class HostWeights:
         for name, value in self._values.items():
             binding.bind_ortvalue_output(name, value)
 
-    def copy(self, other: "HostWeights") -> None:
+    def copy(self, other: Any) -> None:
         """As `Weights.copy`."""
         for name, array in self.arrays.items():
             array[:] = other.arrays[name]
@@ -84,6 +84,6 @@ class CudaWeights:
         for name, shape in self._shapes.items():
             bind(name, "cuda", self._device, self._dtype.type, shape, self._buffer.pointer + self._starts[name])
 
-    def copy(self, other: "CudaWeights") -> None:
+    def copy(self, other: Any) -> None:
         """As `Weights.copy`."""
         self._buffer.copies.copy(self._buffer.pointer, other._buffer.pointer, self._size_bytes, DEVICE_TO_DEVICE)

@@ -73,7 +73,9 @@ def write_packed(targets: Mapping[str, np.ndarray], inputs: Mapping[str, np.ndar
             target[0], target[batch:] = 0, 0
             np.cumsum(lengths[:-1], out=target[1:batch])
         elif name == SEATS:
+            # A position without a token gets one of its own row: what another customer's are must not matter.
             target[:] = 0
+            target[:batch] = np.append(0, np.cumsum(lengths[:-1]))[:, None]
             target.reshape(-1)[rows * target.shape[1] + places] = np.arange(count)
         elif name == "attention_mask":
             target[:] = 0
