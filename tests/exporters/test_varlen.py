@@ -1,6 +1,9 @@
 """Packed attention: the second graph of a padding-free bundle."""
 
+import copy
+import ctypes
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,9 +27,12 @@ from qrlora_deploy.models.checkpoint import open_checkpoint
 from qrlora_deploy.models.targets import choose_targets
 from qrlora_deploy.rank_rules.energy_share import EnergyShare
 from qrlora_deploy.runtime import Buckets, SwitchableSession, open_bundle, open_session, verify
+from qrlora_deploy.runtime.bundle.bundle import TensorRecord
 from qrlora_deploy.runtime.bundle.external_data import external_locations
+from qrlora_deploy.runtime.bundle.packed_inputs import BORDERS, FIRSTS, OFFSETS, PACKED_INPUTS, PLACES, ROWS, SEATS
 from qrlora_deploy.runtime.prediction.predictor import Predictor
-from qrlora_deploy.runtime.sessions.packed_tokens import packed_arrays
+from qrlora_deploy.runtime.sessions.bucket_runner import BucketRunner
+from qrlora_deploy.runtime.sessions.packed_tokens import packed_arrays, packed_size
 from qrlora_deploy.runtime.sessions.runners import PaddingRunner
 from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX, is_right_padded, kept_tokens
 from tests.exporters.test_switchable import save_encoder
@@ -116,6 +122,87 @@ def test_packed_attention_without_what_it_needs_is_refused(options: dict[str, An
     assert not OnnxOptions(padding_free=True, provider="cuda", precision="fp16", attention="standard").packs
     with pytest.raises(InputError, match="unknown attention 'flash'; choose from auto, standard, packed"):
         OnnxOptions(attention="flash")
+
+
+class FakeSession:
+    """A graph in numpy, run where arrays are bound by their addresses, as a captured one is."""
+
+    def __init__(self, path: Path) -> None:
+        self.graph = onnx.load(path, load_external_data=False).graph
+        self.evaluator = ReferenceEvaluator(str(path), new_ops=[PackedAttention])
+        self.bound: dict[str, np.ndarray] = {}
+
+    def get_inputs(self) -> list[Any]:
+        return list(self.graph.input)
+
+    def get_outputs(self) -> list[Any]:
+        return list(self.graph.output)
+
+    def io_binding(self) -> "FakeSession":
+        other = copy.copy(self)
+        other.bound = {}
+        return other
+
+    def bind_input(self, name: str, _device: str, _id: int, dtype: Any, shape: tuple[int, ...], pointer: int) -> None:
+        size_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        self.bound[name] = np.frombuffer((ctypes.c_char * size_bytes).from_address(pointer), dtype).reshape(shape)
+
+    bind_output = bind_input
+
+    def run_with_iobinding(self, binding: "FakeSession", _options: Any) -> None:
+        inputs = {name: array for name, array in binding.bound.items() if name != "logits"}
+        binding.bound["logits"][:] = self.evaluator.run(None, inputs)[0]
+
+
+def test_a_captured_graph_fits_any_mixture_of_lengths(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(save_encoder("mpnet", tmp_path / "base")))
+    model = checkpoint.load_model()
+    names = input_names(model, checkpoint.tokenizer())
+    graph = write_graph(model, names, tmp_path, packing=VarlenPacking())
+    record = TensorRecord(name="logits", dtype="float32", shape=("batch", 4))
+    manifest: Any = SimpleNamespace(inputs=graph.inputs, outputs=(record,), pad_token_id=0, pad_token_type_id=0)
+    session, plain = FakeSession(tmp_path / "packed.onnx"), open_session(tmp_path / "model.onnx", threads=1)
+    runner = BucketRunner(session, manifest, None, Buckets((8,), (16, 40)))
+    random = np.random.default_rng(7)
+    for lengths in ([40, 1, 3], [16], [1], [9, 9, 9, 9, 9, 9, 9, 9], [40] * 8, [20, 30, 14], [2] * 7):
+        mask = (np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(np.int64)
+        inputs = {name: np.zeros_like(mask) for name in names}
+        inputs |= {"input_ids": random.integers(5, 100, mask.shape), "attention_mask": mask}
+        expected = plain.run(None, inputs | {TOKEN_INDEX: kept_tokens(mask)})[0]
+        np.testing.assert_allclose(runner.run(inputs), expected, **FP32_ONNX)
+    # Two lengths, and numbers of tokens in steps of 64, whatever the rows; full rows when it opened.
+    assert sorted(runner._bound) == [(8, 16, 64), (8, 16, 128), (8, 40, 64), (8, 40, 320)]
+
+
+@given(rows=st.lists(st.integers(1, 9), min_size=1, max_size=6), more=st.integers(0, 3), spare=st.integers(0, 9))
+def test_packed_arrays_say_where_each_token_is(rows: list[int], more: int, spare: int) -> None:
+    mask = (np.arange(9) < np.array(rows)[:, None]).astype(np.int64)
+    ids = np.arange(mask.size).reshape(mask.shape)
+    count, length, tokens = sum(rows), 16, min(sum(rows) + spare, 16 * (len(rows) + more))
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    wanted = ("input_ids", *PACKED_INPUTS)
+    found = packed_arrays(inputs, wanted, len(rows) + more, length, tokens)
+    owners = [row for row, size in enumerate(rows) for _ in range(size)]
+    places = [place for size in rows for place in range(size)]
+    assert found[ROWS].tolist() == owners + [0] * (tokens - count)
+    assert found[PLACES].tolist() == places + [0] * (tokens - count)
+    assert found["input_ids"][:count].tolist() == ids[mask == 1].tolist()
+    begins = [sum(rows[:row]) for row in range(len(rows))]
+    assert found[BORDERS].tolist() == begins + [count] * (more + 1)
+    assert found[FIRSTS].tolist() == begins + [0] * more
+    offsets = found[OFFSETS].flatten()
+    assert offsets[:count].tolist() == [length * row + place for row, place in zip(owners, places, strict=True)]
+    assert sorted(offsets) == list(range(offsets.size))
+    for row, size in enumerate(rows):
+        seats = found[SEATS][row].tolist()
+        assert seats == [begins[row] + (place if place < size else 0) for place in range(length)]
+
+
+@given(rows=st.integers(1, 80), length=st.integers(1, 520), share=st.floats(0, 1))
+def test_numbers_of_tokens_come_in_small_steps(rows: int, length: int, share: float) -> None:
+    tokens = max(1, int(share * rows * length))
+    size = packed_size(tokens, rows, length)
+    assert tokens <= size <= rows * length and size - tokens < max(64, tokens / 8)
 
 
 @given(rows=st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=6))
