@@ -64,13 +64,16 @@ class VarlenPacking(Packing):
         super().fill(tokens, mask)
         if not self.varlen:
             return
-        # Of the tokens at position 0 the first counts. Its repeats, which fill up a bucket, lie behind the last row,
-        # where the operator writes nothing.
-        self.places = torch.cat([torch.zeros_like(self.places[:1]), self.places[1:]])
         present = (mask != 0).to(torch.int32)
         ends = present.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32)
         self.borders = torch.cat([torch.zeros(1, dtype=torch.int32, device=mask.device), ends])
         self.offsets = _tokens_first(present.flatten(), ends[-1:]).view(self.batch, self.length)
+
+    def _scatter(self, index: torch.Tensor) -> torch.Tensor:
+        found = super()._scatter(index)
+        # Of the tokens at position 0 the first counts. Its repeats, which fill up a bucket, lie behind the last row,
+        # where the operator writes nothing.
+        return torch.cat([torch.zeros_like(found[:1]), found[1:]]) if self.varlen else found
 
     def attend(
         self,
