@@ -153,6 +153,8 @@ def export_per_row(job: ExportJob, options: OnnxOptions = DEFAULTS) -> Manifest:
 def _export_for_all(job: ExportJob, options: OnnxOptions, layout: type[CustomerRows]) -> Manifest:
     """A bundle that serves every customer; `layout` is how their numbers come in."""
     checkpoint, basis, head_labels = job.checkpoint, job.basis, options.head_labels
+    if options.merged_cache and layout is BroughtRows:
+        raise InputError(f"{argument('merged_cache')} belongs to a switchable bundle; a per-row one has no table")
     if options.task is not None:
         checkpoint = _taken_for(checkpoint, options.task)
         job = replace(job, checkpoint=checkpoint)

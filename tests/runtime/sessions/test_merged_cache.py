@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from exporters.onnx import export_switchable
+from exporters.onnx import export_per_row, export_switchable
 from exporters.onnx.options import OnnxOptions
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import InputError, ProviderError
@@ -102,6 +102,15 @@ def test_the_cache_keeps_to_its_bytes(folder: Path) -> None:
 def test_a_bundle_without_the_graphs_is_refused(switchable: Path) -> None:
     with pytest.raises(InputError, match="has no graphs for one customer; export it with merged_cache"):
         SwitchableSession(open_bundle(switchable), merged_cache_bytes=PLENTY)
+
+
+def test_exports_that_have_no_use_for_the_graphs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="merged_cache needs precision='fp32' or fp16"):
+        OnnxOptions(merged_cache=True, precision="int8")
+    checkpoint = open_checkpoint(str(save_encoder("roberta", tmp_path / "base")))
+    basis = factorize(checkpoint, choose_targets(checkpoint.skeleton()), EnergyShare(0.5))
+    with pytest.raises(InputError, match="merged_cache belongs to a switchable bundle; a per-row one has no table"):
+        export_per_row(ExportJob(checkpoint, basis, tmp_path / "rows"), OnnxOptions(merged_cache=True))
 
 
 def test_swaps_beside_one_customers_batches_give_no_mixture(folder: Path) -> None:
