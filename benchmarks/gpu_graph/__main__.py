@@ -50,22 +50,25 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         arguments.device, torch.float16 if arguments.precision == "fp16" else torch.float32
     )
     print(f"{len(graphs)} graphs after {time.perf_counter() - started:.0f} s", flush=True)
-    found = []
-    for batch, length in arguments.batches:
-        found.append(_measure_batch(arguments, graphs, peer, make_inputs(arguments.shape, batch, length)))
-        _show(found[-1])
-        print(f"({time.perf_counter() - started:.0f} s)", flush=True)
     merge_ms = {name: graph.merge_ms(arguments.device, arguments.threads) for name, graph in graphs.items()}
-    return {
+    record: dict[str, Any] = {
         "shape": arguments.shape,
         "precision": arguments.precision,
         "device": arguments.device,
         "threads": arguments.threads,
-        "batches": found,
-        "merge_ms": {name: taken for name, taken in merge_ms.items() if taken is not None},
-        "geometric_means": geometric_means(found),
         "environment": environment("cuda" if arguments.device == "cuda" else "cpu"),
+        "merge_ms": {name: taken for name, taken in merge_ms.items() if taken is not None},
     }
+    found: list[dict[str, Any]] = []
+    for batch, length in arguments.batches:
+        found.append(_measure_batch(arguments, graphs, peer, make_inputs(arguments.shape, batch, length)))
+        _show(found[-1])
+        print(f"({time.perf_counter() - started:.0f} s)", flush=True)
+        record |= {"batches": found, "geometric_means": geometric_means(found)}
+        if arguments.out:
+            # After each batch: what was measured is not lost if the next one does not end.
+            write_json(arguments.out, record)
+    return record
 
 
 def _measure_batch(
@@ -237,8 +240,6 @@ def main() -> None:
         for reference, ratios in references.items():
             for name, ratio in ratios.items():
                 print(f"{column:9} {name:34} / {reference:24} {ratio:.3f}")
-    if arguments.out:
-        write_json(arguments.out, record)
 
 
 if __name__ == "__main__":

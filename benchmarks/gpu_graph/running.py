@@ -81,7 +81,7 @@ class Graph:
 
     def merge_ms(self, device: str, threads: int | None, runs: int = 20) -> float | None:
         """Median of making the merged weights of a customer on the device; None where there are none."""
-        if not self._weights or self.table is None:
+        if self.path.name != ALONE_FILE or self.table is None:
             return None
         merge = open_session(self.path.parent / MERGE_FILE, device, threads)
         table = pinned(self.table, device).to(device)

@@ -73,7 +73,7 @@ class OnnxOptions:
     merged_cache: bool = option(
         False,
         "Switchable, in fp32 or fp16: two more graphs, by which a session keeps merged weights of customers who have "
-        "whole batches for themselves (merged_cache_bytes); such batches then take no longer than a merged bundle's.",
+        "whole batches for themselves (merged_cache_bytes); such batches then run as in a merged bundle.",
     )
     data: "Examples | None" = option(
         None,
