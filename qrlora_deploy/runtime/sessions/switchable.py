@@ -37,7 +37,7 @@ class SwitchableSession(LoadedCustomers):
             After the table has grown, the first run in each bucket captures it anew. None: every
             batch runs as it comes.
         merged_cache_bytes: keep merged weights of customers who have batches for themselves, up to so many bytes on
-            the device; such a batch then takes no longer than a merged bundle's. 0: none. The bundle must have been
+            the device; such a batch then runs as in a merged bundle. 0: none. The bundle must have been
             exported for it.
 
     Attributes:
