@@ -91,8 +91,8 @@ class MergedCache:
     ) -> None:
         if bundle.alone is None:
             raise InputError(
-                f"{bundle.folder} has no graphs for one customer; export it with {argument('merged_cache')}, or leave "
-                f"{argument('merged_cache_bytes')} out"
+                f"{bundle.folder} has no graphs for one customer; export it with {argument('merged_cache')}, or open it "
+                "without merged weights"
             )
         device = Device.of(provider)
         merge, alone = bundle.alone
@@ -111,8 +111,7 @@ class MergedCache:
         self._most = size_bytes // self._each_bytes
         if not self._most:
             raise InputError(
-                f"{argument('merged_cache_bytes', size_bytes)} holds no customer: the merged weights of one are "
-                f"{self._each_bytes} bytes"
+                f"{size_bytes} bytes of merged weights hold no customer: those of one are {self._each_bytes} bytes"
             )
         self._kept: OrderedDict[str | None, _Kept] = OrderedDict()
         self._seen: OrderedDict[tuple[str | None, str], int] = OrderedDict()

@@ -95,7 +95,9 @@ def test_the_cache_keeps_to_its_bytes(folder: Path) -> None:
     session = open_session(folder, 2 * each._each_bytes)
     check(session, open_session(folder, 0), FP32_SIDE_BRANCH)
     assert session.merged is not None and session.merged.size_bytes == 2 * each._each_bytes
-    with pytest.raises(InputError, match=rf"holds no customer: the merged weights of one are {each._each_bytes} bytes"):
+    with pytest.raises(
+        InputError, match=rf"bytes of merged weights hold no customer: those of one are {each._each_bytes} bytes"
+    ):
         open_session(folder, each._each_bytes - 1)
 
 
