@@ -91,8 +91,8 @@ class MergedCache:
     ) -> None:
         if bundle.alone is None:
             raise InputError(
-                f"{bundle.folder} has no graphs for one customer; export it with {argument('merged_cache')}, or open it "
-                "without merged weights"
+                f"{bundle.folder} has no graphs for one customer; export it with {argument('merged_cache')}, or open "
+                "it without merged weights"
             )
         device = Device.of(provider)
         merge, alone = bundle.alone
