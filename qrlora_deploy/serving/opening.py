@@ -42,6 +42,7 @@ class RunOptions:
         limits: of the engine.
         max_answers: that a decoder writes side by side.
         max_cache_bytes: memory of a decoder's keys and values.
+        merged_cache_bytes: memory of merged weights, as for `SwitchableSession`.
     """
 
     provider: str = "cpu"
@@ -52,6 +53,7 @@ class RunOptions:
     limits: Limits = field(default_factory=Limits)
     max_answers: int = 8
     max_cache_bytes: int = 2**30
+    merged_cache_bytes: int = 0
 
     @property
     def device(self) -> Device:
@@ -207,7 +209,12 @@ def _open_session(bundle: Bundle, options: RunOptions) -> Session:
     if bundle.manifest.kind == "merged":
         return MergedModel(bundle, options.device, options.threads, options.buckets)
     return SwitchableSession(
-        bundle, options.device, max_rows=options.max_rows, threads=options.threads, buckets=options.buckets
+        bundle,
+        options.device,
+        max_rows=options.max_rows,
+        threads=options.threads,
+        buckets=options.buckets,
+        merged_cache_bytes=options.merged_cache_bytes,
     )
 
 
