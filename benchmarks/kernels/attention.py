@@ -4,6 +4,7 @@ Every batch has a row that is as rows should be, whose answer must be right what
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -139,7 +140,7 @@ def packed(dtype: str, counts: tuple[int, int], bias: str = "", spoilt: bool = F
 
 
 def grouped(dtype: str, behind: float = 0.0, spoilt: bool = False) -> Callable[[Place], str]:
-    """`GroupQueryAttention`, one more token behind `ATTENDED - 1` in a cache where `behind` stands on the free places."""
+    """`GroupQueryAttention`, one token more; `behind` stands on the free places of the cache."""
 
     def ask(place: Place) -> str:
         arrays = states(dtype)
@@ -178,7 +179,7 @@ def spoilt_row(operator: str, dtype: str) -> Callable[[Place], str]:
         clean = {name: array.copy() for name, array in arrays.items()}
         for array in arrays.values():
             array[1] = np.nan
-        settings = {"num_heads": HEADS}
+        settings: dict[str, Any] = {"num_heads": HEADS}
         if operator == "Attention":
             settings = {"q_num_heads": HEADS, "kv_num_heads": HEADS}
         found = run(place, one_node(operator, arrays, **settings), arrays)

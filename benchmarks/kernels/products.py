@@ -1,6 +1,7 @@
 """Products and look-ups: rows that a table does not have, TF32, NaN in a row of a table, and sums beyond fp16."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import onnx.helper as helper
@@ -57,7 +58,8 @@ def _attend(operator: str) -> Callable[[Place], str]:
         scores = q @ k.swapaxes(2, 3) / np.sqrt(q.shape[-1])
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         expected = (weights / weights.sum(-1, keepdims=True) @ v).swapaxes(1, 2).reshape(2, LENGTH, -1)
-        feeds, names, settings = arrays, list("qkv"), {"num_heads": HEADS}
+        feeds, names = arrays, list("qkv")
+        settings: dict[str, Any] = {"num_heads": HEADS}
         if operator == "Attention":
             settings = {"q_num_heads": HEADS, "kv_num_heads": HEADS}
         if operator == "PackedMultiHeadAttention":
