@@ -200,19 +200,17 @@ class CoefficientTable:
         Raises:
             QrloraError: the device refused to take a row.
         """
-        held: dict[str | None, int] = {}
-        missing = []
+        wanted = dict.fromkeys(customers)
+        held: dict[str | None, int] = {None: BASE_ROW} if None in wanted else {}
+        names = [str(customer) for customer in wanted if customer is not None]
         with self._lock:
-            for customer in dict.fromkeys(customers):
-                row = BASE_ROW if customer is None else self._directory.find(customer)
-                if row is None:
-                    missing.append(str(customer))
-                    continue
-                held[customer] = row
-                if customer is not None:
-                    self._use.hold(row)
-                    if self.max_rows is not None:
-                        self._use.retire(self._directory.use(customer))
+            found = self._directory.find_many(names)
+            self._use.hold_all(found.values())
+            if self.max_rows is not None:
+                for customer in found:
+                    self._use.retire(self._directory.use(customer))
+        held |= found
+        missing = [customer for customer in names if customer not in found]
         try:
             # The rows that were found are written, but may still be on their way to the device.
             self.memory.settle()
