@@ -60,14 +60,8 @@ MIX = random.SystemRandom().randrange(1, 2**CODE_BITS, 2)
 and remain different."""
 
 
-PRIME_64, MIX_64 = np.uint64(PRIME), np.uint64(MIX)
-"""For numpy, whose plain integers would become fp64 beside them."""
-
 WORD, BLANK = 4, "\0"
 """Bytes that are worked on as one number, and what stands before an id to fill them up: as a number it is the same."""
-
-POWERS = np.array([pow(2, 32 * place, PRIME) for place in range(-(-MAX_ID_CHARACTERS // WORD))][::-1], dtype=np.uint64)
-"""What each word of an id counts, the last one 1."""
 
 
 class IdIndex:
@@ -104,6 +98,9 @@ class IdIndex:
         # As wide as the longest id, and whole words.
         self._wide = -(-int(lengths.max()) // WORD) * WORD
         self._back = np.arange(-self._wide, 0)
+        # What each word counts in a fingerprint, the last one 1.
+        powers = [pow(2, 8 * WORD * word, PRIME) for word in range(self._wide // WORD)]
+        self._powers = np.array(powers[::-1], dtype=np.uint64)
         self._check_twice()
 
     def __len__(self) -> int:
@@ -152,9 +149,8 @@ class IdIndex:
 
     def _likely_places(self, wanted: np.ndarray) -> np.ndarray:
         """`[n]` int64: where ids `[n, wide]`, behind blanks, must be if they are there at all, but for a few."""
-        words = wanted.view(">u4").astype(np.uint64)
-        powers = POWERS[-words.shape[1] :]
-        codes = (words * powers % PRIME_64).sum(axis=1) % PRIME_64 * MIX_64 & PLACE
+        words, prime = wanted.view(">u4").astype(np.uint64), np.uint64(PRIME)
+        codes = (words * self._powers % prime).sum(axis=1) % prime * np.uint64(MIX) & PLACE
         first = self._starts.take((codes >> np.uint64(self._shift)).view(np.int64))
         keys = self._keys.take(first[:, None] + NEAR, mode="clip")
         nearest = (keys >> np.uint64(CODE_BITS) == codes[:, None]).argmax(axis=1)
