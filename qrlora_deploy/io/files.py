@@ -36,9 +36,6 @@ TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 Allows = Callable[[dict[str, Any], str, tuple[int, ...]], bool]
 """Says from (metadata, name, shape) whether a tensor belongs in a file."""
 
-HEADER = 8
-"""Bytes before the header of a safetensors file: its length."""
-
 MAPPED_BYTES = 2**30
 """A file of at least so many is mapped: it may be larger than the memory. Smaller ones are copied, so that nobody who
 writes over them changes what was read."""
@@ -253,37 +250,24 @@ def read_tensors(
             raw = file.metadata()
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             parts = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-        metadata = _read_record(path, raw, kind, versions)
-        _check_parts(path, kind, metadata, parts, allows)
+        metadata = read_record(path, raw, kind, versions)
+        check_parts(path, kind, metadata, parts, allows)
         with library_errors(damaged):
             mapped = path.stat().st_size >= MAPPED_BYTES
             tensors = mapped_arrays(path) if mapped else {name: file.get_tensor(name) for name in parts}
-    return tensors, _unsealed(path, tensors, metadata, versions)
+    return tensors, unsealed(path, tensors, metadata, versions)
 
 
-def read_tensors_content(
-    content: bytes, path: Path | str, kind: str, versions: Versions, allows: Allows
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """As `read_tensors`, from the content of a file; `path` is what messages call it."""
-    with library_errors(f"{path} is not a complete safetensors file"):
-        found = dict(safetensors.deserialize(content))
-        header = json.loads(content[HEADER : HEADER + int.from_bytes(content[:HEADER], "little")])
-        parts = {name: (part["dtype"], tuple(part["shape"])) for name, part in found.items()}
-    metadata = _read_record(path, header.get("__metadata__"), kind, versions)
-    _check_parts(path, kind, metadata, parts, allows)
-    tensors = {name: np.frombuffer(found[name]["data"], "<f4").reshape(shape) for name, (_, shape) in parts.items()}
-    return tensors, _unsealed(path, tensors, metadata, versions, header["__metadata__"][METADATA_KEY])
-
-
-def _check_parts(
+def check_parts(
     path: Path | str, kind: str, metadata: dict[str, Any], parts: dict[str, tuple[str, tuple[int, ...]]], allows: Allows
 ) -> None:
+    """Refuse tensors, dtype and shape by name, that do not belong in a file of this kind."""
     for name, (dtype, shape) in parts.items():
         if dtype != "F32" or not allows(metadata, name, shape):
             raise FileFormatError(f"{path}: unexpected tensor {name!r} {dtype}{list(shape)} in a {kind} file")
 
 
-def _unsealed(
+def unsealed(
     path: Path | str, tensors: Mapping[str, np.ndarray], metadata: dict[str, Any], versions: Versions, text: str = ""
 ) -> dict[str, Any]:
     """The record of today, of a file whose content is what its digest says; `text` is the record as it was read."""
@@ -295,7 +279,8 @@ def _unsealed(
     return versions.upgraded(path, metadata, f"{path} is incomplete or damaged")
 
 
-def _read_record(path: Path | str, raw: dict[str, str] | None, kind: str, versions: Versions) -> dict[str, Any]:
+def read_record(path: Path | str, raw: dict[str, str] | None, kind: str, versions: Versions) -> dict[str, Any]:
+    """The record of a file from its safetensors metadata, of a version that is read."""
     wrong = f"{path} is not a {kind} file"
     text = (raw or {}).get(METADATA_KEY, "")
     if len(raw or {}) != 1 or len(text) > MAX_METADATA_BYTES:

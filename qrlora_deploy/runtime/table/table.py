@@ -209,7 +209,7 @@ class CoefficientTable:
             if self.max_rows is not None:
                 for customer in found:
                     self._use.retire(self._directory.use(customer))
-        held |= found
+        held.update(found)
         missing = [customer for customer in names if customer not in found]
         try:
             # The rows that were found are written, but may still be on their way to the device.
