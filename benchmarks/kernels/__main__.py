@@ -47,9 +47,9 @@ def _record(trial: Trial, place: Place) -> dict[str, Any]:
 
 def print_table(records: list[dict[str, Any]]) -> None:
     """Each answer once; of attention's kernels those that answer as ONNX Runtime's choice does are left out."""
-    chosen: dict[tuple[str, str], str] = {}
+    chosen: dict[tuple[str, str, str], str] = {}
     for record in records:
-        key = (record["operator"], record["question"])
+        key = (record["operator"], record["question"], record["place"].partition(" ")[0])
         first = chosen.setdefault(key, record["answer"])
         if " " in record["place"] and record["answer"] == first:
             continue
