@@ -1,7 +1,7 @@
 """Which customer has which row of a table: an entry for each, or an index for all that were published together."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from functools import partial
 from itertools import chain
 
@@ -11,9 +11,6 @@ from qrlora_deploy.runtime.table.id_index import CHUNK, IdIndex
 
 RECENT = 2**16
 """Customers of bulks whose rows are kept at hand: a dictionary answers ten times as fast as an index."""
-
-MANY = 12
-"""Customers from which on an index is faster asked for all of them at once."""
 
 FLIP_CUSTOMERS = 2048
 """Customers whose row numbers change under one hold of the lock: a bulk does not keep runs waiting."""
@@ -53,11 +50,6 @@ class Bulk:
             return None
         row = self._view[place]
         return None if row == GONE else row
-
-    def rows_of(self, customers: Sequence[str]) -> list[int | None]:
-        """As `row_of`, for many."""
-        rows = [None if place is None else self._view[place] for place in self.index.find_many(customers)]
-        return [None if row == GONE else row for row in rows]
 
     def take_out(self, customer: str) -> int | None:
         """Forget a customer; returns the row it had, or None."""
@@ -126,19 +118,6 @@ class Directory:
             if row is None:
                 row = self._find_in_bulks(customer)
         return row
-
-    def find_many(self, customers: Iterable[str]) -> dict[str, int]:
-        """The rows of those that are there."""
-        rows = {customer: self._row_of.get(customer) for customer in customers}
-        unknown = [customer for customer, row in rows.items() if row is None] if self.bulks else []
-        for customer in unknown:
-            rows[customer] = self._recent.get(customer)
-        unknown = [customer for customer in unknown if rows[customer] is None]
-        if len(unknown) < MANY:
-            rows |= {customer: self._find_in_bulks(customer) for customer in unknown}
-        else:
-            rows |= self._find_many_in_bulks(unknown)
-        return {customer: row for customer, row in rows.items() if row is not None}
 
     def put(self, customer: str, row: int) -> list[int]:
         """Give a customer an entry; returns the rows it had."""
@@ -223,19 +202,6 @@ class Directory:
                 self._recent[customer] = row
                 return row
         return None
-
-    def _find_many_in_bulks(self, customers: list[str]) -> dict[str, int]:
-        found: dict[str, int] = {}
-        for bulk in self.bulks:
-            rows = zip(customers, bulk.rows_of(customers), strict=True)
-            found |= {customer: row for customer, row in rows if row is not None}
-            customers = [customer for customer in customers if customer not in found]
-            if not customers:
-                break
-        if len(self._recent) + len(found) > RECENT:
-            self._recent.clear()
-        self._recent |= found
-        return found
 
     def _out_of_bulks(self, customer: str) -> list[int]:
         self._recent.pop(customer, None)

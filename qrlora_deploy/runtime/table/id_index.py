@@ -4,8 +4,7 @@ The ids lie end to end in one piece of memory. Each has a fingerprint of 32 bits
 large number, modulo a prime that is drawn at random when the process starts, so that nobody can
 choose ids that share one (Karp and Rabin, "Efficient randomized pattern-matching algorithms", 1987),
 times an odd number. Fingerprint and place make a key, and the keys are sorted; a look-up finds the
-keys of its fingerprint through a table of their first bits and compares the ids themselves. One look-up among millions
-waits for the processor's memory five times, one after the other; those of a whole batch wait together.
+keys of its fingerprint through a table of their first bits and compares the ids themselves.
 """
 
 import random
@@ -22,9 +21,6 @@ PLACE = np.uint64(2**CODE_BITS - 1)
 """The low half of a key: the place of the id; the high half is its fingerprint."""
 
 MOST_IDS = 2**31 - 1
-NEAR = np.arange(4)
-"""Keys from the first of an id's first bits that are looked at together: more than that share them seldom."""
-
 CHUNK = 2**16
 """Ids that are worked on together: few enough for a processor's cache."""
 
@@ -60,10 +56,6 @@ MIX = random.SystemRandom().randrange(1, 2**CODE_BITS, 2)
 and remain different."""
 
 
-WORD, BLANK = 4, "\0"
-"""Bytes that are worked on as one number, and what stands before an id to fill them up: as a number it is the same."""
-
-
 class IdIndex:
     """Ids and their places `0 .. n - 1`, which are their order.
 
@@ -94,13 +86,6 @@ class IdIndex:
         np.cumsum(np.bincount(first_bits, minlength=len(self._starts) - 1), out=self._starts[1:])
         # A plain look-up reads single numbers, for which numpy takes several times as long.
         self._views = self._starts.data, self._keys.data, self._offsets.data
-        self._characters = np.frombuffer(text, dtype=np.uint8)
-        # As wide as the longest id, and whole words.
-        self._wide = -(-int(lengths.max()) // WORD) * WORD
-        self._back = np.arange(-self._wide, 0)
-        # What each word counts in a fingerprint, the last one 1.
-        powers = [pow(2, 8 * WORD * word, PRIME) for word in range(self._wide // WORD)]
-        self._powers = np.array(powers[::-1], dtype=np.uint64)
         self._check_twice()
 
     def __len__(self) -> int:
@@ -127,34 +112,6 @@ class IdIndex:
                 if self._text[offsets[place] : offsets[place + 1]] == wanted:
                     return place
         return None
-
-    def find_many(self, names: Sequence[str]) -> list[int | None]:
-        """As `find`, for all of `names` at once."""
-        text = "".join([name.rjust(self._wide, BLANK) for name in names])
-        if len(text) != len(names) * self._wide:
-            return [self.find(name) for name in names]
-        wanted = np.frombuffer(text.encode("ascii", "replace"), dtype=np.uint8).reshape(-1, self._wide)
-        places = self._likely_places(wanted)
-        lengths = np.fromiter(map(len, names), dtype=np.int64, count=len(names))
-        ends = self._offsets.take(places + 1)
-        same = ends - self._offsets.take(places) == lengths
-        # Clipped: before the first ids there is no text, and what is read there is not looked at.
-        found = self._characters.take(ends[:, None] + self._back, mode="clip")
-        found *= self._back >= -lengths[:, None]
-        same &= (found == wanted).all(axis=1)
-        rows: list[int | None] = places.tolist()
-        for position in np.flatnonzero(~same).tolist():
-            rows[position] = self.find(names[position])
-        return rows
-
-    def _likely_places(self, wanted: np.ndarray) -> np.ndarray:
-        """`[n]` int64: where ids `[n, wide]`, behind blanks, must be if they are there at all, but for a few."""
-        words, prime = wanted.view(">u4").astype(np.uint64), np.uint64(PRIME)
-        codes = (words * self._powers % prime).sum(axis=1) % prime * np.uint64(MIX) & PLACE
-        first = self._starts.take((codes >> np.uint64(self._shift)).view(np.int64))
-        keys = self._keys.take(first[:, None] + NEAR, mode="clip")
-        nearest = (keys >> np.uint64(CODE_BITS) == codes[:, None]).argmax(axis=1)
-        return (keys[np.arange(len(keys)), nearest] & PLACE).view(np.int64)
 
     def name(self, place: int) -> str:
         """The id at a place."""

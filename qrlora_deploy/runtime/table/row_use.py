@@ -30,12 +30,6 @@ class RowUse:
         """One more run reads the row."""
         self.holders[row] = self.holders.get(row, 0) + 1
 
-    def hold_all(self, rows: Iterable[int]) -> None:
-        """One more run reads each of the rows."""
-        holders = self.holders
-        for row in rows:
-            holders[row] = holders.get(row, 0) + 1
-
     def release(self, rows: Iterable[int]) -> None:
         """Runs let go of rows, once for every time that they were held."""
         for row in rows:

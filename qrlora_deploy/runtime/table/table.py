@@ -200,17 +200,19 @@ class CoefficientTable:
         Raises:
             QrloraError: the device refused to take a row.
         """
-        wanted = dict.fromkeys(customers)
-        held: dict[str | None, int] = {None: BASE_ROW} if None in wanted else {}
-        names = [str(customer) for customer in wanted if customer is not None]
+        held: dict[str | None, int] = {}
+        missing = []
         with self._lock:
-            found = self._directory.find_many(names)
-            self._use.hold_all(found.values())
-            if self.max_rows is not None:
-                for customer in found:
-                    self._use.retire(self._directory.use(customer))
-        held.update(found)
-        missing = [customer for customer in names if customer not in found]
+            for customer in dict.fromkeys(customers):
+                row = BASE_ROW if customer is None else self._directory.find(customer)
+                if row is None:
+                    missing.append(str(customer))
+                    continue
+                held[customer] = row
+                if customer is not None:
+                    self._use.hold(row)
+                    if self.max_rows is not None:
+                        self._use.retire(self._directory.use(customer))
         try:
             # The rows that were found are written, but may still be on their way to the device.
             self.memory.settle()

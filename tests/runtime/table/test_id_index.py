@@ -31,15 +31,8 @@ def test_it_finds_what_a_dictionary_finds(names: list[str], others: list[str], p
         patch.setattr(id_index, "CHUNK", 7)
         index = index_of(names)
         expected = {name: place for place, name in enumerate(names)}
-        nobody = [*others, *(f"{name}x" for name in names), *(name[1:] for name in names), "é" * 3, "a\0", "\0a"]
-        for asked in (
-            names,
-            [*names, *nobody],
-            [*names, *(name for name in nobody if len(name) <= len(max(names, key=len)))],
-        ):
-            assert (
-                index.find_many(asked) == [index.find(name) for name in asked] == [expected.get(name) for name in asked]
-            )
+        for name in [*names, *others, *(f"{name}x" for name in names), *(name[1:] for name in names), "é" * 3, "a\0"]:
+            assert index.find(name) == expected.get(name)
     assert len(index) == len(names) and list(index.names()) == names
     assert [index.name(place) for place in range(len(names))] == names
 
