@@ -2,6 +2,7 @@
 
 import copy
 import ctypes
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -285,6 +286,27 @@ def test_every_mask_is_answered_as_on_the_cpu(on_cuda: Any) -> None:
             expected, *found = (session.predict(inputs, owners)[0] for session in sessions)
             for answer in found:
                 np.testing.assert_allclose(answer, expected, **tolerance)
+
+
+@pytest.mark.gpu
+def test_a_customer_whose_numbers_overflow_spoils_no_other_row(on_cuda: Any) -> None:
+    folder, _one, tolerance = on_cuda
+    bundle = open_bundle(folder)
+    customer = made_up_customer(bundle.manifest, 0)
+    largest = 3e38 if bundle.manifest.table_dtype == "fp32" else 6e4
+    for session in (SwitchableSession(bundle, "cuda"), SwitchableSession(bundle, "cuda", buckets=Buckets((8,), (24,)))):
+        session.load("usual", customer)
+        session.load("huge", replace(customer, values=largest * np.sign(customer.values)))
+        inputs = made_up_inputs(bundle.manifest, 5, 20)
+        inputs["attention_mask"][:] = np.arange(20) < np.array([7, 20, 1, 12, 3])[:, None]
+        for mask in (inputs["attention_mask"], inputs["attention_mask"][:, ::-1]):
+            inputs["attention_mask"] = np.ascontiguousarray(mask)
+            expected = session.predict(inputs, ["usual"] * 5)[0]
+            for row in range(5):
+                others = np.arange(5) != row
+                found = session.predict(inputs, [("usual", "huge")[place == row] for place in range(5)])[0]
+                assert not np.allclose(found[row], expected[row], **tolerance)
+                np.testing.assert_allclose(found[others], expected[others], **tolerance)
 
 
 @pytest.mark.gpu
