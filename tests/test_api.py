@@ -157,7 +157,7 @@ def test_factorize_takes_a_rule_of_anybody(tiny_base: Path, tmp_path: Path) -> N
     assert basis.total_rank == 20 and str(basis.rule) == "20 directions"
     basis.save(tmp_path / "b.safetensors")
     assert str(qr.Basis.load(tmp_path / "b.safetensors").rule) == 'budget {"total": 20}, unknown to this version'
-    with pytest.raises(InputError, match="rule, tau and rank exclude each other"):
+    with pytest.raises(InputError, match="rule, tau, rank and budget exclude each other"):
         qr.factorize(tiny_base, rule=names["Budget"](20), tau=0.5)
 
 

@@ -21,6 +21,8 @@ def factorize(
     last_layers: int | None = None,
     tau: float | None = None,
     rank: int | None = None,
+    budget: int | None = None,
+    spread: str | None = None,
     rule: RankRule | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
@@ -36,8 +38,13 @@ def factorize(
         targets: names of layers, such as `["query", "value"]`, or regular expressions over the whole module path;
             none means every linear layer of every block.
         last_layers: only the last N blocks.
-        tau: share of the energy of R's diagonal to keep, above 0 and at most 1; 0.5 where there is no rank either.
+        tau: share of the energy of R's diagonal to keep, above 0 and at most 1; 0.5 where there is neither rank nor
+            budget.
         rank: a fixed number of directions of each weight instead.
+        budget: a number of directions of all weights together instead, which `spread` spreads over them. A weight that
+            gets none is left out of the basis.
+        spread: "even" (the default): the same rank in every weight as far as its size allows; "energy": the
+            directions with the largest shares of their weight's energy.
         rule: another rule instead, which may see all weights at once; see `qrlora_deploy.rank_rules.base`.
         device: "cpu" (LAPACK in fp64) or "cuda".
         progress: called with (description, done, total) after each weight.
@@ -48,8 +55,9 @@ def factorize(
         The basis; `save` writes it.
 
     Raises:
-        InputError: there is no such base or layer, the base is none of the supported kind or is not whole, or tau,
-            rank and rule are not one alone, or are out of range.
+        InputError: there is no such base or layer, the base is none of the supported kind or is not whole, or more
+            than one of tau, rank, budget and rule is given, or it is out of range, or the weights have fewer directions
+            than the budget.
         ProviderError: CUDA was asked for where there is none.
 
     Examples:
@@ -57,10 +65,12 @@ def factorize(
         >>> basis.save("basis.safetensors")
         >>> basis.total_rank == sum(basis.ranks.values())
         True
+        >>> qr.factorize("base", budget=8, spread="even").total_rank
+        8
     """
-    if rule is not None and (tau is not None or rank is not None):
-        raise InputError("rule, tau and rank exclude each other; give one of them")
-    rule = rule or rule_of(tau, rank)
+    if rule is not None and any(value is not None for value in (tau, rank, budget, spread)):
+        raise InputError("rule, tau, rank and budget exclude each other; give one of them")
+    rule = rule or rule_of(tau, rank, budget, spread)
     checkpoint = as_checkpoint(base)
     checkpoint.check_base()
     patterns = [targets] if isinstance(targets, str) else list(targets)

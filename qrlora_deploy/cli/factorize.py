@@ -17,6 +17,7 @@ from qrlora_deploy.cli.options import (
 from qrlora_deploy.cli.output import Output, Table, progress_bar, size_text
 
 COLUMNS = ("name", "rank", "energy", "condition")
+SPREADS = ("even", "energy")
 
 
 @click.command("factorize")
@@ -32,6 +33,12 @@ COLUMNS = ("name", "rank", "energy", "condition")
 @click.option("--last-layers", type=COUNT, help="Only the last N blocks.")
 @click.option("--tau", type=FiniteRange(0, 1, min_open=True), help="Share of the energy to keep, by default 0.5.")
 @click.option("--rank", type=COUNT, help="A fixed rank instead of --tau.")
+@click.option("--budget", type=COUNT, help="A number of directions of all layers together instead of --tau.")
+@click.option(
+    "--spread",
+    type=click.Choice(SPREADS),
+    help="How --budget is spread: the same rank in every layer (even, the default), or where R has its energy.",
+)
 @device_option()
 @common
 def command(
@@ -41,6 +48,8 @@ def command(
     last_layers: int | None,
     tau: float | None,
     rank: int | None,
+    budget: int | None,
+    spread: str | None,
     device: str,
 ) -> Output:
     """Factorize the weights of BASE, a folder or hub name, into a basis all customers share.
@@ -50,9 +59,12 @@ def command(
     \b
     Examples:
       qrlora-deploy factorize roberta-base -o basis.safetensors --target query --last-layers 4 --tau 0.5
+      qrlora-deploy factorize roberta-base -o basis.safetensors --budget 3000 --spread even
     """
-    if tau is not None and rank is not None:
-        raise click.UsageError("--tau and --rank exclude each other; give one of them")
+    if sum(value is not None for value in (tau, rank, budget)) > 1:
+        raise click.UsageError("--tau, --rank and --budget exclude each other; give one of them")
+    if spread is not None and budget is None:
+        raise click.UsageError("--spread needs --budget, the number of directions it spreads")
     patterns = split_targets(targets)
     from qrlora_deploy.api.factorizing import factorize
     from qrlora_deploy.formats.basis import FORMAT
@@ -62,7 +74,7 @@ def command(
     from qrlora_deploy.io.temporary import temporary_folder
     from qrlora_deploy.models.checkpoint import open_checkpoint
     from qrlora_deploy.models.support import shared_layers
-    from qrlora_deploy.models.targets import left_out
+    from qrlora_deploy.models.targets import choose_targets, left_out
 
     check_replaceable(output, "basis", has_format(FORMAT))
     checkpoint = open_checkpoint(base)
@@ -71,6 +83,8 @@ def command(
         "last_layers": last_layers,
         "tau": tau,
         "rank": rank,
+        "budget": budget,
+        "spread": spread,
         "device": device,
     }
     # Beside the output, where there is room for a basis.
@@ -78,6 +92,8 @@ def command(
         basis = factorize(checkpoint, progress=progress, scratch=scratch, **wanted)
         basis.save(output)
     missed = [] if patterns else left_out(checkpoint.skeleton())
+    chosen = choose_targets(checkpoint.skeleton(), patterns, last_layers)
+    without = [name for name in chosen if name not in basis.ranks]
     shared = shared_layers(checkpoint.skeleton(), basis.names)
     if rank is not None and (below := [kept for kept in basis.ranks.values() if kept < rank]):
         lesser = f"{len(below)} of {len(basis.ranks)} layers have fewer directions than --rank {rank}"
@@ -87,6 +103,9 @@ def command(
     rows = basis_rows(basis)
     facts = {"digest": basis.digest, "coefficients": basis.total_rank, "size": size_text(output.stat().st_size)}
     record = {"output": output, "digest": basis.digest, "total_rank": basis.total_rank, "targets": rows}
+    if without:
+        record["without_directions"] = without
+        facts["without directions"] = f"{len(without)} of {len(chosen)} layers"
     if missed:
         record["left_out"] = [{"names": part.names, "reason": part.reason} for part in missed]
         facts["left out"] = "; ".join(str(part) for part in missed)

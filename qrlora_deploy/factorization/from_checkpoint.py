@@ -69,7 +69,8 @@ def factorize(
     checkpoint.check_base()
     _check_rank(checkpoint, names, rule)
     done: dict[str, BasisTarget] = {}
-    for name, q, r, diagonal in _results(checkpoint, names, rule, device, progress):
+    names, ranks = _planned(checkpoint, names, rule, device, progress)
+    for name, q, r, diagonal in _results(checkpoint, names, ranks, device):
         digest = checkpoint.tensor_digest(checkpoint.tensor_of(name))
         kept_q, kept_r = _placed([_stored(q), _stored(r)], scratch, len(done))
         done[name] = BasisTarget(name, kept_q, kept_r, _stored(diagonal), digest)
@@ -112,15 +113,19 @@ def _placed(arrays: list[np.ndarray], scratch: Path | None, number: int) -> list
         raise QrloraError(f"cannot write in {scratch}: {error.strerror or error}") from error
 
 
-def _results(
+def _planned(
     checkpoint: Checkpoint, names: list[str], rule: RankRule, device: str, progress: Progress | None
-) -> Iterator[Factors]:
-    """The factors of each target as soon as they are there, so that no more than a batch of them is whole at a time."""
+) -> tuple[list[str], Ranks]:
+    """The targets of which the rule keeps something, and what says how much of each."""
     if rule.per_target:
-        ranks: Ranks = partial(chosen_ranks, rule)
-    else:
-        # A pass for the diagonals alone: the factors of all targets in full would be larger than the base.
-        ranks = partial(_picked, chosen_ranks(rule, _diagonals(checkpoint, names, device, progress)))
+        return names, partial(chosen_ranks, rule)
+    # A pass for the diagonals alone: the factors of all targets in full would be larger than the base.
+    chosen = chosen_ranks(rule, _diagonals(checkpoint, names, device, progress))
+    return [name for name in names if chosen[name]], partial(_picked, chosen)
+
+
+def _results(checkpoint: Checkpoint, names: list[str], ranks: Ranks, device: str) -> Iterator[Factors]:
+    """The factors of each target as soon as they are there, so that no more than a batch of them is whole at a time."""
     for batch, place in _batches(checkpoint, names, device):
         yield from (_by_lapack if place == "cpu" else _by_batch)(checkpoint, batch, ranks)
 
