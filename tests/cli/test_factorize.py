@@ -19,16 +19,16 @@ def test_a_budget_is_spread_over_all_layers_and_shown(tiny_base: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "message"),
+    ("options", "message"),
     [
-        (("--budget", 9, "--tau", 0.5), 2, "--tau, --rank and --budget exclude each other"),
-        (("--spread", "even"), 2, "--spread needs --budget"),
-        (("--budget", 10**6), 1, "--budget 1000000 is more than the chosen layers have; give "),
+        (("--budget", 9, "--tau", 0.5), "--tau, --rank and --budget exclude each other"),
+        (("--spread", "even"), "--spread needs --budget"),
+        (("--budget", 10**6), "--budget 1000000 is more than the chosen layers have; give "),
     ],
 )
 def test_a_budget_that_cannot_be_is_refused(
-    tiny_base: Path, tmp_path: Path, options: tuple[object, ...], code: int, message: str
+    tiny_base: Path, tmp_path: Path, options: tuple[object, ...], message: str
 ) -> None:
     shown = run_here("factorize", tiny_base, "-o", "basis.safetensors", *options, cwd=tmp_path)
-    assert shown.code == code and message in shown.err
+    assert shown.code == 2 and message in shown.err
     assert not (tmp_path / "basis.safetensors").exists()
