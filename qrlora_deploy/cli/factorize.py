@@ -9,15 +9,18 @@ import click
 from qrlora_deploy.cli.options import (
     COUNT,
     FiniteRange,
+    column_options,
     common,
     device_option,
     output_option,
+    refuse_idle,
+    seed_option,
     split_targets,
 )
 from qrlora_deploy.cli.output import Output, Table, progress_bar, size_text
 
 COLUMNS = ("name", "rank", "energy", "condition")
-SPREADS = ("even", "energy")
+SPREADS = ("even", "energy", "sensitivity")
 
 
 @click.command("factorize")
@@ -37,8 +40,22 @@ SPREADS = ("even", "energy")
 @click.option(
     "--spread",
     type=click.Choice(SPREADS),
-    help="How --budget is spread: the same rank in every layer (even, the default), or where R has its energy.",
+    help="How --budget is spread: the same rank in every layer (even, the default), where R has its energy, or where "
+    "the loss of --data is most sensitive.",
 )
+@click.option("--whiten", is_flag=True, help="Weight the columns of each layer by its inputs on --data.")
+@click.option(
+    "--data",
+    multiple=True,
+    help="For --spread sensitivity and --whiten: text of a customer, TSV, CSV, JSONL, Parquet, or a data set name; "
+    "repeatable. Sensitivity needs labels that the base's head knows.",
+)
+@column_options
+@click.option("--batches", type=COUNT, default=24, show_default=True, help="Of 32 rows of --data, each file in turn.")
+@click.option(
+    "--max-length", type=COUNT, default=128, show_default=True, help="Tokens of a row of --data that are read."
+)
+@seed_option
 @device_option()
 @common
 def command(
@@ -50,7 +67,10 @@ def command(
     rank: int | None,
     budget: int | None,
     spread: str | None,
+    whiten: bool,
+    data: tuple[str, ...],
     device: str,
+    **looking: Any,
 ) -> Output:
     """Factorize the weights of BASE, a folder or hub name, into a basis all customers share.
 
@@ -60,11 +80,13 @@ def command(
     Examples:
       qrlora-deploy factorize roberta-base -o basis.safetensors --target query --last-layers 4 --tau 0.5
       qrlora-deploy factorize roberta-base -o basis.safetensors --budget 3000 --spread even
+      qrlora-deploy factorize base -o basis.safetensors --budget 700 --spread sensitivity --data a.tsv --data b.tsv
     """
     if sum(value is not None for value in (tau, rank, budget)) > 1:
         raise click.UsageError("--tau, --rank and --budget exclude each other; give one of them")
     if spread is not None and budget is None:
         raise click.UsageError("--spread needs --budget, the number of directions it spreads")
+    refuse_idle(["batches", "max_length", "seed", "text_column", "label_column"], bool(data), "there is --data")
     patterns = split_targets(targets)
     from qrlora_deploy.api.factorizing import factorize
     from qrlora_deploy.formats.basis import FORMAT
@@ -85,7 +107,10 @@ def command(
         "rank": rank,
         "budget": budget,
         "spread": spread,
+        "whiten": whiten,
+        "data": data,
         "device": device,
+        **looking,
     }
     # Beside the output, where there is room for a basis.
     with progress_bar() as progress, temporary_folder(output.absolute().parent, output.name) as scratch:

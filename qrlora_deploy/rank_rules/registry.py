@@ -14,9 +14,12 @@ from qrlora_deploy.rank_rules.energy_budget import EnergyBudget
 from qrlora_deploy.rank_rules.energy_share import EnergyShare
 from qrlora_deploy.rank_rules.even_budget import EvenBudget
 from qrlora_deploy.rank_rules.fixed_rank import FixedRank
+from qrlora_deploy.rank_rules.sensitivity_budget import SensitivityBudget
 from qrlora_deploy.rank_rules.unknown import UnknownRule
 
-BY_KIND: dict[str, type[RankRule]] = {rule.kind: rule for rule in (EnergyShare, FixedRank, EvenBudget, EnergyBudget)}
+BY_KIND: dict[str, type[RankRule]] = {
+    rule.kind: rule for rule in (EnergyShare, FixedRank, EvenBudget, EnergyBudget, SensitivityBudget)
+}
 
 SPREADS: dict[str, Callable[[int], RankRule]] = {"even": EvenBudget, "energy": EnergyBudget}
 """How a budget may be spread over the weights, by the names that people give."""
