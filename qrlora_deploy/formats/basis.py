@@ -18,7 +18,7 @@ from qrlora_deploy.io.strict import Record, from_value
 from qrlora_deploy.io.versions import Versions
 from qrlora_deploy.rank_rules.base import RankRule
 from qrlora_deploy.rank_rules.registry import read_rule, rule_of, stored_rule
-from qrlora_deploy.rank_rules.seen import Seen
+from qrlora_deploy.rank_rules.seen import Seen, read_seen
 
 FORMAT = "qrlora-basis"
 
@@ -68,7 +68,7 @@ class _Stored(_StoredTargets):
     basis_digest: str
     rule: dict[str, Any]
     versions: dict[str, str]
-    weighting: Seen | None = None
+    weighting: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -230,9 +230,8 @@ def read_basis(path: Path) -> Basis:
     stored = from_value(_Stored, metadata, f"{path}: the basis is incomplete or damaged")
     try:
         targets = tuple(_target(tensors, record) for record in stored.targets)
-        basis = Basis(
-            targets, stored.base_name, read_rule(stored.rule), stored.versions, path.absolute(), stored.weighting
-        )
+        seen = None if stored.weighting is None else read_seen(stored.weighting)
+        basis = Basis(targets, stored.base_name, read_rule(stored.rule), stored.versions, path.absolute(), seen)
     except InputError as error:
         raise FileFormatError(f"{path}: {error}") from error
     # A target named twice would have three tensors for two sets of coefficients.

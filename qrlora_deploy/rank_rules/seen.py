@@ -1,8 +1,10 @@
 """What a choice of directions saw of data, as a basis keeps it."""
 
-from collections.abc import Sequence
+import json
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from qrlora_deploy.io.strict import from_json
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,11 @@ class Seen:
         seed: of the rows that were drawn.
     """
 
-    files: Sequence[SeenFile]
+    files: tuple[SeenFile, ...]
     batches: int
     batch_size: int
     max_length: int
     seed: int
-
-    def __post_init__(self) -> None:
-        # A file gives a list; as a tuple it equals what was written.
-        object.__setattr__(self, "files", tuple(self.files))
 
     def __str__(self) -> str:
         names = ", ".join(file.name for file in self.files)
@@ -50,3 +48,12 @@ class Seen:
     def record(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self) | {"files": [asdict(file) for file in self.files]}
+
+
+def read_seen(record: dict[str, Any]) -> Seen:
+    """What `Seen.record` made.
+
+    Raises:
+        FileFormatError: it is something else.
+    """
+    return from_json(Seen, json.dumps(record), "what the basis saw")
