@@ -108,6 +108,15 @@ class Place:
             folder.mkdir(parents=True, exist_ok=True)
 
 
-def undone(plan: Iterable[Run], place: Place, done: set[str]) -> list[Run]:
-    """Runs that are not recorded, or whose files are gone."""
-    return [run for run in plan if run.key not in done or not all(path.exists() for path in place.makes(run))]
+def undone(plan: Iterable[Run], place: Place, done: set[str], failed: set[str]) -> list[Run]:
+    """Runs that are not recorded, or whose files are gone; without those that failed, and those that need what these
+    would have made."""
+    left: list[Run] = []
+    lacking: set[Path] = set()
+    for run in plan:
+        made = all(path.exists() for path in place.makes(run))
+        if run.key in failed or not lacking.isdisjoint(place.needs(run)):
+            lacking |= {path for path in place.makes(run) if not path.exists()}
+        elif run.key not in done or not made:
+            left.append(run)
+    return left

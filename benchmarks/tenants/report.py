@@ -30,7 +30,8 @@ def _conditions(rows: Sequence[Record]) -> str:
     return (
         "Accuracy on the test rows of nine customers, in percent, mean ± standard deviation over the splits. The "
         "encoder is the pretrained one; a customer's head is fitted to a quarter of its rows and frozen, the same for "
-        f"all methods. {settings['epochs']} epochs, batch {settings['batch_size']}, at most {settings['train_rows']} training rows of {settings['max_length']} tokens, "
+        f"all methods. {settings['epochs']} epochs, batch {settings['batch_size']}, at most "
+        f"{settings['train_rows']} training rows of {settings['max_length']} tokens, "
         f"{'bf16' if settings['bf16'] else 'fp32'}. {devices}. {versions}."
     )
 

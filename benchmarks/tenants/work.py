@@ -103,9 +103,14 @@ class Job:
     parent: int
 
     def done(self) -> set[str]:
-        """Keys of the runs that need no more attention."""
+        """Keys of the runs that are recorded."""
+        return {record["key"] for record in read_records(self.place.records) if "error" not in record}
+
+    def left(self) -> list[Run]:
+        """The runs that are to be done, without those that failed since the command began."""
         found = read_records(self.place.records)
-        return {record["key"] for record in found if "error" not in record or record.get("launch") == self.launch}
+        failed = {record["key"] for record in found if "error" in record and record.get("launch") == self.launch}
+        return undone(self.plan, self.place, {record["key"] for record in found if "error" not in record}, failed)
 
     @property
     def rows(self) -> Data:
@@ -130,7 +135,7 @@ class Worker:
         Raises:
             OutOfTime: the time is up.
         """
-        left = undone(self.job.plan, self.job.place, self.job.done())
+        left = self.job.left()
         for run in left:
             if self.job.deadline is not None and time.time() > self.job.deadline:
                 raise OutOfTime
@@ -138,7 +143,7 @@ class Worker:
                 continue
             with claimed(self.job.place.claim(run)) as mine:
                 # Another worker may have finished it since the records were read.
-                if mine and undone([run], self.job.place, self.job.done()):
+                if mine and run in self.job.left():
                     self._record(run)
                     return True
         return False if left else None
