@@ -1,14 +1,18 @@
 """From the records to a Markdown table."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from statistics import mean, stdev
 
 from benchmarks.glue.records import Record
-from benchmarks.tenants.customers import ALWAYS_JUDGED_ON, POOL, Split
+from benchmarks.tenants.customers import ALWAYS_JUDGED_ON, Split
 from benchmarks.tenants.methods import METHODS
 from benchmarks.tenants.plan import BASES, START
 
 LORA = "lora"
+
+Scores = dict[tuple[int, str, str], Record]
+"""By split, customer and method."""
 
 
 def render(records: Iterable[Record]) -> str:
@@ -50,45 +54,50 @@ def _table(rows: Sequence[Record]) -> list[str]:
     ]
     lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
     scores = {(row["split"], row["customer"], row["method"]): row for row in rows if "accuracy" in row}
+    numbers = sorted({number for number, _, _ in scores})
     for name in (START, *METHODS):
-        splits = [number for number in _splits(rows) if _whole(scores, number, name)]
-        if not splits:
-            continue
-        mine = [row for row in rows if row["method"] == name and row["customer"] != POOL]
-        numbers = "–" if name == START else f"{round(mean(row['trainable_parameters'] for row in mine)):,}"
-        rate = "–" if name == START else f"{mine[0]['learning_rate']:.3g}"
-        title = "the start itself" if name == START else METHODS[name].title
-        groups = [_domains(number) for number in splits]
-        cells = [_cell([_mean(scores, n, group, name) for n, group in zip(splits, groups, strict=True)])]
-        cells += [_cell([_mean(scores, n, (customer,), name) for n in splits]) for customer in ALWAYS_JUDGED_ON]
-        cells.append(_cell([_mean(scores, n, Split(n).judged_on, name) for n in splits]))
-        gains = [_gain(scores, number, name) for number in splits]
-        least = min(_least(scores, number, name) for number in splits)
-        shares = [
-            100 * _gain(scores, number, name) / _gain(scores, number, LORA)
-            for number in splits
-            if _whole(scores, number, LORA) and name != START
-        ]
-        shown = f" ({len(splits)})" if len(splits) < len(_splits(rows)) else ""
-        lines.append(
-            "| "
-            + " | ".join(
-                [title + shown, numbers, rate, *cells, _cell(gains), f"{least:+.1f}", _cell(shares) if shares else "–"]
-            )
-            + " |"
-        )
+        splits = [number for number in numbers if _whole(scores, number, name)]
+        if splits:
+            few = f" ({len(splits)})" if len(splits) < len(numbers) else ""
+            cells = [_title(name) + few, *_size(scores, splits[0], name), *_results(scores, splits, name)]
+            lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
-Scores = dict[tuple[int, str, str], Record]
+def _title(name: str) -> str:
+    return "the start itself" if name == START else METHODS[name].title
 
 
-def _splits(rows: Sequence[Record]) -> list[int]:
-    return sorted({row["split"] for row in rows})
+def _size(scores: Scores, number: int, name: str) -> list[str]:
+    """How many coefficients a customer of a split has on average, and their rate."""
+    if name == START:
+        return ["0", "–"]
+    found = [scores[number, customer, name] for customer in Split(number).judged_on]
+    return [f"{round(mean(row['trainable_parameters'] for row in found)):,}", f"{found[0]['learning_rate']:.3g}"]
+
+
+def _results(scores: Scores, splits: Sequence[int], name: str) -> list[str]:
+    groups = [_domains, *(partial(_only, customer) for customer in ALWAYS_JUDGED_ON), _all]
+    cells = [_cell([_mean(scores, number, group(number), name) for number in splits]) for group in groups]
+    if name == START:
+        return [*cells, "–", "–", "–"]
+    gains = {number: _gain(scores, number, name) for number in splits}
+    others = {number: _gain(scores, number, LORA) for number in splits if _whole(scores, number, LORA)}
+    shares = [100 * gains[number] / other for number, other in others.items() if other > 0]
+    least = min(_least(scores, number, name) for number in splits)
+    return [*cells, _cell(list(gains.values())), f"{least:+.1f}", f"{_cell(shares)} %" if shares else "–"]
 
 
 def _domains(number: int) -> tuple[str, ...]:
     return tuple(name for name in Split(number).judged_on if name not in ALWAYS_JUDGED_ON)
+
+
+def _only(customer: str, _: int) -> tuple[str, ...]:
+    return (customer,)
+
+
+def _all(number: int) -> tuple[str, ...]:
+    return Split(number).judged_on
 
 
 def _whole(scores: Scores, number: int, method: str) -> bool:
