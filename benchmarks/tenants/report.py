@@ -1,6 +1,6 @@
 """From the records to a Markdown table."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from statistics import mean, stdev
 
@@ -77,7 +77,11 @@ def _size(scores: Scores, number: int, name: str) -> list[str]:
 
 
 def _results(scores: Scores, splits: Sequence[int], name: str) -> list[str]:
-    groups = [_domains, *(partial(_only, customer) for customer in ALWAYS_JUDGED_ON), _all]
+    groups: list[Callable[[int], tuple[str, ...]]] = [
+        _domains,
+        *(partial(_only, customer) for customer in ALWAYS_JUDGED_ON),
+        _all,
+    ]
     cells = [_cell([_mean(scores, number, group(number), name) for number in splits]) for group in groups]
     if name == START:
         return [*cells, "–", "–", "–"]
