@@ -111,7 +111,7 @@ def test_what_files_keep_of_the_rules_there_are() -> None:
     assert stored_rule(FixedRank(4)) == {"kind": "fixed-rank", "rank": 4}
     assert stored_rule(EvenBudget(4)) == {"kind": "even-budget", "total": 4}
     assert stored_rule(EnergyBudget(4)) == {"kind": "energy-budget", "total": 4}
-    assert BY_KIND.keys() == {"energy-share", "fixed-rank", "even-budget", "energy-budget"}
+    assert BY_KIND.keys() == {"energy-share", "fixed-rank", "even-budget", "energy-budget", "sensitivity-budget"}
     assert (str(EnergyShare(0.25)), str(FixedRank(4))) == ("tau 0.25", "rank 4")
     assert (str(EvenBudget(4)), str(EnergyBudget(4))) == ("4 directions, evenly", "4 directions, by energy")
 
