@@ -3,7 +3,7 @@
 import copy
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
 from qrlora_deploy.models.adapter import QRLoRALinear, attach, get_coefficients, precondition
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.rank_rules.energy_share import EnergyShare
+from qrlora_deploy.rank_rules.fixed_rank import FixedRank
 from qrlora_deploy.tasks.classification import Classification
 from qrlora_deploy.tasks.regression import Regression
 from qrlora_deploy.training.settings import default_rate
@@ -44,6 +45,10 @@ class Method:
         projections: which layers get an adapter.
         last_layers: only of the last N blocks; None is all of them.
         rate_factor: of the default rate, to see how much depends on it.
+        tau: share of energy that a basis keeps.
+        budget: instead of `tau`: how many directions all layers have together, the same number in each.
+        optimizer: "adamw", "prodigy" or "schedulefree".
+        measured: whether a step's effect is measured instead of training.
     """
 
     name: str
@@ -53,6 +58,10 @@ class Method:
     projections: Projections = ("query", "value")
     last_layers: int | None = None
     rate_factor: float = 1.0
+    tau: float = TAU
+    budget: int | None = None
+    optimizer: str = "adamw"
+    measured: bool = False
 
 
 METHODS = {
@@ -71,6 +80,38 @@ METHODS = {
         Method("qr-all-quarter", "the same at a quarter of it", None, "qr", (), rate_factor=1 / 4),
     )
 }
+
+PLACEMENTS = {
+    method.name: method
+    for method in (
+        *(METHODS[name] for name in ("qr-q4", "qr-all")),
+        Method("qr-even-300", "QR-LoRA, 300 over all linear layers", None, "qr", (), budget=300),
+        Method("qr-even-640", "QR-LoRA, 640 over all linear layers", None, "qr", (), budget=640),
+        Method("qr-even-3000", "QR-LoRA, 3,000 over all linear layers", None, "qr", (), budget=3000),
+        Method("qr-tau95", "QR-LoRA, tau 0.95, all linear layers", None, "qr", (), tau=0.95),
+    )
+}
+"""Where coefficients are, to see which rate suits each; see `method_named`."""
+
+
+def method_named(name: str) -> Method:
+    """A method, or a placement at a part of its rate ("qr-q4@0.25"), by another optimiser ("qr-q4@prodigy"), or with
+    only a step's effect measured ("qr-q4@measure").
+
+    Raises:
+        InputError: there is no such method.
+    """
+    found, _, way = name.partition("@")
+    method = (METHODS | PLACEMENTS).get(found)
+    if method is None:
+        raise InputError(f"{name}: no such method; there are {', '.join(METHODS | PLACEMENTS)}")
+    if way == "measure":
+        return replace(method, name=name, measured=True)
+    optimizer, _, part = way.partition(":")
+    if optimizer in ("prodigy", "schedulefree"):
+        return replace(method, name=name, optimizer=optimizer, rate_factor=float(part or 1.0))
+    return replace(method, name=name, rate_factor=float(way)) if way else method
+
 
 COMPARED = [name for name, method in METHODS.items() if method.rate_factor == 1.0]
 """The methods, each at its own rate; the others show what another rate would have given."""
@@ -154,7 +195,8 @@ def prepare(method: Method, model: Any, start: Checkpoint, train_head: bool, lab
 def make_basis(method: Method, start: Checkpoint, device: str) -> Basis:
     """The basis of a QR method, from the weights it starts with."""
     names = targets_of(start.skeleton(), method.projections, method.last_layers)
-    return factorize(start, names, EnergyShare(TAU), device)
+    rule = FixedRank(max(1, round(method.budget / len(names)))) if method.budget else EnergyShare(method.tau)
+    return factorize(start, names, rule, device)
 
 
 def _given(method: Method) -> float:

@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import version
@@ -17,7 +17,8 @@ import torch
 import transformers
 
 from benchmarks.glue.loop import OutOfTime, Schedule, Trace, train_model
-from benchmarks.glue.methods import METHODS, Method, Prepared, free, prepare
+from benchmarks.glue.methods import Method, Prepared, free, method_named, prepare
+from benchmarks.glue.probe import probe
 from benchmarks.glue.records import Record, append_record, claimed, known_seconds, read_records
 from benchmarks.glue.runs import WARM_UP, Place, Run, undone
 from benchmarks.glue.starts import (
@@ -29,7 +30,7 @@ from benchmarks.glue.starts import (
     Models,
     write_warmed,
 )
-from benchmarks.glue.tasks import TASKS, Rows, read_tokens
+from benchmarks.glue.tasks import ALL_TASKS, TENANTS, Rows, read_tokens
 from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.tasks.regression import Regression
 from qrlora_deploy.training.settings import STEP_LENGTH
@@ -52,6 +53,7 @@ class Settings:
         bf16: autocast.
         rows: bound on the rows of each part, for a trial; None is all.
         dropout: as the model has it, or none, in the warm-up too.
+        held_out: share of GLUE's training rows that is scored instead of its dev rows; 0: the dev rows.
     """
 
     epochs: int = 3
@@ -61,14 +63,15 @@ class Settings:
     bf16: bool = False
     rows: int | None = None
     dropout: bool = True
+    held_out: float = 0.0
 
     def record(self, task: str, method: str) -> Record:
         """As kept with each run of a task and method: with the warm-up's, and with the run's own."""
         warm = {"warmup_rate": WARMUP_RATE, "warmup_epochs": WARMUP_EPOCHS, "warmup_share": WARMUP_SHARE}
         found = asdict(self) | warm | own_settings(task, method)
-        if found.pop("dropout"):
-            return found  # as the records from before there was a choice
-        return found | {"dropout": False}
+        # As the records from before there was a choice.
+        usual = {"dropout": True, "held_out": 0.0}
+        return {name: value for name, value in found.items() if (name, value) not in usual.items()}
 
     def record_again(self, record: Record) -> Record:
         """The settings that a recorded run would have now."""
@@ -81,9 +84,9 @@ OWN_SETTINGS = ("start_bias", "step_length")
 def own_settings(task: str, method: str) -> Record:
     """What only some runs depend on: where a regression's bias starts, and which rule gave QR-LoRA its rate."""
     own: Record = {}
-    if TASKS[task].kind == Regression.name:
+    if ALL_TASKS[task].kind == Regression.name:
         own["start_bias"] = "mean"  # of the training labels
-    if method != WARM_UP and METHODS[method].kind == "qr":
+    if method != WARM_UP and method_named(method).kind == "qr":
         own["step_length"] = STEP_LENGTH
     return own
 
@@ -185,10 +188,13 @@ class Worker:
     def _do(self, run: Run) -> Record:
         """Prepare and train; returns what is particular to the run."""
         began = time.perf_counter()
-        method = WARM_METHOD if run.method == WARM_UP else METHODS[run.method]
-        task = TASKS[run.task]
+        method = WARM_METHOD if run.method == WARM_UP else method_named(run.method)
+        task = ALL_TASKS[run.task]
         parts, labels = self._read_rows(run)
         epochs = WARMUP_EPOCHS if run.method == WARM_UP else self.job.settings.epochs
+        if self.job.settings.held_out and run.task not in TENANTS:
+            train, held_out = parts["train"].parted(self.job.settings.held_out)
+            parts = {"train": train, "dev": held_out}
         if run.method == WARM_UP:
             parts = parts | {"train": parts["train"].first(WARMUP_SHARE, run.seed)}
         checkpoint, model = self._start(run, labels, parts["train"])
@@ -196,9 +202,16 @@ class Worker:
         torch.manual_seed(run.seed)  # of PEFT's factors
         prepared = prepare(method, model, checkpoint, run.start == PRETRAINED, labels)
         free(self.job.device)
+        if method.measured:
+            along = prepared.groups[1:]
+            found = probe(prepared.model, prepared.groups[0]["params"], task, parts["train"], run.seed)
+            seconds = round(time.perf_counter() - began, 2)
+            return {"probe": found, "learning_rate": prepared.rate, "head_along": bool(along),
+                    "trainable_parameters": prepared.trainable, "seconds": seconds,
+                    "metrics": {}, "train_seconds": seconds}
         if self.job.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        schedule = self._schedule(epochs, run.seed)
+        schedule = replace(self._schedule(epochs, run.seed), optimizer=method.optimizer)
         trace = train_model(prepared.model, prepared.groups, task, parts, schedule)
         self._pace = max(self._pace, (time.perf_counter() - began) / (epochs * len(parts["train"])))
         peak = torch.cuda.max_memory_allocated() - others if self.job.device == "cuda" else None
@@ -228,7 +241,7 @@ class Worker:
             self._models[run.model] = Models(
                 open_checkpoint(self.job.models[run.model]), self.job.device, self.job.settings.dropout
             )
-        models, task = self._models[run.model], TASKS[run.task]
+        models, task = self._models[run.model], ALL_TASKS[run.task]
         if run.start == WARMED and run.method != WARM_UP:
             folder = self.job.place.warmed(run)
             return open_checkpoint(str(folder)), models.warmed(task, len(labels), folder)
