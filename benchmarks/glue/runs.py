@@ -29,6 +29,11 @@ class Run:
         return f"{self.model}/{self.task}/{self.start}/{self.method}/{self.seed}"
 
     @property
+    def warm_up(self) -> "Run":
+        """The run that makes the warmed-up start of this one."""
+        return replace(self, start=WARMED, method=WARM_UP)
+
+    @property
     def start_key(self) -> str:
         """Names the warmed-up start, which the methods share."""
         return f"{self.model}.{self.task}.{self.seed}"
@@ -68,8 +73,7 @@ def read_plan(path: Path) -> list[Run]:
         model, task, start, method, seed = line.split("/")
         run = Run(model, task, start, method, int(seed))
         if start == WARMED:
-            warm = replace(run, method=WARM_UP)
-            plan.setdefault(warm.key, warm)
+            plan.setdefault(run.warm_up.key, run.warm_up)
         plan.setdefault(run.key, run)
     return list(plan.values())
 

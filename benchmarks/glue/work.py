@@ -128,6 +128,12 @@ class Job:
         found = read_records(self.place.records)
         return {record["key"] for record in found if "error" not in record or record.get("launch") == self.launch}
 
+    def failed(self) -> set[str]:
+        """Keys of the runs that failed under this command, and of those that wait for what they would have made."""
+        found = read_records(self.place.records)
+        failed = {record["key"] for record in found if "error" in record and record.get("launch") == self.launch}
+        return failed | {run.key for run in self.plan if run.start == WARMED and run.warm_up.key in failed}
+
 
 class Worker:
     """Models and rows that stay on the device from run to run."""
@@ -150,7 +156,8 @@ class Worker:
         Raises:
             OutOfTime: the time is up, or would be before the end of any run that is left.
         """
-        left = undone(self.job.plan, self.job.place, self.job.done())
+        failed = self.job.failed()
+        left = [run for run in undone(self.job.plan, self.job.place, self.job.done()) if run.key not in failed]
         late, held = False, False
         for run in left:
             if not self.job.place.is_ready(run):
