@@ -47,8 +47,10 @@ class Method:
         rate_factor: of the default rate, to see how much depends on it.
         tau: share of energy that a basis keeps.
         budget: instead of `tau`: how many directions all layers have together, the same number in each.
+        sensitive: how many directions of all layers are kept by their gradients; None: all of the basis.
         optimizer: "adamw", "prodigy" or "schedulefree".
         measured: whether a step's effect is measured instead of training.
+        automatic: whether the rate is the one that `train` measures, instead of the one by the number of coefficients.
     """
 
     name: str
@@ -60,8 +62,10 @@ class Method:
     rate_factor: float = 1.0
     tau: float = TAU
     budget: int | None = None
+    sensitive: int | None = None
     optimizer: str = "adamw"
     measured: bool = False
+    automatic: bool = False
 
 
 METHODS = {
@@ -88,6 +92,7 @@ PLACEMENTS = {
         Method("qr-even-300", "QR-LoRA, 300 over all linear layers", None, "qr", (), budget=300),
         Method("qr-even-640", "QR-LoRA, 640 over all linear layers", None, "qr", (), budget=640),
         Method("qr-even-3000", "QR-LoRA, 3,000 over all linear layers", None, "qr", (), budget=3000),
+        Method("qr-sens-640", "QR-LoRA, 640 by their gradients", None, "qr", (), tau=0.999, sensitive=640),
         Method("qr-tau95", "QR-LoRA, tau 0.95, all linear layers", None, "qr", (), tau=0.95),
     )
 }
@@ -95,8 +100,8 @@ PLACEMENTS = {
 
 
 def method_named(name: str) -> Method:
-    """A method, or a placement at a part of its rate ("qr-q4@0.25"), by another optimiser ("qr-q4@prodigy"), or with
-    only a step's effect measured ("qr-q4@measure").
+    """A method, or a placement at a part of its rate ("qr-q4@0.25"), at the rate that `train` measures ("qr-q4@auto"),
+    by another optimiser ("qr-q4@prodigy"), or with only a step's effect measured ("qr-q4@measure").
 
     Raises:
         InputError: there is no such method.
@@ -107,6 +112,8 @@ def method_named(name: str) -> Method:
         raise InputError(f"{name}: no such method; there are {', '.join(METHODS | PLACEMENTS)}")
     if way == "measure":
         return replace(method, name=name, measured=True)
+    if way == "auto":
+        return replace(method, name=name, automatic=True)
     optimizer, _, part = way.partition(":")
     if optimizer in ("prodigy", "schedulefree"):
         return replace(method, name=name, optimizer=optimizer, rate_factor=float(part or 1.0))
@@ -151,7 +158,14 @@ def head_names(model: Any) -> list[str]:
     return [name for name in names if not name.startswith(inside) or "pooler" in name.split(".")]
 
 
-def prepare(method: Method, model: Any, start: Checkpoint, train_head: bool, labels: tuple[str, ...]) -> Prepared:
+def prepare(
+    method: Method,
+    model: Any,
+    start: Checkpoint,
+    train_head: bool,
+    labels: tuple[str, ...],
+    chosen: Callable[[Any, Basis], Basis] | None = None,
+) -> Prepared:
     """Freeze `model`, add what the method trains, and say how to write it.
 
     Args:
@@ -160,6 +174,7 @@ def prepare(method: Method, model: Any, start: Checkpoint, train_head: bool, lab
         start: the checkpoint with these weights, which the basis of a QR method is made from.
         train_head: whether an adapter has the head trained along.
         labels: names of the outputs, for the coefficients file.
+        chosen: of a model and a basis, the part of the basis that is trained; None: all of it.
 
     Raises:
         InputError: a layer is missing.
@@ -174,6 +189,7 @@ def prepare(method: Method, model: Any, start: Checkpoint, train_head: bool, lab
         return _prepared(model, {}, trained, _given(method), lambda: _tensor_bytes(trained))
     if method.kind == "qr":
         basis = make_basis(method, start, device)
+        basis = chosen(model, basis) if chosen else basis
         adapters = attach(model, basis)
         precondition(adapters)
         parameters = {name: adapter.u for name, adapter in adapters.items()}

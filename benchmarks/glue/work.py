@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from typing import Any
 
@@ -17,10 +17,12 @@ import torch
 import transformers
 
 from benchmarks.glue.loop import OutOfTime, Schedule, Trace, train_model
+from benchmarks.glue.measured import with_own_rate
 from benchmarks.glue.methods import Method, Prepared, free, method_named, prepare
 from benchmarks.glue.probe import probe
 from benchmarks.glue.records import Record, append_record, claimed, known_seconds, read_records
 from benchmarks.glue.runs import WARM_UP, Place, Run, undone
+from benchmarks.glue.sensitivity import keep_sensitive
 from benchmarks.glue.starts import (
     PRETRAINED,
     WARMED,
@@ -207,8 +209,14 @@ class Worker:
         checkpoint, model = self._start(run, labels, parts["train"])
         others = _allocated(self.job.device) - sum(part.nbytes for part in (*model.parameters(), *model.buffers()))
         torch.manual_seed(run.seed)  # of PEFT's factors
-        prepared = prepare(method, model, checkpoint, run.start == PRETRAINED, labels)
+        keep = partial(
+            keep_sensitive, count=method.sensitive or 0, task=task, rows=parts["train"], bf16=self.job.settings.bf16
+        )
+        chosen = keep if method.sensitive else None
+        prepared = prepare(method, model, checkpoint, run.start == PRETRAINED, labels, chosen)
         free(self.job.device)
+        if method.automatic:
+            prepared = with_own_rate(prepared, task, parts["train"], self._schedule(epochs, run.seed))
         if method.measured:
             along = prepared.groups[1:]
             found = probe(prepared.model, prepared.groups[0]["params"], task, parts["train"], run.seed)
