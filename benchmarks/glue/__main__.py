@@ -114,7 +114,11 @@ def _job(arguments: argparse.Namespace, began: float) -> Job:
     )
     bf16 = device == "cuda" if arguments.bf16 is None else arguments.bf16
     settings = Settings(
-        epochs=arguments.epochs, points=arguments.points, bf16=bf16, rows=arguments.rows, dropout=arguments.dropout,
+        epochs=arguments.epochs,
+        points=arguments.points,
+        bf16=bf16,
+        rows=arguments.rows,
+        dropout=arguments.dropout,
         held_out=arguments.held_out,
         max_length=arguments.max_length,
     )
@@ -149,7 +153,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, help="bound on the rows of each part, for a trial")
     parser.add_argument("--dropout", action=argparse.BooleanOptionalAction, default=True, help="as the model has it")
     parser.add_argument("--held-out", type=float, default=0.0, help="share of training rows to score, not dev rows")
-    parser.add_argument("--plan", type=Path, help="file of keys MODEL/TASK/START/METHOD/SEED, in order; warm-ups come by themselves")
+    parser.add_argument("--plan", type=Path, help="file of keys MODEL/TASK/START/METHOD/SEED, in order")
     parser.add_argument("--device", choices=["cpu", "cuda"])
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="default: on a GPU")
     parser.add_argument("--report-only", action="store_true", help="write table and curves from the records there are")

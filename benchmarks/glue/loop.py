@@ -41,7 +41,6 @@ class Schedule:
     seed: int
     bf16: bool
     deadline: float | None = None
-    optimizer: str = "adamw"
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,8 @@ def train_model(
         halve_frozen(model)
     steps = schedule.epochs * math.ceil(len(rows) / schedule.batch_size)
     stops = {round(steps * point / schedule.points) for point in range(1, schedule.points + 1)} | {steps}
-    optimizer, groups = _optimizer(schedule.optimizer, groups, device, steps)
+    # The optimiser keeps the very dictionaries that it is given, and their rates change in every step.
+    optimizer = torch.optim.AdamW([dict(group) for group in groups], weight_decay=0.0, fused=device.type == "cuda")
     curve = [{"step": 0, "metrics": evaluate(model, task, parts["dev"], schedule.bf16)}]
     torch.manual_seed(schedule.seed)
     total = torch.zeros((), device=device)
@@ -95,10 +95,10 @@ def train_model(
     model.train()
     for step, (chosen, index) in enumerate(_batches(len(rows), schedule, device), start=1):
         for group, peak in zip(optimizer.param_groups, groups, strict=True):
-            group["lr"] = peak["lr"] * (1.0 if schedule.optimizer == "schedulefree" else factor(step - 1, steps))
+            group["lr"] = peak["lr"] * factor(step - 1, steps)
         with torch.autocast(device.type, torch.bfloat16, enabled=schedule.bf16):
             logits: torch.Tensor = model(**rows.batch(chosen, index)).logits
-        loss = _loss(task, logits.float(), rows.targets[index])
+        loss = loss_of(task, logits.float(), rows.targets[index])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -108,42 +108,12 @@ def train_model(
         if step in stops:
             mean = float(total) / (step - since)  # waits for the device
             seconds += time.perf_counter() - start
-            _averaged(optimizer, True)
             metrics = evaluate(model, task, parts["dev"], schedule.bf16)
-            _averaged(optimizer, False)
             curve.append({"step": step, "metrics": metrics, "loss": round(mean, 6)})
             total.zero_()
             since, start = step, time.perf_counter()
             model.train()
     return Trace(curve, steps, seconds)
-
-
-def _averaged(optimizer: Any, wanted: bool) -> None:
-    """Put a schedule-free optimiser's averages in the place of its parameters, or take them away again."""
-    if hasattr(optimizer, "train"):
-        optimizer.eval() if wanted else optimizer.train()
-
-
-def _optimizer(
-    name: str, groups: list[dict[str, Any]], device: torch.device, steps: int
-) -> tuple[Any, list[dict[str, Any]]]:
-    """The optimiser, and the groups with their peak rates."""
-    if name == "prodigy":
-        from prodigyopt import Prodigy
-
-        first = groups[0]["lr"]
-        groups = [group | {"lr": group["lr"] / first} for group in groups]
-        return Prodigy([dict(group) for group in groups], weight_decay=0.0, safeguard_warmup=True), groups
-    if name == "schedulefree":
-        from schedulefree import AdamWScheduleFree
-
-        rising = int(WARMUP_SHARE * steps)
-        found = AdamWScheduleFree([dict(group) for group in groups], weight_decay=0.0, warmup_steps=rising)
-        found.train()
-        return found, groups
-    # The optimiser keeps the very dictionaries that it is given, and their rates change in every step.
-    found = torch.optim.AdamW([dict(group) for group in groups], weight_decay=0.0, fused=device.type == "cuda")
-    return found, groups
 
 
 def factor(step: int, steps: int) -> float:
@@ -165,7 +135,8 @@ def _batches(count: int, schedule: Schedule, device: torch.device) -> Any:
             yield order[start:stop], there[start:stop]
 
 
-def _loss(task: Task, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def loss_of(task: Task, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The mean loss of a batch."""
     if task.kind == Regression.name:
         return functional.mse_loss(logits.squeeze(-1), targets)
     return functional.cross_entropy(logits, targets)
@@ -189,7 +160,10 @@ def predict(model: nn.Module, rows: Rows, bf16: bool) -> np.ndarray:
 
 
 def evaluate(model: nn.Module, task: Task, rows: Rows, bf16: bool) -> dict[str, float]:
-    """The task's metrics on `rows`; a model that answers NaN scores 0."""
+    """The task's metrics on `rows`, and how many classes are answered, or how far numbers are spread.
+
+    A model that answers NaN scores 0.
+    """
     logits = predict(model, rows, bf16)
     if not np.isfinite(logits).all():
         return dict.fromkeys(task.metrics, 0.0)

@@ -28,6 +28,10 @@ from qrlora_deploy.training.settings import default_rate
 HEAD_RATE = 1e-3
 """Of a head that trains beside an adapter, as `train --head output` has it."""
 
+STEPS_FACTOR = 12.3
+"""Over the square root of the steps: what the rate by the number of coefficients is multiplied by; see
+docs/preconditioning.md."""
+
 Projections = tuple[str, ...]
 """Of "query" and "value"; none means every linear layer of every block."""
 
@@ -47,10 +51,8 @@ class Method:
         rate_factor: of the default rate, to see how much depends on it.
         tau: share of energy that a basis keeps.
         budget: instead of `tau`: how many directions all layers have together, the same number in each.
-        sensitive: how many directions of all layers are kept by their gradients; None: all of the basis.
-        optimizer: "adamw", "prodigy" or "schedulefree".
         measured: whether a step's effect is measured instead of training.
-        automatic: whether the rate is the one that `train` measures, instead of the one by the number of coefficients.
+        by_steps: whether the rate also falls with the square root of the steps, by `STEPS_FACTOR`.
     """
 
     name: str
@@ -62,10 +64,8 @@ class Method:
     rate_factor: float = 1.0
     tau: float = TAU
     budget: int | None = None
-    sensitive: int | None = None
-    optimizer: str = "adamw"
     measured: bool = False
-    automatic: bool = False
+    by_steps: bool = False
 
 
 METHODS = {
@@ -92,7 +92,6 @@ PLACEMENTS = {
         Method("qr-even-300", "QR-LoRA, 300 over all linear layers", None, "qr", (), budget=300),
         Method("qr-even-640", "QR-LoRA, 640 over all linear layers", None, "qr", (), budget=640),
         Method("qr-even-3000", "QR-LoRA, 3,000 over all linear layers", None, "qr", (), budget=3000),
-        Method("qr-sens-640", "QR-LoRA, 640 by their gradients", None, "qr", (), tau=0.999, sensitive=640),
         Method("qr-tau95", "QR-LoRA, tau 0.95, all linear layers", None, "qr", (), tau=0.95),
     )
 }
@@ -100,8 +99,8 @@ PLACEMENTS = {
 
 
 def method_named(name: str) -> Method:
-    """A method, or a placement at a part of its rate ("qr-q4@0.25"), at the rate that `train` measures ("qr-q4@auto"),
-    by another optimiser ("qr-q4@prodigy"), or with only a step's effect measured ("qr-q4@measure").
+    """A method, or a placement at a part of its rate ("qr-q4@0.25"), at one that follows the steps too ("qr-q4@steps"), or
+    with a step's effect measured instead of training ("qr-q4@measure").
 
     Raises:
         InputError: there is no such method.
@@ -112,11 +111,8 @@ def method_named(name: str) -> Method:
         raise InputError(f"{name}: no such method; there are {', '.join(METHODS | PLACEMENTS)}")
     if way == "measure":
         return replace(method, name=name, measured=True)
-    if way == "auto":
-        return replace(method, name=name, automatic=True)
-    optimizer, _, part = way.partition(":")
-    if optimizer in ("prodigy", "schedulefree"):
-        return replace(method, name=name, optimizer=optimizer, rate_factor=float(part or 1.0))
+    if way == "steps":
+        return replace(method, name=name, by_steps=True)
     return replace(method, name=name, rate_factor=float(way)) if way else method
 
 
@@ -150,6 +146,10 @@ class Prepared:
     trainable: int
     file_bytes: Callable[[], int]
 
+    def at(self, rate: float) -> "Prepared":
+        """The same with another rate of what the method adds."""
+        return replace(self, rate=rate, groups=[self.groups[0] | {"lr": rate}, *self.groups[1:]])
+
 
 def head_names(model: Any) -> list[str]:
     """Parameters of the head: what is outside the encoder, and the pooler before it."""
@@ -164,7 +164,6 @@ def prepare(
     start: Checkpoint,
     train_head: bool,
     labels: tuple[str, ...],
-    chosen: Callable[[Any, Basis], Basis] | None = None,
 ) -> Prepared:
     """Freeze `model`, add what the method trains, and say how to write it.
 
@@ -174,7 +173,6 @@ def prepare(
         start: the checkpoint with these weights, which the basis of a QR method is made from.
         train_head: whether an adapter has the head trained along.
         labels: names of the outputs, for the coefficients file.
-        chosen: of a model and a basis, the part of the basis that is trained; None: all of it.
 
     Raises:
         InputError: a layer is missing.
@@ -189,7 +187,6 @@ def prepare(
         return _prepared(model, {}, trained, _given(method), lambda: _tensor_bytes(trained))
     if method.kind == "qr":
         basis = make_basis(method, start, device)
-        basis = chosen(model, basis) if chosen else basis
         adapters = attach(model, basis)
         precondition(adapters)
         parameters = {name: adapter.u for name, adapter in adapters.items()}

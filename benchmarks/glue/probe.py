@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.glue.loop import _loss
+from benchmarks.glue.loop import loss_of
 from benchmarks.glue.tasks import Rows, Task
 from qrlora_deploy.tasks.regression import Regression
 
@@ -61,7 +61,9 @@ class _TailInput:
     """Catches what the last linear layer of the head reads."""
 
     def __init__(self, model: nn.Module) -> None:
-        last = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.startswith(model.base_model_prefix)][-1]
+        inside = str(model.base_model_prefix)
+        outer = [module for name, module in model.named_modules() if not name.startswith(inside)]
+        last = [module for module in outer if isinstance(module, nn.Linear)][-1]
         self.value = torch.empty(0)
         self._hook = last.register_forward_pre_hook(self._catch)
 
@@ -77,7 +79,7 @@ def _gradient(
 ) -> torch.Tensor:
     index = torch.from_numpy(chosen).to(rows.targets.device)
     logits: torch.Tensor = model(**rows.batch(chosen, index)).logits
-    loss = _loss(task, logits.float(), rows.targets[index])
+    loss = loss_of(task, logits.float(), rows.targets[index])
     return torch.cat([part.flatten() for part in torch.autograd.grad(loss, parameters)]).float()
 
 
@@ -108,7 +110,7 @@ def _measures(task: Task, before: Answers, after: Answers, rows: Rows, order: np
     if task.kind == Regression.name:
         variance = targets.double().var(correction=0)
         found["kl"] = (z1 - z).square().mean() / (2 * variance)
-        found["loss"] = ((z1[:, 0] - targets) ** 2).mean() / (2 * variance) - ((z[:, 0] - targets) ** 2).mean() / (2 * variance)
+        found["loss"] = ((z1[:, 0] - targets) ** 2 - (z[:, 0] - targets) ** 2).mean() / (2 * variance)
         found["relative"] = (z1 - z).square().mean() / (z - z.mean(0)).square().mean().clamp(min=1e-30)
     else:
         old, new = z.log_softmax(-1), z1.log_softmax(-1)

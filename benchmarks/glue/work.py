@@ -1,15 +1,16 @@
 """One worker process: takes runs that nobody else has, trains them, and records each as it is done."""
 
 import gc
+import math
 import os
 import platform
 import sys
 import time
 import traceback
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import cached_property, partial
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
@@ -17,12 +18,10 @@ import torch
 import transformers
 
 from benchmarks.glue.loop import OutOfTime, Schedule, Trace, train_model
-from benchmarks.glue.measured import with_own_rate
-from benchmarks.glue.methods import Method, Prepared, free, method_named, prepare
+from benchmarks.glue.methods import STEPS_FACTOR, Method, Prepared, free, method_named, prepare
 from benchmarks.glue.probe import probe
 from benchmarks.glue.records import Record, append_record, claimed, known_seconds, read_records
 from benchmarks.glue.runs import WARM_UP, Place, Run, undone
-from benchmarks.glue.sensitivity import keep_sensitive
 from benchmarks.glue.starts import (
     PRETRAINED,
     WARMED,
@@ -209,24 +208,17 @@ class Worker:
         checkpoint, model = self._start(run, labels, parts["train"])
         others = _allocated(self.job.device) - sum(part.nbytes for part in (*model.parameters(), *model.buffers()))
         torch.manual_seed(run.seed)  # of PEFT's factors
-        keep = partial(
-            keep_sensitive, count=method.sensitive or 0, task=task, rows=parts["train"], bf16=self.job.settings.bf16
-        )
-        chosen = keep if method.sensitive else None
-        prepared = prepare(method, model, checkpoint, run.start == PRETRAINED, labels, chosen)
+        prepared = prepare(method, model, checkpoint, run.start == PRETRAINED, labels)
         free(self.job.device)
-        if method.automatic:
-            prepared = with_own_rate(prepared, task, parts["train"], self._schedule(epochs, run.seed))
+        if method.by_steps:
+            steps = epochs * math.ceil(len(parts["train"]) / self.job.settings.batch_size)
+            prepared = prepared.at(prepared.rate * STEPS_FACTOR / math.sqrt(steps))
         if method.measured:
-            along = prepared.groups[1:]
             found = probe(prepared.model, prepared.groups[0]["params"], task, parts["train"], run.seed)
-            seconds = round(time.perf_counter() - began, 2)
-            return {"probe": found, "learning_rate": prepared.rate, "head_along": bool(along),
-                    "trainable_parameters": prepared.trainable, "seconds": seconds,
-                    "metrics": {}, "train_seconds": seconds}
+            return _measured(found, prepared, time.perf_counter() - began)
         if self.job.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        schedule = replace(self._schedule(epochs, run.seed), optimizer=method.optimizer)
+        schedule = self._schedule(epochs, run.seed)
         trace = train_model(prepared.model, prepared.groups, task, parts, schedule)
         self._pace = max(self._pace, (time.perf_counter() - began) / (epochs * len(parts["train"])))
         peak = torch.cuda.max_memory_allocated() - others if self.job.device == "cuda" else None
@@ -299,6 +291,11 @@ def _result(trace: Trace, prepared: Prepared, rows: int) -> Record:
         "file_bytes": prepared.file_bytes(),
         "train_seconds": round(trace.train_seconds, 3),
     }
+
+
+def _measured(found: Record, prepared: Prepared, seconds: float) -> Record:
+    own = {"learning_rate": prepared.rate, "trainable_parameters": prepared.trainable}
+    return {"probe": found, "metrics": {}, "train_seconds": round(seconds, 2), "seconds": round(seconds, 2)} | own
 
 
 def work(job: Job, index: int) -> None:

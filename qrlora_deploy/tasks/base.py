@@ -223,26 +223,6 @@ class Task(ABC):
         """
         raise NotImplementedError(f"{self.name} does not train in fleets")
 
-    def change(
-        self, before: Sequence["torch.Tensor"], after: Sequence["torch.Tensor"], targets: Sequence["torch.Tensor"]
-    ) -> float:
-        """How far answers are from those before, in nats an answer: the mean Kullback-Leibler divergence.
-
-        Args:
-            before: what `graded` gave for some batches.
-            after: the same later.
-            targets: of these batches.
-        """
-        import torch
-
-        parts = [self.divergences(*batch) for batch in zip(before, after, targets, strict=True)]
-        return float(torch.cat(parts).double().mean())
-
-    def divergences(self, before: "torch.Tensor", after: "torch.Tensor", targets: "torch.Tensor") -> "torch.Tensor":
-        """`[answers]` fp32, of each answer in a batch: here of the softmax over the last axis."""
-        old, new = before.float().log_softmax(-1), after.float().log_softmax(-1)
-        return (old.exp() * (old - new)).sum(-1).flatten()
-
     @abstractmethod
     def score(self, logits: np.ndarray, targets: np.ndarray, names: Sequence[str] = ()) -> dict[str, float]:
         """The `metrics`, all of them finite where the logits are.

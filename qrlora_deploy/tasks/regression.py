@@ -76,16 +76,6 @@ class Regression(Task):
         """The squared error of each row, as `Task.row_losses`."""
         return (logits[:, 0].float() - targets.float()) ** 2
 
-    def change(
-        self, before: Sequence["torch.Tensor"], after: Sequence["torch.Tensor"], targets: Sequence["torch.Tensor"]
-    ) -> float:
-        """As `Task.change`, of normal distributions about the numbers with the variance of the targets."""
-        import torch
-
-        variance = torch.cat(list(targets)).double().var(correction=0).clamp(min=1e-12)
-        moved = torch.cat([new - old for old, new in zip(before, after, strict=True)]).double()
-        return float(moved.square().mean() / (2 * variance))
-
     def decisive(self, logits: "torch.Tensor") -> "torch.Tensor":
         """The number."""
         return logits[:, :1]
