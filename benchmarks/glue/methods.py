@@ -99,8 +99,8 @@ PLACEMENTS = {
 
 
 def method_named(name: str) -> Method:
-    """A method, or a placement at a part of its rate ("qr-q4@0.25"), at one that follows the steps too ("qr-q4@steps"), or
-    with a step's effect measured instead of training ("qr-q4@measure").
+    """A method, or a placement at a part of its rate ("qr-q4@0.25"), at one that follows the steps too
+    ("qr-q4@steps"), or with a step's effect measured instead of training ("qr-q4@measure").
 
     Raises:
         InputError: there is no such method.
