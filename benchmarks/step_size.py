@@ -2,8 +2,8 @@
 
     python -m benchmarks.step_size benchmarks/results/step_size/runs.jsonl
 
-A set-up is a task, a start and a placement with at least three rates and a line of "@measure". Each rule has one constant,
-the best of a grid, for all set-ups; the table shows how many points it stays below the best rate of the sweep.
+A set-up is a task, a start and a placement with at least three rates and a line of "@measure". Each rule has one
+constant, the best of a grid, for all set-ups; the table shows how many points it stays below the best rate of the sweep.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.glue.records import read_records
+from benchmarks.glue.runs import WARM_UP
 from benchmarks.glue.tasks import ALL_TASKS
 
 BY_COUNT = "number of coefficients"
@@ -58,11 +59,11 @@ def read_setups(path: Path) -> list[Setup]:
     runs: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
     probes: dict[tuple[str, ...], dict[str, Any]] = {}
     for record in read_records(path):
-        place, _, way = record["method"].partition("@")
+        place = record["method"].partition("@")[0]
         key = (record["model"], record["task"], record["start"], place)
         if "probe" in record:
             probes[key] = record
-        elif "error" not in record and way:
+        elif "error" not in record and record["method"] != WARM_UP:
             runs[key].append(record)
     found = []
     for key, own in runs.items():
