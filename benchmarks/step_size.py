@@ -3,7 +3,7 @@
     python -m benchmarks.step_size benchmarks/results/step_size/runs.jsonl
 
 A set-up is a task, a start and a placement with at least three rates and a line of "@measure". Each rule has one
-constant, the best of a grid, for all set-ups; the table shows how many points it stays below the best rate of the sweep.
+constant, the best of a grid, for all set-ups; the table shows how many points it stays below the sweep's best rate.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def read_setups(path: Path) -> list[Setup]:
     probes: dict[tuple[str, ...], dict[str, Any]] = {}
     for record in read_records(path):
         place = record["method"].partition("@")[0]
-        key = (record["model"], record["task"], record["start"], place)
+        key: tuple[str, ...] = (record["model"], record["task"], record["start"], place)
         if "probe" in record:
             probes[key] = record
         elif "error" not in record and record["method"] != WARM_UP:
