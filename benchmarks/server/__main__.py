@@ -128,7 +128,7 @@ def port_of(server: Process) -> int:
     return int(server.first.strip().rpartition(":")[2])
 
 
-def load(port: int, clients: int = 1, **options: float) -> dict[str, Any]:
+def load(port: int, clients: int = 1, **options: float | str) -> dict[str, Any]:
     """What the client saw; of several clients the first one's percentiles, and the rows of all."""
     words = [f"--{name}={value}" for name, value in options.items()]
     command = [sys.executable, "-m", "benchmarks.server.load", f"--port={port}", *words]

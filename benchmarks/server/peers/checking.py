@@ -1,0 +1,66 @@
+"""Before anything is timed: every server answers as the model does that is asked without a server."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from benchmarks.server.load import drawn
+from benchmarks.server.peers.answering import Answers, Behind, PeftAnswerer, SessionAnswerer
+from benchmarks.server.peers.contestants import Running
+
+TOLERANCES = {"fp32": 1e-4, "fp16": 2e-2}
+"""Of a score, between rows of one batch and of another."""
+
+ROWS = (1, 16)
+REQUESTS = 24
+ADAPTERS = 8
+"""That the check makes again, and asks for."""
+
+Alone = Callable[[str, str], Answers]
+
+
+def reference(behind: Behind) -> Alone:
+    """One text of one customer, alone: by the session, or by PEFT's only active adapter."""
+    if behind.kind == "session":
+        session = SessionAnswerer(behind)
+        return lambda text, customer: session.answer([text], [customer])
+    # Adapters are drawn one after the other, so that the first ones are the same however many there are.
+    return PeftAnswerer(Behind(**vars(behind) | {"customers": ADAPTERS})).answer_alone
+
+
+def check(running: Running, alone: Alone) -> float:
+    """The largest difference of a score, over requests of one row and of many that come at the same time.
+
+    Raises:
+        SystemExit: a label or a score is another one, or customers make no difference.
+    """
+    behind, worst = running.contestant.behind, 0.0
+    customers = ADAPTERS if behind.kind == "peft" else behind.customers
+    for rows in ROWS:
+        requests = drawn(REQUESTS, rows, customers, seed=7)
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            found = list(pool.map(lambda request: running.ask(*request), requests))
+        for (texts, owners), answers in zip(requests, found, strict=True):
+            expected = [alone(text, owner) for text, owner in zip(texts, owners, strict=True)]
+            worst = max(worst, _difference(running, expected, answers))
+    _check_effect(running, alone)
+    return worst
+
+
+def _difference(running: Running, expected: Sequence[Answers], answers: Answers) -> float:
+    tolerance, worst = TOLERANCES[running.contestant.behind.precision], 0.0
+    for (labels, scores), label, score in zip(expected, *answers, strict=True):
+        worst = max(worst, abs(score - scores[0]))
+        # Two outputs may be as likely as each other.
+        if worst > tolerance or (label != labels[0] and scores[0] > 0.5 + tolerance):
+            raise SystemExit(
+                f"{running.contestant.name}: {label} {score}, but {labels[0]} {scores[0]} without a server"
+            )
+    return worst
+
+
+def _check_effect(running: Running, alone: Alone) -> None:
+    text = drawn(1, 1, 1, seed=7)[0][0][0]
+    names = sorted({owner for _, owners in drawn(8, 16, ADAPTERS, seed=7) for owner in owners})
+    scores = [alone(text, name)[1][0] for name in names]
+    if max(scores) - min(scores) < 2 * TOLERANCES[running.contestant.behind.precision]:
+        raise SystemExit(f"{running.contestant.name}: its customers make no difference, so that nothing is checked")
