@@ -149,10 +149,10 @@ def make(folder: Path, shape: str) -> None:
         pack(folder, count)
 
 
-def pack(folder: Path, count: int) -> None:
-    """A packed file of so many customers of the bundle."""
+def pack(folder: Path, count: int, spread: float = 0.5) -> None:
+    """A packed file of so many customers of the bundle, their coefficients drawn with this standard deviation."""
     manifest = open_bundle(folder / "bundle").manifest
-    values = np.random.default_rng(count).normal(0, 0.5, (count, manifest.total_rank)).astype(np.float32)
+    values = np.random.default_rng(count).normal(0, spread, (count, manifest.total_rank)).astype(np.float32)
     write_packed_blocks([([name_of(number) for number in range(count)], values)], folder / f"{count}.packed", manifest)
 
 

@@ -14,23 +14,21 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.common.measuring import environment
-from benchmarks.export_speed import ROOT, prepare, run_command, variables_of
-from benchmarks.server.__main__ import load, pack
+from benchmarks.export_speed import ROOT, variables_of
+from benchmarks.server.__main__ import load
+from benchmarks.server.gpu import CUSTOMERS, made
 from benchmarks.server.peers.answering import Behind
 from benchmarks.server.peers.checking import check, reference
 from benchmarks.server.peers.contestants import Contestant, Running, started
 from qrlora_deploy.io.files import write_json
 
-CUSTOMERS = 1_000
 VERSIONS = ("fastapi", "starlette", "uvicorn", "pydantic", "litserve", "mlserver", "peft", "torch", "transformers")
 PEFT = "peft behind litserve"
 
@@ -41,20 +39,21 @@ def contestants(folder: Path, options: argparse.Namespace) -> list[Contestant]:
     session = Behind("session", str(folder), CUSTOMERS, options.device, options.precision)
     peft = Behind("peft", str(folder), options.adapters, options.device, options.precision)
     litserve, mlserver = packages.get("litserve"), packages.get("mlserver")
-    fronts = max(1, options.processes)
+    most = max(options.processes)
+    fronts = max(1, most)
     found = [
-        Contestant("serve", None, session, options.processes),
+        Contestant("serve", None, session, most),
+        *(Contestant(f"serve, {n} fronts", None, session, n) for n in options.processes if n != most),
         Contestant("fastapi", "by_fastapi", session, 1, packages=litserve),
         Contestant("litserve", "by_litserve", session, fronts, packages=litserve),
         Contestant(PEFT, "by_litserve", peft, fronts, packages=litserve),
-        Contestant("mlserver", "by_mlserver", session, 1, "infer", mlserver),
+        Contestant("mlserver", "by_mlserver", session, 1, "infer", packages=mlserver),
     ]
-    if options.processes > 1:
-        workers = Contestant(
-            f"fastapi, {options.workers} sessions", "by_fastapi", session, options.workers, packages=litserve
-        )
-        found.append(workers)
-    return [one for one in found if one.name in options.only or not options.only]
+    if most > 1:
+        found.append(Contestant("serve, 2 engines", None, session, most, engines=2))
+        name = f"fastapi, {options.workers} sessions"
+        found.append(Contestant(name, "by_fastapi", session, options.workers, packages=litserve))
+    return [one for one in found if one.name not in options.without]
 
 
 def versions(contestant: Contestant) -> dict[str, str]:
@@ -129,15 +128,13 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         record["adapters"] = adapters_that_fit(folder, options.adapters_seconds)
         print(json.dumps(record["adapters"]), flush=True)
     references = {one.behind.kind: reference(one.behind) for one in asked}
-    with ExitStack() as stack:
-        servers = [stack.enter_context(started(one, folder)) for one in asked]
+    with started(asked, folder) as servers:
         record["servers"] = {}
         for one in servers:
-            worst = check(one, references[one.contestant.behind.kind])
-            told = {"customers": one.contestant.behind.customers, "processes": one.contestant.processes}
-            told |= {"max_difference": worst, "started_s": one.started_s, "versions": versions(one.contestant)}
-            record["servers"][one.contestant.name] = told
-            print(one.contestant.name, f"{worst:.1e}, there after {one.started_s:.1f} s", flush=True)
+            contestant, found = one.contestant, check(one, references[one.contestant.behind.kind])
+            told = {"customers": contestant.behind.customers, "processes": contestant.processes}
+            record["servers"][contestant.name] = told | found | {"versions": versions(contestant)}
+            print(contestant.name, found, flush=True)
         references.clear()
         record["by_rows"] = rounds(servers, options)
     return record
@@ -147,11 +144,11 @@ def main() -> None:
     """Command line of this script."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--packages", nargs="*", default=[], metavar="litserve|mlserver=FOLDER")
-    parser.add_argument("--only", nargs="+", default=[], help="names of servers; serve must be among them")
+    parser.add_argument("--without", nargs="+", default=[], help="names of servers that are left out")
     parser.add_argument("--shape", default="minilm", choices=["mpnet", "minilm"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--precision", default="fp32", choices=["fp32", "fp16"])
-    parser.add_argument("--processes", type=int, default=0, help="of serve, and LitServe's processes for HTTP")
+    parser.add_argument("--processes", type=int, nargs="+", default=[0], help="of serve; the most, of LitServe too")
     parser.add_argument("--workers", type=int, default=4, help="with --processes: FastAPI's, each with a session")
     parser.add_argument("--adapters", type=int, default=200, help="that PEFT has")
     parser.add_argument("--adapters-seconds", type=float, default=0.0, help="count how many PEFT adds in this time")
@@ -160,15 +157,11 @@ def main() -> None:
     parser.add_argument("--connections-of-16", type=int, default=4, help="of each, 16 rows a request")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4.0, help="of a server's turn")
+    parser.add_argument("--folder", type=Path, help="where an earlier run made its files, or to make them in")
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
     begin = time.perf_counter()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        prepare(folder, options.shape, ROOT)
-        kind = ("--precision", options.precision, "--provider", options.device)
-        run_command(ROOT, folder, "export", "base", "--basis", "basis.safetensors", *kind, "-o", "bundle")
-        pack(folder, CUSTOMERS)
+    with made(options.folder, options.shape, options.precision, options.device) as folder:
         record = measure(folder, options)
     asked = {name: getattr(options, name) for name in ("shape", "precision", "rounds", "seconds", "clients")}
     write_json(options.output, asked | record | {"environment": environment(options.device)})

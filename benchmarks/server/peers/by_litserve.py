@@ -11,7 +11,7 @@ import litserve
 from benchmarks.server.peers.answering import Answerer, Behind
 
 
-class Api(litserve.LitAPI):  # type: ignore[misc]  # Untyped where it is not installed.
+class Api(litserve.LitAPI):
     """Requests of several rows each meet in a batch."""
 
     model: Answerer

@@ -18,7 +18,7 @@ from benchmarks.server.load import MLSERVER_MODEL
 from benchmarks.server.peers.answering import Answerer, Behind
 
 
-class Peer(mlserver.MLModel):  # type: ignore[misc]  # Untyped where it is not installed.
+class Peer(mlserver.MLModel):
     """Inputs `text` and `customer`, outputs `label` and `score`."""
 
     model: Answerer

@@ -9,7 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
@@ -30,6 +30,7 @@ class Contestant:
         module: of `benchmarks.server.peers`; None: the product's own server.
         behind: what it answers by.
         processes: that it may have, in its own sense.
+        engines: of the product's server with processes, all on one device.
         form: of requests, of `FORMS`.
         packages: a folder whose packages come before the others.
     """
@@ -39,6 +40,7 @@ class Contestant:
     behind: Behind
     processes: int
     form: str = "classify"
+    engines: int = 1
     packages: Path | None = None
 
     def command(self, port: int) -> list[str]:
@@ -46,7 +48,7 @@ class Contestant:
         if self.module is not None:
             return [sys.executable, "-m", f"benchmarks.server.peers.{self.module}", str(port), str(self.processes)]
         packed = str(Path(self.behind.folder, f"{self.behind.customers}.packed"))
-        words = ("--packed", packed, "--port", str(port), "--provider", self.behind.device)
+        words = ("--packed", packed, "--port", str(port), *("--device", self.behind.device) * self.engines)
         options = ("--processes", str(self.processes)) if self.processes else ()
         bundle = str(Path(self.behind.folder, "bundle"))
         return [sys.executable, "-m", "qrlora_deploy.cli", "serve", bundle, *words, *options]
@@ -59,13 +61,12 @@ class Contestant:
         return variables
 
 
-@dataclass
+@dataclass(frozen=True)
 class Running:
     """A server that answers."""
 
     contestant: Contestant
     port: int
-    started_s: float = field(default=0.0)
 
     def ask(self, texts: Sequence[str], customers: Sequence[str]) -> Answers:
         """One request; labels and scores."""
@@ -81,42 +82,48 @@ class Running:
         return [one["label"] for one in body["answers"]], [one["score"] for one in body["answers"]]
 
 
-def free_port() -> int:
-    """A port with two free ones after it, as MLServer wants."""
+def free_ports() -> Iterator[int]:
+    """Ports with two free ones after each, as MLServer wants."""
     for port in range(20000 + os.getpid() % 5000 * 4, 60000, 4):
         sockets = [socket.socket() for _ in range(3)]
         try:
             for number, one in enumerate(sockets):
                 one.bind(("127.0.0.1", port + number))
-            return port
         except OSError:
             continue
         finally:
             for one in sockets:
                 one.close()
-    raise SystemExit("no port is free")
+        yield port
 
 
 @contextmanager
-def started(contestant: Contestant, folder: Path) -> Iterator[Running]:
-    """A server once it has answered, ended at the end. Its output is in the folder."""
-    port, begin = free_port(), time.perf_counter()
-    with (folder / f"{contestant.name}.log").open("wb") as log:
-        process = subprocess.Popen(
-            contestant.command(port), cwd=folder, env=dict(contestant.variables()), stdout=log, stderr=log
-        )
+def started(contestants: Sequence[Contestant], folder: Path) -> Iterator[list[Running]]:
+    """Servers, started side by side, once they have answered; ended at the end. Their outputs are in the folder."""
+    servers: list[tuple[Running, subprocess.Popen[bytes]]] = []
     try:
-        running = Running(contestant, port)
-        _wait(running, process, folder)
-        running.started_s = time.perf_counter() - begin
-        yield running
+        for port, contestant in zip(free_ports(), contestants, strict=False):
+            with (folder / f"{contestant.name}.log").open("wb") as log:
+                process = subprocess.Popen(
+                    contestant.command(port), cwd=folder, env=dict(contestant.variables()), stdout=log, stderr=log
+                )
+            servers.append((Running(contestant, port), process))
+        for running, process in servers:
+            _wait(running, process, folder)
+        yield [running for running, _ in servers]
     finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        for _, process in servers:
+            process.terminate()
+        for _, process in servers:
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _wait(running: Running, process: subprocess.Popen[bytes], folder: Path) -> None:
