@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 from benchmarks.server.load import drawn, name_of
 from benchmarks.server.peers.answering import Answers, Behind, PeftAnswerer, SessionAnswerer
@@ -22,9 +23,9 @@ def reference(behind: Behind) -> Alone:
     """One text of one customer, alone: by the session, or by PEFT's only active adapter."""
     if behind.kind == "session":
         session = SessionAnswerer(behind)
-        return lambda text, customer: session.answer([text], [customer])
+        return cache(lambda text, customer: session.answer([text], [customer]))
     # Adapters are drawn one after the other, so that the first ones are the same however many there are.
-    return PeftAnswerer(Behind(**vars(behind) | {"customers": ADAPTERS})).answer_alone
+    return cache(PeftAnswerer(Behind(**vars(behind) | {"customers": ADAPTERS})).answer_alone)
 
 
 def check(running: Running, alone: Alone) -> dict[str, float]:
