@@ -29,7 +29,7 @@ def run_engine(options: ChildOptions, control: Control) -> None:
     Raises:
         QrloraError: something cannot be opened.
     """
-    parts = EngineParts(options.engine_run())
+    parts = EngineParts(options.engine_run(), control.opening)
     try:
         with asyncio.Runner(loop_factory=uvicorn.Config("", log_config=None).get_loop_factory()) as runner:
             runner.run(EngineProcess(options, control, parts).run())
