@@ -105,7 +105,13 @@ def started(contestants: Sequence[Contestant], folder: Path) -> Iterator[list[Ru
         for port, contestant in zip(free_ports(), contestants, strict=False):
             with (folder / f"{contestant.name}.log").open("wb") as log:
                 process = subprocess.Popen(
-                    contestant.command(port), cwd=folder, env=dict(contestant.variables()), stdout=log, stderr=log
+                    [sys.executable, "-m", "benchmarks.server.peers.guarded", *contestant.command(port)],
+                    cwd=folder,
+                    env=dict(contestant.variables()),
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
                 )
             servers.append((Running(contestant, port), process))
         for running, process in servers:
@@ -113,17 +119,11 @@ def started(contestants: Sequence[Contestant], folder: Path) -> Iterator[list[Ru
         yield [running for running, _ in servers]
     finally:
         for _, process in servers:
-            process.terminate()
+            # What guards it ends it then, and all that it started.
+            assert process.stdin is not None
+            process.stdin.close()
         for _, process in servers:
-            _end(process)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    try:
-        process.wait(20)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+            process.wait()
 
 
 def _wait(running: Running, process: subprocess.Popen[bytes], folder: Path) -> None:
