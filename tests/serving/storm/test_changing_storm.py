@@ -29,7 +29,7 @@ from qrlora_deploy.serving.tokenizing import RowTokenizer
 from tests.serving.engine.place import alone
 from tests.serving.process import Served
 from tests.serving.storm.asking import INFER, SENTENCES, Expected, Rows, Tally, hostile_http, logits_of_json
-from tests.serving.storm.changing_keys import BOUND_S, ChangingKeys
+from tests.serving.storm.changing_keys import BOUND_S, ChangingKeys, Ticket
 from tests.serving.test_processes import children, httpx, is_ready, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -115,6 +115,12 @@ class Storm:
         with self.lock:
             self.tally.wrong.append(what)
 
+    def _ticket(self, chance: random.Random) -> Ticket:
+        """A key: mostly one that holds, else any of the last ones."""
+        holding = self.keys.holding()
+        with self.keys.lock:
+            return chance.choice(holding if holding and chance.random() < 0.7 else self.keys.tickets[-12:])
+
     def _post(self, client: Any, rows: Rows, key: str) -> Any:
         self.made += 1
         headers = {"authorization": f"Bearer {key}"} if key else {}
@@ -125,8 +131,7 @@ class Storm:
 
     def _good(self, client: Any, chance: random.Random) -> None:
         """A key asks for its own customers."""
-        with self.keys.lock:
-            ticket = chance.choice(self.keys.tickets[-12:])
+        ticket = self._ticket(chance)
         count = chance.choice((1, 1, 3, 9))
         rows = Rows(chance.choices(SENTENCES, k=count), chance.choices(ticket.customers, k=count))
         begin = time.monotonic()
@@ -152,8 +157,7 @@ class Storm:
 
     def _foreign(self, client: Any, chance: random.Random) -> None:
         """A key asks for somebody else, alone or beside its own: nobody is told anything."""
-        with self.keys.lock:
-            ticket = chance.choice(self.keys.tickets[-12:])
+        ticket = self._ticket(chance)
         other = chance.choice([*(name for name in NAMES if name not in ticket.customers), "nobody"])
         rows = Rows(SENTENCES[:2], [chance.choice((other, *ticket.customers)), other])
         reply = self._post(client, rows, ticket.key)
