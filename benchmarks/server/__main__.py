@@ -128,7 +128,7 @@ def port_of(server: Process) -> int:
     return int(server.first.strip().rpartition(":")[2])
 
 
-def load(port: int, clients: int = 1, **options: float) -> dict[str, Any]:
+def load(port: int, clients: int = 1, **options: float | str) -> dict[str, Any]:
     """What the client saw; of several clients the first one's percentiles, and the rows of all."""
     words = [f"--{name}={value}" for name, value in options.items()]
     command = [sys.executable, "-m", "benchmarks.server.load", f"--port={port}", *words]
@@ -149,10 +149,10 @@ def make(folder: Path, shape: str) -> None:
         pack(folder, count)
 
 
-def pack(folder: Path, count: int) -> None:
-    """A packed file of so many customers of the bundle."""
+def pack(folder: Path, count: int, spread: float = 0.5) -> None:
+    """A packed file of so many customers of the bundle, their coefficients drawn with this standard deviation."""
     manifest = open_bundle(folder / "bundle").manifest
-    values = np.random.default_rng(count).normal(0, 0.5, (count, manifest.total_rank)).astype(np.float32)
+    values = np.random.default_rng(count).normal(0, spread, (count, manifest.total_rank)).astype(np.float32)
     write_packed_blocks([([name_of(number) for number in range(count)], values)], folder / f"{count}.packed", manifest)
 
 

@@ -30,7 +30,7 @@ def run_engine(options: ChildOptions, control: Control) -> None:
     Raises:
         QrloraError: something cannot be opened.
     """
-    parts = EngineParts(options.engine_run())
+    parts = EngineParts(options.engine_run(), control.opening)
     try:
         loops = asyncio.Runner(loop_factory=uvicorn.Config("", log_config=None).get_loop_factory())
         with calm_collector(), loops as runner:

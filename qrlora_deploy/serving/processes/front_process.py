@@ -22,6 +22,7 @@ def run_front(options: ChildOptions, control: Control) -> None:
         QrloraError: something cannot be opened, or not everything was answered in time.
     """
     made_of = options.server
+    control.opening("what its requests are read by")
     keys = None if made_of.keys is None else Keys.open(made_of.keys, kept=made_of.kept_keys)
     links = [EngineLink(options.socket_of(number)) for number in range(len(options.devices))]
     models = Models([_served(places, links) for places in made_of.places])
@@ -41,6 +42,8 @@ def run_front(options: ChildOptions, control: Control) -> None:
     )
     control.stop, control.reload = server.stop, server.begin_reload
     control.state = lambda: front.counts.totals().as_record()
+    # It waits for the engines, which have bounds of their own.
+    control.opening("")
     try:
         server.run(control.ready)
     finally:
