@@ -153,12 +153,12 @@ def test_factorize_takes_a_rule_of_anybody(tiny_base: Path, tmp_path: Path) -> N
     page = (ROOT / "docs" / "factorization.md").read_text("utf-8")
     names: dict[str, Any] = {}
     exec(page.partition("```python\n")[2].partition("```")[0], names)
-    basis = qr.factorize(tiny_base, targets="query", rule=names["Budget"](20))
-    assert basis.total_rank == 20 and str(basis.rule) == "20 directions"
+    basis = qr.factorize(tiny_base, targets="query", rule=names["AboveShare"](0.02))
+    assert basis.total_rank >= 2 and str(basis.rule) == "shares of 0.02 and more"
     basis.save(tmp_path / "b.safetensors")
-    assert str(qr.Basis.load(tmp_path / "b.safetensors").rule) == 'budget {"total": 20}, unknown to this version'
-    with pytest.raises(InputError, match="rule, tau and rank exclude each other"):
-        qr.factorize(tiny_base, rule=names["Budget"](20), tau=0.5)
+    assert str(qr.Basis.load(tmp_path / "b.safetensors").rule) == 'above-share {"least": 0.02}, unknown to this version'
+    with pytest.raises(InputError, match="rule, tau, rank and budget exclude each other"):
+        qr.factorize(tiny_base, rule=names["AboveShare"](0.02), tau=0.5)
 
 
 def test_factorize_refuses_what_excludes_each_other(tiny_base: Path) -> None:

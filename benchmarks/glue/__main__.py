@@ -13,15 +13,12 @@ QR-LoRA at other rates than its default.
 """
 
 import argparse
-import multiprocessing
 import os
 import sys
 import time
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
-import torch
-
+from benchmarks.common.workers import start_workers
 from benchmarks.glue.methods import COMPARED, METHODS
 from benchmarks.glue.records import check_settings, read_records, set_aside
 from benchmarks.glue.report import plot_curves, render_table
@@ -32,8 +29,6 @@ from benchmarks.glue.work import Job, Settings, is_current, model_names, work
 from qrlora_deploy.errors import InputError, QrloraError
 from qrlora_deploy.models.checkpoint import open_checkpoint
 from qrlora_deploy.training.settings import choose_device
-
-VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 MARGIN_S = 10.0
 """Of a time budget, kept for the report and the workers' end."""
@@ -47,7 +42,7 @@ def run(job: Job, data: str) -> None:
     """
     job.place.make()
     check_settings(job.place.records, job.settings.record_again)
-    workers = _start_workers(job)
+    workers = start_workers(work, job, job.workers, job.device)
     try:
         _make_tokens(job, data)
     except QrloraError:
@@ -56,23 +51,6 @@ def run(job: Job, data: str) -> None:
         raise
     for worker in workers:
         worker.join()
-
-
-def _start_workers(job: Job) -> list[SpawnProcess]:
-    """One process after another, each of which sees one GPU: a library that asks for "cuda" means its first."""
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=work, args=(job, index)) for index in range(job.workers)]
-    given = os.environ.get(VISIBLE)
-    gpus = given.split(",") if given else [str(index) for index in range(torch.cuda.device_count())]
-    for index, worker in enumerate(workers):
-        if job.device == "cuda":
-            os.environ[VISIBLE] = gpus[index % len(gpus)]
-        worker.start()
-    if given is None:
-        os.environ.pop(VISIBLE, None)
-    else:
-        os.environ[VISIBLE] = given
-    return workers
 
 
 def _make_tokens(job: Job, data: str) -> None:

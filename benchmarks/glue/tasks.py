@@ -142,11 +142,18 @@ def write_tokens(
     Raises:
         InputError: as `read_part`.
     """
+    parts = {part: read_part(task, data, part, limit) for part in PARTS}
+    names = label_names(map(str, parts["train"].labels)) if task.kind == Classification.name else ("score",)
+    write_rows(task, parts, names, checkpoint, path, max_length)
+
+
+def write_rows(
+    task: Task, parts: dict[str, Examples], names: tuple[str, ...], checkpoint: Checkpoint, path: Path, max_length: int
+) -> None:
+    """Tokenise the parts of a task, by the names of `PARTS`, into the file that `read_tokens` reads."""
     tokenizer = checkpoint.tokenizer()
-    train = read_part(task, data, "train", limit)
-    names = label_names(map(str, train.labels)) if task.kind == Classification.name else ("score",)
     tensors: dict[str, np.ndarray] = {}
-    for part, examples in (("train", train), ("dev", read_part(task, data, "dev", limit))):
+    for part, examples in parts.items():
         encoded = tokenizer(examples.texts, examples.pairs, truncation=True, max_length=max_length)
         lengths = np.array([len(row) for row in encoded["input_ids"]])
         for name in encoded:

@@ -92,6 +92,13 @@ QUEUE_MS = FiniteRange(min=0, min_open=True, max=86_400_000)
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads within an operator.")
 @click.option("--buckets", metavar="ROWS:LENGTHS", help="Run in these shapes only, such as 1,8,32:32,128.")
 @click.option("--max-rows", type=COUNT, help="Rows of the table of customers; without it the table grows.")
+@click.option(
+    "--merged-cache-bytes",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Of merged weights of customers who have whole batches.",
+)
 @click.option("--max-answers", type=COUNT, default=8, show_default=True, help="Texts that are written side by side.")
 @click.option("--max-cache-mib", type=COUNT, default=1024, show_default=True, help="MiB of their keys and values.")
 @click.option("--max-batch-tokens", type=COUNT, default=16384, show_default=True, help="Rows x length of a run.")
@@ -235,6 +242,7 @@ def _run_options(**options: Any) -> "RunOptions":
         limits,
         options["max_answers"],
         options["max_cache_mib"] * 2**20,
+        options["merged_cache_bytes"],
     )
 
 

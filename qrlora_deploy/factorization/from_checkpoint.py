@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +18,7 @@ from qrlora_deploy.factorization.decomposition import (
     factorize_weight,
     pivoted_qr,
 )
+from qrlora_deploy.factorization.weighting import Moments, weighted
 from qrlora_deploy.formats.basis import Basis, BasisTarget
 from qrlora_deploy.io.arrays import on_disk
 from qrlora_deploy.models.checkpoint import Checkpoint
@@ -39,6 +41,7 @@ def factorize(
     device: str = "cpu",
     progress: Progress | None = None,
     scratch: Path | None = None,
+    moments: Moments | None = None,
 ) -> Basis:
     """Factorize the weights of the layers `names`.
 
@@ -51,6 +54,7 @@ def factorize(
             each weight counted twice, once for its diagonal.
         scratch: a folder where factors lie instead of in memory, for a basis that may be larger; it is the caller's to
             remove when the basis is written.
+        moments: of each layer's inputs, by which columns are weighted (`weighting.weighted`); None: all alike.
 
     Raises:
         InputError: the base is none of the supported kind or is not whole, a layer is missing, or its weight is
@@ -69,7 +73,9 @@ def factorize(
     checkpoint.check_base()
     _check_rank(checkpoint, names, rule)
     done: dict[str, BasisTarget] = {}
-    for name, q, r, diagonal in _results(checkpoint, names, rule, device, progress):
+    weights = _Weights(checkpoint, moments)
+    names, ranks = _planned(weights, names, rule, device, progress)
+    for name, q, r, diagonal in _results(weights, names, ranks, device):
         digest = checkpoint.tensor_digest(checkpoint.tensor_of(name))
         kept_q, kept_r = _placed([_stored(q), _stored(r)], scratch, len(done))
         done[name] = BasisTarget(name, kept_q, kept_r, _stored(diagonal), digest)
@@ -112,35 +118,71 @@ def _placed(arrays: list[np.ndarray], scratch: Path | None, number: int) -> list
         raise QrloraError(f"cannot write in {scratch}: {error.strerror or error}") from error
 
 
-def _results(
-    checkpoint: Checkpoint, names: list[str], rule: RankRule, device: str, progress: Progress | None
-) -> Iterator[Factors]:
-    """The factors of each target as soon as they are there, so that no more than a batch of them is whole at a time."""
+@dataclass(frozen=True)
+class _Weights:
+    """The weights of a base, and what their columns are weighted by."""
+
+    checkpoint: Checkpoint
+    moments: Moments | None
+
+    def read(self, name: str, device: str) -> torch.Tensor:
+        """The weight `[out, in]` as it is stored."""
+        return read_weight(self.checkpoint, name).to(device)
+
+    def factorized(self, name: str, device: str) -> torch.Tensor:
+        """What is factorized in its place, `[out, in]`."""
+        weight = self.read(name, device)
+        if self.moments is None:
+            return weight
+        with _naming(name):
+            return weighted(weight, self.moments[name])
+
+    def exact(self, name: str) -> np.ndarray:
+        """`factorized` in fp64 on the host."""
+        return self.factorized(name, "cpu").to(torch.float64).numpy()
+
+    def stacked(self, names: list[str]) -> torch.Tensor:
+        """`factorized` of several, on the GPU."""
+        return torch.stack([self.factorized(name, "cuda") for name in names])
+
+    def mapped(self, name: str, q: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+        """The R `[rank, in]` of the weight itself, from Q and the R of what was factorized."""
+        if self.moments is None:
+            return r
+        return q.mT.to(torch.float64) @ self.read(name, q.device.type).to(torch.float64)
+
+
+def _planned(
+    weights: _Weights, names: list[str], rule: RankRule, device: str, progress: Progress | None
+) -> tuple[list[str], Ranks]:
+    """The targets of which the rule keeps something, and what says how much of each."""
     if rule.per_target:
-        ranks: Ranks = partial(chosen_ranks, rule)
-    else:
-        # A pass for the diagonals alone: the factors of all targets in full would be larger than the base.
-        ranks = partial(_picked, chosen_ranks(rule, _diagonals(checkpoint, names, device, progress)))
-    for batch, place in _batches(checkpoint, names, device):
-        yield from (_by_lapack if place == "cpu" else _by_batch)(checkpoint, batch, ranks)
+        return names, partial(chosen_ranks, rule)
+    # A pass for the diagonals alone: the factors of all targets in full would be larger than the base.
+    chosen = chosen_ranks(rule, _diagonals(weights, names, device, progress))
+    return [name for name in names if chosen[name]], partial(_picked, chosen)
+
+
+def _results(weights: _Weights, names: list[str], ranks: Ranks, device: str) -> Iterator[Factors]:
+    """The factors of each target as soon as they are there, so that no more than a batch of them is whole at a time."""
+    for batch, place in _batches(weights.checkpoint, names, device):
+        yield from (_by_lapack if place == "cpu" else _by_batch)(weights, batch, ranks)
 
 
 def _picked(chosen: dict[str, int], diagonals: dict[str, np.ndarray]) -> dict[str, int]:
     return {name: chosen[name] for name in diagonals}
 
 
-def _diagonals(
-    checkpoint: Checkpoint, names: list[str], device: str, progress: Progress | None
-) -> dict[str, np.ndarray]:
+def _diagonals(weights: _Weights, names: list[str], device: str, progress: Progress | None) -> dict[str, np.ndarray]:
     """The whole diagonal of R of every target, in the order of `names`."""
     found: dict[str, np.ndarray] = {}
-    for batch, place in _batches(checkpoint, names, device):
+    for batch, place in _batches(weights.checkpoint, names, device):
         if place == "cpu":
-            found |= {name: _diagonal(checkpoint, name) for name in batch}
+            found |= {name: _diagonal(weights, name) for name in batch}
         else:
-            weights = _stacked(checkpoint, batch)
+            stacked = weights.stacked(batch)
             with _naming(", ".join(batch[:2])):
-                found |= zip(batch, diagonals_of(weights), strict=True)
+                found |= zip(batch, diagonals_of(stacked), strict=True)
         if progress:
             progress("diagonals", len(found), len(names))
     return {name: found[name] for name in names}
@@ -166,39 +208,35 @@ def _batches(checkpoint: Checkpoint, names: list[str], device: str) -> Iterator[
         yield from ((group[start : start + size], device) for start in range(0, len(group), size))
 
 
-def _diagonal(checkpoint: Checkpoint, name: str) -> np.ndarray:
+def _diagonal(weights: _Weights, name: str) -> np.ndarray:
+    weight = weights.exact(name)
     with _naming(name):
-        return diagonal_of(_exact(checkpoint, name))
+        return diagonal_of(weight)
 
 
-def _by_lapack(checkpoint: Checkpoint, names: list[str], ranks: Ranks) -> Iterator[Factors]:
+def _by_lapack(weights: _Weights, names: list[str], ranks: Ranks) -> Iterator[Factors]:
     for name in names:
+        weight = weights.exact(name)
         with _naming(name):
-            result = factorize_weight(_exact(checkpoint, name))
+            result = factorize_weight(weight)
         rank = ranks({name: result.diagonal})[name]
-        yield name, result.q[:, :rank], result.r[:rank], result.diagonal
+        q, r = result.q[:, :rank], result.r[:rank]
+        yield name, q, weights.mapped(name, torch.from_numpy(q), torch.from_numpy(r)).numpy(), result.diagonal
 
 
-def _by_batch(checkpoint: Checkpoint, names: list[str], ranks: Ranks) -> Iterator[Factors]:
+def _by_batch(weights: _Weights, names: list[str], ranks: Ranks) -> Iterator[Factors]:
     def named(diagonals: np.ndarray) -> dict[str, np.ndarray]:
         return dict(zip(names, diagonals, strict=True))
 
-    weights = _stacked(checkpoint, names)
+    stacked = weights.stacked(names)
     with _naming(", ".join(names[:2])):
-        found = pivoted_qr(weights, keep=lambda each: max(ranks(named(each)).values()))
-    # In fp32 as the basis stores them: half the way from the device.
-    q, r = found.q.float().cpu().numpy(), found.r.float().cpu().numpy()
+        found = pivoted_qr(stacked, keep=lambda each: max(ranks(named(each)).values()))
     diagonals = named(found.diagonal.cpu().numpy())
     for index, (name, rank) in enumerate(ranks(diagonals).items()):
-        yield name, q[index, :, :rank], r[index, :rank], diagonals[name]
-
-
-def _exact(checkpoint: Checkpoint, name: str) -> np.ndarray:
-    return read_weight(checkpoint, name).to(torch.float64).numpy()
-
-
-def _stacked(checkpoint: Checkpoint, names: list[str]) -> torch.Tensor:
-    return torch.stack([read_weight(checkpoint, name).to("cuda") for name in names])
+        q = found.q[index, :, :rank]
+        r = weights.mapped(name, q, found.r[index, :rank])
+        # In fp32 as the basis stores them: half the way from the device.
+        yield name, q.float().cpu().numpy(), r.float().cpu().numpy(), diagonals[name]
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from qrlora_deploy.io.strict import Record, from_value
 from qrlora_deploy.io.versions import Versions
 from qrlora_deploy.rank_rules.base import RankRule
 from qrlora_deploy.rank_rules.registry import read_rule, rule_of, stored_rule
+from qrlora_deploy.rank_rules.seen import Seen, read_seen
 
 FORMAT = "qrlora-basis"
 
@@ -67,6 +68,7 @@ class _Stored(_StoredTargets):
     basis_digest: str
     rule: dict[str, Any]
     versions: dict[str, str]
+    weighting: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ class BasisTarget:
         name: module path of the layer.
         q: `[out, rank]` fp32, orthonormal columns.
         r: `[rank, in]` fp32, columns in the order of `W`.
-        diagonal: `[min(out, in)]` fp32, the whole diagonal of R, from which the rank came.
+        diagonal: `[min(out, in)]` fp32, the whole diagonal of R, from which the rank came; first those of the kept
+            directions, in their order. Of a weighted basis it is the diagonal of what was factorized.
         weight_digest: SHA-256 of the stored bytes of the weight that was factorized.
     """
 
@@ -116,6 +119,8 @@ class Basis:
         rule: by which the ranks were chosen.
         versions: of the tools that made it.
         file: where it was read from or saved to, as an absolute path; None before that.
+        weighting: the data whose inputs to the layers weighted the columns; None: the weights were factorized as they
+            are.
     """
 
     targets: tuple[BasisTarget, ...]
@@ -123,6 +128,7 @@ class Basis:
     rule: RankRule
     versions: dict[str, str]
     file: Path | None = field(default=None, compare=False, repr=False)
+    weighting: Seen | None = None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Basis":
@@ -208,6 +214,8 @@ def write_basis(basis: Basis, path: Path) -> None:
         ],
         "versions": basis.versions,
     }
+    if basis.weighting is not None:
+        metadata["weighting"] = basis.weighting.record
     write_tensors(path, _tensors(basis.targets), metadata)
 
 
@@ -222,7 +230,8 @@ def read_basis(path: Path) -> Basis:
     stored = from_value(_Stored, metadata, f"{path}: the basis is incomplete or damaged")
     try:
         targets = tuple(_target(tensors, record) for record in stored.targets)
-        basis = Basis(targets, stored.base_name, read_rule(stored.rule), stored.versions, path.absolute())
+        seen = None if stored.weighting is None else read_seen(stored.weighting)
+        basis = Basis(targets, stored.base_name, read_rule(stored.rule), stored.versions, path.absolute(), seen)
     except InputError as error:
         raise FileFormatError(f"{path}: {error}") from error
     # A target named twice would have three tensors for two sets of coefficients.

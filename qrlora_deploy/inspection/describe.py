@@ -120,6 +120,7 @@ def _describe_basis(path: Path) -> Description:
         "digest": basis.digest,
         "base_name": basis.base_name,
         "rule": str(basis.rule),
+        **({"weighting": str(basis.weighting)} if basis.weighting else {}),
         "targets": len(basis.targets),
         "total_rank": basis.total_rank,
         "coefficient_bytes": 4 * basis.total_rank,

@@ -36,7 +36,8 @@ class RankRule(Protocol):
             diagonals: the whole diagonal of R by the target's name: `[min(out, in)]`, non-negative, not increasing.
 
         Returns:
-            The rank by the target's name, at least 1 and at most the length of its diagonal.
+            The rank by the target's name, at most the length of its diagonal, and at least 1; a rule that sees all
+            targets may give 0 to some, which leaves them out of the basis.
 
         Raises:
             InputError: the rule cannot be fulfilled.

@@ -2,32 +2,57 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from qrlora_deploy.errors import FileFormatError, InputError, QrloraError
+from qrlora_deploy.errors import FileFormatError, InputError, QrloraError, argument
 from qrlora_deploy.io.strict import from_json
 from qrlora_deploy.rank_rules.base import RankRule
+from qrlora_deploy.rank_rules.energy_budget import EnergyBudget
 from qrlora_deploy.rank_rules.energy_share import EnergyShare
+from qrlora_deploy.rank_rules.even_budget import EvenBudget
 from qrlora_deploy.rank_rules.fixed_rank import FixedRank
+from qrlora_deploy.rank_rules.sensitivity_budget import SensitivityBudget
 from qrlora_deploy.rank_rules.unknown import UnknownRule
 
-BY_KIND: dict[str, type[RankRule]] = {rule.kind: rule for rule in (EnergyShare, FixedRank)}
+BY_KIND: dict[str, type[RankRule]] = {
+    rule.kind: rule for rule in (EnergyShare, FixedRank, EvenBudget, EnergyBudget, SensitivityBudget)
+}
+
+SPREADS: dict[str, Callable[[int], RankRule]] = {"even": EvenBudget, "energy": EnergyBudget}
+"""How a budget may be spread over the weights, by the names that people give."""
 
 
-def rule_of(tau: float | None = None, rank: int | None = None) -> RankRule:
-    """The rule that `tau` or `rank` asks for; without either, half of the energy.
+def rule_of(
+    tau: float | None = None, rank: int | None = None, budget: int | None = None, spread: str | None = None
+) -> RankRule:
+    """The rule that `tau`, `rank`, or `budget` and `spread` ask for; without any, half of the energy.
+
+    A budget is spread evenly unless `spread` says otherwise.
 
     Raises:
-        InputError: both are given, or one is out of range.
+        InputError: more than one is given, one is out of range, or there is no such spread.
     """
-    if tau is not None and rank is not None:
-        raise InputError("tau and rank exclude each other; give one of them")
+    asked = [name for name, value in (("tau", tau), ("rank", rank), ("budget", budget)) if value is not None]
+    if len(asked) > 1:
+        raise InputError(f"{' and '.join(asked)} exclude each other; give one of them")
+    if budget is not None:
+        return _budget_rule(budget, "even" if spread is None else spread)
+    if spread is not None:
+        raise InputError(
+            f"{argument('spread', spread)} needs {argument('budget')}, the number of directions it spreads"
+        )
     if rank is not None:
         return FixedRank(rank)
     return EnergyShare() if tau is None else EnergyShare(tau)
+
+
+def _budget_rule(budget: int, spread: str) -> RankRule:
+    if spread not in SPREADS:
+        raise InputError(f"{argument('spread')} must be {' or '.join(SPREADS)}, not {spread}")
+    return SPREADS[spread](budget)
 
 
 def stored_rule(rule: RankRule) -> dict[str, Any]:
@@ -80,15 +105,19 @@ def chosen_ranks(rule: RankRule, diagonals: Mapping[str, np.ndarray]) -> dict[st
     """The rule's rank of each target, in the order of `diagonals`, checked: a rule may be anybody's.
 
     Raises:
-        InputError: the rule refuses, or leaves a target out, or gives a rank that the target cannot have.
+        InputError: the rule refuses, or says nothing of a target, or gives a rank that the target cannot have.
     """
     ranks = rule.choose(diagonals)
     if not isinstance(ranks, Mapping) or ranks.keys() != diagonals.keys():
         raise InputError(f"the rank rule {rule.kind} must give one rank for each target, and no other")
+    least = 1 if rule.per_target else 0
     for name, diagonal in diagonals.items():
         rank = ranks[name]
-        if not isinstance(rank, int | np.integer) or isinstance(rank, bool) or not 1 <= rank <= len(diagonal):
+        if not isinstance(rank, int | np.integer) or isinstance(rank, bool) or not least <= rank <= len(diagonal):
             raise InputError(
-                f"the rank rule {rule.kind} gives {name} rank {rank!r}, not a whole number from 1 to {len(diagonal)}"
+                f"the rank rule {rule.kind} gives {name} rank {rank!r}, not a whole number from {least} to "
+                f"{len(diagonal)}"
             )
+    if not any(ranks.values()):
+        raise InputError(f"the rank rule {rule.kind} keeps no direction of any target")
     return {name: int(ranks[name]) for name in diagonals}

@@ -43,6 +43,7 @@ class RunOptions:
         limits: of the engine.
         max_answers: that a decoder writes side by side.
         max_cache_bytes: memory of a decoder's keys and values.
+        merged_cache_bytes: memory of merged weights, as for `SwitchableSession`.
     """
 
     provider: str = "cpu"
@@ -53,6 +54,7 @@ class RunOptions:
     limits: Limits = field(default_factory=Limits)
     max_answers: int = 8
     max_cache_bytes: int = 2**30
+    merged_cache_bytes: int = 0
 
     @property
     def device(self) -> Device:
@@ -218,7 +220,12 @@ def _open_session(bundle: Bundle, options: RunOptions) -> Session:
     if bundle.manifest.kind == "merged":
         return MergedModel(bundle, options.device, options.threads, options.buckets)
     return SwitchableSession(
-        bundle, options.device, max_rows=options.max_rows, threads=options.threads, buckets=options.buckets
+        bundle,
+        options.device,
+        max_rows=options.max_rows,
+        threads=options.threads,
+        buckets=options.buckets,
+        merged_cache_bytes=options.merged_cache_bytes,
     )
 
 
@@ -261,4 +268,4 @@ def refuse_decoders(places: Sequence[ModelPlaces], what: str) -> None:
     """
     for place in places:
         if open_bundle(place.bundle, graph=False).manifest.deciding_task.writes_text:
-            raise InputError(f"{place.bundle} writes text, which one process does alone; leave out {what}")
+            raise InputError(f"{place.bundle} writes text, which is not served by {what}; leave it out")

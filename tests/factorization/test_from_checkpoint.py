@@ -23,7 +23,9 @@ from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.models.targets import choose_targets
 from qrlora_deploy.models.weight_files import SINGLE
 from qrlora_deploy.rank_rules.base import RankRule
+from qrlora_deploy.rank_rules.energy_budget import EnergyBudget
 from qrlora_deploy.rank_rules.energy_share import EnergyShare
+from qrlora_deploy.rank_rules.even_budget import EvenBudget
 from qrlora_deploy.rank_rules.fixed_rank import FixedRank
 from qrlora_deploy.rank_rules.unknown import UnknownRule
 from tests.rank_rules.ranks import rank_of
@@ -127,6 +129,25 @@ def test_a_rule_may_see_all_targets_at_once(bert: Checkpoint, tiny_basis: Basis,
     basis.save(tmp_path / "budget.safetensors")
     # Readers that do not have the rule say what it was.
     assert str(read_basis(tmp_path / "budget.safetensors").rule) == 'budget {"total": 40}, unknown to this version'
+
+
+@pytest.mark.parametrize("rule", [EvenBudget(41), EnergyBudget(41), EnergyBudget(3)])
+def test_a_budget_keeps_leading_directions_and_leaves_out_what_has_none(
+    bert: Checkpoint, tiny_basis: Basis, tmp_path: Path, rule: EvenBudget | EnergyBudget
+) -> None:
+    seen: list[tuple[str, int, int]] = []
+    basis = factorize(bert, tiny_basis.names, rule, progress=lambda *step: seen.append(step))
+    wholes = {name: factorize_weight(read_weight(bert, name).double().numpy()) for name in tiny_basis.names}
+    ranks = rule.choose({name: whole.diagonal for name, whole in wholes.items()})
+    assert basis.total_rank == rule.total and basis.ranks == {name: rank for name, rank in ranks.items() if rank}
+    for target in basis.targets:
+        whole = wholes[target.name]
+        np.testing.assert_allclose(target.q, whole.q[:, : target.rank], **BASIS_FP32)
+        np.testing.assert_allclose(target.r, whole.r[: target.rank], **BASIS_FP32)
+    assert seen[-1] == ("factorize", len(basis.targets), len(basis.targets))
+    basis.save(tmp_path / "budget.safetensors")
+    assert read_basis(tmp_path / "budget.safetensors").rule == rule
+    attach(bert.load_model(), basis)
 
 
 def test_two_passes_give_the_bits_of_one(bert: Checkpoint, gpt2: Checkpoint, tiny_basis: Basis) -> None:

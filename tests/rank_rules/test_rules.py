@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from qrlora_deploy.errors import FileFormatError, InputError
 from qrlora_deploy.rank_rules.base import RankRule
+from qrlora_deploy.rank_rules.energy_budget import EnergyBudget
 from qrlora_deploy.rank_rules.energy_share import EnergyShare
+from qrlora_deploy.rank_rules.even_budget import EvenBudget
 from qrlora_deploy.rank_rules.fixed_rank import FixedRank
 from qrlora_deploy.rank_rules.registry import BY_KIND, check_rule, chosen_ranks, read_rule, rule_of, stored_rule
 from qrlora_deploy.rank_rules.unknown import UnknownRule
@@ -84,17 +86,40 @@ def test_a_rule_that_makes_no_sense_is_refused(tau: float | None, rank: int | No
 
 def test_options_give_rules() -> None:
     assert (rule_of(), rule_of(tau=0.25), rule_of(rank=4)) == (EnergyShare(0.5), EnergyShare(0.25), FixedRank(4))
+    assert rule_of(budget=9) == rule_of(budget=9, spread="even") == EvenBudget(9)
+    assert rule_of(budget=9, spread="energy") == EnergyBudget(9)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"budget": 9, "rank": 4}, "rank and budget exclude each other"),
+        ({"budget": 9, "spread": "odd"}, "spread must be even or energy, not odd"),
+        ({"rank": 9, "spread": "even"}, "spread='even' needs budget"),
+        ({"budget": 0}, "budget=0 must be at least 1 and at most 2147483647"),
+        ({"budget": 0, "spread": "energy"}, "budget=0 must be at least 1"),
+    ],
+)
+def test_a_budget_that_makes_no_sense_is_refused(asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        rule_of(**asked)
 
 
 def test_what_files_keep_of_the_rules_there_are() -> None:
     # Written out: a name that changes would make every file's rule unknown.
     assert stored_rule(EnergyShare(0.25)) == {"kind": "energy-share", "tau": 0.25}
     assert stored_rule(FixedRank(4)) == {"kind": "fixed-rank", "rank": 4}
-    assert BY_KIND.keys() == {"energy-share", "fixed-rank"}
+    assert stored_rule(EvenBudget(4)) == {"kind": "even-budget", "total": 4}
+    assert stored_rule(EnergyBudget(4)) == {"kind": "energy-budget", "total": 4}
+    assert BY_KIND.keys() == {"energy-share", "fixed-rank", "even-budget", "energy-budget", "sensitivity-budget"}
     assert (str(EnergyShare(0.25)), str(FixedRank(4))) == ("tau 0.25", "rank 4")
+    assert (str(EvenBudget(4)), str(EnergyBudget(4))) == ("4 directions, evenly", "4 directions, by energy")
 
 
-@pytest.mark.parametrize("rule", [EnergyShare(1.0), FixedRank(7), UnknownRule("budget", {"total": 9, "per": ["a"]})])
+@pytest.mark.parametrize(
+    "rule",
+    [EnergyShare(1.0), FixedRank(7), EvenBudget(9), EnergyBudget(9), UnknownRule("budget", {"total": 9, "per": ["a"]})],
+)
 def test_a_stored_rule_is_read_again(rule: RankRule) -> None:
     assert read_rule(stored_rule(rule)) == rule
 
@@ -158,11 +183,12 @@ class Answering:
     [
         ({"a": 1}, "answering must give one rank for each target"),
         ({"a": 1, "b": 1, "c": 1}, "one rank for each target, and no other"),
-        ({"a": 1, "b": 0}, "answering gives b rank 0, not a whole number from 1 to 2"),
+        ({"a": 1, "b": -1}, "answering gives b rank -1, not a whole number from 0 to 2"),
+        ({"a": 0, "b": 0}, "the rank rule answering keeps no direction of any target"),
         ({"a": 2.5, "b": 1}, "answering gives a rank 2.5, not a whole number"),
         ({"a": "2", "b": 1}, "answering gives a rank '2', not a whole number"),
         (None, "must give one rank for each target"),
-        ({"a": 4, "b": 1}, "answering gives a rank 4, not a whole number from 1 to 3"),
+        ({"a": 4, "b": 1}, "answering gives a rank 4, not a whole number from 0 to 3"),
     ],
 )
 def test_what_a_rule_answers_is_checked(answer: dict[str, int], message: str) -> None:

@@ -6,8 +6,10 @@ from qrlora_deploy.serving.assembly import grpc_companion, tracing_of
 from qrlora_deploy.serving.http.front import Front
 from qrlora_deploy.serving.opening import ModelPlaces
 from qrlora_deploy.serving.processes.control import Control, SharedMetrics, SharedWindow
+from qrlora_deploy.serving.processes.engine_link import EngineLink
 from qrlora_deploy.serving.processes.options import ChildOptions
-from qrlora_deploy.serving.processes.remote_engine import EngineLink, RemoteEngine
+from qrlora_deploy.serving.processes.remote_engine import RemoteEngine
+from qrlora_deploy.serving.processes.remote_writer import RemoteWriter
 from qrlora_deploy.serving.served import Models, ServedModel
 from qrlora_deploy.serving.server import Server
 from qrlora_deploy.serving.tokenizing import RowTokenizer
@@ -55,5 +57,8 @@ def _read_again(keys: Keys) -> None:
 
 def _served(places: ModelPlaces, links: list[EngineLink]) -> ServedModel:
     bundle = open_bundle(places.bundle)
+    if bundle.manifest.deciding_task.writes_text:
+        writer = RemoteWriter(links, places.name, bundle)
+        return ServedModel(places.name, bundle, writer, RowTokenizer(bundle), writer=writer)
     engine = RemoteEngine(links, places.name, bundle.manifest)
     return ServedModel(places.name, bundle, engine, RowTokenizer(bundle))

@@ -12,12 +12,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from qrlora_deploy.errors import InputError, QrloraError, argument
+from qrlora_deploy.errors import InputError, QrloraError
 from qrlora_deploy.io.temporary import scratch_folder
 from qrlora_deploy.runtime.host.devices import Device
 from qrlora_deploy.serving.addresses import at_port, bound_socket
 from qrlora_deploy.serving.assembly import AssemblyOptions
-from qrlora_deploy.serving.opening import refuse_decoders
 from qrlora_deploy.serving.processes.children import Child
 from qrlora_deploy.serving.processes.control import Order
 from qrlora_deploy.serving.processes.gathering import Gathering
@@ -63,7 +62,6 @@ class Supervisor:
         for device in self._devices:
             # Said at once, and not by a process once it has opened everything else.
             Device.of(device)
-        refuse_decoders(options.places, argument("processes"))
         self._log_json = log_json
         self._held: list[socket.socket] = []
         server = options.server

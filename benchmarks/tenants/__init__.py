@@ -1,0 +1,1 @@
+"""One basis for many customers: chosen on some, judged on others."""
