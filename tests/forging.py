@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from qrlora_deploy.io.files import METADATA_KEY, write_tensors
+from qrlora_deploy.io.files import write_tensors
+from qrlora_deploy.io.sealing import METADATA_KEY
 from qrlora_deploy.runtime.bundle.bundle import digest_files
 
 Change = Callable[[dict[str, Any], dict[str, np.ndarray]], Any]

@@ -12,8 +12,9 @@ import numpy as np
 from pydantic import BaseModel
 
 from qrlora_deploy.errors import FileFormatError, InputError
-from qrlora_deploy.io.files import digest_arrays, has_format, read_tensors, stored_record, write_tensors
+from qrlora_deploy.io.files import has_format, read_tensors, stored_record, write_tensors
 from qrlora_deploy.io.outputs import prepare_file
+from qrlora_deploy.io.sealing import digest_arrays
 from qrlora_deploy.io.strict import Record, from_value
 from qrlora_deploy.io.versions import Versions
 from qrlora_deploy.rank_rules.base import RankRule

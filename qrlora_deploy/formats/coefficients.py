@@ -13,8 +13,9 @@ from pydantic import BaseModel
 
 from qrlora_deploy.errors import BasisMismatchError, FileFormatError, InputError
 from qrlora_deploy.formats.basis import Basis
-from qrlora_deploy.io.files import digest_arrays, has_format, read_tensors, write_tensors
+from qrlora_deploy.io.files import has_format, read_tensors, write_tensors
 from qrlora_deploy.io.outputs import prepare_file
+from qrlora_deploy.io.sealing import digest_arrays
 from qrlora_deploy.io.strict import from_value
 from qrlora_deploy.io.tensor_content import read_tensors_content
 from qrlora_deploy.io.versions import Versions

@@ -16,8 +16,8 @@ from qrlora_deploy.formats.coefficients import Coefficients, read_coefficients
 from qrlora_deploy.formats.config_file import ModelConfig, label_names, read_model_config
 from qrlora_deploy.formats.provenance import FILE_NAME as PROVENANCE
 from qrlora_deploy.formats.provenance import read_provenance
-from qrlora_deploy.io.files import METADATA_KEY
 from qrlora_deploy.io.reading import is_file, parse_json, readable
+from qrlora_deploy.io.sealing import METADATA_KEY
 from qrlora_deploy.models.locating import locate_basis
 from qrlora_deploy.models.output_names import output_names
 from qrlora_deploy.models.weight_files import digest_of, read_headers, weight_files

@@ -17,24 +17,17 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from qrlora_deploy.errors import FileFormatError, InputError, QrloraError, library_errors
+from qrlora_deploy.errors import InputError, QrloraError, library_errors
 from qrlora_deploy.io.arrays import mapped_arrays, save_arrays
 from qrlora_deploy.io.outputs import check_file, check_free_folder, check_report_folder
 from qrlora_deploy.io.reading import is_file, parse_json, readable
+from qrlora_deploy.io.sealing import METADATA_KEY, Allows, check_parts, content_digest, read_record, unsealed
 from qrlora_deploy.io.temporary import LOCK, temporary_folder
 from qrlora_deploy.io.versions import Versions
-
-METADATA_KEY = "qrlora"
-"""All metadata is one JSON text under one key: safetensors keeps no order between keys, and
-with a single one the same content gives the same bytes."""
-
-MAX_METADATA_BYTES = 16 * 2**20
 
 TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 """What a rename of a folder says where something is there already."""
 
-Allows = Callable[[dict[str, Any], str, tuple[int, ...]], bool]
-"""Says from (metadata, name, shape) whether a tensor belongs in a file."""
 
 MAPPED_BYTES = 2**30
 """A file of at least so many is mapped: it may be larger than the memory. Smaller ones are copied, so that nobody who
@@ -183,22 +176,13 @@ def digest_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def digest_arrays(arrays: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 over name, dtype, shape and bytes of each array, in the order given."""
-    digest = hashlib.sha256()
-    for name, array in arrays.items():
-        digest.update(f"{name}:{array.dtype.str}:{array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
-
-
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, Any]) -> None:
     """Write a safetensors file with one metadata record, atomically and reproducibly.
 
     The record gains `content_digest`, the SHA-256 of everything else in the file, so that a
     change to a tensor or to the metadata is noticed by `read_tensors`.
     """
-    sealed = metadata | {"content_digest": _content_digest(tensors, metadata)}
+    sealed = metadata | {"content_digest": content_digest(tensors, metadata)}
     record = json.dumps(sealed, sort_keys=True, separators=(",", ":"), allow_nan=False)
     contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     with atomic_file(path) as temporary:
@@ -273,46 +257,3 @@ def read_tensors(
             mapped = path.stat().st_size >= MAPPED_BYTES
             tensors = mapped_arrays(path) if mapped else {name: file.get_tensor(name) for name in parts}
     return tensors, unsealed(path, tensors, metadata, versions)
-
-
-def check_parts(
-    path: Path | str, kind: str, metadata: dict[str, Any], parts: dict[str, tuple[str, tuple[int, ...]]], allows: Allows
-) -> None:
-    """Refuse tensors, dtype and shape by name, that do not belong in a file of this kind."""
-    for name, (dtype, shape) in parts.items():
-        if dtype != "F32" or not allows(metadata, name, shape):
-            raise FileFormatError(f"{path}: unexpected tensor {name!r} {dtype}{list(shape)} in a {kind} file")
-
-
-def unsealed(
-    path: Path | str, tensors: Mapping[str, np.ndarray], metadata: dict[str, Any], versions: Versions, text: str = ""
-) -> dict[str, Any]:
-    """The record of today, of a file whose content is what its digest says; `text` is the record as it was read."""
-    expected = metadata.pop("content_digest", None)
-    # As it was written, but for the digest: to write the record again takes much longer.
-    written = text.replace(f'"content_digest":"{expected}",', "", 1)
-    if expected != _text_digest(tensors, written) and expected != _content_digest(tensors, metadata):
-        raise FileFormatError(f"{path} was changed after it was written: its content digest does not fit")
-    return versions.upgraded(path, metadata, f"{path} is incomplete or damaged")
-
-
-def read_record(path: Path | str, raw: dict[str, str] | None, kind: str, versions: Versions) -> dict[str, Any]:
-    """The record of a file from its safetensors metadata, of a version that is read."""
-    wrong = f"{path} is not a {kind} file"
-    text = (raw or {}).get(METADATA_KEY, "")
-    if len(raw or {}) != 1 or len(text) > MAX_METADATA_BYTES:
-        raise FileFormatError(wrong)
-    metadata = parse_json(text, wrong)
-    if not isinstance(metadata, dict) or metadata.get("format") != kind:
-        raise FileFormatError(wrong)
-    versions.check(path, metadata.get("format_version"))
-    return metadata
-
-
-def _content_digest(tensors: Mapping[str, np.ndarray], metadata: dict[str, Any]) -> str:
-    return _text_digest(tensors, json.dumps(metadata, sort_keys=True, separators=(",", ":")))
-
-
-def _text_digest(tensors: Mapping[str, np.ndarray], record: str) -> str:
-    ordered = {name: tensors[name] for name in sorted(tensors)}
-    return hashlib.sha256((record + digest_arrays(ordered)).encode()).hexdigest()

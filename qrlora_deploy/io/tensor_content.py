@@ -8,7 +8,7 @@ import numpy as np
 import safetensors
 
 from qrlora_deploy.errors import library_errors
-from qrlora_deploy.io.files import METADATA_KEY, Allows, check_parts, read_record, unsealed
+from qrlora_deploy.io.sealing import METADATA_KEY, Allows, check_parts, read_record, unsealed
 from qrlora_deploy.io.versions import Versions
 
 HEADER = 8

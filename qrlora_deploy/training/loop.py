@@ -10,11 +10,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from torch import nn
-from transformers import (
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from qrlora_deploy.errors import InputError, QrloraError, argument, library_errors

@@ -17,9 +17,9 @@ from tests.tiny import LABELS, SENTENCES
 
 READERS = {
     "inspect acme.safetensors": (
-        "io.files._read_record",
-        "io.files._content_digest",
-        "io.files.digest_arrays",
+        "io.files.read_record",
+        "io.sealing.content_digest",
+        "io.sealing.digest_arrays",
         "formats.coefficients._allows",
         "formats.coefficients._check",
         "formats.coefficients.from_value",

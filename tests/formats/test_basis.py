@@ -14,7 +14,8 @@ from hypothesis.extra import numpy as hnp
 from qrlora_deploy.errors import FileFormatError, InputError, QrloraError
 from qrlora_deploy.formats.basis import FORMAT, VERSIONS, Basis, BasisTarget, read_basis, write_basis
 from qrlora_deploy.inspection.describe import describe
-from qrlora_deploy.io.files import METADATA_KEY, digest_file
+from qrlora_deploy.io.files import digest_file
+from qrlora_deploy.io.sealing import METADATA_KEY
 from qrlora_deploy.rank_rules.energy_share import EnergyShare
 from qrlora_deploy.rank_rules.fixed_rank import FixedRank
 from tests.forging import Change, forge

@@ -17,15 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from qrlora_deploy.errors import FileFormatError, InputError, QrloraError
-from qrlora_deploy.io.files import (
-    atomic_file,
-    atomic_folder,
-    digest_arrays,
-    digest_file,
-    read_tensors,
-    write_json,
-    write_tensors,
-)
+from qrlora_deploy.io.files import atomic_file, atomic_folder, digest_file, read_tensors, write_json, write_tensors
+from qrlora_deploy.io.sealing import digest_arrays
 from qrlora_deploy.io.versions import Versions
 
 KIND = "qrlora-test"

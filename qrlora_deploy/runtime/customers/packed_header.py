@@ -20,8 +20,8 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from qrlora_deploy.errors import FileFormatError
-from qrlora_deploy.io.files import MAX_METADATA_BYTES, METADATA_KEY
 from qrlora_deploy.io.reading import parse_json
+from qrlora_deploy.io.sealing import MAX_METADATA_BYTES, METADATA_KEY
 from qrlora_deploy.io.strict import Record, from_value
 from qrlora_deploy.io.versions import Versions
 from qrlora_deploy.runtime.bundle.bundle import Manifest

@@ -54,7 +54,6 @@ from qrlora_deploy.serving.served import VERSION, Models, ServedModel
 
 HEADER_LENGTH = "inference-header-content-length"
 BINARY = "application/octet-stream"
-METRICS = "text/plain; version=0.0.4; charset=utf-8"
 
 
 @dataclass
@@ -298,4 +297,4 @@ def _infer_reply(written: InferAnswer) -> Response:
 
 async def scraped(metrics: Metrics, request: Request, access: Access) -> Response:
     """For Prometheus."""
-    return Response(await metrics.scrape(), headers={"content-type": METRICS})
+    return Response(await metrics.scrape(), headers={"content-type": "text/plain; version=0.0.4; charset=utf-8"})
