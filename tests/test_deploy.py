@@ -5,6 +5,9 @@ import copy
 import json
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +101,19 @@ def test_nothing_runs_as_root_or_writes_to_the_root() -> None:
     assert re.search(r"^USER 10001$", DOCKERFILE, re.MULTILINE)
     assert POD["securityContext"]["runAsNonRoot"] and CONTAINER["securityContext"]["readOnlyRootFilesystem"]
     assert COMPOSE["read_only"] and UNIT["Service"]["DynamicUser"] == UNIT["Service"]["NoNewPrivileges"] == "yes"
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze comes with systemd")
+def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path) -> None:
+    text = (FOLDER / "qrlora-server.service").read_text("utf-8")
+    # It looks for the programs, too.
+    text = text.replace("/opt/qrlora/bin/qrlora-deploy", sys.executable)
+
+    def said(unit: str) -> str:
+        (tmp_path / "qrlora-server.service").write_text(unit, "utf-8")
+        words = ["systemd-analyze", "verify", "--man=no", str(tmp_path / "qrlora-server.service")]
+        ran = subprocess.run(words, capture_output=True, text=True, timeout=60)
+        return ran.stdout + ran.stderr + str(ran.returncode or "")
+
+    assert said(text) == ""
+    assert "ProtectHom" in said(text.replace("ProtectHome", "ProtectHom"))

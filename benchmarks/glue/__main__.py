@@ -19,12 +19,12 @@ import time
 from pathlib import Path
 
 from benchmarks.common.workers import start_workers
-from benchmarks.glue.methods import COMPARED, METHODS
+from benchmarks.glue.methods import COMPARED
 from benchmarks.glue.records import check_settings, read_records, set_aside
 from benchmarks.glue.report import plot_curves, render_table
-from benchmarks.glue.runs import RECORDS, Choice, Place, make_plan
+from benchmarks.glue.runs import RECORDS, Choice, Place, make_plan, read_plan
 from benchmarks.glue.starts import STARTS
-from benchmarks.glue.tasks import TASKS, write_tokens
+from benchmarks.glue.tasks import ALL_TASKS, TASKS, write_tokens
 from benchmarks.glue.work import Job, Settings, is_current, model_names, work
 from qrlora_deploy.errors import InputError, QrloraError
 from qrlora_deploy.models.checkpoint import open_checkpoint
@@ -59,7 +59,7 @@ def _make_tokens(job: Job, data: str) -> None:
         for run_ in {run_.task: run_ for run_ in job.plan if run_.model == name}.values():
             path = job.place.tokens(run_)
             if not path.is_file():
-                write_tokens(TASKS[run_.task], data, checkpoint, path, job.settings.max_length, job.settings.rows)
+                write_tokens(ALL_TASKS[run_.task], data, checkpoint, path, job.settings.max_length, job.settings.rows)
 
 
 def report(output: Path) -> None:
@@ -92,10 +92,16 @@ def _job(arguments: argparse.Namespace, began: float) -> Job:
     )
     bf16 = device == "cuda" if arguments.bf16 is None else arguments.bf16
     settings = Settings(
-        epochs=arguments.epochs, points=arguments.points, bf16=bf16, rows=arguments.rows, dropout=arguments.dropout
+        epochs=arguments.epochs,
+        points=arguments.points,
+        bf16=bf16,
+        rows=arguments.rows,
+        dropout=arguments.dropout,
+        held_out=arguments.held_out,
+        max_length=arguments.max_length,
     )
     return Job(
-        plan=tuple(make_plan(choice)),
+        plan=tuple(read_plan(arguments.plan) if arguments.plan else make_plan(choice)),
         place=Place(arguments.output, arguments.work),
         models=models,
         settings=settings,
@@ -115,14 +121,17 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, help="folder of what can be made again: tokens, warmed-up checkpoints")
     parser.add_argument("--workers", type=int, default=1, help="processes, spread over the GPUs")
     parser.add_argument("--budget-seconds", type=float, help="stop before this time is up")
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=COMPARED)
+    parser.add_argument("--tasks", nargs="+", choices=list(ALL_TASKS), default=list(TASKS))
+    parser.add_argument("--methods", nargs="+", default=COMPARED)
     parser.add_argument("--starts", nargs="+", choices=list(STARTS), default=list(STARTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--max-length", type=int, default=128, help="tokens a row")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--points", type=int, default=10, help="scores along a run")
     parser.add_argument("--rows", type=int, help="bound on the rows of each part, for a trial")
     parser.add_argument("--dropout", action=argparse.BooleanOptionalAction, default=True, help="as the model has it")
+    parser.add_argument("--held-out", type=float, default=0.0, help="share of training rows to score, not dev rows")
+    parser.add_argument("--plan", type=Path, help="file of keys MODEL/TASK/START/METHOD/SEED, in order")
     parser.add_argument("--device", choices=["cpu", "cuda"])
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="default: on a GPU")
     parser.add_argument("--report-only", action="store_true", help="write table and curves from the records there are")

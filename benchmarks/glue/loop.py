@@ -98,7 +98,7 @@ def train_model(
             group["lr"] = peak["lr"] * factor(step - 1, steps)
         with torch.autocast(device.type, torch.bfloat16, enabled=schedule.bf16):
             logits: torch.Tensor = model(**rows.batch(chosen, index)).logits
-        loss = _loss(task, logits.float(), rows.targets[index])
+        loss = loss_of(task, logits.float(), rows.targets[index])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -135,7 +135,8 @@ def _batches(count: int, schedule: Schedule, device: torch.device) -> Any:
             yield order[start:stop], there[start:stop]
 
 
-def _loss(task: Task, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def loss_of(task: Task, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The mean loss of a batch."""
     if task.kind == Regression.name:
         return functional.mse_loss(logits.squeeze(-1), targets)
     return functional.cross_entropy(logits, targets)
@@ -159,8 +160,14 @@ def predict(model: nn.Module, rows: Rows, bf16: bool) -> np.ndarray:
 
 
 def evaluate(model: nn.Module, task: Task, rows: Rows, bf16: bool) -> dict[str, float]:
-    """The task's metrics on `rows`; a model that answers NaN scores 0."""
+    """The task's metrics on `rows`, and how many classes are answered, or how far numbers are spread.
+
+    A model that answers NaN scores 0.
+    """
     logits = predict(model, rows, bf16)
     if not np.isfinite(logits).all():
         return dict.fromkeys(task.metrics, 0.0)
-    return scores(task, logits, rows.targets.cpu().numpy())
+    found = scores(task, logits, rows.targets.cpu().numpy())
+    if task.kind == Regression.name:
+        return found | {"spread": round(float(logits.std()), 6)}
+    return found | {"classes": len(np.unique(logits.argmax(-1)))}

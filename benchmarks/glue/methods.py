@@ -3,7 +3,7 @@
 import copy
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,17 @@ from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
 from qrlora_deploy.models.adapter import QRLoRALinear, attach, get_coefficients, precondition
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.rank_rules.energy_share import EnergyShare
+from qrlora_deploy.rank_rules.fixed_rank import FixedRank
 from qrlora_deploy.tasks.classification import Classification
 from qrlora_deploy.tasks.regression import Regression
 from qrlora_deploy.training.settings import default_rate
 
 HEAD_RATE = 1e-3
 """Of a head that trains beside an adapter, as `train --head output` has it."""
+
+STEPS_FACTOR = 12.3
+"""Over the square root of the steps: what the rate by the number of coefficients is multiplied by; see
+docs/preconditioning.md."""
 
 Projections = tuple[str, ...]
 """Of "query" and "value"; none means every linear layer of every block."""
@@ -44,6 +49,10 @@ class Method:
         projections: which layers get an adapter.
         last_layers: only of the last N blocks; None is all of them.
         rate_factor: of the default rate, to see how much depends on it.
+        tau: share of energy that a basis keeps.
+        budget: instead of `tau`: how many directions all layers have together, the same number in each.
+        measured: whether a step's effect is measured instead of training.
+        by_steps: whether the rate also falls with the square root of the steps, by `STEPS_FACTOR`.
     """
 
     name: str
@@ -53,6 +62,10 @@ class Method:
     projections: Projections = ("query", "value")
     last_layers: int | None = None
     rate_factor: float = 1.0
+    tau: float = TAU
+    budget: int | None = None
+    measured: bool = False
+    by_steps: bool = False
 
 
 METHODS = {
@@ -71,6 +84,37 @@ METHODS = {
         Method("qr-all-quarter", "the same at a quarter of it", None, "qr", (), rate_factor=1 / 4),
     )
 }
+
+PLACEMENTS = {
+    method.name: method
+    for method in (
+        *(METHODS[name] for name in ("qr-q4", "qr-all")),
+        Method("qr-even-300", "QR-LoRA, 300 over all linear layers", None, "qr", (), budget=300),
+        Method("qr-even-640", "QR-LoRA, 640 over all linear layers", None, "qr", (), budget=640),
+        Method("qr-even-3000", "QR-LoRA, 3,000 over all linear layers", None, "qr", (), budget=3000),
+        Method("qr-tau95", "QR-LoRA, tau 0.95, all linear layers", None, "qr", (), tau=0.95),
+    )
+}
+"""Where coefficients are, to see which rate suits each; see `method_named`."""
+
+
+def method_named(name: str) -> Method:
+    """A method, or a placement at a part of its rate ("qr-q4@0.25"), at one that follows the steps too
+    ("qr-q4@steps"), or with a step's effect measured instead of training ("qr-q4@measure").
+
+    Raises:
+        InputError: there is no such method.
+    """
+    found, _, way = name.partition("@")
+    method = (METHODS | PLACEMENTS).get(found)
+    if method is None:
+        raise InputError(f"{name}: no such method; there are {', '.join(METHODS | PLACEMENTS)}")
+    if way == "measure":
+        return replace(method, name=name, measured=True)
+    if way == "steps":
+        return replace(method, name=name, by_steps=True)
+    return replace(method, name=name, rate_factor=float(way)) if way else method
+
 
 COMPARED = [name for name, method in METHODS.items() if method.rate_factor == 1.0]
 """The methods, each at its own rate; the others show what another rate would have given."""
@@ -102,6 +146,10 @@ class Prepared:
     trainable: int
     file_bytes: Callable[[], int]
 
+    def at(self, rate: float) -> "Prepared":
+        """The same with another rate of what the method adds."""
+        return replace(self, rate=rate, groups=[self.groups[0] | {"lr": rate}, *self.groups[1:]])
+
 
 def head_names(model: Any) -> list[str]:
     """Parameters of the head: what is outside the encoder, and the pooler before it."""
@@ -110,7 +158,13 @@ def head_names(model: Any) -> list[str]:
     return [name for name in names if not name.startswith(inside) or "pooler" in name.split(".")]
 
 
-def prepare(method: Method, model: Any, start: Checkpoint, train_head: bool, labels: tuple[str, ...]) -> Prepared:
+def prepare(
+    method: Method,
+    model: Any,
+    start: Checkpoint,
+    train_head: bool,
+    labels: tuple[str, ...],
+) -> Prepared:
     """Freeze `model`, add what the method trains, and say how to write it.
 
     Args:
@@ -154,7 +208,8 @@ def prepare(method: Method, model: Any, start: Checkpoint, train_head: bool, lab
 def make_basis(method: Method, start: Checkpoint, device: str) -> Basis:
     """The basis of a QR method, from the weights it starts with."""
     names = targets_of(start.skeleton(), method.projections, method.last_layers)
-    return factorize(start, names, EnergyShare(TAU), device)
+    rule = FixedRank(max(1, round(method.budget / len(names)))) if method.budget else EnergyShare(method.tau)
+    return factorize(start, names, rule, device)
 
 
 def _given(method: Method) -> float:

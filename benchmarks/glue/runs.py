@@ -1,7 +1,7 @@
 """Which runs there are, in which order, and what each one waits for."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.glue.starts import WARMED
@@ -27,6 +27,11 @@ class Run:
     def key(self) -> str:
         """Names the run in the records."""
         return f"{self.model}/{self.task}/{self.start}/{self.method}/{self.seed}"
+
+    @property
+    def warm_up(self) -> "Run":
+        """The run that makes the warmed-up start of this one."""
+        return replace(self, start=WARMED, method=WARM_UP)
 
     @property
     def start_key(self) -> str:
@@ -59,6 +64,18 @@ def make_plan(choice: Choice) -> list[Run]:
             for seed in choice.seeds:
                 plan += [Run(model, task, start, method, seed) for task in choice.tasks for method in choice.methods]
     return plan
+
+
+def read_plan(path: Path) -> list[Run]:
+    """The runs of a file of keys, in its order, each warm-up before the first run that needs it."""
+    plan: dict[str, Run] = {}
+    for line in path.read_text(encoding="utf-8").split():
+        model, task, start, method, seed = line.split("/")
+        run = Run(model, task, start, method, int(seed))
+        if start == WARMED:
+            plan.setdefault(run.warm_up.key, run.warm_up)
+        plan.setdefault(run.key, run)
+    return list(plan.values())
 
 
 @dataclass(frozen=True)

@@ -35,12 +35,14 @@ class Task:
         hub: configuration of the hub's data set.
         metrics: what is reported, the headline first.
         train_rows: size of the training sample, or None for all rows.
+        files: training and held-out rows below the folder; None: `name`/train.tsv and `name`/dev.tsv.
     """
 
     name: str
     hub: str
     metrics: tuple[str, ...]
     train_rows: int | None = None
+    files: tuple[str, str] | None = None
 
     @property
     def kind(self) -> str:
@@ -59,6 +61,19 @@ TASKS = {
     )
 }
 """In the order in which they run: small ones first."""
+
+TENANTS = {
+    task.name: task
+    for task in (
+        Task("banking", "", ("accuracy",), files=("clinc150/banking/train.tsv", "clinc150/banking/test.tsv")),
+        Task("travel", "", ("accuracy",), files=("clinc150/travel/train.tsv", "clinc150/travel/test.tsv")),
+        Task("trec", "", ("accuracy",), files=("trec/train.tsv", "trec/test.tsv")),
+        Task("snips", "", ("accuracy",), train_rows=4000, files=("snips/train.tsv", "snips/test.tsv")),
+    )
+}
+"""Customers' tasks beside GLUE's, for settings that must not be chosen on GLUE's dev rows."""
+
+ALL_TASKS = TASKS | TENANTS
 
 PARTS = {"train": "train", "dev": "validation"}
 """Our name of a part, and the hub's."""
@@ -89,10 +104,19 @@ class Rows:
     def first(self, share: float, seed: int) -> "Rows":
         """A share of the rows, drawn by `seed`, at least two batches of 32 where there are as many."""
         count = min(len(self), max(64, round(share * len(self))))
-        chosen = np.random.default_rng(seed).permutation(len(self))[:count]
+        return self.select(np.random.default_rng(seed).permutation(len(self))[:count])
+
+    def select(self, chosen: np.ndarray) -> "Rows":
+        """The rows of these numbers."""
         index = torch.from_numpy(chosen).to(self.targets.device)
         inputs = {name: array[index] for name, array in self.inputs.items()}
         return Rows(inputs, self.lengths[chosen], self.device_lengths[index], self.targets[index])
+
+    def parted(self, share: float) -> tuple["Rows", "Rows"]:
+        """Rows to train on, and a `share` of them that is held out, the same for every seed."""
+        order = np.random.default_rng(SAMPLE_SEED).permutation(len(self))
+        count = max(1, round(share * len(self)))
+        return self.select(np.sort(order[count:])), self.select(np.sort(order[:count]))
 
     def batch(self, chosen: np.ndarray, index: torch.Tensor) -> dict[str, torch.Tensor]:
         """The model's inputs for the rows `chosen`, padded to the longest of them.
@@ -125,7 +149,8 @@ def read_part(task: Task, data: str, part: str, limit: int | None) -> Examples:
     if data == HUB:
         examples = read_examples(f"{HUB_SET}:{task.hub}", split=PARTS[part])
     else:
-        examples = read_examples(Path(data) / task.name / f"{part}.tsv")
+        name = task.files[list(PARTS).index(part)] if task.files else f"{task.name}/{part}.tsv"
+        examples = read_examples(Path(data) / name)
     most = min(value for value in (limit, task.train_rows if part == "train" else None, len(examples)) if value)
     if most == len(examples):
         return examples

@@ -1,6 +1,7 @@
 """One worker process: takes runs that nobody else has, trains them, and records each as it is done."""
 
 import gc
+import math
 import os
 import platform
 import sys
@@ -17,7 +18,8 @@ import torch
 import transformers
 
 from benchmarks.glue.loop import OutOfTime, Schedule, Trace, train_model
-from benchmarks.glue.methods import METHODS, Method, Prepared, free, prepare
+from benchmarks.glue.methods import STEPS_FACTOR, Method, Prepared, free, method_named, prepare
+from benchmarks.glue.probe import probe
 from benchmarks.glue.records import Record, append_record, claimed, known_seconds, read_records
 from benchmarks.glue.runs import WARM_UP, Place, Run, undone
 from benchmarks.glue.starts import (
@@ -29,7 +31,7 @@ from benchmarks.glue.starts import (
     Models,
     write_warmed,
 )
-from benchmarks.glue.tasks import TASKS, Rows, read_tokens
+from benchmarks.glue.tasks import ALL_TASKS, TENANTS, Rows, read_tokens
 from qrlora_deploy.models.checkpoint import Checkpoint, open_checkpoint
 from qrlora_deploy.tasks.regression import Regression
 from qrlora_deploy.training.settings import STEP_LENGTH
@@ -52,6 +54,7 @@ class Settings:
         bf16: autocast.
         rows: bound on the rows of each part, for a trial; None is all.
         dropout: as the model has it, or none, in the warm-up too.
+        held_out: share of GLUE's training rows that is scored instead of its dev rows; 0: the dev rows.
     """
 
     epochs: int = 3
@@ -61,14 +64,15 @@ class Settings:
     bf16: bool = False
     rows: int | None = None
     dropout: bool = True
+    held_out: float = 0.0
 
     def record(self, task: str, method: str) -> Record:
         """As kept with each run of a task and method: with the warm-up's, and with the run's own."""
         warm = {"warmup_rate": WARMUP_RATE, "warmup_epochs": WARMUP_EPOCHS, "warmup_share": WARMUP_SHARE}
         found = asdict(self) | warm | own_settings(task, method)
-        if found.pop("dropout"):
-            return found  # as the records from before there was a choice
-        return found | {"dropout": False}
+        # As the records from before there was a choice.
+        usual = {"dropout": True, "held_out": 0.0}
+        return {name: value for name, value in found.items() if (name, value) not in usual.items()}
 
     def record_again(self, record: Record) -> Record:
         """The settings that a recorded run would have now."""
@@ -81,9 +85,9 @@ OWN_SETTINGS = ("start_bias", "step_length")
 def own_settings(task: str, method: str) -> Record:
     """What only some runs depend on: where a regression's bias starts, and which rule gave QR-LoRA its rate."""
     own: Record = {}
-    if TASKS[task].kind == Regression.name:
+    if ALL_TASKS[task].kind == Regression.name:
         own["start_bias"] = "mean"  # of the training labels
-    if method != WARM_UP and METHODS[method].kind == "qr":
+    if method != WARM_UP and method_named(method).kind == "qr":
         own["step_length"] = STEP_LENGTH
     return own
 
@@ -125,6 +129,12 @@ class Job:
         found = read_records(self.place.records)
         return {record["key"] for record in found if "error" not in record or record.get("launch") == self.launch}
 
+    def failed(self) -> set[str]:
+        """Keys of the runs that failed under this command, and of those that wait for what they would have made."""
+        found = read_records(self.place.records)
+        failed = {record["key"] for record in found if "error" in record and record.get("launch") == self.launch}
+        return failed | {run.key for run in self.plan if run.start == WARMED and run.warm_up.key in failed}
+
 
 class Worker:
     """Models and rows that stay on the device from run to run."""
@@ -147,7 +157,8 @@ class Worker:
         Raises:
             OutOfTime: the time is up, or would be before the end of any run that is left.
         """
-        left = undone(self.job.plan, self.job.place, self.job.done())
+        failed = self.job.failed()
+        left = [run for run in undone(self.job.plan, self.job.place, self.job.done()) if run.key not in failed]
         late, held = False, False
         for run in left:
             if not self.job.place.is_ready(run):
@@ -185,10 +196,13 @@ class Worker:
     def _do(self, run: Run) -> Record:
         """Prepare and train; returns what is particular to the run."""
         began = time.perf_counter()
-        method = WARM_METHOD if run.method == WARM_UP else METHODS[run.method]
-        task = TASKS[run.task]
+        method = WARM_METHOD if run.method == WARM_UP else method_named(run.method)
+        task = ALL_TASKS[run.task]
         parts, labels = self._read_rows(run)
         epochs = WARMUP_EPOCHS if run.method == WARM_UP else self.job.settings.epochs
+        if self.job.settings.held_out and run.task not in TENANTS:
+            train, held_out = parts["train"].parted(self.job.settings.held_out)
+            parts = {"train": train, "dev": held_out}
         if run.method == WARM_UP:
             parts = parts | {"train": parts["train"].first(WARMUP_SHARE, run.seed)}
         checkpoint, model = self._start(run, labels, parts["train"])
@@ -196,6 +210,12 @@ class Worker:
         torch.manual_seed(run.seed)  # of PEFT's factors
         prepared = prepare(method, model, checkpoint, run.start == PRETRAINED, labels)
         free(self.job.device)
+        if method.by_steps:
+            steps = epochs * math.ceil(len(parts["train"]) / self.job.settings.batch_size)
+            prepared = prepared.at(prepared.rate * STEPS_FACTOR / math.sqrt(steps))
+        if method.measured:
+            found = probe(prepared.model, prepared.groups[0]["params"], task, parts["train"], run.seed)
+            return _measured(found, prepared, time.perf_counter() - began)
         if self.job.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         schedule = self._schedule(epochs, run.seed)
@@ -228,7 +248,7 @@ class Worker:
             self._models[run.model] = Models(
                 open_checkpoint(self.job.models[run.model]), self.job.device, self.job.settings.dropout
             )
-        models, task = self._models[run.model], TASKS[run.task]
+        models, task = self._models[run.model], ALL_TASKS[run.task]
         if run.start == WARMED and run.method != WARM_UP:
             folder = self.job.place.warmed(run)
             return open_checkpoint(str(folder)), models.warmed(task, len(labels), folder)
@@ -271,6 +291,11 @@ def _result(trace: Trace, prepared: Prepared, rows: int) -> Record:
         "file_bytes": prepared.file_bytes(),
         "train_seconds": round(trace.train_seconds, 3),
     }
+
+
+def _measured(found: Record, prepared: Prepared, seconds: float) -> Record:
+    own = {"learning_rate": prepared.rate, "trainable_parameters": prepared.trainable}
+    return {"probe": found, "metrics": {}, "train_seconds": round(seconds, 2), "seconds": round(seconds, 2)} | own
 
 
 def work(job: Job, index: int) -> None:

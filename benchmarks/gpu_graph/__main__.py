@@ -29,7 +29,7 @@ from benchmarks.gpu_graph.exporting import OPTIMIZER, export_all
 from benchmarks.gpu_graph.packed_torch import PACKED_COMPILED, PACKED_EAGER, PackedModel, packed_contender
 from benchmarks.gpu_graph.running import Contender, Graph, torch_contender
 from benchmarks.gpu_graph.shapes import SIZES, Inputs, make_inputs, make_model
-from benchmarks.gpu_graph.variants import ALL, GROUPS
+from benchmarks.gpu_graph.variants import ALL, GROUPS, Variant
 from qrlora_deploy.io.files import write_json
 
 BATCHES = ((1, 128), (8, 128), (64, 128), (64, 384))
@@ -50,20 +50,25 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         arguments.device, torch.float16 if arguments.precision == "fp16" else torch.float32
     )
     print(f"{len(graphs)} graphs after {time.perf_counter() - started:.0f} s", flush=True)
-    found = []
-    for batch, length in arguments.batches:
-        found.append(_measure_batch(arguments, graphs, peer, make_inputs(arguments.shape, batch, length)))
-        _show(found[-1])
-        print(f"({time.perf_counter() - started:.0f} s)", flush=True)
-    return {
+    merge_ms = {name: graph.merge_ms(arguments.device, arguments.threads) for name, graph in graphs.items()}
+    record: dict[str, Any] = {
         "shape": arguments.shape,
         "precision": arguments.precision,
         "device": arguments.device,
         "threads": arguments.threads,
-        "batches": found,
-        "geometric_means": geometric_means(found),
         "environment": environment("cuda" if arguments.device == "cuda" else "cpu"),
+        "merge_ms": {name: taken for name, taken in merge_ms.items() if taken is not None},
     }
+    found: list[dict[str, Any]] = []
+    for batch, length in arguments.batches:
+        found.append(_measure_batch(arguments, graphs, peer, make_inputs(arguments.shape, batch, length)))
+        _show(found[-1])
+        print(f"({time.perf_counter() - started:.0f} s)", flush=True)
+        record |= {"batches": found, "geometric_means": geometric_means(found)}
+        if arguments.out:
+            # After each batch: what was measured is not lost if the next one does not end.
+            write_json(arguments.out, record)
+    return record
 
 
 def _measure_batch(
@@ -98,7 +103,7 @@ def _measure_batch(
             # Against the padded graph with the same customers, whose effect is recorded; the exporter's own
             # tests hold it against PyTorch.
             reference = answers[
-                next(other for other in answers if other in ALL and ALL[other].setup == ALL[name].setup)
+                next(other for other in answers if other in ALL and _same_customers(ALL[other], ALL[name]))
             ]
             effects[name] = float(np.abs(answer - expected).max())
         errors[name] = float(np.abs(answer - reference).max())
@@ -125,6 +130,10 @@ def _measure_batch(
     del contenders
     gc.collect()
     return result
+
+
+def _same_customers(one: Variant, other: Variant) -> bool:
+    return (one.setup, one.one_customer) == (other.setup, other.one_customer)
 
 
 def _add_packed(
@@ -231,8 +240,6 @@ def main() -> None:
         for reference, ratios in references.items():
             for name, ratio in ratios.items():
                 print(f"{column:9} {name:34} / {reference:24} {ratio:.3f}")
-    if arguments.out:
-        write_json(arguments.out, record)
 
 
 if __name__ == "__main__":

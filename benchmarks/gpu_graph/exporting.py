@@ -17,6 +17,7 @@ from exporters.onnx.branch_fusion import fuse_branches
 from exporters.onnx.graph import write_graph
 from exporters.onnx.precision import cast_inside
 from exporters.onnx.switchable import make_switchable
+from qrlora_deploy.runtime.bundle.bundle import ALONE_FILE, MODEL_FILE, PACKED_FILE
 
 OPTIMIZER = "transformers.optimizer"
 
@@ -41,8 +42,8 @@ def export_all(arguments: argparse.Namespace, folder: Path) -> dict[str, Graph]:
     return made
 
 
-def _export(name: str, place: Path, arguments: argparse.Namespace) -> tuple[Path, np.ndarray | None]:
-    """Path and table of one graph."""
+def _export(name: str, place: Path, arguments: argparse.Namespace) -> tuple[Path, np.ndarray | None, bool]:
+    """Path and table of one graph, and whether all rows are one customer's."""
     variant, model = ALL[name], make_model(arguments.shape)
     place.mkdir()
     rows = table = None
@@ -61,5 +62,7 @@ def _export(name: str, place: Path, arguments: argparse.Namespace) -> tuple[Path
     cast_inside(model, rows, arguments.precision)
     packing = variant.packing() if variant.packing else None
     finish = None if rows is None or variant.apart else functools.partial(fuse_branches, model, rows)
-    write_graph(model, tuple(make_inputs(arguments.shape, 1, 8)), place, rows, packing, finish)
-    return place / "model.onnx", table
+    names = tuple(make_inputs(arguments.shape, 1, 8))
+    graph = write_graph(model, names, place, rows, packing, finish, alone=variant.alone)
+    file = ALONE_FILE if graph.alone else PACKED_FILE if graph.packed else MODEL_FILE
+    return place / file, table, variant.one_customer

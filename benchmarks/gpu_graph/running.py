@@ -1,8 +1,10 @@
 """Bound sessions and PyTorch peers, timed from inputs on the device and from inputs on the host."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,17 @@ import onnxruntime
 import torch
 
 from benchmarks.gpu_graph.shapes import Inputs
-from qrlora_deploy.runtime.bundle.row_layout import SLOT, TABLE
+from qrlora_deploy.runtime.bundle.bundle import ALONE_FILE, MERGE_FILE
+from qrlora_deploy.runtime.bundle.row_layout import MERGED, SLOT, TABLE
+from qrlora_deploy.runtime.sessions.packed_tokens import (
+    aligned_length,
+    dtype_of,
+    is_packed,
+    packed_names,
+    packed_shapes,
+    packed_size,
+    write_packed,
+)
 from qrlora_deploy.runtime.sessions.session import open_session
 from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX, kept_tokens, padded_tokens, write_tokens
 
@@ -37,10 +49,12 @@ class Graph:
     Args:
         path: of the file.
         table: `[slots, width]` fp32 of a switchable graph; row r of a batch gets slot r + 1.
+        one: every row gets slot 1.
     """
 
-    def __init__(self, path: Path, table: np.ndarray | None) -> None:
-        self.path, self.table = path, table
+    def __init__(self, path: Path, table: np.ndarray | None, one: bool = False) -> None:
+        self.path, self.table, self.one = path, table, one
+        self._weights: dict[str, np.ndarray] = {}
         self._session: Any = None
         self._bound = 0
 
@@ -49,7 +63,39 @@ class Graph:
         if self._session is None:
             self._session = open_session(self.path, device, threads, cuda_graph=device == "cuda")
         self._bound += 1
-        return BoundGraph(self._session, inputs, device, self.table, str(self._bound))
+        table, further = self.table, self._merged(device, threads)
+        if table is not None:
+            batch = len(inputs["attention_mask"])
+            slots = np.ones(batch, dtype=np.int64) if self.one else np.arange(1, batch + 1, dtype=np.int64)
+            further = further or {TABLE: table, SLOT: slots}
+        return BoundGraph(self._session, inputs, device, further, str(self._bound))
+
+    def _merged(self, device: str, threads: int | None) -> dict[str, np.ndarray]:
+        """The merged weights of slot 1, where they are inputs of the graph."""
+        if not self._weights and self.path.name == ALONE_FILE and self.table is not None:
+            merge = open_session(self.path.parent / MERGE_FILE, device, threads)
+            names = [value.name for value in merge.get_outputs()]
+            made = merge.run(None, {TABLE: self.table, SLOT: np.ones(1, dtype=np.int64)})
+            self._weights = dict(zip(names, made, strict=True))
+        return self._weights
+
+    def merge_ms(self, device: str, threads: int | None, runs: int = 20) -> float | None:
+        """Median of making the merged weights of a customer on the device; None where there are none."""
+        if self.path.name != ALONE_FILE or self.table is None:
+            return None
+        merge = open_session(self.path.parent / MERGE_FILE, device, threads)
+        table = pinned(self.table, device).to(device)
+        binding = merge.io_binding()
+        binding.bind_input(TABLE, device, 0, np.float32, list(table.shape), table.data_ptr())
+        binding.bind_cpu_input(SLOT, np.ones(1, dtype=np.int64))
+        for value in merge.get_outputs():
+            binding.bind_output(value.name, device)
+        taken = []
+        for _ in range(runs):
+            begin = time.perf_counter()
+            merge.run_with_iobinding(binding)
+            taken.append(1e3 * (time.perf_counter() - begin))
+        return median(taken)
 
 
 class BoundGraph:
@@ -59,11 +105,11 @@ class BoundGraph:
         session: of the graph.
         inputs: the batch, on the host.
         device: "cpu" or "cuda".
-        table: of a switchable graph.
+        further: inputs that are not of the text.
         number: `gpu_graph_id`.
     """
 
-    def __init__(self, session: Any, inputs: Inputs, device: str, table: np.ndarray | None, number: str) -> None:
+    def __init__(self, session: Any, inputs: Inputs, device: str, further: dict[str, np.ndarray], number: str) -> None:
         self.device = device
         self.session = session
         self.batch = inputs
@@ -71,11 +117,16 @@ class BoundGraph:
         feeds: dict[str, np.ndarray] = dict(inputs)
         names = {value.name for value in self.session.get_inputs()}
         self.tokens = batch * length
+        self.packed = is_packed(session)
+        if self.packed:
+            self.tokens = packed_size(int(inputs["attention_mask"].sum()), batch, length)
+            shapes = packed_shapes(packed_names(session), batch, aligned_length(length), self.tokens)
+            feeds = {name: np.zeros(shape, dtype_of(name)) for name, shape in shapes.items()}
+            write_packed(feeds, inputs)
         if TOKEN_INDEX in names:
             self.tokens = padded_tokens(len(kept_tokens(inputs["attention_mask"])), batch, length)
             feeds[TOKEN_INDEX] = np.zeros(self.tokens, dtype=np.int64)
-        if table is not None:
-            feeds |= {TABLE: table, SLOT: np.arange(1, batch + 1, dtype=np.int64)}
+        feeds |= further
         self.host = {name: pinned(feeds[name], device) for name in names}
         self.place = {name: tensor.to(device).contiguous() for name, tensor in self.host.items()}
         outputs = int(self.session.get_outputs()[0].shape[1])
@@ -85,7 +136,7 @@ class BoundGraph:
             self.options.add_run_config_entry("gpu_graph_id", number)
         self.binding = self.session.io_binding()
         for name, tensor in self.place.items():
-            dtype = np.int64 if tensor.dtype == torch.int64 else np.float32
+            dtype = self.host[name].numpy().dtype
             self.binding.bind_input(name, device, 0, dtype, list(tensor.shape), tensor.data_ptr())
         self.binding.bind_output("logits", device, 0, np.float32, list(self.logits.shape), self.logits.data_ptr())
 
@@ -95,12 +146,15 @@ class BoundGraph:
 
     def whole(self) -> np.ndarray:
         """What a server does with a batch: count the tokens, copy, run, copy back."""
-        for name, values in self.batch.items():
-            self.host[name].numpy()[:] = values
+        if self.packed:
+            write_packed({name: self.host[name].numpy() for name in packed_names(self.session)}, self.batch)
+        else:
+            for name, values in self.batch.items():
+                self.host[name].numpy()[:] = values
         if TOKEN_INDEX in self.host:
             write_tokens(self.host[TOKEN_INDEX].numpy(), kept_tokens(self.batch["attention_mask"]))
         for name, tensor in self.host.items():
-            if name != TABLE:
+            if name != TABLE and not name.startswith(MERGED):
                 self.place[name].copy_(tensor, non_blocking=True)
         wait(self.device)
         self.run()

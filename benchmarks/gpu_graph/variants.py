@@ -40,16 +40,6 @@ def attend_float(
     return attend(query, key, value, mask, heads, bias)
 
 
-class AlwaysVarlen(VarlenPacking):
-    """Attention on the packed tokens in the first graph too, the only one that is timed here."""
-
-    varlen = True
-
-    def possible(self, model: nn.Module) -> bool:
-        """No second graph."""
-        return False
-
-
 class _Shared:
     """One product for three layers, computed when the first of them sees an input."""
 
@@ -107,6 +97,8 @@ class Variant:
         fused: query, key and value in one product.
         apart: side branches beside the products of their layers, as in int8.
         attend: in the place of the exporter's.
+        one_customer: all rows are one customer's.
+        alone: by the graph for one customer, with merged weights as inputs.
         cuda_only: has an operator that no other provider has.
     """
 
@@ -116,6 +108,8 @@ class Variant:
     fused: bool = False
     apart: bool = False
     attend: Callable[..., torch.Tensor] | None = None
+    one_customer: bool = False
+    alone: bool = False
     cuda_only: bool = False
 
     def switchable(self, label: str, setup: Setup) -> "Variant":
@@ -126,7 +120,7 @@ class Variant:
 PADDED = Variant("padded")
 PACKED = Variant("padding-free", packing=Packing)
 MASKED = Variant("padding-free, mask", packing=MaskPacking)
-VARLEN = Variant("padding-free, varlen", packing=AlwaysVarlen, cuda_only=True)
+VARLEN = Variant("padding-free, varlen", packing=VarlenPacking, cuda_only=True)
 MERGED = (
     PADDED,
     replace(PADDED, name="padded, one qkv", fused=True),
@@ -140,8 +134,20 @@ MERGED = (
 SETUPS = (("paper", PAPER), ("qv of 12", WIDE))
 BRANCHES = tuple(base.switchable(label, setup) for base in (PADDED, PACKED, VARLEN) for label, setup in SETUPS)
 APART = tuple(replace(variant, name=f"{variant.name}, apart", apart=True) for variant in BRANCHES)
+ONE = tuple(
+    replace(base.switchable(f"one customer of {label}", setup), one_customer=True)
+    for base in (PADDED, VARLEN)
+    for label, setup in SETUPS
+)
+"""All rows one customer's, by the graph of many."""
+ALONE = tuple(
+    replace(base.switchable(f"one customer of {label}, merged weights", setup), one_customer=True, alone=True)
+    for base in (PADDED, VARLEN)
+    for label, setup in SETUPS
+)
 GROUPS: dict[str, tuple[Variant, ...]] = {
     "merged": MERGED,
     "switchable": (PADDED, PACKED, VARLEN, *BRANCHES, *APART),
+    "one-customer": (PADDED, VARLEN, *ONE, *ALONE),
 }
 ALL: dict[str, Variant] = {variant.name: variant for group in GROUPS.values() for variant in group}

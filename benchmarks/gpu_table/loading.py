@@ -9,7 +9,7 @@ from typing import Any
 
 from qrlora_deploy.runtime import SwitchableSession
 from qrlora_deploy.runtime.bundle.row_layout import TABLE
-from qrlora_deploy.runtime.customers import packed
+from qrlora_deploy.runtime.customers import packed, packed_tail
 
 
 def timed_load(session: SwitchableSession, path: Path) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def timed_load(session: SwitchableSession, path: Path) -> dict[str, Any]:
         _timed(packed, "digest_piece", "hash", spent),
         _timed(packed, "_all_finite", "check for NaN and Inf", spent),
         _timed(packed, "_spread", "pad and convert", spent),
-        _timed(packed, "IdIndex", "index of the ids", spent),
+        _timed(packed_tail, "IdIndex", "index of the ids", spent),
         _timed(memory_kind, "grown", "grow the table", spent),
         _timed(memory_kind, "staging", "staging memory", spent),
         _timed(memory_kind, "write_rows", "copy into the table", spent),

@@ -128,7 +128,7 @@ def port_of(server: Process) -> int:
     return int(server.first.strip().rpartition(":")[2])
 
 
-def load(port: int, clients: int = 1, **options: float) -> dict[str, Any]:
+def load(port: int, clients: int = 1, **options: float | str) -> dict[str, Any]:
     """What the client saw; of several clients the first one's percentiles, and the rows of all."""
     words = [f"--{name}={value}" for name, value in options.items()]
     command = [sys.executable, "-m", "benchmarks.server.load", f"--port={port}", *words]
@@ -149,10 +149,10 @@ def make(folder: Path, shape: str) -> None:
         pack(folder, count)
 
 
-def pack(folder: Path, count: int) -> None:
-    """A packed file of so many customers of the bundle."""
+def pack(folder: Path, count: int, spread: float = 0.5) -> None:
+    """A packed file of so many customers of the bundle, their coefficients drawn with this standard deviation."""
     manifest = open_bundle(folder / "bundle").manifest
-    values = np.random.default_rng(count).normal(0, 0.5, (count, manifest.total_rank)).astype(np.float32)
+    values = np.random.default_rng(count).normal(0, spread, (count, manifest.total_rank)).astype(np.float32)
     write_packed_blocks([([name_of(number) for number in range(count)], values)], folder / f"{count}.packed", manifest)
 
 
@@ -212,14 +212,16 @@ def with_many_customers(folder: Path, rounds: int, seconds: float) -> dict[str, 
     }
 
 
-def under_twice_its_load(folder: Path, seconds: float) -> dict[str, Any]:
+def under_twice_its_load(folder: Path, seconds: float, *options: str) -> dict[str, Any]:
     """Goodput, refusals and waiting when requests come twice as fast as they can be answered, by the queue's bound."""
-    with serving(folder, MANY[1]) as server:
+    with serving(folder, MANY[1], *options) as server:
         port = port_of(server)
         calm = load(port, rows=1, customers=MANY[1], connections=1, seconds=2)["by_status"]["200"]["p50"]
         peak = load(port, rows=1, customers=MANY[1], connections=32, seconds=seconds)["rows_per_s"]
     bounds = {"max-queue-rows": str(QUEUE_ROWS), "max-queue-ms": str(round(QUEUE_BY_CALM * calm, 1))}
-    found = {name: _overloaded(folder, seconds, 2 * peak, f"--{name}", value) for name, value in bounds.items()}
+    found = {
+        name: _overloaded(folder, seconds, 2 * peak, *options, f"--{name}", value) for name, value in bounds.items()
+    }
     for of_bound in found.values():
         of_bound["goodput_by_peak"] = of_bound["rows_per_s"] / peak
         of_bound["p99_accepted_by_unloaded"] = of_bound["by_status"].get("200", {}).get("p99", 0.0) / calm
@@ -237,10 +239,10 @@ def _overloaded(folder: Path, seconds: float, rate: float, *options: str) -> dic
 PARTS = ("beside_the_session", "customers", "overload")
 
 
-def measure(part: str, folder: Path, rounds: int, seconds: float) -> dict[str, Any]:
-    """One of the parts."""
+def measure(part: str, folder: Path, rounds: int, seconds: float, *options: str) -> dict[str, Any]:
+    """One of the parts; `options` are of `serve`, under twice its load."""
     if part == "overload":
-        return under_twice_its_load(folder, 2 * seconds)
+        return under_twice_its_load(folder, 2 * seconds, *options)
     return {"beside_the_session": beside_the_session, "customers": with_many_customers}[part](folder, rounds, seconds)
 
 
@@ -251,15 +253,26 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4.0, help="of a round of one kind")
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS)
+    parser.add_argument(
+        "--threads",
+        type=int,
+        help="of the server's runs under twice its load; with fewer than cores one is its client's",
+    )
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make(folder, options.shape)
-        record: dict[str, Any] = {"shape": options.shape, "rounds": options.rounds, "seconds": options.seconds}
+        record: dict[str, Any] = {
+            "shape": options.shape,
+            "rounds": options.rounds,
+            "seconds": options.seconds,
+            "threads": options.threads,
+        }
+        of_serve = () if options.threads is None else ("--threads", str(options.threads))
         for part in options.only:
-            record[part] = measure(part, folder, options.rounds, options.seconds)
+            record[part] = measure(part, folder, options.rounds, options.seconds, *of_serve)
     write_json(options.output, record | {"environment": environment("cpu")})
     print(json.dumps(record, indent=1), f"{time.perf_counter() - start:.0f} s")
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,8 @@ from qrlora_deploy.data.sample import sample_texts
 
 ZIPF = 1.2
 """Customers are drawn by rank to this power: few have most of the traffic."""
+
+MLSERVER_MODEL = "peer"
 
 
 @dataclass
@@ -44,19 +47,46 @@ class Told:
         }
 
 
-def bodies(count: int, rows: int, customers: int, seed: int) -> list[bytes]:
-    """`count` requests of `rows` texts each, their customers drawn by Zipf."""
+def drawn(count: int, rows: int, customers: int, seed: int) -> list[tuple[list[str], list[str]]]:
+    """The texts and the customers of `count` requests of `rows` rows each; customers by Zipf."""
     random = np.random.default_rng(seed)
     texts = sample_texts()
     weights = 1 / np.arange(1, customers + 1) ** ZIPF
-    drawn = random.choice(customers, size=(count, rows), p=weights / weights.sum())
-    made = []
-    for owners in drawn:
-        chosen = [texts[index] for index in random.integers(len(texts), size=rows)]
-        body = json.dumps({"texts": chosen, "customers": [name_of(owner) for owner in owners]}).encode()
-        head = f"POST /v1/classify HTTP/1.1\r\nHost: s\r\nContent-Length: {len(body)}\r\n\r\n"
-        made.append(head.encode() + body)
-    return made
+    owners = random.choice(customers, size=(count, rows), p=weights / weights.sum())
+    chosen = random.integers(len(texts), size=(count, rows))
+    return [
+        ([texts[index] for index in indices], [name_of(owner) for owner in names])
+        for indices, names in zip(chosen, owners, strict=True)
+    ]
+
+
+def classify(texts: Sequence[str], customers: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """The path and body of a request in plain JSON."""
+    return "/v1/classify", {"texts": list(texts), "customers": list(customers)}
+
+
+def infer(texts: Sequence[str], customers: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """The path and body of a request to MLServer by the Open Inference Protocol."""
+    inputs = [
+        {"name": name, "datatype": "BYTES", "shape": [len(values), 1], "data": list(values)}
+        for name, values in (("text", texts), ("customer", customers))
+    ]
+    return f"/v2/models/{MLSERVER_MODEL}/infer", {"inputs": inputs}
+
+
+FORMS = {"classify": classify, "infer": infer}
+
+
+def bodies(count: int, rows: int, customers: int, seed: int, form: str = "classify") -> list[bytes]:
+    """`count` requests as `drawn` gives them, in a form of `FORMS`."""
+    return [request(*FORMS[form](texts, owners)) for texts, owners in drawn(count, rows, customers, seed)]
+
+
+def request(path: str, record: dict[str, Any]) -> bytes:
+    """A request's bytes."""
+    body = json.dumps(record).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: s\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
 
 
 def binary_bodies(count: int, rows: int, length: int, customers: int, seed: int) -> list[bytes]:
@@ -162,6 +192,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--rows", type=int, default=1, help="of a request")
     parser.add_argument("--length", type=int, help="token ids of a row, in binary; without it texts")
+    parser.add_argument("--form", choices=list(FORMS), default="classify", help="of requests of texts")
     parser.add_argument("--customers", type=int, default=1)
     parser.add_argument("--connections", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=5.0)
@@ -171,7 +202,7 @@ def main() -> None:
     if options.length:
         requests = binary_bodies(64, options.rows, options.length, options.customers, options.seed)
     else:
-        requests = bodies(2048, options.rows, options.customers, options.seed)
+        requests = bodies(2048, options.rows, options.customers, options.seed, options.form)
     common = (options.port, requests, options.connections, options.seconds)
     run = opened(*common, options.rate, options.seed) if options.rate else closed(*common)
     told, wall_s = asyncio.run(run)

@@ -4,7 +4,8 @@
     python -m benchmarks.server.own_cpu --against CHECKOUT
 
 Requests of one text come by HTTP (`/v1/classify` and the protocol) and by gRPC over several connections, each as soon
-as the last one is answered. With another checkout of the project, its server takes turns with this one's.
+as the last one is answered. "empty" is what grpc's own server takes for nothing, beside ours. With another checkout of
+the project, its server takes turns with this one's.
 """
 
 import argparse
@@ -32,6 +33,7 @@ WARM_UP = 300
 SERVER = Path(__file__).with_name("own_cpu_server.py")
 TEXT = "please cancel the order that I made this morning"
 AIMS_US = {"classify": 80, "infer": 80, "grpc": 250}
+EMPTY = "empty"
 
 
 class Own:
@@ -175,6 +177,8 @@ def measure(bundle: Path, checkouts: dict[str, Path], rounds: int, requests: int
         with ExitStack() as stack:
             front = "grpc" if kind == "grpc" else "http"
             servers = {name: stack.enter_context(own(checkout, bundle, front)) for name, checkout in checkouts.items()}
+            if kind == "grpc":
+                servers[EMPTY] = stack.enter_context(own(ROOT, bundle, EMPTY))
             for connections in CONNECTIONS:
                 of_kind = _in_turn(kind, servers, connections, rounds, requests)
                 print(kind, connections, of_kind["us"], flush=True)

@@ -1,10 +1,11 @@
 """A server over a model that costs nothing: what is left is the server's own work.
 
-    python benchmarks/server/own_cpu_server.py BUNDLE http|grpc
+    python benchmarks/server/own_cpu_server.py BUNDLE http|grpc|empty
 
 Tokenising gives a row that was made before, and a run gives zeros; queue, batching, threads, keys and fronts are those
 of `serve`. It prints its port and the key that it takes. Every line of its input is answered by its CPU seconds so far.
-It is run by path, so that the project may be that of another checkout.
+`empty` is grpc's own aio server with a handler that answers the same bytes to everything: less than that no server
+takes that is made of it. It is run by path, so that the project may be that of another checkout.
 """
 
 import secrets
@@ -87,11 +88,48 @@ def answer_lines() -> None:
         print(time.process_time(), flush=True)
 
 
+def run_empty() -> None:
+    """grpc alone, in the event loop that `serve` has."""
+    import grpc
+    import uvloop
+
+    from qrlora_deploy.serving.grpc.schema import ModelInferResponse
+
+    message = ModelInferResponse(model_name="bundle", model_version="1")
+    message.outputs.add(name="label", datatype="BYTES", shape=[1]).contents.bytes_contents.append(b"LABEL_0")
+    answer = message.SerializeToString()
+
+    async def handle(body: bytes, context: Any) -> bytes:
+        return answer
+
+    class Handlers(grpc.GenericRpcHandler):
+        def service(self, details: Any) -> Any:
+            return grpc.unary_unary_rpc_method_handler(handle)
+
+    async def serve() -> None:
+        server = grpc.aio.server(handlers=(Handlers(),))
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        print(port, "none", flush=True)
+        threading.Thread(target=answer_lines, daemon=True).start()
+        await server.wait_for_termination()
+
+    uvloop.run(serve())
+
+
 def main() -> None:
     """Command line of this script."""
-    bundle, kind = open_bundle(Path(sys.argv[1])), sys.argv[2]
+    if sys.argv[2] == "empty":
+        run_empty()
+        return
     with tempfile.TemporaryDirectory() as name:
-        keys, key = make_keys(Path(name))
+        run(Path(sys.argv[1]), sys.argv[2], Path(name))
+
+
+def run(folder: Path, kind: str, keys_folder: Path) -> None:
+    """The server of a bundle."""
+    bundle = open_bundle(folder)
+    keys, key = make_keys(keys_folder)
     engine = LocalEngine(Free(SwitchableSession(bundle, threads=1)))
     models = Models([ServedModel("bundle", bundle, engine, FreeTokenizer(bundle))])
     front = Front(models, keys=keys, metrics=Metrics(list(models)))

@@ -26,6 +26,9 @@ ATTEND = "qrlora_attend"
 HEADS = "qrlora_heads"
 """Attribute of an attention module: the `Heads` that it asked for when it last ran."""
 
+BIASED = "qrlora_bias"
+"""Attribute of an encoder with a bias by distance: None, or a function that makes the bias in its place."""
+
 UNCAPPED = "qrlora_uncapped"
 """Attribute of an attention module that leaves its soft cap out, to see whether that would be noticed."""
 
@@ -230,7 +233,14 @@ class PositionBiasedAttention(nn.Module):
 def _share_position_bias(encoder: Any) -> None:
     """Let MPNet make its bias `[1, heads, query, key]` once, not a copy for each row of the batch."""
     compute = encoder.compute_position_bias
-    encoder.compute_position_bias = lambda states, *args, **kwargs: compute(states[:1], *args, **kwargs)
+
+    def share(states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        made = getattr(encoder, BIASED)
+        bias: torch.Tensor = compute(states[:1], *args, **kwargs) if made is None else made()
+        return bias
+
+    setattr(encoder, BIASED, None)
+    encoder.compute_position_bias = share
 
 
 def onnx_mask(*args: Any, **options: Any) -> torch.Tensor | None:

@@ -50,7 +50,8 @@ class FusedBranch(nn.Module):
 
     def __init__(self, branch: TableBranch, wide: _ConcatenatedInput, before: int) -> None:
         super().__init__()
-        self.wide = wide
+        self.wide, self.name = wide, branch.name
+        self.width = branch.base.get_parameter("weight").shape[0 if is_conv1d(branch.base) else 1]
         weight = branch.base.get_parameter("weight").detach()
         rank, ranks = len(branch.q), wide.r.shape[1]
         factor = nn.functional.pad(branch.q, (0, 0, before, ranks - before - rank))
@@ -65,8 +66,14 @@ class FusedBranch(nn.Module):
         Raises:
             InputError: as `CustomerRows.coefficients`.
         """
-        y = self.wide.rows.once(self.wide, x) @ self.weight
+        merged = self.wide.rows.merged.get(self.name)
+        y = self.wide.rows.once(self.wide, x) @ self.weight if merged is None else x @ merged
         return y if self.bias is None else y + self.bias
+
+    def merge(self, c: torch.Tensor) -> torch.Tensor:
+        """`[in, out]`, for the customer whose coefficients `c [1, width]` are."""
+        c = c.split(list(self.wide.rows.parts), 1)[self.wide.part]
+        return torch.addmm(self.weight[: self.width], self.wide.r * c, self.weight[self.width :])
 
 
 def fuses(precision: str, provider: str) -> bool:

@@ -40,6 +40,7 @@ class CustomerRows:
         parts: how many columns of the table, from left to right, are used together: those of a target, or of
             neighbours that read the same input.
         inputs: what each part was last asked for with, which shows who reads the same.
+        merged: weights `[in, out]` with one customer in them, by target; empty: the rows' customers are beside them.
         weight: `[batch, labels, features]`; bias: `[batch, labels]`; both fp32.
     """
 
@@ -50,6 +51,7 @@ class CustomerRows:
         self.dtype = torch.float32
         self.parts = layout.padded_ranks
         self.inputs: dict[int, torch.Tensor] = {}
+        self.merged: dict[str, torch.Tensor] = {}
         self.weight = self.bias = torch.empty(0)
         self._gathered = torch.empty(0)
         self._by_row: tuple[torch.Tensor, ...] = ()
@@ -79,7 +81,9 @@ class CustomerRows:
 
         The guard is in the graph, two operators in a run, for clients that do not use this project's sessions.
         """
-        slot = torch.where(inputs[SLOT] < 0, NO_SLOT, inputs[SLOT])
+        slot = inputs[SLOT]
+        if self.packing is None or not self.packing.flat:
+            slot = torch.where(slot < 0, NO_SLOT, slot)
         heads = inputs[HEAD_TABLE].index_select(0, slot) if self.head is not None else None
         return inputs[TABLE].index_select(0, slot), heads
 
@@ -90,6 +94,15 @@ class CustomerRows:
         self._by_row = torch.split(self._gathered.unsqueeze(1), list(self.parts), dim=2)
         self._by_token.clear()
         self._made.clear()
+        self._take_heads(rows)
+
+    def fill_merged(self, merged: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor]) -> None:
+        """Take the merged weights of the one customer of a run, and the heads of its rows where there may be some."""
+        self.merged = merged
+        if self.head is not None:
+            self._take_heads(inputs[HEAD_TABLE].index_select(0, inputs[SLOT]))
+
+    def _take_heads(self, rows: torch.Tensor | None) -> None:
         if self.head is not None and rows is not None:
             weights = self.head.labels * self.head.features
             self.weight = rows[:, :weights].unflatten(1, (self.head.labels, self.head.features))

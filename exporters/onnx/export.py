@@ -38,10 +38,16 @@ from qrlora_deploy.io.outputs import check_free_folder
 from qrlora_deploy.merging.checkpoints import merge_model
 from qrlora_deploy.models.basis_fit import check_basis_fits
 from qrlora_deploy.models.checkpoint import Checkpoint
-from qrlora_deploy.runtime.bundle.bundle import MODEL_FILE, PACKED_FILE, Manifest
+from qrlora_deploy.runtime.bundle.bundle import ALONE_FILE, MERGE_FILE, MODEL_FILE, PACKED_FILE, Manifest
 from qrlora_deploy.runtime.bundle.row_layout import SLOT, head_arrays
 from qrlora_deploy.runtime.sessions.token_index import check_runtime
-from qrlora_deploy.runtime.verification.parity import Case, check_parity, check_right_padded, open_for_check
+from qrlora_deploy.runtime.verification.parity import (
+    Case,
+    check_one_customer,
+    check_parity,
+    check_right_padded,
+    open_for_check,
+)
 from qrlora_deploy.tasks.base import Task
 from qrlora_deploy.tasks.registry import BY_OPTION, task_named
 
@@ -98,6 +104,8 @@ def export_merged(job: ExportJob, options: OnnxOptions = DEFAULTS) -> Manifest:
         )
     if options.table_dtype != "fp32":
         raise InputError(f"{argument('table_dtype')} belongs to a switchable bundle; a merged one has no table")
+    if options.merged_cache:
+        raise InputError(f"{argument('merged_cache')} belongs to a switchable bundle; a merged one is merged")
     if options.task is not None:
         raise InputError(f"{argument('task')} belongs to a switchable bundle; a merged one has its customer's task")
 
@@ -145,6 +153,8 @@ def export_per_row(job: ExportJob, options: OnnxOptions = DEFAULTS) -> Manifest:
 def _export_for_all(job: ExportJob, options: OnnxOptions, layout: type[CustomerRows]) -> Manifest:
     """A bundle that serves every customer; `layout` is how their numbers come in."""
     checkpoint, basis, head_labels = job.checkpoint, job.basis, options.head_labels
+    if options.merged_cache and layout is BroughtRows:
+        raise InputError(f"{argument('merged_cache')} belongs to a switchable bundle; a per-row one has no table")
     if options.task is not None:
         checkpoint = _taken_for(checkpoint, options.task)
         job = replace(job, checkpoint=checkpoint)
@@ -221,6 +231,11 @@ def _export(job: ExportJob, options: OnnxOptions, make_plan: Callable[[Prepared]
         if graph.packed:
             packed = open_for_check(folder / PACKED_FILE, options.precision, options.provider)
             report = check_right_padded(packed, plan.reference, task, report)
+        if graph.alone:
+            merge, alone = (
+                open_for_check(folder / name, options.precision, options.provider) for name in (MERGE_FILE, ALONE_FILE)
+            )
+            report = check_one_customer(merge, alone, plan.reference, task, report)
         report.raise_if_failed()
         labelled = plan.labelled
         accuracy = measure_accuracy(session, labelled, plan.tables, job.progress) if labelled else None
@@ -243,7 +258,7 @@ def _write_graph(job: ExportJob, options: OnnxOptions, prepared: Prepared, plan:
     finish = None
     if rows is not None and fuses(options.precision, options.provider):
         finish = partial(fuse_branches, model, rows)
-    graph = write_graph(model, prepared.input_names, folder, rows, packing, finish, prepared.task)
+    graph = write_graph(model, prepared.input_names, folder, rows, packing, finish, prepared.task, options.merged_cache)
     if options.precision == "int8":
         texts, customers = texts_to_calibrate(options.calibration, prepared.task), plan.reference[0].inputs
         calibration = calibration_inputs(prepared, texts, customers, job.progress) if texts is not None else None

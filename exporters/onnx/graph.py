@@ -12,13 +12,16 @@ from optimum.utils import DummyTextInputGenerator, NormalizedTextConfig
 
 from exporters.onnx.attention import HEADS, use_onnx_attention
 from exporters.onnx.bias_folding import fold_attention_biases
+from exporters.onnx.customer_rows import CustomerRows
+from exporters.onnx.merged_graphs import Merging, merged_rows
 from exporters.onnx.padding_free import Packing, pack_blocks
 from exporters.onnx.quantizing import base_products
 from exporters.onnx.shared_weights import write_beside
 from exporters.onnx.tracing import Example, export_program, strip_traces
-from exporters.onnx.varlen import VarlenPacking
+from exporters.onnx.varlen import PackedAnswers, VarlenPacking
 from qrlora_deploy.errors import InputError, QrloraError, argument
-from qrlora_deploy.runtime.bundle.bundle import MODEL_FILE, PACKED_FILE, TensorRecord
+from qrlora_deploy.runtime.bundle.bundle import ALONE_FILE, MERGE_FILE, MODEL_FILE, PACKED_FILE, TensorRecord
+from qrlora_deploy.runtime.bundle.row_layout import CUSTOMER_INPUTS
 from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX
 from qrlora_deploy.tasks.base import Task
 from qrlora_deploy.tasks.classification import Classification
@@ -48,6 +51,7 @@ class Graph:
         products: names of the products of the base's linear layers, which int8 quantises.
         traced: the wrapper that was traced; runs in PyTorch, on the graph's inputs by position.
         packed: whether there is a second graph, whose attention is packed.
+        alone: whether there are graphs for one customer.
     """
 
     inputs: tuple[TensorRecord, ...]
@@ -56,6 +60,7 @@ class Graph:
     products: tuple[str, ...] = ()
     traced: Any = None
     packed: bool = False
+    alone: bool = False
 
 
 class RowInputs(Protocol):
@@ -89,6 +94,7 @@ def write_graph(
     packing: Packing | None = None,
     finish: Callable[[], None] | None = None,
     task: Task = CLASSES,
+    alone: bool = False,
 ) -> Graph:
     """Export `model` to `folder/model.onnx`, weights in `model.onnx.data`.
 
@@ -104,6 +110,7 @@ def write_graph(
             also makes `folder/packed.onnx`, of the same weights.
         finish: changes the model's layers once more, after a run that shows what they read and before the trace.
         task: of the model; says what the graph answers and what that is called.
+        alone: also write the graphs of `merged_graphs`, for one customer; `rows` are `CustomerRows` then.
 
     Raises:
         QrloraError: the model cannot be traced, or the attention operator did not reach the graph.
@@ -133,6 +140,9 @@ def write_graph(
             f"{type(model).__name__} cannot be made padding-free: {packing.attended} of its {blocks} blocks attend "
             f"through the registered function; leave {argument('padding_free')} out"
         )
+    if isinstance(packing, VarlenPacking):
+        with torch.no_grad():
+            packing.explore(wrapper, examples)
     if finish is not None:
         finish()
     opset = OPSET if packing is None else packing.opset
@@ -149,15 +159,65 @@ def write_graph(
         external_data=f"{MODEL_FILE}.data",
         size_threshold_bytes=SMALLEST_EXTERNAL_BYTES,
     )
-    packed = False
-    if isinstance(packing, VarlenPacking) and packing.possible(model):
-        packed = True
-        with packing.packed():
-            packed_program = _trace(wrapper, examples, opset, task.output_name)
-        strip_traces(packed_program.model)
-        write_beside(packed_program.model, folder / MODEL_FILE, folder / PACKED_FILE)
+    varlen = packing if isinstance(packing, VarlenPacking) and packing.possible(model) else None
+    if varlen is not None:
+        _write_packed(wrapper, names, folder, varlen, rows)
+    customers = rows if alone and isinstance(rows, CustomerRows) else None
+    if customers is not None:
+        _write_alone(wrapper, names, folder, varlen, customers, examples)
     inputs = tuple(_record(name, *example) for name, example in examples.items())
-    return Graph(inputs, attention_nodes, opset, products, wrapper, packed)
+    return Graph(inputs, attention_nodes, opset, products, wrapper, varlen is not None, customers is not None)
+
+
+def _write_packed(
+    wrapper: Any,
+    names: tuple[str, ...],
+    folder: Path,
+    packing: VarlenPacking,
+    rows: RowInputs | None,
+    file: str = PACKED_FILE,
+) -> None:
+    """The graph of tokens, on the weights of the one that was written before; it takes no more than it reads."""
+    mask = _example_mask()
+    examples = packing.packed_examples(names, mask) | ({} if rows is None else rows.examples(len(mask)))
+    with packing.packed(wrapper.model):
+        answers = PackedAnswers(wrapper, names, tuple(examples)).eval()
+        program = _trace(answers, examples, packing.opset, wrapper.task.output_name)
+    _write_second(program, folder, file)
+
+
+def _write_second(program: Any, folder: Path, file: str) -> None:
+    strip_traces(program.model)
+    inputs = program.model.graph.inputs
+    unread = [value for value in inputs if not value.uses()]
+    for value in unread:
+        inputs.remove(value)
+    write_beside(program.model, folder / MODEL_FILE, folder / file)
+
+
+def _write_alone(
+    wrapper: Any,
+    names: tuple[str, ...],
+    folder: Path,
+    varlen: VarlenPacking | None,
+    rows: CustomerRows,
+    examples: dict[str, Example],
+) -> None:
+    """The graphs for one customer; `varlen` where attention is packed, else they are of the form of the first graph."""
+    merged = merged_rows(wrapper.model, rows)
+    merging = Merging(wrapper.model, merged).eval()
+    opset = OPSET if rows.packing is None else rows.packing.opset
+    _write_second(_trace(merging, merging.examples(), opset, merging.outputs), folder, MERGE_FILE)
+    text = {name: example for name, example in examples.items() if name not in CUSTOMER_INPUTS}
+    whole = text | merged.examples(len(_example_mask()))
+    alone = _AnswersOnly(wrapper.model, wrapper.task, tuple(whole), merged, rows.packing).eval()
+    try:
+        if varlen is None:
+            _write_second(_trace(alone, whole, opset, wrapper.task.output_name), folder, ALONE_FILE)
+        else:
+            _write_packed(alone, names, folder, varlen, merged, ALONE_FILE)
+    finally:
+        rows.merged = {}
 
 
 def _all_capped(model: Any) -> bool:
@@ -201,14 +261,13 @@ class _AnswersOnly(torch.nn.Module):
 def _examples(
     model: Any, names: tuple[str, ...], rows: RowInputs | None, packing: Packing | None
 ) -> dict[str, Example]:
-    # No axis has size 1 or the size of another one: the exporter would take them for constants.
-    batch, sequence = 3, 11
+    mask = _example_mask()
+    batch, sequence = mask.shape
     generator = DummyTextInputGenerator(
         "text-classification", NormalizedTextConfig(model.config), batch_size=batch, sequence_length=sequence
     )
     inputs = {name: generator.generate(name, framework="pt") for name in names}
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    inputs["attention_mask"][0, 7:] = 0
+    inputs["attention_mask"] = mask
     if "token_type_ids" in inputs:
         inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
     text: dict[str, Example] = {name: (inputs[name], ("batch", "sequence")) for name in names}
@@ -216,15 +275,26 @@ def _examples(
     return text | tokens | ({} if rows is None else rows.examples(batch))
 
 
-def _trace(wrapper: torch.nn.Module, examples: dict[str, Example], opset: int, output_name: str) -> Any:
-    dims = {
+def _example_mask() -> torch.Tensor:
+    """`[batch, sequence]`; its last row is full."""
+    # No axis has size 1 or the size of another one: the exporter would take them for constants.
+    mask = torch.ones(3, 11, dtype=torch.int64)
+    mask[0, 7:] = 0
+    return mask
+
+
+def _trace(wrapper: torch.nn.Module, examples: dict[str, Example], opset: int, outputs: str | list[str]) -> Any:
+    dims: dict[str, Any] = {
         "batch": torch.export.Dim("batch", min=1),
         "sequence": torch.export.Dim("sequence", min=1, max=2**20),
         "slots": torch.export.Dim("slots", min=1),
         "tokens": torch.export.Dim("tokens", min=1),
     }
+    dims["batch + 1"] = dims["batch"] + 1
     shapes = tuple(
         {index: dims[axis] for index, axis in enumerate(axes) if isinstance(axis, str)}
         for _tensor, axes in examples.values()
     )
-    return export_program(wrapper, examples, shapes, opset, [output_name], "the model")
+    return export_program(
+        wrapper, examples, shapes, opset, [outputs] if isinstance(outputs, str) else outputs, "the model"
+    )

@@ -16,7 +16,7 @@ TABLE_DTYPES = ("fp32", "fp16")
 PROVIDERS = ("cpu", "cuda", "tensorrt")
 ATTENTIONS = ("auto", "standard", "packed")
 PACKABLE = ("fp32", "fp16")
-"""Precisions that packed attention has a kernel for."""
+"""Precisions that packed attention has a kernel for, and that merged weights are kept in."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class OnnxOptions:
         padding_free: the graph computes on the tokens that take part, given by one more input.
         attention: of a padding-free bundle, one of `ATTENTIONS`. "packed": it has a second graph, for CUDA, whose
             attention takes packed tokens; "auto": so it has where that is possible.
+        merged_cache: of a switchable bundle: it has the graphs for one customer too.
         data: texts of the check that ends the export; None: what comes with the project.
         provider: execution provider of that check, one of `PROVIDERS`.
         task: what the base is for, by what `--task` calls it, in a switchable bundle; None: what its config says.
@@ -68,6 +69,11 @@ class OnnxOptions:
         "tokens of right-padded batches as they lie, in fp32 and fp16; sessions choose by the mask. auto: where it is "
         "possible.",
         choices=ATTENTIONS,
+    )
+    merged_cache: bool = option(
+        False,
+        "Switchable, in fp32 or fp16: two more graphs, by which a session keeps merged weights of customers who have "
+        "whole batches for themselves (merged_cache_bytes); such batches then run as in a merged bundle.",
     )
     data: "Examples | None" = option(
         None,
@@ -108,6 +114,8 @@ class OnnxOptions:
                 f"{argument('calibration')} runs padded batches, which a padding-free graph does not take; "
                 "leave one out"
             )
+        if self.merged_cache and self.precision not in PACKABLE:
+            raise InputError(f"{argument('merged_cache')} needs {argument('precision', 'fp32')} or fp16")
         if self.attention not in ATTENTIONS:
             raise InputError(f"unknown {argument('attention')} {self.attention!r}; choose from {', '.join(ATTENTIONS)}")
         if self.attention == "packed" and not self._packable:

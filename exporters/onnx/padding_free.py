@@ -10,8 +10,9 @@ they are. ONNX Runtime keeps flash attention for that, and not for a mask. A fir
 comes behind them: it asks, but is not asked. With a bias by position, as MPNet's, or a window order matters: tokens
 go to their own places then, and the operator gets a mask.
 
-What is put on a place without a token is the first token of the batch. Attention does not look there,
-and no answer is read there.
+What is put on a place without a token is a token of the same row. Attention does not look there, and no answer is read
+there, but zero times NaN is NaN: were it a token of another row, a customer whose coefficients overflow would spoil
+the answers of all others in the batch.
 """
 
 from typing import Any
@@ -32,9 +33,10 @@ class Packing:
         opset: that its operators are of.
         by_lengths: whether attention is told lengths where order does not matter; else it always gets the mask.
         attended: how many attentions ran on tokens.
+        flat: whether the graph sees tokens alone, and only this project's sessions run it.
         inside: whether the run is between the first block and the last.
         tokens: `[tokens]` int64, positions in the batch as one row.
-        places: `[batch * length]` int64, the other way round; 0 for a token that was left out.
+        places: `[batch * length]` int64, the other way round; for a token that was left out the first of its row.
         rows: `[tokens]` int64, the row of the batch that each token is of.
         lengths: `[batch]` int64, how many tokens of a row are attended to.
         seats: `[tokens]` int64, as `tokens`, with those that are attended to in front of each row.
@@ -43,6 +45,7 @@ class Packing:
 
     opset = 24
     by_lengths = True
+    flat = False
 
     def __init__(self) -> None:
         self.attended = 0
@@ -74,10 +77,15 @@ class Packing:
         self.lengths = torch.where(attended == 0, torch.ones_like(attended), attended)
 
     def _inverse(self, index: torch.Tensor) -> torch.Tensor:
-        """`[batch * length]`: where in `index [tokens]` each position comes; 0 where it does not."""
+        """`[batch * length]`: where in `index [tokens]` each position comes, or else the first position of its row."""
+        found = self._scatter(index).unflatten(0, (self.batch, self.length))
+        return torch.where(found < 0, found[:, :1], found).flatten()
+
+    def _scatter(self, index: torch.Tensor) -> torch.Tensor:
+        """`[batch * length]`: where in `index [tokens]` each position comes; -1 where it does not."""
         numbers = torch.arange(index.shape[0], device=index.device)
-        empty = torch.zeros(self.batch * self.length, dtype=torch.int64, device=index.device)
-        return empty.scatter(0, index, numbers)
+        nowhere = torch.full((self.batch * self.length,), -1, dtype=torch.int64, device=index.device)
+        return nowhere.scatter(0, index, numbers)
 
     def pack(self, states: torch.Tensor) -> torch.Tensor:
         """`[batch, length, width]` to `[1, tokens, width]`."""

@@ -1,11 +1,16 @@
 """A second graph on the weights of the first."""
 
+import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import onnx_ir
 
 from qrlora_deploy.errors import QrloraError
+
+SMALLEST_SHARED_BYTES = 2**12
+"""Smaller tensors are not looked for in the other graph's file."""
 
 LARGEST_OWN_BYTES = 2**26
 """Of the tensors that the second graph has for itself: they lie in its own file, which protobuf bounds."""
@@ -15,20 +20,39 @@ def write_beside(model: Any, first: Path, path: Path) -> None:
     """Write `model` to `path`; its weights are those of the graph `first`, which lies beside it.
 
     Args:
-        model: an `onnx_ir.Model`, traced from the same module as `first`; a tensor of one name has one value.
+        model: an `onnx_ir.Model`, traced from the same module as `first`.
 
     Raises:
         QrloraError: the graphs do not share their weights.
     """
-    known = onnx_ir.load(first).graph.initializers
+    known = {_content(tensor): tensor for tensor in _external(onnx_ir.load(first))}
     own = 0
-    for name, value in model.graph.initializers.items():
-        other = known[name].const_value if name in known else None
-        mine = value.const_value
-        if isinstance(other, onnx_ir.ExternalTensor) and (other.shape, other.dtype) == (mine.shape, mine.dtype):
-            value.const_value = other
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        other = known.get(_content(tensor)) if tensor.nbytes >= SMALLEST_SHARED_BYTES else None
+        if other is not None:
+            value.const_value = onnx_ir.ExternalTensor(
+                other.location,
+                other.offset,
+                other.length,
+                other.dtype,
+                shape=other.shape,
+                name=value.name,
+                base_dir=other.base_dir,
+            )
         else:
-            own += mine.nbytes
+            own += tensor.nbytes
     if own > LARGEST_OWN_BYTES:
         raise QrloraError(f"{path.name} shares too few weights with {first.name}; please report this model")
     onnx_ir.save(model, path)
+
+
+def _external(model: Any) -> Iterator[Any]:
+    values = (value.const_value for value in model.graph.initializers.values())
+    return (tensor for tensor in values if isinstance(tensor, onnx_ir.ExternalTensor))
+
+
+def _content(tensor: Any) -> tuple[str, tuple[int, ...], bytes]:
+    """What two tensors have alike that are the same; names differ from trace to trace."""
+    numbers = hashlib.sha256(tensor.tobytes()).digest()
+    return str(tensor.dtype), tuple(tensor.shape), numbers

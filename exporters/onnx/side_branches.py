@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from exporters.onnx.lower_blocks import LowerBlocks
 from exporters.onnx.prepared import Prepared
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
@@ -35,11 +36,12 @@ class SideBranches:
         prepared: the base.
         basis: made from it.
         adapters: attached to the model of `prepared`, by target.
+        lower: keeps what the model's blocks below them answer.
     """
 
-    def __init__(self, prepared: Prepared, basis: Basis, adapters: dict[str, QRLoRALinear]) -> None:
+    def __init__(self, prepared: Prepared, basis: Basis, adapters: dict[str, QRLoRALinear], lower: LowerBlocks) -> None:
         self.prepared, self.basis = prepared, basis
-        self._adapters = adapters
+        self._adapters, self._lower = adapters, lower
         self._own_head: dict[str, nn.Parameter] = {}
 
     def check(self, customer: Coefficients) -> None:
@@ -61,8 +63,12 @@ class SideBranches:
         return (self.logits(customer.values, inputs) if customer.values.any() else base), base
 
     def logits(self, values: np.ndarray, inputs: Inputs) -> np.ndarray:
-        """Logits with coefficients `values [total_rank]`, by the head that was used last."""
+        """Logits with coefficients `values [total_rank]`, by the head that was used last.
+
+        Further runs on the very same `inputs` compute what is adapted and what follows, no more.
+        """
         set_coefficients(self._adapters, self.basis, values)
+        self._lower.begin(inputs)
         return model_logits(self.prepared.model, inputs, self.prepared.task)
 
     def use_head(self, head: Mapping[str, np.ndarray]) -> None:
@@ -84,9 +90,11 @@ def side_branches(prepared: Prepared, basis: Basis) -> Iterator[SideBranches]:
     model = prepared.model
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     with _plain_attention(model):
-        side = SideBranches(prepared, basis, attach(model, basis))
+        adapters, lower = attach(model, basis), LowerBlocks()
+        side = SideBranches(prepared, basis, adapters, lower)
         try:
-            yield side
+            with lower.within(model, adapters.values()):
+                yield side
         finally:
             side.use_head({})
             detach(model)

@@ -56,8 +56,18 @@ class TableBranch(SideBranch):
         Raises:
             InputError: as `CustomerRows.coefficients`.
         """
+        merged = self.rows.merged.get(self.name)
+        if merged is not None:
+            bias = getattr(self.base, "bias", None)
+            return x @ merged if bias is None else x @ merged + bias
         c = self.rows.coefficients(self.index, x, self.name)
         return self.base(x) + ((x @ self.r) * c) @ self.q
+
+    def merge(self, c: torch.Tensor) -> torch.Tensor:
+        """`[in, out]`, for the customer whose coefficients `c [1, width]` are."""
+        c = c.split(list(self.rows.parts), 1)[self.index]
+        weight = self.base.get_parameter("weight")
+        return torch.addmm(weight if is_conv1d(self.base) else weight.T, self.r * c, self.q)
 
 
 class HeadBranch(nn.Module):

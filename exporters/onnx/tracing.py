@@ -1,14 +1,17 @@
 """A PyTorch module as a program of `torch.onnx`, without what the exporter says and notes beside it."""
 
+import gc
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from onnxscript.optimizer import optimize_ir
 
+from exporters.onnx.rewriting import rewritten_programs
 from qrlora_deploy.errors import QrloraError, first_line
 
 Example = tuple[torch.Tensor, tuple[str | int, ...]]
@@ -36,28 +39,51 @@ def export_program(
     Raises:
         QrloraError: it cannot be traced.
     """
+    export = partial(
+        torch.onnx.export,
+        module,
+        tuple(tensor for tensor, _axes in examples.values()),
+        dynamo=True,
+        opset_version=opset,
+        input_names=list(examples),
+        output_names=output_names,
+        dynamic_shapes=(dynamic_shapes,),
+        verbose=False,
+        # This would also fuse operators of opset 23 in ways that are wrong: it gives a rotary embedding
+        # tables of one row, whatever the batch, and mixes the dtypes of a norm that computes in fp32.
+        optimize=False,
+    )
     try:
-        with warnings.catch_warnings(), _quiet_exporter(), torch.no_grad():
+        with warnings.catch_warnings(), _quiet_exporter(), _no_collection(), torch.no_grad():
             # Deprecations inside torch and transformers, nothing a user can act on.
             warnings.simplefilter("ignore")
-            program: Any = torch.onnx.export(
-                module,
-                tuple(tensor for tensor, _axes in examples.values()),
-                dynamo=True,
-                opset_version=opset,
-                input_names=list(examples),
-                output_names=output_names,
-                dynamic_shapes=(dynamic_shapes,),
-                verbose=False,
-                # This would also fuse operators of opset 23 in ways that are wrong: it gives a rotary embedding
-                # tables of one row, whatever the batch, and mixes the dtypes of a norm that computes in fp32.
-                optimize=False,
-            )
+            program: Any = _export_rewritten(export)
             optimize_ir(program.model)
             return program
     except torch.onnx.errors.OnnxExporterError as error:
         reason = first_line(error.__cause__ or error)
         raise QrloraError(f"{what} cannot be exported to ONNX: {reason}") from error
+
+
+def _export_rewritten(export: Callable[[], Any]) -> Any:
+    """By the short way, and where that ends at an operator without an ONNX function, by torch's own."""
+    try:
+        with rewritten_programs():
+            return export()
+    except torch.onnx.errors.OnnxExporterError:
+        return export()
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without Python's search for cycles: a trace makes millions of objects that live as long as it does."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

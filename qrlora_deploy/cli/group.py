@@ -244,6 +244,13 @@ def _fail(error: Exception, state: State) -> NoReturn:
     sys.exit(code)
 
 
+def end_at_once(error: Exception) -> None:
+    """End the process with an error's line and code, from any thread: what the main thread does never returns."""
+    line, code = describe_error(error)
+    click.echo(f"Error: {shortened(line)}", err=True)
+    os._exit(code)
+
+
 def describe_error(error: Exception, command: str | None = None) -> tuple[str, int]:
     """The message for the user and the exit code of an exception, which `command` ended with."""
     if isinstance(error, _EndOfFile) and isinstance(error.__cause__, EOFError):

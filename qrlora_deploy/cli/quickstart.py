@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qrlora_deploy.cli.options import ANY_PATH, common, device_option, seed_option
+from qrlora_deploy.cli.options import ANY_PATH, common, device_option, refuse_idle, seed_option
 from qrlora_deploy.cli.output import Output, Table, progress_bar, size_text
 
 if TYPE_CHECKING:
@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     flag_value="",
     help="With a decoder that writes text: a folder or hub name; by default a small one, SmolLM2-135M-Instruct.",
 )
+@click.option("--resume", is_flag=True, help="With --llm: go on with what an interrupted run has made.")
 @device_option()
 @seed_option
 @common
-def command(output: Path | None, llm: str | None, device: str, seed: int) -> Output:
+def command(output: Path | None, llm: str | None, resume: bool, device: str, seed: int) -> Output:
     """The whole way on an embedded model and data, a few minutes on two cores.
 
     Warms up a base, factorizes it, trains three customers, merges one, exports, verifies, predicts.
@@ -37,13 +38,11 @@ def command(output: Path | None, llm: str | None, device: str, seed: int) -> Out
       qrlora-deploy quickstart --out quickstart
       qrlora-deploy quickstart --llm --out quickstart-llm
     """
+    refuse_idle(["resume"], llm is not None, "there is --llm")
     if llm is not None:
-        from qrlora_deploy.cli.quickstart_llm import llm_output
-        from qrlora_deploy.models.hub import SMALL_DECODER
-        from qrlora_deploy.quickstart.llm import run as run_llm
+        from qrlora_deploy.cli.quickstart_llm import run_llm
 
-        with progress_bar() as progress:
-            return llm_output(run_llm(output, progress, seed, device, llm or SMALL_DECODER))
+        return run_llm(output, llm, resume, device, seed)
     from qrlora_deploy.quickstart.run import run
 
     with progress_bar() as progress:

@@ -1,11 +1,27 @@
-"""What `qrlora-deploy quickstart --llm` prints."""
+"""`qrlora-deploy quickstart --llm`: what it keeps where it is interrupted, and what it prints."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qrlora_deploy.cli.output import Output, Table, size_text
+from qrlora_deploy.cli.options import tell_if_interrupted
+from qrlora_deploy.cli.output import Output, Table, progress_bar, size_text
 
 if TYPE_CHECKING:
     from qrlora_deploy.quickstart.llm_report import LlmReport
+
+
+def run_llm(output: Path | None, base: str, resume: bool, device: str, seed: int) -> Output:
+    """Go the whole way; an empty `base` is the default one."""
+    from qrlora_deploy.models.hub import SMALL_DECODER
+    from qrlora_deploy.quickstart import llm
+    from qrlora_deploy.quickstart.journal import holds_work
+    from qrlora_deploy.training.checkpoints import folder_of_run
+
+    if output is not None:
+        work = folder_of_run(output)
+        tell_if_interrupted(lambda: f"{work} is kept: the same command goes on by --resume" if holds_work(work) else "")
+    with progress_bar() as progress:
+        return llm_output(llm.run(output, progress, seed, device, base or SMALL_DECODER, resume=resume))
 
 
 def llm_output(report: "LlmReport") -> Output:

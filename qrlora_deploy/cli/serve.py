@@ -8,6 +8,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
+from qrlora_deploy.cli.group import end_at_once
 from qrlora_deploy.cli.options import (
     ANY_PATH,
     COUNT,
@@ -80,9 +81,24 @@ QUEUE_MS = FiniteRange(min=0, min_open=True, max=86_400_000)
     show_default=True,
     help="A run may take, and one of --processes be silent, so long; then it is started again, or not live. 0: ever.",
 )
+@click.option(
+    "--open-seconds",
+    "open_s",
+    type=SECONDS,
+    default=600.0,
+    show_default=True,
+    help="A model, or a listing of customers, may take so long to open; then the server ends. 0: ever.",
+)
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads within an operator.")
 @click.option("--buckets", metavar="ROWS:LENGTHS", help="Run in these shapes only, such as 1,8,32:32,128.")
 @click.option("--max-rows", type=COUNT, help="Rows of the table of customers; without it the table grows.")
+@click.option(
+    "--merged-cache-bytes",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Of merged weights of customers who have whole batches.",
+)
 @click.option("--max-answers", type=COUNT, default=8, show_default=True, help="Texts that are written side by side.")
 @click.option("--max-cache-mib", type=COUNT, default=1024, show_default=True, help="MiB of their keys and values.")
 @click.option("--max-batch-tokens", type=COUNT, default=16384, show_default=True, help="Rows x length of a run.")
@@ -139,11 +155,12 @@ def command(
     """
     _check_usage(bundle, models, **options)
     check_ray_usage(on_ray, options)
-    refuse_idle(["hang_s"], not on_ray, "there is no --ray, which has a word for that of its own")
+    refuse_idle(["hang_s", "open_s"], not on_ray, "there is no --ray, which has a word for that of its own")
     if options["otel"]:
         need("otel", "`serve --otel`")
     from qrlora_deploy.serving.assembly import Assembly, AssemblyOptions
     from qrlora_deploy.serving.json_log import log_as_json, log_plainly
+    from qrlora_deploy.serving.opening_watch import OpeningWatch
 
     if log_json:
         log_as_json()
@@ -168,14 +185,17 @@ def command(
         devices=options["devices"] if options["processes"] else (),
         otel=options["otel"],
         hang_s=options["hang_s"],
+        open_s=options["open_s"],
     )
-    if check:
-        return checked(made_of)
-    if made_of.processes:
-        from qrlora_deploy.serving.processes.supervisor import Supervisor
+    with OpeningWatch(made_of.open_s, end_at_once) as watch:
+        if check:
+            return checked(made_of, watch.begin)
+        if made_of.processes:
+            from qrlora_deploy.serving.processes.supervisor import Supervisor
 
-        return Output({}, live=partial(_serve, Supervisor(made_of, log_json), made_of))
-    return Output({}, live=partial(_serve, Assembly(made_of), made_of))
+            watch.begin("what the bundles are for")
+            return Output({}, live=partial(_serve, Supervisor(made_of, log_json), made_of))
+        return Output({}, live=partial(_serve, Assembly(made_of, watch.begin), made_of))
 
 
 def _check_usage(bundle: Path | None, models: Sequence[str], **options: Any) -> None:
@@ -222,6 +242,7 @@ def _run_options(**options: Any) -> "RunOptions":
         limits,
         options["max_answers"],
         options["max_cache_mib"] * 2**20,
+        options["merged_cache_bytes"],
     )
 
 

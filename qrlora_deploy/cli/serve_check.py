@@ -8,13 +8,18 @@ from qrlora_deploy.errors import CheckFailed
 
 if TYPE_CHECKING:
     from qrlora_deploy.serving.assembly import Assembly, AssemblyOptions
+    from qrlora_deploy.serving.opening_watch import Begin
 
 SHOWN = 5
 """Customers' files that are named where many cannot be used."""
 
 
-def checked(made_of: "AssemblyOptions") -> Output:
+def checked(made_of: "AssemblyOptions", begin: "Begin") -> Output:
     """Open everything, on each device, and read each customer.
+
+    Args:
+        made_of: what is checked.
+        begin: told what is opened.
 
     Raises:
         QrloraError: something cannot be opened.
@@ -23,16 +28,16 @@ def checked(made_of: "AssemblyOptions") -> Output:
 
     for device in made_of.devices[1:]:
         # Whether a model opens on a device is known when it did.
-        Assembly(replace(made_of, run=replace(made_of.run, provider=device))).close()
-    return _checked_customers(Assembly(made_of))
+        Assembly(replace(made_of, run=replace(made_of.run, provider=device)), begin).close()
+    return _checked_customers(Assembly(made_of, begin), begin)
 
 
-def _checked_customers(assembly: "Assembly") -> Output:
+def _checked_customers(assembly: "Assembly", begin: "Begin") -> Output:
     url, record = assembly.url, []
     problems: list[str] = []
     facts: dict[str, str] = {}
     for model in assembly.models:
-        count, wrong = model.check_customers()
+        count, wrong = model.check_customers(begin)
         problems += wrong
         record.append({"model": model.served.name, "customers": count, "problems": wrong})
         facts[model.served.name] = f"{count} customers' files, {model.served.engine.stats().resident} in memory"

@@ -16,6 +16,7 @@ from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.io.files import digest_arrays, has_format, read_tensors, write_tensors
 from qrlora_deploy.io.outputs import prepare_file
 from qrlora_deploy.io.strict import from_value
+from qrlora_deploy.io.tensor_content import read_tensors_content
 from qrlora_deploy.io.versions import Versions
 from qrlora_deploy.tasks.thresholds import check_thresholds
 
@@ -177,7 +178,15 @@ def read_coefficients(path: Path) -> Coefficients:
             unknown tensor.
         InputError: it cannot be read.
     """
-    tensors, metadata = read_tensors(path, FORMAT, VERSIONS, _allows)
+    return _coefficients(path, *read_tensors(path, FORMAT, VERSIONS, _allows))
+
+
+def read_coefficients_content(content: bytes, path: Path | str) -> Coefficients:
+    """As `read_coefficients`, from the content of a file; `path` is what messages call it."""
+    return _coefficients(path, *read_tensors_content(content, path, FORMAT, VERSIONS, _allows))
+
+
+def _coefficients(path: Path | str, tensors: dict[str, np.ndarray], metadata: dict[str, Any]) -> Coefficients:
     stored = from_value(_Stored, metadata, f"{path} is damaged")
     if VALUES not in tensors:
         raise FileFormatError(f"{path} is damaged: the tensor {VALUES!r} is missing")
@@ -203,7 +212,7 @@ def _allows(metadata: dict[str, Any], name: str, shape: tuple[int, ...]) -> bool
     return name.startswith(HEAD) and len(shape) in (1, 2)
 
 
-def _check(path: Path, coefficients: Coefficients) -> None:
+def _check(path: Path | str, coefficients: Coefficients) -> None:
     arrays = {VALUES: coefficients.values} | coefficients.head
     wrong = [name for name, array in arrays.items() if not np.isfinite(array).all()]
     if wrong:

@@ -33,6 +33,9 @@ MAX_METADATA_BYTES = 16 * 2**20
 TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 """What a rename of a folder says where something is there already."""
 
+Allows = Callable[[dict[str, Any], str, tuple[int, ...]], bool]
+"""Says from (metadata, name, shape) whether a tensor belongs in a file."""
+
 MAPPED_BYTES = 2**30
 """A file of at least so many is mapped: it may be larger than the memory. Smaller ones are copied, so that nobody who
 writes over them changes what was read."""
@@ -97,15 +100,32 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         temporary = place / path.name
         temporary.mkdir()
         yield temporary
-        _settle(place)
-        try:
-            if path.is_dir():
-                path.rmdir()
-            temporary.replace(path)
-        except OSError as error:
-            if error.errno not in TAKEN:
-                raise
-            raise InputError(f"{path} already exists: another process made it meanwhile") from error
+        _publish(temporary, place, path)
+
+
+def publish_folder(made: Path, path: Path) -> None:
+    """Rename a folder that is whole, and lies in one that `lock_folder` locked, to `path`, as `atomic_folder` does.
+
+    Raises:
+        InputError: `path` exists and is not an empty folder; what was made stays.
+        QrloraError: the disk is full or refuses it.
+    """
+    check_free_folder(path)
+    with _one_line(path):
+        _publish(made, made.parent, path)
+
+
+def _publish(made: Path, place: Path, path: Path) -> None:
+    """Flush everything in the locked folder `place`, and rename what was made there to `path`."""
+    _settle(place)
+    try:
+        if path.is_dir():
+            path.rmdir()
+        made.replace(path)
+    except OSError as error:
+        if error.errno not in TAKEN:
+            raise
+        raise InputError(f"{path} already exists: another process made it meanwhile") from error
 
 
 @contextmanager
@@ -217,7 +237,7 @@ def read_tensors(
     path: Path,
     kind: str,
     versions: Versions,
-    allows: Callable[[dict[str, Any], str, tuple[int, ...]], bool],
+    allows: Allows,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Read a file written by `write_tensors`.
 
@@ -247,20 +267,37 @@ def read_tensors(
             raw = file.metadata()
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             parts = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-        metadata = _read_record(path, raw, kind, versions)
-        for name, (dtype, shape) in parts.items():
-            if dtype != "F32" or not allows(metadata, name, shape):
-                raise FileFormatError(f"{path}: unexpected tensor {name!r} {dtype}{list(shape)} in a {kind} file")
+        metadata = read_record(path, raw, kind, versions)
+        check_parts(path, kind, metadata, parts, allows)
         with library_errors(damaged):
             mapped = path.stat().st_size >= MAPPED_BYTES
             tensors = mapped_arrays(path) if mapped else {name: file.get_tensor(name) for name in parts}
+    return tensors, unsealed(path, tensors, metadata, versions)
+
+
+def check_parts(
+    path: Path | str, kind: str, metadata: dict[str, Any], parts: dict[str, tuple[str, tuple[int, ...]]], allows: Allows
+) -> None:
+    """Refuse tensors, dtype and shape by name, that do not belong in a file of this kind."""
+    for name, (dtype, shape) in parts.items():
+        if dtype != "F32" or not allows(metadata, name, shape):
+            raise FileFormatError(f"{path}: unexpected tensor {name!r} {dtype}{list(shape)} in a {kind} file")
+
+
+def unsealed(
+    path: Path | str, tensors: Mapping[str, np.ndarray], metadata: dict[str, Any], versions: Versions, text: str = ""
+) -> dict[str, Any]:
+    """The record of today, of a file whose content is what its digest says; `text` is the record as it was read."""
     expected = metadata.pop("content_digest", None)
-    if expected != _content_digest(tensors, metadata):
+    # As it was written, but for the digest: to write the record again takes much longer.
+    written = text.replace(f'"content_digest":"{expected}",', "", 1)
+    if expected != _text_digest(tensors, written) and expected != _content_digest(tensors, metadata):
         raise FileFormatError(f"{path} was changed after it was written: its content digest does not fit")
-    return tensors, versions.upgraded(path, metadata, f"{path} is incomplete or damaged")
+    return versions.upgraded(path, metadata, f"{path} is incomplete or damaged")
 
 
-def _read_record(path: Path, raw: dict[str, str] | None, kind: str, versions: Versions) -> dict[str, Any]:
+def read_record(path: Path | str, raw: dict[str, str] | None, kind: str, versions: Versions) -> dict[str, Any]:
+    """The record of a file from its safetensors metadata, of a version that is read."""
     wrong = f"{path} is not a {kind} file"
     text = (raw or {}).get(METADATA_KEY, "")
     if len(raw or {}) != 1 or len(text) > MAX_METADATA_BYTES:
@@ -273,6 +310,9 @@ def _read_record(path: Path, raw: dict[str, str] | None, kind: str, versions: Ve
 
 
 def _content_digest(tensors: Mapping[str, np.ndarray], metadata: dict[str, Any]) -> str:
-    record = json.dumps(metadata, sort_keys=True, separators=(",", ":"))
+    return _text_digest(tensors, json.dumps(metadata, sort_keys=True, separators=(",", ":")))
+
+
+def _text_digest(tensors: Mapping[str, np.ndarray], record: str) -> str:
     ordered = {name: tensors[name] for name in sorted(tensors)}
     return hashlib.sha256((record + digest_arrays(ordered)).encode()).hexdigest()

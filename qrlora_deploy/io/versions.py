@@ -37,7 +37,7 @@ class Versions:
             oldest -= 1
         return tuple(range(oldest, self.current + 1))
 
-    def check(self, path: Path, found: Any) -> None:
+    def check(self, path: Path | str, found: Any) -> None:
         """Make sure that a file has a version that is read; true and 1.0 are none.
 
         Raises:
@@ -50,7 +50,7 @@ class Versions:
         line = f"{path} has format version {found!r:.40}; this version reads {' and '.join(map(str, self.known))}"
         raise FileFormatError(f"{line}; {remedy}" if remedy else line)
 
-    def upgraded(self, path: Path, record: dict[str, Any], what: str) -> dict[str, Any]:
+    def upgraded(self, path: Path | str, record: dict[str, Any], what: str) -> dict[str, Any]:
         """The record of a file of any version that is read, as the current version has it.
 
         Args:

@@ -19,14 +19,14 @@ def find_decoder(name: str, folder: Path) -> Checkpoint:
 
     Args:
         name: folder or hub name.
-        folder: where a converted base is written; it must not hold anything yet.
+        folder: where a converted base is written, or where an interrupted run wrote it.
 
     Raises:
         InputError: there is no such base, it writes no text, or it cannot be reached and no package holds it.
         MissingPartError: the package of the GGUF file is there, the package gguf is not.
     """
     try:
-        checkpoint = open_checkpoint(name)
+        checkpoint = Checkpoint(folder, folder.name) if folder.is_dir() else open_checkpoint(name)
     except InputError as error:
         source = gguf_file()
         if name != SMALL_DECODER or source is None:

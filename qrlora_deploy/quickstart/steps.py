@@ -12,17 +12,23 @@ Progress = Callable[[str, int, int], None]
 
 
 class Clock:
-    """Wall time of each step."""
+    """Wall time of each step, whether it was done in one go or not.
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    Args:
+        seconds: of what was done before, to which more is added.
+    """
+
+    def __init__(self, seconds: dict[str, float] | None = None) -> None:
+        self.seconds = {} if seconds is None else seconds
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """Take the time of what is done within."""
+        """Take the time of what is done within, also where it fails."""
         start = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - start, 2)
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 2)
 
 
 @contextmanager

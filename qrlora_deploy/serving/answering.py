@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from qrlora_deploy.errors import InputError, MalformedInputError, QrloraError, UnknownCustomerError
+from qrlora_deploy.serving.engine.handover import handover_here
 from qrlora_deploy.serving.engine.protocol import Ticket
 from qrlora_deploy.serving.engine.rows import Load, Row, RowAnswer
 from qrlora_deploy.serving.parts import Spans
@@ -111,7 +112,7 @@ async def answer(
     ticket = model.engine.admit(load, customers, deadline_s)
     try:
         if ticket.pending is not None:
-            await _in_time(ticket.pending, deadline_s)
+            await in_time(ticket.pending, deadline_s)
         if spans is not None:
             spans.stage("tokenise")
         rows = await _tokenised(model, question, customers, load)
@@ -151,7 +152,13 @@ def _load(model: ServedModel, question: Question, asker: str) -> Load:
     return Load(len(ids), ids.size, sum(array.nbytes for array in question.inputs.values()), asker)
 
 
-async def _in_time(pending: Awaitable[None], deadline_s: float | None) -> None:
+async def in_time(pending: Awaitable[None], deadline_s: float | None) -> None:
+    """Wait for a place.
+
+    Raises:
+        DeadlineError: the request's time has passed before.
+        QrloraError: it is refused.
+    """
     try:
         async with asyncio.timeout(None if deadline_s is None else max(0.0, deadline_s - time.monotonic())):
             await pending
@@ -179,16 +186,22 @@ async def _answered(
     waiting = _in_this_loop(model.engine.submit(ticket, rows))
     if deadline_s is None:
         return await waiting
+    late = waiting.get_loop().call_later(max(0.0, deadline_s - time.monotonic()), _give_up, waiting)
     try:
-        return await asyncio.wait_for(waiting, max(0.0, deadline_s - time.monotonic()))
-    except TimeoutError as error:
-        raise DeadlineError("the request's time passed before it was answered") from error
+        return await waiting
+    finally:
+        late.cancel()
+
+
+def _give_up(waiting: "asyncio.Future[list[RowAnswer]]") -> None:
+    if not waiting.done():
+        waiting.set_exception(DeadlineError("the request's time passed before it was answered"))
 
 
 def _in_this_loop(future: "Future[list[RowAnswer]]") -> "asyncio.Future[list[RowAnswer]]":
-    """As `asyncio.wrap_future`, which takes three times as long."""
-    loop = asyncio.get_running_loop()
-    waiting: asyncio.Future[list[RowAnswer]] = loop.create_future()
+    """As `asyncio.wrap_future`, with one wake-up of the loop for all that end together."""
+    waiting: asyncio.Future[list[RowAnswer]] = asyncio.get_running_loop().create_future()
+    handover = handover_here()
 
     def hand_over() -> None:
         if waiting.done():
@@ -200,13 +213,9 @@ def _in_this_loop(future: "Future[list[RowAnswer]]") -> "asyncio.Future[list[Row
         else:
             waiting.set_result(future.result())
 
-    def ended(_: "Future[list[RowAnswer]]") -> None:
-        # Of a loop that has ended nobody waits.
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(hand_over)
-
-    future.add_done_callback(ended)
-    waiting.add_done_callback(lambda it: future.cancel() if it.cancelled() else None)
+    future.add_done_callback(lambda _: handover.add(hand_over))
+    # Done before the engine is: nobody waits any more. What has ended takes no notice.
+    waiting.add_done_callback(lambda _: future.cancel())
     return waiting
 
 

@@ -17,6 +17,7 @@ from qrlora_deploy.serving.http.listener import HttpListener
 from qrlora_deploy.serving.life import Hanging, Life
 from qrlora_deploy.serving.metrics import Metrics
 from qrlora_deploy.serving.opening import ModelPlaces, OpenModel, RunOptions
+from qrlora_deploy.serving.opening_watch import Begin, unwatched
 from qrlora_deploy.serving.served import Models
 from qrlora_deploy.serving.server import Companion, Server, ServerOptions
 
@@ -43,6 +44,8 @@ class AssemblyOptions:
         otel: send spans, as the `OTEL_` variables of the process say.
         hang_s: how long a run may take, and with `processes` one of them may say nothing; then it is killed and started
             again. In one process health says from then on that it is not live. 0: as long as it likes.
+        open_s: how long one thing may take to open, such as a model or a listing of customers, before the process that
+            opens it is ended. 0: as long as it likes.
         kept_keys: with `processes`, where engines keep a copy of the keys that were read last: a process that is
             started while the file is missing or damaged begins with these.
 
@@ -64,13 +67,15 @@ class AssemblyOptions:
     devices: Sequence[str] = ()
     otel: bool = False
     hang_s: float = 60.0
+    open_s: float = 600.0
     kept_keys: Path | None = None
 
     def __post_init__(self) -> None:
         for name in self.counted:
             check_customer_id(name)
-        if 0 < self.hang_s < 1:
-            raise InputError(f"{argument('hang_s', self.hang_s)} is too short to tell anything; give 1 or more, or 0")
+        for name, seconds in (("hang_s", self.hang_s), ("open_s", self.open_s)):
+            if 0 < seconds < 1:
+                raise InputError(f"{argument(name, seconds)} is too short to tell anything; give 1 or more, or 0")
         if self.devices and not self.processes:
             raise InputError(f"several devices need processes of their own: give {argument('processes', 2)}")
         if self.admin_port is not None and (self.keys is None or self.audit_log is None):
@@ -84,6 +89,10 @@ class AssemblyOptions:
 class Assembly:
     """Everything that a server needs, open; nothing answers yet.
 
+    Args:
+        options: what it is made of.
+        begin: told what is opened.
+
     Attributes:
         parts: models, keys and quotas.
         server: to be run.
@@ -93,10 +102,10 @@ class Assembly:
         QrloraError: something cannot be used; what was opened before is closed.
     """
 
-    def __init__(self, options: AssemblyOptions) -> None:
+    def __init__(self, options: AssemblyOptions, begin: Begin = unwatched) -> None:
         self._tracing: Tracing | None = None
         self.companions: dict[str, Companion] = {}
-        self.parts = EngineParts(options)
+        self.parts = EngineParts(options, begin)
         try:
             self._open(options)
         except BaseException:
@@ -155,6 +164,10 @@ class Assembly:
 class EngineParts:
     """What an engine's process has, and a server in one process beside its fronts: models, keys and quotas.
 
+    Args:
+        options: of the server.
+        begin: told what is opened.
+
     Attributes:
         models: open.
         keys: None: everybody is answered.
@@ -163,8 +176,8 @@ class EngineParts:
         QrloraError: something cannot be used; what was opened before is closed.
     """
 
-    def __init__(self, options: AssemblyOptions) -> None:
-        self._options = options
+    def __init__(self, options: AssemblyOptions, begin: Begin = unwatched) -> None:
+        self._options, self._begin = options, begin
         self.models: list[OpenModel] = []
         self.keys: Keys | None = None
         self._quotas: list[Quotas] = []
@@ -177,10 +190,11 @@ class EngineParts:
     def _open(self, options: AssemblyOptions) -> None:
         # Files that are quick to read come first: who misspells one need not wait for a model.
         if options.keys is not None:
+            self._begin(f"{options.keys}, the file of keys,")
             self.keys = Keys.open(options.keys, self._change_quotas, options.kept_keys, keeps=True)
         for places in options.places:
             self._quotas.append(Quotas())
-            self.models.append(OpenModel(places, options.run, self._quotas[-1]))
+            self.models.append(OpenModel(places, options.run, self._quotas[-1], self._begin))
         if self.keys is not None:
             self._change_quotas(self.keys)
 

@@ -1,25 +1,17 @@
 """What Prometheus reads: counters of requests, and those of each model's engine at the moment of the scrape."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.process_collector import ProcessCollector
 
 from qrlora_deploy.runtime.customers.objects.store import ObjectStoreStats
 from qrlora_deploy.serving.engine.protocol import EngineStats
 from qrlora_deploy.serving.generation.metrics import writer_metrics
+from qrlora_deploy.serving.request_metrics import RequestMetrics
 from qrlora_deploy.version import __version__
-
-SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-"""Upper ends of the histogram of requests."""
-
-MAX_ROUTES = 64
-OTHER = "other"
-"""What routes beyond `MAX_ROUTES` are counted under: a label's values stay for as long as the process."""
-
 
 StoreStats = Callable[[], ObjectStoreStats]
 
@@ -43,17 +35,8 @@ class Served(Protocol):
         """Whose counters are read."""
 
 
-@dataclass(frozen=True)
-class _Counted:
-    """Where requests of a route and a code are counted."""
-
-    requests: Counter
-    seconds: Histogram
-    rows: Counter
-
-
 class Metrics:
-    """Metrics of a server, in a registry of its own.
+    """Metrics of a server, in a registry of its own. For one event loop.
 
     Args:
         models: asked anew at every scrape.
@@ -66,21 +49,9 @@ class Metrics:
         self, models: Iterable[Served], customers: Iterable[str] = (), stores: Mapping[str, StoreStats] | None = None
     ) -> None:
         self._customers = frozenset(customers)
-        self._counted: dict[tuple[str, int], _Counted] = {}
         self.registry = registry = CollectorRegistry()
-        self._requests = Counter(
-            "qrlora_requests", "Requests that were answered.", ["route", "code"], registry=registry
-        )
-        self._seconds = Histogram(
-            "qrlora_request_seconds",
-            "From a request's arrival to its answer.",
-            ["route"],
-            buckets=SECONDS,
-            registry=registry,
-        )
-        self._asked = Counter(
-            "qrlora_request_rows", "Rows of requests that were answered well.", ["route"], registry=registry
-        )
+        self._requests = RequestMetrics()
+        registry.register(self._requests)
         if self._customers:
             self._by_customer = Counter(
                 "qrlora_customer_rows",
@@ -102,29 +73,14 @@ class Metrics:
             rows: that it had.
             customers: of its rows, one for each.
         """
-        counted = self._counted.get((route, code)) or self._count_new(route, code)
-        counted.requests.inc()
-        counted.seconds.observe(seconds)
-        if code < 400:
-            counted.rows.inc(rows)
+        self._requests.count(route, code, seconds, rows)
+        if self._customers and code < 400:
             self._count(customers)
 
     def _count(self, customers: Sequence[str | None]) -> None:
-        if self._customers:
-            for name in customers:
-                if name in self._customers:
-                    self._by_customer.labels(name).inc()
-
-    def _count_new(self, route: str, code: int) -> "_Counted":
-        # Finding a label's value takes longer than counting.
-        routes = {name for name, _ in self._counted}
-        known = route if route in routes or len(routes) < MAX_ROUTES else OTHER
-        counted = _Counted(
-            self._requests.labels(known, str(code)), self._seconds.labels(known), self._asked.labels(known)
-        )
-        if known == route:
-            self._counted[route, code] = counted
-        return counted
+        for name in customers:
+            if name in self._customers:
+                self._by_customer.labels(name).inc()
 
     async def scrape(self) -> bytes:
         """The same for who asks over a network."""

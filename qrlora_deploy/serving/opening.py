@@ -23,6 +23,7 @@ from qrlora_deploy.serving.engine.models import MergedModel
 from qrlora_deploy.serving.engine.quotas import Quotas
 from qrlora_deploy.serving.engine.sources import ObjectSource, source_of
 from qrlora_deploy.serving.generation.engine import TextEngine
+from qrlora_deploy.serving.opening_watch import Begin, unwatched
 from qrlora_deploy.serving.served import ServedModel
 from qrlora_deploy.serving.tokenizing import RowTokenizer
 
@@ -42,6 +43,7 @@ class RunOptions:
         limits: of the engine.
         max_answers: that a decoder writes side by side.
         max_cache_bytes: memory of a decoder's keys and values.
+        merged_cache_bytes: memory of merged weights, as for `SwitchableSession`.
     """
 
     provider: str = "cpu"
@@ -52,6 +54,7 @@ class RunOptions:
     limits: Limits = field(default_factory=Limits)
     max_answers: int = 8
     max_cache_bytes: int = 2**30
+    merged_cache_bytes: int = 0
 
     @property
     def device(self) -> Device:
@@ -107,17 +110,22 @@ class OpenModel:
         QrloraError: the bundle, the packed file or the folder cannot be used.
     """
 
-    def __init__(self, places: ModelPlaces, options: RunOptions, quotas: Quotas | None = None) -> None:
+    def __init__(
+        self, places: ModelPlaces, options: RunOptions, quotas: Quotas | None = None, begin: Begin = unwatched
+    ) -> None:
         self.places = places
+        begin(f"{places.bundle}, the bundle of {places.name}, on {options.provider}")
         bundle = open_bundle(places.bundle)
         self.session = _open_session(bundle, options)
         self.customers = _customers_of(self.session)
         self._objects = None if places.objects is None else ObjectSource(places.objects, poll_s=places.poll_s)
         self._source = source_of(places.customers, places.packed, self._objects)
         if self.customers is not None:
+            begin(f"{places.customers or places.objects or places.packed}, with the customers of {places.name},")
             self._source.open(self.customers)
         elif places.customers or places.packed or places.objects:
             raise InputError(f"{places.bundle} is a merged bundle: it holds one customer and takes no others")
+        begin("")
         self.served = _served(places.name, self.session, options.limits, quotas)
 
     def customer_folder(self, erased: Callable[[str], None] = lambda customer: None) -> CustomerFolder | None:
@@ -164,17 +172,22 @@ class OpenModel:
         """Says how the object store of its customers is doing; None: there is none."""
         return None if self._objects is None else self._objects.stats
 
-    def check_customers(self) -> tuple[int, list[str]]:
+    def check_customers(self, begin: Begin = unwatched) -> tuple[int, list[str]]:
         """Read every file of the folder, or object, and hold it against the bundle.
+
+        Args:
+            begin: told what is read.
 
         Returns:
             How many there are, and what is wrong with those that cannot be served, one line each.
         """
         if self.customers is None:
             return 0, []
+        begin(f"{self.places.customers or self.places.objects}, with the customers of {self.places.name},")
         names, read = self._customers()
         check, problems = self.customers.check, []
         for name in names:
+            begin(f"the file of {name}, a customer of {self.places.name},")
             try:
                 check(read(name), name)
             except QrloraError as error:
@@ -207,7 +220,12 @@ def _open_session(bundle: Bundle, options: RunOptions) -> Session:
     if bundle.manifest.kind == "merged":
         return MergedModel(bundle, options.device, options.threads, options.buckets)
     return SwitchableSession(
-        bundle, options.device, max_rows=options.max_rows, threads=options.threads, buckets=options.buckets
+        bundle,
+        options.device,
+        max_rows=options.max_rows,
+        threads=options.threads,
+        buckets=options.buckets,
+        merged_cache_bytes=options.merged_cache_bytes,
     )
 
 
@@ -250,4 +268,4 @@ def refuse_decoders(places: Sequence[ModelPlaces], what: str) -> None:
     """
     for place in places:
         if open_bundle(place.bundle, graph=False).manifest.deciding_task.writes_text:
-            raise InputError(f"{place.bundle} writes text, which one process does alone; leave out {what}")
+            raise InputError(f"{place.bundle} writes text, which is not served by {what}; leave it out")

@@ -15,7 +15,7 @@ from qrlora_deploy.tasks.base import Task
 from qrlora_deploy.tasks.registry import task_named
 
 if TYPE_CHECKING:
-    from qrlora_deploy.serving.generation.engine import TextEngine
+    from qrlora_deploy.serving.generation.protocol import TextWriter
 
 VERSION = "1"
 """Of every model: a bundle is sealed, so another one is another model."""
@@ -48,7 +48,7 @@ class ServedModel:
     engine: Engine
     tokenizer: RowTokenizer
     pool: ThreadPoolExecutor = field(default_factory=_pool, repr=False, compare=False)
-    writer: "TextEngine | None" = None
+    writer: "TextWriter | None" = None
 
     @cached_property
     def task(self) -> Task:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from qrlora_deploy.errors import QrloraError, argument
+from qrlora_deploy.serving.garbage import calm_collector
 from qrlora_deploy.serving.http.app import make_app
 from qrlora_deploy.serving.http.front import Front
 from qrlora_deploy.serving.http.limits import HttpLimits
@@ -119,7 +120,8 @@ class Server:
             InputError: a companion cannot listen.
             QrloraError: not everything was answered in time.
         """
-        with asyncio.Runner(loop_factory=self.http.config.get_loop_factory()) as runner, _signals_restored():
+        loops = asyncio.Runner(loop_factory=self.http.config.get_loop_factory())
+        with calm_collector(), loops as runner, _signals_restored():
             runner.run(self._run(started))
 
     def stop(self) -> None:

@@ -99,11 +99,12 @@ class Classification(Task):
     def answer(self, logits: np.ndarray, names: Sequence[str], words: LocatedWords | None = None) -> Answer:
         """The most likely class and its probability."""
         best = int(logits.argmax())
-        return Answer(names[best], float(self.scores(logits)[best]), (names[best],))
+        # What `scores` has there: its odds are 1.
+        return Answer(names[best], 1 / float(np.add.reduce(_odds(logits, logits[best]))), (names[best],))
 
     def scores(self, logits: np.ndarray) -> np.ndarray:
         """The probability of each class."""
-        odds = np.exp(logits.astype(np.float64) - logits.max())
+        odds = _odds(logits, logits.max())
         found: np.ndarray = odds / odds.sum()
         return found
 
@@ -115,6 +116,12 @@ class Classification(Task):
         """Whether the most likely class is the row's."""
         found: np.ndarray = logits.argmax(axis=1) == targets
         return found
+
+
+def _odds(logits: np.ndarray, largest: np.float32) -> np.ndarray:
+    """How probable each class is, by the most likely one."""
+    found: np.ndarray = np.exp(logits.astype(np.float64) - largest)
+    return found
 
 
 def _single(examples: "Examples") -> list[str]:

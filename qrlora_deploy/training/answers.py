@@ -6,6 +6,9 @@ from typing import Any
 from qrlora_deploy.tasks.answer_rows import Row
 from qrlora_deploy.tasks.base import IGNORED
 
+PLACES = "trunk_places"
+"""Of rows whose tokens have hidden states in a cache: where each one's are."""
+
 
 class AnswerCollator:
     """Makes batches of rows of `answer_rows`, padded on the right, whatever side the tokenizer pads on.
@@ -21,18 +24,20 @@ class AnswerCollator:
         self.room = room
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """`input_ids`, `labels` and `attention_mask` or `position_ids`, each `[n, longest]` int64."""
+        """`input_ids`, `labels`, `PLACES` where rows have them, and `attention_mask` or `position_ids`, each
+        `[n, longest]` int64."""
         import torch
 
         sizes = [len(row["input_ids"]) for row in rows]
         groups = [[number] for number in range(len(rows))] if self.room is None else packed_groups(sizes, self.room)
-        columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+        fillers = {"input_ids": self.padding, "labels": IGNORED, PLACES: 0}
+        columns: dict[str, list[list[int]]] = {name: [] for name in fillers if name in rows[0]}
         lengths = [[sizes[number] for number in group] for group in groups]
         longest = max(map(sum, lengths))
         for group in groups:
-            for name, filler in (("input_ids", self.padding), ("labels", IGNORED)):
+            for name in columns:
                 joined = [value for number in group for value in _sealed(name, rows[number][name])]
-                columns[name].append(joined + [filler] * (longest - len(joined)))
+                columns[name].append(joined + [fillers[name]] * (longest - len(joined)))
         batch = {name: torch.tensor(values) for name, values in columns.items()}
         if self.room is not None:
             places = [[place for length in (*own, longest - sum(own)) for place in range(length)] for own in lengths]
@@ -41,7 +46,7 @@ class AnswerCollator:
         return batch | {"attention_mask": torch.tensor(masks)}
 
 
-def _sealed(name: str, values: list[int]) -> list[int]:
+def _sealed(name: str, values: Sequence[int]) -> Sequence[int]:
     """A row's own; nothing before it foretells its first token."""
     return [IGNORED, *values[1:]] if name == "labels" else values
 

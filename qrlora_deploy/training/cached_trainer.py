@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,12 +10,12 @@ from torch.nn import functional
 
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.tasks.base import IGNORED, Task
-from qrlora_deploy.training.loop import Progress, SmallTrainer
+from qrlora_deploy.training.loop import SmallTrainer
 from qrlora_deploy.training.precision import halve_frozen, has_bf16, mixed_precision
 from qrlora_deploy.training.rows import Rows, texts_of
 from qrlora_deploy.training.trunk.cache import TrunkCache, fill_cache
 from qrlora_deploy.training.trunk.cuda_graph import GraphedStep, step_gradients
-from qrlora_deploy.training.trunk.memory import find_room
+from qrlora_deploy.training.trunk.memory import CacheWish, find_room
 from qrlora_deploy.training.trunk.padding_free import packed_layout, padded_layout
 from qrlora_deploy.training.trunk.split import SplitModel, split_model
 from qrlora_deploy.training.trunk.upper import Upper
@@ -38,21 +37,6 @@ class Texts:
     rows: Rows
     collate: Callable[[list[Any]], Any]
     padding_side: str
-
-
-@dataclass(frozen=True)
-class CacheWish:
-    """What was asked for.
-
-    Attributes:
-        wanted: "auto", "device", "host" or "disk".
-        folder: for a file on the disk.
-        progress: called with (description, done, total) while the trunk runs.
-    """
-
-    wanted: str
-    folder: Path
-    progress: Progress | None = None
 
 
 @dataclass(frozen=True)
@@ -147,10 +131,8 @@ def build_cached(model: Any, targets: Sequence[str], texts: Texts, task: Task, w
     room = find_room(wish.wanted, size_bytes, device, wish.folder)
     if has_bf16(device.type):
         halve_frozen(model)
-    progress = wish.progress
-    report = (lambda done: progress("trunk", done, len(rows))) if progress else None
     with mixed_precision(device):
-        cache = fill_cache(split, rows, texts.collate, room, report=report)
+        cache = fill_cache(split, rows, texts.collate, room, report=wish.report(len(rows)))
     return CachedModel(split, upper, cache, replace(texts, rows=rows), task)
 
 

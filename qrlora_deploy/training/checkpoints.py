@@ -7,7 +7,7 @@ A power loss leaves files that are empty or full of zeros, and a checkpoint that
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -166,38 +166,48 @@ def _check_same(settings_file: Path, marks: dict[str, Any]) -> None:
 
 
 @contextmanager
-def run_folder(output: Path, resume: bool) -> Iterator[Path]:
+def run_folder(output: Path, resume: bool, worth: Callable[[Path], object] = checkpoints) -> Iterator[Path]:
     """Yield the folder of a run's own checkpoints, hidden beside `output` and locked meanwhile.
 
     It is removed when the run is done, and kept, where it holds a checkpoint, when the run was
     interrupted, failed or could not be written: `--resume` goes on from there. What a dead
     process left without a checkpoint is removed; no checkpoint is, but for those of the run that is done.
 
+    Args:
+        output: what the run makes.
+        resume: go on with what was left.
+        worth: says of the folder whether it holds a checkpoint, or what a run keeps otherwise.
+
     Raises:
         InputError: `resume` is asked for and no run was left; or it is not, and one was; or another
-            process is training the same output.
+            process is making the same output.
     """
-    folder = output.with_name(f".{output.name}.work")
+    folder = folder_of_run(output)
     if resume and not folder.is_dir():
         raise InputError(
             f"{argument('resume', True)}: no interrupted run of {output} is found ({folder} does not exist)"
         )
     if not resume:
-        _make_new(folder, output)
+        _make_new(folder, output, worth)
     descriptor = _lock(folder)
     if descriptor is None:
-        raise InputError(f"another process is training {output}: it holds {folder}")
+        raise InputError(f"another process is making {output}: it holds {folder}")
     keep = resume
     try:
         yield folder
         keep = False
     except BaseException:
-        keep = resume or bool(checkpoints(folder))
+        keep = resume or bool(worth(folder))
         raise
     finally:
         with unlocked(descriptor):
             if not keep:
                 remove_tree(folder)
+
+
+def folder_of_run(output: Path) -> Path:
+    """Where a run of `output` keeps what it goes on with."""
+    return output.with_name(f".{output.name}.work")
 
 
 def _lock(folder: Path) -> int | None:
@@ -207,9 +217,9 @@ def _lock(folder: Path) -> int | None:
         return None
 
 
-def _make_new(folder: Path, output: Path) -> None:
+def _make_new(folder: Path, output: Path, worth: Callable[[Path], object]) -> None:
     try:
-        if folder.is_dir() and not checkpoints(folder) and not remove_if_dead(folder):
+        if folder.is_dir() and not worth(folder) and not remove_if_dead(folder):
             with suppress(OSError):
                 folder.rmdir()  # of a process that died between two steps
         folder.mkdir()

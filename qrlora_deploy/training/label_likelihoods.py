@@ -34,19 +34,27 @@ class LabelRows:
     right: list[int]
     labels: int
 
-    @torch.no_grad()
     def score(self, model: Any, collate: Callable[[Rows], Any], batch_size: int) -> dict[str, float]:
         """The share of rows whose own label has the largest likelihood, the end of text included, by `METRIC`."""
-        losses = []
         device = next(model.parameters()).device
         training = model.training
         model.eval()
-        for start in range(0, len(self.rows), batch_size):
-            batch = {name: tensor.to(device) for name, tensor in collate(self.rows[start : start + batch_size]).items()}
+
+        def graded(rows: Rows) -> torch.Tensor:
+            batch = {name: tensor.to(device) for name, tensor in collate(rows).items()}
             labels = batch.pop("labels")
             with mixed_precision(device):
-                losses.append(CausalLM().graded(model, batch, labels)[..., NLL].sum(1).cpu())
+                return CausalLM().graded(model, batch, labels)
+
+        found = self.score_by(graded, batch_size)
         model.train(training)
+        return found
+
+    @torch.no_grad()
+    def score_by(self, graded: Callable[[Rows], torch.Tensor], batch_size: int) -> dict[str, float]:
+        """The same by what gives `CausalLM.graded` of some rows."""
+        parts = (self.rows[start : start + batch_size] for start in range(0, len(self.rows), batch_size))
+        losses = [graded(part)[..., NLL].sum(1).cpu() for part in parts]
         found = torch.cat(losses).reshape(-1, self.labels).argmin(1)
         return {METRIC: round(float((found == torch.tensor(self.right)).float().mean()), 6)}
 

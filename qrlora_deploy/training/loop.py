@@ -89,9 +89,13 @@ class SmallTrainer(Trainer):
         batch = {name: tensor for name, tensor in inputs.items() if name != "labels"}
         # Embeddings are made by a part of the model, whose forward the Trainer did not prepare.
         with mixed_precision(self.args.device):
-            logits = self.task.graded(model, batch, inputs["labels"])
+            logits = self.graded(model, batch, inputs["labels"])
         loss = self.task.loss(logits, inputs["labels"])
         return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
+
+    def graded(self, model: Any, batch: dict[str, Any], targets: torch.Tensor) -> torch.Tensor:
+        """What the task's loss and metrics take of the model, as `Task.graded`."""
+        return self.task.graded(model, batch, targets)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the trainable parameters into `output_dir`."""

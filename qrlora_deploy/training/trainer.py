@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import DataCollatorWithPadding, EarlyStoppingCallback, TrainerState
+from transformers import EarlyStoppingCallback, TrainerState
 
 from qrlora_deploy.data.examples import Examples, check_alike
-from qrlora_deploy.errors import InputError, QrloraError, argument
+from qrlora_deploy.errors import QrloraError
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.adapter import QRLoRALinear, attach, get_coefficients, precondition
@@ -20,15 +20,14 @@ from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.models.head import check_stored, prepare_head
 from qrlora_deploy.tasks.answer_rows import answer_rows
 from qrlora_deploy.training.batches import collator_for
+from qrlora_deploy.training.cached_decoder import CachedDecoderTrainer
 from qrlora_deploy.training.cached_trainer import (
     CachedModel,
     CachedTrainer,
-    CacheWish,
-    Texts,
-    build_cached,
     collate_numbers,
     numbered,
 )
+from qrlora_deploy.training.caching import Cached, cache_trunk
 from qrlora_deploy.training.checkpoints import STATE, Sealing, open_work_dir
 from qrlora_deploy.training.forward_only import check_reads_forward
 from qrlora_deploy.training.label_likelihoods import LabelRows, label_rows
@@ -49,6 +48,7 @@ from qrlora_deploy.training.record import Ran, training_record
 from qrlora_deploy.training.rows import Rows, build_rows, texts_of
 from qrlora_deploy.training.settings import TrainSettings, choose_device, diverged, fingerprint
 from qrlora_deploy.training.starting import begin_from, check_start, start_record
+from qrlora_deploy.training.trunk.memory import CacheWish
 from qrlora_deploy.training.tuning import Tuned, tune
 
 
@@ -130,7 +130,14 @@ def train(
     origin = {"basis_digest": basis.digest, "base_digest": checkpoint.digest} | start_record(start)
     last = open_work_dir(work_dir, fingerprint(settings, **data, **origin), resume)
     with explained_failures(work_dir):
-        cached, cache_place = _cache_trunk(job, CacheWish(settings.trunk_cache, work_dir, progress))
+        cached, cache_place = cache_trunk(
+            job.model,
+            outputs.task,
+            job.tokenizer,
+            job.rows + (job.evaluation or []),
+            settings,
+            CacheWish(settings.trunk_cache, work_dir, progress),
+        )
         trainer = _build_trainer(job, cached, metric, work_dir, progress)
         baseline = {} if outputs.new and start is None else job.scores(trainer)
         loss = _run(trainer, last, settings)
@@ -207,36 +214,8 @@ def _loading(checkpoint: Checkpoint, settings: TrainSettings) -> dict[str, Any]:
     return dtype if settings.dropout else dtype | no_dropout(checkpoint.config)
 
 
-def _cache_trunk(job: _Job, wish: CacheWish) -> tuple[CachedModel | None, str]:
-    """The part above the trunk, or None where the whole model is to be trained; and where the cache
-    is, or why there is none.
-
-    Raises:
-        InputError: a place was asked for by name, and the model or the room does not allow it.
-    """
-    if job.settings.dropout or wish.wanted == "off":
-        return None, "off"
-    if job.outputs.task.writes_text or job.settings.base_dtype != "fp32":
-        what = "a decoder that writes text" if job.outputs.task.writes_text else "a base in bf16"
-        return _no_cache(wish, f"not with {what}")
-    targets = [path for path, module in job.model.named_modules() if isinstance(module, QRLoRALinear)]
-    rows = [text for row in job.rows + (job.evaluation or []) for text in texts_of(row)]
-    texts = Texts(rows, DataCollatorWithPadding(job.tokenizer), job.tokenizer.padding_side)
-    try:
-        cached = build_cached(job.model, targets, texts, job.outputs.task, wish)
-        return cached, cached.cache.place
-    except InputError as error:
-        return _no_cache(wish, str(error))
-
-
-def _no_cache(wish: CacheWish, reason: str) -> tuple[None, str]:
-    if wish.wanted == "auto":
-        return None, f"off: {reason}"
-    raise InputError(f"{argument('trunk_cache', wish.wanted)}: {reason}")
-
-
 def _build_trainer(
-    job: _Job, cached: CachedModel | None, metric: str, work_dir: Path, progress: Progress | None
+    job: _Job, cached: Cached | None, metric: str, work_dir: Path, progress: Progress | None
 ) -> SmallTrainer:
     settings = job.settings
     options: dict[str, Any] = {"save_strategy": "epoch"}
@@ -260,9 +239,14 @@ def _build_trainer(
         "rates": dict.fromkeys(job.head, settings.head_learning_rate),
         **trainer_parts(job.outputs.task, job.tokenizer, job.outputs.labels),
     }
-    if cached is None:
+    if not isinstance(cached, CachedModel):
         packed = collator_for(job.outputs.task, job.tokenizer, settings.max_length) if settings.packing else None
-        return SmallTrainer(**parts, train_collator=packed)
+        parts["train_collator"] = packed
+        if cached is None:
+            return SmallTrainer(**parts)
+        held_out = cached.placed(job.evaluation, len(job.rows)) if job.evaluation else None
+        parts |= {"train_dataset": cached.placed(job.rows, 0), "eval_dataset": held_out}
+        return CachedDecoderTrainer(**parts, cached=cached)
     start = sum(len(texts_of(row)) for row in job.rows)
     evaluation = numbered(job.evaluation, start) if job.evaluation else None
     # Without padding in the upper part, what there is comes behind the texts.

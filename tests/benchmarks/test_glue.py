@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks.glue.loop import OutOfTime, Schedule, factor, predict, train_model
-from benchmarks.glue.methods import METHODS, head_names, prepare
+from benchmarks.glue.methods import METHODS, STEPS_FACTOR, head_names, method_named, prepare
 from benchmarks.glue.records import (
     append_record,
     check_settings,
@@ -25,7 +25,7 @@ from benchmarks.glue.records import (
     set_aside,
 )
 from benchmarks.glue.report import plot_curves, render_table
-from benchmarks.glue.runs import WARM_UP, Choice, Place, make_plan
+from benchmarks.glue.runs import WARM_UP, Choice, Place, make_plan, read_plan
 from benchmarks.glue.starts import PRETRAINED, WARMED, Models
 from benchmarks.glue.tasks import TASKS, Task, read_part, read_tokens, scores, write_tokens
 from benchmarks.glue.work import Job, Settings, Worker, is_current
@@ -100,6 +100,32 @@ def test_a_plan_is_balanced_wherever_it_ends() -> None:
         "mpnet/CoLA/warmed/full/0",
         "mpnet/CoLA/warmed/qr-q4/0",
     ]
+
+
+def test_a_plan_of_a_file_has_its_warm_ups_and_names_ways_of_a_placement(tmp_path: Path) -> None:
+    keys = ["m/RTE/pretrained/qr-q4@0.25/0", "m/RTE/warmed/qr-even-640@steps/1", "m/RTE/warmed/qr-all@measure/1"]
+    (tmp_path / "plan").write_text("\n".join(keys))
+    plan = read_plan(tmp_path / "plan")
+    assert [run.key for run in plan] == [keys[0], f"m/RTE/warmed/{WARM_UP}/1", *keys[1:]]
+    quarter, by_steps, measured = (method_named(run.method) for run in plan if run.method != WARM_UP)
+    assert (quarter.rate_factor, quarter.last_layers) == (0.25, 4)
+    assert by_steps.by_steps and by_steps.budget == 640 and measured.measured
+    with pytest.raises(InputError, match="qr-none@1: no such method"):
+        method_named("qr-none@1")
+
+
+def test_a_step_is_measured_and_a_rate_follows_the_steps(make_job: Callable[..., Job]) -> None:
+    job = make_job(methods=("qr-all@measure", "qr-all@steps"))
+    work_all(job)
+    records = {(record["start"], record["method"]): record for record in read_records(job.place.records)}
+    assert all("error" not in record for record in records.values())
+    probe = records[WARMED, "qr-all@measure"]["probe"]
+    changes = probe["mean"]["kl"]
+    # Small steps: the change grows as the square of their length.
+    assert changes[1] / changes[0] == pytest.approx(4.0, rel=0.05) and changes[0] > 0
+    run = records[WARMED, "qr-all@steps"]
+    rate = default_rate(run["trainable_parameters"]) * STEPS_FACTOR / run["steps"] ** 0.5
+    assert run["learning_rate"] == pytest.approx(rate)
 
 
 def test_a_line_cut_by_a_crash_spoils_no_other(tmp_path: Path) -> None:

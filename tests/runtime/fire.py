@@ -322,6 +322,7 @@ def fire(
     provider: str = "cpu",
     buckets: Buckets | None = None,
     sabotage: Callable[[SwitchableSession], None] | None = None,
+    merged_cache_bytes: int = 0,
     read_memory: ReadMemory = resident_bytes,
 ) -> Report:
     """Open a switchable bundle, set the scene, and let the threads loose.
@@ -335,12 +336,15 @@ def fire(
         buckets: of the session.
         sabotage: breaks the session after the scene is set, to prove that this notices. The fire
             then stops at the first mixture.
+        merged_cache_bytes: of the session.
         read_memory: resident bytes of the process.
 
     Raises:
         AssertionError: versions of this bundle lie too near to each other to be told apart.
     """
-    session = SwitchableSession(open_bundle(folder), provider, rows=4, threads=1, buckets=buckets)
+    session = SwitchableSession(
+        open_bundle(folder), provider, rows=4, threads=1, buckets=buckets, merged_cache_bytes=merged_cache_bytes
+    )
     scene = set_scene(session)
     distance, spread = measure_distance(scene), measure_spread(session, scene)
     # A GPU that runs several batches at once chooses other sums than for one alone.

@@ -11,7 +11,8 @@ pytest.importorskip("prometheus_client", reason="needs the extra serve")
 from prometheus_client.parser import text_string_to_metric_families
 
 from qrlora_deploy.serving.engine.protocol import EngineStats
-from qrlora_deploy.serving.metrics import MAX_ROUTES, Metrics
+from qrlora_deploy.serving.metrics import Metrics
+from qrlora_deploy.serving.request_metrics import MAX_ROUTES
 
 STATS = EngineStats(
     rows=120,

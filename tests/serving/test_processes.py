@@ -260,6 +260,8 @@ REFUSED = {
     "an option twice": ("--provider-option a=1 --provider-option a=2", "given twice"),
     "a short patience": ("--processes 1 --hang-seconds 0.2", "--hang-seconds 0.2 is too short"),
     "a bound for replicas": ("--ray --hang-seconds 9", "--hang-seconds does nothing unless"),
+    "a short time to open": ("--open-seconds 0.2", "--open-seconds 0.2 is too short"),
+    "a time to open for replicas": ("--ray --open-seconds 9", "--open-seconds does nothing unless"),
     "keys that are none": ("--processes 1 --keys bundle/manifest.json", "manifest.json"),
 }
 

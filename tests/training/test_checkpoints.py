@@ -171,7 +171,7 @@ def test_a_run_under_way_is_left_alone(tmp_path: Path) -> None:
     output = tmp_path / "acme"
     with run_folder(output, False) as folder:
         write_json(folder / SETTINGS, {})
-        for resume, message in ((False, "was interrupted or is under way"), (True, "another process is training")):
+        for resume, message in ((False, "was interrupted or is under way"), (True, "another process is making")):
             with pytest.raises(InputError, match=message):
                 start(output, resume)
         assert (folder / SETTINGS).is_file()

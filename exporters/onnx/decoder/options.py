@@ -15,6 +15,7 @@ def check_options(options: OnnxOptions) -> None:
         "head_labels": bool(options.head_labels),
         "padding_free": options.padding_free,
         "attention": options.attention != "auto",
+        "merged_cache": options.merged_cache,
         "calibration": options.calibration is not None,
         "task": options.task not in (None, "causal-lm"),
     }

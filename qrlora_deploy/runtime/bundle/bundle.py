@@ -14,7 +14,8 @@ from qrlora_deploy.runtime.bundle.external_data import external_locations
 from qrlora_deploy.runtime.bundle.manifest import VERSIONS, Manifest
 from qrlora_deploy.runtime.bundle.manifest_checks import manifest_problems
 from qrlora_deploy.runtime.bundle.manifest_parts import ParityRecord, TargetRecord, TensorRecord
-from qrlora_deploy.runtime.bundle.row_layout import BASE_HEAD_FILE, TABLE
+from qrlora_deploy.runtime.bundle.packed_inputs import BORDERS, PACKED_INPUTS, packed_axes
+from qrlora_deploy.runtime.bundle.row_layout import BASE_HEAD_FILE, CUSTOMER_INPUTS, TABLE
 from qrlora_deploy.runtime.bundle.sealed_facts import CONFIG_FILE, REFERENCE_FILE
 
 __all__ = [
@@ -36,6 +37,14 @@ MANIFEST_FILE = "manifest.json"
 MODEL_FILE = "model.onnx"
 PACKED_FILE = "packed.onnx"
 """A second graph of the same weights, for CUDA, whose attention takes packed tokens: for right-padded batches."""
+
+MERGE_FILE = "merge.onnx"
+"""Makes the merged weights of a customer of a switchable bundle from his row of the table."""
+
+ALONE_FILE = "alone.onnx"
+"""Answers batches of one customer, whose merged weights are inputs; of packed tokens where there is a packed graph."""
+
+GRAPHS = (MODEL_FILE, PACKED_FILE, MERGE_FILE, ALONE_FILE)
 
 WEIGHTS_FILE = "model.onnx.data"
 TOKENIZER_FILE = "tokenizer.json"
@@ -74,6 +83,12 @@ class Bundle:
         """The second graph, for right-padded batches on CUDA; None where there is none."""
         return self.folder / PACKED_FILE if PACKED_FILE in self.manifest.files else None
 
+    @property
+    def alone(self) -> tuple[Path, Path] | None:
+        """The graphs for batches of one customer: that makes merged weights, and that takes them; None: it has none."""
+        files = self.folder / MERGE_FILE, self.folder / ALONE_FILE
+        return files if all(file.name in self.manifest.files for file in files) else None
+
 
 def digest_files(folder: Path) -> dict[str, str]:
     """SHA-256 of every file under `folder` but the manifest, by its path with forward slashes."""
@@ -110,7 +125,7 @@ def open_bundle(folder: str | os.PathLike[str], graph: bool = True) -> Bundle:
         remedy = f", {LINKS}" if all(problem.endswith(IS_LINK) for problem in problems) else ". Export it again"
         raise FileFormatError(f"{folder} is not the bundle that was exported: {'; '.join(problems)}{remedy}")
     if graph:
-        for name in (MODEL_FILE, PACKED_FILE):
+        for name in GRAPHS:
             if name in manifest.files:
                 _check_external_data(folder / name, manifest)
     wrong = list(manifest_problems(folder, manifest))
@@ -121,7 +136,7 @@ def open_bundle(folder: str | os.PathLike[str], graph: bool = True) -> Bundle:
 
 def is_graph_file(name: str) -> bool:
     """Whether a file of a bundle is a graph of it or the weights beside it."""
-    return name in (MODEL_FILE, PACKED_FILE, WEIGHTS_FILE)
+    return name in (*GRAPHS, WEIGHTS_FILE)
 
 
 def check_no_decoder(bundle: Bundle) -> None:
@@ -143,11 +158,14 @@ def check_graph(session: Any, bundle: Bundle) -> None:
     types = {value.name: value.type for value in session.get_inputs()}
     if TABLE in types and types[TABLE] != GRAPH_TYPES[bundle.manifest.table_dtype]:
         raise FileFormatError(f"{bundle.folder}: the manifest speaks of a table of another dtype than the graph has")
-    for records, values in (
-        (bundle.manifest.inputs, session.get_inputs()),
-        (bundle.manifest.outputs, session.get_outputs()),
-    ):
-        expected = {record.name: record.shape for record in records}
+    taken = {record.name: record.shape for record in bundle.manifest.inputs}
+    given = {record.name: record.shape for record in bundle.manifest.outputs}
+    if BORDERS in types:
+        # Such a graph takes no more than it reads, in a form of its own.
+        known = {name: packed_axes(name) for name in (*PACKED_INPUTS, *(taken.keys() - CUSTOMER_INPUTS))}
+        known |= {name: shape for name, shape in taken.items() if name in CUSTOMER_INPUTS}
+        taken = {name: shape for name, shape in known.items() if name in types}
+    for expected, values in ((taken, session.get_inputs()), (given, session.get_outputs())):
         if {value.name: tuple(value.shape) for value in values} != expected:
             raise FileFormatError(f"{bundle.folder}: the manifest speaks of other inputs or outputs than the graph has")
 

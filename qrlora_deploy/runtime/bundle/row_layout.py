@@ -18,6 +18,12 @@ TABLE, HEAD_TABLE, SLOT = "coefficient_table", "head_table", "slot"
 COEFFICIENTS, HEAD = "coefficients", "head"
 """Inputs of a per-row graph beside the text: `[batch, width]`, `[batch, head width]`; a row as in a table."""
 
+MERGED = "merged:"
+"""What begins the name of an input or output that is the weight `[in, out]` of a target, with one customer in it."""
+
+CUSTOMER_INPUTS = (TABLE, HEAD_TABLE, SLOT, COEFFICIENTS, HEAD)
+"""All of these: inputs that are not of the text."""
+
 TABLE_OF = {COEFFICIENTS: TABLE, HEAD: HEAD_TABLE}
 """The table whose row each of them is."""
 

@@ -1,5 +1,7 @@
 """Key-value buffers of rows that hold the same number of tokens, bound to the graph in place."""
 
+from abc import ABC, abstractmethod
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,8 +52,8 @@ class Block:
         return sum(array.nbytes for array in self.arrays)
 
 
-class KvCache:
-    """Buffers `[rows, heads, capacity, head_size]`, keys and values of each layer.
+class CacheRows(ABC):
+    """Buffers `[rows, heads, capacity, head_size]`, keys and values of each layer, wherever they lie.
 
     Args:
         shape: of the graph.
@@ -65,7 +67,6 @@ class KvCache:
     def __init__(self, shape: CacheShape, capacity: int) -> None:
         self.shape, self.capacity = shape, capacity
         self.rows = self.generation = 0
-        self._arrays = [self._empty(0) for _ in shape.names]
 
     @property
     def row_bytes(self) -> int:
@@ -82,10 +83,24 @@ class KvCache:
         try:
             self._replace_all(rows, min(rows, self.rows))
         except MemoryError:
-            # An array with more rows than are used does no harm.
+            # A buffer with more rows than are used does no harm, but others may want its memory.
             if rows > self.rows:
+                with suppress(MemoryError):
+                    self._replace_all(self.rows, self.rows)
                 raise
         self.rows = rows
+
+    @abstractmethod
+    def _replace_all(self, rows: int, kept: int) -> None:
+        """Make each buffer one of so many rows, one buffer after the other, the first `kept` rows as they were."""
+
+
+class KvCache(CacheRows):
+    """Buffers in arrays of the host."""
+
+    def __init__(self, shape: CacheShape, capacity: int) -> None:
+        super().__init__(shape, capacity)
+        self._arrays = [self._empty(0) for _ in shape.names]
 
     def copy_row(self, source: int, target: int, tokens: int) -> None:
         """Copy the first `tokens` of a row to another row."""

@@ -1,10 +1,9 @@
 """Key-value buffers on a GPU, which never leave it."""
 
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from qrlora_deploy.runtime.generation.cache import CacheShape
+from qrlora_deploy.runtime.generation.cache import CacheRows, CacheShape
 from qrlora_deploy.runtime.table.cuda import DEVICE_TO_DEVICE, CudaBuffer, CudaCopies, Pieces
 
 
@@ -22,48 +21,22 @@ class CudaBlock:
     nbytes: int
 
 
-class CudaKvCache:
+class CudaKvCache(CacheRows):
     """As `KvCache`, on a GPU.
 
     Args:
         shape: of the graph.
         capacity: tokens of a row.
         device: number of the GPU.
-
-    Attributes:
-        rows: rows that there is memory for.
-        generation: changes when the buffers lie elsewhere.
     """
 
     def __init__(self, shape: CacheShape, capacity: int, device: int = 0) -> None:
-        self.shape, self.capacity, self._device = shape, capacity, device
-        self.rows = self.generation = 0
+        super().__init__(shape, capacity)
+        self._device = device
         self._copies = CudaCopies(device)
         self._head_bytes = shape.head_size * shape.dtype.itemsize * capacity
         self._part_bytes = self._head_bytes * shape.heads
         self._buffers: list[CudaBuffer | None] = [None for _ in shape.names]
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row."""
-        return self.shape.token_bytes(self.capacity)
-
-    def resize(self, rows: int) -> None:
-        """Have memory for so many rows; the first ones keep what they hold.
-
-        Raises:
-            MemoryError: the GPU has no room; all rows are as they were.
-        """
-        self.generation += 1
-        try:
-            self._replace_all(rows, min(rows, self.rows))
-        except MemoryError:
-            # A buffer with more rows than are used does no harm.
-            if rows > self.rows:
-                with suppress(MemoryError):
-                    self._replace_all(self.rows, self.rows)
-                raise
-        self.rows = rows
 
     def copy_row(self, source: int, target: int, tokens: int) -> None:
         """Copy a row, its first `tokens` at least, to another row."""

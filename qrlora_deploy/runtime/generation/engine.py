@@ -10,7 +10,7 @@ import numpy as np
 
 from qrlora_deploy.errors import QrloraError
 from qrlora_deploy.runtime.generation.budget import CacheFullError
-from qrlora_deploy.runtime.generation.choosing import choose_all
+from qrlora_deploy.runtime.generation.choosing import Chooser
 from qrlora_deploy.runtime.generation.graph import DecoderGraph
 from qrlora_deploy.runtime.generation.holding import Held, Holder
 from qrlora_deploy.runtime.generation.prefixes import PrefixCache
@@ -69,6 +69,7 @@ class Engine:
         step_tokens: tokens of prompts that are read in one step, so that answers that are being written go on; at
             least one block is read.
         clock: seconds.
+        chooser: of the next tokens; None: with threads of its own.
 
     Attributes:
         arrivals: requests that no step has seen yet.
@@ -84,7 +85,9 @@ class Engine:
         block_tokens: int,
         step_tokens: int,
         clock: Callable[[], float] = time.monotonic,
+        chooser: Chooser | None = None,
     ) -> None:
+        self._chooser = chooser or Chooser()
         self._graph, self._scheduler, self._prefixes, self._holder = graph, scheduler, prefixes, holder
         self._base_digest, self._block, self._step = base_digest, block_tokens, step_tokens
         self.clock = clock
@@ -180,7 +183,7 @@ class Engine:
             )
         seat.past += tokens
         if not running.reads:
-            self._take(running, choose_all({0: running.writer.sampler}, answers)[0])
+            self._take(running, self._chooser.all({0: running.writer.sampler}, answers)[0])
 
     def _write(self, group: Group) -> None:
         """The next token of every answer of a group, in one run."""
@@ -203,7 +206,7 @@ class Engine:
         for seat in writing.values():
             # All of them before the first one leaves: then others move, with as many tokens as they have.
             seat.past += 1
-        choices = choose_all({row: seat.owner.writer.sampler for row, seat in writing.items()}, answers)
+        choices = self._chooser.all({row: seat.owner.writer.sampler for row, seat in writing.items()}, answers)
         for row, seat in writing.items():
             self._take(seat.owner, choices[row])
 
@@ -213,13 +216,14 @@ class Engine:
             self._end(running, "error", choice)
             return
         piece = running.writer.write(choice)
-        running.events.append(GenerationEvent(running.number, piece, (choice,)))
+        running.events.append(GenerationEvent(running.number, piece, (choice,), shown=running.writer.shown))
         if running.writer.finished is not None:
             self._end(running, running.writer.finished)
 
     def _end(self, running: Running, reason: FinishReason, error: QrloraError | None = None) -> None:
         rest = running.writer.finish(reason) if running.writer.finished is None else ""
-        running.events.append(GenerationEvent(running.number, rest, (), self._answer(running, error)))
+        answer = self._answer(running, error)
+        running.events.append(GenerationEvent(running.number, rest, (), answer, running.writer.shown))
         if running.seat is not None:
             if error is not None and running.seat.row is not None:
                 # What is no number in it would spoil the answers of who gets it next.
@@ -243,7 +247,7 @@ class Engine:
             prompt_tokens=len(running.prompt),
             reused_tokens=running.reused,
             seed=writer.sampler.seed,
-            logprobs=tuple(writer.choices) if writer.sampler.sampling.logprobs is not None else (),
+            logprobs=tuple(writer.choices[: writer.shown]) if writer.sampler.sampling.logprobs is not None else (),
             error=error,
         )
 

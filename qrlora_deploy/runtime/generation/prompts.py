@@ -77,6 +77,10 @@ class PromptReader:
             )
         return ids
 
+    def text_of(self, token: int) -> str:
+        """What the tokenizer shows of one token; U+FFFD stands where it is a part of a character."""
+        return str(self.tokenizer.decode([token], skip_special_tokens=False))
+
     def _encode(self, text: str, special: bool) -> list[int]:
         check_texts([text], range(1), "prompt")
         if not text:

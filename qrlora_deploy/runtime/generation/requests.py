@@ -67,7 +67,8 @@ class GenerationAnswer:
         prompt_tokens: tokens of the prompt.
         reused_tokens: of these, how many were read for an earlier prompt that began alike.
         seed: of the random numbers: the same request with it gives the same answer. None: it was greedy.
-        logprobs: of each token, where they were asked for.
+        logprobs: of each token, where they were asked for, but for those that a stop string begins with and what is
+            behind them: they do not show.
         error: why it was refused or failed; None where it was not.
     """
 
@@ -94,9 +95,11 @@ class GenerationEvent:
         text: what the answer grew by; may be empty where a character or a stop string is not complete.
         choices: the tokens that were chosen meanwhile.
         answer: the whole answer, with the last event of a request; else None.
+        shown: how many of all tokens so far show: the others may be those of a stop string.
     """
 
     number: int
     text: str = ""
     choices: tuple[Choice, ...] = ()
     answer: GenerationAnswer | None = None
+    shown: int = 0

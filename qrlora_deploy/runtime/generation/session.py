@@ -11,6 +11,7 @@ from qrlora_deploy.runtime.bundle.bundle import Bundle, check_graph, open_bundle
 from qrlora_deploy.runtime.customers.events import Report
 from qrlora_deploy.runtime.customers.store import CustomerStore
 from qrlora_deploy.runtime.generation.budget import Budget, row_capacities, without_small
+from qrlora_deploy.runtime.generation.choosing import Chooser
 from qrlora_deploy.runtime.generation.engine import Engine, Running
 from qrlora_deploy.runtime.generation.holding import Holder
 from qrlora_deploy.runtime.generation.machines import machine_of
@@ -56,7 +57,8 @@ class GenerationSession:
         block_tokens: a prompt is read in blocks of so many tokens, and the blocks of its beginning are kept for later
             prompts of the same customer that begin alike. None: 128, on a GPU 512.
         prefix_bytes: memory of these blocks, of that of the caches; 0 keeps none, None a quarter.
-        threads: threads within an operator; None leaves the choice to ONNX Runtime.
+        threads: threads within an operator, and for rows that draw; None leaves the choice to ONNX Runtime, and takes
+            all processors to draw.
         cuda_graphs: on a GPU, runs that write tokens are captured, a graph for each size of batch of each capacity when
             it comes for the first time, and replayed. False: every run as it comes.
 
@@ -119,8 +121,16 @@ class GenerationSession:
             machine.captured,
         )
         self._holder = Holder(self.customers, str(bundle.folder), manifest.coefficients_digest or "")
+        self._chooser = Chooser(threads)
         self._engine = Engine(
-            graph, self._scheduler, prefixes, self._holder, manifest.base_digest, block, max(STEP_TOKENS, block)
+            graph,
+            self._scheduler,
+            prefixes,
+            self._holder,
+            manifest.base_digest,
+            block,
+            max(STEP_TOKENS, block),
+            chooser=self._chooser,
         )
         self._machine = machine
         self._window = 2 * max_rows
@@ -168,6 +178,7 @@ class GenerationSession:
         with self._stepping:
             self._closed = True
             self._machine.call(lambda: self._engine.end_all("cancelled"))
+            self._chooser.close()
         if self.store is not None:
             self.store.close()
 
@@ -214,7 +225,7 @@ class GenerationSession:
 
     def text_of(self, token: int) -> str:
         """What the tokenizer shows of one token; U+FFFD stands where it is a part of a character."""
-        return str(self._prompts.tokenizer.decode([token], skip_special_tokens=False))
+        return self._prompts.text_of(token)
 
     def check_customer(self, customer: str | None) -> None:
         """Make sure that a customer is there.

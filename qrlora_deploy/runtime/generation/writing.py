@@ -1,5 +1,6 @@
 """An answer that grows token by token: its text, and when it ends."""
 
+from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -40,8 +41,11 @@ class Writer:
         self.finished: FinishReason | None = None
         self._ends, self._max_tokens = ends, max_tokens
         self._decoder = StreamingDecoder(tokenizer, prompt)
-        self._stops = StopStrings(stops)
+        self._stops, self._has_stops = StopStrings(stops), bool(stops)
         self._pieces: list[str] = []
+        # Characters of the text that are known, and that may be shown; where each token's begin.
+        self._known = self._kept = 0
+        self._starts: list[int] = []
 
     @property
     def text(self) -> str:
@@ -53,13 +57,24 @@ class Writer:
         """The stop string that ended it."""
         return self._stops.found
 
+    @property
+    def shown(self) -> int:
+        """How many of the tokens are no part of a stop string, for certain: those that begin in the text, and all
+        of them when it ended without one."""
+        if not self._has_stops or (self.finished is not None and self.stop is None):
+            return len(self.choices)
+        return bisect_left(self._starts, self._kept)
+
     def write(self, choice: Choice) -> str:
         """Take a token; returns what the text grew by."""
         self.choices.append(choice)
+        self._starts.append(self._known)
         if choice.token in self._ends:
             # It ends the text and is no part of it, whether the tokenizer calls it special or not.
             return self.finish("stop")
-        piece = self._stops.feed(self._decoder.feed(choice.token))
+        known = self._decoder.feed(choice.token)
+        self._known += len(known)
+        piece = self._stops.feed(known)
         if self._stops.found is not None:
             self.finished = "stop"
         elif len(self.choices) >= self._max_tokens:
@@ -75,4 +90,5 @@ class Writer:
     def _keep(self, piece: str) -> str:
         if piece:
             self._pieces.append(piece)
+            self._kept += len(piece)
         return piece

@@ -1,6 +1,6 @@
 """Runs in fixed shapes: on CUDA each one is a captured graph."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,19 +9,12 @@ import onnxruntime
 
 from qrlora_deploy.runtime.bundle.bundle import Manifest
 from qrlora_deploy.runtime.bundle.row_layout import SLOT
-from qrlora_deploy.runtime.sessions.buckets import Buckets, filling, pad_into
-from qrlora_deploy.runtime.sessions.running import (
-    Inputs,
-    PlainRunner,
-    Tables,
-    is_padding_free,
-    run_bound,
-    text_inputs,
-)
-from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX, kept_tokens, padded_tokens, write_tokens
+from qrlora_deploy.runtime.sessions.buckets import Buckets
+from qrlora_deploy.runtime.sessions.layouts import layout_of
+from qrlora_deploy.runtime.sessions.packed_tokens import dtype_of
+from qrlora_deploy.runtime.sessions.running import Bindable, Inputs, PlainRunner, Tables, run_bound, text_inputs
 from qrlora_deploy.runtime.sessions.worker import Worker
 from qrlora_deploy.runtime.table.cuda import DEVICE_TO_HOST, HOST_TO_DEVICE, CudaBuffer, pinned_bytes
-from qrlora_deploy.runtime.table.memory import TableMemory
 
 LOGITS = "logits"
 """What the answers are called here, whatever the graph's output is."""
@@ -39,8 +32,8 @@ class BucketRunner:
     On CUDA each bucket is a captured graph, which takes its launches off the processor. ONNX
     Runtime keeps captured graphs by thread, and the memory between their operators is shared with
     every other run, so no two runs may overlap: hence the thread. What fits no bucket runs there
-    as it is. A padding-free graph also has a number of tokens, rounded up (`padded_tokens`): a bucket
-    is captured here for full rows, and for every other number when it comes for the first time.
+    as it is. A padding-free or packed graph also has a number of tokens, rounded up (`padded_tokens`,
+    `packed_size`): a bucket is captured here for full rows, and for every other number when it first comes.
 
     Args:
         session: opened by `open_session`, on CUDA with `cuda_graph`.
@@ -57,18 +50,26 @@ class BucketRunner:
         self._session, self._gpu, self._tables = session, gpu, tables
         self._names = text_inputs(manifest)
         self._answer, self._answer_name = manifest.outputs[0].shape, manifest.outputs[0].name
-        self._fill, self._plain = filling(manifest), PlainRunner(session, self._names, tables)
-        self._padding_free = is_padding_free(session)
+        self._layout, self._plain = layout_of(session, manifest), PlainRunner(session, self._names, tables)
+        self._slots = any(value.name == SLOT for value in session.get_inputs())
         self._bound: dict[tuple[int, int, int], _Bound] = {}
         self._graphs = 0
         self._worker = Worker()
         for batch, length in buckets:
             ones = {name: np.ones((batch, length), dtype=np.int64) for name in self._names}
-            self.run(ones, None if tables is None else np.zeros(batch, dtype=np.int64))
+            self.run(ones, np.zeros(batch, dtype=np.int64) if self._slots else None)
 
-    def run(self, inputs: Inputs, slot: np.ndarray | None = None) -> np.ndarray:
-        """As `Runner.run`."""
-        logits: np.ndarray = self._worker.call(lambda: self._run(inputs, slot))
+    def run(
+        self, inputs: Inputs, slot: np.ndarray | None = None, before: Callable[[], None] | None = None
+    ) -> np.ndarray:
+        """As `Runner.run`; `before` is called first, while no graph runs."""
+
+        def job() -> np.ndarray:
+            if before is not None:
+                before()
+            return self._run(inputs, slot)
+
+        logits: np.ndarray = self._worker.call(job)
         return logits
 
     def _run(self, inputs: Inputs, slot: np.ndarray | None) -> np.ndarray:
@@ -76,13 +77,10 @@ class BucketRunner:
         fitting = self.buckets.fit(batch, length)
         if fitting is None:
             return self._plain.run(inputs, slot, self._options(NO_GRAPH))
-        kept = self._kept(fitting, inputs) if self._padding_free else None
-        shape = (*fitting, 0 if kept is None else padded_tokens(len(kept), *fitting))
-        bound = self._find(shape, None if self._tables is None else self._tables())
-        for name in self._names:
-            pad_into(bound.inputs[name], inputs[name], self._fill.get(name, 0), int(name == "attention_mask"))
-        if kept is not None:
-            write_tokens(bound.inputs[TOKEN_INDEX], kept)
+        bound = self._find(
+            (*fitting, self._layout.tokens(fitting, inputs)), None if self._tables is None else self._tables()
+        )
+        self._layout.write(bound.inputs, inputs)
         if slot is not None:
             bound.inputs[SLOT][:batch] = slot
             bound.inputs[SLOT][batch:] = 0
@@ -92,13 +90,7 @@ class BucketRunner:
         answer = bound.logits[:batch]
         return (answer if answer.ndim < 3 else answer[:, :length]).copy()
 
-    def _kept(self, shape: tuple[int, int], inputs: Inputs) -> np.ndarray:
-        """The tokens of a batch in its bucket, of whose further rows each has one."""
-        mask = np.zeros(shape, dtype=np.int64)
-        pad_into(mask, inputs["attention_mask"], 0, 1)
-        return kept_tokens(mask)
-
-    def _find(self, shape: tuple[int, int, int], memory: TableMemory | None) -> "_Bound":
+    def _find(self, shape: tuple[int, int, int], memory: Bindable | None) -> "_Bound":
         bound = self._bound.get(shape)
         if bound is None or bound.memory is not memory:
             # A table that has grown lies elsewhere, and a graph keeps its addresses: no bucket of
@@ -107,12 +99,10 @@ class BucketRunner:
             bound = self._bound[shape] = self._bind(shape, memory)
         return bound
 
-    def _bind(self, shape: tuple[int, int, int], memory: TableMemory | None) -> "_Bound":
+    def _bind(self, shape: tuple[int, int, int], memory: Bindable | None) -> "_Bound":
         batch, length, tokens = shape
-        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(self._names, (batch, length))
-        if tokens:
-            shapes[TOKEN_INDEX] = (tokens,)
-        if memory is not None:
+        shapes = self._layout.shapes((batch, length), tokens)
+        if self._slots:
             shapes[SLOT] = (batch,)
         sizes = {"batch": batch, "sequence": length}
         answer = tuple(axis if isinstance(axis, int) else sizes[axis] for axis in self._answer)
@@ -148,7 +138,7 @@ class _Bound:
     buffers: "_HostBuffers | _CudaBuffers"
     inputs: dict[str, np.ndarray]
     logits: np.ndarray
-    memory: TableMemory | None
+    memory: Bindable | None
 
 
 class _HostBuffers:
@@ -200,4 +190,4 @@ def _places(inputs: Mapping[str, tuple[int, ...]], logits: tuple[int, ...]) -> t
 
 
 def _dtype(name: str) -> "np.dtype[Any]":
-    return np.dtype(np.float32 if name == LOGITS else np.int64)
+    return np.dtype(np.float32) if name == LOGITS else dtype_of(name)

@@ -13,7 +13,7 @@ from qrlora_deploy.runtime.sessions.bucket_runner import BucketRunner
 from qrlora_deploy.runtime.sessions.buckets import Buckets
 from qrlora_deploy.runtime.sessions.running import Inputs, PlainRunner, Runner, Tables, text_inputs
 from qrlora_deploy.runtime.sessions.session import open_session
-from qrlora_deploy.runtime.sessions.token_index import is_right_padded
+from qrlora_deploy.runtime.sessions.token_index import is_plain_text
 
 
 def open_graph(
@@ -72,26 +72,27 @@ def make_runner(
         check_graph(other, bundle)
         return PlainRunner(other, text_inputs(manifest), tables)
 
-    return PaddingRunner(runner, open_other)
+    return PaddingRunner(runner, open_other, manifest.pad_token_id)
 
 
 class PaddingRunner:
     """Runs right-padded batches in one graph, and all others in another one.
 
     Args:
-        right: for right-padded batches.
+        right: for batches of plain text, as `is_plain_text` has it.
         open_other: makes the runner for the others. It is called once, by the first such batch: most users never
             send one, and its session holds all weights again.
+        pad: number of the token of padding.
     """
 
-    def __init__(self, right: Runner, open_other: Callable[[], Runner]) -> None:
-        self._right, self._open_other = right, open_other
+    def __init__(self, right: Runner, open_other: Callable[[], Runner], pad: int) -> None:
+        self._right, self._open_other, self._pad = right, open_other, pad
         self._other: Runner | None = None
         self._opening = threading.Lock()
 
     def run(self, inputs: Inputs, slot: np.ndarray | None = None) -> np.ndarray:
         """As `Runner.run`."""
-        runner = self._right if is_right_padded(inputs["attention_mask"]) else self._find_other()
+        runner = self._right if is_plain_text(inputs, self._pad) else self._find_other()
         return runner.run(inputs, slot)
 
     def _find_other(self) -> Runner:

@@ -7,13 +7,21 @@ import numpy as np
 
 from qrlora_deploy.errors import QrloraError, first_line
 from qrlora_deploy.runtime.bundle.bundle import Manifest
-from qrlora_deploy.runtime.bundle.row_layout import COEFFICIENTS, HEAD, HEAD_TABLE, SLOT, TABLE
+from qrlora_deploy.runtime.bundle.row_layout import CUSTOMER_INPUTS, SLOT
+from qrlora_deploy.runtime.sessions.packed_tokens import is_packed, pack_batch, packed_names
 from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX, kept_tokens
-from qrlora_deploy.runtime.table.memory import TableMemory
 
 Inputs = Mapping[str, np.ndarray]
 
-Tables = Callable[[], TableMemory]
+
+class Bindable(Protocol):
+    """What lies on the device from run to run, such as the tables."""
+
+    def bind(self, binding: Any) -> None:
+        """Give it to an `onnxruntime.IOBinding`, without a copy."""
+
+
+Tables = Callable[[], Bindable]
 """The tables as they lie now. Asked for when a run begins, after its rows are held: a table that has
 grown since then holds the same ones."""
 
@@ -44,18 +52,16 @@ class PlainRunner:
 
     def __init__(self, session: Any, names: Sequence[str], tables: Tables | None = None) -> None:
         self._session, self._names, self._tables = session, names, tables
-        self._padding_free = is_padding_free(session)
         self._answer = session.get_outputs()[0].name
 
     def run(self, inputs: Inputs, slot: np.ndarray | None = None, options: Any = None) -> np.ndarray:
         """As `Runner.run`; `options` are ONNX Runtime's `RunOptions`."""
         binding = self._session.io_binding()
-        for name in self._names:
-            binding.bind_cpu_input(name, np.ascontiguousarray(inputs[name]))
-        if self._padding_free:
-            binding.bind_cpu_input(TOKEN_INDEX, kept_tokens(inputs["attention_mask"]))
-        if slot is not None and self._tables is not None:
+        for name, array in feeds_of(self._session, inputs, self._names).items():
+            binding.bind_cpu_input(name, array)
+        if slot is not None:
             binding.bind_cpu_input(SLOT, slot)
+        if self._tables is not None:
             # Held to the end of the run, or a table that grows meanwhile would be given back.
             memory = self._tables()
             memory.bind(binding)
@@ -80,8 +86,22 @@ def run_bound(session: Any, binding: Any, options: Any = None) -> None:
 
 def text_inputs(manifest: Manifest) -> list[str]:
     """Names of the graph's inputs that come from the text: not customers' numbers, nor what a runner computes."""
-    others = (TABLE, HEAD_TABLE, SLOT, COEFFICIENTS, HEAD, TOKEN_INDEX)
+    others = (*CUSTOMER_INPUTS, TOKEN_INDEX)
     return [record.name for record in manifest.inputs if record.name not in others]
+
+
+def feeds_of(session: Any, inputs: Inputs, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """What a session takes of a batch as it comes.
+
+    Args:
+        inputs: the text inputs `names`, `[batch, length]` each; right-padded where the graph takes packed tokens.
+    """
+    if is_packed(session):
+        return pack_batch(inputs, packed_names(session))
+    feeds = {name: np.ascontiguousarray(inputs[name]) for name in names}
+    if is_padding_free(session):
+        feeds[TOKEN_INDEX] = kept_tokens(inputs["attention_mask"])
+    return feeds
 
 
 def is_padding_free(session: Any) -> bool:

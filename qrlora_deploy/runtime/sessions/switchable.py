@@ -13,9 +13,11 @@ from qrlora_deploy.runtime.host.devices import Device
 from qrlora_deploy.runtime.sessions.buckets import Buckets
 from qrlora_deploy.runtime.sessions.input_checks import check_inputs
 from qrlora_deploy.runtime.sessions.loaded_customers import LoadedCustomers
+from qrlora_deploy.runtime.sessions.merged_cache import MergedCache
 from qrlora_deploy.runtime.sessions.runners import make_runner, open_graph
 from qrlora_deploy.runtime.sessions.running import text_inputs
 from qrlora_deploy.runtime.sessions.versions import Version
+from qrlora_deploy.runtime.table.memory import TableMemory
 from qrlora_deploy.runtime.table.table import rows_of
 from qrlora_deploy.tasks.answering import Answering
 
@@ -34,12 +36,16 @@ class SwitchableSession(LoadedCustomers):
         buckets: run in these shapes only, all of them made ready here; on CUDA as captured graphs.
             After the table has grown, the first run in each bucket captures it anew. None: every
             batch runs as it comes.
+        merged_cache_bytes: keep merged weights of customers who have batches for themselves, up to so many bytes on
+            the device; such a batch then runs as in a merged bundle. 0: none. The bundle must have been
+            exported for it.
 
     Attributes:
         buckets: as given. Others are those of `LoadedCustomers`.
+        merged: the cache; None where there is none.
 
     Raises:
-        InputError: the bundle is of another kind.
+        InputError: the bundle is of another kind, or has no graphs for one customer, or the cache would hold none.
         ProviderError: the provider does not load.
         QrloraError: the table does not fit the device.
     """
@@ -52,6 +58,7 @@ class SwitchableSession(LoadedCustomers):
         max_rows: int | None = None,
         threads: int | None = None,
         buckets: Buckets | None = None,
+        merged_cache_bytes: int = 0,
     ) -> None:
         manifest = bundle.manifest
         if manifest.kind != "switchable":
@@ -60,7 +67,19 @@ class SwitchableSession(LoadedCustomers):
         self.session = open_graph(bundle, provider, threads, cuda_graph=buckets is not None)
         self._text_inputs = text_inputs(manifest)
         super().__init__(bundle, provider, rows, max_rows)
-        self._runner = make_runner(self.session, bundle, provider, buckets, lambda: self.table.memory, threads)
+        self._runner = make_runner(self.session, bundle, provider, buckets, self._tables, threads)
+        self.merged: MergedCache | None = None
+        if merged_cache_bytes:
+            self.merged = MergedCache(bundle, provider, merged_cache_bytes, self._tables, threads, buckets)
+
+    def _tables(self) -> TableMemory:
+        return self.table.memory
+
+    def unload(self, customer: str) -> bool:
+        """As `LoadedCustomers.unload`."""
+        if self.merged is not None:
+            self.merged.discard(customer)
+        return super().unload(customer)
 
     def predict(
         self, inputs: dict[str, np.ndarray], customers: Sequence[str | None]
@@ -106,8 +125,17 @@ class SwitchableSession(LoadedCustomers):
         try:
             self.hold(customers, held)
             slot = rows_of(customers, held)
-            logits = self._runner.run(inputs, slot)
+            logits = self._run(inputs, slot, customers)
             versions = [version_of(row) for row in slot.tolist()]
         finally:
             self.table.release(held.values())
         return logits, versions
+
+    def _run(self, inputs: dict[str, np.ndarray], slot: np.ndarray, customers: Sequence[str | None]) -> np.ndarray:
+        """Logits of a batch whose rows are held; with merged weights where it is one customer's and they are kept."""
+        if self.merged is not None and len(set(customers)) == 1:
+            row = int(slot[0])
+            logits = self.merged.run(inputs, customers[0], self.version_with_digest(row).digest, row)
+            if logits is not None:
+                return logits
+        return self._runner.run(inputs, slot)

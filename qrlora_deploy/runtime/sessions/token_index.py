@@ -1,5 +1,7 @@
 """Which tokens of a padded batch a padding-free graph computes on."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import onnxruntime
 
@@ -47,6 +49,15 @@ def is_right_padded(mask: np.ndarray) -> bool:
     """Whether every row of `mask [batch, length]` is text, at least one token of it, and then padding."""
     text = mask != 0
     return bool(text[:, 0].all() and (text[:, 1:] <= text[:, :-1]).all())
+
+
+def is_plain_text(inputs: Mapping[str, np.ndarray], pad: int) -> bool:
+    """Whether packed attention takes a batch: right-padded, and without a token of padding, `pad`, in its text.
+
+    Some models count no such token as a position, whatever the mask says.
+    """
+    mask = inputs["attention_mask"]
+    return is_right_padded(mask) and not ((inputs["input_ids"] == pad) & (mask != 0)).any()
 
 
 def write_tokens(target: np.ndarray, kept: np.ndarray) -> None:

@@ -45,6 +45,10 @@ class Versions:
 
     def of(self, coefficients: Coefficients) -> Version:
         """The version of a customer."""
+        own, base = coefficients, self.base.answering
+        if own.labels == base.labels and own.thresholds == base.thresholds:
+            # Most customers: a swap comes through here.
+            return Version(base, own.digest)
         shared = self.without_digest(Answering(coefficients.labels, coefficients.thresholds)) or self.base
         return Version(shared.answering, coefficients.digest)
 

@@ -1,5 +1,6 @@
 """Where the rows of a coefficient table lie: an array of the host, or one buffer of a GPU."""
 
+import threading
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -12,8 +13,11 @@ from qrlora_deploy.runtime.table.cuda import DEVICE_TO_DEVICE, DEVICE_TO_HOST, H
 
 FP32 = np.dtype(np.float32)
 
-LEAVING = 16
-"""Rows that may be on their way to a GPU at once."""
+LEAVING = 32
+"""Rows that may wait for their copy to a GPU, or be on their way there, at once."""
+
+WAITING = 16
+"""Rows of those whose copies nobody has begun."""
 
 
 class Memory(Protocol):
@@ -163,8 +167,9 @@ class HostMemory:
 class CudaMemory:
     """Rows in one buffer of a GPU, zero at the start.
 
-    A single row is copied beside whatever runs; who writes it does not wait, who reads it does: by
-    then it has been there for long.
+    A single row is copied beside whatever runs. Who writes it only leaves it in pinned memory, for a thread that slept
+    finds the driver's code in no cache; the copies of all rows that were left are begun by who reads next and has to
+    wait for them, or where nobody reads, one by one by those who write more.
     """
 
     def __init__(self, rows: int, width: int, dtype: "np.dtype[Any]" = FP32, device: int = 0) -> None:
@@ -177,38 +182,59 @@ class CudaMemory:
         leaving = self.staging(LEAVING)
         # Asked for once: numpy takes longer to tell an address than to copy a row.
         self._leaving = [(row, int(row.ctypes.data)) for row in leaving]
+        self._targets = [0] * LEAVING
         self._pointer, self._begin = self.buffer.pointer, self.buffer.copies.begin_copy
-        self._begun = self._settled = 0
+        self._beginning = threading.Lock()
+        # How many rows were ever left, of how many copies were begun, and of how many they are done.
+        self._left = self._begun = self._settled = 0
 
     def write(self, row: int, values: np.ndarray) -> None:
-        """Begin to copy `values [width]` into a row; it is there after the next `settle`."""
-        turn = self._begun % LEAVING
-        if not turn:
+        """Leave `values [width]` for a row; it is there after the next `settle`."""
+        left = self._left
+        if left - self._begun >= WAITING:
+            self._begin_copies(self._begun + 1)
+        if left - self._settled >= LEAVING:
             # Before memory is written again from which an earlier row may still be on its way.
-            self.settle()
-        leaving, address = self._leaving[turn]
-        leaving[:] = values
-        self._begin(self._pointer + self._row_bytes * row, address, self._row_bytes)
-        self._begun += 1
+            self._wait(self._begun)
+        turn = left % LEAVING
+        self._leaving[turn][0][:] = values
+        self._targets[turn] = self._pointer + self._row_bytes * row
+        self._left = left + 1
 
     def settle(self) -> None:
         """Wait until every row is there that was written before. For any number of threads."""
-        begun = self._begun
-        if self._settled < begun:
-            self.buffer.copies.wait()
-            # Where another thread is further, this only makes somebody ask once more.
-            self._settled = begun
+        left = self._left
+        if self._settled < left:
+            self._begin_copies(left)
+            self._wait(left)
+
+    def _begin_copies(self, count: int) -> None:
+        """Begin the copies of the first `count` rows that were ever left, but for those that are begun."""
+        with self._beginning:
+            while self._begun < count:
+                turn = self._begun % LEAVING
+                self._begin(self._targets[turn], self._leaving[turn][1], self._row_bytes)
+                self._begun += 1
+
+    def _wait(self, begun: int) -> None:
+        """Wait for the first `begun` copies."""
+        self.buffer.copies.wait()
+        # Where another thread is further, this only makes somebody ask once more.
+        self._settled = begun
 
     def write_rows(self, start: int, values: np.ndarray) -> None:
         """Copy `values [n, width]` into the rows from `start` on, with one copy, and wait."""
         _check_block(values, start, self)
         contiguous = np.ascontiguousarray(values, dtype=self.dtype)
+        # What was left for these rows before must not come behind it.
+        self.settle()
         self._copy(start, contiguous.ctypes.data, contiguous.nbytes, HOST_TO_DEVICE)
 
     def read_rows(self, start: int, count: int) -> np.ndarray:
         """A copy on the host of the rows from `start` on."""
         found = np.zeros((count, self.width), dtype=self.dtype)
         _check_block(found, start, self)
+        self.settle()
         place = self.buffer.pointer + self._row_bytes * start
         self.buffer.copies.copy(found.ctypes.data, place, found.nbytes, DEVICE_TO_HOST)
         return found

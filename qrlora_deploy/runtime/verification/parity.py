@@ -9,12 +9,13 @@ from qrlora_deploy.errors import CheckFailed
 from qrlora_deploy.runtime.bundle.bundle import REFERENCE_FILE, Bundle
 from qrlora_deploy.runtime.bundle.row_layout import COEFFICIENTS, TABLE
 from qrlora_deploy.runtime.host.devices import Device
+from qrlora_deploy.runtime.sessions.packed_tokens import is_packed
 from qrlora_deploy.runtime.sessions.token_index import is_right_padded
 from qrlora_deploy.runtime.verification.alone import check_decoder
 from qrlora_deploy.runtime.verification.bounds import BOUNDS, Bounds
 from qrlora_deploy.runtime.verification.reference import Case, read_reference, without_padding, write_reference
 from qrlora_deploy.runtime.verification.report import ParityReport, compare_effects
-from qrlora_deploy.runtime.verification.running import open_for_check, run_logits
+from qrlora_deploy.runtime.verification.running import OneByOne, open_for_check, run_logits
 from qrlora_deploy.tasks.base import Task
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "ParityReport",
     "bound_of",
     "check_graphs",
+    "check_one_customer",
     "check_parity",
     "check_right_padded",
     "customer_effect",
@@ -91,10 +93,36 @@ def check_right_padded(session: Any, reference: Sequence[Case], task: Task, whol
         CheckFailed: as of `check_parity`.
     """
     fitting = [case for case in reference if is_right_padded(case.inputs["attention_mask"])]
-    report = check_parity(session, fitting, task, whole.precision)
-    if report.passed and (not whole.passed or whole.max_abs_error >= report.max_abs_error):
-        return whole
-    return report
+    return worse(whole, check_parity(session, fitting, task, whole.precision))
+
+
+def check_one_customer(
+    merge: Any, alone: Any, reference: Sequence[Case], task: Task, whole: ParityReport
+) -> ParityReport:
+    """Check the graphs for batches of one customer: each customer's rows of a case by themselves.
+
+    Args:
+        merge: session of the graph that makes merged weights.
+        alone: of the one that takes them.
+        reference, task, whole: as for `check_right_padded`.
+
+    Returns:
+        The worse one of the two reports.
+
+    Raises:
+        CheckFailed: as of `check_parity`.
+    """
+    session = OneByOne(merge, alone)
+    if is_packed(alone):
+        return check_right_padded(session, reference, task, whole)
+    return worse(whole, check_parity(session, reference, task, whole.precision))
+
+
+def worse(first: ParityReport, second: ParityReport) -> ParityReport:
+    """The report that failed, or has the larger error."""
+    if second.passed and (not first.passed or first.max_abs_error >= second.max_abs_error):
+        return first
+    return second
 
 
 def bound_of(reference: Sequence[Case], precision: str = "fp32", least_size: float = 1.0) -> float:
@@ -203,7 +231,11 @@ def check_graphs(
     """
     precision = bundle.manifest.precision
     report = check_parity(open_for_check(bundle.model, precision, provider, threads), reference, task, precision)
-    if bundle.packed is None or Device.of(provider).provider != "cuda":
-        return report
-    packed = open_for_check(bundle.packed, precision, provider, threads)
-    return check_right_padded(packed, reference, task, report)
+    on_cuda = Device.of(provider).provider == "cuda"
+    if bundle.packed is not None and on_cuda:
+        packed = open_for_check(bundle.packed, precision, provider, threads)
+        report = check_right_padded(packed, reference, task, report)
+    if bundle.alone is not None and (on_cuda or bundle.packed is None):
+        merge, alone = (open_for_check(path, precision, provider, threads) for path in bundle.alone)
+        report = check_one_customer(merge, alone, reference, task, report)
+    return report

@@ -7,10 +7,10 @@ import numpy as np
 import onnxruntime
 
 from qrlora_deploy.errors import CheckFailed, FileFormatError, ProviderError, argument, first_line
+from qrlora_deploy.runtime.bundle.row_layout import CUSTOMER_INPUTS, HEAD_TABLE, MERGED, SLOT, TABLE
 from qrlora_deploy.runtime.host.devices import Device
-from qrlora_deploy.runtime.sessions.running import is_padding_free
+from qrlora_deploy.runtime.sessions.running import feeds_of
 from qrlora_deploy.runtime.sessions.session import open_session
-from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX, kept_tokens
 
 
 def open_for_check(model: Path, precision: str, provider: str | Device = "cpu", threads: int | None = None) -> Any:
@@ -40,19 +40,54 @@ def _where_it_runs(precision: str) -> str:
     return f"export and verify it with {argument('provider', 'cuda')}"
 
 
+class OneByOne:
+    """Answers a batch of several customers by the graphs for one, customer after customer.
+
+    Args:
+        merge: session that makes the merged weights of one.
+        alone: session that takes them.
+    """
+
+    def __init__(self, merge: Any, alone: Any) -> None:
+        self._merge, self._alone = merge, alone
+
+    def answer(self, inputs: dict[str, np.ndarray], what: str) -> np.ndarray:
+        """As `run_logits`."""
+        slots = inputs[SLOT]
+        texts = {name: array for name, array in inputs.items() if name not in CUSTOMER_INPUTS}
+        heads = {name: inputs[name] for name in (HEAD_TABLE,) if name in inputs}
+        names = [value.name for value in self._merge.get_outputs()]
+        found: dict[int, np.ndarray] = {}
+        for slot in np.unique(slots).tolist():
+            weights = self._merge.run(None, {TABLE: inputs[TABLE], SLOT: np.array([slot])}, _quiet())
+            rows = np.flatnonzero(slots == slot)
+            own = {name: array[rows] for name, array in texts.items()} | ({SLOT: slots[rows]} if heads else {})
+            logits = run_logits(self._alone, own | heads | dict(zip(names, weights, strict=True)), what)
+            found |= dict(zip(rows.tolist(), logits, strict=True))
+        return np.stack([found[row] for row in range(len(slots))])
+
+
 def run_logits(session: Any, inputs: dict[str, np.ndarray], what: str) -> np.ndarray:
     """Logits of a session for one batch; `what` names the batch in an error.
 
     Raises:
         CheckFailed: the model does not run on it.
     """
-    if is_padding_free(session):
-        inputs = inputs | {TOKEN_INDEX: kept_tokens(inputs["attention_mask"])}
+    if isinstance(session, OneByOne):
+        return session.answer(inputs, what)
+    texts = [name for name in inputs if not _is_number(name)]
+    numbers = {name: array for name, array in inputs.items() if _is_number(name)}
+    feeds = numbers | feeds_of(session, inputs, texts)
     try:
-        return np.asarray(session.run(None, inputs, _quiet())[0])
+        return np.asarray(session.run(None, feeds, _quiet())[0])
     # ONNX Runtime's exceptions share no base class of their own.
     except Exception as error:
         raise CheckFailed(f"the model does not run on {what}: {first_line(error)}") from error
+
+
+def _is_number(name: str) -> bool:
+    """Whether an input holds numbers of customers, and none of a text."""
+    return name in CUSTOMER_INPUTS or name.startswith(MERGED)
 
 
 def _quiet() -> Any:

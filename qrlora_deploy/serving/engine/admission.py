@@ -42,6 +42,9 @@ class Place:
     def resize(self, load: Load) -> None:
         """It is of another size now."""
         self.load = load
+        if len(self.customers) == 1:
+            self.parts = [(customer, load.rows, load.tokens) for customer in self.customers]
+            return
         self.parts = [
             (customer, rows, -(-load.tokens * rows // max(1, load.rows))) for customer, rows in self.customers.items()
         ]
@@ -106,6 +109,17 @@ class Admission:
         place.resize(load)
         self._add(place, 1)
 
+    def has_tokens(self, place: Place, tokens: int) -> None:
+        """A request that was let in has so many tokens, which is known once it was tokenised."""
+        load = place.load
+        corrected = Load(load.rows, tokens, load.size_bytes, load.asker)
+        if len(place.parts) > 1:
+            self.correct(place, corrected)
+            return
+        self.held.tokens += tokens - load.tokens
+        self.by_customer[place.parts[0][0]].tokens += tokens - load.tokens
+        place.resize(corrected)
+
     def release(self, place: Place) -> None:
         """Give back what is reserved. Twice is no error."""
         if not place.released:
@@ -153,7 +167,9 @@ class Admission:
         load = place.load
         self.held.add(sign * load.rows, sign * load.tokens, sign * load.size_bytes)
         for customer, rows, tokens in place.parts:
-            held = self.by_customer.setdefault(customer, Held())
+            held = self.by_customer.get(customer)
+            if held is None:
+                held = self.by_customer[customer] = Held()
             held.add(sign * rows, sign * tokens)
             if not held.rows:
                 del self.by_customer[customer]

@@ -1,15 +1,15 @@
 """A request on its way through an engine, and its rows in the queue."""
 
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from qrlora_deploy.errors import QrloraError
 from qrlora_deploy.serving.engine.admission import Place
+from qrlora_deploy.serving.engine.promise import Promise
 from qrlora_deploy.serving.engine.rows import Row, RowAnswer
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Request:
     """Rows that are answered together.
 
@@ -27,7 +27,7 @@ class Request:
     place: Place
     rows: Sequence[Row]
     queued_s: float
-    future: "Future[list[RowAnswer]]" = field(default_factory=Future)
+    future: Promise[list[RowAnswer]] = field(default_factory=Promise)
     answers: list[RowAnswer | None] = field(default_factory=list)
     left: int = 0
     ended: bool = False

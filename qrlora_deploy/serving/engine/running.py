@@ -125,9 +125,7 @@ class BatchRunner:
 
     def _answer(self, row: WaitingRow, logits: np.ndarray, version: Version, run: Run) -> RowAnswer:
         answering = version.answering
-        own = self.collator.unpadded(logits, row.length)
-        if answering.labels:
-            own = answering.own(own)
+        own = answering.own(self.collator.unpadded(logits, row.length))
         return RowAnswer(own, answering.labels, version.digest, answering.thresholds, row.row.words, run)
 
     def _counted(self, rows: Sequence[WaitingRow], start_s: float) -> Run:

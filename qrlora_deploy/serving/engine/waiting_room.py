@@ -4,12 +4,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 
 from qrlora_deploy.errors import InputError, QrloraError
 from qrlora_deploy.serving.engine.admission import Place
 from qrlora_deploy.serving.engine.batching import Shapes, cut
 from qrlora_deploy.serving.engine.fairness import FairQueue
 from qrlora_deploy.serving.engine.gate import Gate
+from qrlora_deploy.serving.engine.handover import EndOfTurn
 from qrlora_deploy.serving.engine.limits import Limits
 from qrlora_deploy.serving.engine.pace import Pace
 from qrlora_deploy.serving.engine.protocol import EngineStats
@@ -50,6 +52,7 @@ class WaitingRoom:
         self._oldest_s = 0.0
         self._rows = self._tokenised = self._telling = self._running = 0
         self._closed = False
+        self._waking = EndOfTurn(self._wake)
 
     def reserve(self, load: Load, customers: Sequence[str | None], deadline_s: float | None) -> Place:
         """As `Engine.admit`."""
@@ -70,13 +73,13 @@ class WaitingRoom:
             InputError: the place was used or given back.
         """
         request = Request(place, rows, self._clock())
+        request.future.if_cancelled = partial(self._cancel, request)
         with self._lock:
             if place.used or place.released:
                 raise InputError("a ticket is given to submit once, and not after release")
             place.used = True
             self._tokenised += len(rows)
             self._open.add(request)
-        request.future.add_done_callback(lambda future: self._cancel(request) if future.cancelled() else None)
         return request
 
     def enqueue(self, request: Request) -> None:
@@ -91,11 +94,17 @@ class WaitingRoom:
                 raise DrainingError(CLOSED)
             if request.ended:
                 return
-            load = request.place.load
-            self._gate.admission.correct(request.place, Load(load.rows, tokens, load.size_bytes, load.asker))
+            self._gate.admission.has_tokens(request.place, tokens)
             if not self._queue.rows:
                 self._oldest_s = self._clock()
             self._queue.push(request.waiting)
+            ready = self._may_draw()
+        if ready:
+            # What comes in the same turn of an event loop runs together.
+            self._waking.ask()
+
+    def _wake(self) -> None:
+        with self._lock:
             if self._may_draw():
                 self._work.notify()
 
@@ -155,7 +164,9 @@ class WaitingRoom:
         """Tell each request its answers or its error, unless it has ended."""
         with self._lock:
             ending = [(request, error) for request, error in requests if self._take_out(request)]
-            self._gate.rejected.update(error.kind for _, error in ending if error is not None)
+            for _, error in ending:
+                if error is not None:
+                    self._gate.rejected[error.kind] += 1
             self._telling += 1
         for request, error in ending:
             # Whatever a future does, the others are told.

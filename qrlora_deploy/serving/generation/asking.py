@@ -5,17 +5,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from qrlora_deploy.errors import InputError, MalformedInputError, QrloraError, UnknownCustomerError
 from qrlora_deploy.runtime.generation.prompts import check_room
 from qrlora_deploy.runtime.generation.requests import GenerationAnswer, GenerationEvent, GenerationRequest
 from qrlora_deploy.runtime.generation.sampling import MOST_SEED
-from qrlora_deploy.runtime.generation.session import GenerationSession
-from qrlora_deploy.serving.answering import UNKNOWN, Allows, public_error
+from qrlora_deploy.serving.answering import UNKNOWN, Allows, in_time, public_error
 from qrlora_deploy.serving.engine.rows import SPECIAL_TOKENS, Load
 from qrlora_deploy.serving.engine.waiting_room import CLOSED
-from qrlora_deploy.serving.generation.engine import TextEngine
-from qrlora_deploy.serving.generation.writing import Writing
+from qrlora_deploy.serving.generation.protocol import TextWriter
 from qrlora_deploy.serving.parts import Spans
 from qrlora_deploy.serving.refusals import DeadlineError, DrainingError
 from qrlora_deploy.serving.served import ServedModel
@@ -33,15 +32,21 @@ class Answers:
     Args:
         engine: writes.
         writing: what it writes; `tell` puts events into `events`.
+        count: of the answers.
         events: None ends nothing: every answer's last event has its `answer`.
         deadline_s: a time of `time.monotonic` after which nobody waits.
     """
 
     def __init__(
-        self, engine: TextEngine, writing: Writing, events: "asyncio.Queue[GenerationEvent]", deadline_s: float | None
+        self,
+        engine: TextWriter,
+        writing: Any,
+        count: int,
+        events: "asyncio.Queue[GenerationEvent]",
+        deadline_s: float | None,
     ) -> None:
         self._engine, self._writing, self._events, self._deadline_s = engine, writing, events, deadline_s
-        self.left = len(writing.answers)
+        self.left = count
 
     async def next(self) -> GenerationEvent:
         """The next event, of any of the answers.
@@ -81,7 +86,7 @@ class Answers:
 
 async def ask(
     model: ServedModel,
-    engine: TextEngine,
+    engine: TextWriter,
     requests: Sequence[GenerationRequest],
     copies: int = 1,
     deadline_s: float | None = None,
@@ -103,7 +108,7 @@ async def ask(
         every: False: events are the last ones alone.
 
     Raises:
-        QrloraError: as `TextEngine.admit` and `TextEngine.prepare` say. Its message holds no path of the server.
+        QrloraError: as `TextEngine.admit` and `TextEngine.write` say. Its message holds no path of the server.
     """
     customers = [request.customer for request in requests for _ in range(copies)]
     if spans is not None:
@@ -111,9 +116,11 @@ async def ask(
         spans.stage("admit")
     if access is not None and not all(access.allows(name) for name in set(customers) if name is not None):
         raise UnknownCustomerError(UNKNOWN)
-    load = load_of(requests, copies, engine.session.longest, "" if access is None else access.key_id)
+    load = load_of(requests, copies, engine.prompts.longest, "" if access is None else access.key_id)
     ticket = engine.admit(load, customers, deadline_s)
     try:
+        if ticket.pending is not None:
+            await in_time(ticket.pending, deadline_s)
         if spans is not None:
             spans.stage("tokenise")
         prepare = partial(_prepared, model, engine, requests, copies)
@@ -128,7 +135,7 @@ async def ask(
         def tell(event: GenerationEvent) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-        return Answers(engine, engine.write(ticket, prepared, tell, every), events, deadline_s)
+        return Answers(engine, engine.write(ticket, prepared, tell, every), len(prepared), events, deadline_s)
     except BaseException as error:
         engine.release(ticket)
         if isinstance(error, QrloraError):
@@ -160,22 +167,22 @@ def _size(request: GenerationRequest) -> tuple[int, int, int]:
 
 
 def _prepared(
-    model: ServedModel, engine: TextEngine, requests: Sequence[GenerationRequest], copies: int
+    model: ServedModel, engine: TextWriter, requests: Sequence[GenerationRequest], copies: int
 ) -> list[GenerationRequest]:
     """Requests with ids of tokens, each as often as there are copies. In a thread."""
     found = []
     for request in requests:
-        made = _prepared_chat(model, engine, request) if _is_chat(request) else _with_tokens(engine.session, request)
+        made = _prepared_chat(model, engine, request) if _is_chat(request) else _with_tokens(engine, request)
         found += [_copy(made, number) for number in range(copies)]
     return found
 
 
-def _prepared_chat(model: ServedModel, engine: TextEngine, request: GenerationRequest) -> GenerationRequest:
-    if not engine.session.takes_chats:
+def _prepared_chat(model: ServedModel, engine: TextWriter, request: GenerationRequest) -> GenerationRequest:
+    if not engine.prompts.takes_chats:
         raise MalformedInputError(f"the model {model.name} has no chat template; ask /v1/completions")
-    engine.session.check_customer(request.customer)
+    engine.check_customer(request.customer)
     try:
-        return _with_tokens(engine.session, request)
+        return _with_tokens(engine, request)
     except UnknownCustomerError:
         raise
     except InputError as error:
@@ -183,7 +190,7 @@ def _prepared_chat(model: ServedModel, engine: TextEngine, request: GenerationRe
         raise MalformedInputError(str(error)) from error
 
 
-def _with_tokens(session: GenerationSession, request: GenerationRequest) -> GenerationRequest:
+def _with_tokens(engine: TextWriter, request: GenerationRequest) -> GenerationRequest:
     """The request with ids of tokens as its prompt, and as many tokens as there is room for. It may wait for a
     customer's file.
 
@@ -192,9 +199,9 @@ def _with_tokens(session: GenerationSession, request: GenerationRequest) -> Gene
         UnknownCustomerError: there is no such customer.
         InputError: the customer's file cannot be served.
     """
-    session.check_customer(request.customer)
-    prompt = session.read(request)
-    return replace(request, prompt=prompt, max_tokens=check_room(prompt, request.max_tokens, session.longest))
+    engine.check_customer(request.customer)
+    prompt, longest = engine.prompts.read(request), engine.prompts.longest
+    return replace(request, prompt=prompt, max_tokens=check_room(prompt, request.max_tokens, longest))
 
 
 def _is_chat(request: GenerationRequest) -> bool:

@@ -1,7 +1,9 @@
 """What a text engine counts."""
 
 from bisect import bisect_left
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from qrlora_deploy.serving.engine.durations import Durations
 from qrlora_deploy.serving.engine.protocol import EngineStats
@@ -31,6 +33,29 @@ class WriterStats:
     running: int = 0
     first_token_s: float = 0.0
     first_token_counts: tuple[int, ...] = (0,) * (len(BOUNDS_S) + 1)
+
+    def __add__(self, other: "WriterStats") -> "WriterStats":
+        """Those of two engines together."""
+        sums = {
+            it.name: getattr(self, it.name) + getattr(other, it.name)
+            for it in fields(self)
+            if it.name != "first_token_counts"
+        }
+        counts = zip(self.first_token_counts, other.first_token_counts, strict=True)
+        return WriterStats(**sums, first_token_counts=tuple(one + two for one, two in counts))
+
+    def ended(self) -> "WriterStats":
+        """What an engine counted that has ended."""
+        return replace(self, running=0)
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> "WriterStats":
+        """From JSON.
+
+        Raises:
+            TypeError: it is none.
+        """
+        return cls(**{**record, "first_token_counts": tuple(record["first_token_counts"])})
 
 
 @dataclass

@@ -65,6 +65,20 @@ class TextEngine:
         self._thread = threading.Thread(target=self._serve, name="text-engine", daemon=True)
         self._thread.start()
 
+    @property
+    def prompts(self) -> GenerationSession:
+        """The session, which reads them."""
+        return self.session
+
+    def check_customer(self, customer: str | None) -> None:
+        """Make sure that a customer is there. It may wait for a file.
+
+        Raises:
+            UnknownCustomerError: it is not.
+            InputError: its file cannot be served.
+        """
+        self.session.check_customer(customer)
+
     def admit(self, load: Load, customers: Sequence[str | None], deadline_s: float | None = None) -> Place:
         """As `Engine.admit`: an answer is a row, and its tokens are those of its prompt and of itself at most."""
         with self._lock:
@@ -110,7 +124,7 @@ class TextEngine:
                 raise DrainingError(CLOSED)
             place.used = True
             tokens = sum(asked.length for asked in writing.answers)
-            self._gate.admission.correct(place, replace(place.load, tokens=tokens))
+            self._gate.admission.has_tokens(place, tokens)
             self._queue.push(writing.answers)
             self._work.notify()
         return writing

@@ -2,7 +2,6 @@
 
 import logging
 import re
-import secrets
 import time
 import traceback
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from qrlora_deploy.serving.answering import FAILED
 from qrlora_deploy.serving.parts import Spans, Tracing
 from qrlora_deploy.serving.refusals import FAILED as FAILED_STATUS
 from qrlora_deploy.serving.refusals import GONE, STATUS, retry_after_of, status_of
+from qrlora_deploy.serving.request_ids import new_request_id
 
 REQUEST_ID = "x-request-id"
 """A client may send it; it comes back in the trailing metadata, and stands in the log."""
@@ -64,7 +64,7 @@ class Call:
         remaining_s = context.time_remaining()
         self.deadline_s = None if remaining_s is None else time.monotonic() + remaining_s
         given = value_in(context.invocation_metadata(), REQUEST_ID) or ""
-        self.request_id = given if GOOD_ID.fullmatch(given) else secrets.token_hex(8)
+        self.request_id = given if GOOD_ID.fullmatch(given) else new_request_id()
         self.access = access
         self.customers: Sequence[str | None] = ()
         self.spans: Spans | None = None

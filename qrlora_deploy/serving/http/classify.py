@@ -79,11 +79,13 @@ def _one(model: ServedModel, number: int, customer: str | None, given: RowAnswer
     # NaN is unequal to itself, and infinite numbers less themselves are NaN.
     if answer.score - answer.score != 0:
         raise QrloraError(f"the answer to text {number} is not finite; verify the customer")
-    spans = [asdict(span) for span in answer.spans]
-    return {
+    found: dict[str, Any] = {
         "label": answer.label,
         "score": answer.score,
         "labels": list(answer.labels),
         "customer": customer,
         "customer_digest": given.digest,
-    } | ({"spans": spans} if model.task.answers_words else {})
+    }
+    if model.task.answers_words:
+        found["spans"] = [asdict(span) for span in answer.spans]
+    return found

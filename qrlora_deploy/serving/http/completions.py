@@ -14,7 +14,7 @@ from qrlora_deploy.errors import MalformedInputError, QrloraError, UnknownCustom
 from qrlora_deploy.serving.access import Access
 from qrlora_deploy.serving.answering import UNKNOWN, public_error
 from qrlora_deploy.serving.generation.asking import Answers, ask
-from qrlora_deploy.serving.generation.engine import TextEngine
+from qrlora_deploy.serving.generation.protocol import TextWriter
 from qrlora_deploy.serving.http.bodies import body_of, parsed
 from qrlora_deploy.serving.http.completions_answer import Shape
 from qrlora_deploy.serving.http.completions_request import TextRequest, parse_chat, parse_completion, split_name
@@ -80,7 +80,7 @@ class Completions:
             raise UnknownCustomerError(UNKNOWN)
         writer = writer_of(model)
         try:
-            await asyncio.get_running_loop().run_in_executor(model.pool, writer.session.check_customer, customer)
+            await asyncio.get_running_loop().run_in_executor(model.pool, writer.check_customer, customer)
         except QrloraError as error:
             raise public_error(error) from error
         return json_reply(self._described(model, f"{model.name}:{customer}"))
@@ -113,7 +113,7 @@ class Completions:
             model, writer, asked.requests, asked.copies, deadline_s, access, spans_of(request), asked.stream
         )
         name = model.name if asked.customer is None else f"{model.name}:{asked.customer}"
-        shape = Shape(asked, name, model.bundle.manifest.base_digest, writer.session.text_of)
+        shape = Shape(asked, name, model.bundle.manifest.base_digest, writer.prompts.text_of)
         if asked.stream:
             return await _streamed(answers, shape, request)
         try:
@@ -122,7 +122,7 @@ class Completions:
             answers.close()
 
 
-def writer_of(model: ServedModel) -> TextEngine:
+def writer_of(model: ServedModel) -> TextWriter:
     """What writes a model's text.
 
     Raises:

@@ -38,6 +38,8 @@ class Shape:
     identity: str = field(default_factory=lambda: secrets.token_hex(12))
     created_s: int = field(default_factory=lambda: int(time.time()))
     _offsets: dict[int, int] = field(default_factory=dict)
+    _held: dict[int, list[Choice]] = field(default_factory=dict)
+    _told: dict[int, int] = field(default_factory=dict)
     _begun: set[int] = field(default_factory=set)
     _ended: dict[int, GenerationAnswer] = field(default_factory=dict)
 
@@ -52,7 +54,7 @@ class Shape:
 
     def piece(self, event: GenerationEvent) -> dict[str, Any] | None:
         """A piece of an answer; None where nothing can be seen of what happened."""
-        choices: Sequence[Choice] = event.choices if self._tells_logprobs else ()
+        choices = self._released(event) if self._tells_logprobs else []
         if not (event.text or choices or event.answer):
             return None
         if event.answer is not None:
@@ -79,6 +81,15 @@ class Shape:
             "total_tokens": read + written,
             "prompt_tokens_details": {"cached_tokens": sum(it.reused_tokens for it in first)},
         }
+
+    def _released(self, event: GenerationEvent) -> list[Choice]:
+        """The tokens that are told now: as its text, one is held back while it may be a stop string's."""
+        held, told = self._held.setdefault(event.number, []), self._told.get(event.number, 0)
+        held += event.choices
+        count = event.shown - told
+        self._told[event.number] = event.shown
+        released, held[:count] = held[:count], []
+        return released
 
     @property
     def _tells_logprobs(self) -> bool:

@@ -4,6 +4,8 @@ uvicorn begins with the application when the headers are whole, so what comes be
 """
 
 import asyncio
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import httptools
@@ -11,6 +13,7 @@ import orjson
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from qrlora_deploy.serving.http.endpoint import GIVE_UP
+from qrlora_deploy.serving.http.exchange import BODY_IS_HERE, WRITE_WHOLE
 from qrlora_deploy.serving.http.limits import HttpLimits
 from qrlora_deploy.serving.refusals import GONE
 
@@ -84,7 +87,25 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
+        cycle.scope["state"][WRITE_WHOLE] = partial(self._write_whole, cycle)
         super()._start_asgi_task(cycle, app)
+
+    def _write_whole(
+        self, cycle: RequestResponseCycle, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes
+    ) -> bool:
+        """As `WriteWhole`, of a reply after which the connection goes on."""
+        if self.flow.write_paused or cycle.disconnected or cycle.response_started or not cycle.keep_alive:
+            return False
+        if cycle.scope["method"] == "HEAD" or (b"connection", b"close") in headers:
+            return False
+        head = [STATUS_LINE[status]]
+        for name, value in (*cycle.default_headers, *headers):
+            head += (name, b": ", value, b"\r\n")
+        cycle.response_started = cycle.response_complete = True
+        self.transport.write(b"".join((*head, b"\r\n", body)))
+        cycle.message_event.set()
+        cycle.on_response()
+        return True
 
     def data_received(self, data: bytes) -> None:
         """Parse what came; a head that does not end is refused before it is whole."""
@@ -93,15 +114,20 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._in_head:
             self._fed += len(data)
         super().data_received(data)
-        if self._in_head and self._fed > self.http_limits.max_head_bytes and not self.transport.is_closing():
-            self._refuse(431, f"the headers are longer than {self.http_limits.max_head_bytes} bytes")
+        if self._in_head and self._fed and not self.transport.is_closing():
+            self._wait_for_the_rest()
+
+    def _wait_for_the_rest(self) -> None:
+        """Of a head that is not whole yet."""
+        if self._fed > self._most_head_bytes:
+            self._refuse(431, f"the headers are longer than {self._most_head_bytes} bytes")
+        elif self._head_timer is None:
+            self._await_head()
 
     def on_message_begin(self) -> None:
         """A request begins."""
         super().on_message_begin()
         self._in_head, self._head_bytes = True, 0
-        if self._head_timer is None:
-            self._await_head()
 
     def on_url(self, url: bytes) -> None:
         """A piece of the request line."""
@@ -110,11 +136,14 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """A header."""
-        # As `_count`, without a call: a request has many headers.
+        # As `_count` and uvicorn's own, without calls: a request has many headers.
         self._head_bytes += len(name) + len(value) + PER_HEADER
         if self._head_bytes > self._most_head_bytes:
             self._head_is_long()
-        super().on_header(name, value)
+        name = name.lower()
+        if name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         """The application begins."""
@@ -129,6 +158,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """The request is whole."""
         super().on_message_complete()
+        self.scope["state"][BODY_IS_HERE] = True
         self._in_head, self._fed = True, 0
 
     def shutdown(self) -> None:

@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from qrlora_deploy.errors import QrloraError
 from qrlora_deploy.serving.access import Access, open_access
+from qrlora_deploy.serving.http.exchange import HEADERS, REQUEST_ID
 from qrlora_deploy.serving.http.replies import error_reply, reply_to_error
 from qrlora_deploy.serving.parts import Spans
 from qrlora_deploy.serving.refusals import GONE, DrainingError, reason_of
@@ -145,5 +146,11 @@ def spans_of(request: Request) -> Spans | None:
 
 def request_id_of(request: Request) -> str:
     """The client's own id, or the one that was made up."""
-    found: str = request.scope["state"].get("request_id", "-")
+    found: str = request.scope["state"].get(REQUEST_ID, "-")
     return found
+
+
+def header_of(request: Request, name: str) -> str | None:
+    """The value of a header; None where there is none. starlette looks through all of them for each."""
+    value: bytes | None = request.scope["state"][HEADERS].get(name.encode())
+    return None if value is None else value.decode("latin-1")

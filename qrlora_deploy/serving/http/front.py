@@ -27,13 +27,14 @@ from qrlora_deploy.serving.http.endpoint import (
     Handler,
     Outcome,
     customers_of,
+    header_of,
     request_id_of,
     spans_of,
 )
 from qrlora_deploy.serving.http.live_page import LivePage, Shown
 from qrlora_deploy.serving.http.openapi import openapi
 from qrlora_deploy.serving.http.protocol import InferAnswer, parse_infer, parse_object, write_answer
-from qrlora_deploy.serving.http.replies import JSON, error_reply, json_reply
+from qrlora_deploy.serving.http.replies import Whole, error_reply, json_reply
 from qrlora_deploy.serving.inference.describing import (
     model_config,
     model_metadata,
@@ -126,7 +127,7 @@ class Front:
         Raises:
             UnauthenticatedError: it has none that is known.
         """
-        return open_access if self.keys is None else self.keys.access(key_of(request.headers.get("authorization")))
+        return open_access if self.keys is None else self.keys.access(key_of(header_of(request, "authorization")))
 
     def begin_spans(self, request: Request, endpoint: Endpoint) -> Spans | None:
         """The spans of a request, with the names of OpenTelemetry's conventions; None: nobody wants them."""
@@ -220,7 +221,7 @@ class Front:
         model = self.models.find(name)
         if not model.task.has_labels and not model.task.writes_text:
             raise MalformedInputError(f"the model {model.name} answers with embeddings; ask /v1/embeddings")
-        deadline_s = deadline_of(request.headers.get(TIMEOUT))
+        deadline_s = deadline_of(header_of(request, TIMEOUT))
         answers = await self._answer(request, model, question, customers, deadline_s, access)
         return json_reply(classify_answer(model, customers, answers))
 
@@ -230,7 +231,7 @@ class Front:
         model = self.models.find(asked.model)
         if model.task.has_labels:
             raise MalformedInputError(f"the model {model.name} answers with labels, not embeddings; ask /v1/classify")
-        deadline_s = deadline_of(request.headers.get(TIMEOUT))
+        deadline_s = deadline_of(header_of(request, TIMEOUT))
         answers = await self._answer(request, model, asked.question, asked.customers, deadline_s, access)
         return json_reply(embeddings_answer(model, asked, answers))
 
@@ -240,7 +241,7 @@ class Front:
         length, outputs = _header_length(request), outputs_of(model.task)
         asked = await parsed(await body_of(request), lambda body: parse_infer(body, length, outputs))
         question, customers = question_of(asked)
-        deadline_s = deadline_of(request.headers.get(TIMEOUT), asked.parameters.get("timeout"))
+        deadline_s = deadline_of(header_of(request, TIMEOUT), asked.parameters.get("timeout"))
         answers = await self._answer(request, model, question, customers, deadline_s, access)
         return _infer_reply(_written(model, asked, answers))
 
@@ -272,7 +273,7 @@ async def not_found(request: Request, error: Exception) -> Response:
 
 
 def _header_length(request: Request) -> int | None:
-    text = request.headers.get(HEADER_LENGTH)
+    text = header_of(request, HEADER_LENGTH)
     if text is None:
         return None
     if not (text.isascii() and text.isdecimal() and len(text) < 12):
@@ -289,8 +290,10 @@ def _written(model: ServedModel, asked: InferRequest, answers: list[RowAnswer]) 
 
 def _infer_reply(written: InferAnswer) -> Response:
     if written.header_length is None:
-        return Response(written.body, media_type=JSON)
-    return Response(written.body, media_type=BINARY, headers={HEADER_LENGTH: str(written.header_length)})
+        return Whole(written.body)
+    reply = Whole(written.body, media_type=BINARY)
+    reply.headers[HEADER_LENGTH] = str(written.header_length)
+    return reply
 
 
 async def scraped(metrics: Metrics, request: Request, access: Access) -> Response:

@@ -2,18 +2,18 @@
 
 import asyncio
 import re
-import secrets
-from collections.abc import Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qrlora_deploy.serving.http.encodings import WORTH_BYTES, check_encoding, chosen, deflated, inflated
+from qrlora_deploy.serving.http.exchange import BODY_IS_HERE, HEADERS, REQUEST_ID, WRITE_WHOLE, Headers, WriteWhole
 from qrlora_deploy.serving.http.limits import HttpLimits
 from qrlora_deploy.serving.http.replies import error_reply
 from qrlora_deploy.serving.life import Life
 from qrlora_deploy.serving.refusals import DrainingError, OverloadedError, SlowClientError, TooLargeError
+from qrlora_deploy.serving.request_ids import new_request_id
 
-REQUEST_ID = b"x-request-id"
+ID_HEADER = b"x-request-id"
 GOOD_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 LONG_BYTES = 64 * 1024
@@ -41,12 +41,13 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
-        request_id = headers.get(REQUEST_ID, b"")
-        if not GOOD_ID.fullmatch(request_id):
-            request_id = secrets.token_hex(8).encode()
-        scope.setdefault("state", {})["request_id"] = request_id.decode("ascii")
-        body, reply = _Body(self, headers, receive), _Reply(self, headers, request_id, send)
+        headers = dict(reversed(scope["headers"]))
+        given = headers.get(ID_HEADER)
+        request_id = given.decode("ascii") if given is not None and GOOD_ID.fullmatch(given) else new_request_id()
+        state = scope.setdefault("state", {})
+        state[REQUEST_ID], state[HEADERS] = request_id, headers
+        body = _Body(self, headers, receive, state.get(BODY_IS_HERE, False))
+        reply = _Reply(self, headers, request_id, send, state.pop(WRITE_WHOLE, None))
         try:
             await self._app(scope, body.receive, reply.send)
         except asyncio.CancelledError:
@@ -85,8 +86,8 @@ class _Body:
         held: bytes of it that the guard counts.
     """
 
-    def __init__(self, guard: Guard, headers: Mapping[bytes, bytes], receive: Receive) -> None:
-        self._guard, self._headers, self._receive = guard, headers, receive
+    def __init__(self, guard: Guard, headers: Headers, receive: Receive, is_here: bool) -> None:
+        self._guard, self._headers, self._receive, self._is_here = guard, headers, receive, is_here
         self._done = False
         self.held = 0
 
@@ -104,20 +105,24 @@ class _Body:
             return await self._receive()
         self._done = True
         limit = self._guard.limits.max_body_bytes
-        encoding = check_encoding(self._headers.get(b"content-encoding", b"").decode("latin-1"))
+        said_encoding = self._headers.get(b"content-encoding")
+        encoding = "" if said_encoding is None else check_encoding(said_encoding.decode("latin-1"))
         said = self._headers.get(b"content-length", b"0")
         if not said.isdigit() or len(said) > 18 or int(said) > limit:
             raise TooLargeError(f"the body is longer than {limit} bytes; send fewer rows at a time")
-        try:
-            async with asyncio.timeout(self._guard.limits.body_s):
-                body = await self._whole(limit)
-        except TimeoutError as error:
-            raise SlowClientError(f"the body did not come within {self._guard.limits.body_s:g} s") from error
+        body = await (self._whole(limit) if self._is_here else self._in_time(limit))
         if encoding and body:
             # In a thread: a short body may become a long one.
             body = await asyncio.to_thread(inflated, body, encoding, limit)
             self._hold(len(body))
         return {"type": "http.request", "body": body, "more_body": False}
+
+    async def _in_time(self, limit: int) -> bytes:
+        try:
+            async with asyncio.timeout(self._guard.limits.body_s):
+                return await self._whole(limit)
+        except TimeoutError as error:
+            raise SlowClientError(f"the body did not come within {self._guard.limits.body_s:g} s") from error
 
     async def _whole(self, limit: int) -> bytes:
         message = await self._receive()
@@ -149,9 +154,12 @@ class _Reply:
         begun: its head has been sent.
     """
 
-    def __init__(self, guard: Guard, headers: Mapping[bytes, bytes], request_id: bytes, send: Send) -> None:
-        self._guard, self._send, self._request_id = guard, send, request_id
-        self._encoding = chosen(headers.get(b"accept-encoding", b"").decode("latin-1"))
+    def __init__(
+        self, guard: Guard, headers: Headers, request_id: str, send: Send, write_whole: WriteWhole | None
+    ) -> None:
+        self._guard, self._send, self._request_id, self._write_whole = guard, send, request_id, write_whole
+        accepted = headers.get(b"accept-encoding")
+        self._encoding = "" if accepted is None else chosen(accepted.decode("latin-1"))
         self._start: Message | None = None
         self.begun = False
 
@@ -164,8 +172,16 @@ class _Reply:
         if start is not None:
             message = await self._finished(start, message)
             self.begun = True
+            if self._is_written(start, message):
+                return
             await self._send(start)
         await self._send(message)
+
+    def _is_written(self, start: Message, message: Message) -> bool:
+        """Write a reply at once, where it is whole and the server can do that."""
+        if self._write_whole is None or message.get("more_body", False):
+            return False
+        return self._write_whole(start["status"], start["headers"], message["body"])
 
     async def _finished(self, start: Message, message: Message) -> Message:
         headers = [pair for pair in start.get("headers", []) if pair[0] != b"content-length"]
@@ -178,7 +194,7 @@ class _Reply:
                     body = deflated(body, self._encoding)
                 headers += [(b"content-encoding", self._encoding.encode()), (b"vary", b"accept-encoding")]
             headers.append((b"content-length", str(len(body)).encode()))
-        headers.append((REQUEST_ID, self._request_id))
+        headers.append((ID_HEADER, self._request_id.encode()))
         if self._guard.closes or start["status"] in CLOSING:
             headers.append((b"connection", b"close"))
         start["headers"] = headers

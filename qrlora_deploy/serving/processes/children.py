@@ -25,6 +25,7 @@ class Child:
         ready: set when it does its work.
         failure: what it said before it ended.
         watching: the task that follows it.
+        opening: number and name of what it opens; "": nothing.
         pulse: what it said of itself last, as `Control.runs`; None: nothing since it was asked.
     """
 
@@ -38,6 +39,7 @@ class Child:
         self.ready, self._lost = asyncio.Event(), asyncio.Event()
         self.failure: QrloraError | None = None
         self.watching: asyncio.Task[None] | None = None
+        self.opening = (0, "")
         self.pulse: dict[str, int] | None = None
         self._killed_for = ""
 
@@ -96,6 +98,8 @@ class Child:
     def _frame(self, link: Link, kind: int, number: int, payload: bytearray) -> None:
         if kind == Order.READY:
             self.ready.set()
+        elif kind == Order.OPENING:
+            self.opening = (self.opening[0] + 1, record_of(payload))
         elif kind == Order.PONG:
             self.pulse = record_of(payload)
         elif kind == Order.FAILED:

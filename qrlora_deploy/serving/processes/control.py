@@ -38,10 +38,12 @@ class Order(IntEnum):
     SEEN = 16
     PING = 17
     PONG = 18
+    OPENING = 19
 
 
 class Control:
-    """A process' end: what it is told to do, and what it tells. It belongs to one event loop, but for `failed`.
+    """A process' end: what it is told to do, and what it tells. It belongs to one event loop, but for
+    `failed` and `opening`.
 
     Args:
         descriptor: of a connected socket.
@@ -85,9 +87,16 @@ class Control:
 
     def failed(self, error: QrloraError) -> None:
         """Say why the process ends. After the event loop has ended, or before it began."""
-        record = orjson.dumps([str(error), error.exit_code])
+        self._say(Order.FAILED, [str(error), error.exit_code])
+
+    def opening(self, what: str) -> None:
+        """Say what is opened from now on, as `opening_watch.Begin`. Before the event loop begins."""
+        self._say(Order.OPENING, what)
+
+    def _say(self, order: Order, record: Any) -> None:
+        body = orjson.dumps(record)
         self._last_words.setblocking(True)
-        self._last_words.sendall(HEAD.pack(len(record), Order.FAILED, 0) + record)
+        self._last_words.sendall(HEAD.pack(len(body), order, 0) + body)
 
     def count(self, *counted: Any) -> None:
         """Remember something that the supervisor counts."""

@@ -9,6 +9,7 @@ from typing import Any
 import uvicorn
 
 from qrlora_deploy.serving.assembly import EngineParts
+from qrlora_deploy.serving.garbage import calm_collector
 from qrlora_deploy.serving.http.listener import HttpListener
 from qrlora_deploy.serving.life import Life
 from qrlora_deploy.serving.processes.control import Control, Order
@@ -29,9 +30,10 @@ def run_engine(options: ChildOptions, control: Control) -> None:
     Raises:
         QrloraError: something cannot be opened.
     """
-    parts = EngineParts(options.engine_run())
+    parts = EngineParts(options.engine_run(), control.opening)
     try:
-        with asyncio.Runner(loop_factory=uvicorn.Config("", log_config=None).get_loop_factory()) as runner:
+        loops = asyncio.Runner(loop_factory=uvicorn.Config("", log_config=None).get_loop_factory())
+        with calm_collector(), loops as runner:
             runner.run(EngineProcess(options, control, parts).run())
     finally:
         parts.close()
@@ -78,7 +80,10 @@ class EngineProcess:
     def _state(self) -> dict[str, Any]:
         """What the supervisor adds up, as `messages.EngineState`."""
         stores = {name: ask() for name, ask in self._parts.stores().items()}
-        return {"engines": self._socket.stats(), "stores": stores}
+        writers = {
+            model.served.name: model.served.writer.written() for model in self._parts.models if model.served.writer
+        }
+        return {"engines": self._socket.stats(), "stores": stores, "writers": writers}
 
     async def _finish(self) -> None:
         self._life.drain()

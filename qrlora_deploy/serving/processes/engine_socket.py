@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from functools import partial
@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from qrlora_deploy.errors import QrloraError
+from qrlora_deploy.runtime.generation.requests import GenerationEvent
 from qrlora_deploy.serving.engine.protocol import Engine, Ticket
 from qrlora_deploy.serving.engine.rows import Load, RowAnswer
 from qrlora_deploy.serving.engine.running import as_ours
+from qrlora_deploy.serving.generation.engine import TextEngine
+from qrlora_deploy.serving.generation.writing import Writing
 from qrlora_deploy.serving.processes.links import BrokenFrameError, Link, record_of
 from qrlora_deploy.serving.processes.messages import Kind, pack_answers, pack_error, unpack_rows
+from qrlora_deploy.serving.processes.text_messages import pack_events, unpack_requests
 
 TELL_S = 0.1
 """Between two times that fronts are told the counters."""
@@ -23,16 +27,20 @@ TELL_S = 0.1
 logger = logging.getLogger(__name__)
 
 Ended = tuple["_Front", int, "Future[list[RowAnswer]]"]
+Told = tuple["_Front", int, GenerationEvent]
 
 
 @dataclass
 class _Asked:
-    """A request of a front: what is reserved for it, and once its rows came what will be their answer."""
+    """A request of a front: what is reserved for it, and once its rows came what will be their answer, or once
+    requests for text came their writing, of which so many answers are left."""
 
     engine: Engine
     ticket: Ticket
     customers: list[str | None]
     future: "Future[list[RowAnswer]] | None" = None
+    writing: Writing | None = None
+    left: int = 0
 
 
 class EngineSocket:
@@ -47,6 +55,7 @@ class EngineSocket:
         self.engines, self._path = engines, path
         self._fronts: set[_Front] = set()
         self._ended: list[Ended] = []
+        self._events: list[Told] = []
         self._lock = threading.Lock()
         self._server: asyncio.AbstractServer | None = None
 
@@ -108,6 +117,23 @@ class EngineSocket:
         if is_first:
             self._loop.call_soon_threadsafe(self._answer)
 
+    def told(self, front: "_Front", number: int, event: GenerationEvent) -> None:
+        """Something has happened to an answer of text. From any thread."""
+        with self._lock:
+            self._events.append((front, number, event))
+            is_first = len(self._events) == 1
+        if is_first:
+            self._loop.call_soon_threadsafe(self._tell_events)
+
+    def _tell_events(self) -> None:
+        with self._lock:
+            told, self._events = self._events, []
+        together: dict[tuple[_Front, int], list[GenerationEvent]] = {}
+        for front, number, event in told:
+            together.setdefault((front, number), []).append(event)
+        for (front, number), events in together.items():
+            front.tell(number, events)
+
     def _answer(self) -> None:
         with self._lock:
             ended, self._ended = self._ended, []
@@ -121,6 +147,7 @@ class _Front:
     def __init__(self, socket: EngineSocket) -> None:
         self._socket = socket
         self._asked: dict[int, _Asked] = {}
+        self._checking: set[asyncio.Task[None]] = set()
         self.link = Link(self._received, self._lost, lambda link: socket.joined(self))
 
     def _received(self, link: Link, kind: int, number: int, payload: bytearray) -> None:
@@ -130,6 +157,10 @@ class _Front:
             self._let_go(number)
         elif kind == Kind.SUBMIT:
             self._submit(number, payload)
+        elif kind == Kind.WRITE:
+            self._write(number, payload)
+        elif kind == Kind.CHECK:
+            self._check(number, payload)
         else:
             raise BrokenFrameError(f"a front sends no frames of the kind {kind}")
 
@@ -159,6 +190,51 @@ class _Front:
         asked.future = asked.engine.submit(asked.ticket, rows)
         asked.future.add_done_callback(partial(self._socket.ended, self, number))
 
+    def _write(self, number: int, payload: bytearray) -> None:
+        asked = self._asked.get(number)
+        if asked is None or asked.writing is not None or not isinstance(asked.engine, TextEngine):
+            raise BrokenFrameError(f"requests of the number {number}, which has no place to write")
+        requests, every = unpack_requests(payload, asked.customers)
+        asked.left = len(requests)
+        try:
+            asked.writing = asked.engine.write(asked.ticket, requests, partial(self._socket.told, self, number), every)
+        except QrloraError as error:
+            del self._asked[number]
+            self.link.send(Kind.REFUSED, number, pack_error(error))
+
+    def tell(self, number: int, events: Sequence[GenerationEvent]) -> None:
+        """Tell what happened to answers of text, unless nobody waits for them any more."""
+        asked = self._asked.get(number)
+        if asked is None:
+            return
+        self.link.send(Kind.EVENTS, number, pack_events(events))
+        asked.left -= sum(event.answer is not None for event in events)
+        if not asked.left:
+            del self._asked[number]
+
+    def _check(self, number: int, payload: bytearray) -> None:
+        try:
+            model, customer = record_of(payload)
+            engine = self._socket.engines[model]
+        except (KeyError, TypeError, ValueError) as error:
+            raise BrokenFrameError("a frame that asks for no customer") from error
+        if not isinstance(engine, TextEngine):
+            raise BrokenFrameError(f"a question for customers of {model}, which writes no text")
+        # It may read a file.
+        checking = asyncio.create_task(asyncio.to_thread(engine.check_customer, customer))
+        self._checking.add(checking)
+        checking.add_done_callback(partial(self._checked, number))
+
+    def _checked(self, number: int, checking: "asyncio.Task[None]") -> None:
+        self._checking.discard(checking)
+        if checking.cancelled():
+            return
+        error = checking.exception()
+        if error is None:
+            self.link.send(Kind.CHECKED, number)
+        else:
+            self.link.send(Kind.REFUSED, number, pack_error(as_ours(error)))
+
     def answer(self, number: int, future: "Future[list[RowAnswer]]") -> None:
         """Tell what came of a request, unless nobody waits for it any more."""
         if self._asked.pop(number, None) is None:
@@ -174,7 +250,10 @@ class _Front:
         asked = self._asked.pop(number, None)
         if asked is None:
             return
-        if asked.future is None:
+        if asked.writing is not None:
+            assert isinstance(asked.engine, TextEngine)
+            asked.engine.cancel(asked.writing)
+        elif asked.future is None:
             asked.engine.release(asked.ticket)
         else:
             asked.future.cancel()

@@ -6,8 +6,10 @@ from qrlora_deploy.serving.assembly import grpc_companion, tracing_of
 from qrlora_deploy.serving.http.front import Front
 from qrlora_deploy.serving.opening import ModelPlaces
 from qrlora_deploy.serving.processes.control import Control, SharedMetrics, SharedWindow
+from qrlora_deploy.serving.processes.engine_link import EngineLink
 from qrlora_deploy.serving.processes.options import ChildOptions
-from qrlora_deploy.serving.processes.remote_engine import EngineLink, RemoteEngine
+from qrlora_deploy.serving.processes.remote_engine import RemoteEngine
+from qrlora_deploy.serving.processes.remote_writer import RemoteWriter
 from qrlora_deploy.serving.served import Models, ServedModel
 from qrlora_deploy.serving.server import Server
 from qrlora_deploy.serving.tokenizing import RowTokenizer
@@ -20,6 +22,7 @@ def run_front(options: ChildOptions, control: Control) -> None:
         QrloraError: something cannot be opened, or not everything was answered in time.
     """
     made_of = options.server
+    control.opening("what its requests are read by")
     keys = None if made_of.keys is None else Keys.open(made_of.keys, kept=made_of.kept_keys)
     links = [EngineLink(options.socket_of(number)) for number in range(len(options.devices))]
     models = Models([_served(places, links) for places in made_of.places])
@@ -39,6 +42,8 @@ def run_front(options: ChildOptions, control: Control) -> None:
     )
     control.stop, control.reload = server.stop, server.begin_reload
     control.state = lambda: front.counts.totals().as_record()
+    # It waits for the engines, which have bounds of their own.
+    control.opening("")
     try:
         server.run(control.ready)
     finally:
@@ -52,5 +57,8 @@ def _read_again(keys: Keys) -> None:
 
 def _served(places: ModelPlaces, links: list[EngineLink]) -> ServedModel:
     bundle = open_bundle(places.bundle)
+    if bundle.manifest.deciding_task.writes_text:
+        writer = RemoteWriter(links, places.name, bundle)
+        return ServedModel(places.name, bundle, writer, RowTokenizer(bundle), writer=writer)
     engine = RemoteEngine(links, places.name, bundle.manifest)
     return ServedModel(places.name, bundle, engine, RowTokenizer(bundle))

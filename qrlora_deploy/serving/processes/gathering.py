@@ -12,6 +12,7 @@ import orjson
 
 from qrlora_deploy.runtime.customers.objects.store import ObjectStoreStats
 from qrlora_deploy.serving.engine.protocol import EngineStats, sum_of
+from qrlora_deploy.serving.generation.counting import WriterStats
 from qrlora_deploy.serving.live.totals import RequestTotals
 from qrlora_deploy.serving.live.window import STEP_S, Window
 from qrlora_deploy.serving.metrics import Metrics
@@ -36,10 +37,22 @@ class _Known:
         return sum_of(self.told)
 
 
+class _KnownWriter:
+    """The same of what writes text."""
+
+    def __init__(self) -> None:
+        self.told = WriterStats()
+
+    def written(self) -> WriterStats:
+        """Of all devices together."""
+        return self.told
+
+
 @dataclass(frozen=True)
 class _Model:
     name: str
     engine: Any
+    writer: "_KnownWriter | None" = None
 
 
 class Gathering:
@@ -63,6 +76,7 @@ class Gathering:
         self._engines: dict[Child, EngineState] = {}
         self._fronts: dict[Child, RequestTotals] = {}
         self._of_ended_engines: dict[str, EngineStats] = {}
+        self._of_ended_writers: dict[str, WriterStats] = {}
         self._failures_of_ended: Counter[str] = Counter()
         self._of_ended_fronts = self._requests = RequestTotals()
         self._window = Window(lambda: self._requests, self._stats)
@@ -118,6 +132,8 @@ class Gathering:
             state = self._engines.pop(child)
             for name, stats in state.engines.items():
                 self._of_ended_engines[name] = self._of_ended_engines.get(name, EngineStats()) + stats.ended()
+            for name, written in state.writers.items():
+                self._of_ended_writers[name] = self._of_ended_writers.get(name, WriterStats()) + written.ended()
             self._failures_of_ended.update({name: store.failures for name, store in state.stores.items()})
         for child in self._fronts.keys() - set(self.children):
             self._of_ended_fronts += self._fronts.pop(child)
@@ -127,8 +143,16 @@ class Gathering:
         for state in self._engines.values():
             for name, stats in state.engines.items():
                 told.setdefault(name, []).append(stats)
+        written = dict(self._of_ended_writers)
+        for state in self._engines.values():
+            for name, of_one in state.writers.items():
+                written[name] = written.get(name, WriterStats()) + of_one
         for name, all_told in told.items():
-            self._models.setdefault(name, _Model(name, _Known())).engine.told = all_told
+            writer = _KnownWriter() if name in written else None
+            model = self._models.setdefault(name, _Model(name, _Known(), writer))
+            model.engine.told = all_told
+            if model.writer is not None:
+                model.writer.told = written[name]
 
     def _sum_stores(self) -> None:
         seen: dict[str, ObjectStoreStats] = {}

@@ -1,7 +1,10 @@
-"""A process that hangs is found: it says nothing when it is asked, or the same run is under way for too long."""
+"""A process that hangs is found: it never opens, says nothing when it is asked, or does the same run for too long."""
 
 import asyncio
 from typing import Protocol
+
+from qrlora_deploy.errors import QrloraError
+from qrlora_deploy.serving.opening_watch import Patience, never_opened
 
 STEP_S = 1.0
 """Between two questions; less where the bound is short."""
@@ -11,18 +14,45 @@ class Alive(Protocol):
     """A process that is asked; `children.Child` is one.
 
     Attributes:
+        name: for people.
+        failure: why it ends.
         ready: set when it does its work.
+        opening: number and name of what it opens; "": nothing.
         pulse: the number of the run that is under way by what runs it, 0: none; None: no answer since it was asked.
     """
 
+    failure: QrloraError | None
     ready: asyncio.Event
+    opening: tuple[int, str]
     pulse: dict[str, int] | None
+
+    @property
+    def name(self) -> str:
+        """As above."""
 
     def ask_pulse(self) -> None:
         """Forget the answer before, and ask."""
 
     def kill(self, what_it_did: str = "") -> None:
         """End it."""
+
+
+async def kill_if_it_never_opens(process: Alive, open_s: float, ending: asyncio.Event) -> None:
+    """Follow a process until it is ready; kill it, and return, where it does not get on.
+
+    Args:
+        process: says what it opens.
+        open_s: that one thing may take; 0: as long as it likes.
+        ending: set when all end.
+    """
+    patience = Patience(open_s)
+    while open_s and not (process.ready.is_set() or ending.is_set()):
+        await asyncio.sleep(patience.step_s)
+        number, what = process.opening
+        if patience.is_over(number, what) and not (process.ready.is_set() or ending.is_set()):
+            process.failure = QrloraError(f"{process.name}: {never_opened(what, open_s)}")
+            process.kill("never opened")
+            return
 
 
 async def kill_if_it_hangs(process: Alive, hang_s: float, ending: asyncio.Event) -> None:

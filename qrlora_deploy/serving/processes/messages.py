@@ -20,6 +20,7 @@ from qrlora_deploy.errors import (
 from qrlora_deploy.runtime.customers.objects.store import ObjectStoreStats
 from qrlora_deploy.serving.engine.protocol import EngineStats
 from qrlora_deploy.serving.engine.rows import Row, RowAnswer, Run
+from qrlora_deploy.serving.generation.counting import WriterStats
 from qrlora_deploy.serving.processes.links import BrokenFrameError, record_of
 from qrlora_deploy.serving.refusals import (
     DeadlineError,
@@ -61,6 +62,10 @@ class Kind(IntEnum):
     REFUSED = 6
     ANSWERED = 7
     STATS = 8
+    WRITE = 9
+    EVENTS = 10
+    CHECK = 11
+    CHECKED = 12
 
 
 def with_numbers(record: Any, *arrays: np.ndarray) -> tuple[bytes, ...]:
@@ -186,10 +191,12 @@ class EngineState:
     Attributes:
         engines: counters, by model.
         stores: how the object stores of the customers are doing, by model.
+        writers: counters of those that write text, by model.
     """
 
     engines: Mapping[str, EngineStats]
     stores: Mapping[str, ObjectStoreStats]
+    writers: Mapping[str, WriterStats]
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> "EngineState":
@@ -200,7 +207,8 @@ class EngineState:
         """
         try:
             engines = {name: unpack_stats(stats) for name, stats in record["engines"].items()}
-            return cls(engines, {name: ObjectStoreStats(**stats) for name, stats in record["stores"].items()})
+            stores = {name: ObjectStoreStats(**stats) for name, stats in record["stores"].items()}
+            return cls(engines, stores, {name: WriterStats.of_record(it) for name, it in record["writers"].items()})
         except (KeyError, TypeError, AttributeError) as error:
             raise BrokenFrameError("a frame of an engine's state that is none") from error
 

@@ -12,16 +12,15 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from qrlora_deploy.errors import InputError, QrloraError, argument
+from qrlora_deploy.errors import InputError, QrloraError
 from qrlora_deploy.io.temporary import scratch_folder
 from qrlora_deploy.runtime.host.devices import Device
 from qrlora_deploy.serving.addresses import at_port, bound_socket
 from qrlora_deploy.serving.assembly import AssemblyOptions
-from qrlora_deploy.serving.opening import refuse_decoders
 from qrlora_deploy.serving.processes.children import Child
 from qrlora_deploy.serving.processes.control import Order
 from qrlora_deploy.serving.processes.gathering import Gathering
-from qrlora_deploy.serving.processes.heartbeat import kill_if_it_hangs
+from qrlora_deploy.serving.processes.heartbeat import kill_if_it_hangs, kill_if_it_never_opens
 from qrlora_deploy.serving.processes.options import ENGINE, FRONT, ChildOptions
 
 AGAIN_S = 600.0
@@ -63,7 +62,6 @@ class Supervisor:
         for device in self._devices:
             # Said at once, and not by a process once it has opened everything else.
             Device.of(device)
-        refuse_decoders(options.places, argument("processes"))
         self._log_json = log_json
         self._held: list[socket.socket] = []
         server = options.server
@@ -151,7 +149,7 @@ class Supervisor:
     async def _watch(self, child: Child) -> None:
         """Follow a process to its end."""
         begin_s = time.monotonic()
-        feeling = asyncio.create_task(kill_if_it_hangs(child, self._options.hang_s, self._ending))
+        feeling = asyncio.create_task(self._feel(child))
         how = await child.run()
         feeling.cancel()
         self._children.remove(child)
@@ -167,6 +165,11 @@ class Supervisor:
             await self._engine_ended(child, how, time.monotonic() - begin_s)
         else:
             await self._start_later(child)
+
+    async def _feel(self, child: Child) -> None:
+        """Kill a process that does not open, or hangs later."""
+        await kill_if_it_never_opens(child, self._options.open_s, self._ending)
+        await kill_if_it_hangs(child, self._options.hang_s, self._ending)
 
     async def _start_later(self, child: Child) -> None:
         """Start a process again after a pause, which is longer where it cannot begin."""
@@ -189,8 +192,9 @@ class Supervisor:
         self._start(ENGINE, child.options.number, 1)
 
     def _fail(self, child: Child, how: str, when: str = "") -> None:
+        while_opening = f"while it opened {child.opening[1].rstrip(',')}" if child.opening[1] else "before it was ready"
         self._failure = child.failure or QrloraError(
-            f"{child.name} {how or 'ended'} {when or 'before it was ready'}; the server ends, its log says more"
+            f"{child.name} {how or 'ended'} {when or while_opening}; the server ends"
         )
         self._ending.set()
 

@@ -39,6 +39,11 @@ class AdamTable:
         self.best.index_copy_(0, slots, self.value.detach().index_select(0, slots))
 
     @torch.no_grad()
+    def return_to_best(self, slots: torch.Tensor) -> None:
+        """Let some rows have their best values again."""
+        self.value.index_copy_(0, slots, self.best.index_select(0, slots))
+
+    @torch.no_grad()
     def step(self, rates: torch.Tensor, steps: torch.Tensor) -> None:
         """One step of AdamW in every row, and the gradient is zero again.
 

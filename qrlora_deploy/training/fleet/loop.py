@@ -13,19 +13,15 @@ from qrlora_deploy.models.capacity import segment_rows
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.training.fleet.customers import Customer, FleetCustomers
 from qrlora_deploy.training.fleet.engine import Engine, free_share
+from qrlora_deploy.training.fleet.labels import score_labels
 from qrlora_deploy.training.fleet.model import FleetModel
 from qrlora_deploy.training.fleet.options import FleetOptions
 from qrlora_deploy.training.fleet.schedule import Schedule
 from qrlora_deploy.training.fleet.scoring import Answers, score_answers
-from qrlora_deploy.training.fleet.summary import (
-    FAILED,
-    Line,
-    finished_line,
-    resumed_text,
-    run_digest,
-)
+from qrlora_deploy.training.fleet.summary import FAILED, Line, finished_line, resumed_text, run_digest
 from qrlora_deploy.training.fleet.tokens import RowEncoder, TokenRows, TokensAhead
 from qrlora_deploy.training.fleet.writing import Origin, Trained, Writer
+from qrlora_deploy.training.label_likelihoods import LabelRows
 from qrlora_deploy.training.record import Ran
 from qrlora_deploy.training.settings import TrainSettings, diverged
 from qrlora_deploy.training.trunk.memory import free_bytes
@@ -47,6 +43,7 @@ class _Active:
         waited: epochs since then.
         loss: mean of the last epoch.
         tuned: the thresholds of the best epoch, where they are chosen.
+        label_rows: as of its `TokenRows`.
     """
 
     customer: Customer
@@ -57,6 +54,7 @@ class _Active:
     waited: int = 0
     loss: float = 0.0
     tuned: Tuned = field(default_factory=Tuned)
+    label_rows: LabelRows | None = None
 
     def is_better(self, metrics: dict[str, float]) -> bool:
         """Whether these are better than those of every epoch so far."""
@@ -179,11 +177,12 @@ class Fleet:
         for slot, customer, part in zip(slots, customers, parts, strict=True):
             self.schedule.enter(slot, int(self.engine.train_rows[slot]))
             remark = part.remark or customer.outputs.remark
-            self.active[slot] = _Active(customer, self.settings.metric_of(customer.outputs.task), remark)
+            metric = self.settings.metric_of(customer.outputs.task)
+            self.active[slot] = _Active(customer, metric, remark, label_rows=part.label_rows)
         judged = [slot for slot in slots if self.active[slot].customer.evaluation]
         known = [slot for slot in judged if not self.active[slot].customer.outputs.new]
         for slot, metrics in self._scores(self.engine.answer_held_out(known), known).items():
-            self.active[slot].baseline = _rounded(metrics)
+            self.active[slot].baseline = _rounded(metrics) | self._labels(slot)
 
     def _next_rows(self) -> TokenRows | None:
         """Tokens of the first in the queue; customers without usable rows have left it. None where nobody is left."""
@@ -254,14 +253,19 @@ class Fleet:
         """Customers that are done are written, and leave."""
         if not slots:
             return
+        self.engine.model.return_to_best(slots)
         learnt = self.engine.model.best(slots, [self.active[slot].customer.outputs for slot in slots])
         for slot, found in zip(slots, learnt, strict=True):
             customer = self.active[slot].customer
             if not found.is_finite:
                 self._drop(slot, diverged("training diverged: a coefficient is NaN or Inf"))
                 continue
+            self.active[slot].metrics |= self._labels(slot)
             self.writer.write(Trained(customer, self._ran(slot), found), self.options.file_of(customer.name))
             self._forget(slot)
+
+    def _labels(self, slot: int) -> dict[str, float]:
+        return score_labels(self.engine.model, slot, self.active[slot].label_rows)
 
     def _ran(self, slot: int) -> Ran:
         active = self.active[slot]

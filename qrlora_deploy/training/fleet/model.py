@@ -1,7 +1,7 @@
 """The frozen base with a side branch, and where asked an output layer, of every active customer."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from qrlora_deploy.training.outputs import Outputs, base_outputs
 from qrlora_deploy.training.precision import halve_frozen, has_bf16, mixed_precision
 from qrlora_deploy.training.settings import TrainSettings
 from qrlora_deploy.training.trunk.padding_free import Layout
-from qrlora_deploy.training.trunk.split import SplitModel, split_model
+from qrlora_deploy.training.trunk.split import SplitModel, split_decoder, split_model
 from qrlora_deploy.training.trunk.upper import Upper
 
 MASK = "attention_mask"
@@ -89,7 +89,7 @@ class FleetModel:
         self.device, self.seed = device, settings.seed
         self.values = RowValues()
         paths = [resolve_layer(self.model, name)[0] for name in basis.names]
-        self.split = None if self.writes_text else _split(self.model, paths, self.tokenizer.padding_side)
+        self.split = _split(self.model, paths, None if self.writes_text else self.tokenizer.padding_side)
         head = output_layer(self.model) if settings.head == "output" else None
         if head is not None:
             check_not_adapted(head, basis)
@@ -102,13 +102,14 @@ class FleetModel:
         if head is not None:
             self._build_head(checkpoint, head, slots, labels)
         self.limits = torch.zeros(slots, max(1, labels), device=device)
-        self.upper = self._build_upper() if self.split is not None else None
+        self.upper = None if self.writes_text else self._build_upper()
         # A decoder's head may be its embedding, which is not to be rounded.
         if has_bf16(device.type) and not self.writes_text:
             halve_frozen(self.model, RowLinear)  # after the parts were held against the whole, in fp32
         self.blocks = len(self.split.blocks) - self.split.first if self.split else 1
         if self.writes_text:
-            self.blocks = int(self.model.config.get_text_config().num_hidden_layers)
+            if self.split is None:
+                self.blocks = int(self.model.config.get_text_config().num_hidden_layers)
             self.pad = {IDS: 0, LABELS: IGNORED}
             return
         known = {IDS: self.tokenizer.pad_token_id, "token_type_ids": self.tokenizer.pad_token_type_id}
@@ -189,11 +190,16 @@ class FleetModel:
         Of a decoder it is `CausalLM.row_sums`.
         """
         if self.writes_text:
-            targets = batch.pop(LABELS)
-            return CausalLM().row_sums(CausalLM().graded(self.model, batch, targets), targets)
+            return self._row_sums(batch, hidden)
         if self.split is None or hidden is None:
             return self._limited(self.model(**batch).logits)
         return self._limited(self.split.upper(hidden, batch))
+
+    def _row_sums(self, batch: dict[str, torch.Tensor], hidden: torch.Tensor | None) -> torch.Tensor:
+        targets = batch.pop(LABELS)
+        with nullcontext() if self.split is None or hidden is None else self.split.given(hidden):
+            graded = CausalLM().graded(self.model, batch, targets)
+        return CausalLM().row_sums(graded, targets)
 
     def _limited(self, logits: torch.Tensor) -> torch.Tensor:
         return logits.float() + self.limits[self.values.slots] if self.head else logits.float()
@@ -214,6 +220,12 @@ class FleetModel:
         where = ship(torch.tensor(slots), self.device)
         for table in (self.u, *self.head.values()):
             table.keep(where)
+
+    def return_to_best(self, slots: list[int]) -> None:
+        """Let some customers, who have ended, answer by what was kept last of them."""
+        where = ship(torch.tensor(slots), self.device)
+        for table in (self.u, *self.head.values()):
+            table.return_to_best(where)
 
     def best(self, slots: list[int], outputs: list[Outputs]) -> list[Learnt]:
         """What was kept last of some customers: all of them at once, as the device is waited for."""
@@ -266,8 +278,9 @@ class FleetModel:
         return starts
 
 
-def _split(model: Any, paths: list[str], padding_side: str) -> SplitModel | None:
+def _split(model: Any, paths: list[str], padding_side: str | None) -> SplitModel | None:
+    """The parts of a model; `padding_side` is None of a decoder that writes text."""
     try:
-        return split_model(model, paths, padding_side)
+        return split_decoder(model, paths) if padding_side is None else split_model(model, paths, padding_side)
     except InputError:
         return None  # the whole model runs in every step: slower, and as right

@@ -18,6 +18,7 @@ from qrlora_deploy.models.capacity import check_segments
 from qrlora_deploy.tasks.answer_rows import answer_rows
 from qrlora_deploy.tasks.base import IGNORED
 from qrlora_deploy.training.fleet.customers import Customer
+from qrlora_deploy.training.label_likelihoods import LabelRows, label_rows
 from qrlora_deploy.training.rows import build_rows
 
 IDS, LABELS = "input_ids", "labels"
@@ -34,12 +35,14 @@ class TokenRows:
         lengths: `[rows]` int64, none of them 0.
         held_out: how many rows are held out, of prompts with answers; a row of data may give several, or none.
         remark: what a user may not expect of them.
+        label_rows: held-out prompts with every label, where answers are labels.
     """
 
     values: dict[str, np.ndarray]
     lengths: np.ndarray
     held_out: int = 0
     remark: str = ""
+    label_rows: LabelRows | None = None
 
 
 class RowEncoder:
@@ -92,12 +95,13 @@ class RowEncoder:
     def _answers(self, customer: Customer) -> TokenRows | InputError:
         try:
             made = [answer_rows(self.tokenizer, part, self.max_length) for part in _parts(customer)]
+            labelled = label_rows(self.tokenizer, customer.train, customer.evaluation, self.max_length)
         except InputError as error:
             return error
         rows = [row for part in made for row in part.rows]
         flat = _flat({name: [row[name] for row in rows] for name in (IDS, LABELS)})
         held_out = len(made[1].rows) if customer.evaluation else 0
-        return TokenRows(flat.values, flat.lengths, held_out, made[0].remark(self.max_length))
+        return TokenRows(flat.values, flat.lengths, held_out, made[0].remark(self.max_length), labelled)
 
     def _problem(self, customer: Customer, rows: TokenRows) -> InputError | None:
         empty = np.flatnonzero(rows.lengths == 0)

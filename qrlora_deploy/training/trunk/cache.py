@@ -56,6 +56,11 @@ class TrunkCache:
         hidden = self.hidden.index_select(0, where)
         return hidden.to(self.device, non_blocking=True), lengths.to(self.device, non_blocking=True)
 
+    def at(self, places: torch.Tensor) -> torch.Tensor:
+        """`[n, length, width]` on `device`: the tokens at `places [n, length]` int64, in the order of the rows."""
+        hidden = self.hidden.index_select(0, places.to(self.hidden.device).flatten())
+        return hidden.to(self.device, non_blocking=True).unflatten(0, places.shape)
+
     def rectangle(self, rows: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The rows on the right padded to one length, without a look at their lengths on the CPU.
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,29 @@ SHARE = 0.5
 
 CGROUP = Path("/sys/fs/cgroup")
 OPEN_FILES = Path("/proc/self/fd")
+
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class CacheWish:
+    """What was asked for.
+
+    Attributes:
+        wanted: "auto", "device", "host" or "disk".
+        folder: for a file on the disk.
+        progress: called with (description, done, total) while the trunk runs.
+    """
+
+    wanted: str
+    folder: Path
+    progress: Progress | None = None
+
+    def report(self, rows: int) -> Callable[[int], None] | None:
+        """Tells the progress through so many rows."""
+        progress = self.progress
+        return None if progress is None else lambda done: progress("trunk", done, rows)
 
 
 @dataclass(frozen=True)

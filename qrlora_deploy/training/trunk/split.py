@@ -27,6 +27,12 @@ def logits_of(model: Any, batch: Batch) -> torch.Tensor:
     return logits
 
 
+def written_logits(model: Any, batch: Batch) -> torch.Tensor:
+    """Logits `[rows, length, vocabulary]` of a decoder, which keeps no keys and values for what would follow."""
+    logits: torch.Tensor = model(**batch, use_cache=False).logits
+    return logits
+
+
 PROBE_LENGTH = 8
 
 
@@ -96,13 +102,19 @@ class SplitModel:
             The answers, such as logits `[rows, labels]` or `[rows, length, labels]`, with a gradient for what requires
             one.
         """
+        with self.given(hidden):
+            return self.forward(self.model, _inputs(batch))
+
+    @contextmanager
+    def given(self, hidden: torch.Tensor) -> Iterator[None]:
+        """Within, the model's own forward begins above the trunk, with `hidden [rows, length, width]`."""
 
         def give(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
             return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
         with self._without_trunk(), self.blocks[self.first].register_forward_pre_hook(give, with_kwargs=True):
             # The embeddings are computed for nothing: the model makes masks and positions from their shape.
-            return self.forward(self.model, _inputs(batch))
+            yield
 
     @contextmanager
     def _without_trunk(self) -> Iterator[None]:
@@ -161,6 +173,18 @@ def split_model(
         model.train(training)
     if problem:
         raise InputError(f"{name} cannot be split: {problem}")
+    return split
+
+
+def split_decoder(model: Any, target_paths: Sequence[str]) -> SplitModel:
+    """The same of a decoder that writes text, whose rows are padded on the right.
+
+    Raises:
+        InputError: as of `split_model`; or the first block is adapted, and so there is no trunk.
+    """
+    split = split_model(model, target_paths, forward=written_logits)
+    if split.first == 0:
+        raise InputError(f"the first block of {type(model).__name__} is adapted, and below it nothing is computed")
     return split
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from qrlora_deploy.errors import FileFormatError, InputError
 from qrlora_deploy.formats import customer_files
-from qrlora_deploy.formats.coefficients import Coefficients, read_coefficients, write_coefficients
+from qrlora_deploy.formats.coefficients import Coefficients, read_coefficients_content, write_coefficients
 from qrlora_deploy.formats.customer_files import read_customer, read_customer_file
 from tests.runtime.place import Place
 
@@ -32,22 +32,21 @@ def status_with(path: Path, **changed: int) -> os.stat_result:
 
 
 @pytest.mark.parametrize("by", ["store", "session"])
-def test_what_is_mapped_is_a_copy(place: Place, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
+def test_what_is_parsed_is_what_was_read(place: Place, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
     place.put("acme", 2)
-    opened = []
+    read = []
 
-    def looks(path: Path) -> Coefficients:
-        opened.append(path)
-        assert not path.samefile(place.path("acme"))
-        assert path.read_bytes() == place.path("acme").read_bytes()
-        return read_coefficients(path)
+    def looks(content: bytes, shown: Path | str) -> Coefficients:
+        assert content == place.path("acme").read_bytes()
+        read.append(shown)
+        return read_coefficients_content(content, shown)
 
-    monkeypatch.setattr(customer_files, "read_coefficients", looks)
+    monkeypatch.setattr(customer_files, "read_coefficients_content", looks)
     if by == "store":
         place.store()
     else:
         place.session.load("acme", place.path("acme"))
-    assert place.logits("acme") == place.expected(2) and len(opened) == 1
+    assert place.logits("acme") == place.expected(2) and read == [place.path("acme")]
 
 
 @pytest.mark.parametrize(("more", "message"), [(1, "is cut"), (-1, "grew while it was read")])

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qrlora_deploy.errors import InputError, QrloraError
-from qrlora_deploy.runtime.generation import drawing
+from qrlora_deploy.runtime.generation import choosing, drawing
+from qrlora_deploy.runtime.generation.choosing import Chooser
 from qrlora_deploy.runtime.generation.drawing import Filters, best, draw
 from qrlora_deploy.runtime.generation.sampling import Sampler, Sampling, uniform
+from qrlora_deploy.runtime.generation.stepping import HostAnswers
 
 VOCABULARY = 50
 
@@ -204,3 +206,28 @@ def test_logits_that_are_no_numbers_are_refused(bad: float) -> None:
 def test_values_out_of_range_are_named(name: str, value: Any) -> None:
     with pytest.raises(InputError, match=f"^{name} must be "):
         Sampling(**{name: value})
+
+
+def test_threads_change_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choosing, "PART_LOGITS", 3 * VOCABULARY)
+    options = [
+        {"temperature": 0.8},
+        {"temperature": 1.0, "top_p": 0.9},
+        {"temperature": 1.2, "top_k": 5, "logprobs": 2},
+    ]
+    options += [{"temperature": 0.7, "frequency_penalty": 0.5}, {"logprobs": 1}]
+    rows = {row: options[row % len(options)] for row in range(23)}
+    logits = np.stack([random_logits(100 + row) for row in rows])
+    spoilt = logits.copy()
+    spoilt[7, 3] = np.nan
+    found = []
+    for threads in (1, 4):
+        samplers = {row: Sampler(Sampling(seed=row, **given), [1, 2]) for row, given in rows.items()}  # type: ignore[arg-type]
+        chooser = Chooser(threads)
+        first, wrong, last = (chooser.all(samplers, HostAnswers(values)) for values in (logits, spoilt, logits))
+        chooser.close()
+        assert isinstance(wrong.pop(7), QrloraError) and list(first) == list(rows)
+        found.append((first, wrong, last))
+    assert found[0] == found[1]
+    expected = [Sampler(Sampling(seed=row, **given), [1, 2]).choose(logits[row]) for row, given in rows.items()]  # type: ignore[arg-type]
+    assert list(found[1][0].values()) == expected and len({choice.token for choice in expected}) > 5

@@ -1,6 +1,7 @@
 """Sessions of padding-free bundles: the same answers as without buckets, and few numbers of tokens."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,21 @@ def check_batches(plain: SwitchableSession, bucketed: SwitchableSession) -> None
 
 def test_a_bucket_changes_no_answer(bundle: Path) -> None:
     check_batches(*open_pair(bundle))
+
+
+@pytest.mark.parametrize("provider", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_customer_whose_numbers_overflow_spoils_no_other_row(bundle: Path, provider: str) -> None:
+    for session in open_pair(bundle, provider):
+        inputs = made_up_inputs(session.manifest, 4, 12)
+        inputs["attention_mask"][:] = np.arange(12) < np.array([12, 5, 3, 9])[:, None]
+        expected = session.predict(inputs, ["c0"] * 4)[0]
+        large = np.full_like(made_up_customer(session.manifest, 0).values, 3e38)
+        session.load("huge", replace(made_up_customer(session.manifest, 0), values=large))
+        for row in range(4):
+            others = np.arange(4) != row
+            found = session.predict(inputs, [("c0", "huge")[place == row] for place in range(4)])[0]
+            assert not np.isfinite(found[row, :4]).any()
+            np.testing.assert_allclose(found[others], expected[others], **FP32_ONNX)
 
 
 def test_an_onnx_runtime_that_ignores_lengths_is_refused(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

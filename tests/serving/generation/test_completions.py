@@ -18,14 +18,12 @@ pytest.importorskip("orjson", reason="needs the extra serve")
 from qrlora_deploy.errors import InputError, MalformedInputError
 from qrlora_deploy.runtime.generation.session import GenerationSession
 from qrlora_deploy.runtime.sessions.buckets import Buckets
-from qrlora_deploy.serving.assembly import AssemblyOptions
 from qrlora_deploy.serving.engine.limits import Limits
 from qrlora_deploy.serving.engine.quotas import Quotas
 from qrlora_deploy.serving.engine.rows import Load
 from qrlora_deploy.serving.generation.engine import TextEngine
 from qrlora_deploy.serving.keys_file import empty_keys, with_key, write_keys
 from qrlora_deploy.serving.opening import ModelPlaces, OpenModel, RunOptions
-from qrlora_deploy.serving.processes.supervisor import Supervisor
 from qrlora_deploy.serving.refusals import QuotaError
 from tests.runtime.generation.tiny import NAMES
 from tests.runtime.generation.written import Written, write_everything
@@ -152,6 +150,41 @@ def test_stop_logprobs_and_ids(written: Written, server: Served) -> None:
     assert [it["index"] for it in both["choices"]] == [0, 1, 2, 3]
     other = written.greedy(PROMPTS[0], "three", NEW)
     assert [it["text"].strip() for it in both["choices"]] == [text.strip()] * 2 + [other] * 2
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_tokens_of_a_stop_string_have_no_logprobs_in_a_stream_nor_at_once(server: Served, path: str) -> None:
+    chat = "chat" in path
+    asked = {"messages": [{"role": "user", "content": PROMPTS[3]}]} if chat else {"prompt": PROMPTS[3]}
+    told = {"logprobs": True, "top_logprobs": 2} if chat else {"logprobs": 2}
+    record = {"model": "text:three", "temperature": 0, "max_tokens": NEW, **asked, **told}
+
+    def tokens_of(choices: list[Any]) -> list[Any]:
+        """Each token with its log probability."""
+        told = [it["logprobs"] for it in choices if it["logprobs"]]
+        if chat:
+            return [(token["token"], token["logprob"]) for it in told for token in it["content"]]
+        return [pair for it in told for pair in zip(it["tokens"], it["token_logprobs"], strict=True)]
+
+    def text_of(choice: Any) -> str:
+        text: str = choice["message"]["content"] if chat else choice["text"]
+        return text
+
+    free = server.post(path, record).json()["choices"][0]
+    tokens = tokens_of([free])
+    # The second of them is another answer's: what begins as it does is held back, and shown in the end.
+    middle = text_of(free)[len(text_of(free)) // 2 :][:3]
+    for stop in ([middle], [middle[0] + "no such text"]):
+        whole = server.post(path, record | {"stop": stop}).json()["choices"][0]
+        *pieces, _ = server.events(path, record | {"stop": stop, "stream": True})
+        found = tokens_of([it["choices"][0] for it in pieces])
+        assert found == tokens_of([whole]) == tokens[: len(found)]
+        if stop[0] != middle:
+            assert (text_of(whole), found) == (text_of(free), tokens)
+        else:
+            # The last one may begin in the text and end in the stop string; tokens show no blanks here.
+            cut, shown = "".join(token for token, _ in found), text_of(whole).replace(" ", "")
+            assert cut.startswith(shown) and len(cut) < len(shown) + len(found[-1][0]) and len(found) < len(tokens)
 
 
 def _request(prompt: str) -> Any:
@@ -346,7 +379,5 @@ def test_a_quota_counts_answers(written: Written) -> None:
 
 def test_what_a_decoder_does_not_do_is_refused_before_it_is_opened(written: Written) -> None:
     places = [ModelPlaces("text", written.bundle)]
-    with pytest.raises(InputError, match=r"writes text, which one process does alone; leave out processes$"):
-        Supervisor(AssemblyOptions(places, processes=1))
     with pytest.raises(InputError, match=r"writes text, in batches of its own; leave out buckets$"):
         OpenModel(places[0], RunOptions(buckets=Buckets((1,), (32,))))

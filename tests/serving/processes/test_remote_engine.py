@@ -19,10 +19,11 @@ from qrlora_deploy.serving.engine.limits import Limits
 from qrlora_deploy.serving.engine.local import LocalEngine
 from qrlora_deploy.serving.engine.quotas import Quotas
 from qrlora_deploy.serving.engine.rows import Load, Row, RowAnswer
+from qrlora_deploy.serving.processes.engine_link import EngineLink, RemoteTicket
 from qrlora_deploy.serving.processes.engine_socket import EngineSocket
 from qrlora_deploy.serving.processes.links import HEAD, MAX_FRAME_BYTES
 from qrlora_deploy.serving.processes.messages import ERRORS, Kind, pack_error, unpack_error
-from qrlora_deploy.serving.processes.remote_engine import EngineLink, RemoteEngine, RemoteTicket
+from qrlora_deploy.serving.processes.remote_engine import RemoteEngine
 from qrlora_deploy.serving.refusals import DeadlineError, DrainingError, OverloadedError, QuotaError, TooLargeError
 from tests.serving.engine.place import a_row, alone
 from tests.tolerances import FP32_ONNX

@@ -96,6 +96,11 @@ def served(place: Path, *options: object) -> Iterator[Served]:
 
 def replicas(server: Served) -> set[int]:
     """Processes of replicas that the server has."""
+    return processes(server, lambda command: command.startswith(b"ray::ServeReplica"))
+
+
+def processes(server: Served, is_one: Callable[[bytes], bool]) -> set[int]:
+    """Processes that the server has, by their command lines."""
     parents: dict[int, int] = {}
     found = set()
     for folder in Path("/proc").glob("[0-9]*"):
@@ -104,7 +109,7 @@ def replicas(server: Served) -> set[int]:
             parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
-        if command.startswith(b"ray::ServeReplica"):
+        if is_one(command):
             found.add(int(folder.name))
 
     def is_ours(process: int) -> bool:
@@ -244,3 +249,20 @@ def test_nothing_is_lost_when_replicas_are_killed_or_replaced_and_when_all_end(
         assert load.wrong == [] and server.wait() == 0
         load.until(lambda: not any(Path(f"/proc/{process}").exists() for process in last))
     assert not [line for line in server.errors if "Traceback" in line]
+
+
+def test_without_the_head_answers_go_on_until_ray_gives_up_and_the_front_ends(
+    place: Path, scores: dict[str, list[float]], many: dict[str, Coefficients], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Ray's own is 60 s.
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "15")
+    with served(place, "--replicas", 2) as server:
+        with load_on(server, scores, many) as load:
+            load.go_on()
+            (head,) = processes(server, lambda command: b"gcs_server" in command.split(b"\0")[0])
+            os.kill(head, signal.SIGKILL)
+            load.go_on(20)
+        assert load.wrong == []
+        # Whoever runs the front starts it again, and it finds the head or brings one.
+        assert server.wait() == 1
+    assert not replicas(server)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from qrlora_deploy.training.fleet.options import FleetOptions, FleetReport
 from qrlora_deploy.training.fleet.run import train_fleet
 from qrlora_deploy.training.settings import TrainSettings
 from qrlora_deploy.training.trainer import train
+from qrlora_deploy.training.trunk.split import SplitModel
 from tests.tiny_decoder import save_decoder
 from tests.training.fleet.making import check_same
 
@@ -93,6 +95,41 @@ def test_every_customer_becomes_what_it_is_alone(
         parts = [read_examples(tmp_path / place / f"{name}.jsonl") for place in ("data", "held-out")]
         evaluation = parts[1] if held_out else None
         check_same(customer, train(decoder, basis, parts[0], evaluation, SETTINGS, tmp_path / f"{name}.work"))
+
+
+def test_a_trunk_is_cached_below_the_first_adapted_block(
+    decoder: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = write_folders(tmp_path)
+    upper = qr.factorize(decoder, last_layers=1)
+    settings = replace(SETTINGS, trunk_cache="off")
+    asked: list[int] = []
+    given = SplitModel.given
+    monkeypatch.setattr(SplitModel, "given", lambda self, hidden: asked.append(self.first) or given(self, hidden))
+    report = run(decoder, upper, tmp_path, True)
+    assert [(line.status, line.reason) for line in report.lines] == [("trained", "")] * 3
+    assert set(asked) == {1} and len(asked) > 10
+    for name in names:
+        customer = read_coefficients(tmp_path / "out" / f"{name}.safetensors")
+        assert np.abs(customer.values).max() > 0.05
+        parts = [read_examples(tmp_path / place / f"{name}.jsonl") for place in ("data", "held-out")]
+        check_same(customer, train(decoder, upper, *parts, settings, tmp_path / f"{name}.work"))
+
+
+def test_labels_are_judged_by_their_likelihoods_as_alone(decoder: Checkpoint, basis: Basis, tmp_path: Path) -> None:
+    for customer, words in {"acme": (" red", " green", " blue"), "beta": (" yes", " no", " yes")}.items():
+        rows = [{"prompt": word, "completion": answer} for word, answer in zip(WORDS, words, strict=False)]
+        write_lines(tmp_path / "data" / f"{customer}.jsonl", rows * 4)
+        write_lines(tmp_path / "held-out" / f"{customer}.jsonl", rows)
+    settings = replace(SETTINGS, epochs=12, learning_rate=0.3)
+    run(decoder, basis, tmp_path, True, settings)
+    for customer in ("acme", "beta"):
+        found = read_coefficients(tmp_path / "out" / f"{customer}.safetensors").training
+        parts = [read_examples(tmp_path / place / f"{customer}.jsonl") for place in ("data", "held-out")]
+        alone = train(decoder, basis, *parts, settings, tmp_path / f"{customer}.work").training
+        for when in ("baseline", "metrics"):
+            assert found[when]["label_accuracy"] == alone[when]["label_accuracy"]
+        assert found["metrics"]["label_accuracy"] > found["baseline"]["label_accuracy"]
 
 
 def test_rows_of_all_customers_may_be_in_one_file(decoder: Checkpoint, basis: Basis, tmp_path: Path) -> None:
