@@ -52,7 +52,7 @@ READERS = {
     ),
     "pack customers --bundle bundle -o new.safetensors": (
         "runtime.customers.packed_writer.check_customer_fits",
-        "formats.customer_files.read_coefficients",
+        "formats.customer_files.read_coefficients_content",
     ),
     "export base --basis basis.safetensors -o new": (
         "exporting.registry.find_exporter",
