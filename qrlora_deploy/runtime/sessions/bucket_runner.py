@@ -41,10 +41,18 @@ class BucketRunner:
         gpu: number of the GPU, where it runs on CUDA; else None.
         buckets: the shapes; all of them are run once here, which captures them.
         tables: as for `PlainRunner`.
+        worker: the thread; None: one of its own. Runners of one session of customers share it, since a capture fails
+            where another thread works on the device.
     """
 
     def __init__(
-        self, session: Any, manifest: Manifest, gpu: int | None, buckets: Buckets, tables: Tables | None = None
+        self,
+        session: Any,
+        manifest: Manifest,
+        gpu: int | None,
+        buckets: Buckets,
+        tables: Tables | None = None,
+        worker: Worker | None = None,
     ) -> None:
         self.buckets = buckets
         self._session, self._gpu, self._tables = session, gpu, tables
@@ -54,7 +62,7 @@ class BucketRunner:
         self._slots = any(value.name == SLOT for value in session.get_inputs())
         self._bound: dict[tuple[int, int, int], _Bound] = {}
         self._graphs = 0
-        self._worker = Worker()
+        self._worker = worker or Worker()
         for batch, length in buckets:
             ones = {name: np.ones((batch, length), dtype=np.int64) for name in self._names}
             self.run(ones, np.zeros(batch, dtype=np.int64) if self._slots else None)

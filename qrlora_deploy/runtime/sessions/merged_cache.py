@@ -24,6 +24,7 @@ from qrlora_deploy.runtime.sessions.packed_tokens import is_packed
 from qrlora_deploy.runtime.sessions.running import Inputs, PlainRunner, run_bound, text_inputs
 from qrlora_deploy.runtime.sessions.session import open_session
 from qrlora_deploy.runtime.sessions.token_index import is_plain_text
+from qrlora_deploy.runtime.sessions.worker import Worker
 from qrlora_deploy.runtime.table.memory import TableMemory
 
 BATCHES = 2
@@ -71,6 +72,7 @@ class MergedCache:
         tables: of the session, as they lie now.
         threads: within an operator.
         buckets: of the session; on CUDA there is one more set of weights then, which captured graphs read.
+        worker: the thread of the session's runs in buckets, which does merges, too.
 
     Attributes:
         merges: how many were made.
@@ -88,6 +90,7 @@ class MergedCache:
         tables: Callable[[], TableMemory],
         threads: int | None = None,
         buckets: Buckets | None = None,
+        worker: Worker | None = None,
     ) -> None:
         if bundle.alone is None:
             raise InputError(
@@ -117,13 +120,14 @@ class MergedCache:
         self._seen: OrderedDict[tuple[str | None, str], int] = OrderedDict()
         self._lock, self._one_merge = threading.Lock(), threading.Lock()
         self.merges = self.hits = 0
+        self._worker = worker if captured else None
         self._captured: BucketRunner | None = None
         self._current: Weights | None = None
         if captured and buckets is not None:
             gpu = device.index if device.provider == "cuda" else None
             self._shared = self._make()
             self._bindable = _Bindable(self._shared, self._heads_memory())
-            self._captured = BucketRunner(self._session, bundle.manifest, gpu, buckets, self._fixed)
+            self._captured = BucketRunner(self._session, bundle.manifest, gpu, buckets, self._fixed, worker)
 
     @property
     def size_bytes(self) -> int:
@@ -163,8 +167,7 @@ class MergedCache:
             if not self._counted(customer, digest):
                 return None
         with self._one_merge:
-            weights = self._make()
-            self._merge(weights, row)
+            weights = self._merged(row) if self._worker is None else self._worker.call(lambda: self._merged(row))
         kept = _Kept(digest, weights)
         with self._lock:
             self._kept[customer] = kept
@@ -184,13 +187,15 @@ class MergedCache:
             self._seen.popitem(last=False)
         return False
 
-    def _merge(self, weights: Weights, row: int) -> None:
+    def _merged(self, row: int) -> Weights:
+        weights = self._make()
         binding = self._merging.io_binding()
         memory = self._tables()
         memory.parts[TABLE].bind(binding, TABLE)
         binding.bind_cpu_input(SLOT, np.array([row], dtype=np.int64))
         weights.bind_outputs(binding)
         run_bound(self._merging, binding)
+        return weights
 
     def _put(self, weights: Weights) -> None:
         """Let captured graphs read these weights; called where no graph runs."""

@@ -14,6 +14,7 @@ from qrlora_deploy.runtime.sessions.buckets import Buckets
 from qrlora_deploy.runtime.sessions.running import Inputs, PlainRunner, Runner, Tables, text_inputs
 from qrlora_deploy.runtime.sessions.session import open_session
 from qrlora_deploy.runtime.sessions.token_index import is_plain_text
+from qrlora_deploy.runtime.sessions.worker import Worker
 
 
 def open_graph(
@@ -43,6 +44,7 @@ def make_runner(
     buckets: Buckets | None,
     tables: Tables | None = None,
     threads: int | None = None,
+    worker: Worker | None = None,
 ) -> Runner:
     """A `BucketRunner` where there are buckets, else a `PlainRunner`.
 
@@ -51,6 +53,7 @@ def make_runner(
             run in the bundle's other graph, which is opened for the first of them.
         tables: of a switchable bundle.
         threads: of the other graph, as for `open_graph`.
+        worker: the thread of all runs where there are buckets; None: one of its own.
 
     Raises:
         InputError: a bucket is longer than the model can take.
@@ -63,16 +66,35 @@ def make_runner(
     else:
         device = Device.of(provider)
         gpu = device.index if device.provider == "cuda" else None
-        runner = BucketRunner(session, manifest, gpu, buckets, tables)
+        worker = worker or Worker()
+        runner = BucketRunner(session, manifest, gpu, buckets, tables, worker)
     if _packed(bundle, provider) is None:
         return runner
 
-    def open_other() -> Runner:
+    def make_other() -> Runner:
         other = open_session(bundle.model, provider, threads)
         check_graph(other, bundle)
         return PlainRunner(other, text_inputs(manifest), tables)
 
+    def open_other() -> Runner:
+        return make_other() if buckets is None or worker is None else WorkerRunner(worker.call(make_other), worker)
+
     return PaddingRunner(runner, open_other, manifest.pad_token_id)
+
+
+class WorkerRunner:
+    """Runs batches in the thread of another runner, so that none of its graphs is captured meanwhile.
+
+    While CUDA captures a graph, whatever another thread allocates or waits for on the device ends the capture.
+    """
+
+    def __init__(self, runner: Runner, worker: Worker) -> None:
+        self._runner, self._worker = runner, worker
+
+    def run(self, inputs: Inputs, slot: np.ndarray | None = None) -> np.ndarray:
+        """As `Runner.run`."""
+        logits: np.ndarray = self._worker.call(lambda: self._runner.run(inputs, slot))
+        return logits
 
 
 class PaddingRunner:
@@ -103,5 +125,9 @@ class PaddingRunner:
 
 
 def _packed(bundle: Bundle, provider: str | Device) -> Any:
-    """The graph of packed attention, where the bundle has one and the device is made for it."""
-    return bundle.packed if Device.of(provider).provider == "cuda" else None
+    """The graph of packed attention, where the bundle has one and the device is made for it.
+
+    Earlier exports wrote one in fp32 too, where a row whose numbers overflow may spoil another one.
+    """
+    fits = Device.of(provider).provider == "cuda" and bundle.manifest.precision == "fp16"
+    return bundle.packed if fits else None

@@ -17,6 +17,7 @@ from qrlora_deploy.runtime.sessions.merged_cache import MergedCache
 from qrlora_deploy.runtime.sessions.runners import make_runner, open_graph
 from qrlora_deploy.runtime.sessions.running import text_inputs
 from qrlora_deploy.runtime.sessions.versions import Version
+from qrlora_deploy.runtime.sessions.worker import Worker
 from qrlora_deploy.runtime.table.memory import TableMemory
 from qrlora_deploy.runtime.table.table import rows_of
 from qrlora_deploy.tasks.answering import Answering
@@ -67,10 +68,11 @@ class SwitchableSession(LoadedCustomers):
         self.session = open_graph(bundle, provider, threads, cuda_graph=buckets is not None)
         self._text_inputs = text_inputs(manifest)
         super().__init__(bundle, provider, rows, max_rows)
-        self._runner = make_runner(self.session, bundle, provider, buckets, self._tables, threads)
+        worker = None if buckets is None else Worker()
+        self._runner = make_runner(self.session, bundle, provider, buckets, self._tables, threads, worker)
         self.merged: MergedCache | None = None
         if merged_cache_bytes:
-            self.merged = MergedCache(bundle, provider, merged_cache_bytes, self._tables, threads, buckets)
+            self.merged = MergedCache(bundle, provider, merged_cache_bytes, self._tables, threads, buckets, worker)
 
     def _tables(self) -> TableMemory:
         return self.table.memory

@@ -134,7 +134,7 @@ def test_a_merge_that_outlives_its_version_is_noticed(folder: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("packed", "precision"), [(True, "fp16"), (True, "fp32"), (False, "fp32")])
+@pytest.mark.parametrize(("packed", "precision"), [(True, "fp16"), (False, "fp32")])
 @pytest.mark.parametrize("buckets", [None, BUCKETS])
 def test_on_cuda(packed: bool, precision: str, buckets: Buckets | None, tmp_path: Path, texts: Examples) -> None:
     tolerance = FP16_DEVICES if precision == "fp16" else FP32_ONNX
