@@ -93,11 +93,11 @@ QUEUE_MS = FiniteRange(min=0, min_open=True, max=86_400_000)
 @click.option("--buckets", metavar="ROWS:LENGTHS", help="Run in these shapes only, such as 1,8,32:32,128.")
 @click.option("--max-rows", type=COUNT, help="Rows of the table of customers; without it the table grows.")
 @click.option(
-    "--merged-cache-bytes",
-    type=click.IntRange(0),
+    "--merged-cache-mib",
+    type=click.IntRange(0, 2**31 - 1),
     default=0,
     show_default=True,
-    help="Of merged weights of customers who have whole batches.",
+    help="MiB of merged weights of customers who have whole batches.",
 )
 @click.option("--max-answers", type=COUNT, default=8, show_default=True, help="Texts that are written side by side.")
 @click.option("--max-cache-mib", type=COUNT, default=1024, show_default=True, help="MiB of their keys and values.")
@@ -242,7 +242,7 @@ def _run_options(**options: Any) -> "RunOptions":
         limits,
         options["max_answers"],
         options["max_cache_mib"] * 2**20,
-        options["merged_cache_bytes"],
+        options["merged_cache_mib"] * 2**20,
     )
 
 

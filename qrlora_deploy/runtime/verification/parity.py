@@ -104,7 +104,9 @@ def check_one_customer(
     Args:
         merge: session of the graph that makes merged weights.
         alone: of the one that takes them.
-        reference, task, whole: as for `check_right_padded`.
+        reference: as for `check_parity`.
+        task: as for `check_parity`.
+        whole: as for `check_right_padded`.
 
     Returns:
         The worse one of the two reports.

@@ -141,6 +141,7 @@ def test_a_gpu_without_memory_is_a_full_cache(fake: FakeCuda, made: Made) -> Non
     assert [answer_of(running).tokens for running in asked] == expected
     assert desk.scheduler.groups[64].cache.rows == 2
     # None at all.
+    fake.limit_bytes = 2**30
     desk = PretendDesk(made, capacities=(64,))
     fake.limit_bytes = part_bytes - 1
     refused = desk.ask(prompt_of(0, 30), "one", 12)
