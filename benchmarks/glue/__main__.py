@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.common.workers import start_workers
+from benchmarks.common.workers import named_model, run_workers
 from benchmarks.glue.methods import COMPARED
 from benchmarks.glue.records import check_settings, read_records, set_aside
 from benchmarks.glue.report import plot_curves, render_table
@@ -42,15 +42,7 @@ def run(job: Job, data: str) -> None:
     """
     job.place.make()
     check_settings(job.place.records, job.settings.record_again)
-    workers = start_workers(work, job, job.workers, job.device)
-    try:
-        _make_tokens(job, data)
-    except QrloraError:
-        for worker in workers:
-            worker.terminate()
-        raise
-    for worker in workers:
-        worker.join()
+    run_workers(work, job, lambda: _make_tokens(job, data))
 
 
 def _make_tokens(job: Job, data: str) -> None:
@@ -75,13 +67,6 @@ def report(output: Path) -> None:
     (output / "table.md").write_text(table, encoding="utf-8")
     plot_curves(records, output)
     print(table)
-
-
-def _model(text: str) -> tuple[str, str]:
-    name, found, folder = text.partition("=")
-    if not found or not name.isidentifier():
-        raise argparse.ArgumentTypeError(f"{text} must be NAME=FOLDER, with a name of letters and digits")
-    return name, folder
 
 
 def _job(arguments: argparse.Namespace, began: float) -> Job:
@@ -115,7 +100,7 @@ def _job(arguments: argparse.Namespace, began: float) -> Job:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", dest="models", type=_model, action="append", default=[], help="NAME=FOLDER")
+    parser.add_argument("--model", dest="models", type=named_model, action="append", default=[], help="NAME=FOLDER")
     parser.add_argument("--data", help="folder with TASK/train.tsv and TASK/dev.tsv, or hub")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the records, table and curves")
     parser.add_argument("--work", type=Path, help="folder of what can be made again: tokens, warmed-up checkpoints")

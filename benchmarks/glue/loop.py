@@ -10,16 +10,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from benchmarks.common.workers import OutOfTime
 from benchmarks.glue.tasks import Rows, Task, scores
 from qrlora_deploy.tasks.regression import Regression
 from qrlora_deploy.training.loop import WARMUP_SHARE
 from qrlora_deploy.training.precision import halve_frozen
 
 EVALUATION_BATCH = 256
-
-
-class OutOfTime(Exception):
-    """The time is up; the run is not recorded and starts again in the next one."""
 
 
 @dataclass(frozen=True)

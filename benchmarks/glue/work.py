@@ -2,22 +2,18 @@
 
 import gc
 import math
-import os
-import platform
 import sys
 import time
 import traceback
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import cached_property
-from importlib.metadata import version
 from typing import Any
 
 import torch
-import transformers
 
-from benchmarks.glue.loop import OutOfTime, Schedule, Trace, train_model
+from benchmarks.common.workers import OutOfTime, prepare_process, surroundings, take_all
+from benchmarks.glue.loop import Schedule, Trace, train_model
 from benchmarks.glue.methods import STEPS_FACTOR, Method, Prepared, free, method_named, prepare
 from benchmarks.glue.probe import probe
 from benchmarks.glue.records import Record, append_record, claimed, known_seconds, read_records
@@ -189,7 +185,7 @@ class Worker:
         gc.collect()
         free(self.job.device)
         finished_at = {"finished": datetime.now(UTC).isoformat(timespec="seconds")}
-        append_record(self.job.place.records, common | record | self._environment | finished_at)
+        append_record(self.job.place.records, common | record | surroundings(self.job) | finished_at)
         shown = record.get("error") or f"{record['metrics']}  {record['train_seconds']:.1f} s"
         print(f"[{self.index}] {run.key}  {shown}", file=sys.stderr, flush=True)
 
@@ -265,16 +261,6 @@ class Worker:
             seconds = self._pace * share * epochs * len(self._read_rows(run)[0]["train"])
         return time.time() + seconds < self.job.deadline
 
-    @cached_property
-    def _environment(self) -> Record:
-        name = torch.cuda.get_device_name() if self.job.device == "cuda" else platform.machine()
-        versions = {package: version(package) for package in ("torch", "transformers", "peft", "numpy")}
-        return {
-            "device": name,
-            "versions": versions | {"python": platform.python_version()},
-            "workers": self.job.workers,
-        }
-
 
 def _allocated(device: str) -> int:
     return torch.cuda.memory_allocated() if device == "cuda" else 0
@@ -300,21 +286,8 @@ def _measured(found: Record, prepared: Prepared, seconds: float) -> Record:
 
 def work(job: Job, index: int) -> None:
     """Take runs until none is left, the time is up, or the command has gone."""
-    transformers.utils.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()  # remarks on new heads, which are meant here
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.workers))
-    worker = Worker(job, index)
-    try:
-        while os.getppid() == job.parent:
-            done = worker.take()
-            if done is None:
-                return
-            if not done:
-                if job.deadline is not None and time.time() > job.deadline:
-                    return
-                time.sleep(PAUSE_S)
-    except OutOfTime:
-        print(f"[{index}] the time is up", file=sys.stderr, flush=True)
+    prepare_process(job)
+    take_all(job, index, Worker(job, index).take, PAUSE_S)
 
 
 def model_names(plan: Iterable[Run]) -> list[str]:

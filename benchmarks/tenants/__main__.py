@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.common.workers import start_workers
+from benchmarks.common.workers import named_model, run_workers
 from benchmarks.glue.records import check_settings, read_records
 from benchmarks.tenants.customers import Split, write_customer
 from benchmarks.tenants.methods import METHODS
@@ -39,18 +39,14 @@ def run(job: Job) -> None:
     """
     job.place.make()
     check_settings(job.place.records, lambda _: job.settings.record)
-    workers = start_workers(work, job, job.workers, job.device)
-    try:
-        for each in {job.place.tokens(run): run for run in job.plan if run.customer != ENCODER}.values():
-            path, checkpoint = job.place.tokens(each), open_checkpoint(job.models[each.model])
-            if not path.is_file():
-                write_customer(job.rows, Split(each.split), each.customer, checkpoint, path, job.settings.max_length)
-    except QrloraError:
-        for worker in workers:
-            worker.terminate()
-        raise
-    for worker in workers:
-        worker.join()
+    run_workers(work, job, lambda: _make_tokens(job))
+
+
+def _make_tokens(job: Job) -> None:
+    for each in {job.place.tokens(run): run for run in job.plan if run.customer != ENCODER}.values():
+        path, checkpoint = job.place.tokens(each), open_checkpoint(job.models[each.model])
+        if not path.is_file():
+            write_customer(job.rows, Split(each.split), each.customer, checkpoint, path, job.settings.max_length)
 
 
 def report(output: Path) -> None:
@@ -66,13 +62,6 @@ def report(output: Path) -> None:
     table = render(records)
     (output / "table.md").write_text(table, encoding="utf-8")
     print(table)
-
-
-def _model(text: str) -> tuple[str, str]:
-    name, found, folder = text.partition("=")
-    if not found or not name.isidentifier():
-        raise argparse.ArgumentTypeError(f"{text} must be NAME=FOLDER, with a name of letters and digits")
-    return name, folder
 
 
 def _job(arguments: argparse.Namespace, began: float) -> Job:
@@ -101,7 +90,7 @@ def _job(arguments: argparse.Namespace, began: float) -> Job:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", dest="models", type=_model, action="append", default=[], help="NAME=FOLDER")
+    parser.add_argument("--model", dest="models", type=named_model, action="append", default=[], help="NAME=FOLDER")
     parser.add_argument("--data", type=Path, help="folder with tenants/")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the records and the table")
     parser.add_argument("--work", type=Path, help="folder of what can be made again: tokens, heads, bases")

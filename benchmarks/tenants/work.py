@@ -1,21 +1,18 @@
 """One worker process: takes runs that nobody else has, does them, and records each as it is done."""
 
 import gc
-import os
-import platform
 import sys
 import time
 import traceback
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-from benchmarks.glue.loop import OutOfTime, Schedule, train_model
+from benchmarks.common.workers import OutOfTime, prepare_process, surroundings, take_all
+from benchmarks.glue.loop import Schedule, train_model
 from benchmarks.glue.methods import HEAD_RATE, free, head_names
 from benchmarks.glue.records import Record, append_record, claimed, read_records
 from benchmarks.glue.starts import Models, write_warmed
@@ -164,7 +161,7 @@ class Worker:
             "seconds": round(time.perf_counter() - began, 2),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        append_record(self.job.place.records, common | record | self._environment() | ended)
+        append_record(self.job.place.records, common | record | surroundings(self.job) | ended)
         shown = record.get("error") or record.get("accuracy", "made")
         print(f"[{self.index}] {run.key}  {shown}  {ended['seconds']} s", file=sys.stderr, flush=True)
 
@@ -246,30 +243,8 @@ class Worker:
             self._models[run.model] = Models(open_checkpoint(self.job.models[run.model]), self.job.device)
         return self._models[run.model]
 
-    def _environment(self) -> Record:
-        name = torch.cuda.get_device_name() if self.job.device == "cuda" else platform.machine()
-        versions = {package: version(package) for package in ("torch", "transformers", "peft", "numpy")}
-        return {
-            "device": name,
-            "versions": versions | {"python": platform.python_version()},
-            "workers": self.job.workers,
-        }
-
 
 def work(job: Job, index: int) -> None:
     """Take runs until none is left, the time is up, or the command has gone."""
-    transformers.utils.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()  # remarks on new heads, which are meant here
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.workers))
-    worker = Worker(job, index)
-    try:
-        while os.getppid() == job.parent:
-            done = worker.take()
-            if done is None:
-                return
-            if not done:
-                if job.deadline is not None and time.time() > job.deadline:
-                    return
-                time.sleep(PAUSE_S)
-    except OutOfTime:
-        print(f"[{index}] the time is up", file=sys.stderr, flush=True)
+    prepare_process(job)
+    take_all(job, index, Worker(job, index).take, PAUSE_S)
