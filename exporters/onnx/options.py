@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from exporters.head_labels import check_head_labels, head_labels_option
 from qrlora_deploy.errors import InputError, ProviderError, argument
 from qrlora_deploy.exporting.options import option
+from qrlora_deploy.runtime.bundle.packed_inputs import PACKED_PRECISION
 from qrlora_deploy.tasks.options import OPTIONS
 
 if TYPE_CHECKING:
@@ -15,9 +16,6 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 TABLE_DTYPES = ("fp32", "fp16")
 PROVIDERS = ("cpu", "cuda", "tensorrt")
 ATTENTIONS = ("auto", "standard", "packed")
-PACKABLE = ("fp16",)
-"""Precisions of packed attention. ONNX Runtime has a kernel for fp32 too, but on an H200 a customer whose numbers
-overflow made the row before his own NaN there."""
 MERGEABLE = ("fp32", "fp16")
 """Precisions that merged weights are kept in."""
 
@@ -134,7 +132,7 @@ class OnnxOptions:
 
     @property
     def _packable(self) -> bool:
-        return self.padding_free and self.provider == "cuda" and self.precision in PACKABLE
+        return self.padding_free and self.provider == "cuda" and self.precision == PACKED_PRECISION
 
 
 def check_precision(precision: str, provider: str, calibrated: bool = False) -> None:

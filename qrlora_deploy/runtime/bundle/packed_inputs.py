@@ -1,5 +1,9 @@
 """What a graph of packed attention takes in the place of a padded batch."""
 
+PACKED_PRECISION = "fp16"
+"""Of packed graphs. ONNX Runtime has a kernel for fp32 too, but on an H200 a customer whose numbers overflow made the
+row before his own NaN there."""
+
 PLACES = "token_places"
 """`[tokens]` int64: which token of its row each is, counted from 0."""
 

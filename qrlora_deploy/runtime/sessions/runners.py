@@ -8,6 +8,7 @@ import numpy as np
 
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.runtime.bundle.bundle import Bundle, check_graph
+from qrlora_deploy.runtime.bundle.packed_inputs import PACKED_PRECISION
 from qrlora_deploy.runtime.host.devices import Device
 from qrlora_deploy.runtime.sessions.bucket_runner import BucketRunner
 from qrlora_deploy.runtime.sessions.buckets import Buckets
@@ -77,7 +78,7 @@ def make_runner(
         return PlainRunner(other, text_inputs(manifest), tables)
 
     def open_other() -> Runner:
-        return make_other() if buckets is None or worker is None else WorkerRunner(worker.call(make_other), worker)
+        return make_other() if worker is None else WorkerRunner(worker.call(make_other), worker)
 
     return PaddingRunner(runner, open_other, manifest.pad_token_id)
 
@@ -129,5 +130,5 @@ def _packed(bundle: Bundle, provider: str | Device) -> Any:
 
     Earlier exports wrote one in fp32 too, where a row whose numbers overflow may spoil another one.
     """
-    fits = Device.of(provider).provider == "cuda" and bundle.manifest.precision == "fp16"
+    fits = Device.of(provider).provider == "cuda" and bundle.manifest.precision == PACKED_PRECISION
     return bundle.packed if fits else None
