@@ -5,8 +5,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qrlora_deploy.cli.options import COUNT, EXISTING_FILE, CustomerId, common, provider_option, refuse_idle
+from qrlora_deploy.cli.options import (
+    EXISTING_FILE,
+    CustomerId,
+    common,
+    provider_option,
+    refuse_idle,
+)
 from qrlora_deploy.cli.output import Output, Table, in_words
+from qrlora_deploy.cli.ranges import COUNT
 from qrlora_deploy.errors import InputError
 
 if TYPE_CHECKING:

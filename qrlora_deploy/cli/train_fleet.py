@@ -10,7 +10,6 @@ import click
 
 from qrlora_deploy.cli.options import (
     BY_COEFFICIENTS,
-    COUNT,
     basis_option,
     common,
     customer_options,
@@ -20,6 +19,7 @@ from qrlora_deploy.cli.options import (
     training_options,
 )
 from qrlora_deploy.cli.output import Output, Table, TimedLines
+from qrlora_deploy.cli.ranges import COUNT
 from qrlora_deploy.errors import InputError, QrloraError
 
 SHOWN_FAILURES = 20
