@@ -177,12 +177,14 @@ def _others(report: Report) -> Section:
 
 
 def _accuracy(report: Report) -> Section:
+    written = any(item.nll is not None for item in report.accuracy)
     rows = []
     for item in report.accuracy:
         base = figure(item.base_accuracy)
-        losses = (figure(item.nll), figure(item.base_nll))
+        losses = (figure(item.nll), figure(item.base_nll)) if written else ()
         rows.append((item.customer, item.subject, str(item.rows), item.error or figure(item.accuracy), base, *losses))
-    columns = ("customer", "subject", "rows", "accuracy", "of the base", "loss a token", "of the base")
+    columns = ("customer", "subject", "rows", "accuracy", "of the base")
+    columns += ("loss a token", "of the base") if written else ()
     return Section("Accuracy on labelled files", columns, rows)
 
 

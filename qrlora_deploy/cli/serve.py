@@ -65,7 +65,7 @@ FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 @click.option(
     "--admin-port",
     type=WholeRange(0, 65535),
-    help="Offer the admin API on this port, to keys with that right.",
+    help="Offer the admin API on this port, to keys with that right; needs --keys and --audit-log.",
 )
 @click.option("--admin-host", default="127.0.0.1", show_default=True, help="Address of the admin API.")
 @click.option("--audit-log", type=ANY_PATH, help="With --admin-port: a line for each change is added to this file.")

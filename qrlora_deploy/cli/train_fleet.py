@@ -92,11 +92,12 @@ def command(
         "failed": len(failed),
         "customers a minute": report.customers_per_minute,
         "seconds": report.seconds,
-        "held-out rows alone": report.strangers,
     }
+    if report.strangers:
+        facts["customers with held-out rows alone"] = report.strangers
     rows = [[line.customer, line.reason] for line in failed[:SHOWN_FAILURES]]
     tables = [Table(["customer", "reason"], rows, "failed")] if rows else []
-    record = facts | {"output": output, "summary": report.summary}
+    record = facts | {"held-out rows alone": report.strangers, "output": output, "summary": report.summary}
     return Output(record, f"wrote {report.summary}", facts, tables, _failure(len(failed), report.summary))
 
 
