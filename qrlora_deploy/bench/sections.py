@@ -183,7 +183,7 @@ def _accuracy(report: Report) -> Section:
         base = figure(item.base_accuracy)
         losses = (figure(item.nll), figure(item.base_nll)) if written else ()
         rows.append((item.customer, item.subject, str(item.rows), item.error or figure(item.accuracy), base, *losses))
-    columns = ("customer", "subject", "rows", "accuracy", "of the base")
+    columns: tuple[str, ...] = ("customer", "subject", "rows", "accuracy", "of the base")
     columns += ("loss a token", "of the base") if written else ()
     return Section("Accuracy on labelled files", columns, rows)
 
