@@ -39,7 +39,7 @@ SHOWN = 4
     "--customer", "names", multiple=True, type=CustomerId(), help="Whose the texts are: once, or once per text."
 )
 @click.option("--repl", is_flag=True, help="Type texts and switch customers; new files go live at once.")
-@click.option("--batch-size", type=COUNT, default=32, show_default=True)
+@click.option("--batch-size", type=COUNT, default=32, show_default=True, help="Texts of a run.")
 @provider_option
 @common
 def command(
