@@ -12,6 +12,7 @@ from qrlora_deploy.cli.options import (
     refuse_idle,
 )
 from qrlora_deploy.cli.output import Output, Table, progress_bar
+from qrlora_deploy.cli.sections import SectionedCommand
 from qrlora_deploy.errors import CheckFailed, InputError
 
 if TYPE_CHECKING:
@@ -45,7 +46,16 @@ REPORTS = ("json", "md", "html")
 """Kinds of the files of a report, the one with everything first."""
 
 
-@click.command("bench")
+SECTIONS = {
+    "scenarios": "What is measured",
+    "provider": "How it is measured",
+    "p99_budget_ms": "Single scenarios",
+    "gate": "Judging, and the report",
+}
+"""Titles of the help by the first option of each part."""
+
+
+@click.command("bench", cls=SectionedCommand, sections=SECTIONS)
 @click.argument("bundles", metavar="BUNDLE [BUNDLE ...]", type=FOLDER, nargs=-1, required=True)
 @what_options
 @how_options

@@ -108,6 +108,7 @@ def how_options(function: Command) -> Command:
                 show_default=True,
                 help="Runs that each bundle needs before a stable measurement ends; 368 give a p99, 3688 a p99.9.",
             ),
+            seed_option,
             click.option(
                 "--p99-budget-ms",
                 type=positive,
@@ -144,7 +145,6 @@ def how_options(function: Command) -> Command:
                 show_default=True,
                 help="Scenario swap: customers that are loaded a second.",
             ),
-            seed_option,
         ]
     ):
         function = option(function)

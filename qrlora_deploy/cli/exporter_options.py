@@ -8,6 +8,7 @@ import click
 
 from qrlora_deploy.cli.options import ANY_PATH
 from qrlora_deploy.cli.ranges import FiniteRange, WholeRange
+from qrlora_deploy.cli.sections import write_section
 
 if TYPE_CHECKING:
     from click.types import OptionHelpExtra
@@ -51,10 +52,10 @@ class ExportCommand(click.Command):
         from qrlora_deploy.exporting.options import facts_of
         from qrlora_deploy.exporting.registry import all_exporters
 
-        _write(formatter, "Options", super().get_params(ctx), ctx)
+        write_section(formatter, "Options", super().get_params(ctx), ctx)
         for exporter in sorted(all_exporters(), key=lambda exporter: exporter.name != DEFAULT):
             options = [_click_option(name, facts) for name, facts in facts_of(exporter.options).items()]
-            _write(formatter, f"Options of {FORMAT} {exporter.name}", options, ctx)
+            write_section(formatter, f"Options of {FORMAT} {exporter.name}", options, ctx)
 
 
 def named_format(arguments: Sequence[str]) -> str:
@@ -101,10 +102,3 @@ def _click_type(facts: "OptionFacts") -> Any:
     if facts.kind is float:
         return FiniteRange(facts.least, facts.most)
     return ANY_PATH if facts.kind is Path else str
-
-
-def _write(formatter: click.HelpFormatter, title: str, options: Sequence[click.Parameter], ctx: click.Context) -> None:
-    records = [record for option in options if (record := option.get_help_record(ctx)) is not None]
-    if records:
-        with formatter.section(title):
-            formatter.write_dl(records)

@@ -20,6 +20,7 @@ from qrlora_deploy.cli.options import (
 from qrlora_deploy.cli.output import Output, progress_bar
 from qrlora_deploy.cli.ranges import COUNT, FiniteRange, WholeRange
 from qrlora_deploy.cli.sampling_options import SAMPLING, sampling_options
+from qrlora_deploy.cli.sections import SectionedCommand
 from qrlora_deploy.errors import InputError, QrloraError, fields_for_arguments
 
 if TYPE_CHECKING:
@@ -32,7 +33,16 @@ FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 SECONDS = FiniteRange(min=0, min_open=True, max=10**9)
 
 
-@click.command("generate")
+SECTIONS = {
+    "prompt": "Prompts and customers",
+    "max_tokens": "Where an answer ends",
+    "temperature": "How tokens are chosen",
+    "max_rows": "Memory and devices",
+}
+"""Titles of the help by the first option of each part."""
+
+
+@click.command("generate", cls=SectionedCommand, sections=SECTIONS)
 @click.argument("bundle", type=FOLDER)
 @click.option("--prompt", multiple=True, help="A text to go on from; repeatable.")
 @click.option("--jsonl", type=EXISTING_FILE, help='JSON Lines with "prompt" or "messages", "customer", "max_tokens"...')

@@ -19,6 +19,7 @@ from qrlora_deploy.cli.options import (
 )
 from qrlora_deploy.cli.output import Output
 from qrlora_deploy.cli.ranges import FiniteRange, WholeRange
+from qrlora_deploy.cli.sections import SectionedCommand
 from qrlora_deploy.cli.serve_check import checked
 from qrlora_deploy.cli.serve_limits import SECONDS, limit_options
 from qrlora_deploy.cli.serve_places import places_of
@@ -35,7 +36,20 @@ if TYPE_CHECKING:
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
-@click.command("serve")
+SECTIONS = {
+    "models": "Models and customers",
+    "host": "Addresses",
+    "provider": "Devices and processes",
+    "max_rows": "Bounds",
+    "keys": "Who may ask",
+    "drain_delay": "The end",
+    "on_ray": "Several machines, by Ray",
+    "counted": "Watching and checking",
+}
+"""Titles of the help by the first option of each part."""
+
+
+@click.command("serve", cls=SectionedCommand, sections=SECTIONS)
 @click.argument("bundle", required=False, type=FOLDER)
 @click.option(
     "--model",
@@ -117,6 +131,7 @@ FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
     show_default=True,
     help="Seconds after that for what was begun.",
 )
+@ray_options
 @click.option(
     "--count-customer",
     "counted",
@@ -125,7 +140,6 @@ FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
     metavar="ID",
     help="Metrics and spans name this customer, and none but those; repeatable.",
 )
-@ray_options
 @click.option("--otel", is_flag=True, help="Send OpenTelemetry spans, as the OTEL_ variables say.")
 @click.option("--check", is_flag=True, help="Open and check everything, each customer's file too, and end.")
 @click.option("--log-json", is_flag=True, help="Logs as lines of JSON on stderr, each request among them.")
