@@ -10,7 +10,7 @@ from typing import IO, Any
 from pydantic import ConfigDict, Field
 
 from qrlora_deploy.errors import FileFormatError, InputError, argument, fields_for_arguments
-from qrlora_deploy.io.files import atomic_file
+from qrlora_deploy.io.files import atomic_file, writing
 from qrlora_deploy.io.outputs import check_replaceable
 from qrlora_deploy.io.reading import parse_json
 from qrlora_deploy.io.temporary import open_locked
@@ -180,12 +180,14 @@ class AnswerFile:
         check_replaceable(self.partial, "part of a file of answers", _is_part)
         self._header = json.dumps({HEADER: _digest(requests, model)}).encode() + b"\n"
         self._waiting: dict[int, dict[str, Any]] = {}
-        file = open_locked(self.partial)
+        with writing(self.partial):
+            file = open_locked(self.partial)
         if file is None:
             raise InputError(f"another process is writing {self.path}: it holds {self.partial}")
         self._file = file
         try:
-            self.done = self._go_on(len(requests), resume)
+            with writing(self.partial):
+                self.done = self._go_on(len(requests), resume)
         except BaseException:
             self._file.close()
             raise
@@ -216,11 +218,12 @@ class AnswerFile:
     def add(self, number: int, record: dict[str, Any]) -> None:
         """Take the answer to the request `number`; it is written when all before it are."""
         self._waiting[number] = record
-        while self.done in self._waiting:
-            line = json.dumps(self._waiting.pop(self.done), ensure_ascii=False)
-            self._file.write(line.encode("utf-8", "surrogatepass") + b"\n")
-            self.done += 1
-        self._file.flush()
+        with writing(self.partial):
+            while self.done in self._waiting:
+                line = json.dumps(self._waiting.pop(self.done), ensure_ascii=False)
+                self._file.write(line.encode("utf-8", "surrogatepass") + b"\n")
+                self.done += 1
+            self._file.flush()
 
     def finish(self) -> None:
         """Give the file its name; every answer is there."""

@@ -1,5 +1,6 @@
 """Files of requests and of their answers: what a line may say, order, and going on after an interruption."""
 
+import contextlib
 import json
 import random
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qrlora_deploy.errors import FileFormatError, InputError
+from qrlora_deploy.errors import FileFormatError, InputError, QrloraError
 from qrlora_deploy.runtime.generation.request_file import AnswerFile, read_generation_requests
 from qrlora_deploy.runtime.generation.requests import GenerationRequest
 from qrlora_deploy.runtime.generation.sampling import Sampling
@@ -148,6 +149,17 @@ def test_two_runs_do_not_write_one_file(tmp_path: Path) -> None:
     first.add(1, record(1))
     first.finish()
     assert [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] == [record(0), record(1)]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = AnswerFile(tmp_path / "answers.jsonl", requests_of(1), MODEL)
+    with Path("/dev/full").open("ab") as full:
+        monkeypatch.setattr(file, "_file", full)
+        with pytest.raises(QrloraError, match=r"cannot write .*answers.jsonl.partial: No space left on device"):
+            file.add(0, record(0))
+        with contextlib.suppress(OSError):
+            full.close()
 
 
 def test_answers_of_an_interrupted_run_are_not_thrown_away(tmp_path: Path) -> None:
