@@ -135,8 +135,8 @@ PACKED = Variant("padding-free", packing=Packing)
 MASKED = Variant("padding-free, mask", packing=MaskPacking)
 VARLEN = Variant("padding-free, varlen", packing=VarlenPacking, cuda_only=True)
 FLASH_OR_OTHERS = 1 + 2 + 16
-"""`sdpa_kernel`: flash, memory-efficient or written out. ONNX Runtime's own choice leaves flash out where query, key and
-value come as one and rows are shorter than 513."""
+"""`sdpa_kernel`: flash, memory-efficient or written out. ONNX Runtime's own choice leaves flash out where query, key
+and value come as one and rows are shorter than 513."""
 JOINT = replace(VARLEN, name="padding-free, varlen, joint", packing=JointPacking, sdpa=FLASH_OR_OTHERS)
 JOINT_AS_IS = replace(JOINT, name="padding-free, varlen, joint, as it is", sdpa=None)
 MERGED = (

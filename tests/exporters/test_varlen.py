@@ -135,6 +135,9 @@ class FakeSession:
         self.evaluator = ReferenceEvaluator(str(path), new_ops=[PackedAttention])
         self.bound: dict[str, np.ndarray] = {}
 
+    def get_providers(self) -> list[str]:
+        return ["CPUExecutionProvider"]
+
     def get_inputs(self) -> list[Any]:
         return list(self.graph.input)
 
