@@ -142,7 +142,7 @@ class BucketRunner:
 
 @dataclass
 class _Bound:
-    """A bucket with its memory: what is written into `inputs`, and `logits` when it has run; `captured` from then on."""
+    """A bucket with its memory: what is written into `inputs`, and `logits` when it has run."""
 
     binding: Any
     options: Any
