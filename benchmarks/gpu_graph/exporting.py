@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.gpu_graph.joint import JointPacking, join_projections
+from benchmarks.gpu_graph.joint import JointPacking, RowsWithOnes, join_by_products, join_projections
 from benchmarks.gpu_graph.optimizer import optimizer_graph
 from benchmarks.gpu_graph.running import Graph
 from benchmarks.gpu_graph.shapes import SIZES, make_basis, make_inputs, make_model
@@ -67,6 +67,8 @@ def _export(name: str, place: Path, arguments: argparse.Namespace) -> tuple[Path
             fuse_branches(model, rows)
         if isinstance(packing, JointPacking):
             join_projections(model, rows, packing)
+        if isinstance(rows, RowsWithOnes):
+            join_by_products(model, rows)
 
     names = tuple(make_inputs(arguments.shape, 1, 8))
     graph = write_graph(model, names, place, rows, packing, finish, alone=variant.alone)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from benchmarks.gpu_graph.joint import JointPacking
+from benchmarks.gpu_graph.joint import JointPacking, RowsWithOnes
 from benchmarks.gpu_graph.shapes import Setup
 from exporters.onnx.attention import Heads, attend
 from exporters.onnx.bias_folding import fold_attention_biases
@@ -156,6 +156,8 @@ BRANCHES = tuple(base.switchable(label, setup) for base in (PADDED, PACKED, VARL
 BY_PART = replace(
     VARLEN.switchable("qv of 12", WIDE), name="qv of 12, padding-free, varlen, by part", layout=RowsByPart
 )
+WIDE_JOINT = JOINT.switchable("qv of 12", WIDE)
+ONE_PASS = replace(WIDE_JOINT, name=f"{WIDE_JOINT.name}, one pass", layout=RowsWithOnes)
 APART = tuple(
     replace(variant, name=f"{variant.name}, apart", apart=True) for variant in BRANCHES if variant.sdpa is None
 )
@@ -172,7 +174,7 @@ ALONE = tuple(
 )
 GROUPS: dict[str, tuple[Variant, ...]] = {
     "merged": MERGED,
-    "switchable": (PADDED, PACKED, VARLEN, JOINT, *BRANCHES, BY_PART, *APART),
+    "switchable": (PADDED, PACKED, VARLEN, JOINT, *BRANCHES, BY_PART, ONE_PASS, *APART),
     "one-customer": (PADDED, VARLEN, *ONE, *ALONE),
 }
 ALL: dict[str, Variant] = {variant.name: variant for group in GROUPS.values() for variant in group}
