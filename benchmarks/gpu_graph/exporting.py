@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.gpu_graph.joint import JointPacking, RowsWithOnes, join_by_products, join_projections
+from benchmarks.gpu_graph.one_pass import RowsWithOnes, join_by_products
 from benchmarks.gpu_graph.optimizer import optimizer_graph
 from benchmarks.gpu_graph.running import Graph
 from benchmarks.gpu_graph.shapes import SIZES, make_basis, make_inputs, make_model
@@ -15,8 +15,10 @@ from benchmarks.gpu_graph.variants import ALL, fuse_projections
 from exporters.onnx.attention import ATTEND
 from exporters.onnx.branch_fusion import fuse_branches
 from exporters.onnx.graph import write_graph
+from exporters.onnx.joint_projections import join_projections
 from exporters.onnx.precision import cast_inside
 from exporters.onnx.switchable import make_switchable
+from exporters.onnx.varlen import VarlenPacking
 from qrlora_deploy.runtime.bundle.bundle import ALONE_FILE, MODEL_FILE, PACKED_FILE
 
 OPTIMIZER = "transformers.optimizer"
@@ -65,8 +67,8 @@ def _export(name: str, place: Path, arguments: argparse.Namespace) -> tuple[Path
     def finish() -> None:
         if rows is not None and not variant.apart:
             fuse_branches(model, rows)
-        if isinstance(packing, JointPacking):
-            join_projections(model, rows, packing)
+        if isinstance(packing, VarlenPacking) and packing.joint:
+            join_projections(model, packing)
         if isinstance(rows, RowsWithOnes):
             join_by_products(model, rows)
 

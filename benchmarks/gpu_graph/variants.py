@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
 
-from benchmarks.gpu_graph.joint import JointPacking, RowsWithOnes
+from benchmarks.gpu_graph.one_pass import RowsWithOnes
 from benchmarks.gpu_graph.shapes import Setup
 from exporters.onnx.attention import Heads, attend
 from exporters.onnx.bias_folding import fold_attention_biases
@@ -137,7 +138,8 @@ VARLEN = Variant("padding-free, varlen", packing=VarlenPacking, cuda_only=True)
 FLASH_OR_OTHERS = 1 + 2 + 16
 """`sdpa_kernel`: flash, memory-efficient or written out. ONNX Runtime's own choice leaves flash out where query, key
 and value come as one and rows are shorter than 513."""
-JOINT = replace(VARLEN, name="padding-free, varlen, joint", packing=JointPacking, sdpa=FLASH_OR_OTHERS)
+_JOINT = partial(VarlenPacking, joint=True)
+JOINT = replace(VARLEN, name="padding-free, varlen, joint", packing=_JOINT, sdpa=FLASH_OR_OTHERS)
 JOINT_AS_IS = replace(JOINT, name="padding-free, varlen, joint, as it is", sdpa=None)
 MERGED = (
     PADDED,
