@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 SECONDS = FiniteRange(min=0, max=86_400)
-QUEUE_MS = FiniteRange(min=0, min_open=True, max=86_400_000)
+QUEUE_MS = FiniteRange(min=0, max=86_400_000)
 
 
 @click.command("serve")
@@ -104,7 +104,13 @@ QUEUE_MS = FiniteRange(min=0, min_open=True, max=86_400_000)
 @click.option("--max-batch-tokens", type=COUNT, default=16384, show_default=True, help="Rows x length of a run.")
 @click.option("--max-wait-ms", type=SECONDS, default=0.0, show_default=True, help="A free engine waits for more rows.")
 @click.option("--max-queue-rows", type=COUNT, default=4096, show_default=True, help="Rows that wait; then 429.")
-@click.option("--max-queue-ms", type=QUEUE_MS, help="What waits and runs may take so long, as measured; then 429.")
+@click.option(
+    "--max-queue-ms",
+    type=QUEUE_MS,
+    default=2000.0,
+    show_default=True,
+    help="What is ahead of a request may take so long, and three times what one takes; then 429.",
+)
 @click.option("--max-body-mib", type=click.IntRange(1, 2047), default=64, show_default=True, help="MiB of a body.")
 @click.option("--keys", type=EXISTING_FILE, help="File of keys; without it everybody is answered.")
 @click.option("--insecure", is_flag=True, help="Listen beyond this machine without keys.")
@@ -228,7 +234,7 @@ def _run_options(**options: Any) -> "RunOptions":
 
     limits = Limits(
         max_queue_rows=options["max_queue_rows"],
-        max_queue_s=None if options["max_queue_ms"] is None else options["max_queue_ms"] / 1000,
+        max_queue_s=options["max_queue_ms"] / 1000,
         max_batch_tokens=options["max_batch_tokens"],
         max_wait_s=options["max_wait_ms"] / 1000,
     )

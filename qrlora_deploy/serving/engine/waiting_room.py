@@ -59,6 +59,11 @@ class WaitingRoom:
         with self._lock:
             return self._gate.admit(load, customers, deadline_s)
 
+    def check_room(self) -> None:
+        """As `Engine.check_room`."""
+        with self._lock:
+            self._gate.check_room()
+
     def give_back(self, place: Place) -> None:
         """As `Engine.release`."""
         with self._lock:
@@ -238,6 +243,8 @@ class WaitingRoom:
         self._open.discard(request)
         if request.left:
             self._queue.discard(request.waiting)
+        # The rows know their request: kept, they would be a cycle, and the collector's work.
+        request.waiting = []
         self._gate.admission.release(request.place)
         return True
 
