@@ -206,7 +206,7 @@ class Soak:
             "killed_clients": self._done["kill"],
             "servers": len(self.codes),
             "exit_codes": self.codes,
-            "standing": [it.record() for it in self._watched()],
+            "standing": [it.record() for it in self._watched() if it.samples],
             "log": lines_of(self._log),
         }
 
