@@ -35,7 +35,7 @@ PEAK_CONNECTIONS, CONNECTIONS = 32, 512
 QUEUE_BY_CALM = 2.5
 """A queue in ms may be so many times what one request takes without any load."""
 
-ROWS, BY_CALM, BY_REQUESTS, USUAL = "64 rows", "by time", "three requests", "no option"
+ROWS, BY_CALM, BY_REQUESTS, USUAL = "64 rows", "by time", "two requests", "no option"
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ QUEUE_MS = FiniteRange(min=0, max=86_400_000)
     type=QUEUE_MS,
     default=2000.0,
     show_default=True,
-    help="What is ahead of a request may take so long, and three times what one takes; then 429.",
+    help="What is ahead of a request may take so long, and twice what one takes; then 429.",
 )
 @click.option("--max-body-mib", type=click.IntRange(1, 2047), default=64, show_default=True, help="MiB of a body.")
 @click.option("--keys", type=EXISTING_FILE, help="File of keys; without it everybody is answered.")

@@ -10,7 +10,7 @@ from qrlora_deploy.serving.engine.protocol import Ticket
 from qrlora_deploy.serving.engine.rows import Load
 from qrlora_deploy.serving.refusals import OverloadedError, TooLargeError
 
-PATIENCE = 3.0
+PATIENCE = 2.0
 """A request is let in as long as what is ahead of it takes no more than so many times what one takes by itself."""
 
 FULL = "the queue is full; try again later"
@@ -174,7 +174,7 @@ class Admission:
                 raise OverloadedError("the customer's share of the queue is full; try again later", wait_s)
 
     def _check_time(self) -> None:
-        """What is ahead of a request may take so long, and where that is less three times what a request takes."""
+        """What is ahead of a request may take so long, and where that is less twice what a request takes."""
         if self._most_s is None or not self.held.rows:
             return
         ahead_s = self._pace.ahead_s(self.held.tokens, self._batch_tokens)

@@ -52,7 +52,7 @@ class Pace:
         self._seconds += WEIGHT * (max(seconds, 1e-6) - self._seconds)
         self.rows_s, self.tokens_s = self._rows / self._seconds, self._tokens / self._seconds
         if self._running:
-            self._run_time.add(self._running, seconds)
+            self._run_time.add(tokens, seconds)
             self._running = 0
 
     def ahead_s(self, tokens: int, max_batch_tokens: int) -> float:
@@ -67,6 +67,10 @@ class Pace:
         rest_s = self._run_time.of(running) - (self._clock() - self._begun_s) if running else 0.0
         runs = -(-waiting // max_batch_tokens)
         return max(0.0, rest_s) + self._run_time.of(waiting, runs)
+
+    def padding_tokens(self, most: int) -> int | None:
+        """As `RunTime.padding_tokens`."""
+        return self._run_time.padding_tokens(most)
 
     def request_s(self) -> float:
         """What a request of the usual size takes where nothing else is here; 0 before anything has run."""

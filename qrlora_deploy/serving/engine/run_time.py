@@ -10,6 +10,9 @@ processor."""
 PRIOR = 0.003
 """Runs that differ in size by less, as a share of the mean's square, are taken to cost nothing beside their tokens."""
 
+LEAST_RUNS = 8
+"""So many runs tell what a run costs beside its tokens."""
+
 
 class RunTime:
     """Seconds of a run as a line: what every run costs, and what each of its tokens adds.
@@ -21,10 +24,12 @@ class RunTime:
     Attributes:
         every_s: seconds of every run; 0 before the first one.
         each_s: seconds of each token; 0 before the first run.
+        is_known: whether there were enough runs of different sizes to tell the two apart.
     """
 
     def __init__(self) -> None:
         self.every_s = self.each_s = 0.0
+        self.is_known = False
         self._runs = 0
         self._forget()
 
@@ -32,7 +37,7 @@ class RunTime:
         self._weight = self._tokens = self._seconds = self._squares = self._products = 0.0
 
     def add(self, tokens: int, seconds: float) -> None:
-        """A run of so many tokens, without padding, took so long."""
+        """A run of so many tokens, padded, took so long."""
         if self._runs == 1:
             # The first run of a session reserves its memory.
             self._forget()
@@ -55,6 +60,20 @@ class RunTime:
         slope = (together + prior * seconds / tokens) / (spread + prior)
         self.each_s = min(max(0.0, slope), seconds / tokens)
         self.every_s = seconds - self.each_s * tokens
+        self.is_known = self._runs >= LEAST_RUNS and spread > prior
+
+    def padding_tokens(self, most: int) -> int | None:
+        """The tokens that take as long as what every run costs: so much padding is as dear as a run of its own.
+
+        Args:
+            most: where tokens cost next to nothing.
+
+        Returns:
+            None: it is not known yet.
+        """
+        if not self.is_known:
+            return None
+        return most if self.each_s * most <= self.every_s else int(self.every_s / self.each_s)
 
     def of(self, tokens: float, runs: float = 1) -> float:
         """Seconds of so many tokens in so many runs."""

@@ -128,13 +128,13 @@ class WaitingRoom:
                 if self._batches:
                     self._running += 1
                     return self._batches.popleft()
-                drawn = self._queue.draw(self._window())
+                drawn, shapes = self._queue.draw(self._window()), self._shapes_now()
                 # Nobody else draws while these are sorted.
                 self._running += 1
             batches: list[list[WaitingRow]] = []
             try:
                 # Without the lock: sorting thousands of rows takes milliseconds.
-                batches = cut(drawn, self._shapes)
+                batches = cut(drawn, shapes)
             finally:
                 with self._lock:
                     self._running -= 1
@@ -219,6 +219,12 @@ class WaitingRoom:
 
     def _window(self) -> int:
         return self._pace.window_tokens(self._limits.window_s, self._limits.max_batch_tokens)
+
+    def _shapes_now(self) -> Shapes:
+        if self._limits.max_padding_tokens is not None:
+            return self._shapes
+        known = self._pace.padding_tokens(self._limits.max_batch_tokens)
+        return self._shapes if known is None else self._shapes.with_padding(known)
 
     def _wait_s(self) -> float | None:
         """How long to wait before rows are taken; None: until one comes, or until a batch has run."""
