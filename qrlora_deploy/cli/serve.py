@@ -237,7 +237,7 @@ def _run_options(**options: Any) -> "RunOptions":
 
     limits = Limits(
         max_queue_rows=options["max_queue_rows"],
-        max_queue_s=None if options["max_queue_ms"] is None else options["max_queue_ms"] / 1000,
+        max_queue_s=options["max_queue_ms"] / 1000,
         max_batch_tokens=options["max_batch_tokens"],
         max_wait_s=options["max_wait_ms"] / 1000,
     )

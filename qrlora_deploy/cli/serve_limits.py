@@ -8,7 +8,7 @@ import click
 from qrlora_deploy.cli.ranges import COUNT, FiniteRange, WholeRange
 
 SECONDS = FiniteRange(min=0, max=86_400)
-QUEUE_MS = FiniteRange(min=0, min_open=True, max=86_400_000)
+QUEUE_MS = FiniteRange(min=0, max=86_400_000)
 
 OPTIONS = (
     click.option("--threads", type=WholeRange(1, 1024), help="Threads within an operator."),
@@ -49,7 +49,11 @@ OPTIONS = (
         help="Rows that wait at most; more get status 429.",
     ),
     click.option(
-        "--max-queue-ms", type=QUEUE_MS, help="Refuse by 429 where what waits and runs would take longer, as measured."
+        "--max-queue-ms",
+        type=QUEUE_MS,
+        default=2000.0,
+        show_default=True,
+        help="What is ahead of a request may take so long, and twice what one takes, as measured; more gets 429.",
     ),
     click.option(
         "--max-body-mib",

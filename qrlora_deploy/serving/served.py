@@ -81,6 +81,15 @@ class Models:
         """Counters of each model's engine."""
         return {name: model.engine.stats() for name, model in self._models.items()}
 
+    def check_room(self) -> None:
+        """As `Engine.check_room`, before it is read which model is asked: where there is one alone.
+
+        Raises:
+            OverloadedError: it has no room.
+        """
+        if len(self._models) == 1:
+            next(iter(self)).engine.check_room()
+
     def find(self, name: str | None, version: str | None = None) -> ServedModel:
         """The model of a name; the first one where a request names none.
 
