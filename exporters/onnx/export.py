@@ -164,7 +164,8 @@ def _export_for_all(job: ExportJob, options: OnnxOptions, layout: type[CustomerR
         raise InputError(f"{argument('head_labels')} belongs to bases with an output layer; {checkpoint.task} has none")
     if head_labels and head_labels < len(checkpoint.labels):
         raise InputError(
-            f"{argument('head_labels', head_labels)} is less than the base's {len(checkpoint.labels)} labels"
+            f"{argument('head_labels', head_labels)} is less than the base's {len(checkpoint.labels)} labels; "
+            f"give {len(checkpoint.labels)}, or more where a customer has more"
         )
 
     def plan(prepared: Prepared) -> _Plan:
