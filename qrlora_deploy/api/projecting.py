@@ -83,7 +83,7 @@ def rebase(
         basis: that they were trained on; None: each file remembers where it is.
         base: of `to`, where it is another one than that of the customers; their updates stay what they are.
         least_share: of an update that must be held; a customer with less is not written.
-        progress: called with (customer, done, total) after each.
+        progress: called with (description, done, total) after each.
 
     Returns:
         What became of each customer, in order of their ids.
@@ -109,7 +109,7 @@ def rebase(
     for number, name in enumerate(names, start=1):
         done.append(_rebase_one(folder, name, movers, place, least_share))
         if progress is not None:
-            progress(name, number, len(names))
+            progress("customers", number, len(names))
     return done
 
 

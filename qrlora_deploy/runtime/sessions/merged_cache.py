@@ -17,12 +17,13 @@ import numpy as np
 from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.runtime.bundle.bundle import Bundle
 from qrlora_deploy.runtime.bundle.row_layout import HEAD_TABLE, SLOT, TABLE
+from qrlora_deploy.runtime.host.captures import CAPTURES
 from qrlora_deploy.runtime.host.devices import Device
 from qrlora_deploy.runtime.sessions.bucket_runner import BucketRunner
 from qrlora_deploy.runtime.sessions.buckets import Buckets
 from qrlora_deploy.runtime.sessions.merged_weights import CudaWeights, HostWeights, Weights
 from qrlora_deploy.runtime.sessions.packed_tokens import is_packed
-from qrlora_deploy.runtime.sessions.running import Inputs, PlainRunner, run_bound, text_inputs
+from qrlora_deploy.runtime.sessions.running import Inputs, PlainRunner, is_on_gpu, run_bound, text_inputs
 from qrlora_deploy.runtime.sessions.session import open_session
 from qrlora_deploy.runtime.sessions.token_index import is_plain_text
 from qrlora_deploy.runtime.sessions.worker import Worker
@@ -219,7 +220,8 @@ class MergedCache:
         memory.parts[TABLE].bind(binding, TABLE)
         binding.bind_cpu_input(SLOT, np.array([row], dtype=np.int64))
         weights.bind_outputs(binding)
-        run_bound(self._merging, binding)
+        with CAPTURES.of(is_on_gpu(self._merging)):
+            run_bound(self._merging, binding)
         return weights
 
     def _put(self, weights: Weights) -> None:
