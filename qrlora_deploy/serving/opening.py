@@ -269,3 +269,17 @@ def refuse_decoders(places: Sequence[ModelPlaces], what: str) -> None:
     for place in places:
         if open_bundle(place.bundle, graph=False).manifest.deciding_task.writes_text:
             raise InputError(f"{place.bundle} writes text, which is not served by {what}; leave it out")
+
+
+def check_merged_cache(places: Sequence[ModelPlaces]) -> None:
+    """Make sure that some model has a use for merged weights.
+
+    Raises:
+        InputError: none has: all of them are merged, or write text.
+    """
+    manifests = [open_bundle(place.bundle, graph=False).manifest for place in places]
+    if not any(one.kind == "switchable" and not one.deciding_task.writes_text for one in manifests):
+        names = ", ".join(str(place.bundle) for place in places)
+        raise InputError(
+            f"{argument('merged_cache_mib')} does nothing for {names}: merged, or writes text; leave it out"
+        )

@@ -25,6 +25,7 @@ from qrlora_deploy.serving.generation.engine import TextEngine
 from qrlora_deploy.serving.keys_file import empty_keys, with_key, write_keys
 from qrlora_deploy.serving.opening import ModelPlaces, OpenModel, RunOptions
 from qrlora_deploy.serving.refusals import QuotaError
+from tests.cli.running import run_here
 from tests.runtime.generation.tiny import NAMES
 from tests.runtime.generation.written import Written, write_everything
 from tests.serving.generation.place import NEW, Served, alone, name_of, served
@@ -381,3 +382,14 @@ def test_what_a_decoder_does_not_do_is_refused_before_it_is_opened(written: Writ
     places = [ModelPlaces("text", written.bundle)]
     with pytest.raises(InputError, match=r"writes text, in batches of its own; leave out buckets$"):
         OpenModel(places[0], RunOptions(buckets=Buckets((1,), (32,))))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [("--ray", "is not served by Ray"), ("--merged-cache-mib 8", "--merged-cache-mib does nothing for")],
+)
+def test_options_that_mean_nothing_for_a_decoder_are_refused(
+    written: Written, tmp_path: Path, options: str, said: str
+) -> None:
+    ran = run_here("serve", written.bundle, "--check", *options.split(), cwd=tmp_path)
+    assert ran.code == 2 and said in ran.err and ran.err.count("\n") == 1
