@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
+import onnx_ir
 import torch
 from onnxscript.optimizer import optimize_ir
 
@@ -59,10 +61,29 @@ def export_program(
             warnings.simplefilter("ignore")
             program: Any = _export_rewritten(export)
             optimize_ir(program.model)
+            _straighten(program.model)
             return program
     except torch.onnx.errors.OnnxExporterError as error:
         reason = first_line(error.__cause__ or error)
         raise QrloraError(f"{what} cannot be exported to ONNX: {reason}") from error
+
+
+def _straighten(model: Any) -> None:
+    """Have transposed weights laid out when they are written, one after the other.
+
+    They are views of the model's own, which numpy would write number by number.
+    """
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor.raw, np.ndarray) and not tensor.raw.flags.c_contiguous:
+            laid_out = partial(_laid_out, tensor)
+            value.const_value = onnx_ir.LazyTensor(laid_out, tensor.dtype, tensor.shape, name=tensor.name)
+
+
+def _laid_out(tensor: Any) -> Any:
+    # By PyTorch, which does it faster; as integers, since it knows fewer dtypes.
+    bits = torch.from_numpy(tensor.raw.view(f"i{tensor.raw.itemsize}")).contiguous()
+    return onnx_ir.Tensor(bits.numpy().view(tensor.raw.dtype), dtype=tensor.dtype)
 
 
 def _export_rewritten(export: Callable[[], Any]) -> Any:
