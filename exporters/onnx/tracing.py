@@ -1,6 +1,5 @@
 """A PyTorch module as a program of `torch.onnx`, without what the exporter says and notes beside it."""
 
-import gc
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +14,7 @@ from onnxscript.optimizer import optimize_ir
 
 from exporters.onnx.rewriting import rewritten_programs
 from qrlora_deploy.errors import QrloraError, first_line
+from qrlora_deploy.runtime.host.collection import no_collection
 
 Example = tuple[torch.Tensor, tuple[str | int, ...]]
 """A tensor to trace with, and its axes: a dynamic one has a name instead of a size."""
@@ -56,7 +56,7 @@ def export_program(
         optimize=False,
     )
     try:
-        with warnings.catch_warnings(), _quiet_exporter(), _no_collection(), torch.no_grad():
+        with warnings.catch_warnings(), _quiet_exporter(), no_collection(), torch.no_grad():
             # Deprecations inside torch and transformers, nothing a user can act on.
             warnings.simplefilter("ignore")
             program: Any = _export_rewritten(export)
@@ -93,18 +93,6 @@ def _export_rewritten(export: Callable[[], Any]) -> Any:
             return export()
     except torch.onnx.errors.OnnxExporterError:
         return export()
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Without Python's search for cycles: a trace makes millions of objects that live as long as it does."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @contextmanager
