@@ -44,7 +44,7 @@ class Checkpoint:
     wanted: str = ""
 
     def taken_for(self, task: str) -> "Checkpoint":
-        """The same, taken for a task where its config leaves the task open; what has been read of it is not read again."""
+        """The same, taken for a task where its config leaves the task open; what was read of it is not read again."""
         taken = replace(self, wanted=task)
         # Nothing that is kept depends on the task.
         vars(taken).update(vars(self) | {"wanted": task})
