@@ -55,7 +55,6 @@ def command(
     from qrlora_deploy.exporting.choosing import check_customer, check_output, choose_options
     from qrlora_deploy.exporting.job import ExportJob
     from qrlora_deploy.exporting.registry import faults_named, find_exporter
-    from qrlora_deploy.runtime.host.collection import no_collection
 
     exporter = find_exporter(format)
     has_customer = coefficients is not None
@@ -70,12 +69,10 @@ def command(
     given = {name: value for name, value in options.items() if source(name) is ParameterSource.COMMANDLINE}
     chosen = choose_options(exporter, given, text_column, label_column)
     check_output(exporter, output)
-    # Loading the packages makes most objects of the process, and a trace the others.
-    with no_collection():
-        checkpoint, frozen, customer = _open(base, basis, coefficients)
-        with progress_bar() as progress, faults_named(format):
-            job = ExportJob(checkpoint, frozen, output, customer, progress)
-            record = dict(exporter.export(job, chosen))
+    checkpoint, frozen, customer = _open(base, basis, coefficients)
+    with progress_bar() as progress, faults_named(format):
+        job = ExportJob(checkpoint, frozen, output, customer, progress)
+        record = dict(exporter.export(job, chosen))
     return Output(record, f"wrote {output}", _shown(record, exporter.shown))
 
 
