@@ -21,6 +21,10 @@ STEP_LENGTH = 2.76
 times the square root of their number. The best rates found on MiniLM, 0.05 for 3,047 coefficients and 0.1 to 0.3 for
 320, have about this length in common; see docs/preconditioning.md."""
 
+STEPS_AT_FULL_RATE = 151
+"""Steps of a run up to which the default rate follows the number of coefficients alone. In longer ones it falls with
+the root of the steps: the longer a rate works, the further it carries. See docs/preconditioning.md."""
+
 LARGEST_DEFAULT_RATE = 0.3
 """The largest rate that was tried; bases of fewer than 85 coefficients would get more."""
 
@@ -79,7 +83,7 @@ class TrainSettings(RunSettings):
     Attributes:
         learning_rate: peak, in the preconditioned space (`adapter.precondition`), where one value
             serves all coefficients; it falls linearly to 0 after a warm-up of 6 % of the steps. None is
-            `default_rate` of the basis, which `resolved` fills in.
+            `default_rate` of basis and steps, which `resolved` fills in.
         head_learning_rate: of the output layer where it trains too.
         patience: epochs without a better score before the run stops; needs evaluation data.
         head: "frozen" (the coefficients alone are trained) or "output" (the last projection too).
@@ -135,19 +139,24 @@ class TrainSettings(RunSettings):
             RuntimeError: it is not known yet.
         """
         if self.learning_rate is None:
-            raise RuntimeError("the learning rate depends on the basis; call resolved() first")
+            raise RuntimeError("the learning rate depends on basis and rows; call resolved() first")
         return self.learning_rate
 
-    def resolved(self, coefficients: int, factor: float = 1.0) -> Self:
-        """The same with a learning rate: the one that was given, or the default for so many coefficients.
+    def resolved(self, coefficients: int, factor: float = 1.0, rows: int = 1) -> Self:
+        """The same with a learning rate: the one that was given, or the default for this run.
 
         Args:
             coefficients: how many are trained.
             factor: of the task, `Task.rate_factor`.
+            rows: of the training data, as they were read.
         """
         if self.learning_rate is not None:
             return self
-        return replace(self, learning_rate=default_rate(coefficients, factor))
+        return replace(self, learning_rate=default_rate(coefficients, factor, self.steps(rows)))
+
+    def steps(self, rows: int) -> int:
+        """Of the optimizer over so many rows, if no run of epochs without a gain ends it before."""
+        return self.epochs * math.ceil(rows / self.batch_size)
 
     def check_tuning(self, task: Task, held_out: bool) -> None:
         """Make sure that thresholds can be tuned where that is asked for.
@@ -226,17 +235,19 @@ class WarmupSettings(RunSettings):
         return WARMUP_RATES[self.mode] if self.learning_rate is None else self.learning_rate
 
 
-def default_rate(coefficients: int, factor: float = 1.0) -> float:
-    """The learning rate of a basis with so many coefficients: `factor * STEP_LENGTH / sqrt(coefficients)`.
+def default_rate(coefficients: int, factor: float = 1.0, steps: int = 1) -> float:
+    """The learning rate of a run: `factor * STEP_LENGTH / sqrt(coefficients)`, at most `LARGEST_DEFAULT_RATE`.
 
-    0.15 for 320, 0.05 for 3,047, 0.024 for 12,753; three digits, so that what a record shows can be
-    given by hand. At most `LARGEST_DEFAULT_RATE`.
+    Beyond `STEPS_AT_FULL_RATE` steps it falls with their root. 0.15 for 320 coefficients, 0.05 for 3,047, 0.024 for
+    12,753, and 0.025 for 3,047 in 604 steps; three digits, so that what a record shows can be given by hand.
 
     Args:
         coefficients: how many are trained.
         factor: of the task: 1 of classifiers, 3 of decoders that write text.
+        steps: of the optimizer.
     """
-    return min(LARGEST_DEFAULT_RATE, float(f"{factor * STEP_LENGTH / math.sqrt(coefficients):.3g}"))
+    rate = min(LARGEST_DEFAULT_RATE, factor * STEP_LENGTH / math.sqrt(coefficients))
+    return float(f"{rate * math.sqrt(min(1.0, STEPS_AT_FULL_RATE / steps)):.3g}")
 
 
 def fingerprint(settings: RunSettings, **parts: Any) -> dict[str, Any]:

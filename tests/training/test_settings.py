@@ -14,7 +14,13 @@ from qrlora_deploy.models.checkpoint import open_checkpoint
 from qrlora_deploy.training.fleet.customers import FleetSource
 from qrlora_deploy.training.fleet.options import FleetOptions
 from qrlora_deploy.training.fleet.run import train_fleet
-from qrlora_deploy.training.settings import LARGEST_DEFAULT_RATE, STEP_LENGTH, TrainSettings, default_rate
+from qrlora_deploy.training.settings import (
+    LARGEST_DEFAULT_RATE,
+    STEP_LENGTH,
+    STEPS_AT_FULL_RATE,
+    TrainSettings,
+    default_rate,
+)
 from qrlora_deploy.training.trainer import train
 from tests.training.fleet.making import check_same, without_dropout, write_folders
 
@@ -28,12 +34,25 @@ def test_the_default_falls_with_the_root_of_the_number_of_coefficients(coefficie
     assert TrainSettings(learning_rate=0.7).resolved(coefficients).rate == 0.7
 
 
+@pytest.mark.parametrize(
+    ("coefficients", "steps", "rate"),
+    [(3047, 1, 0.05), (3047, 151, 0.05), (3047, 604, 0.025), (12753, 804, 0.0106), (648, 540, 0.0573), (1, 604, 0.15)],
+)
+def test_in_long_runs_it_falls_with_the_root_of_the_steps(coefficients: int, steps: int, rate: float) -> None:
+    assert default_rate(coefficients, steps=steps) == rate
+    # The last batch has one row.
+    settings = TrainSettings(epochs=1, batch_size=3)
+    assert settings.steps(3 * steps - 2) == steps
+    assert settings.resolved(coefficients, rows=3 * steps - 2).rate == rate
+
+
 def test_the_help_tells_the_numbers_of_the_library() -> None:
-    assert f"{STEP_LENGTH} / sqrt(number of coefficients), at most {LARGEST_DEFAULT_RATE}" == BY_COEFFICIENTS
+    told = f"{STEP_LENGTH} / sqrt(number of coefficients), at most {LARGEST_DEFAULT_RATE}"
+    assert f"{told}; less by the root of the steps above {STEPS_AT_FULL_RATE}" == BY_COEFFICIENTS
 
 
 def test_a_rate_that_is_not_known_yet_is_not_guessed() -> None:
-    with pytest.raises(RuntimeError, match="depends on the basis"):
+    with pytest.raises(RuntimeError, match="depends on basis and rows"):
         _ = TrainSettings().rate
     with pytest.raises(InputError, match="learning_rate must be above 0"):
         TrainSettings(learning_rate=0.0)
@@ -65,3 +84,21 @@ def test_a_run_and_a_fleet_record_the_number_and_resume_by_it(
         if part is settings:
             check_same(read_coefficients(tmp_path / "out" / f"{name}.safetensors"), alone)
     assert statuses == ["trained", "skipped", "trained"]
+
+
+def test_each_customer_of_a_fleet_has_the_rate_of_its_own_rows(
+    tiny_base: Path, tiny_basis: Basis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qrlora_deploy.training.settings.STEPS_AT_FULL_RATE", 2)
+    checkpoint = open_checkpoint(str(without_dropout(tiny_base, tmp_path / "base")))
+    settings = TrainSettings(epochs=2, batch_size=4, max_length=16, device="cpu")
+    names = write_folders(tmp_path, sizes=[(3, 2), (30, 2)])
+    train_fleet(checkpoint, tiny_basis, FleetSource(tmp_path / "data"), settings, FleetOptions(tmp_path / "out"))
+    rates = []
+    for name in names:
+        found = read_coefficients(tmp_path / "out" / f"{name}.safetensors")
+        examples = read_examples(tmp_path / "data" / f"{name}.tsv")
+        check_same(found, train(checkpoint, tiny_basis, examples, None, settings, tmp_path / name))
+        assert found.training["learning_rate"] == default_rate(tiny_basis.total_rank, 1.0, found.training["steps"])
+        rates.append(found.training["learning_rate"])
+    assert rates[0] > 2 * rates[1]

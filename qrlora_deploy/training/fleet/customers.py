@@ -80,6 +80,7 @@ class Customer:
         outputs: what its head answers.
         targets: of `train`, as `encode_labels` gives them.
         evaluation_targets: of `evaluation`; empty where there is none.
+        settings: how it is trained, with a learning rate of its own: the default depends on its rows.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Customer:
     outputs: Outputs
     targets: Targets
     evaluation_targets: Targets
+    settings: TrainSettings
 
 
 @dataclass(frozen=True)
@@ -106,15 +108,16 @@ class FleetCustomers:
 
 
 def choose_customers(
-    source: FleetSource, checkpoint: Checkpoint, settings: TrainSettings, shard: Shard
+    source: FleetSource, checkpoint: Checkpoint, settings: TrainSettings, shard: Shard, coefficients: int = 1
 ) -> FleetCustomers:
     """Read the data and sort the customers into those that can be trained and those that cannot.
 
     Args:
         source: the data.
         checkpoint: the base, with its task head.
-        settings: which head is trained and which metric chooses.
+        settings: of all customers.
         shard: whose customers are kept.
+        coefficients: how many each customer has; the default learning rate depends on it.
 
     Raises:
         InputError: a file or folder as a whole cannot be read, or the base has no usable head; what
@@ -147,7 +150,9 @@ def choose_customers(
                 base if frozen else customer_outputs(checkpoint, groups.examples[name], settings.head, settings.task)
             )
             settings.metric_of(outputs.task)
-            customers.append(_customer(name, groups.examples[name], evaluation, outputs, frozen))
+            rows = groups.examples[name]
+            own = settings.resolved(coefficients, outputs.task.rate_factor, len(rows))
+            customers.append(_customer(name, own, rows, evaluation, outputs))
         except InputError as error:
             refused[name] = str(error)
     if not frozen and settings.task == "auto":
@@ -185,8 +190,11 @@ def _bad_id(name: str) -> str | None:
     return "no customer id: 1 to 128 of A-Z a-z 0-9 . _ - are allowed, and no dot at the start"
 
 
-def _customer(name: str, train: Examples, evaluation: Examples | None, outputs: Outputs, frozen: bool) -> Customer:
+def _customer(
+    name: str, settings: TrainSettings, train: Examples, evaluation: Examples | None, outputs: Outputs
+) -> Customer:
     check_alike(train, evaluation)
     if not outputs.task.trains_in_fleets:
         raise InputError(f"a fleet trains no {outputs.task.name}; train this customer by `train`")
-    return Customer(name, train, evaluation, outputs, *encode_rows(outputs, train, evaluation, frozen))
+    targets = encode_rows(outputs, train, evaluation, settings.head == "frozen")
+    return Customer(name, train, evaluation, outputs, *targets, settings)
