@@ -137,17 +137,18 @@ class Engine:
             steps: `[slots]`, how many steps each customer has made with this one.
         """
         rows = self._by_tokens(rows) if self.model.writes_text else rows
-        numbers = (shares * self.rates, shares * self.settings.head_learning_rate, np.maximum(steps, 1))
-        chunks, rates, head_rates, count = ship(
-            (self._chunks(rows), *(torch.from_numpy(each).float() for each in numbers)), self.device
+        own, head, count = (
+            torch.from_numpy(numbers).float()
+            for numbers in (shares * self.rates, shares * self.settings.head_learning_rate, np.maximum(steps, 1))
         )
+        chunks, own, head, count = ship((self._chunks(rows), own, head, count), self.device)
         with self.model.precision(training=True):
             for chunk in chunks:
                 losses = self._row_losses(self._logits(chunk), chunk) * chunk.weights
                 # A sum over customers: no customer's gradient depends on who else is in the step.
                 losses.sum().backward()
                 self.losses.index_add_(0, chunk.slots, losses.detach().double())
-        self.model.step({"coefficients": rates, "head": head_rates}, count)
+        self.model.step({"coefficients": own, "head": head}, count)
 
     def _by_tokens(self, rows: StepRows) -> StepRows:
         """The same rows, of whose losses each token of a customer's batch has the same share."""
