@@ -28,7 +28,7 @@ ANY_PATH = click.Path(path_type=Path)
 COUNT = click.IntRange(1, 2**31 - 1)
 """How many of something: more are a slip of the hand, and too large for the libraries beneath."""
 
-BY_COEFFICIENTS = "2.76 / sqrt(number of coefficients), at most 0.3; less by the root of the steps above 151"
+BY_COEFFICIENTS = "2.76 / sqrt(number of coefficients), at most 4.3 / sqrt(adapted layers x steps), at most 0.3"
 """What `training.settings.default_rate` gives, in words."""
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from qrlora_deploy.data.examples import Examples, check_alike
 from qrlora_deploy.data.labels import WHOLE
 from qrlora_deploy.errors import InputError, argument
+from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import CUSTOMER_ID
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.tasks.registry import BY_OPTION
@@ -108,7 +109,7 @@ class FleetCustomers:
 
 
 def choose_customers(
-    source: FleetSource, checkpoint: Checkpoint, settings: TrainSettings, shard: Shard, coefficients: int = 1
+    source: FleetSource, checkpoint: Checkpoint, settings: TrainSettings, shard: Shard, basis: Basis | None = None
 ) -> FleetCustomers:
     """Read the data and sort the customers into those that can be trained and those that cannot.
 
@@ -117,7 +118,7 @@ def choose_customers(
         checkpoint: the base, with its task head.
         settings: of all customers.
         shard: whose customers are kept.
-        coefficients: how many each customer has; the default learning rate depends on it.
+        basis: whose coefficients they have, on which the default learning rate depends; None: it is left open.
 
     Raises:
         InputError: a file or folder as a whole cannot be read, or the base has no usable head; what
@@ -151,7 +152,7 @@ def choose_customers(
             )
             settings.metric_of(outputs.task)
             rows = groups.examples[name]
-            own = settings.resolved(coefficients, outputs.task.rate_factor, len(rows))
+            own = settings.resolved(basis, outputs.task.rate_factor, len(rows)) if basis else settings
             customers.append(_customer(name, own, rows, evaluation, outputs))
         except InputError as error:
             refused[name] = str(error)

@@ -52,7 +52,7 @@ def train_fleet(
     device = _device(settings, options.local_rank)
     check_basis_fits(checkpoint, basis)
     start = time.perf_counter()
-    chosen = choose_customers(source, checkpoint, settings, options.shard, basis.total_rank)
+    chosen = choose_customers(source, checkpoint, settings, options.shard, basis)
     options.open_output(chosen.customers)
     fleet = Fleet(checkpoint, basis, settings, options, chosen, device)
     summary = summary_file(options.output, options.shard)
