@@ -44,12 +44,12 @@ class Method:
     Attributes:
         name: on the command line and in the records.
         title: in the table.
-        rate: peak learning rate, the same for every task and model; None is the default of `train`, which
-            depends on the number of coefficients.
+        rate: peak learning rate, the same for every task and model; None is that by the number of
+            coefficients, the default of `train` in short runs.
         kind: "full", "head", "qr", or a key of `PEFT_CONFIGS`.
         projections: which layers get an adapter.
         last_layers: only of the last N blocks; None is all of them.
-        rate_factor: of the default rate, to see how much depends on it.
+        rate_factor: of the rate by the number of coefficients, to see how much depends on it.
         tau: share of energy that a basis keeps.
         budget: instead of `tau`: how many directions all layers have together, the same number in each.
         measured: whether a step's effect is measured instead of training.
@@ -90,7 +90,7 @@ METHODS = {
         Method("qr-q4", "QR-LoRA, q of the last 4", None, "qr", ("query",), 4),
         Method("qr-qv4", "QR-LoRA, q and v of the last 4", None, "qr", ("query", "value"), 4),
         Method("qr-all", "QR-LoRA, all linear layers", None, "qr", ()),
-        Method("qr-all-half", "the same at half the default rate", None, "qr", (), rate_factor=1 / 2),
+        Method("qr-all-half", "the same at half the rate by count", None, "qr", (), rate_factor=1 / 2),
         Method("qr-all-quarter", "the same at a quarter of it", None, "qr", (), rate_factor=1 / 4),
     )
 }

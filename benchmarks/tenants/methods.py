@@ -30,7 +30,7 @@ LORA_RATE = 5e-4
 """The customary one."""
 
 QUARTER = 0.25
-"""Of the default rate, for directions of all layers: found on GLUE's MRPC and CoLA, not on these customers."""
+"""Of the rate by count, for directions of all layers: found on GLUE's MRPC and CoLA, not on these customers."""
 
 LOOK = Observation()
 
@@ -71,15 +71,15 @@ METHODS = {
         Method("whiten", f"even {BUDGET}, whitened, shared", "whiten", QUARTER),
         Method("all", "all linear, τ = 0.5", "all"),
         Method("lora", "LoRA, r = 8, q and v (PEFT)"),
-        Method("even-full", f"even {BUDGET}, default rate", "even"),
-        Method("energy-full", f"energy {BUDGET}, default rate", "energy"),
-        Method("sensitivity-full", f"sensitivity {BUDGET}, shared, default rate", "sensitivity"),
-        Method("own-full", f"sensitivity {BUDGET}, each customer's own, default rate", "own"),
-        Method("whiten-full", f"even {BUDGET}, whitened, shared, default rate", "whiten"),
+        Method("even-full", f"even {BUDGET}, rate by count", "even"),
+        Method("energy-full", f"energy {BUDGET}, rate by count", "energy"),
+        Method("sensitivity-full", f"sensitivity {BUDGET}, shared, rate by count", "sensitivity"),
+        Method("own-full", f"sensitivity {BUDGET}, each customer's own, rate by count", "own"),
+        Method("whiten-full", f"even {BUDGET}, whitened, shared, rate by count", "whiten"),
         Method("even-train", f"even {BUDGET}, rate of train", "even", bounded=True),
         Method("sensitivity-train", f"sensitivity {BUDGET}, shared, rate of train", "sensitivity", bounded=True),
         Method("whiten-train", f"even {BUDGET}, whitened, shared, rate of train", "whiten", bounded=True),
-        Method("all-half", "all linear, τ = 0.5, half the default rate", "all", 0.5),
+        Method("all-half", "all linear, τ = 0.5, half the rate by count", "all", 0.5),
     )
 }
 
