@@ -53,7 +53,8 @@ def read_runs(paths: Iterable[Path]) -> Runs:
     found = {}
     for record in (record for path in paths for record in read_records(path)):
         if "error" not in record and "probe" not in record:
-            method = OTHER_NAMES.get(record["method"], record["method"])
+            name: str = record["method"]
+            method = OTHER_NAMES.get(name, name)
             key = Key(record["model"], record["start"], method, record["task"], record["seed"])
             found[key] = _run(record)
     return found
