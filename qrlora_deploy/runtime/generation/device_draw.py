@@ -1,0 +1,54 @@
+"""What is asked of the graph that draws tokens where the logits lie, and what it answers.
+
+The graph is `draw.onnx` beside this module, which `exporters.onnx.decoder.drawing` has written.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+FILE = Path(__file__).with_name("draw.onnx")
+
+CANDIDATES = 256
+"""Best logits of each row that are looked at where not every token may be drawn."""
+
+TOLD = 20
+"""Best tokens whose logs are told at most."""
+
+SETTINGS = ("temperature", "top_k", "top_p", "min_p", "share")
+"""Inputs besides `logits [rows, vocabulary]` fp32: `[rows, 1]` fp64 each, as `Wish` has them."""
+
+DRAWN, LOGPROB, IDS, LOGPROBS = "drawn", "logprob", "ids", "logprobs"
+
+ANSWERS = {DRAWN: 1, LOGPROB: 1, IDS: TOLD, LOGPROBS: TOLD}
+"""Outputs `[rows, width]`, and their widths: the token, int64, or -1 where all logits must be looked at; the log of its
+probability by the model alone, fp64; the best tokens, int64, and theirs. Of a smaller vocabulary there are fewer."""
+
+ALL = 0.0
+"""`Wish.top_k` where every token may be drawn, whatever the other bounds are."""
+
+MANY = 2.0**40
+"""`Wish.top_k` where the others bound the tokens."""
+
+WHOLE = 2.0
+"""`Wish.top_p` that keeps all."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """A token that a row wants.
+
+    Attributes:
+        temperature: divides the logits; above 0.
+        top_k: so many best tokens, up to `CANDIDATES`; or `ALL`, or `MANY`.
+        top_p: the best ones until their probabilities reach this sum.
+        min_p: tokens of at least this share of the best one's probability.
+        share: in [0, 1), of the probabilities: ids rising, the token where their sum passes it.
+        told: None, or how many best tokens are told beside the chosen one's log.
+    """
+
+    temperature: float
+    top_k: float
+    top_p: float
+    min_p: float
+    share: float
+    told: int | None = None
