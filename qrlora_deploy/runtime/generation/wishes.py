@@ -5,6 +5,9 @@ The graph is `draw.onnx` beside this module, which `exporters.onnx.decoder.drawi
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 FILE = Path(__file__).with_name("draw.onnx")
 
@@ -14,17 +17,25 @@ CANDIDATES = 256
 TOLD = 20
 """Best tokens whose logs are told at most."""
 
+LOGITS = "logits"
+"""The first input, `[rows, vocabulary]` fp32."""
+
 SETTINGS = ("temperature", "top_k", "top_p", "min_p", "share")
-"""Inputs besides `logits [rows, vocabulary]` fp32: `[rows, 1]` fp64 each, as `Wish` has them."""
+"""The other inputs, `[rows, 1]` fp64 each, as `Wish` has them."""
 
 DRAWN, LOGPROB, IDS, LOGPROBS = "drawn", "logprob", "ids", "logprobs"
 
-ANSWERS = {DRAWN: 1, LOGPROB: 1, IDS: TOLD, LOGPROBS: TOLD}
-"""Outputs `[rows, width]`, and their widths: the token, int64, or -1 where all logits must be looked at; the log of its
-probability by the model alone, fp64; the best tokens, int64, and theirs. Of a smaller vocabulary there are fewer."""
+ANSWERS: dict[str, tuple[Any, int]] = {
+    DRAWN: (np.int64, 1),
+    LOGPROB: (np.float64, 1),
+    IDS: (np.int64, TOLD),
+    LOGPROBS: (np.float64, TOLD),
+}
+"""Outputs `[rows, width]`, with types and widths: the token, or -1 where all logits must be looked at; the log of its
+probability by the model alone; the best tokens, and theirs. Of a smaller vocabulary all are told."""
 
-ALL = 0.0
-"""`Wish.top_k` where every token may be drawn, whatever the other bounds are."""
+EVERY = 0.0
+"""`Wish.top_k` where every token may be drawn; then nothing else bounds them."""
 
 MANY = 2.0**40
 """`Wish.top_k` where the others bound the tokens."""
@@ -39,11 +50,11 @@ class Wish:
 
     Attributes:
         temperature: divides the logits; above 0.
-        top_k: so many best tokens, up to `CANDIDATES`; or `ALL`, or `MANY`.
+        top_k: so many best tokens, up to `CANDIDATES`; or `EVERY`, or `MANY`.
         top_p: the best ones until their probabilities reach this sum.
         min_p: tokens of at least this share of the best one's probability.
         share: in [0, 1), of the probabilities: ids rising, the token where their sum passes it.
-        told: None, or how many best tokens are told beside the chosen one's log.
+        told: None, or how many best tokens are told beside the log of the chosen one.
     """
 
     temperature: float
