@@ -40,7 +40,7 @@ EVERY = 0.0
 MANY = 2.0**40
 """`Wish.top_k` where the others bound the tokens."""
 
-WHOLE = 2.0
+WHOLE_SHARE = 2.0
 """`Wish.top_p` that keeps all."""
 
 
