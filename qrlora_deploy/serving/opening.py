@@ -1,7 +1,7 @@
 """From a bundle and its customers on the disk to a model that is served."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -254,18 +254,3 @@ def _served(name: str, session: Session, limits: Limits, quotas: Quotas | None) 
         writer = TextEngine(session, limits, quotas)
         return ServedModel(name, bundle, writer, RowTokenizer(bundle), writer=writer)
     return ServedModel(name, bundle, LocalEngine(session, limits, quotas), RowTokenizer(bundle))
-
-
-def refuse_decoders(places: Sequence[ModelPlaces], what: str) -> None:
-    """Make sure that no model writes text.
-
-    Args:
-        places: of the models.
-        what: cannot be done with those that do, such as an option.
-
-    Raises:
-        InputError: one does.
-    """
-    for place in places:
-        if open_bundle(place.bundle, graph=False).manifest.deciding_task.writes_text:
-            raise InputError(f"{place.bundle} writes text, which is not served by {what}; leave it out")

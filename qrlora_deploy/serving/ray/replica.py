@@ -1,8 +1,8 @@
 """A replica: everything that answers in one process, asked by calls and not by connections."""
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from qrlora_deploy.serving.http.endpoint import ENDED_BY
 from qrlora_deploy.serving.http.limits import HttpLimits
 from qrlora_deploy.serving.opened import OpenedFront
 from qrlora_deploy.serving.opening import ModelPlaces, RunOptions
-from qrlora_deploy.serving.ray.calls import Call, Reply
+from qrlora_deploy.serving.ray.calls import Call, Part, Reply, begin
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,27 @@ class Replica:
 
     async def answer(self, call: Call) -> Reply:
         """Answer a request; every error is a reply too."""
+        begun = await begin(self.parts(call))
+        return replace(begun.reply, body=begun.reply.body + b"".join([part.body async for part in begun.rest]))
+
+    async def parts(self, call: Call) -> AsyncGenerator[Reply | Part]:
+        """Answer a request as its body comes: a `Reply` with the beginning, then a `Part` for each more of it."""
         state: dict[str, Any] = {}
-        sent = await _asked(self._app, call, state)
-        start = sent[0]
-        return Reply(
-            self._name,
-            start["status"],
-            tuple((name, value) for name, value in start.get("headers", ())),
-            b"".join(message.get("body", b"") for message in sent[1:]),
-            state.get(ENDED_BY),
-            tuple(state.get("customers", ())),
-        )
+        sent: asyncio.Queue[Message | None] = asyncio.Queue()
+        task = asyncio.create_task(_ask(self._app, call, state, sent))
+        try:
+            start = await _next(sent, task)
+            headers = tuple((name, value) for name, value in start.get("headers", ()))
+            first = (await _next(sent, task)).get("body", b"")
+            refusal, customers = state.get(ENDED_BY), tuple(state.get("customers", ()))
+            yield Reply(self._name, start["status"], headers, first, refusal, customers)
+            while (message := await sent.get()) is not None:
+                yield Part(message.get("body", b"") + _waiting(sent), state.get(ENDED_BY))
+            await task
+        finally:
+            # Whoever asked has gone, or there is nothing left.
+            task.cancel()
+            await asyncio.wait([task])
 
     def stats(self) -> dict[str, EngineStats]:
         """Counters of the engines by the model's name."""
@@ -98,20 +108,42 @@ class Replica:
         self._opened.close()
 
 
-async def _asked(app: ASGIApp, call: Call, state: dict[str, Any]) -> list[Message]:
-    """What an application sends for a call; `state` is the request's."""
+async def _ask(app: ASGIApp, call: Call, state: dict[str, Any], sent: "asyncio.Queue[Message | None]") -> None:
+    """Give what an application sends for a call to a queue, and None at its end; `state` is the request's."""
     bodies = iter([{"type": "http.request", "body": call.body, "more_body": False}])
-    sent: list[Message] = []
 
     async def receive() -> Message:
         # A client that has gone cancels the call, so nothing more ever comes.
         return next(bodies, None) or await asyncio.get_running_loop().create_future()
 
     async def send(message: Message) -> None:
-        sent.append(message)
+        sent.put_nowait(message)
 
-    await app(_scope(call, state), receive, send)
-    return sent
+    try:
+        await app(_scope(call, state), receive, send)
+    finally:
+        sent.put_nowait(None)
+
+
+async def _next(sent: "asyncio.Queue[Message | None]", task: "asyncio.Task[None]") -> Message:
+    message = await sent.get()
+    if message is None:
+        # It has failed before it answered.
+        await task
+        raise QrloraError("the application ended without an answer")
+    return message
+
+
+def _waiting(sent: "asyncio.Queue[Message | None]") -> bytes:
+    """What was sent meanwhile: less often is quicker."""
+    found = []
+    while not sent.empty():
+        message = sent.get_nowait()
+        if message is None:
+            sent.put_nowait(None)
+            break
+        found.append(message.get("body", b""))
+    return b"".join(found)
 
 
 def _scope(call: Call, state: dict[str, Any]) -> Scope:
