@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("torch", reason="makes bundles")
 pytest.importorskip("httpx", reason="needs the extra client")
 import httpx
 
