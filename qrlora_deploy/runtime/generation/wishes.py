@@ -1,6 +1,6 @@
-"""What is asked of the graph that draws tokens where the logits lie, and what it answers.
+"""What is asked of the graphs that draw tokens where the logits lie, and what they answer.
 
-The graph is `draw.onnx` beside this module, which `exporters.onnx.decoder.drawing` has written.
+The graphs lie beside this module, and `exporters.onnx.decoder.drawing` has written them.
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,10 @@ from typing import Any
 import numpy as np
 
 FILE = Path(__file__).with_name("draw.onnx")
+"""Looks at all tokens for rows that draw from all, and at the best ones for others."""
+
+FILE_OF_ALL = Path(__file__).with_name("draw_of_all.onnx")
+"""Looks at all tokens, for rows whose `top_k` is `MANY`; answers `DRAWN` and `LOGPROB` alone."""
 
 CANDIDATES = 256
 """Best logits of each row that are looked at where not every token may be drawn."""
