@@ -19,7 +19,7 @@ SLIGHTLY = 1e-3
 
 
 def drawing_of_all() -> onnx.ModelProto:
-    """The graph: its inputs are those of `drawing_graph`, its outputs `DRAWN` and `LOGPROB`. `top_k` is not looked at."""
+    """The graph, with the inputs of `drawing_graph`, but for `top_k`; it answers `DRAWN` and `LOGPROB`."""
     nodes = DrawingNodes()
     blocks = nodes.blocks(BLOCK)
     largest = nodes.largest(nodes.largest(blocks, 2), 1)
@@ -32,7 +32,7 @@ def drawing_of_all() -> onnx.ModelProto:
     kept = nodes.where(nodes.add("And", [kept, heavy]), weights, _small(nodes, 0.0))
     drawn, mass = nodes.place(kept, "share")
     nodes.named(nodes.known(drawn, nodes.add("Less", [nodes.real(0.0), mass]), total), DRAWN)
-    top = nodes.cast(nodes.add("Squeeze", [largest, nodes.whole([2])]))
+    top = nodes.cast(nodes.add("Reshape", [largest, nodes.whole([0, -1])]))
     nodes.named(nodes.logprob(DRAWN, nodes.add("Add", [top, nodes.log_sum(below)])), LOGPROB)
     return nodes.model("drawing_of_all", (DRAWN, LOGPROB))
 

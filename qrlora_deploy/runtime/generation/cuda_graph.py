@@ -33,7 +33,8 @@ class CudaDecoderGraph(DecoderGraph):
         block_tokens: tokens of a prompt that are read in one run, at most.
         captured: whether runs are captured that write a token, a graph for each batch of each capacity, and those that
             read a prompt's beginning, a graph for each of a few lengths.
-        open_drawing: opens a session that draws tokens of a vocabulary where the logits lie; None: the host draws.
+        open_drawing: opens what draws tokens of a vocabulary where the logits lie, `CudaDrawer`'s sessions; None: the
+            host draws.
 
     Raises:
         FileFormatError: the graph has other inputs or outputs than a decoder.
@@ -47,7 +48,7 @@ class CudaDecoderGraph(DecoderGraph):
         rows: int,
         block_tokens: int,
         captured: bool = True,
-        open_drawing: Callable[[int], Any] | None = None,
+        open_drawing: Callable[[int], tuple[Any, Any]] | None = None,
     ) -> None:
         super().__init__(session)
         dtype, element = self._logits_type

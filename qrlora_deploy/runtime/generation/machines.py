@@ -12,7 +12,7 @@ from qrlora_deploy.runtime.generation.cuda_cache import CudaKvCache
 from qrlora_deploy.runtime.generation.cuda_graph import CudaDecoderGraph
 from qrlora_deploy.runtime.generation.graph import DecoderGraph
 from qrlora_deploy.runtime.generation.scheduler import Rows
-from qrlora_deploy.runtime.generation.wishes import FILE
+from qrlora_deploy.runtime.generation.wishes import FILE, FILE_OF_ALL
 from qrlora_deploy.runtime.host.devices import Device
 from qrlora_deploy.runtime.host.forking import LOST_ON_GPU, survive_forks
 from qrlora_deploy.runtime.sessions.session import open_session
@@ -103,9 +103,10 @@ class Gpu:
         except MemoryError as error:
             raise QrloraError(f"GPU {self.device.index} has no room for the logits of {rows} rows: {error}") from error
 
-    def _open_drawing(self, vocabulary: int) -> Any:
+    def _open_drawing(self, vocabulary: int) -> tuple[Any, Any]:
         device = replace(self.device, configure=partial(_know, vocabulary))
-        return open_session(FILE, device, cuda_graph=self.captured)
+        best, of_all = (open_session(file, device, cuda_graph=self.captured) for file in (FILE, FILE_OF_ALL))
+        return best, of_all
 
     def cache(self, shape: CacheShape, capacity: int) -> Rows:
         """As `Machine.cache`."""

@@ -9,7 +9,7 @@ import onnxruntime
 from qrlora_deploy.runtime.bundle.row_layout import TABLE
 from qrlora_deploy.runtime.generation.cuda_cache import CudaKvCache
 from qrlora_deploy.runtime.generation.cuda_graph import CudaDecoderGraph
-from qrlora_deploy.runtime.generation.wishes import FILE
+from qrlora_deploy.runtime.generation.wishes import FILE, FILE_OF_ALL
 from qrlora_deploy.runtime.table.memory import CudaMemory, TableMemory
 from tests.runtime.generation.tiny import Desk, Holders, Made
 
@@ -73,9 +73,10 @@ class PretendDesk(Desk):
         return holders
 
 
-def open_drawing(_: int) -> PretendSession:
-    """Draws tokens on such a GPU."""
-    return PretendSession(onnxruntime.InferenceSession(FILE))
+def open_drawing(_: int) -> tuple[PretendSession, PretendSession]:
+    """Draw tokens on such a GPU."""
+    best, of_all = (PretendSession(onnxruntime.InferenceSession(file)) for file in (FILE, FILE_OF_ALL))
+    return best, of_all
 
 
 def with_greedy(made: Made, folder: Path) -> Made:

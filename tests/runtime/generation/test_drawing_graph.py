@@ -1,5 +1,6 @@
 """The graph that draws where the logits lie: token by token what the host draws, and only as far as it can know."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,17 @@ import pytest
 from qrlora_deploy.runtime.generation import drawing
 from qrlora_deploy.runtime.generation.drawing import Filters
 from qrlora_deploy.runtime.generation.sampling import Choice, Sampler, Sampling, uniform
-from qrlora_deploy.runtime.generation.wishes import ANSWERS, CANDIDATES, DRAWN, FILE, IDS, LOGPROB, LOGPROBS, SETTINGS
+from qrlora_deploy.runtime.generation.wishes import (
+    ANSWERS,
+    CANDIDATES,
+    DRAWN,
+    FILE,
+    FILE_OF_ALL,
+    IDS,
+    LOGPROB,
+    LOGPROBS,
+    SETTINGS,
+)
 
 ROWS = 48
 
@@ -31,6 +42,11 @@ def graph() -> Any:
     return onnxruntime.InferenceSession(FILE)
 
 
+@pytest.fixture(scope="module")
+def graph_of_all() -> Any:
+    return onnxruntime.InferenceSession(FILE_OF_ALL)
+
+
 def some_logits(vocabulary: int, scale: float, seed: int = 0) -> np.ndarray:
     """`[ROWS, vocabulary]` fp32 on fp16's grid, where many are equal."""
     found = np.random.default_rng(seed).normal(0, scale, (ROWS, vocabulary))
@@ -40,14 +56,17 @@ def some_logits(vocabulary: int, scale: float, seed: int = 0) -> np.ndarray:
 def drawn(graph: Any, logits: np.ndarray, samplers: list[Sampler]) -> list[Choice | None]:
     """What the graph answers."""
     wishes = [sampler.wish(logits.shape[1]) for sampler in samplers]
-    settings = {name: np.array([[getattr(wish, name)] for wish in wishes], np.float64) for name in SETTINGS}
-    answers = dict(zip(ANSWERS, graph.run(list(ANSWERS), {"logits": logits} | settings), strict=True))
+    answers = dict(zip(ANSWERS, graph.run(list(ANSWERS), {"logits": logits} | settings_of(wishes)), strict=True))
     assert {name: array.dtype for name, array in answers.items()} == {name: kind for name, (kind, _) in ANSWERS.items()}
     best = [
         tuple(zip(*row, strict=True)) for row in zip(answers[IDS].tolist(), answers[LOGPROBS].tolist(), strict=True)
     ]
     found = zip(answers[DRAWN][:, 0].tolist(), answers[LOGPROB][:, 0].tolist(), best, strict=True)
     return [None if token < 0 else Choice(token, logprob, pairs) for token, logprob, pairs in found]
+
+
+def settings_of(wishes: list[Any]) -> dict[str, np.ndarray]:
+    return {name: np.array([[getattr(wish, name)] for wish in wishes], np.float64) for name in SETTINGS}
 
 
 def kept(logits: np.ndarray, sampling: Sampling) -> int:
@@ -126,17 +145,59 @@ def test_what_the_graph_cannot_know_is_not_asked() -> None:
     assert Sampler(Sampling(temperature=1.0, top_k=CANDIDATES + 1), []).wish(CANDIDATES + 1) is not None
 
 
+@pytest.mark.parametrize("on_grid", [True, False], ids=["many equal", "few equal"])
+@pytest.mark.parametrize("vocabulary", [12, 300, 3001])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1.0, "top_p": 0.9},
+        {"temperature": 2.0, "min_p": 0.3},
+        {"temperature": 0.8, "top_p": 0.99, "min_p": 0.05},
+        {"temperature": 0.02, "top_p": 0.05},
+    ],
+    ids=str,
+)
+def test_of_all_tokens_those_of_the_host_are_drawn(
+    graph_of_all: Any, options: dict[str, Any], vocabulary: int, on_grid: bool
+) -> None:
+    """A token is another one only where the share falls on the border between the two, to rounding."""
+    settled = 0
+    for scale in (0.05, 1.0, 6.0):
+        logits = some_logits(vocabulary, scale)
+        if not on_grid:
+            logits = np.random.default_rng(1).normal(0, scale, logits.shape).astype(np.float32)
+        samplers = [Sampler(Sampling(seed=row, logprobs=0, **options), []) for row in range(ROWS)]
+        tokens, logprobs = graph_of_all.run(
+            [DRAWN, LOGPROB], {"logits": logits} | settings_of([sampler.wish(10**6) for sampler in samplers])
+        )
+        for row, sampler in enumerate(samplers):
+            filters = Filters(0, sampler.sampling.top_p, sampler.sampling.min_p)
+            ids, probabilities = drawing.candidates(logits[row], sampler.sampling.temperature, filters)
+            place = ids.tolist().index(int(tokens[row, 0]))
+            upper = probabilities[: place + 1].sum()
+            share = uniform(row, 0)
+            assert upper - probabilities[place] - 2e-6 <= share <= upper + 2e-6
+            expected = sampler.choose(logits[row])
+            settled += int(tokens[row, 0]) == expected.token
+            if int(tokens[row, 0]) == expected.token:
+                assert logprobs[row, 0] == pytest.approx(expected.logprob, abs=1e-5)
+    assert settled >= 3 * ROWS - 2
+
+
 @pytest.mark.makes
-def test_the_file_is_what_the_exporter_writes() -> None:
+def test_the_files_are_what_the_exporter_writes() -> None:
     import onnx  # a serving host has it not
 
     from exporters.onnx.decoder.drawing import drawing_graph
+    from exporters.onnx.decoder.drawing_of_all import drawing_of_all
 
-    assert onnx.load(FILE) == drawing_graph(), "write it anew: python -m exporters.onnx.decoder.drawing FILE"
+    again = "write them anew: python -m exporters.onnx.decoder.drawing"
+    assert (onnx.load(FILE), onnx.load(FILE_OF_ALL)) == (drawing_graph(), drawing_of_all()), again
 
 
 @pytest.mark.makes
-def test_all_that_follows_from_the_vocabulary_is_known_beforehand(tmp_path: Any) -> None:
+@pytest.mark.parametrize("file", [FILE, FILE_OF_ALL], ids=["best", "all"])
+def test_all_that_follows_from_the_vocabulary_is_known_beforehand(file: Path, tmp_path: Path) -> None:
     """What the host computed in a run would be lost where a GPU replays it."""
     import onnx  # a serving host has it not
 
@@ -146,9 +207,9 @@ def test_all_that_follows_from_the_vocabulary_is_known_beforehand(tmp_path: Any)
     _know(151936, options)
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    onnxruntime.InferenceSession(FILE, options)
+    onnxruntime.InferenceSession(file, options)
     operators = {node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node}
-    assert "TopK" in operators
+    assert "CumSum" in operators
     # These compute on the host, or copy sizes to a GPU while they run.
     assert not operators & {"Shape", "Range", "Squeeze", "Concat", "Neg", "Split", "GatherND", "NonZero"}
 
