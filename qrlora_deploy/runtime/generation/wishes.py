@@ -16,7 +16,11 @@ FILE_OF_ALL = Path(__file__).with_name("draw_of_all.onnx")
 """Looks at all tokens, for rows whose `top_k` is `MANY`; answers `DRAWN` and `LOGPROB` alone."""
 
 CANDIDATES = 256
-"""Best logits of each row that are looked at where not every token may be drawn."""
+"""Best logits of each row that are looked at where not every token may be drawn.
+
+Four times as many take a GPU twice as long for all rows, and are not enough either: a small decoder at temperature 1
+and top-p 0.95 keeps more than 256 tokens at one token in four, more than 1,024 at one in fourteen.
+"""
 
 TOLD = 20
 """Best tokens whose logs are told at most."""
