@@ -22,6 +22,7 @@ from qrlora_deploy.runtime.generation.wishes import (
     WHOLE_SHARE,
     Wish,
 )
+from qrlora_deploy.runtime.host.captures import CAPTURES
 from qrlora_deploy.runtime.sessions.running import run_bound
 
 ONNX_TYPES: dict[Any, int] = {np.float32: 1, np.int64: 7, np.float64: 11}
@@ -78,9 +79,11 @@ class CudaDrawer:
 
     def _run(self, session: Any, answers: Sequence[str], rows: int, wishes: Mapping[int, Wish]) -> dict[int, Choice]:
         key = session, rows
-        if key not in self._bound:
-            self._bound[key] = self._bind(session, answers, rows), self._options(rows)
-        run_bound(session, *self._bound[key])
+        bound = self._bound.get(key)
+        binding, options = bound or (self._bind(session, answers, rows), self._options(rows))
+        with CAPTURES.of(True, captures=self._captured and bound is None):
+            run_bound(session, binding, options)
+        self._bound[key] = binding, options
         telling = any(wish.told is not None for wish in wishes.values())
         for name in answers if telling else (DRAWN,):
             self._arrays.begin_download(name, rows * self._widths[name])
