@@ -312,8 +312,9 @@ def test_what_is_over_the_bound_may_come_again(written: Written) -> None:
             refused = server.post("/v1/completions", {"prompt": "a"})
             assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
             assert refused.json()["error"]["type"] == "rate_limit_error"
-            assert server.post("/v1/completions", long | {"n": 5}).status_code == 413
             assert first.result().status_code == 200
+        # Where there is no room a request is refused before it is read.
+        assert server.post("/v1/completions", long | {"n": 5}).status_code == 413
         late = server.post("/v1/completions", long, **{"x-request-timeout-ms": "1"})
         assert late.status_code == 504 and late.json()["error"]["type"] == "server_error"
         wait_for(lambda: not server.engine.written().running)
