@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 
 from qrlora_deploy.errors import NotReadyError
+from qrlora_deploy.runtime.bundle.bundle import Bundle
 from qrlora_deploy.runtime.generation import machines, session
 from qrlora_deploy.runtime.generation.budget import CacheFullError
 from qrlora_deploy.runtime.generation.cache import KvCache
@@ -179,11 +180,11 @@ def test_a_cache_on_a_gpu_holds_what_one_on_the_host_does(fake: FakeCuda, made: 
 def on_gpu(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sessions for "cuda" are pretended, and such a GPU takes fp32."""
 
-    def open_session(model: Path, device: Device, *_: Any) -> Any:
+    def open_session(bundle: Bundle, model: Path, device: Device, *_: Any) -> Any:
         opened = onnxruntime.InferenceSession(model)
         return PretendSession(opened) if device.provider == "cuda" else opened
 
-    monkeypatch.setattr(session, "open_session", open_session)
+    monkeypatch.setattr(session, "shared_session", open_session)
     monkeypatch.setattr(machines, "GPU_CACHES", ("float32",))
 
 
