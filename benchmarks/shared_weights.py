@@ -119,7 +119,7 @@ def _exported(folder: Path) -> Path:
 
 def _medians(runs: list[dict[str, Any]]) -> str:
     def median(*path: str) -> float:
-        values = runs
+        values: Any = runs
         for name in path:
             values = [value[name] for value in values]
         return float(np.median(values))
