@@ -20,8 +20,8 @@ QUIET = 4
 """ONNX Runtime's severity of what a session logs that asked for a GPU: our one line says it all."""
 
 UNROUNDED = ("session.qdq_matmulnbits_accuracy_level", "1")
-"""Where a graph multiplies by a weight that is dequantised in blocks, activations stay in fp32: ONNX Runtime rounds them
-to 8 bits where nobody says otherwise. Bundles of this project say in each product what is rounded."""
+"""Where a graph multiplies by a weight that is dequantised in blocks, activations stay in fp32: ONNX Runtime rounds
+them to 8 bits where nobody says otherwise. Bundles of this project say in each product what is rounded."""
 
 NO_GPU = "no usable NVIDIA GPU or driver was found"
 
