@@ -1,13 +1,13 @@
 """The graphs that are compared, written from one model, each in a process of its own."""
 
 import argparse
-import functools
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.gpu_graph.one_pass import RowsWithOnes, join_by_products
 from benchmarks.gpu_graph.optimizer import optimizer_graph
 from benchmarks.gpu_graph.running import Graph
 from benchmarks.gpu_graph.shapes import SIZES, make_basis, make_inputs, make_model
@@ -15,8 +15,10 @@ from benchmarks.gpu_graph.variants import ALL, fuse_projections
 from exporters.onnx.attention import ATTEND
 from exporters.onnx.branch_fusion import fuse_branches
 from exporters.onnx.graph import write_graph
+from exporters.onnx.joint_projections import join_projections
 from exporters.onnx.precision import cast_inside
 from exporters.onnx.switchable import make_switchable
+from exporters.onnx.varlen import VarlenPacking
 from qrlora_deploy.runtime.bundle.bundle import ALONE_FILE, MODEL_FILE, PACKED_FILE
 
 OPTIMIZER = "transformers.optimizer"
@@ -42,13 +44,13 @@ def export_all(arguments: argparse.Namespace, folder: Path) -> dict[str, Graph]:
     return made
 
 
-def _export(name: str, place: Path, arguments: argparse.Namespace) -> tuple[Path, np.ndarray | None, bool]:
-    """Path and table of one graph, and whether all rows are one customer's."""
+def _export(name: str, place: Path, arguments: argparse.Namespace) -> tuple[Path, np.ndarray | None, bool, int | None]:
+    """What `Graph` takes of one graph."""
     variant, model = ALL[name], make_model(arguments.shape)
     place.mkdir()
     rows = table = None
     if variant.setup is not None:
-        rows = make_switchable(model, make_basis(model, variant.setup))
+        rows = make_switchable(model, make_basis(model, variant.setup), layout=variant.layout)
         most = max(batch for batch, _length in arguments.batches)
         table = (
             np.random.default_rng(3).normal(0, variant.setup.spread, (most + 1, rows.layout.width)).astype(np.float32)
@@ -61,8 +63,16 @@ def _export(name: str, place: Path, arguments: argparse.Namespace) -> tuple[Path
             setattr(module, ATTEND, variant.attend)
     cast_inside(model, rows, arguments.precision)
     packing = variant.packing() if variant.packing else None
-    finish = None if rows is None or variant.apart else functools.partial(fuse_branches, model, rows)
+
+    def finish() -> None:
+        if rows is not None and not variant.apart:
+            fuse_branches(model, rows)
+        if isinstance(packing, VarlenPacking) and packing.joint:
+            join_projections(model, packing)
+        if isinstance(rows, RowsWithOnes):
+            join_by_products(model, rows)
+
     names = tuple(make_inputs(arguments.shape, 1, 8))
     graph = write_graph(model, names, place, rows, packing, finish, alone=variant.alone)
     file = ALONE_FILE if graph.alone else PACKED_FILE if graph.packed else MODEL_FILE
-    return place / file, table, variant.one_customer
+    return place / file, table, variant.one_customer, variant.sdpa

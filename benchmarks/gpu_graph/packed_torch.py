@@ -1,4 +1,8 @@
-"""PyTorch on packed batches: the tokens of all rows as one, attention by `torch.nn.attention.varlen`."""
+"""PyTorch on packed batches: the tokens of all rows as one.
+
+Attention is `torch.nn.attention.varlen`; MPNet's has a bias by distance, which that does not take, and is
+`flex_attention` with a mask of blocks.
+"""
 
 from typing import Any
 
@@ -6,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from benchmarks.gpu_graph.running import Contender, pinned, wait
@@ -16,7 +21,7 @@ PACKED_EAGER, PACKED_COMPILED = "torch eager, packed", "torch.compile, packed"
 
 
 class PackedModel(nn.Module):
-    """A RoBERTa classifier on `[1, tokens]`; MPNet has a bias by position, which varlen attention does not take.
+    """A RoBERTa classifier on `[1, tokens]`.
 
     Args:
         model: switched to varlen attention, in place.
@@ -27,6 +32,10 @@ class PackedModel(nn.Module):
         model.set_attn_implementation(NAME)
         self.model = model
 
+    def further(self, borders: torch.Tensor) -> dict[str, Any]:
+        """What `forward` takes of a batch besides."""
+        return {}
+
     def forward(self, ids: torch.Tensor, positions: torch.Tensor, borders: torch.Tensor, longest: int) -> torch.Tensor:
         """`ids` and `positions [1, tokens]` int64, `borders [rows + 1]` int32, to logits `[rows, labels]`."""
         states = self.model.base_model(
@@ -34,6 +43,64 @@ class PackedModel(nn.Module):
         ).last_hidden_state
         logits: torch.Tensor = self.model.classifier(states[0].index_select(0, borders[:-1])[:, None])
         return logits
+
+
+class PackedMpnet(nn.Module):
+    """The same of MPNet.
+
+    Args:
+        model: a classifier; its layers are used as they are.
+    """
+
+    table: torch.Tensor
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.heads = model, model.config.num_attention_heads
+        self.most = model.config.max_position_embeddings
+        encoder = model.mpnet.encoder
+        with torch.no_grad():
+            place = next(model.parameters()).device
+            whole = encoder.compute_position_bias(torch.empty(1, self.most, 1, device=place))[0]
+        # By distance, from `1 - most` to `most - 1`.
+        self.register_buffer("table", torch.cat([whole[:, 1:, 0].flip(1), whole[:, 0]], dim=1).contiguous())
+
+    def further(self, borders: torch.Tensor) -> dict[str, Any]:
+        """The blocks of rows, made once: neither column counts the time that takes."""
+        count = int(borders[-1])
+        row = torch.bucketize(torch.arange(count, device=borders.device), borders, right=True)
+
+        def same(_batch: Any, _head: Any, query: Any, key: Any) -> Any:
+            return row[query] == row[key]
+
+        return {"mask": create_block_mask(same, None, None, count, count, device=borders.device.type)}
+
+    def forward(
+        self, ids: torch.Tensor, positions: torch.Tensor, borders: torch.Tensor, longest: int, mask: Any
+    ) -> torch.Tensor:
+        """As `PackedModel.forward`."""
+        table, most = self.table, self.most
+
+        def biased(score: Any, _batch: Any, head: Any, query: Any, key: Any) -> Any:
+            return score + table[head, (key - query + (most - 1)).clamp(0, 2 * most - 2)]
+
+        states = self.model.mpnet.embeddings(input_ids=ids, position_ids=positions)
+        for layer in self.model.mpnet.encoder.layer:
+            attention = layer.attention
+            own = attention.attn
+            query, key, value = (
+                part(states).unflatten(2, (self.heads, -1)).transpose(1, 2) for part in (own.q, own.k, own.v)
+            )
+            found: Any = flex_attention(query, key, value, score_mod=biased, block_mask=mask)
+            attended = attention.LayerNorm(own.o(found.transpose(1, 2).flatten(2)) + states)
+            states = layer.output(layer.intermediate(attended), attended)
+        logits: torch.Tensor = self.model.classifier(states[0].index_select(0, borders[:-1])[:, None])
+        return logits
+
+
+def packed_model(model: Any) -> PackedModel | PackedMpnet:
+    """A model of either family on packed tokens."""
+    return PackedMpnet(model) if hasattr(model, "mpnet") else PackedModel(model)
 
 
 def varlen_attention(
@@ -63,7 +130,9 @@ def varlen_attention(
     return found[None], None
 
 
-def packed_contender(name: str, model: PackedModel, inputs: Inputs, device: str, compiled: bool) -> Contender:
+def packed_contender(
+    name: str, model: PackedModel | PackedMpnet, inputs: Inputs, device: str, compiled: bool
+) -> Contender:
     """As `torch_contender`, on the tokens of the batch alone."""
     mode = "reduce-overhead" if device == "cuda" else "default"
     call = torch.compile(model, mode=mode, dynamic=False) if compiled else model
@@ -71,10 +140,11 @@ def packed_contender(name: str, model: PackedModel, inputs: Inputs, device: str,
     longest = int(inputs["attention_mask"].sum(axis=1).max())
     host = {key: pinned(values, device) for key, values in packed.items()}
     place = {key: tensor.to(device) for key, tensor in host.items()}
+    further = model.further(place["borders"])
 
     def answer() -> torch.Tensor:
         with torch.no_grad():
-            logits: torch.Tensor = call(**place, longest=longest)
+            logits: torch.Tensor = call(**place, longest=longest, **further)
         wait(device)
         return logits
 
@@ -94,7 +164,7 @@ def packed_contender(name: str, model: PackedModel, inputs: Inputs, device: str,
 def _pack(inputs: Inputs) -> dict[str, np.ndarray]:
     mask = inputs["attention_mask"] != 0
     lengths = mask.sum(axis=1)
-    # RoBERTa counts positions from behind its padding token's number.
+    # Both models count positions from behind its padding token's number.
     positions = np.concatenate([np.arange(length) for length in lengths]) + 2
     borders = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
     return {"ids": inputs["input_ids"][mask][None], "positions": positions[None].astype(np.int64), "borders": borders}

@@ -14,6 +14,7 @@ import torch
 from benchmarks.gpu_graph.shapes import Inputs
 from qrlora_deploy.runtime.bundle.bundle import ALONE_FILE, MERGE_FILE
 from qrlora_deploy.runtime.bundle.row_layout import MERGED, SLOT, TABLE
+from qrlora_deploy.runtime.host.devices import Device
 from qrlora_deploy.runtime.sessions.packed_tokens import (
     aligned_length,
     dtype_of,
@@ -50,10 +51,12 @@ class Graph:
         path: of the file.
         table: `[slots, width]` fp32 of a switchable graph; row r of a batch gets slot r + 1.
         one: every row gets slot 1.
+        sdpa: as `Variant.sdpa`.
     """
 
-    def __init__(self, path: Path, table: np.ndarray | None, one: bool = False) -> None:
+    def __init__(self, path: Path, table: np.ndarray | None, one: bool = False, sdpa: int | None = None) -> None:
         self.path, self.table, self.one = path, table, one
+        self._options = {} if sdpa is None else {"sdpa_kernel": str(sdpa)}
         self._weights: dict[str, np.ndarray] = {}
         self._session: Any = None
         self._bound = 0
@@ -61,7 +64,9 @@ class Graph:
     def bind(self, inputs: Inputs, device: str, threads: int | None = None) -> "BoundGraph":
         """The graph with one batch, which on CUDA is captured as a graph of its own."""
         if self._session is None:
-            self._session = open_session(self.path, device, threads, cuda_graph=device == "cuda")
+            options = self._options if device == "cuda" else {}
+            place = Device(device, provider_options=options)
+            self._session = open_session(self.path, place, threads, cuda_graph=device == "cuda")
         self._bound += 1
         table, further = self.table, self._merged(device, threads)
         if table is not None:

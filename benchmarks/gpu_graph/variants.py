@@ -2,13 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
 
+from benchmarks.gpu_graph.one_pass import RowsWithOnes
 from benchmarks.gpu_graph.shapes import Setup
 from exporters.onnx.attention import Heads, attend
 from exporters.onnx.bias_folding import fold_attention_biases
+from exporters.onnx.customer_rows import CustomerRows
 from exporters.onnx.padding_free import Packing
 from exporters.onnx.varlen import VarlenPacking
 
@@ -38,6 +41,13 @@ def attend_float(
         lowest = torch.full((), torch.finfo(query.dtype).min, dtype=query.dtype)
         mask = torch.where(mask, torch.zeros((), dtype=query.dtype), lowest)
     return attend(query, key, value, mask, heads, bias)
+
+
+class RowsByPart(CustomerRows):
+    """Coefficients are laid out per token block by block, and not once for up to 4,096 columns."""
+
+    def _tokens_part(self, part: int, packing: Packing) -> torch.Tensor:
+        return packing.by_token(self._by_row[part].squeeze(1))
 
 
 class _Shared:
@@ -100,6 +110,8 @@ class Variant:
         one_customer: all rows are one customer's.
         alone: by the graph for one customer, with merged weights as inputs.
         cuda_only: has an operator that no other provider has.
+        layout: of customers' numbers.
+        sdpa: ONNX Runtime's `sdpa_kernel`, a sum of kernels that attention may have; None: its own choice.
     """
 
     name: str
@@ -111,6 +123,8 @@ class Variant:
     one_customer: bool = False
     alone: bool = False
     cuda_only: bool = False
+    layout: type[CustomerRows] = CustomerRows
+    sdpa: int | None = None
 
     def switchable(self, label: str, setup: Setup) -> "Variant":
         """The same with side branches."""
@@ -121,6 +135,12 @@ PADDED = Variant("padded")
 PACKED = Variant("padding-free", packing=Packing)
 MASKED = Variant("padding-free, mask", packing=MaskPacking)
 VARLEN = Variant("padding-free, varlen", packing=VarlenPacking, cuda_only=True)
+FLASH_OR_OTHERS = 1 + 2 + 16
+"""`sdpa_kernel`: flash, memory-efficient or written out. ONNX Runtime's own choice leaves flash out where query, key
+and value come as one and rows are shorter than 513."""
+_JOINT = partial(VarlenPacking, joint=True)
+JOINT = replace(VARLEN, name="padding-free, varlen, joint", packing=_JOINT, sdpa=FLASH_OR_OTHERS)
+JOINT_AS_IS = replace(JOINT, name="padding-free, varlen, joint, as it is", sdpa=None)
 MERGED = (
     PADDED,
     replace(PADDED, name="padded, one qkv", fused=True),
@@ -130,10 +150,19 @@ MERGED = (
     MASKED,
     VARLEN,
     replace(VARLEN, name="padding-free, varlen, one qkv", fused=True),
+    JOINT,
+    JOINT_AS_IS,
 )
 SETUPS = (("paper", PAPER), ("qv of 12", WIDE))
-BRANCHES = tuple(base.switchable(label, setup) for base in (PADDED, PACKED, VARLEN) for label, setup in SETUPS)
-APART = tuple(replace(variant, name=f"{variant.name}, apart", apart=True) for variant in BRANCHES)
+BRANCHES = tuple(base.switchable(label, setup) for base in (PADDED, PACKED, VARLEN, JOINT) for label, setup in SETUPS)
+BY_PART = replace(
+    VARLEN.switchable("qv of 12", WIDE), name="qv of 12, padding-free, varlen, by part", layout=RowsByPart
+)
+WIDE_JOINT = JOINT.switchable("qv of 12", WIDE)
+ONE_PASS = replace(WIDE_JOINT, name=f"{WIDE_JOINT.name}, one pass", layout=RowsWithOnes)
+APART = tuple(
+    replace(variant, name=f"{variant.name}, apart", apart=True) for variant in BRANCHES if variant.sdpa is None
+)
 ONE = tuple(
     replace(base.switchable(f"one customer of {label}", setup), one_customer=True)
     for base in (PADDED, VARLEN)
@@ -147,7 +176,7 @@ ALONE = tuple(
 )
 GROUPS: dict[str, tuple[Variant, ...]] = {
     "merged": MERGED,
-    "switchable": (PADDED, PACKED, VARLEN, *BRANCHES, *APART),
+    "switchable": (PADDED, PACKED, VARLEN, JOINT, *BRANCHES, BY_PART, ONE_PASS, *APART),
     "one-customer": (PADDED, VARLEN, *ONE, *ALONE),
 }
 ALL: dict[str, Variant] = {variant.name: variant for group in GROUPS.values() for variant in group}

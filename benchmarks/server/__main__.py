@@ -1,4 +1,4 @@
-"""What `serve` reaches: beside the session within the process, with very many customers, and under twice its load.
+"""What `serve` reaches: beside the session within the process, and with very many customers.
 
     python -m benchmarks.server -o benchmarks/results/server_cpu.json
 
@@ -30,12 +30,6 @@ from qrlora_deploy.runtime.customers.packed_writer import write_packed_blocks
 
 MANY = (1, 1_000, 100_000)
 CONNECTIONS = 4
-QUEUE_ROWS = 64
-"""Of another such server."""
-
-QUEUE_BY_CALM = 2.5
-"""What waits in a server that is given twice its load may take so many times what one request takes without any."""
-
 SESSION = """
 import json, sys, time
 import numpy as np
@@ -212,38 +206,7 @@ def with_many_customers(folder: Path, rounds: int, seconds: float) -> dict[str, 
     }
 
 
-def under_twice_its_load(folder: Path, seconds: float, *options: str) -> dict[str, Any]:
-    """Goodput, refusals and waiting when requests come twice as fast as they can be answered, by the queue's bound."""
-    with serving(folder, MANY[1], *options) as server:
-        port = port_of(server)
-        calm = load(port, rows=1, customers=MANY[1], connections=1, seconds=2)["by_status"]["200"]["p50"]
-        peak = load(port, rows=1, customers=MANY[1], connections=32, seconds=seconds)["rows_per_s"]
-    bounds = {"max-queue-rows": str(QUEUE_ROWS), "max-queue-ms": str(round(QUEUE_BY_CALM * calm, 1))}
-    found = {
-        name: _overloaded(folder, seconds, 2 * peak, *options, f"--{name}", value) for name, value in bounds.items()
-    }
-    for of_bound in found.values():
-        of_bound["goodput_by_peak"] = of_bound["rows_per_s"] / peak
-        of_bound["p99_accepted_by_unloaded"] = of_bound["by_status"].get("200", {}).get("p99", 0.0) / calm
-    return {"peak_rows_per_s": peak, "p50_ms_unloaded": calm, "bounds": bounds, "by_bound": found}
-
-
-def _overloaded(folder: Path, seconds: float, rate: float, *options: str) -> dict[str, Any]:
-    with serving(folder, MANY[1], *options) as server:
-        port = port_of(server)
-        # The server learns how fast it is.
-        load(port, rows=1, customers=MANY[1], connections=2, seconds=1)
-        return load(port, rows=1, customers=MANY[1], connections=512, seconds=seconds, rate=rate)
-
-
-PARTS = ("beside_the_session", "customers", "overload")
-
-
-def measure(part: str, folder: Path, rounds: int, seconds: float, *options: str) -> dict[str, Any]:
-    """One of the parts; `options` are of `serve`, under twice its load."""
-    if part == "overload":
-        return under_twice_its_load(folder, 2 * seconds, *options)
-    return {"beside_the_session": beside_the_session, "customers": with_many_customers}[part](folder, rounds, seconds)
+PARTS = {"beside_the_session": beside_the_session, "customers": with_many_customers}
 
 
 def main() -> None:
@@ -252,12 +215,7 @@ def main() -> None:
     parser.add_argument("--shape", default="minilm", choices=["mpnet", "minilm"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4.0, help="of a round of one kind")
-    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS)
-    parser.add_argument(
-        "--threads",
-        type=int,
-        help="of the server's runs under twice its load; with fewer than cores one is its client's",
-    )
+    parser.add_argument("--only", choices=list(PARTS), nargs="+", default=list(PARTS))
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
     start = time.perf_counter()
@@ -268,11 +226,9 @@ def main() -> None:
             "shape": options.shape,
             "rounds": options.rounds,
             "seconds": options.seconds,
-            "threads": options.threads,
         }
-        of_serve = () if options.threads is None else ("--threads", str(options.threads))
         for part in options.only:
-            record[part] = measure(part, folder, options.rounds, options.seconds, *of_serve)
+            record[part] = PARTS[part](folder, options.rounds, options.seconds)
     write_json(options.output, record | {"environment": environment("cpu")})
     print(json.dumps(record, indent=1), f"{time.perf_counter() - start:.0f} s")
 

@@ -9,7 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,27 +24,44 @@ MLSERVER_MODEL = "peer"
 
 @dataclass
 class Told:
-    """What came back: seconds from the scheduled start of each request, by status."""
+    """What came back.
+
+    Attributes:
+        seconds: from the scheduled start of each request, by status.
+        late_s: of the schedule, until each request could be sent: the client's own part of that.
+        wall_s: of all.
+    """
 
     seconds: dict[int, list[float]] = field(default_factory=dict)
+    late_s: list[float] = field(default_factory=list)
+    wall_s: float = 0.0
 
     def add(self, status: int, seconds: float) -> None:
         """A request was answered."""
         self.seconds.setdefault(status, []).append(seconds)
 
-    def record(self, rows: int, wall_s: float) -> dict[str, object]:
+    def __add__(self, other: "Told") -> "Told":
+        """Of two clients that asked at the same time."""
+        both = self.seconds.keys() | other.seconds.keys()
+        seconds = {status: self.seconds.get(status, []) + other.seconds.get(status, []) for status in both}
+        return Told(seconds, self.late_s + other.late_s, max(self.wall_s, other.wall_s))
+
+    def record(self, rows: int) -> dict[str, Any]:
         """Counts, rates and percentiles in ms by status."""
+        late = {"client_late": percentiles_ms(self.late_s)} if self.late_s else {}
         return {
-            "wall_s": wall_s,
-            "rows_per_s": rows * len(self.seconds.get(200, [])) / wall_s,
-            "by_status": {
-                str(status): {
-                    "requests": len(found),
-                    **{f"p{share}": float(np.percentile(found, share) * 1e3) for share in (50, 90, 99)},
-                }
-                for status, found in sorted(self.seconds.items())
-            },
+            "wall_s": self.wall_s,
+            "rows_per_s": rows * len(self.seconds.get(200, [])) / self.wall_s,
+            "by_status": {str(status): percentiles_ms(found) for status, found in sorted(self.seconds.items())},
+            **late,
         }
+
+
+def percentiles_ms(seconds: Sequence[float]) -> dict[str, float]:
+    """How many there are, and their percentiles in ms."""
+    return {"requests": len(seconds)} | {
+        f"p{share}": float(np.percentile(seconds, share) * 1e3) for share in (50, 90, 99)
+    }
 
 
 def drawn(count: int, rows: int, customers: int, seed: int) -> list[tuple[list[str], list[str]]]:
@@ -144,7 +161,7 @@ class Connection:
         return int(head.split(b" ", 2)[1])
 
 
-async def closed(port: int, requests: Sequence[bytes], connections: int, seconds: float) -> tuple[Told, float]:
+async def closed(port: int, requests: Sequence[bytes], connections: int, seconds: float) -> Told:
     """Each connection asks again as soon as it is answered."""
     told, start, turns = Told(), time.perf_counter(), iter(range(10**9))
 
@@ -156,12 +173,13 @@ async def closed(port: int, requests: Sequence[bytes], connections: int, seconds
             told.add(status, time.perf_counter() - begin)
 
     await asyncio.gather(*(work() for _ in range(connections)))
-    return told, time.perf_counter() - start
+    told.wall_s = time.perf_counter() - start
+    return told
 
 
 async def opened(
     port: int, requests: Sequence[bytes], connections: int, seconds: float, rate: float, seed: int
-) -> tuple[Told, float]:
+) -> Told:
     """Requests begin by a Poisson clock whatever is answered; times count from when they should have begun."""
     arrivals = np.cumsum(np.random.default_rng(seed).exponential(1 / rate, int(rate * seconds)))
     told, start = Told(), time.perf_counter()
@@ -170,6 +188,7 @@ async def opened(
         free.put_nowait(Connection(port))
 
     async def one(number: int, due: float) -> None:
+        told.late_s.append(time.perf_counter() - due)
         connection = await free.get()
         status = await connection.ask(requests[number % len(requests)])
         told.add(status, time.perf_counter() - due)
@@ -183,7 +202,8 @@ async def opened(
             await asyncio.sleep(early)
         tasks.append(asyncio.create_task(one(number, due)))
     await asyncio.gather(*tasks)
-    return told, time.perf_counter() - start
+    told.wall_s = time.perf_counter() - start
+    return told
 
 
 def main() -> None:
@@ -198,6 +218,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--rate", type=float, help="requests a second, open loop; without it closed loop")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--raw", action="store_true", help="print every time")
     options = parser.parse_args()
     if options.length:
         requests = binary_bodies(64, options.rows, options.length, options.customers, options.seed)
@@ -205,8 +226,8 @@ def main() -> None:
         requests = bodies(2048, options.rows, options.customers, options.seed, options.form)
     common = (options.port, requests, options.connections, options.seconds)
     run = opened(*common, options.rate, options.seed) if options.rate else closed(*common)
-    told, wall_s = asyncio.run(run)
-    json.dump(told.record(options.rows, wall_s), sys.stdout)
+    told = asyncio.run(run)
+    json.dump(asdict(told) if options.raw else told.record(options.rows), sys.stdout)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from benchmarks.server_soak.making import make
 from benchmarks.server_soak.place import CUSTOMERS, TEXTS, VERSIONS, Place
 from benchmarks.server_soak.served import Served
 from benchmarks.server_soak.told import NEAR, STALE_S
-from benchmarks.server_soak.watching import MOST_KB_MIN
+from benchmarks.server_soak.watching import LEAST_MIN, MOST_KB_MIN
 from qrlora_deploy.io.files import write_json
 
 SETUPS = {"one process": 0, "two fronts and an engine": 2}
@@ -206,7 +206,7 @@ class Soak:
             "killed_clients": self._done["kill"],
             "servers": len(self.codes),
             "exit_codes": self.codes,
-            "standing": [it.record() for it in self._watched()],
+            "standing": [it.record() for it in self._watched() if it.samples],
             "log": lines_of(self._log),
         }
 
@@ -216,18 +216,19 @@ def faults_of(record: dict[str, Any]) -> list[str]:
     found = [f"{what}: {times}" for what, times in record["faults"].items()]
     found += [f"a server ended with {code}" for code in record["exit_codes"] if code]
     for process in record["standing"]:
-        if process["kb_per_min"] > MOST_KB_MIN:
+        if process["minutes_fitted"] > LEAST_MIN and process["kb_per_min"] > MOST_KB_MIN:
             found.append(f"{process['role']} grows by {process['kb_per_min']:.0f} kB/min")
     return found
 
 
-def soak(folder: Path, times: Times) -> dict[str, Any]:
-    """All set-ups side by side."""
+def soak(folder: Path, times: Times, copies: int) -> dict[str, Any]:
+    """All set-ups side by side, each so many times."""
     soaks = []
-    for name, processes in SETUPS.items():
-        home = folder / f"setup-{processes}"
-        (home / "told").mkdir(parents=True)
-        soaks.append(Soak(make(home), name, processes, times))
+    for copy in range(copies):
+        for name, processes in SETUPS.items():
+            home = folder / f"setup-{processes}-{copy}"
+            (home / "told").mkdir(parents=True)
+            soaks.append(Soak(make(home), f"{name}, {copy + 1}" if copies > 1 else name, processes, times))
     for each in soaks:
         each.start()
     while not all(each.is_over() for each in soaks):
@@ -242,13 +243,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--requests", type=int, default=1_000_000, help="of all set-ups together, spread over the time")
+    parser.add_argument("--copies", type=int, default=1, help="of each set-up, where there are cores for more")
     parser.add_argument("--quick", action="store_true", help="half a minute and 15,000 requests")
     parser.add_argument("-o", "--output", type=Path, help="record; without it nothing is written")
     options = parser.parse_args()
     seconds, requests = (30.0, 15_000) if options.quick else (60 * options.minutes, options.requests)
-    times = Times(seconds, max(6.0, seconds / 30), requests // len(SETUPS))
+    times = Times(seconds, max(6.0, seconds / 30), -(-requests // (len(SETUPS) * options.copies)))
     with tempfile.TemporaryDirectory() as name:
-        found = soak(Path(name), times)
+        found = soak(Path(name), times, options.copies)
     faults = {name: faults_of(record) for name, record in found.items()}
     setting = {"customers": CUSTOMERS, "versions": VERSIONS, "texts": TEXTS, "near": NEAR, "stale_s": STALE_S}
     answered = sum(record["answered"] for record in found.values())

@@ -16,6 +16,9 @@ WARM_UP = 0.3
 MOST_KB_MIN = 100.0
 """A process that grows faster afterwards leaks."""
 
+LEAST_MIN = 5.0
+"""In a shorter time a process still grows to what it needs."""
+
 
 def processes_of(pid: int) -> dict[int, str]:
     """A server's process and its children by what they are: "server", or "supervisor", "front" and "engine"."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from exporters.onnx.bundle_files import Checked, Content, seal, write_side_files
 from exporters.onnx.calibrating import calibration_inputs, calibration_record, texts_to_calibrate
 from exporters.onnx.customer_rows import BroughtRows, CustomerRows
 from exporters.onnx.graph import SMALLEST_EXTERNAL_BYTES, Graph, write_graph
+from exporters.onnx.joint_projections import join_projections
 from exporters.onnx.options import OnnxOptions
 from exporters.onnx.padding_free import Packing
 from exporters.onnx.precision import cast_inside
@@ -164,7 +164,8 @@ def _export_for_all(job: ExportJob, options: OnnxOptions, layout: type[CustomerR
         raise InputError(f"{argument('head_labels')} belongs to bases with an output layer; {checkpoint.task} has none")
     if head_labels and head_labels < len(checkpoint.labels):
         raise InputError(
-            f"{argument('head_labels', head_labels)} is less than the base's {len(checkpoint.labels)} labels"
+            f"{argument('head_labels', head_labels)} is less than the base's {len(checkpoint.labels)} labels; "
+            f"give {len(checkpoint.labels)}, or more where a customer has more"
         )
 
     def plan(prepared: Prepared) -> _Plan:
@@ -255,9 +256,13 @@ def _write_graph(job: ExportJob, options: OnnxOptions, prepared: Prepared, plan:
     model, rows = prepared.model, plan.rows
     cast_inside(model, rows, options.precision)
     packing = _make_packing(options)
-    finish = None
-    if rows is not None and fuses(options.precision, options.provider):
-        finish = partial(fuse_branches, model, rows)
+
+    def finish() -> None:
+        if rows is not None and fuses(options.precision, options.provider):
+            fuse_branches(model, rows)
+        if isinstance(packing, VarlenPacking) and packing.joint:
+            join_projections(model, packing)
+
     graph = write_graph(model, prepared.input_names, folder, rows, packing, finish, prepared.task, options.merged_cache)
     if options.precision == "int8":
         texts, customers = texts_to_calibrate(options.calibration, prepared.task), plan.reference[0].inputs
@@ -269,5 +274,5 @@ def _write_graph(job: ExportJob, options: OnnxOptions, prepared: Prepared, plan:
 def _make_packing(options: OnnxOptions) -> Packing | None:
     """How tokens are packed; None: they are not."""
     if options.packs:
-        return VarlenPacking(required=options.attention == "packed")
+        return VarlenPacking(options.attention == "packed", options.small_batches)
     return Packing() if options.padding_free else None

@@ -32,6 +32,8 @@ class OnnxOptions:
         padding_free: the graph computes on the tokens that take part, given by one more input.
         attention: of a padding-free bundle, one of `ATTENTIONS`. "packed": it has a second graph, for CUDA, whose
             attention takes packed tokens; "auto": so it has where that is possible.
+        small_batches: packed attention takes query, key and value from one product, which is faster up to some thousand
+            tokens in a batch and slower beyond.
         merged_cache: of a switchable bundle: it has the graphs for one customer too.
         data: texts of the check that ends the export; None: what comes with the project.
         provider: execution provider of that check, one of `PROVIDERS`.
@@ -70,6 +72,11 @@ class OnnxOptions:
         "tokens of right-padded batches as they lie, in fp16; sessions choose by the mask. auto: where it is "
         "possible.",
         choices=ATTENTIONS,
+    )
+    small_batches: bool = option(
+        False,
+        "Of packed attention: query, key and value are one product. Faster for batches of up to about a thousand "
+        "tokens, slower for larger ones.",
     )
     merged_cache: bool = option(
         False,
@@ -117,6 +124,11 @@ class OnnxOptions:
             )
         if self.merged_cache and self.precision not in MERGEABLE:
             raise InputError(f"{argument('merged_cache')} needs {argument('precision', 'fp32')} or fp16")
+        if self.small_batches and (self.merged_cache or not self.packs):
+            raise InputError(
+                f"{argument('small_batches')} is for packed attention ({argument('padding_free')}, "
+                f"{argument('provider', 'cuda')}, {argument('precision', 'fp16')}), without {argument('merged_cache')}"
+            )
         if self.attention not in ATTENTIONS:
             raise InputError(f"unknown {argument('attention')} {self.attention!r}; choose from {', '.join(ATTENTIONS)}")
         if self.attention == "packed" and not self._packable:

@@ -11,7 +11,7 @@ among the row's tokens: that holds where padding is on the right. For all other 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -26,6 +26,18 @@ from qrlora_deploy.runtime.sessions.packed_tokens import packed_arrays
 OPERATOR = "PackedMultiHeadAttention"
 
 
+class Joined(NamedTuple):
+    """What one product of query, key and value gave.
+
+    Attributes:
+        states: `[1, tokens, heads * 3 * size]`, head by head.
+        bias: `[3 * width]`, of the query, the key and the value.
+    """
+
+    states: torch.Tensor
+    bias: torch.Tensor
+
+
 class VarlenPacking(Packing):
     """As `Packing`; within `packed` blocks see tokens that never were in rows, and attention is the packed operator.
 
@@ -34,17 +46,21 @@ class VarlenPacking(Packing):
         obstacle: why there is no such graph, once the model has run; empty where there is one.
         start: number of a row's first position, as the model's embedding counts.
         firsts_only: whether the task reads the first token of each row alone.
+        joined: of the block that runs, where query, key and value are one product.
 
     Args:
         required: a model with an obstacle is refused.
+        joint: query, key and value are to be one product (`joint_projections`).
     """
 
     firsts_only = False
     start: int | None = None
 
-    def __init__(self, required: bool = False) -> None:
+    joined: Joined
+
+    def __init__(self, required: bool = False, joint: bool = False) -> None:
         super().__init__()
-        self.required = required
+        self.required, self.joint = required, joint
         self.borders = self.offsets = self.tokens
         self.given: dict[str, torch.Tensor] = {}
         self.obstacle = ""
@@ -163,9 +179,13 @@ class VarlenPacking(Packing):
         attributes: dict[str, Any] = {"num_heads": heads.queries}
         if heads.scale is not None:
             attributes["scale"] = heads.scale
+        states: tuple[torch.Tensor | None, ...] = (query.squeeze(0), key.squeeze(0), value.squeeze(0), None)
+        if self.joint:
+            whole = self.joined.states.squeeze(0).unflatten(1, (heads.queries, 3, -1))
+            states = (whole, None, None, self.joined.bias)
         output = torch.onnx.ops.symbolic(
             f"com.microsoft::{OPERATOR}",
-            (query.squeeze(0), key.squeeze(0), value.squeeze(0), None, self.offsets, self.borders, bias),
+            (*states, self.offsets, self.borders, bias),
             attributes,
             dtype=query.dtype,
             shape=query.shape[1:],

@@ -19,7 +19,7 @@ from qrlora_deploy.rank_rules.budgets import check_budget, check_enough, largest
 from qrlora_deploy.rank_rules.energy_share import EnergyShare
 from qrlora_deploy.rank_rules.registry import rule_of
 from qrlora_deploy.rank_rules.sensitivity_budget import SensitivityBudget
-from qrlora_deploy.training.observing import Observation, second_moments, sensitivities
+from qrlora_deploy.training.observing import Observation, check_labels, second_moments, sensitivities
 
 SENSITIVITY = "sensitivity"
 """The `spread` that looks at data."""
@@ -111,6 +111,8 @@ def factorize(
     names = choose_targets(checkpoint.skeleton(), patterns, last_layers)
     parts = [_read(source, checkpoint, by_loss, text_column, label_column) for source in sources]
     seen = look.seen(parts) if parts else None
+    if by_loss:
+        check_labels(checkpoint, parts)
     moments = second_moments(checkpoint, names, parts, look, device, progress) if whiten else None
     place = None if scratch is None else Path(scratch)
     basis = factorize_layers(checkpoint, names, wanted, device, progress, place, moments)

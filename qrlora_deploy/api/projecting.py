@@ -6,11 +6,12 @@ from pathlib import Path
 
 from qrlora_deploy.api.inputs import Progress, StrPath, as_basis
 from qrlora_deploy.api.sources import as_checkpoint
-from qrlora_deploy.errors import InputError, QrloraError
+from qrlora_deploy.errors import InputError, QrloraError, argument
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import SUFFIX, Coefficients, write_coefficients
-from qrlora_deploy.formats.customer_files import customer_ids, read_customer, read_customer_file
+from qrlora_deploy.formats.customer_files import customer_ids, customer_of, read_customer, read_customer_file
 from qrlora_deploy.io.reading import is_file
+from qrlora_deploy.models.basis_fit import check_basis_fits
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.models.locating import locate_basis
 from qrlora_deploy.projection.projecting import Projection
@@ -82,13 +83,14 @@ def rebase(
         basis: that they were trained on; None: each file remembers where it is.
         base: of `to`, where it is another one than that of the customers; their updates stay what they are.
         least_share: of an update that must be held; a customer with less is not written.
-        progress: called with (customer, done, total) after each.
+        progress: called with (description, done, total) after each.
 
     Returns:
         What became of each customer, in order of their ids.
 
     Raises:
-        InputError: there are no customers, the bases do not fit each other, or `output` is the customers' own folder.
+        InputError: there are no customers, the bases do not fit each other, or `output` is the customers' own folder,
+            or a file.
         BasisMismatchError: the new basis was made from other weights than its base.
 
     Examples:
@@ -101,60 +103,85 @@ def rebase(
     folder, names = _customers(Path(customers))
     if place.resolve() == folder.resolve():
         raise InputError(f"{place} holds the customers themselves; give another folder for the new files")
-    place.mkdir(parents=True, exist_ok=True)
     movers = _Movers(new, None if basis is None else as_basis(basis), None if base is None else as_checkpoint(base))
+    _make_folder(place)
     done = []
     for number, name in enumerate(names, start=1):
         done.append(_rebase_one(folder, name, movers, place, least_share))
         if progress is not None:
-            progress(name, number, len(names))
+            progress("customers", number, len(names))
     return done
 
 
 def _customers(source: Path) -> tuple[Path, list[str]]:
     if is_file(source):
-        return source.parent, [source.name.removesuffix(SUFFIX)]
+        name = customer_of(source.name)
+        if name is None:
+            raise InputError(f"{source} is no customer's file; give one like acme{SUFFIX}, or a folder of them")
+        return source.parent, [name]
     names = sorted(customer_ids(source))
     if not names:
         raise InputError(f"{source} holds no customers: files like acme{SUFFIX}")
     return source, names
 
 
+def _make_folder(place: Path) -> None:
+    if place.exists() and not place.is_dir():
+        raise InputError(f"{place} is a file; give the name of a folder to {argument('output')}")
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{place} cannot be made: {error.strerror or error}") from error
+
+
 def _rebase_one(folder: Path, name: str, movers: "_Movers", place: Path, least_share: float) -> Rebased:
     target = place / f"{name}{SUFFIX}"
     try:
         customer = read_customer(folder, name)
-        known = _share_of_earlier(target, customer, movers.new)
+        known = _share_of_earlier(target, customer, movers)
         if known is not None:
-            return Rebased(name, known)
+            return Rebased(name, known, _too_little(known, least_share, f"; {target} is there from an earlier run"))
         made = movers.of(customer, folder / target.name).customer(customer)
     except QrloraError as error:
         # One file that cannot be moved must not cost the others.
         return Rebased(name, None, str(error))
-    if made.share < least_share:
-        return Rebased(name, made.share, f"the new basis holds {made.share:.3f} of its update, less than {least_share}")
-    write_coefficients(made.customer, target)
-    return Rebased(name, made.share)
+    refused = _too_little(made.share, least_share)
+    if not refused:
+        write_coefficients(made.customer, target)
+    return Rebased(name, made.share, refused)
 
 
-def _share_of_earlier(target: Path, customer: Coefficients, new: Basis) -> float | None:
-    """The share of a file that an earlier run made of the same customer; None where there is none."""
+def _too_little(share: float, least_share: float, more: str = "") -> str:
+    """Why a customer is refused for its share; empty where it is not."""
+    return (
+        f"the new basis holds {share:.3f} of its update, less than {least_share}{more}" if share < least_share else ""
+    )
+
+
+def _share_of_earlier(target: Path, customer: Coefficients, movers: "_Movers") -> float | None:
+    """The share of a file that an earlier run made of the same customer for the same base; None where there is none."""
     if not is_file(target):
         return None
     found = read_customer_file(target)
     record = found.training.get(REBASED)
-    if not isinstance(record, dict) or record.get("digest") != customer.digest or found.basis_digest != new.digest:
+    base_digest = customer.base_digest if movers.base is None else movers.base.digest
+    made_of = (record.get("digest") if isinstance(record, dict) else None, found.basis_digest, found.base_digest)
+    if not isinstance(record, dict) or made_of != (customer.digest, movers.new.digest, base_digest):
         return None
     return float(record["share"])
 
 
 class _Movers:
-    """A `Rebasing` for each basis that customers come from."""
+    """A `Rebasing` for each basis that customers come from; what does not fit whoever comes is refused at once."""
 
     def __init__(self, new: Basis, old: Basis | None, base: Checkpoint | None) -> None:
         self.new, self.base = new, base
         self._old = old
         self._known: dict[str, Rebasing] = {}
+        if old is not None:
+            self._known[old.digest] = Rebasing(old, new, base)
+        elif base is not None:
+            check_basis_fits(base, new)
 
     def of(self, customer: Coefficients, file: Path) -> Rebasing:
         """That of a customer, which was read from `file`."""

@@ -7,6 +7,9 @@ from qrlora_deploy.bench.report import Report
 from qrlora_deploy.bench.report_parts import Accuracy, Verdict
 from qrlora_deploy.bench.verdicts import least, most, verdict
 
+NO_BASE = "the bundle has no base with these labels; judge such customers by a gate without max_drop"
+"""Why there is no drop from the base: a merged bundle, or a customer with labels of its own."""
+
 
 def judge_customers(report: Report, rules: GateRules) -> Iterator[Verdict]:
     """Every rule on customers' files, and on their accuracy."""
@@ -34,12 +37,12 @@ def judge_customers(report: Report, rules: GateRules) -> Iterator[Verdict]:
 
 def _by_accuracy(item: Accuracy, rules: AccuracyRule) -> Iterator[Verdict]:
     yield from least("accuracy.min", item.subject, item.accuracy, rules.min, item.customer)
-    for rule, before, limit in (
-        ("accuracy.max_drop", item.base_accuracy, rules.max_drop),
-        ("accuracy.max_drop_to_reference", item.reference_accuracy, rules.max_drop_to_reference),
+    for rule, before, limit, unless in (
+        ("accuracy.max_drop", item.base_accuracy, rules.max_drop, NO_BASE),
+        ("accuracy.max_drop_to_reference", item.reference_accuracy, rules.max_drop_to_reference, ""),
     ):
         drop = before - item.accuracy if before is not None and item.accuracy is not None else None
-        yield from most(rule, item.subject, drop, limit, item.customer)
+        yield from most(rule, item.subject, drop, limit, item.customer, unless)
 
 
 def _by_loss(item: Accuracy, rules: AccuracyRule) -> Iterator[Verdict]:

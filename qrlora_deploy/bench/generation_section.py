@@ -21,6 +21,7 @@ COLUMNS = (
 def generation_rows(
     report: Report,
     figure: Callable[[float | None], str],
+    percentile: Callable[[Measurement, str], str],
     ratio: Callable[[Measurement], str],
     steady: Callable[[Measurement], str],
 ) -> list[tuple[str, ...]]:
@@ -28,6 +29,7 @@ def generation_rows(
 
     Args:
         figure: shows a number; None where it is not known.
+        percentile: shows one of a measurement, by its name.
         ratio: shows what a measurement is of the baseline.
         steady: shows whether its windows agree.
     """
@@ -36,7 +38,7 @@ def generation_rows(
         found.setdefault((item.shape, item.subject), {})[item.variant] = item
     rows = []
     for key, items in found.items():
-        shown = [figure(_percentile(items.get(what), name)) for what, name in SHOWN]
+        shown = [percentile(items[what], name) if what in items else figure(None) for what, name in SHOWN]
         tokens = items[TOKENS]
         goodput = items.get(GOODPUT)
         rows.append(
@@ -50,8 +52,3 @@ def generation_rows(
             )
         )
     return rows
-
-
-def _percentile(item: Measurement | None, name: str) -> float | None:
-    found = item.percentiles.get(name) if item is not None else None
-    return None if found is None else found.value

@@ -17,7 +17,7 @@ def describe_limits(report: Report, earlier: Report | None) -> list[str]:
         notes.append(f"the machine was busy at the start: load {load:.1f} on {cores} cores")
     unstable = [f"{item.subject} {item.scenario} {item.shape}" for item in report.measurements if item.stable is False]
     if unstable:
-        notes.append(f"not stable within 10 %: {', '.join(unstable)}")
+        notes.append(f"not stable within 10 %: {', '.join(dict.fromkeys(unstable))}")
     notes += [
         f"server {item.subject}: a p99 needs {item.refused} requests, more than fit {report.settings.seconds:g} seconds"
         for item in report.capacities

@@ -96,7 +96,9 @@ def run_benchmark(
     report = Report(
         settings=kept,
         environment=environment,
-        subjects=[_described(subject, found.memory.get(name), settings) for name, subject in subjects.items()],
+        subjects=[
+            _described(subject, found.memory.get(name), settings, progress) for name, subject in subjects.items()
+        ],
         customers=_customers(subjects),
         measurements=found.measurements,
         capacities=found.capacities,
@@ -194,10 +196,13 @@ def _open(
     return subjects
 
 
-def _described(subject: Subject, memory: Memory | None, settings: BenchSettings) -> SubjectRecord:
+def _described(
+    subject: Subject, memory: Memory | None, settings: BenchSettings, progress: Progress | None
+) -> SubjectRecord:
     parity = None
     if isinstance(subject, OpenBundle):
-        found = verify(subject.bundle, settings.provider, settings.threads)
+        _tell(progress, f"parity of {subject.record.name}", 0, 1)
+        found = verify(subject.bundle, settings.provider, settings.threads, progress)
         finite = bool(np.isfinite(found.max_abs_error))
         parity = Parity(
             max_abs_error=found.max_abs_error if finite else None,

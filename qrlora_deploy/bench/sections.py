@@ -115,12 +115,13 @@ def _latency(report: Report) -> Section:
 
 
 def _percentiles(item: Measurement) -> tuple[str, ...]:
-    """The figures, or how many samples those need that are missing."""
-    shown = []
-    for name in SHOWN:
-        found, needed = item.percentiles.get(name), item.refused.get(name)
-        shown.append(figure(found.value) if found else f"{len(item.samples)} of {needed:,}" if needed else NOTHING)
-    return tuple(shown)
+    return tuple(_percentile(item, name) for name in SHOWN)
+
+
+def _percentile(item: Measurement, name: str) -> str:
+    """The figure, or how many samples it needs where they are missing."""
+    found, needed = item.percentiles.get(name), item.refused.get(name)
+    return figure(found.value) if found else f"{len(item.samples)} of {needed:,}" if needed else NOTHING
 
 
 def _steady(item: Measurement) -> str:
@@ -142,7 +143,9 @@ def _throughput(report: Report) -> Section:
 
 
 def _generation(report: Report) -> Section:
-    rows = generation_rows(report, figure, lambda item: ratio_text(report.comparisons_of(item, "p50")), _steady)
+    rows = generation_rows(
+        report, figure, _percentile, lambda item: ratio_text(report.comparisons_of(item, "p50")), _steady
+    )
     return Section("Answers of decoders, token by token", COLUMNS, rows)
 
 
@@ -177,12 +180,14 @@ def _others(report: Report) -> Section:
 
 
 def _accuracy(report: Report) -> Section:
+    written = any(item.nll is not None for item in report.accuracy)
     rows = []
     for item in report.accuracy:
         base = figure(item.base_accuracy)
-        losses = (figure(item.nll), figure(item.base_nll))
+        losses = (figure(item.nll), figure(item.base_nll)) if written else ()
         rows.append((item.customer, item.subject, str(item.rows), item.error or figure(item.accuracy), base, *losses))
-    columns = ("customer", "subject", "rows", "accuracy", "of the base", "loss a token", "of the base")
+    columns: tuple[str, ...] = ("customer", "subject", "rows", "accuracy", "of the base")
+    columns += ("loss a token", "of the base") if written else ()
     return Section("Accuracy on labelled files", columns, rows)
 
 

@@ -78,11 +78,13 @@ def _steady(rules: GateRules, item: Measurement, verdict: Verdict) -> Verdict:
     return verdict
 
 
-def most(rule: str, subject: str, measured: float | None, limit: float | None, customer: str = "") -> Iterator[Verdict]:
-    """That a figure is at most a limit; nothing where there is none."""
+def most(
+    rule: str, subject: str, measured: float | None, limit: float | None, customer: str = "", unless: str = ""
+) -> Iterator[Verdict]:
+    """That a figure is at most a limit; nothing where there is none. `unless` says when there is no figure."""
     if limit is not None:
         met = measured is not None and measured <= limit
-        yield _plain(rule, subject, measured, limit, customer, sign(False, met), met)
+        yield _plain(rule, subject, measured, limit, customer, sign(False, met), met, unless)
 
 
 def least(
@@ -95,12 +97,14 @@ def least(
 
 
 def _plain(
-    rule: str, subject: str, measured: float | None, limit: float, customer: str, sign: str, met: bool
+    rule: str, subject: str, measured: float | None, limit: float, customer: str, sign: str, met: bool, unless: str = ""
 ) -> Verdict:
     what = rule.partition(".")[2].removeprefix("max_").removeprefix("min_").replace("_", " ")
     what = "accuracy" if rule == "accuracy.min" else what
     if measured is None:
-        return verdict(rule, subject, "unknown", f"{what} is not known", limit=limit, customer=customer)
+        return verdict(
+            rule, subject, "unknown", f"{what} is not known{unless and f': {unless}'}", limit=limit, customer=customer
+        )
     line = f"{what} {_number(measured)} {sign} {_number(limit)}"
     return verdict(rule, subject, "passed" if met else "failed", line, measured, limit, customer=customer)
 

@@ -1,21 +1,18 @@
 """`qrlora-deploy bench`."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from qrlora_deploy.cli.bench_options import how_options, what_options
 from qrlora_deploy.cli.options import (
-    COUNT,
     EXISTING_FILE,
-    FiniteRange,
     common,
-    provider_option,
     refuse_idle,
-    seed_option,
 )
 from qrlora_deploy.cli.output import Output, Table, progress_bar
+from qrlora_deploy.cli.sections import SectionedCommand
 from qrlora_deploy.errors import CheckFailed, InputError
 
 if TYPE_CHECKING:
@@ -23,11 +20,7 @@ if TYPE_CHECKING:
     from qrlora_deploy.bench.report import Report
     from qrlora_deploy.bench.settings import BenchSettings
 
-Command = TypeVar("Command", bound=Callable[..., Any])
-
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
-SCENARIOS = ("single-stream", "offline", "generation", "server", "idle-gap", "cold-start", "swap")
-PEERS = ("torch-eager", "torch-compile", "peft")
 
 IDLE_WITHOUT = {
     ("server_runs",): ("server",),
@@ -39,93 +32,6 @@ IDLE_WITHOUT = {
 
 SHOWN = 5
 """Tables in the terminal; the files have all of them."""
-
-
-def _what(function: Command) -> Command:
-    """Options that say what is measured."""
-    for option in reversed(
-        [
-            click.option(
-                "--scenario",
-                "scenarios",
-                type=click.Choice(SCENARIOS),
-                multiple=True,
-                help="Repeatable; default: single-stream and offline, of a decoder generation.",
-            ),
-            click.option("--batch", "batches", type=COUNT, multiple=True, default=(1, 8), show_default=True),
-            click.option(
-                "--length",
-                "--prompt-tokens",
-                "lengths",
-                type=click.IntRange(2, 2**31 - 1),
-                multiple=True,
-                help="Tokens of a row, or of a decoder's prompt; default 32 and 128.",
-            ),
-            click.option("--new-tokens", type=COUNT, help="Of a decoder's answers; default 32."),
-            click.option(
-                "--data", type=EXISTING_FILE, help="Labelled file whose texts are the inputs, as long as they are."
-            ),
-            click.option("--customers", type=FOLDER, help="Folder of customers' files for the switchable bundles."),
-            click.option(
-                "--mix",
-                type=click.Choice(["different", "one", "base"]),
-                default="different",
-                show_default=True,
-                help="Whose the rows of a batch are.",
-            ),
-            click.option("--labelled", type=FOLDER, help="Folder of labelled files, <customer>.tsv, for the accuracy."),
-            click.option(
-                "--reference",
-                type=click.Path(exists=True, path_type=Path),
-                help="What runs now: a bundle, measured in turn with the others, or an earlier report.json.",
-            ),
-            click.option("--peer", "peers", type=click.Choice(PEERS), multiple=True, help="Beside them; needs --base."),
-            click.option("--base", type=FOLDER, help="Hugging Face checkpoint of the peers."),
-        ]
-    ):
-        function = option(function)
-    return function
-
-
-def _how(function: Command) -> Command:
-    """Options that say how it is measured."""
-    positive = FiniteRange(min=0, min_open=True)
-    for option in reversed(
-        [
-            provider_option,
-            click.option("--threads", type=COUNT, help="Within an operator; default: ONNX Runtime's choice."),
-            click.option(
-                "--cuda-graph",
-                type=click.Choice(["off", "on", "both"]),
-                default="off",
-                show_default=True,
-                help="Captured CUDA graphs of the shapes; both: each bundle twice.",
-            ),
-            click.option(
-                "--seconds", type=positive, default=20.0, show_default=True, help="Bound of each measurement."
-            ),
-            click.option(
-                "--samples",
-                type=click.IntRange(6, 2**31 - 1),
-                default=368,
-                show_default=True,
-                help="Of each subject before a stable measurement ends; 368 give a p99, 3688 a p99.9.",
-            ),
-            click.option("--p99-budget-ms", type=positive, help="Server: default 5 times the slowest median."),
-            click.option(
-                "--ttft-ms", type=positive, help="Budget of a decoder's time to first token, for the goodput."
-            ),
-            click.option("--tpot-ms", type=positive, help="The same of its time per output token."),
-            click.option("--server-runs", type=COUNT, default=6, show_default=True, help="Rates tried."),
-            click.option("--workers", type=COUNT, default=1, show_default=True, help="Server: threads."),
-            click.option("--idle-seconds", type=positive, default=1.0, show_default=True, help="Rest of idle-gap."),
-            click.option("--repeats", type=COUNT, default=6, show_default=True, help="Rests, and cold starts."),
-            click.option("--swaps-per-s", type=positive, default=20.0, show_default=True, help="In the scenario swap."),
-            seed_option,
-        ]
-    ):
-        function = option(function)
-    return function
 
 
 def _print_example(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
@@ -140,10 +46,19 @@ REPORTS = ("json", "md", "html")
 """Kinds of the files of a report, the one with everything first."""
 
 
-@click.command("bench")
+SECTIONS = {
+    "scenarios": "What is measured",
+    "provider": "How it is measured",
+    "p99_budget_ms": "Single scenarios",
+    "gate": "Judging, and the report",
+}
+"""Titles of the help by the first option of each part."""
+
+
+@click.command("bench", cls=SectionedCommand, sections=SECTIONS)
 @click.argument("bundles", metavar="BUNDLE [BUNDLE ...]", type=FOLDER, nargs=-1, required=True)
-@_what
-@_how
+@what_options
+@how_options
 @click.option("--gate", type=EXISTING_FILE, help="Rules, TOML; exit code 1 where one is not met.")
 @click.option(
     "--gate-example",

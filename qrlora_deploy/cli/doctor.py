@@ -4,8 +4,9 @@ from pathlib import Path
 
 import click
 
-from qrlora_deploy.cli.options import ANY_PATH, COUNT, EXISTING_FILE, common
+from qrlora_deploy.cli.options import ANY_PATH, EXISTING_FILE, common
 from qrlora_deploy.cli.output import Output, Table, progress_bar, size_text
+from qrlora_deploy.cli.ranges import COUNT
 from qrlora_deploy.errors import CheckFailed
 
 

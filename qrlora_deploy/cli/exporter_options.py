@@ -6,9 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qrlora_deploy.cli.options import ANY_PATH, FiniteRange
+from qrlora_deploy.cli.options import ANY_PATH
+from qrlora_deploy.cli.ranges import FiniteRange, WholeRange
+from qrlora_deploy.cli.sections import write_section
 
 if TYPE_CHECKING:
+    from click.types import OptionHelpExtra
+
     from qrlora_deploy.exporting.options import OptionFacts
 
 DEFAULT = "onnx"
@@ -44,14 +48,14 @@ class ExportCommand(click.Command):
         return [*super().get_params(ctx), *found.values()]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The command's own options, then those of each exporter under its name."""
+        """The command's own options, then those of each exporter under its name, the default first."""
         from qrlora_deploy.exporting.options import facts_of
         from qrlora_deploy.exporting.registry import all_exporters
 
-        _write(formatter, "Options", super().get_params(ctx), ctx)
-        for exporter in all_exporters():
+        write_section(formatter, "Options", super().get_params(ctx), ctx)
+        for exporter in sorted(all_exporters(), key=lambda exporter: exporter.name != DEFAULT):
             options = [_click_option(name, facts) for name, facts in facts_of(exporter.options).items()]
-            _write(formatter, f"Options of {FORMAT} {exporter.name}", options, ctx)
+            write_section(formatter, f"Options of {FORMAT} {exporter.name}", options, ctx)
 
 
 def named_format(arguments: Sequence[str]) -> str:
@@ -70,28 +74,31 @@ def option_name(field: str) -> str:
     return f"--{field.replace('_', '-')}"
 
 
+class _Declared(click.Option):
+    """An option of an exporter: click's own default stays empty, since what was not given is left to the exporter."""
+
+    declared = ""
+
+    def get_help_extra(self, ctx: click.Context) -> "OptionHelpExtra":
+        """With the default that the exporter declares."""
+        default: OptionHelpExtra = {"default": self.declared} if self.declared else {}
+        return default | super().get_help_extra(ctx)
+
+
 def _click_option(name: str, facts: "OptionFacts") -> click.Option:
-    shown = None if facts.default in (None, 0) else str(facts.default)
     if facts.kind is bool:
         return click.Option([option_name(name), name], is_flag=True, help=facts.help)
     metavar = "DATA" if facts.reads else None
-    return click.Option(
-        [option_name(name), name], type=_click_type(facts), metavar=metavar, help=facts.help, show_default=shown
-    )
+    made = _Declared([option_name(name), name], type=_click_type(facts), metavar=metavar, help=facts.help)
+    made.declared = str(facts.default) if facts.default else ""
+    return made
 
 
 def _click_type(facts: "OptionFacts") -> Any:
     if facts.choices:
         return click.Choice(facts.choices)
     if facts.kind is int:
-        return click.IntRange(facts.least, facts.most)  # type: ignore[arg-type]  # whole numbers
+        return WholeRange(facts.least, facts.most)  # type: ignore[arg-type]  # whole numbers
     if facts.kind is float:
         return FiniteRange(facts.least, facts.most)
     return ANY_PATH if facts.kind is Path else str
-
-
-def _write(formatter: click.HelpFormatter, title: str, options: Sequence[click.Parameter], ctx: click.Context) -> None:
-    records = [record for option in options if (record := option.get_help_record(ctx)) is not None]
-    if records:
-        with formatter.section(title):
-            formatter.write_dl(records)

@@ -7,8 +7,6 @@ from typing import Any
 import click
 
 from qrlora_deploy.cli.options import (
-    COUNT,
-    FiniteRange,
     column_options,
     common,
     device_option,
@@ -18,6 +16,7 @@ from qrlora_deploy.cli.options import (
     split_targets,
 )
 from qrlora_deploy.cli.output import Output, Table, progress_bar, size_text
+from qrlora_deploy.cli.ranges import COUNT, FiniteRange
 
 COLUMNS = ("name", "rank", "energy", "condition")
 SPREADS = ("even", "energy", "sensitivity")

@@ -1,6 +1,6 @@
 """`qrlora-deploy generate`."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -10,16 +10,17 @@ import click
 from qrlora_deploy.cli.generated import as_chat, show_stream
 from qrlora_deploy.cli.options import (
     ANY_PATH,
-    COUNT,
     EXISTING_FILE,
     CustomerId,
-    FiniteRange,
     common,
     provider_option,
     refuse_idle,
     tell_if_interrupted,
 )
 from qrlora_deploy.cli.output import Output, progress_bar
+from qrlora_deploy.cli.ranges import COUNT, FiniteRange, WholeRange
+from qrlora_deploy.cli.sampling_options import SAMPLING, sampling_options
+from qrlora_deploy.cli.sections import SectionedCommand
 from qrlora_deploy.errors import InputError, QrloraError, fields_for_arguments
 
 if TYPE_CHECKING:
@@ -31,44 +32,17 @@ FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 SECONDS = FiniteRange(min=0, min_open=True, max=10**9)
 
-SAMPLING = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "seed",
-    "logprobs",
-)
-"""Options that are fields of `Sampling`, which says what they may be."""
+
+SECTIONS = {
+    "prompt": "Prompts and customers",
+    "max_tokens": "Where an answer ends",
+    "temperature": "How tokens are chosen",
+    "max_rows": "Memory and devices",
+}
+"""Titles of the help by the first option of each part."""
 
 
-def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """How tokens are chosen; the library's own defaults."""
-    number, whole, penalty = FiniteRange(), click.INT, FiniteRange(-100, 100)
-    options = [
-        click.option("--temperature", type=number, default=0.0, show_default=True, help="0 is greedy."),
-        click.option("--top-k", type=whole, default=0, show_default=True, help="Best tokens to keep; 0 keeps all."),
-        click.option("--top-p", type=number, default=1.0, show_default=True, help="Sum of the best ones to keep."),
-        click.option("--min-p", type=number, default=0.0, show_default=True, help="Least share of the best one."),
-        click.option("--repetition-penalty", type=number, default=1.0, show_default=True, help="Of prompt and answer."),
-        click.option(
-            "--presence-penalty", type=penalty, default=0.0, show_default=True, help="Of the answer's tokens."
-        ),
-        click.option("--frequency-penalty", type=penalty, default=0.0, show_default=True, help="For each time."),
-        click.option(
-            "--seed", type=click.IntRange(0, 2**64 - 1), help="Of the random numbers; drawn without it, and told."
-        ),
-        click.option("--logprobs", type=whole, help="Tell log probabilities, and those of so many best tokens."),
-    ]
-    for option in reversed(options):
-        function = option(function)
-    return function
-
-
-@click.command("generate")
+@click.command("generate", cls=SectionedCommand, sections=SECTIONS)
 @click.argument("bundle", type=FOLDER)
 @click.option("--prompt", multiple=True, help="A text to go on from; repeatable.")
 @click.option("--jsonl", type=EXISTING_FILE, help='JSON Lines with "prompt" or "messages", "customer", "max_tokens"...')
@@ -81,17 +55,19 @@ def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--chat", is_flag=True, help="Prompts are what a user says; the base's chat template writes the text.")
 @click.option("--system", help="With --chat: what the system says first.")
 @click.option("--stream", is_flag=True, help="Show an answer while it is written.")
-@click.option("--max-tokens", type=COUNT, default=256, show_default=True, help="Of an answer.")
+@click.option(
+    "--max-tokens", type=COUNT, default=256, show_default=True, help="An answer ends after so many, at the latest."
+)
 @click.option("--timeout-s", type=SECONDS, help="Seconds after which an answer ends as it is.")
 @click.option("--stop", multiple=True, help="A text before which answers end; repeatable.")
 @sampling_options
 @click.option("--max-rows", type=COUNT, default=8, show_default=True, help="Answers that are written side by side.")
 @click.option(
     "--max-cache-bytes",
-    type=click.IntRange(1, 2**50),
+    type=WholeRange(1, 2**50),
     default=2**30,
     show_default=True,
-    help="Memory of keys and values.",
+    help="Memory of keys and values of all rows; more rows than fit wait.",
 )
 @provider_option
 @common

@@ -97,6 +97,11 @@ class LazyGroup(click.Group):
             ctx.obj.command = cmd_name
         return _load(cmd_name)
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Each command with its whole first sentence, which click cuts to a line."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, _load(name).get_short_help_str(limit=1000)) for name in COMMANDS])
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; messages name options. An EOFError of a library is no Ctrl-D, for which click takes it."""
         try:

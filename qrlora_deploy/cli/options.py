@@ -1,7 +1,6 @@
 """Options that several commands share, and what every command does around its body."""
 
 import functools
-import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ import click
 from click.core import ParameterSource
 
 from qrlora_deploy.cli.output import Output, show
+from qrlora_deploy.cli.ranges import COUNT, RATE, WholeRange
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.installation.parts import need_for_command
 from qrlora_deploy.tasks.options import AUTO, OPTIONS
@@ -25,22 +25,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 PLAIN_NAME = re.compile(r"[\w.]+")
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 ANY_PATH = click.Path(path_type=Path)
-COUNT = click.IntRange(1, 2**31 - 1)
-"""How many of something: more are a slip of the hand, and too large for the libraries beneath."""
-
 BY_COEFFICIENTS = "2.76 / sqrt(number of coefficients), at most 0.3"
 """What `training.settings.default_rate` gives, in words."""
-
-
-class FiniteRange(click.FloatRange):
-    """A number in a range that is none of inf and nan, which a bare range lets through."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The number, or a usage error that names the option."""
-        number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{number} is not a finite number.", param, ctx)
-        return number
 
 
 class CustomerId(click.ParamType):
@@ -65,10 +51,6 @@ class CustomerId(click.ParamType):
             except InputError as error:
                 self.fail(str(error), param, ctx)
         return value
-
-
-RATE = FiniteRange(min=0, min_open=True, max=1e6)
-"""A learning rate."""
 
 
 def common(function: Callable[..., Output]) -> Callable[..., None]:
@@ -139,7 +121,7 @@ def provider_option(function: Command) -> Command:
 def seed_option(function: Command) -> Command:
     """`--seed`."""
     return click.option(
-        "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Seed of every random choice."
+        "--seed", type=WholeRange(0, 2**32 - 1), default=0, show_default=True, help="Seed of every random choice."
     )(function)
 
 
@@ -162,7 +144,10 @@ def coefficients_option(required: bool = True) -> Callable[[Command], Command]:
 
 def column_options(function: Command) -> Command:
     """`--text-column` and `--label-column`."""
-    text = click.option("--text-column", help="Column of the text, or two with a comma between them.")
+    text = click.option(
+        "--text-column",
+        help="Column of the text, or two of a pair with a comma between them; text is found without it.",
+    )
     label = click.option("--label-column", help="Column of the label; label is found without it.")
     return text(label(function))
 
@@ -173,12 +158,12 @@ def training_options(epochs: int, batch_size: int, rate: str) -> Callable[[Comma
         click.option("--data", required=True, help="Training data: TSV, CSV, JSONL, Parquet, or a data set name."),
         click.option("--eval", "evaluation", help="Held-out data; the best checkpoint by its metric is kept."),
         column_options,
-        click.option("--epochs", type=COUNT, default=epochs, show_default=True),
-        click.option("--batch-size", type=COUNT, default=batch_size, show_default=True),
-        click.option("--learning-rate", type=RATE, help=f"Peak. Default: {rate}."),
+        click.option("--epochs", type=COUNT, default=epochs, show_default=True, help="Passes over all rows."),
+        click.option("--batch-size", type=COUNT, default=batch_size, show_default=True, help="Rows of a step."),
+        click.option("--learning-rate", type=RATE, help=f"Peak; it rises to it and falls to 0. Default: {rate}."),
         click.option(
             "--max-length",
-            type=click.IntRange(2, 2**31 - 1),
+            type=WholeRange(2, 2**31 - 1),
             default=128,
             show_default=True,
             help="Tokens of a text that are read; the rest is cut.",
@@ -202,12 +187,20 @@ def customer_options(head: str, resume: str) -> Callable[[Command], Command]:
     """What training one customer and many have in common beside `training_options`; texts for two of them differ."""
     options = [
         click.option("--head", type=click.Choice(["frozen", "output"]), default="frozen", show_default=True, help=head),
-        click.option("--patience", type=COUNT, default=3, show_default=True, help="Epochs without a gain."),
+        click.option(
+            "--patience",
+            type=COUNT,
+            default=3,
+            show_default=True,
+            help="End after so many epochs without a gain on --eval.",
+        ),
         click.option("--resume", is_flag=True, help=resume),
         click.option(
             "--metric", help="Chooses the best epoch on --eval; by default the task's first, such as accuracy."
         ),
-        click.option("--head-learning-rate", type=RATE, help="With --head output."),
+        click.option(
+            "--head-learning-rate", type=RATE, help="Peak of the last projection, with --head output; default: 1e-3."
+        ),
         click.option(
             "--tune-thresholds", is_flag=True, help="Choose each label's threshold on --eval, for the best F1."
         ),

@@ -156,12 +156,19 @@ def progress_bar() -> Iterator[Progress | None]:
 
 
 def _lines() -> Progress:
-    lines = TimedLines()
-    return lambda description, done, total: lines.show(f"{one_line(description)}: {done} of {total}")
+    lines, before = TimedLines(), ""
+
+    def show_line(description: str, done: int, total: int) -> None:
+        nonlocal before
+        # The line before would stand for all the time that a long step takes.
+        lines.show(f"{one_line(description)}: {done} of {total}", begins=description != before)
+        before = description
+
+    return show_line
 
 
 class TimedLines:
-    """Lines of progress on stderr, one every `LINE_SECONDS` at most.
+    """Lines of progress on stderr, one every `LINE_SECONDS` and one for each step.
 
     Attributes:
         start: when it was made, of `time.monotonic`.
@@ -170,10 +177,11 @@ class TimedLines:
     def __init__(self) -> None:
         self.start = self._shown = time.monotonic()
 
-    def show(self, line: str, last: bool = False) -> None:
-        """Show a line if it is time for one, the last one at any rate."""
+    def show(self, line: str, last: bool = False, begins: bool = False) -> None:
+        """Show a line if it is time for one; the last one at any rate, and one that begins another step of a command
+        that has taken long already."""
         now = time.monotonic()
-        if last or now - self._shown >= LINE_SECONDS:
+        if last or now - self._shown >= LINE_SECONDS or (begins and now - self.start >= LINE_SECONDS):
             self._shown = now
             click.echo(line, err=True)
 

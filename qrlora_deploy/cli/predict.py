@@ -5,8 +5,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qrlora_deploy.cli.options import COUNT, EXISTING_FILE, CustomerId, common, provider_option, refuse_idle
+from qrlora_deploy.cli.options import (
+    EXISTING_FILE,
+    CustomerId,
+    common,
+    provider_option,
+    refuse_idle,
+)
 from qrlora_deploy.cli.output import Output, Table, in_words
+from qrlora_deploy.cli.ranges import COUNT
 from qrlora_deploy.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,7 +39,7 @@ SHOWN = 4
     "--customer", "names", multiple=True, type=CustomerId(), help="Whose the texts are: once, or once per text."
 )
 @click.option("--repl", is_flag=True, help="Type texts and switch customers; new files go live at once.")
-@click.option("--batch-size", type=COUNT, default=32, show_default=True)
+@click.option("--batch-size", type=COUNT, default=32, show_default=True, help="Texts of a run.")
 @provider_option
 @common
 def command(

@@ -1,5 +1,6 @@
 """`qrlora-deploy quickstart`."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,9 @@ def command(output: Path | None, llm: str | None, resume: bool, device: str, see
         return run_llm(output, llm, resume, device, seed)
     from qrlora_deploy.quickstart.run import run
 
+    click.echo(
+        "This takes some four to eight minutes on two idle cores; most of it warms the base up and trains", err=True
+    )
     with progress_bar() as progress:
         report = run(output, progress, seed, device)
     return output_of(report)
@@ -61,6 +65,7 @@ def output_of(report: "QuickstartReport") -> Output:
         "latency of one text, median": _latency_text(report),
         "time": f"{sum(report.seconds.values()):.0f} s: {steps}",
         "files": kept,
+        **({"try next": _next_of(report)} if report.folder else {}),
     }
     headline = f"{len(report.customers)} customers on one base; {report.merged} merged, exported and verified"
     return Output(report, headline, facts, [_accuracy_table(report), _answer_table(report)])
@@ -91,6 +96,11 @@ def _parity_text(parity: "Parity") -> str:
         f"max abs error {parity.max_abs_error:.1e} (bound {parity.bound:.1e}), "
         f"labels agree {100 * parity.label_agreement:.1f} % of {parity.rows} rows"
     )
+
+
+def _next_of(report: "QuickstartReport") -> str:
+    bundle = shlex.quote(f"{report.folder}/{report.merged}-bundle")
+    return f'qrlora-deploy predict {bundle} --text "my card was stolen"; the README goes on from here'
 
 
 def _latency_text(report: "QuickstartReport") -> str:

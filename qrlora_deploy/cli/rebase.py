@@ -5,8 +5,9 @@ from statistics import median
 
 import click
 
-from qrlora_deploy.cli.options import EXISTING_FILE, FiniteRange, common, output_option, tell_if_interrupted
+from qrlora_deploy.cli.options import EXISTING_FILE, common, output_option, tell_if_interrupted
 from qrlora_deploy.cli.output import Output, plain, progress_bar
+from qrlora_deploy.cli.ranges import FiniteRange
 
 SHOWN = 3
 """So many of the customers that were not written are named."""

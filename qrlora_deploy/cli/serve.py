@@ -11,16 +11,17 @@ import click
 from qrlora_deploy.cli.group import end_at_once
 from qrlora_deploy.cli.options import (
     ANY_PATH,
-    COUNT,
     EXISTING_FILE,
     CustomerId,
-    FiniteRange,
     buckets_of,
     common,
     refuse_idle,
 )
 from qrlora_deploy.cli.output import Output
+from qrlora_deploy.cli.ranges import FiniteRange, WholeRange
+from qrlora_deploy.cli.sections import SectionedCommand
 from qrlora_deploy.cli.serve_check import checked
+from qrlora_deploy.cli.serve_limits import SECONDS, limit_options
 from qrlora_deploy.cli.serve_places import places_of
 from qrlora_deploy.cli.serve_ray import check_ray_usage, open_ray_server, ray_options, serve_on_ray
 from qrlora_deploy.errors import InputError
@@ -33,13 +34,30 @@ if TYPE_CHECKING:
     from qrlora_deploy.serving.server import ServerOptions
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
-SECONDS = FiniteRange(min=0, max=86_400)
-QUEUE_MS = FiniteRange(min=0, min_open=True, max=86_400_000)
 
 
-@click.command("serve")
+SECTIONS = {
+    "models": "Models and customers",
+    "host": "Addresses",
+    "provider": "Devices and processes",
+    "max_rows": "Bounds",
+    "keys": "Who may ask",
+    "drain_delay": "The end",
+    "on_ray": "Several machines, by Ray",
+    "counted": "Watching and checking",
+}
+"""Titles of the help by the first option of each part."""
+
+
+@click.command("serve", cls=SectionedCommand, sections=SECTIONS)
 @click.argument("bundle", required=False, type=FOLDER)
-@click.option("--model", "models", multiple=True, metavar="NAME=BUNDLE", help="A further model; repeatable.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="NAME=BUNDLE",
+    help="A model and its name, instead of BUNDLE or beside it; repeatable.",
+)
 @click.option(
     "--customers",
     multiple=True,
@@ -56,22 +74,29 @@ QUEUE_MS = FiniteRange(min=0, min_open=True, max=86_400_000)
 )
 @click.option("--packed", multiple=True, metavar="[NAME=]FILE", help="Packed file of customers.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any free one.")
-@click.option("--grpc-port", type=click.IntRange(0, 65535), help="Answer over gRPC, too, on this port.")
+@click.option("--port", type=WholeRange(0, 65535), default=8080, show_default=True, help="0: any free one.")
+@click.option("--grpc-port", type=WholeRange(0, 65535), help="Answer over gRPC, too, on this port.")
 @click.option(
     "--admin-port",
-    type=click.IntRange(0, 65535),
-    help="Offer the admin API on this port, to keys with that right.",
+    type=WholeRange(0, 65535),
+    help="Offer the admin API on this port, to keys with that right; needs --keys and --audit-log.",
 )
 @click.option("--admin-host", default="127.0.0.1", show_default=True, help="Address of the admin API.")
 @click.option("--audit-log", type=ANY_PATH, help="With --admin-port: a line for each change is added to this file.")
 @click.option("--provider", default="cpu", show_default=True, help="cpu, cuda, cuda:1 or tensorrt.")
 @click.option("--device", "devices", multiple=True, help="As --provider; with --processes repeatable, an engine each.")
 @click.option(
-    "--provider-option", "provider_options", multiple=True, metavar="KEY=VALUE", help="For the provider; repeatable."
+    "--provider-option",
+    "provider_options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Option of ONNX Runtime's provider, such as gpu_mem_limit=8589934592; repeatable.",
 )
 @click.option(
-    "--processes", type=click.IntRange(0, 256), default=0, help="Processes beside the engines'; 0: one for all."
+    "--processes",
+    type=WholeRange(0, 256),
+    default=0,
+    help="Processes that talk to clients, beside one for each engine; 0: one process for all.",
 )
 @click.option(
     "--hang-seconds",
@@ -89,23 +114,7 @@ QUEUE_MS = FiniteRange(min=0, min_open=True, max=86_400_000)
     show_default=True,
     help="A model, or a listing of customers, may take so long to open; then the server ends. 0: ever.",
 )
-@click.option("--threads", type=click.IntRange(1, 1024), help="Threads within an operator.")
-@click.option("--buckets", metavar="ROWS:LENGTHS", help="Run in these shapes only, such as 1,8,32:32,128.")
-@click.option("--max-rows", type=COUNT, help="Rows of the table of customers; without it the table grows.")
-@click.option(
-    "--merged-cache-mib",
-    type=click.IntRange(0, 2**31 - 1),
-    default=0,
-    show_default=True,
-    help="MiB of merged weights of customers who have whole batches.",
-)
-@click.option("--max-answers", type=COUNT, default=8, show_default=True, help="Texts that are written side by side.")
-@click.option("--max-cache-mib", type=COUNT, default=1024, show_default=True, help="MiB of their keys and values.")
-@click.option("--max-batch-tokens", type=COUNT, default=16384, show_default=True, help="Rows x length of a run.")
-@click.option("--max-wait-ms", type=SECONDS, default=0.0, show_default=True, help="A free engine waits for more rows.")
-@click.option("--max-queue-rows", type=COUNT, default=4096, show_default=True, help="Rows that wait; then 429.")
-@click.option("--max-queue-ms", type=QUEUE_MS, help="What waits and runs may take so long, as measured; then 429.")
-@click.option("--max-body-mib", type=click.IntRange(1, 2047), default=64, show_default=True, help="MiB of a body.")
+@limit_options
 @click.option("--keys", type=EXISTING_FILE, help="File of keys; without it everybody is answered.")
 @click.option("--insecure", is_flag=True, help="Listen beyond this machine without keys.")
 @click.option("--tls-cert", type=EXISTING_FILE, help="Certificates, PEM.")
@@ -120,17 +129,17 @@ QUEUE_MS = FiniteRange(min=0, min_open=True, max=86_400_000)
     type=SECONDS,
     default=45.0,
     show_default=True,
-    help="Seconds for what was begun until then.",
+    help="Seconds after that for what was begun.",
 )
+@ray_options
 @click.option(
     "--count-customer",
     "counted",
     multiple=True,
     type=CustomerId(),
     metavar="ID",
-    help="Metrics and spans name it; repeatable.",
+    help="Metrics and spans name this customer, and none but those; repeatable.",
 )
-@ray_options
 @click.option("--otel", is_flag=True, help="Send OpenTelemetry spans, as the OTEL_ variables say.")
 @click.option("--check", is_flag=True, help="Open and check everything, each customer's file too, and end.")
 @click.option("--log-json", is_flag=True, help="Logs as lines of JSON on stderr, each request among them.")
@@ -228,7 +237,7 @@ def _run_options(**options: Any) -> "RunOptions":
 
     limits = Limits(
         max_queue_rows=options["max_queue_rows"],
-        max_queue_s=None if options["max_queue_ms"] is None else options["max_queue_ms"] / 1000,
+        max_queue_s=options["max_queue_ms"] / 1000,
         max_batch_tokens=options["max_batch_tokens"],
         max_wait_s=options["max_wait_ms"] / 1000,
     )

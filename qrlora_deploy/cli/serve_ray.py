@@ -5,7 +5,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from qrlora_deploy.cli.options import COUNT
+from qrlora_deploy.cli.ranges import COUNT
 from qrlora_deploy.errors import InputError
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,6 +18,9 @@ from qrlora_deploy.cli.options import (
     training_options,
 )
 from qrlora_deploy.cli.output import Output, progress_bar, show_remark, size_text
+
+if TYPE_CHECKING:
+    from qrlora_deploy.training.settings import TrainSettings
 
 
 @click.command("train")
@@ -98,6 +101,7 @@ def command(
         customer = train(checkpoint, frozen, examples, held_out, chosen, folder, resume, place, progress, begin)
         write_coefficients(customer, output)
     show_remark(customer.training)
+    _say_ended_early(customer.training["epochs"], chosen)
     _warn_of_one_answer(customer.task, customer.training)
     size_bytes = output.stat().st_size
     record = {"output": output, "size_bytes": size_bytes, "digest": customer.digest, "training": customer.training}
@@ -113,6 +117,13 @@ def _warn_of_damage(folder: Path) -> None:
     start = f"it goes on from {last.name}" if last else "it starts from the beginning"
     for line in passed:
         click.echo(f"Warning: {line}; {start}", err=True)
+
+
+def _say_ended_early(epochs: float, chosen: "TrainSettings") -> None:
+    """Say so where `--patience` was out before `--epochs` were over."""
+    if epochs < chosen.epochs:
+        gain = f"no gain on --eval in {chosen.patience}" if chosen.patience > 1 else "no gain on --eval"
+        click.echo(f"Note: ended after {epochs:g} of {chosen.epochs} epochs, {gain}; the best one is kept", err=True)
 
 
 def _warn_of_one_answer(task_name: str, record: Mapping[str, Any]) -> None:

@@ -10,7 +10,6 @@ import click
 
 from qrlora_deploy.cli.options import (
     BY_COEFFICIENTS,
-    COUNT,
     basis_option,
     common,
     customer_options,
@@ -20,6 +19,7 @@ from qrlora_deploy.cli.options import (
     training_options,
 )
 from qrlora_deploy.cli.output import Output, Table, TimedLines
+from qrlora_deploy.cli.ranges import COUNT
 from qrlora_deploy.errors import InputError, QrloraError
 
 SHOWN_FAILURES = 20
@@ -92,11 +92,12 @@ def command(
         "failed": len(failed),
         "customers a minute": report.customers_per_minute,
         "seconds": report.seconds,
-        "held-out rows alone": report.strangers,
     }
+    if report.strangers:
+        facts["customers with held-out rows alone"] = report.strangers
     rows = [[line.customer, line.reason] for line in failed[:SHOWN_FAILURES]]
     tables = [Table(["customer", "reason"], rows, "failed")] if rows else []
-    record = facts | {"output": output, "summary": report.summary}
+    record = facts | {"held-out rows alone": report.strangers, "output": output, "summary": report.summary}
     return Output(record, f"wrote {report.summary}", facts, tables, _failure(len(failed), report.summary))
 
 

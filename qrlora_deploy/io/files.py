@@ -46,7 +46,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         QrloraError: the disk is full or refuses the write.
     """
     check_file(path)
-    with _one_line(path), temporary_folder(path.parent, path.name) as place:
+    with writing(path), temporary_folder(path.parent, path.name) as place:
         temporary = place / path.name
         yield temporary
         _settle(place)
@@ -63,7 +63,7 @@ def atomic_files(folder: Path) -> Iterator[Path]:
         QrloraError: the disk is full or refuses the write.
     """
     check_report_folder(folder)
-    with _one_line(folder), temporary_folder(folder.parent, folder.name) as place:
+    with writing(folder), temporary_folder(folder.parent, folder.name) as place:
         content = place / folder.name
         content.mkdir()
         yield content
@@ -89,7 +89,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         QrloraError: the disk is full or refuses the write.
     """
     check_free_folder(path)
-    with _one_line(path), temporary_folder(path.parent, path.name) as place:
+    with writing(path), temporary_folder(path.parent, path.name) as place:
         temporary = place / path.name
         temporary.mkdir()
         yield temporary
@@ -104,7 +104,7 @@ def publish_folder(made: Path, path: Path) -> None:
         QrloraError: the disk is full or refuses it.
     """
     check_free_folder(path)
-    with _one_line(path):
+    with writing(path):
         _publish(made, made.parent, path)
 
 
@@ -122,7 +122,12 @@ def _publish(made: Path, place: Path, path: Path) -> None:
 
 
 @contextmanager
-def _one_line(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the disk refuses within the block into one line that names `path`.
+
+    Raises:
+        QrloraError: the disk is full or refuses it.
+    """
     try:
         yield
     except (OSError, safetensors.SafetensorError) as error:

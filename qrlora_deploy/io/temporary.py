@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 try:
     import fcntl
@@ -123,6 +124,24 @@ def lock_folder(folder: Path) -> int | None:
         os.write(descriptor, "\n".join(_machine()).encode())
         return descriptor
     os.close(descriptor)
+    return None
+
+
+def open_locked(path: Path) -> IO[bytes] | None:
+    """Open a file, to be read and to be added to, and lock it until it is closed; None where another process holds it.
+
+    Raises:
+        OSError: the disk is full or refuses it.
+    """
+    for _ in range(ATTEMPTS):
+        file = path.open("a+b")
+        if _take(file.fileno()) is False:
+            file.close()
+            return None
+        # Whoever had the lock may have removed the file, or given it another name, between these lines.
+        if _is_there(path, file.fileno()):
+            return file
+        file.close()
     return None
 
 

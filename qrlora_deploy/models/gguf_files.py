@@ -59,7 +59,7 @@ def convert_gguf(source: Path, output: Path, dtype: str = "fp32") -> dict[str, A
             model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
             tokenizer.save_pretrained(folder)
         written = Checkpoint(folder, str(output))
-        written.check_base()
+        _check_whole(written, source)
         if not torch.equal(_answer(written.load_model(dtype=DTYPES[dtype])), expected):
             raise QrloraError(f"{output} would not answer as {source} does: the conversion went wrong")
         record = {
@@ -73,6 +73,14 @@ def convert_gguf(source: Path, output: Path, dtype: str = "fp32") -> dict[str, A
         }
         write_json(folder / RECORD, record)
     return record
+
+
+def _check_whole(written: Checkpoint, source: Path) -> None:
+    try:
+        written.check_base()
+    except InputError as error:
+        # What was written is not left: the file is what its reader knows.
+        raise InputError(f"{source} cannot be converted: {str(error).removeprefix(f'{written.folder}: ')}") from error
 
 
 def _check_kind(source: Path) -> None:

@@ -77,7 +77,8 @@ class LowRankUpdate:
 
     def energy(self) -> float:
         """As `Update.energy`."""
-        return max(0.0, self.scale**2 * float(np.sum((self.b.T @ self.b) * (self.a @ self.a.T))))
+        # Rounding may leave a hair below zero, and NaN must stay NaN.
+        return float(np.maximum(self.scale**2 * np.sum((self.b.T @ self.b) * (self.a @ self.a.T)), 0.0))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.s
 PREFIX = "base_model.model."
 FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<part>[AB])\.weight")
 MAX_CONFIG_BYTES = 2**22
+MAX_ALPHA = 1e30
+"""Beyond any that is meant, and its square is a number."""
+Alpha = Annotated[float, Field(ge=-MAX_ALPHA, le=MAX_ALPHA, allow_inf_nan=False)]
 
 
 class _Config(BaseModel):
@@ -29,12 +32,12 @@ class _Config(BaseModel):
 
     peft_type: str
     r: int = Field(gt=0)
-    lora_alpha: float
+    lora_alpha: Alpha
     use_rslora: bool = False
     use_dora: bool = False
     bias: str = "none"
     rank_pattern: dict[str, int] = {}
-    alpha_pattern: dict[str, float] = {}
+    alpha_pattern: dict[str, Alpha] = {}
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,8 @@ def _update(weights: Path, path: str, parts: Mapping[str, torch.Tensor], config:
     a, b = parts.get("A"), parts.get("B")
     if a is None or b is None or a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
         raise FileFormatError(f"{weights}: the factors of {path} are incomplete or do not fit each other")
+    if not (a.is_floating_point() and b.is_floating_point()):
+        raise FileFormatError(f"{weights}: the factors of {path} are no floating-point numbers")
     rank = a.shape[0]
     said = _of_pattern(config.rank_pattern, path, config.r)
     if rank != said:

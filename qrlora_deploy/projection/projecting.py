@@ -1,5 +1,6 @@
 """A LoRA or a tuned checkpoint as a customer of a basis."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -99,7 +100,7 @@ def _project_lora(source: Path, checkpoint: Checkpoint, basis: Basis, labels: tu
     for name, update in lora.updates.items():
         path, layer = resolve_layer(model, name)
         _check_shape(source, path, layer, update)
-        _add(tally, targets.get(path), path, update)
+        _add(source.name, tally, targets.get(path), path, update)
     head = _head_of(source, checkpoint, lora.others)
     outputs = len(next(iter(head.values()))) if head else len(checkpoint.labels)
     same = all(_is(checkpoint, name, lora.others[name]) for name in head)
@@ -118,7 +119,7 @@ def _project_tuned(tuned: Checkpoint, checkpoint: Checkpoint, basis: Basis) -> P
     for name, delta in changes(checkpoint, tuned, heads):
         target = targets.get(name)
         turned = target is not None and is_conv1d(resolve_layer(model, target.name)[1])
-        _add(tally, target, name, DenseUpdate(delta.T if turned else delta))
+        _add(tuned.name, tally, target, name, DenseUpdate(delta.T if turned else delta))
     head = {name: tuned.read(name).float().numpy() for name in heads if name in tuned.stored}
     same = all(name in tuned.stored and _equal(checkpoint, tuned, name) for name in heads)
     origin = {"kind": "checkpoint", "name": tuned.folder.name, "digest": tuned.digest}
@@ -129,9 +130,14 @@ def _equal(checkpoint: Checkpoint, tuned: Checkpoint, name: str) -> bool:
     return checkpoint.tensor_digest(name) == tuned.tensor_digest(name)
 
 
-def _add(tally: Tally, target: BasisTarget | None, name: str, update: Update) -> None:
+def _add(source: str, tally: Tally, target: BasisTarget | None, name: str, update: Update) -> None:
+    with np.errstate(all="ignore"):
+        energy = update.energy()
+    # Also of what the basis has no target for: the share is one of all of them.
+    if not math.isfinite(energy):
+        raise InputError(f"{source} changes {name} by NaN or Inf, or by more than numbers can hold; it is damaged")
     if target is None:
-        tally.lost[name] = update.energy()
+        tally.lost[name] = energy
     else:
         tally.held[target.name] = hold(target, update)
 
@@ -195,7 +201,10 @@ def _finished(
         head=head,
         basis_file=str(basis.file) if basis.file else "",
     )
-    made = tally.projection(customer)
+    try:
+        made = tally.projection(customer)
+    except InputError as error:
+        raise InputError(f"{origin['name']}: {error}") from error
     record = {"projected": origin | {"share": made.share}}
     return replace(made, customer=replace(made.customer, training=record))
 

@@ -75,6 +75,8 @@ def run(
     marks: dict[str, str | int] = {"base": base, "seed": seed, "rows": train_rows, "held_out_rows": held_out_rows}
     with resumable_folder(out, resume) as work:
         journal = Journal(work / JOURNAL, marks)
+        # Before anything is made: what goes on with it must know whose it is.
+        journal.save()
         way = _Way(work / MADE, journal, Clock(journal.entries.seconds), seed, device, progress)
         checkpoint, basis = way.prepare(base)
         for name in CUSTOMERS:

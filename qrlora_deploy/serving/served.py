@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from qrlora_deploy.data.labels import quoted
 from qrlora_deploy.errors import InputError, QrloraError
 from qrlora_deploy.runtime.bundle.bundle import Bundle
 from qrlora_deploy.serving.engine.protocol import Engine, EngineStats
@@ -80,6 +81,15 @@ class Models:
         """Counters of each model's engine."""
         return {name: model.engine.stats() for name, model in self._models.items()}
 
+    def check_room(self) -> None:
+        """As `Engine.check_room`, before it is read which model is asked: where there is one alone.
+
+        Raises:
+            OverloadedError: it has no room.
+        """
+        if len(self._models) == 1:
+            next(iter(self)).engine.check_room()
+
     def find(self, name: str | None, version: str | None = None) -> ServedModel:
         """The model of a name; the first one where a request names none.
 
@@ -89,7 +99,7 @@ class Models:
         if name is None:
             return next(iter(self))
         if name not in self._models:
-            raise UnknownModelError(f"there is no model {name!r:.80}; POST /v2/repository/index lists what there is")
+            raise UnknownModelError(f"there is no model {name!r:.80}; this server has {quoted(self._models)}")
         if version not in (None, "", VERSION):
             raise UnknownModelError(f"the model {name!r} has the version {VERSION} alone, not {version!r:.40}")
         return self._models[name]

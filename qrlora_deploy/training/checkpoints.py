@@ -15,7 +15,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from qrlora_deploy.errors import InputError, argument
-from qrlora_deploy.io.files import digest_file, flush_file, flush_folder, write_json
+from qrlora_deploy.io.files import digest_file, flush_file, flush_folder, write_json, writing
 from qrlora_deploy.io.temporary import lock_folder, remove_dead, remove_if_dead, remove_tree, unlocked
 
 SETTINGS = "settings.json"
@@ -211,10 +211,11 @@ def folder_of_run(output: Path) -> Path:
 
 
 def _lock(folder: Path) -> int | None:
-    try:
-        return lock_folder(folder)
-    except FileNotFoundError:  # another process had it for an empty one
-        return None
+    with writing(folder):
+        try:
+            return lock_folder(folder)
+        except FileNotFoundError:  # another process had it for an empty one
+            return None
 
 
 def _make_new(folder: Path, output: Path, worth: Callable[[Path], object]) -> None:

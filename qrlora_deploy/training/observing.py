@@ -79,6 +79,22 @@ class Observation:
             yield [part[row] for row in order[places]]
 
 
+def check_labels(checkpoint: Checkpoint, data: Sequence[Examples]) -> None:
+    """Hold data against the base's head, before anything is computed for `sensitivities`.
+
+    Raises:
+        InputError: the base has no head, or one that does not know a label; the line says what can be done.
+    """
+    outputs = base_outputs(checkpoint)
+    for part in data:
+        outputs.task.check_rows(part)
+        try:
+            outputs.task.encode(part, outputs.labels)
+        except InputError as error:
+            way = "leave such rows out, give the base a head for them by `warmup`, or choose another"
+            raise InputError(f"{error}; {way} {argument('spread')}") from error
+
+
 def sensitivities(
     checkpoint: Checkpoint,
     basis: Basis,

@@ -28,7 +28,10 @@ def check_start(start: Coefficients, checkpoint: Checkpoint, basis: Basis, outpu
         BasisMismatchError: it is of another basis or base.
         InputError: it is of another task or has other labels, or has an output layer that would be dropped.
     """
-    start.check_fits(basis)
+    try:
+        start.check_fits(basis)
+    except InputError as error:
+        raise type(error)(f"{argument('start')}: {error}") from error
     if start.base_digest != checkpoint.digest:
         raise BasisMismatchError(
             f"{argument('start')} is a customer of base {start.base_digest[:12]}, but {checkpoint.name} is "

@@ -299,3 +299,15 @@ def test_long_work_shows_lines_where_stderr_is_no_terminal(
         assert progress is not None
         progress("warm up", 3, 10)
     assert capsys.readouterr().err == "warm up: 3 of 10\n"
+
+
+def test_a_step_that_begins_in_long_work_is_told_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 5.0, 11.0, 12.0, 12.5])
+    monkeypatch.setattr(output_module.time, "monotonic", lambda: next(clock))
+    with output_module.progress_bar() as progress:
+        assert progress is not None
+        for description, done in (("export", 0), ("export", 1), ("parity check", 2), ("parity check", 3)):
+            progress(description, done, 4)
+    assert capsys.readouterr().err == "export: 1 of 4\nparity check: 2 of 4\n"

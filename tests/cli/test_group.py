@@ -10,6 +10,7 @@ import pytest
 from qrlora_deploy.cli import cli
 from qrlora_deploy.cli.group import COMMANDS, describe_error
 from qrlora_deploy.cli.output import Output, cell, plain, size_text
+from qrlora_deploy.cli.sections import SectionedCommand
 from qrlora_deploy.errors import CheckFailed, InputError
 from qrlora_deploy.version import __version__
 from tests.cli.running import ROOT, environment
@@ -26,6 +27,20 @@ def test_help_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> N
     assert ended([name, "--help"]) == 0
     shown = capsys.readouterr().out
     assert "Example" in shown and f"qrlora-deploy {name}" in shown
+
+
+@pytest.mark.parametrize("name", ["serve", "bench", "generate"])
+def test_the_help_of_many_options_has_sections(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = cli.get_command(click.Context(cli), name)
+    assert isinstance(command, SectionedCommand)
+    assert ended([name, "--help"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    titles = [line.removesuffix(":") for line in shown if line.endswith(":") and not line.startswith(" ")]
+    assert titles == list(command.sections.values())
+    options = [
+        parameter for parameter in command.get_params(click.Context(command)) if parameter.param_type_name != "argument"
+    ]
+    assert all(any(line.lstrip().startswith(option.opts[0]) for line in shown) for option in options)
 
 
 def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:

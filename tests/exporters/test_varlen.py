@@ -42,6 +42,8 @@ from tests.exporters.test_switchable import save_encoder
 from tests.runtime.fire import made_up_customer, made_up_inputs
 from tests.tolerances import FP16_DEVICES, FP32_ONNX
 
+CUDA: dict[str, Any] = {"padding_free": True, "provider": "cuda", "precision": "fp16"}
+
 LENGTHS = ([6, 6], [1, 6], [3, 1], [6], [1], [2, 5, 6, 1])
 
 
@@ -52,7 +54,13 @@ class PackedAttention(OpRun):
 
     def _run(self, *arrays: Any, num_heads: int = 1, scale: float | None = None) -> tuple[np.ndarray]:
         query, key, value, bias, offsets, borders, added = (*arrays, None)[:7]
-        assert bias is None and sorted(offsets.flatten()) == list(range(offsets.size))
+        assert sorted(offsets.flatten()) == list(range(offsets.size))
+        if query.ndim == 4:
+            # All three, head by head.
+            assert key is None and value is None and query.shape[1:3] == (num_heads, 3)
+            query, key, value = (query[:, :, part].reshape(len(query), -1) for part in range(3))
+        if bias is not None:
+            query, key, value = (it + own for it, own in zip((query, key, value), np.split(bias, 3), strict=True))
         size = query.shape[1] // num_heads
         # Behind the last row the kernel writes nothing.
         output = np.full_like(query, np.nan)
@@ -123,6 +131,12 @@ def test_packed_attention_without_what_it_needs_is_refused(options: dict[str, An
     assert not OnnxOptions(**options).packs
     assert OnnxOptions(padding_free=True, provider="cuda", precision="fp16").packs
     assert not OnnxOptions(padding_free=True, provider="cuda", precision="fp16", attention="standard").packs
+    assert OnnxOptions(**CUDA, small_batches=True).packs
+    for further in ({"attention": "standard"}, {"merged_cache": True}, {"padding_free": False}):
+        with pytest.raises(InputError, match="small_batches is for packed attention"):
+            OnnxOptions(
+                **{"padding_free": True, "provider": "cuda", "precision": "fp16", "small_batches": True} | further
+            )
     with pytest.raises(InputError, match="unknown attention 'flash'; choose from auto, standard, packed"):
         OnnxOptions(attention="flash")
 
@@ -134,6 +148,9 @@ class FakeSession:
         self.graph = onnx.load(path, load_external_data=False).graph
         self.evaluator = ReferenceEvaluator(str(path), new_ops=[PackedAttention])
         self.bound: dict[str, np.ndarray] = {}
+
+    def get_providers(self) -> list[str]:
+        return ["CPUExecutionProvider"]
 
     def get_inputs(self) -> list[Any]:
         return list(self.graph.input)
@@ -257,15 +274,20 @@ def test_a_batch_runs_in_the_graph_for_its_padding_and_the_other_is_opened_once(
     assert found == [1, 2, 2, 2, 2] and opened == [2]
 
 
-@pytest.fixture(scope="module", params=[("mpnet", "fp16"), ("roberta", "fp16")])
+@pytest.fixture(scope="module", params=[("mpnet", False), ("roberta", False), ("roberta", True)])
 def on_cuda(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, texts: Examples) -> Any:
     """A switchable and a merged bundle with packed attention, and the customer of the second."""
-    name, precision = request.param
+    name, small_batches = request.param
     folder = tmp_path_factory.mktemp("packed")
     checkpoint = open_checkpoint(str(save_encoder(name, folder / "base")))
     basis = factorize(checkpoint, choose_targets(checkpoint.skeleton()), EnergyShare(0.5))
     options = OnnxOptions(
-        data=texts, padding_free=True, attention="packed", provider="cuda", precision=precision, head_labels=0
+        data=texts,
+        padding_free=True,
+        attention="packed",
+        provider="cuda",
+        precision="fp16",
+        small_batches=small_batches,
     )
     values = np.random.default_rng(5).uniform(0.3, 1.0, basis.total_rank).astype(np.float32)
     customer = Coefficients(

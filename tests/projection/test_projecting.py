@@ -129,7 +129,7 @@ def test_training_goes_on_from_a_projected_customer(tiny_base: Path, whole_basis
     trained = qr.train(tiny_base, whole_basis, rows, start=made.customer, epochs=1, max_length=32, learning_rate=0.05)
     assert np.abs(trained.values - made.customer.values).max() > 1e-3
     wrong = qr.factorize(tiny_base, tau=0.3, targets=("query", "value"))
-    with pytest.raises(BasisMismatchError, match="trained on basis"):
+    with pytest.raises(BasisMismatchError, match="start: the coefficients were trained on basis"):
         qr.train(tiny_base, wrong, rows, start=made.customer, epochs=1, max_length=32)
 
 
@@ -148,6 +148,9 @@ def edit(folder: Path, **changes: Any) -> None:
         ({"r": "many"}, "is no config of a LoRA"),
         ({"r": 5}, "has rank 4, the config says 5"),
         ({"alpha_pattern": {"(": 3}}, "is none"),
+        ({"lora_alpha": float("nan")}, "is no config of a LoRA: lora_alpha"),
+        ({"lora_alpha": 1e308}, "is no config of a LoRA: lora_alpha"),
+        ({"alpha_pattern": {"query": float("inf")}}, "is no config of a LoRA: alpha_pattern"),
     ],
 )
 def test_other_adapters_are_refused_in_one_line(
@@ -177,10 +180,17 @@ def test_damaged_and_foreign_folders_are_refused(tiny_base: Path, tiny_basis: Ba
         ),
         (tensors | {"base_model.model.x.lora_embedding_A": torch.zeros(4, 9)}, "no LoRA of a linear layer"),
         ({key.replace("layer.0", "layer.7"): value for key, value in tensors.items()}, "has no layer"),
+        (tensors | {name: torch.full_like(tensors[name], torch.nan)}, r"lora changes .* by NaN or Inf"),
+        (tensors | {name: tensors[name].int()}, "are no floating-point numbers"),
     ):
         save_file(changed, weights)
         with pytest.raises(InputError, match=line):
             qr.project(lora, tiny_base, tiny_basis)
+    # What the basis has no target for would make the share no number.
+    keys_alone = qr.factorize(tiny_base, rank=1, targets=("key",))
+    save_file(tensors | {name: torch.full_like(tensors[name], torch.inf)}, weights)
+    with pytest.raises(InputError, match="by NaN or Inf"):
+        qr.project(lora, tiny_base, keys_alone)
     weights.unlink()
     (lora / "adapter_model.bin").write_bytes(b"pickle")
     with pytest.raises(InputError, match="is a pickle, which is not read"):

@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 import qrlora_deploy as qr
 from qrlora_deploy.cli import cli
+from qrlora_deploy.errors import BasisMismatchError, InputError
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import Coefficients
 from qrlora_deploy.models.checkpoint import open_checkpoint
@@ -59,6 +60,10 @@ def test_a_narrower_basis_says_what_it_holds_and_a_run_goes_on(
     written = (moved / "acme.safetensors").stat().st_mtime_ns
     assert qr.rebase(customers, narrow, moved, basis=tiny_basis) == done
     assert (moved / "acme.safetensors").stat().st_mtime_ns == written and (moved / "umbrella.safetensors").is_file()
+    # What an earlier run was content with need not be enough for this one.
+    again = qr.rebase(customers, narrow, moved, basis=tiny_basis, least_share=0.999)
+    assert [one.share for one in again] == [one.share for one in done]
+    assert all("less than 0.999" in one.refused and "is there from an earlier run" in one.refused for one in again)
 
 
 def test_another_base_takes_customers_and_keeps_their_updates(
@@ -70,8 +75,11 @@ def test_another_base_takes_customers_and_keeps_their_updates(
             parameter.add_(0.001 * torch.ones_like(parameter))
     model.save_pretrained(tmp_path / "second")
     second = qr.factorize(tmp_path / "second", tau=1.0, targets=("query", "value"))
-    refused = qr.rebase(customers, second, tmp_path / "none", basis=tiny_basis)
-    assert all("made from other weights" in one.refused and "give its base by base" in one.refused for one in refused)
+    with pytest.raises(InputError, match=r"made from other weights.*give its base by base"):
+        qr.rebase(customers, second, tmp_path / "none", basis=tiny_basis)
+    with pytest.raises(BasisMismatchError, match="made from other weights than"):
+        qr.rebase(customers, second, tmp_path / "none", base=tiny_base)
+    assert not (tmp_path / "none").exists()
     done = qr.rebase(customers, second, tmp_path / "moved", basis=tiny_basis, base=tmp_path / "second")
     assert all(one.share is not None and one.share > 0.5 for one in done)
     found = qr.Coefficients.load(tmp_path / "moved" / "acme.safetensors")
@@ -96,3 +104,32 @@ def test_the_command_refuses_customers_below_the_share(
     assert "broken" in ran.output and not list((tmp_path / "out").iterdir())
     same = CliRunner().invoke(cli, ["rebase", str(tmp_path / "in"), *places, "-o", str(tmp_path / "in")])
     assert same.exit_code == 2 and "holds the customers themselves" in same.output
+
+
+def test_places_that_cannot_be_meant_are_refused_at_once(
+    customers: Path, tiny_base: Path, tiny_basis: Basis, tmp_path: Path
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    for source, output, said in (
+        (tmp_path / "notes.txt", "moved", "notes.txt is no customer's file; give one like acme.safetensors"),
+        (customers, "notes.txt", "notes.txt is a file; give the name of a folder to output"),
+        (customers, "notes.txt/moved", "cannot be made: Not a directory"),
+    ):
+        with pytest.raises(InputError, match=said):
+            qr.rebase(source, tiny_basis, tmp_path / output, basis=tiny_basis)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt"]
+
+
+def test_a_run_for_another_base_makes_its_own_files(
+    customers: Path, tiny_base: Path, tiny_basis: Basis, tmp_path: Path
+) -> None:
+    # The basis fits both: their targets are equal, and another tensor is not.
+    model = open_checkpoint(str(tiny_base)).load_model()
+    with torch.no_grad():
+        model.classifier.bias.add_(1)
+    model.save_pretrained(tmp_path / "second")
+    moved = tmp_path / "moved"
+    qr.rebase(customers, tiny_basis, moved, basis=tiny_basis)
+    qr.rebase(customers, tiny_basis, moved, basis=tiny_basis, base=tmp_path / "second")
+    found = qr.Coefficients.load(moved / "acme.safetensors")
+    assert found.base_digest == open_checkpoint(str(tmp_path / "second")).digest

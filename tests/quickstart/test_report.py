@@ -45,7 +45,8 @@ def test_text_holds_every_figure(report: QuickstartReport) -> None:
 
 def test_text_says_where_the_files_are(report: QuickstartReport) -> None:
     assert "nothing was kept" in printed(report)
-    assert "kept in trial" in printed(replace(report, folder=Path("trial")))
+    kept = printed(replace(report, folder=Path("trial")))
+    assert "kept in trial" in kept and "qrlora-deploy predict trial/banking-bundle" in kept
 
 
 def test_json_holds_the_whole_report(report: QuickstartReport) -> None:

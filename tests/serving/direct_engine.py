@@ -38,6 +38,10 @@ class DirectEngine:
             session.load(name, customer)
         self.pool = ThreadPoolExecutor(1)
 
+    def check_room(self) -> None:
+        if self._admitted >= self.max_rows:
+            raise OverloadedError("the queue is full")
+
     def admit(self, load: Load, customers: Sequence[str | None], deadline_s: float | None = None) -> DirectTicket:
         if self._stats.draining:
             raise DrainingError("the server ends")

@@ -282,6 +282,15 @@ def test_whatever_comes_is_answered_or_is_the_clients_mistake(
     assert reply.status_code == 200 or set(reply.json()) == {"error"}
 
 
+@pytest.mark.parametrize("path", ["/v1/classify", "/v1/embeddings", "/v2/models/tiny/infer"])
+def test_what_there_is_no_room_for_is_not_read(client: TestClient, model: ServedModel, path: str) -> None:
+    model.engine.max_rows = 0  # type: ignore[attr-defined]
+    reply = client.post(path, content=b"no JSON")
+    assert reply.status_code == 429 and reply.headers["retry-after"] == "1" and "queue is full" in reply.json()["error"]
+    model.engine.max_rows = 4096  # type: ignore[attr-defined]
+    assert client.post(path, content=b"no JSON").status_code == 400
+
+
 def test_a_full_queue_says_when_to_come_again(client: TestClient, model: ServedModel) -> None:
     model.engine.max_rows = 2  # type: ignore[attr-defined]
     reply = client.post("/v1/classify", json={"texts": TEXTS})

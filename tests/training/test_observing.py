@@ -159,6 +159,15 @@ def test_a_basis_by_data_from_the_command_line(tiny_base: Path, tmp_path: Path) 
     assert basis.weighting is not None and basis.weighting.files[0].rows == len(SENTENCES)
 
 
+def test_labels_that_the_head_does_not_know_are_refused_before_a_weight_is_factorized(
+    bert: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("qrlora_deploy.api.factorizing.factorize_layers")
+    strange = Examples(["pay the rent"], None, ["astrology"], "acme")
+    with pytest.raises(InputError, match="unknown label 'astrology'.*`warmup`, or choose another spread"):
+        qr.factorize(bert, budget=9, spread="sensitivity", data=strange, batches=1)
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [

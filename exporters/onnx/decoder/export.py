@@ -78,7 +78,8 @@ def export_decoder(job: ExportJob, options: OnnxOptions) -> Manifest:
         model = write_decoder(plan, folder, MODEL_FILE)
         progress(2)
         session = open_for_check(folder / MODEL_FILE, options.precision, options.provider)
-        report = check_decoder(session, [case], options.precision, folder / MODEL_FILE, decoder.shape.positions)
+        positions = decoder.shape.positions
+        report = check_decoder(session, [case], options.precision, folder / MODEL_FILE, positions, job.progress)
         report.raise_if_failed()
         progress(3)
         made = Made(model, case, report, options.provider)

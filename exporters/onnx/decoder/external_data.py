@@ -40,7 +40,8 @@ class ExternalData:
         self._file.write(bytes(-self._file.tell() % ALIGNMENT))
         offset = self._file.tell()
         # Bytes, as NumPy writes no numbers of other packages.
-        array.reshape(-1).view(np.uint8).tofile(self._file)
+        # Not by `tofile`, which does not say that the disk is full.
+        self._file.write(array.reshape(-1).view(np.uint8).data)
         kind = np_dtype_to_tensor_dtype(array.dtype)
         proto = TensorProto(name=name, data_type=kind, dims=array.shape, data_location=TensorProto.EXTERNAL)
         for key, value in (("location", self._name), ("offset", offset), ("length", array.nbytes)):

@@ -88,6 +88,6 @@ def check_room(bundle: Bundle, workloads: Sequence[Workload], new_tokens: int) -
     longest = max((workload.length or 1 for workload in workloads), default=1)
     if longest + new_tokens > most:
         raise InputError(
-            f"{argument('lengths', [longest])} with {argument('new_tokens', new_tokens)}: {bundle.folder} takes at "
-            f"most {most} tokens, its answer included"
+            f"a prompt of {longest} tokens with {argument('new_tokens', new_tokens)}: {bundle.folder} takes at most "
+            f"{most} tokens, its answer included"
         )

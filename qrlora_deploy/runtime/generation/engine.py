@@ -213,7 +213,7 @@ class Engine:
     def _take(self, running: Running, choice: Choice | QrloraError) -> None:
         """Tell a token; the row leaves where it was the last."""
         if isinstance(choice, QrloraError):
-            self._end(running, "error", choice)
+            self._end(running, "error", type(choice)(f"{running.customer or 'the base'}: {choice}"))
             return
         piece = running.writer.write(choice)
         running.events.append(GenerationEvent(running.number, piece, (choice,), shown=running.writer.shown))

@@ -11,6 +11,7 @@ from qrlora_deploy.runtime.bundle.row_layout import SLOT, TABLE
 from qrlora_deploy.runtime.generation.budget import refused_without_memory
 from qrlora_deploy.runtime.generation.cache import CacheShape
 from qrlora_deploy.runtime.generation.stepping import GREEDY, INPUTS, LOGITS, Answers, HostStep, Step
+from qrlora_deploy.runtime.host.captures import CAPTURES
 from qrlora_deploy.runtime.sessions.running import run_bound
 from qrlora_deploy.runtime.table.memory import TableMemory
 
@@ -124,7 +125,8 @@ class DecoderGraph:
         if bound is None or not bound.serves(cache, memory):
             # A table that has grown lies elsewhere: what is bound to the old one is all that keeps it in memory.
             self._bound = {key: other for key, other in self._bound.items() if other.memory is memory}
-            bound = self._bound[key] = _Bound(self._session, self._step_of(*shape), cache, 0, self._kept_options())
+            step, options = self._step_of(*shape), self._kept_options()
+            bound = self._bound[key] = _Bound(self._session, step, cache, 0, options, captures=options is not None)
             bound.step.total[...] = total
         return bound
 
@@ -143,11 +145,13 @@ class DecoderGraph:
 
 
 class _Bound:
-    """A step, bound to a part of a cache."""
+    """A step, bound to a part of a cache; on a GPU its first run may be one that is captured."""
 
-    def __init__(self, session: Any, step: Step, cache: Cache, first: int, options: Any) -> None:
+    def __init__(
+        self, session: Any, step: Step, cache: Cache, first: int, options: Any, captures: bool = False
+    ) -> None:
         self.step, self.cache, self.generation = step, cache, cache.generation
-        self._session, self._options = session, options
+        self._session, self._options, self._captures = session, options, captures
         self._binding = session.io_binding()
         step.bind(self._binding)
         cache.bind(self._binding, first, step.rows)
@@ -164,7 +168,10 @@ class _Bound:
             self.memory = memory
             memory.bind(self._binding)
         self.step.upload()
-        run_bound(self._session, self._binding, self._options)
+        # Runs on a GPU have options.
+        with CAPTURES.of(self._options is not None, self._captures):
+            run_bound(self._session, self._binding, self._options)
+        self._captures = False
         return self.step.answers()
 
 

@@ -10,15 +10,19 @@ from typing import IO, Any
 from pydantic import ConfigDict, Field
 
 from qrlora_deploy.errors import FileFormatError, InputError, argument, fields_for_arguments
-from qrlora_deploy.io.files import atomic_file
+from qrlora_deploy.io.files import atomic_file, writing
 from qrlora_deploy.io.outputs import check_replaceable
 from qrlora_deploy.io.reading import parse_json
+from qrlora_deploy.io.temporary import open_locked
 from qrlora_deploy.runtime.generation.requests import GenerationAnswer, GenerationRequest
 from qrlora_deploy.runtime.generation.sampling import Sampling
 from qrlora_deploy.runtime.prediction.requests import MAX_LINE_BYTES, OwnedLine, parse_line
 
 PARTIAL = ".partial"
 """Behind the name of a file of answers that is not whole."""
+
+HEADER = "requests_digest"
+"""The one entry of its first line."""
 
 MAX_HEADER_BYTES = 4096
 
@@ -153,47 +157,82 @@ def answer_record(answer: GenerationAnswer) -> dict[str, Any]:
 class AnswerFile:
     """Answers, a line each, in the order of the requests. The file takes its name when it is whole.
 
-    Until then it is `<name>.partial`, whose first line says what was asked.
+    Until then it is `<name>.partial`, whose first line says what was asked, locked as long as it is written.
 
     Args:
         path: the file.
         requests: what is asked, as `read_generation_requests` gives it.
         model: what decides the answers besides, such as the bundle's digests.
-        resume: go on with what an interrupted run has written.
+        resume: go on with what an interrupted run has written; without it that is refused, and a part of other requests
+            is replaced.
 
     Attributes:
         done: answers that are written.
 
     Raises:
-        InputError: there is a part of other requests, or the file is there and holds something else than answers.
+        InputError: there is a part of other requests to go on with, or of these and nobody asked for it, or another
+            process writes it, or a file that is there holds something else.
     """
 
     def __init__(self, path: Path, requests: Sequence[Asked], model: Mapping[str, Any], resume: bool = False) -> None:
         check_replaceable(path, "file of answers", _is_answers)
         self.path, self.partial = path, path.with_name(path.name + PARTIAL)
-        self._header = json.dumps({"requests_digest": _digest(requests, model)}).encode() + b"\n"
-        self.done = self._cut_to_whole_lines(len(requests)) if resume and self.partial.exists() else 0
-        if not self.done:
-            self.partial.write_bytes(self._header)
+        check_replaceable(self.partial, "part of a file of answers", _is_part)
+        self._header = json.dumps({HEADER: _digest(requests, model)}).encode() + b"\n"
         self._waiting: dict[int, dict[str, Any]] = {}
-        self._file = self.partial.open("ab")
+        with writing(self.partial):
+            file = open_locked(self.partial)
+        if file is None:
+            raise InputError(f"another process is writing {self.path}: it holds {self.partial}")
+        self._file = file
+        try:
+            with writing(self.partial):
+                self.done = self._go_on(len(requests), resume)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _go_on(self, most: int, resume: bool) -> int:
+        """The answers that are there; the part holds these and the header alone afterwards."""
+        self._file.seek(0)
+        header = self._file.readline(MAX_HEADER_BYTES)
+        # One that was cut within its header holds no answer.
+        ours, empty = header == self._header, not header.endswith(b"\n")
+        if resume and not (ours or empty):
+            raise InputError(
+                f"{self.partial} answers other requests, or by another model; remove it, or leave out "
+                f"{argument('resume')}"
+            )
+        done = self._cut_to_whole_lines(most) if ours else 0
+        if done and not resume:
+            raise InputError(
+                f"{self.partial} holds {done} answers of an interrupted run of these requests; go on by "
+                f"{argument('resume', True)}, or remove it to start again"
+            )
+        if not done:
+            self._file.truncate(0)
+            self._file.write(self._header)
+            self._file.flush()
+        return done
 
     def add(self, number: int, record: dict[str, Any]) -> None:
         """Take the answer to the request `number`; it is written when all before it are."""
         self._waiting[number] = record
-        while self.done in self._waiting:
-            line = json.dumps(self._waiting.pop(self.done), ensure_ascii=False)
-            self._file.write(line.encode("utf-8", "surrogatepass") + b"\n")
-            self.done += 1
-        self._file.flush()
+        with writing(self.partial):
+            while self.done in self._waiting:
+                line = json.dumps(self._waiting.pop(self.done), ensure_ascii=False)
+                self._file.write(line.encode("utf-8", "surrogatepass") + b"\n")
+                self.done += 1
+            self._file.flush()
 
     def finish(self) -> None:
         """Give the file its name; every answer is there."""
-        self._file.close()
-        with atomic_file(self.path) as whole, self.partial.open("rb") as source, whole.open("wb") as target:
-            source.readline()
-            shutil.copyfileobj(source, target)
+        self._file.seek(0)
+        self._file.readline()
+        with atomic_file(self.path) as whole, whole.open("wb") as target:
+            shutil.copyfileobj(self._file, target)
         self.partial.unlink()
+        self._file.close()
 
     def close(self) -> None:
         """Stop; the part stays."""
@@ -208,24 +247,25 @@ class AnswerFile:
 
     def _cut_to_whole_lines(self, most: int) -> int:
         """Lines that are whole; a line that was cut off by the interruption is removed."""
-        with self.partial.open("rb+") as file:
-            if file.readline(MAX_HEADER_BYTES) != self._header:
-                raise InputError(
-                    f"{self.partial} answers other requests, or by another model; remove it, or leave out "
-                    f"{argument('resume')}"
-                )
-            lines, end = 0, file.tell()
-            for line in file:
-                if not line.endswith(b"\n") or lines == most:
-                    break
-                lines, end = lines + 1, end + len(line)
-            file.truncate(end)
+        lines, end = 0, self._file.tell()
+        for line in self._file:
+            if not line.endswith(b"\n") or lines == most:
+                break
+            lines, end = lines + 1, end + len(line)
+        self._file.truncate(end)
         return lines
 
 
 def _is_answers(path: Path) -> bool:
     with path.open("rb") as file:
         return b'"finish_reason"' in file.readline(MAX_LINE_BYTES)
+
+
+def _is_part(path: Path) -> bool:
+    with path.open("rb") as file:
+        start = file.read(MAX_HEADER_BYTES)
+    expected = f'{{"{HEADER}": '.encode()
+    return start.startswith(expected[: len(start)])
 
 
 def _digest(requests: Sequence[Asked], model: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """Text in, labels or embeddings out, from a bundle alone."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from qrlora_deploy.tokenization.words import NO_TOKEN, LocatedWords
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer for one text.
+    """The answer for one text; shown without its logits, which may be hundreds of numbers.
 
     Attributes:
         label: the name of the most likely output; of a regression the name of its only one; of tagged words that of the
@@ -34,7 +34,7 @@ class Prediction:
 
     label: str
     score: float
-    logits: tuple[float, ...] | tuple[tuple[float, ...], ...]
+    logits: tuple[float, ...] | tuple[tuple[float, ...], ...] = field(repr=False)
     labels: tuple[str, ...] = ()
     spans: tuple[Span, ...] = ()
 

@@ -9,6 +9,7 @@ import onnxruntime
 
 from qrlora_deploy.runtime.bundle.bundle import Manifest
 from qrlora_deploy.runtime.bundle.row_layout import SLOT
+from qrlora_deploy.runtime.host.captures import CAPTURES
 from qrlora_deploy.runtime.sessions.buckets import Buckets
 from qrlora_deploy.runtime.sessions.layouts import layout_of
 from qrlora_deploy.runtime.sessions.packed_tokens import dtype_of
@@ -93,7 +94,9 @@ class BucketRunner:
             bound.inputs[SLOT][:batch] = slot
             bound.inputs[SLOT][batch:] = 0
         bound.buffers.upload()
-        run_bound(self._session, bound.binding, bound.options)
+        with CAPTURES.of(self._gpu is not None, captures=not bound.captured):
+            run_bound(self._session, bound.binding, bound.options)
+        bound.captured = True
         bound.buffers.download()
         answer = bound.logits[:batch]
         return (answer if answer.ndim < 3 else answer[:, :length]).copy()
@@ -137,7 +140,7 @@ class BucketRunner:
         return options
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Bound:
     """A bucket with its memory: what is written into `inputs`, and `logits` when it has run."""
 
@@ -147,6 +150,7 @@ class _Bound:
     inputs: dict[str, np.ndarray]
     logits: np.ndarray
     memory: Bindable | None
+    captured: bool = False
 
 
 class _HostBuffers:

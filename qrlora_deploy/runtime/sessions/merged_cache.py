@@ -5,6 +5,7 @@ one customer, and were before, his weights are made on the device, in a fraction
 version: whoever asks names it, and another one is never given.
 """
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -16,16 +17,19 @@ import numpy as np
 from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.runtime.bundle.bundle import Bundle
 from qrlora_deploy.runtime.bundle.row_layout import HEAD_TABLE, SLOT, TABLE
+from qrlora_deploy.runtime.host.captures import CAPTURES
 from qrlora_deploy.runtime.host.devices import Device
 from qrlora_deploy.runtime.sessions.bucket_runner import BucketRunner
 from qrlora_deploy.runtime.sessions.buckets import Buckets
 from qrlora_deploy.runtime.sessions.merged_weights import CudaWeights, HostWeights, Weights
 from qrlora_deploy.runtime.sessions.packed_tokens import is_packed
-from qrlora_deploy.runtime.sessions.running import Inputs, PlainRunner, run_bound, text_inputs
+from qrlora_deploy.runtime.sessions.running import Inputs, PlainRunner, is_on_gpu, run_bound, text_inputs
 from qrlora_deploy.runtime.sessions.shared import shared_session
 from qrlora_deploy.runtime.sessions.token_index import is_plain_text
 from qrlora_deploy.runtime.sessions.worker import Worker
 from qrlora_deploy.runtime.table.memory import TableMemory
+
+_log = logging.getLogger(__name__)
 
 BATCHES = 2
 """Batches of one version before its weights are merged: a merge costs more than one batch saves."""
@@ -119,7 +123,7 @@ class MergedCache:
         self._kept: OrderedDict[str | None, _Kept] = OrderedDict()
         self._seen: OrderedDict[tuple[str | None, str], int] = OrderedDict()
         self._lock, self._one_merge = threading.Lock(), threading.Lock()
-        self.merges = self.hits = 0
+        self.merges = self.hits = self._discards = 0
         self._worker = worker if captured else None
         self._captured: BucketRunner | None = None
         self._current: Weights | None = None
@@ -157,25 +161,47 @@ class MergedCache:
         """Give back what is kept of a customer, whatever the version."""
         with self._lock:
             self._kept.pop(customer, None)
+            self._discards += 1
 
     def _find(self, customer: str | None, digest: str, row: int) -> _Kept | None:
         with self._lock:
-            kept = self._kept.get(customer)
-            if kept is not None and kept.digest == digest:
-                self._kept.move_to_end(customer)
+            kept = self._known(customer, digest)
+            if kept is not None or not self._counted(customer, digest):
                 return kept
-            if not self._counted(customer, digest):
-                return None
+            discards = self._discards
         with self._one_merge:
-            weights = self._merged(row) if self._worker is None else self._worker.call(lambda: self._merged(row))
-        kept = _Kept(digest, weights)
-        with self._lock:
-            self._kept[customer] = kept
-            self._kept.move_to_end(customer)
-            while len(self._kept) > self._most:
-                self._kept.popitem(last=False)
-            self.merges += 1
+            with self._lock:
+                kept = self._known(customer, digest)
+            if kept is not None:
+                return kept
+            try:
+                weights = self._merged(row) if self._worker is None else self._worker.call(lambda: self._merged(row))
+            except MemoryError as error:
+                # The session can answer without.
+                _log.warning("no room for merged weights: %s", error)
+                return None
+            with self._lock:
+                self.merges += 1
+                kept = _Kept(digest, weights)
+                # A customer who went meanwhile leaves nothing behind; this batch still has him.
+                if self._discards == discards:
+                    self._keep(customer, kept)
         return kept
+
+    def _known(self, customer: str | None, digest: str) -> _Kept | None:
+        """What is kept of this version. Called with the lock."""
+        kept = self._kept.get(customer)
+        if kept is None or kept.digest != digest:
+            return None
+        self._kept.move_to_end(customer)
+        return kept
+
+    def _keep(self, customer: str | None, kept: _Kept) -> None:
+        """Keep it; what was not asked for longest gives way. Called with the lock."""
+        self._kept[customer] = kept
+        self._kept.move_to_end(customer)
+        while len(self._kept) > self._most:
+            self._kept.popitem(last=False)
 
     def _counted(self, customer: str | None, digest: str) -> bool:
         """Whether this version has had batches enough. Called with the lock."""
@@ -194,7 +220,8 @@ class MergedCache:
         memory.parts[TABLE].bind(binding, TABLE)
         binding.bind_cpu_input(SLOT, np.array([row], dtype=np.int64))
         weights.bind_outputs(binding)
-        run_bound(self._merging, binding)
+        with CAPTURES.of(is_on_gpu(self._merging)):
+            run_bound(self._merging, binding)
         return weights
 
     def _put(self, weights: Weights) -> None:

@@ -8,6 +8,8 @@ import numpy as np
 from qrlora_deploy.errors import QrloraError, first_line
 from qrlora_deploy.runtime.bundle.bundle import Manifest
 from qrlora_deploy.runtime.bundle.row_layout import CUSTOMER_INPUTS, SLOT
+from qrlora_deploy.runtime.host.captures import CAPTURES
+from qrlora_deploy.runtime.host.devices import PROVIDERS
 from qrlora_deploy.runtime.sessions.packed_tokens import is_packed, pack_batch, packed_names
 from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX, kept_tokens
 
@@ -52,7 +54,7 @@ class PlainRunner:
 
     def __init__(self, session: Any, names: Sequence[str], tables: Tables | None = None) -> None:
         self._session, self._names, self._tables = session, names, tables
-        self._answer = session.get_outputs()[0].name
+        self._answer, self._on_gpu = session.get_outputs()[0].name, is_on_gpu(session)
 
     def run(self, inputs: Inputs, slot: np.ndarray | None = None, options: Any = None) -> np.ndarray:
         """As `Runner.run`; `options` are ONNX Runtime's `RunOptions`."""
@@ -66,13 +68,19 @@ class PlainRunner:
             memory = self._tables()
             memory.bind(binding)
         binding.bind_output(self._answer, "cpu")
-        run_bound(self._session, binding, options)
+        with CAPTURES.of(self._on_gpu):
+            run_bound(self._session, binding, options)
         logits: np.ndarray = binding.copy_outputs_to_cpu()[0]
         return logits
 
 
+def is_on_gpu(session: Any) -> bool:
+    """Whether a session's operators are, by and large, a GPU's."""
+    return bool(session.get_providers()[0] != PROVIDERS["cpu"])
+
+
 def run_bound(session: Any, binding: Any, options: Any = None) -> None:
-    """Run what is bound.
+    """Run what is bound; on a GPU in a turn of `CAPTURES`.
 
     Raises:
         QrloraError: an operator failed, as the embedding does on a token that it does not know.

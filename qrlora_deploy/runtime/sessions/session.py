@@ -10,6 +10,7 @@ from typing import Any
 import onnxruntime
 
 from qrlora_deploy.errors import FileFormatError, InputError, ProviderError, QrloraError, argument, first_line
+from qrlora_deploy.runtime.host.captures import CAPTURES
 from qrlora_deploy.runtime.host.devices import PROVIDERS, Device
 from qrlora_deploy.runtime.sessions.token_index import TOKEN_INDEX, check_runtime
 from qrlora_deploy.runtime.table.cuda import device_count
@@ -70,7 +71,8 @@ def open_session(
         options.enable_mem_pattern = False
     if device.configure is not None:
         device.configure(options)
-    session, reason = _create(model, options, device, cuda_graph)
+    with CAPTURES.of(device.on_gpu):
+        session, reason = _create(model, options, device, cuda_graph)
     if session is None or session.get_providers()[0] != name:
         raise _not_loaded(name, _missing(device.provider) or reason)
     if any(taken.name == TOKEN_INDEX for taken in session.get_inputs()):

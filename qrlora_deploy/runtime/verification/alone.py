@@ -1,6 +1,6 @@
 """Decoders: every row of a mixed batch against its own answer alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,11 @@ MOST_TOKENS, LEAST_TOKENS = 200, 16
 MOST_BYTES = 2**39
 """Weights that all runs may read together. A run reads all weights once, whatever the batch, and so decides the time:
 a model of 0.5 GB gets 200 tokens in a minute or two of a CPU, one of 4 GB 25, and none fewer than 16."""
+
+DESCRIPTION = "rows beside others and alone"
+"""Of the progress."""
+
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,9 @@ def tokens_for(weight_bytes: int, rows: int, longest: int, positions: int) -> in
     return min(MOST_TOKENS, max(LEAST_TOKENS, fitting), positions - longest)
 
 
-def check_alone(session: Any, case: Case, precision: str, weight_bytes: int, positions: int) -> Alone:
+def check_alone(
+    session: Any, case: Case, precision: str, weight_bytes: int, positions: int, progress: Progress | None = None
+) -> Alone:
     """Let all rows of a case write greedily in one batch, and then each alone: the tokens must be the same.
 
     They may differ where the alternatives are a near tie: sums have another order in a batch of another size.
@@ -61,9 +68,16 @@ def check_alone(session: Any, case: Case, precision: str, weight_bytes: int, pos
     tokens = tokens_for(weight_bytes, rows, longest, positions)
     tie = NEAR_TIES[precision] * float(case.logits.std())
     further = {name: case.inputs[name] for name in (TABLE, SLOT) if name in case.inputs}
+
+    def told(answers: int) -> None:
+        if progress is not None:
+            progress(DESCRIPTION, answers, rows + 1)
+
     try:
+        told(0)
         written = _together(session, case.inputs["input_ids"], lengths, tokens, further)
         for row in range(rows):
+            told(row + 1)
             own = further | ({SLOT: further[SLOT][row : row + 1]} if SLOT in further else {})
             prompt = case.inputs["input_ids"][row : row + 1, : lengths[row]]
             step = _first_other(session, prompt, written[row], own, tie)
@@ -75,7 +89,14 @@ def check_alone(session: Any, case: Case, precision: str, weight_bytes: int, pos
     return Alone(tokens)
 
 
-def check_decoder(session: Any, reference: Sequence[Case], precision: str, model: Path, positions: int) -> ForcedReport:
+def check_decoder(
+    session: Any,
+    reference: Sequence[Case],
+    precision: str,
+    model: Path,
+    positions: int,
+    progress: Progress | None = None,
+) -> ForcedReport:
     """A decoder against PyTorch's logits, and every row against itself alone.
 
     Args:
@@ -84,13 +105,14 @@ def check_decoder(session: Any, reference: Sequence[Case], precision: str, model
         precision: of the graph.
         model: its file, whose weights decide how many tokens are written.
         positions: that the model knows.
+        progress: called with (description, done, total) as answers are written.
 
     Raises:
         CheckFailed: it does not run.
     """
     report = check_forced(session, reference, precision)
     for case in reference:
-        found = check_alone(session, case, precision, weights_of(model), positions)
+        found = check_alone(session, case, precision, weights_of(model), positions, progress)
         report = replace(report, alone=found.different, alone_tokens=found.tokens)
         if found.different:
             break

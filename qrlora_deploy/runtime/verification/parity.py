@@ -11,7 +11,7 @@ from qrlora_deploy.runtime.bundle.row_layout import COEFFICIENTS, TABLE
 from qrlora_deploy.runtime.host.devices import Device
 from qrlora_deploy.runtime.sessions.packed_tokens import is_packed
 from qrlora_deploy.runtime.sessions.token_index import is_right_padded
-from qrlora_deploy.runtime.verification.alone import check_decoder
+from qrlora_deploy.runtime.verification.alone import Progress, check_decoder
 from qrlora_deploy.runtime.verification.bounds import BOUNDS, Bounds
 from qrlora_deploy.runtime.verification.reference import Case, read_reference, without_padding, write_reference
 from qrlora_deploy.runtime.verification.report import ParityReport, compare_effects
@@ -206,8 +206,10 @@ def shows_customers(reference: Sequence[Case], least_size: float = 1.0) -> bool:
     return customer_effect(reference) > PLAIN * bound_of(reference, least_size=least_size)
 
 
-def verify(bundle: Bundle, provider: str = "cpu", threads: int | None = None) -> ParityReport:
-    """Repeat the check of the export with the logits that the bundle carries.
+def verify(
+    bundle: Bundle, provider: str = "cpu", threads: int | None = None, progress: Progress | None = None
+) -> ParityReport:
+    """Repeat the check of the export with the logits that the bundle carries; `progress` is told of a decoder's.
 
     Raises:
         ProviderError: the provider does not load or cannot compute in the bundle's precision.
@@ -218,7 +220,7 @@ def verify(bundle: Bundle, provider: str = "cpu", threads: int | None = None) ->
     task = bundle.manifest.deciding_task
     if task.writes_text:
         session = open_for_check(bundle.model, precision, provider, threads)
-        return check_decoder(session, reference, precision, bundle.model, bundle.manifest.max_length)
+        return check_decoder(session, reference, precision, bundle.model, bundle.manifest.max_length, progress)
     return check_graphs(bundle, reference, task, provider, threads)
 
 

@@ -5,10 +5,15 @@ from dataclasses import dataclass, field
 
 from qrlora_deploy.errors import InputError, MalformedInputError
 from qrlora_deploy.serving.engine.limits import Limits
-from qrlora_deploy.serving.engine.pace import Pace
+from qrlora_deploy.serving.engine.pace import SHORTEST_S, Pace
 from qrlora_deploy.serving.engine.protocol import Ticket
 from qrlora_deploy.serving.engine.rows import Load
 from qrlora_deploy.serving.refusals import OverloadedError, TooLargeError
+
+PATIENCE = 2.0
+"""A request is let in as long as what is ahead of it takes no more than so many times what one takes by itself."""
+
+FULL = "the queue is full; try again later"
 
 
 @dataclass(eq=False, slots=True)
@@ -80,12 +85,23 @@ class Admission:
     def __init__(self, limits: Limits, pace: Pace) -> None:
         self.held = Held()
         self.by_customer: dict[str | None, Held] = {}
-        self._pace, self._most_s = pace, limits.max_queue_s
+        self._pace, self._most_s, self._batch_tokens = pace, limits.max_queue_s, limits.max_batch_tokens
         self._whole = Held(limits.max_queue_rows, limits.max_queue_tokens, limits.max_queue_bytes)
         self._share = Held(
             max(1, int(limits.customer_share * limits.max_queue_rows)),
             max(1, int(limits.customer_share * limits.max_queue_tokens)),
         )
+
+    def check_room(self) -> None:
+        """Refuse where there is no room for anything, before it is known what is asked.
+
+        Raises:
+            OverloadedError: what is here takes too long, or the queue is full.
+        """
+        held, whole = self.held, self._whole
+        self._check_time()
+        if held.rows >= whole.rows or held.tokens >= whole.tokens or held.size_bytes >= whole.size_bytes:
+            raise OverloadedError(FULL, self._wait_s(1, 1, held, whole))
 
     def reserve(self, load: Load, customers: Sequence[str | None], deadline_s: float | None = None) -> Place:
         """Reserve room for a request.
@@ -111,6 +127,7 @@ class Admission:
 
     def has_tokens(self, place: Place, tokens: int) -> None:
         """A request that was let in has so many tokens, which is known once it was tokenised."""
+        self._pace.asked(tokens)
         load = place.load
         corrected = Load(load.rows, tokens, load.size_bytes, load.asker)
         if len(place.parts) > 1:
@@ -140,10 +157,7 @@ class Admission:
 
     def _check_room(self, place: Place) -> None:
         load, held = place.load, self.held
-        if self._most_s is not None and held.rows:
-            over_s = self._pace.run_s(held.rows + load.rows) - self._most_s
-            if over_s > 0:
-                raise OverloadedError("the queue is as long as it may take; try again later", over_s)
+        self._check_time()
         room_bytes = self._whole.size_bytes - held.size_bytes
         if load.size_bytes > room_bytes or _over(held.rows + load.rows, held.tokens + load.tokens, self._whole):
             # Bytes are given back with the rows that they belong to.
@@ -151,13 +165,24 @@ class Admission:
             wait_s = max(
                 self._wait_s(load.rows, load.tokens, held, self._whole), self._pace.wait_s(part * held.rows, 0)
             )
-            raise OverloadedError("the queue is full; try again later", wait_s)
+            raise OverloadedError(FULL, wait_s)
         for customer, rows, tokens in place.parts:
             held = self.by_customer.get(customer, NOTHING)
             if _over(held.rows + rows, held.tokens + tokens, self._share):
                 # The others are answered in turn with this one.
                 wait_s = self._wait_s(rows, tokens, held, self._share) * len(self.by_customer)
                 raise OverloadedError("the customer's share of the queue is full; try again later", wait_s)
+
+    def _check_time(self) -> None:
+        """What is ahead of a request may take so long, and where that is less twice what a request takes."""
+        if self._most_s is None or not self.held.rows:
+            return
+        ahead_s = self._pace.ahead_s(self.held.tokens, self._batch_tokens)
+        if ahead_s <= self._most_s:
+            return
+        over_s = ahead_s - max(self._most_s, PATIENCE * self._pace.request_s())
+        if over_s > 0:
+            raise OverloadedError("the queue is as long as it may take; try again later", max(SHORTEST_S, over_s))
 
     def _wait_s(self, rows: int, tokens: int, held: Held, bound: Held) -> float:
         """When as much as is over the bound will have been answered."""

@@ -1,11 +1,14 @@
 """From rows in fair order to batches: of similar length, so that little is padded, and within the bounds of a run."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qrlora_deploy.runtime.sessions.buckets import Buckets
 from qrlora_deploy.serving.engine.limits import Limits
 from qrlora_deploy.serving.engine.requests import WaitingRow
+
+PADDING_TOKENS = 256
+"""Of a batch, before it is known what a run costs beside its tokens."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,12 @@ class Shapes:
     @classmethod
     def of(cls, limits: Limits, buckets: Buckets | None) -> "Shapes":
         """The shapes within an engine's limits."""
-        return cls(limits.max_batch_tokens, limits.max_padding_tokens, buckets)
+        padding = PADDING_TOKENS if limits.max_padding_tokens is None else limits.max_padding_tokens
+        return cls(limits.max_batch_tokens, padding, buckets)
+
+    def with_padding(self, tokens: int) -> "Shapes":
+        """The same with another bound of padding."""
+        return self if tokens == self.max_padding_tokens else replace(self, max_padding_tokens=tokens)
 
     def length(self, tokens: int) -> int:
         """What a row of so many tokens is padded to, by itself."""

@@ -33,6 +33,14 @@ class Gate:
         self.rejected: Counter[str] = Counter()
         self._quotas, self._clock = quotas, clock
 
+    def check_room(self) -> None:
+        """As `Engine.check_room`; a refusal is counted."""
+        try:
+            self.admission.check_room()
+        except QrloraError as error:
+            self.rejected[error.kind] += 1
+            raise
+
     def admit(self, load: Load, customers: Sequence[str | None], deadline_s: float | None) -> Place:
         """As `Engine.admit`; a refusal is counted."""
         try:

@@ -54,7 +54,7 @@ class LocalEngine:
     ) -> None:
         self.manifest = model.manifest
         self._model = model
-        limits, pace = limits or Limits(), Pace()
+        limits, pace = limits or Limits(), Pace(clock)
         shapes = Shapes.of(limits, model.buckets)
         self._runner = BatchRunner(model, shapes, pace, clock)
         self._room = WaitingRoom(limits, quotas or Quotas(), shapes, pace, clock)
@@ -68,6 +68,10 @@ class LocalEngine:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def check_room(self) -> None:
+        """As `Engine.check_room`."""
+        self._room.check_room()
 
     def admit(self, load: Load, customers: Sequence[str | None], deadline_s: float | None = None) -> Place:
         """As `Engine.admit`."""

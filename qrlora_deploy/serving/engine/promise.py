@@ -99,8 +99,10 @@ class Promise(Future[T]):
         self._tell()
 
     def _tell(self) -> None:
-        # Once it is done nobody is added.
-        for call in self._done_callbacks:
+        # Once it is done nobody is added. What was to be called holds the request, and whoever waits for it: kept, they
+        # would be a cycle, and the collector's work.
+        calls, self._done_callbacks, self.if_cancelled = self._done_callbacks, [], None
+        for call in calls:
             try:
                 call(self)
             except Exception:

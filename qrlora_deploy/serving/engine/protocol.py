@@ -124,6 +124,14 @@ class Engine(Protocol):
 
     manifest: Manifest
 
+    def check_room(self) -> None:
+        """Refuse what comes where there is no room for anything, before it is read. An engine in another process, which
+        is asked by `admit`, refuses nothing here.
+
+        Raises:
+            OverloadedError: the queue is full, or takes too long.
+        """
+
     def admit(self, load: Load, customers: Sequence[str | None], deadline_s: float | None = None) -> Ticket:
         """Reserve room for a request, before it is tokenised.
 

@@ -103,9 +103,11 @@ class BatchRunner:
             start_s = self._clock()
             if any(row.request.ended or _is_late(row, start_s) for row in rows):
                 return None
+            tokens = sum(row.length for row in rows)
+            self._pace.begins(tokens)
             with self._under_way():
                 logits, versions = self._model.answer(inputs, customers)
-            run = self._counted(rows, start_s)
+            run = self._counted(rows, tokens, start_s)
         # After the turn, so that the next run does not wait for it.
         self._count_waits(rows, start_s)
         return [
@@ -128,14 +130,14 @@ class BatchRunner:
         own = answering.own(self.collator.unpadded(logits, row.length))
         return RowAnswer(own, answering.labels, version.digest, answering.thresholds, row.row.words, run)
 
-    def _counted(self, rows: Sequence[WaitingRow], start_s: float) -> Run:
+    def _counted(self, rows: Sequence[WaitingRow], tokens: int, start_s: float) -> Run:
         """Count a run that has just ended."""
         end_s = self._clock()
         seconds = end_s - start_s
         length = self._shapes.length(max(row.length for row in rows))
         padded = self._shapes.rows(len(rows), length) * length
         self._pace.ran(len(rows), padded, seconds)
-        self.tokens += sum(row.length for row in rows)
+        self.tokens += tokens
         self.padded_tokens += padded
         self.batches += 1
         self.last_run_s = time.time()

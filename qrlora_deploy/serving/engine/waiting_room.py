@@ -59,6 +59,11 @@ class WaitingRoom:
         with self._lock:
             return self._gate.admit(load, customers, deadline_s)
 
+    def check_room(self) -> None:
+        """As `Engine.check_room`."""
+        with self._lock:
+            self._gate.check_room()
+
     def give_back(self, place: Place) -> None:
         """As `Engine.release`."""
         with self._lock:
@@ -123,13 +128,13 @@ class WaitingRoom:
                 if self._batches:
                     self._running += 1
                     return self._batches.popleft()
-                drawn = self._queue.draw(self._window())
+                drawn, shapes = self._queue.draw(self._window()), self._shapes_now()
                 # Nobody else draws while these are sorted.
                 self._running += 1
             batches: list[list[WaitingRow]] = []
             try:
                 # Without the lock: sorting thousands of rows takes milliseconds.
-                batches = cut(drawn, self._shapes)
+                batches = cut(drawn, shapes)
             finally:
                 with self._lock:
                     self._running -= 1
@@ -215,6 +220,12 @@ class WaitingRoom:
     def _window(self) -> int:
         return self._pace.window_tokens(self._limits.window_s, self._limits.max_batch_tokens)
 
+    def _shapes_now(self) -> Shapes:
+        if self._limits.max_padding_tokens is not None:
+            return self._shapes
+        known = self._pace.padding_tokens(self._limits.max_batch_tokens)
+        return self._shapes if known is None else self._shapes.with_padding(known)
+
     def _wait_s(self) -> float | None:
         """How long to wait before rows are taken; None: until one comes, or until a batch has run."""
         if not self._queue.rows or not self._may_draw():
@@ -238,6 +249,8 @@ class WaitingRoom:
         self._open.discard(request)
         if request.left:
             self._queue.discard(request.waiting)
+        # The rows know their request: kept, they would be a cycle, and the collector's work.
+        request.waiting = []
         self._gate.admission.release(request.place)
         return True
 

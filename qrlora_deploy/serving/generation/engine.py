@@ -57,7 +57,9 @@ class TextEngine:
         self._lock = threading.Lock()
         self._work, self._idle = threading.Condition(self._lock), threading.Condition(self._lock)
         # All that follows is read and written under the lock; but the answers that run belong to the thread.
-        self._gate = Gate(limits or Limits(), quotas or Quotas(), self._pace, clock)
+        # How long an answer takes is known at its end.
+        bounds = replace(limits or Limits(), max_queue_s=None)
+        self._gate = Gate(bounds, quotas or Quotas(), self._pace, clock)
         self._queue: FairQueue[Asked] = FairQueue()
         self._counts, self._closed = Counts(), False
         self._running: list[Asked] = []
@@ -78,6 +80,11 @@ class TextEngine:
             InputError: its file cannot be served.
         """
         self.session.check_customer(customer)
+
+    def check_room(self) -> None:
+        """As `Engine.check_room`."""
+        with self._lock:
+            self._gate.check_room()
 
     def admit(self, load: Load, customers: Sequence[str | None], deadline_s: float | None = None) -> Place:
         """As `Engine.admit`: an answer is a row, and its tokens are those of its prompt and of itself at most."""

@@ -75,7 +75,7 @@ class InferenceService(grpc.GenericRpcHandler):
     def service(self, details: Any) -> grpc.RpcMethodHandler | None:
         """What gRPC asks for at the begin of a call, before its message is read; None: it is no call of this service.
 
-        A call without a key ends here, so that nobody has memory taken by it.
+        A call without a key ends here, so that nobody has memory taken by it, and one that there is no room for.
         """
         name = _NAMES.get(details.method)
         if name is None:
@@ -97,6 +97,8 @@ class InferenceService(grpc.GenericRpcHandler):
             access = self.keys.access(key_in(metadata))
         if self._held > self.max_held_bytes:
             raise OverloadedError("too many large messages are being answered; try again soon")
+        if name == INFER:
+            self.models.check_room()
         return access
 
     async def _refuse(self, name: str, error: QrloraError, messages: Any, context: grpc.aio.ServicerContext) -> None:

@@ -100,6 +100,7 @@ class Completions:
     async def _write(
         self, request: Request, access: Access, parse: Callable[[Mapping[str, Any]], TextRequest]
     ) -> Response:
+        self._models.check_room()
         asked = await parsed(await body_of(request), lambda body: parse(parse_object(body)))
         model = self._models.find(asked.model)
         writer = writer_of(model)

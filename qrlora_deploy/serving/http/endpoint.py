@@ -14,7 +14,7 @@ from qrlora_deploy.errors import QrloraError
 from qrlora_deploy.serving.access import Access, open_access
 from qrlora_deploy.serving.http.exchange import HEADERS, REQUEST_ID
 from qrlora_deploy.serving.http.replies import error_reply, reply_to_error
-from qrlora_deploy.serving.parts import Spans
+from qrlora_deploy.serving.parts import Metrics, Spans
 from qrlora_deploy.serving.refusals import GONE, DrainingError, reason_of
 
 GIVE_UP = "give_up"
@@ -154,3 +154,8 @@ def header_of(request: Request, name: str) -> str | None:
     """The value of a header; None where there is none. starlette looks through all of them for each."""
     value: bytes | None = request.scope["state"][HEADERS].get(name.encode())
     return None if value is None else value.decode("latin-1")
+
+
+async def scraped(metrics: Metrics, request: Request, access: Access) -> Response:
+    """For Prometheus."""
+    return Response(await metrics.scrape(), headers={"content-type": "text/plain; version=0.0.4; charset=utf-8"})

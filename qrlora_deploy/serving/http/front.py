@@ -29,12 +29,13 @@ from qrlora_deploy.serving.http.endpoint import (
     customers_of,
     header_of,
     request_id_of,
+    scraped,
     spans_of,
 )
 from qrlora_deploy.serving.http.live_page import LivePage, Shown
 from qrlora_deploy.serving.http.openapi import openapi
 from qrlora_deploy.serving.http.protocol import InferAnswer, parse_infer, parse_object, write_answer
-from qrlora_deploy.serving.http.replies import Whole, error_reply, json_reply
+from qrlora_deploy.serving.http.replies import JSON, Whole, error_reply, json_reply
 from qrlora_deploy.serving.inference.describing import (
     model_config,
     model_metadata,
@@ -214,6 +215,7 @@ class Front:
 
     async def classify(self, request: Request, access: Access) -> Response:
         """Texts in plain JSON."""
+        self.models.check_room()
         question, customers, name = await parsed(
             await body_of(request), lambda body: parse_classify(parse_object(body))
         )
@@ -226,6 +228,7 @@ class Front:
 
     async def embeddings(self, request: Request, access: Access) -> Response:
         """Vectors of texts, as clients of OpenAI's interface ask for them."""
+        self.models.check_room()
         asked = await parsed(await body_of(request), lambda body: parse_embeddings(parse_object(body)))
         model = self.models.find(asked.model)
         if model.task.has_labels:
@@ -237,6 +240,7 @@ class Front:
     async def infer(self, request: Request, access: Access) -> Response:
         """The protocol's inference."""
         model = self._model(request)
+        model.engine.check_room()
         length, outputs = _header_length(request), outputs_of(model.task)
         asked = await parsed(await body_of(request), lambda body: parse_infer(body, length, outputs))
         question, customers = question_of(asked)
@@ -288,13 +292,7 @@ def _written(model: ServedModel, asked: InferRequest, answers: list[RowAnswer]) 
 
 
 def _infer_reply(written: InferAnswer) -> Response:
-    if written.header_length is None:
-        return Whole(written.body)
-    reply = Whole(written.body, media_type=BINARY)
-    reply.headers[HEADER_LENGTH] = str(written.header_length)
+    reply = Whole(written.body, media_type=JSON if written.header_length is None else BINARY)
+    if written.header_length is not None:
+        reply.headers[HEADER_LENGTH] = str(written.header_length)
     return reply
-
-
-async def scraped(metrics: Metrics, request: Request, access: Access) -> Response:
-    """For Prometheus."""
-    return Response(await metrics.scrape(), headers={"content-type": "text/plain; version=0.0.4; charset=utf-8"})

@@ -32,6 +32,9 @@ class RemoteEngine:
         self.manifest = manifest
         self._links, self._model = links, model
 
+    def check_room(self) -> None:
+        """As `Engine.check_room`: the engine itself is asked by `admit`."""
+
     def admit(self, load: Load, customers: Sequence[str | None], deadline_s: float | None = None) -> RemoteTicket:
         """As `Engine.admit`; what the engine says comes by the ticket's `pending`."""
         if not 0 < load.rows == len(customers):

@@ -219,7 +219,7 @@ def test_numbers_that_are_not_finite_end_their_row_alone(made: Made) -> None:
     good, bad = desk.ask(prompt_of(0, 5), "one"), desk.ask(prompt_of(0, 5), "two")
     desk.holders.memory.parts["coefficient_table"].array[2] = np.nan
     desk.finish()
-    assert "the model gave nan" in str(answer_of(bad).error)
+    assert "two: the model gave nan" in str(answer_of(bad).error)
     assert answer_of(good).tokens == Desk(made, batches=(4,)).alone(prompt_of(0, 5), "one").tokens
     # The row is as good as new for whoever gets it next.
     assert (

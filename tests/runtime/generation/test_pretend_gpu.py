@@ -127,7 +127,7 @@ def test_numbers_that_are_not_finite_end_their_row_alone(fake: FakeCuda, made: M
     width = desk.holders.memory.parts["coefficient_table"].width
     desk.holders.memory.parts["coefficient_table"].write_rows(2, np.full((1, width), np.nan, np.float32))
     desk.finish()
-    assert "the model gave nan" in str(answer_of(bad).error)
+    assert "two: the model gave nan" in str(answer_of(bad).error)
     assert answer_of(good).tokens == Desk(made, batches=(4,)).alone(prompt_of(0, 5), "one").tokens
 
 

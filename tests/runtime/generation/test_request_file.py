@@ -1,5 +1,6 @@
 """Files of requests and of their answers: what a line may say, order, and going on after an interruption."""
 
+import contextlib
 import json
 import random
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qrlora_deploy.errors import FileFormatError, InputError
+from qrlora_deploy.errors import FileFormatError, InputError, QrloraError
 from qrlora_deploy.runtime.generation.request_file import AnswerFile, read_generation_requests
 from qrlora_deploy.runtime.generation.requests import GenerationRequest
 from qrlora_deploy.runtime.generation.sampling import Sampling
@@ -136,6 +137,51 @@ def test_answers_to_other_requests_are_not_gone_on_with(other: str, tmp_path: Pa
     with pytest.raises(InputError, match=r"answers.jsonl.partial answers other requests.*leave out resume"):
         AnswerFile(path, asked, model, resume=True)
     assert AnswerFile(path, asked, model).done == 0
+
+
+def test_two_runs_do_not_write_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    first = AnswerFile(path, requests_of(2), MODEL)
+    first.add(0, record(0))
+    for resume in (True, False):
+        with pytest.raises(InputError, match=r"another process is writing .*answers.jsonl: it holds .*\.partial"):
+            AnswerFile(path, requests_of(2), MODEL, resume=resume)
+    first.add(1, record(1))
+    first.finish()
+    assert [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] == [record(0), record(1)]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = AnswerFile(tmp_path / "answers.jsonl", requests_of(1), MODEL)
+    with Path("/dev/full").open("ab") as full:
+        monkeypatch.setattr(file, "_file", full)
+        with pytest.raises(QrloraError, match=r"cannot write .*answers.jsonl.partial: No space left on device"):
+            file.add(0, record(0))
+        with contextlib.suppress(OSError):
+            full.close()
+
+
+def test_answers_of_an_interrupted_run_are_not_thrown_away(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    first = AnswerFile(path, requests_of(2), MODEL)
+    first.add(0, record(0))
+    first.close()
+    with pytest.raises(InputError, match=r"holds 1 answers of an interrupted run.*resume=True, or remove it"):
+        AnswerFile(path, requests_of(2), MODEL)
+    again = AnswerFile(path, requests_of(2), MODEL, resume=True)
+    assert again.done == 1
+    again.close()
+    for content in (b"", again.partial.read_bytes()[:20]):  # cut before there was an answer
+        again.partial.write_bytes(content)
+        for resume in (True, False):
+            begun = AnswerFile(path, requests_of(2), MODEL, resume=resume)
+            assert begun.done == 0 and begun.partial.read_bytes().endswith(b"}\n")
+            begun.close()
+            begun.partial.write_bytes(content)
+    again.partial.write_text("half of a download")
+    with pytest.raises(InputError, match=r"\.partial already exists and is no part of a file of answers"):
+        AnswerFile(path, requests_of(2), MODEL)
 
 
 def test_only_answers_are_replaced(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Batches of one customer by merged weights: the same answers, of the version that is there now, within the bytes."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,65 @@ def test_a_merge_never_outlives_its_version(folder: Path) -> None:
     assert not session.merged._kept
     with pytest.raises(InputError, match="no customer is called 'c0'"):
         session.predict(inputs, ["c0"] * 2)
+
+
+def test_a_customer_who_goes_while_he_is_merged_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, plain = open_session(folder), open_session(folder, 0)
+    assert session.merged is not None
+    inputs, merged = made_up_inputs(session.manifest, 2, 9), session.merged._merged
+    expected = plain.predict(inputs, ["c0"] * 2)[0]
+
+    def gone_meanwhile(row: int) -> Any:
+        session.unload("c0")
+        return merged(row)
+
+    monkeypatch.setattr(session.merged, "_merged", gone_meanwhile)
+    for _ in range(2):
+        np.testing.assert_allclose(session.predict(inputs, ["c0"] * 2)[0], expected, **FP32_SIDE_BRANCH)
+    assert session.merged.merges == 1 and not session.merged._kept
+
+
+class _Meeting:
+    """A lock before which as many threads meet as a barrier has parties."""
+
+    def __init__(self, barrier: threading.Barrier) -> None:
+        self.barrier, self.lock = barrier, threading.Lock()
+
+    def __enter__(self) -> None:
+        self.barrier.wait()
+        self.lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+
+
+def test_threads_that_want_the_same_merge_make_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = open_session(folder)
+    assert session.merged is not None
+    inputs = made_up_inputs(session.manifest, 2, 9)
+    monkeypatch.setattr(session.merged, "_counted", lambda customer, digest: True)
+    monkeypatch.setattr(session.merged, "_one_merge", _Meeting(threading.Barrier(2, timeout=60)))
+    with ThreadPoolExecutor(2) as pool:
+        found = [done.result() for done in [pool.submit(session.predict, inputs, ["c0"] * 2) for _ in range(2)]]
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    assert session.merged.merges == 1
+
+
+def test_without_room_for_a_merge_the_session_answers(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    session, plain = open_session(folder), open_session(folder, 0)
+    assert session.merged is not None
+    inputs = made_up_inputs(session.manifest, 2, 9)
+
+    def full() -> Any:
+        raise MemoryError("1 byte does not fit GPU 0")
+
+    monkeypatch.setattr(session.merged, "_make", full)
+    for _ in range(3):
+        expected = plain.predict(inputs, ["c0"] * 2)[0]
+        np.testing.assert_array_equal(session.predict(inputs, ["c0"] * 2)[0], expected)
+    assert "no room for merged weights: 1 byte does not fit GPU 0" in caplog.text
 
 
 def test_the_cache_keeps_to_its_bytes(folder: Path) -> None:

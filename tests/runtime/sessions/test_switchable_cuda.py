@@ -1,6 +1,9 @@
 """The switchable session on a GPU: the same answers as on the CPU, from one buffer on the device."""
 
+import threading
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +100,42 @@ def test_a_merged_bundle_runs_as_captured_graphs(exported: Path) -> None:
     for _ in range(3):
         found = device.predict(SENTENCES)
         np.testing.assert_allclose([a.logits for a in found], [a.logits for a in expected], **FP32_ONNX)
+
+
+def test_models_in_one_process_are_captured_beside_each_others_runs(switchable: Path, exported: Path) -> None:
+    """A thread each: two models whose buckets are captured again and again, and two that run as batches come."""
+    bundles = [open_bundle(switchable), open_bundle(exported)]
+    try:
+        plain = [Predictor(bundle, "cuda") for bundle in bundles]
+    except ProviderError as error:
+        pytest.skip(f"no CUDA execution provider here: {error}")
+    expected = [[it.logits for it in Predictor(bundle).predict(SENTENCES)] for bundle in bundles]
+    wrong: list[str] = []
+    counts, stop = [0] * 4, threading.Event()
+
+    def answer(number: int, make: Callable[[], Predictor]) -> None:
+        try:
+            while not stop.is_set():
+                found = [it.logits for it in make().predict(SENTENCES[: 1 + counts[number] % len(SENTENCES)])]
+                np.testing.assert_allclose(found, expected[number % 2][: len(found)], **FP32_ONNX)
+                counts[number] += 1
+        except BaseException as error:
+            wrong.append(f"{number}: {error}")
+            stop.set()
+
+    def captured(number: int) -> Predictor:
+        return Predictor(bundles[number], "cuda", buckets=BUCKETS)
+
+    jobs = [partial(answer, number, partial(captured, number)) for number in range(2)]
+    jobs += [partial(answer, 2 + number, partial(plain.__getitem__, number)) for number in range(2)]
+    threads = [threading.Thread(target=job) for job in jobs]
+    for thread in threads:
+        thread.start()
+    stop.wait(8)
+    stop.set()
+    for thread in threads:
+        thread.join(60)
+    assert not wrong and min(counts) >= 2, (counts, wrong)
 
 
 @pytest.mark.slow

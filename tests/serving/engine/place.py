@@ -16,6 +16,16 @@ WORDS = 30
 """Ids of the tiny model that are no padding begin here."""
 
 
+class Clock:
+    """Time that a test sets."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
 class WatchedSession(SwitchableSession):
     """Keeps what it was asked, and does not begin before `gate` is open."""
 

@@ -1,6 +1,7 @@
 """What an engine promises to each request: its own answers, once, whatever becomes of the others."""
 
 import asyncio
+import gc
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from qrlora_deploy.serving.engine.admission import Held
 from qrlora_deploy.serving.engine.limits import Limits
 from qrlora_deploy.serving.engine.local import LocalEngine
 from qrlora_deploy.serving.engine.models import MergedModel
+from qrlora_deploy.serving.engine.promise import Promise
+from qrlora_deploy.serving.engine.requests import Request, WaitingRow
 from qrlora_deploy.serving.engine.rows import Load, Row
 from qrlora_deploy.serving.refusals import DeadlineError, DrainingError, OverloadedError, TooLargeError
 from tests.runtime.fire import made_up_customer
@@ -62,6 +65,24 @@ def test_requests_meet_in_one_batch(engine: LocalEngine, session: WatchedSession
     wait([first, *later], 30)
     assert [len(customers) for _, customers in session.asked] == [1, 10]
     assert engine.stats().rows == 11 and engine.stats().batches == 2
+
+
+def test_a_request_leaves_nothing_for_the_collector(engine: LocalEngine) -> None:
+    def alive() -> int:
+        return sum(type(it) in (Request, Promise, WaitingRow) for it in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = alive()
+        for number in range(20):
+            assert len(ask(engine, [a_row(5), a_row(6, f"c{number % 4}", number)]).result(30)) == 2
+        with pytest.raises(UnknownCustomerError):
+            ask(engine, [a_row(6, "nobody")]).result(30)
+        # Not the 80 that there were; the engine's two threads and the error hold the last ones.
+        assert alive() - before <= 4 * 4
+    finally:
+        gc.enable()
 
 
 def test_an_unknown_customer_fails_its_own_request_alone(engine: LocalEngine, session: WatchedSession) -> None:

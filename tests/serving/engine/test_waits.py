@@ -6,17 +6,7 @@ import pytest
 
 from qrlora_deploy.serving.engine.durations import ERROR, LEAST_S, percentile
 from qrlora_deploy.serving.engine.local import LocalEngine
-from tests.serving.engine.place import WatchedSession, a_row, ask
-
-
-class Clock:
-    """Time that a test sets."""
-
-    def __init__(self) -> None:
-        self.now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
+from tests.serving.engine.place import Clock, WatchedSession, a_row, ask
 
 
 def test_waits_and_runs_are_those_of_the_clock(session: WatchedSession) -> None:

@@ -150,6 +150,22 @@ def test_calls_are_counted_and_logged_by_the_clients_id(
     assert "secret" not in caplog.text
 
 
+def test_what_there_is_no_room_for_is_refused_before_its_message_is_read(service: InferenceService, model: Any) -> None:
+    async def ask() -> list[Any]:
+        async with serving(service) as (_, client):
+            call = client.channel.stream_unary("/inference.GRPCInferenceService/ModelInfer")(timeout=20)
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await call
+            live = await client.call("ServerLive", message("ServerLiveRequest"))
+            return [raised.value.code(), live.live]
+
+    model.engine.max_rows = 0
+    try:
+        assert asyncio.run(ask()) == [grpc.StatusCode.RESOURCE_EXHAUSTED, True]
+    finally:
+        model.engine.max_rows = 4096
+
+
 def test_a_call_without_a_key_is_refused_before_its_message_is_read(
     service: InferenceService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
