@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 
 from qrlora_deploy.errors import NotReadyError, QrloraError
+from qrlora_deploy.runtime.bundle.bundle import Bundle
 from qrlora_deploy.runtime.generation import cuda_draw, machines, session
 from qrlora_deploy.runtime.generation.budget import CacheFullError
 from qrlora_deploy.runtime.generation.cache import KvCache
@@ -234,7 +235,10 @@ def on_gpu(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
         opened = onnxruntime.InferenceSession(model)
         return PretendSession(opened) if device.provider == "cuda" else opened
 
-    monkeypatch.setattr(session, "open_session", open_session)
+    def shared_session(_: Bundle, model: Path, device: Device, *__: Any) -> Any:
+        return open_session(model, device)
+
+    monkeypatch.setattr(session, "shared_session", shared_session)
     monkeypatch.setattr(machines, "open_session", open_session)
     monkeypatch.setattr(machines, "GPU_CACHES", ("float32",))
 

@@ -385,12 +385,6 @@ def test_what_a_decoder_does_not_do_is_refused_before_it_is_opened(written: Writ
         OpenModel(places[0], RunOptions(buckets=Buckets((1,), (32,))))
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [("--ray", "is not served by Ray"), ("--merged-cache-mib 8", "--merged-cache-mib does nothing for")],
-)
-def test_options_that_mean_nothing_for_a_decoder_are_refused(
-    written: Written, tmp_path: Path, options: str, said: str
-) -> None:
-    ran = run_here("serve", written.bundle, "--check", *options.split(), cwd=tmp_path)
-    assert ran.code == 2 and said in ran.err and ran.err.count("\n") == 1
+def test_options_that_mean_nothing_for_a_decoder_are_refused(written: Written, tmp_path: Path) -> None:
+    ran = run_here("serve", written.bundle, "--check", "--merged-cache-mib", "8", cwd=tmp_path)
+    assert ran.code == 2 and "--merged-cache-mib does nothing for" in ran.err and ran.err.count("\n") == 1
