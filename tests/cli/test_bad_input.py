@@ -291,6 +291,12 @@ def test_options_that_would_do_nothing_are_refused(place: Path) -> None:
     refuse(place, bf16, "cpu cannot run a graph in bf16", "--provider cuda")
 
 
+@pytest.fixture(autouse=True)
+def _no_lines_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine what is refused late takes long enough for a line."""
+    monkeypatch.setattr(output_module, "LINE_SECONDS", 1e9)
+
+
 def test_long_work_shows_lines_where_stderr_is_no_terminal(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -304,6 +310,7 @@ def test_long_work_shows_lines_where_stderr_is_no_terminal(
 def test_a_step_that_begins_in_long_work_is_told_at_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(output_module, "LINE_SECONDS", 10.0)
     clock = iter([0.0, 5.0, 11.0, 12.0, 12.5])
     monkeypatch.setattr(output_module.time, "monotonic", lambda: next(clock))
     with output_module.progress_bar() as progress:
