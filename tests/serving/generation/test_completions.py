@@ -386,7 +386,7 @@ def test_what_a_decoder_does_not_do_is_refused_before_it_is_opened(written: Writ
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [("--ray", "is not served by Ray"), ("--merged-cache-mib 8", "--merged-cache-mib does nothing for")],
+    [("--ray", "is not served by Ray"), ("--merged-cache-mib 8", "--merged-cache-mib does nothing unless")],
 )
 def test_options_that_mean_nothing_for_a_decoder_are_refused(
     written: Written, tmp_path: Path, options: str, said: str
