@@ -256,21 +256,6 @@ def _served(name: str, session: Session, limits: Limits, quotas: Quotas | None) 
     return ServedModel(name, bundle, LocalEngine(session, limits, quotas), RowTokenizer(bundle))
 
 
-def refuse_decoders(places: Sequence[ModelPlaces], what: str) -> None:
-    """Make sure that no model writes text.
-
-    Args:
-        places: of the models.
-        what: cannot be done with those that do, such as an option.
-
-    Raises:
-        InputError: one does.
-    """
-    for place in places:
-        if open_bundle(place.bundle, graph=False).manifest.deciding_task.writes_text:
-            raise InputError(f"{place.bundle} writes text, which is not served by {what}; leave it out")
-
-
 def merges_weights(places: Sequence[ModelPlaces]) -> bool:
     """Whether some model has a use for merged weights: it is switchable and writes no text.
 

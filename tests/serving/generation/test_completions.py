@@ -312,8 +312,9 @@ def test_what_is_over_the_bound_may_come_again(written: Written) -> None:
             refused = server.post("/v1/completions", {"prompt": "a"})
             assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
             assert refused.json()["error"]["type"] == "rate_limit_error"
-            assert server.post("/v1/completions", long | {"n": 5}).status_code == 413
             assert first.result().status_code == 200
+        # Where there is no room a request is refused before it is read.
+        assert server.post("/v1/completions", long | {"n": 5}).status_code == 413
         late = server.post("/v1/completions", long, **{"x-request-timeout-ms": "1"})
         assert late.status_code == 504 and late.json()["error"]["type"] == "server_error"
         wait_for(lambda: not server.engine.written().running)
@@ -384,12 +385,6 @@ def test_what_a_decoder_does_not_do_is_refused_before_it_is_opened(written: Writ
         OpenModel(places[0], RunOptions(buckets=Buckets((1,), (32,))))
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [("--ray", "is not served by Ray"), ("--merged-cache-mib 8", "--merged-cache-mib does nothing unless")],
-)
-def test_options_that_mean_nothing_for_a_decoder_are_refused(
-    written: Written, tmp_path: Path, options: str, said: str
-) -> None:
-    ran = run_here("serve", written.bundle, "--check", *options.split(), cwd=tmp_path)
-    assert ran.code == 2 and said in ran.err and ran.err.count("\n") == 1
+def test_options_that_mean_nothing_for_a_decoder_are_refused(written: Written, tmp_path: Path) -> None:
+    ran = run_here("serve", written.bundle, "--check", "--merged-cache-mib", "8", cwd=tmp_path)
+    assert ran.code == 2 and "--merged-cache-mib does nothing unless" in ran.err and ran.err.count("\n") == 1
