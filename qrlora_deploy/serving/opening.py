@@ -256,15 +256,11 @@ def _served(name: str, session: Session, limits: Limits, quotas: Quotas | None) 
     return ServedModel(name, bundle, LocalEngine(session, limits, quotas), RowTokenizer(bundle))
 
 
-def check_merged_cache(places: Sequence[ModelPlaces]) -> None:
-    """Make sure that some model has a use for merged weights.
+def merges_weights(places: Sequence[ModelPlaces]) -> bool:
+    """Whether some model has a use for merged weights: it is switchable and writes no text.
 
     Raises:
-        InputError: none has: all of them are merged, or write text.
+        InputError: a bundle cannot be read.
     """
     manifests = [open_bundle(place.bundle, graph=False).manifest for place in places]
-    if not any(one.kind == "switchable" and not one.deciding_task.writes_text for one in manifests):
-        names = ", ".join(str(place.bundle) for place in places)
-        raise InputError(
-            f"{argument('merged_cache_mib')} does nothing for {names}: merged, or writes text; leave it out"
-        )
+    return any(one.kind == "switchable" and not one.deciding_task.writes_text for one in manifests)

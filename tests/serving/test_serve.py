@@ -249,7 +249,7 @@ REFUSED = {
     "buckets too long": ("serve bundle --buckets 8:4096", "longer than the model's"),
     "merged weights of a merged bundle": (
         "serve merged --merged-cache-mib 8 --check",
-        "--merged-cache-mib does nothing for merged",
+        "--merged-cache-mib does nothing unless a switchable",
     ),
     "no such device": ("serve bundle --provider tpu", "tpu"),
     "an audit log without an admin API": ("serve bundle --audit-log a.jsonl", "--audit-log is of the admin API"),

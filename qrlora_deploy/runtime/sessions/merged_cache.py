@@ -102,7 +102,7 @@ class MergedCache:
                 "it without merged weights"
             )
         if type(size_bytes) is not int or size_bytes < 0:
-            raise InputError(f"{argument('merged_cache_bytes', size_bytes)} must be a whole number of at least 0")
+            raise InputError(f"merged_cache_bytes must be a whole number of at least 0, not {size_bytes!r:.40}")
         device = Device.of(provider)
         merge, alone = bundle.alone
         captured = buckets is not None and captures(device)
