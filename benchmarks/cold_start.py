@@ -34,13 +34,18 @@ from qrlora_deploy.runtime.table.table import CoefficientTable
 from qrlora_deploy.tasks.answering import Answering
 
 TARGETS = 4
-LABELS = ("yes", "no")
 REPEATS = 5
+FEW_LABELS = 2
 DISTINCT = 1024
 """Vectors that take turns: making a million of them is not what is measured."""
 
 
-def make_session(coefficients: int) -> SwitchableSession:
+def make_labels(count: int) -> tuple[str, ...]:
+    """Names of as many labels."""
+    return tuple(f"category-{index:03d}" for index in range(count))
+
+
+def make_session(coefficients: int, labels: int = FEW_LABELS) -> SwitchableSession:
     """A session with its table but without a graph."""
     ranks = [len(part) for part in np.array_split(np.arange(coefficients), TARGETS)]
     targets = tuple(
@@ -50,7 +55,7 @@ def make_session(coefficients: int) -> SwitchableSession:
     session.manifest = Manifest.model_construct(
         kind="switchable",
         task="text-classification",
-        labels=LABELS,
+        labels=make_labels(labels),
         basis_digest="b" * 64,
         base_digest="a" * 64,
         total_rank=coefficients,
@@ -58,19 +63,20 @@ def make_session(coefficients: int) -> SwitchableSession:
         inputs=(),
     )
     session.layout, session.head, session.base_head, session.fetch = TableLayout(ranks), None, None, None
-    session.versions = Versions(Answering(LABELS))
+    session.versions = Versions(Answering(session.manifest.labels))
     widths = {TABLE: session.layout.width}
     session.table = CoefficientTable(lambda rows: make_memory(widths, rows, "cpu"))
     return session
 
 
-def make_customers(count: int, coefficients: int) -> Iterator[tuple[str, Coefficients]]:
+def make_customers(count: int, coefficients: int, labels: int = FEW_LABELS) -> Iterator[tuple[str, Coefficients]]:
     """Customers with ids of 16 characters."""
     values = np.random.default_rng(0).normal(size=(DISTINCT, coefficients)).astype(np.float32)
+    names = make_labels(labels)
     for index in range(count):
         yield (
             f"customer-{index:07d}",
-            Coefficients(values[index % DISTINCT], "b" * 64, "base", "a" * 64, "text-classification", LABELS),
+            Coefficients(values[index % DISTINCT], "b" * 64, "base", "a" * 64, "text-classification", names),
         )
 
 
@@ -99,20 +105,20 @@ def load(path: Path, coefficients: int, cold: bool) -> dict[str, Any]:
     }
 
 
-def write_files(folder: Path, count: int, coefficients: int) -> dict[str, Any]:
+def write_files(folder: Path, count: int, coefficients: int, labels: int) -> dict[str, Any]:
     """Write customers as files of their own."""
     start = time.perf_counter()
-    for name, customer in make_customers(count, coefficients):
+    for name, customer in make_customers(count, coefficients, labels):
         write_coefficients(customer, folder / f"{name}.safetensors")
     return {"seconds": round(time.perf_counter() - start, 2)}
 
 
-def fetch_files(folder: Path, coefficients: int, cold: bool) -> dict[str, Any]:
+def fetch_files(folder: Path, coefficients: int, labels: int, cold: bool) -> dict[str, Any]:
     """Fetch every customer of a folder through a store, one after the other."""
     _settle(sorted(folder.iterdir()), cold)
-    session = make_session(coefficients)
+    session = make_session(coefficients, labels)
     store = CustomerStore(session, folder)
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     names = store.customers()
     for name in names:
         store.fetch(name)
@@ -121,6 +127,7 @@ def fetch_files(folder: Path, coefficients: int, cold: bool) -> dict[str, Any]:
         "customers": len(names),
         "seconds": round(elapsed_s, 3),
         "microseconds_each": round(1e6 * elapsed_s / len(names), 1),
+        "cpu_microseconds_each": round(1e6 * (time.process_time() - cpu) / len(names), 1),
         "peak_rss_bytes": host_memory_bytes(peak=True),
     }
 
@@ -155,9 +162,10 @@ def repeated(function: Callable[..., dict[str, Any]], *arguments: object) -> dic
 @click.option("--customers", type=click.IntRange(min=1), default=1_000_000, show_default=True)
 @click.option("--coefficients", type=click.IntRange(min=TARGETS), default=640, show_default=True)
 @click.option("--files", type=click.IntRange(min=1), default=10_000, show_default=True, help="Files of their own.")
+@click.option("--labels", type=click.IntRange(min=1), default=FEW_LABELS, show_default=True, help="In each of these.")
 @click.option("--folder", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Where to work.")
 @click.option("--json", "output", type=click.Path(path_type=Path), help="JSON file to write.")
-def main(customers: int, coefficients: int, files: int, folder: Path | None, output: Path | None) -> None:
+def main(customers: int, coefficients: int, files: int, labels: int, folder: Path | None, output: Path | None) -> None:
     """Measure all stages, and write the record where asked."""
     if not host_memory_bytes(peak=True):
         raise click.ClickException("this benchmark needs Linux")
@@ -167,14 +175,15 @@ def main(customers: int, coefficients: int, files: int, folder: Path | None, out
         record: dict[str, Any] = {
             "customers": customers,
             "coefficients": coefficients,
+            "labels": labels,
             "pack": alone(pack, packed, customers, coefficients),
             "load_packed": repeated(load, packed, coefficients, False),
             "load_packed_cold": repeated(load, packed, coefficients, True),
         }
         packed.unlink()
-        record["write_files"] = alone(write_files, single, files, coefficients)
-        record["fetch_files"] = repeated(fetch_files, single, coefficients, False)
-        record["fetch_files_cold"] = repeated(fetch_files, single, coefficients, True)
+        record["write_files"] = alone(write_files, single, files, coefficients, labels)
+        record["fetch_files"] = repeated(fetch_files, single, coefficients, labels, False)
+        record["fetch_files_cold"] = repeated(fetch_files, single, coefficients, labels, True)
     for name in ("fetch_files", "fetch_files_cold"):
         record[f"{name}_extrapolated_seconds"] = round(customers * record[name]["seconds"] / files, 1)
     record["environment"] = describe_environment().model_dump(mode="json")

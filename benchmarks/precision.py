@@ -16,7 +16,8 @@ already are measured as they are.
 import argparse
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -107,9 +108,11 @@ def read_material(arguments: argparse.Namespace) -> Material:
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Export, ask, time; returns the record that is written."""
     material, before = read_material(arguments), describe_environment()
-    names = [f"{kind} {form}" for kind in KINDS for form in arguments.forms]
+    names = [f"{kind} {form}" for kind in arguments.kinds for form in arguments.forms]
     refused = {name: reason for name in names if (reason := _export(material, name, folder / name))}
-    subjects = {name: open_subject(material, name, folder / name) for name in names if name not in refused}
+    subjects = {
+        name: open_subject(material, name, folder / name, arguments.threads) for name in names if name not in refused
+    }
     bundles = {name: _describe(subject) for name, subject in subjects.items()}
     for name, accuracy in measure_accuracy(subjects, material).items():
         bundles[name]["accuracy"] = accuracy
@@ -121,8 +124,12 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "calibrated_on": Path(material.texts.name).name,
         "bundles": bundles | {name: {"refused": reason} for name, reason in refused.items()},
         "runs": arguments.runs,
-        "threads": "default",
-        "latency": {f"{batch}x{length}": _time(subjects, batch, length, arguments.runs) for batch, length in SHAPES},
+        "threads": arguments.threads or "default",
+        "clock": "CPU time" if arguments.threads == 1 else "wall",
+        "latency": {
+            f"{batch}x{length}": _time(subjects, batch, length, arguments.runs, arguments.threads)
+            for batch, length in SHAPES
+        },
         "environment": environment("cpu"),
         "host": {
             "cpu": before.host["cpu"],
@@ -165,13 +172,21 @@ def _head_labels(material: Material) -> int:
     return max(*own, len(material.checkpoint.labels)) if own else 0
 
 
-def open_subject(material: Material, name: str, bundle: Path) -> BundleSubject:
+def open_subject(material: Material, name: str, bundle: Path, threads: int | None = None) -> BundleSubject:
     """A bundle with all customers.
 
     Raises:
         InputError: it was exported from something else, or does not take a customer.
     """
-    spec = Spec(name, "candidate", "bundle", bundle, folder=material.folder, customers=tuple(material.customers))
+    spec = Spec(
+        name,
+        "candidate",
+        "bundle",
+        bundle,
+        folder=material.folder,
+        customers=tuple(material.customers),
+        threads=threads,
+    )
     subject = BundleSubject(spec, [Workload(*shape) for shape in SHAPES])
     if subject.refused:
         raise InputError("; ".join(subject.refused.values()))
@@ -223,6 +238,9 @@ def reference_of(name: str) -> str:
 
 def score(answers: np.ndarray, labels: np.ndarray, reference: np.ndarray | None) -> dict[str, Any]:
     """Share of right answers, and how the answers differ from those of the reference; `[rows]` labels each."""
+    # A row's answer is a list of labels, of which a classifier gives one.
+    answers = answers.reshape(labels.shape)
+    reference = None if reference is None else reference.reshape(labels.shape)
     right = answers == labels
     found = {"rows": len(labels), "accuracy": float(right.mean())}
     if reference is None:
@@ -235,7 +253,9 @@ def score(answers: np.ndarray, labels: np.ndarray, reference: np.ndarray | None)
     }
 
 
-def _time(subjects: Mapping[str, BundleSubject], batch: int, length: int, runs: int) -> dict[str, Any]:
+def _time(
+    subjects: Mapping[str, BundleSubject], batch: int, length: int, runs: int, threads: int | None
+) -> dict[str, Any]:
     print(f"time {batch}x{length}", file=sys.stderr)
     calls = {name: subject.prepare(Workload(batch, length)) for name, subject in subjects.items()}
     for call in calls.values():
@@ -248,11 +268,18 @@ def _time(subjects: Mapping[str, BundleSubject], batch: int, length: int, runs: 
             # so that the second run counts.
             rest()
             calls[name](turn)
-            samples[name].append(seconds_of(calls[name], turn))
+            samples[name].append((_cpu_seconds_of if threads == 1 else seconds_of)(calls[name], turn))
     # On a machine that does other work the fastest run is nearest to what a quiet one takes.
     return {
         name: summary(values) | {"min": 1e3 * min(values)} | _ratio(samples, name) for name, values in samples.items()
     }
+
+
+def _cpu_seconds_of(call: Callable[[int], Any], turn: int) -> float:
+    """How much of a processor one run takes, whatever else is done meanwhile."""
+    start = time.process_time()
+    call(turn)
+    return time.process_time() - start
 
 
 def _ratio(samples: Mapping[str, Sequence[float]], name: str) -> dict[str, Any]:
@@ -283,6 +310,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--calibration", type=Path, help="texts that int8 is calibrated on")
     parser.add_argument("--bundles", type=Path, help="folder to keep the bundles in, or that holds them already")
     parser.add_argument("--form", dest="forms", action="append", choices=list(FORMS), help="repeatable; all by default")
+    parser.add_argument("--kind", dest="kinds", action="append", choices=KINDS, help="repeatable; both by default")
+    parser.add_argument("--threads", type=int, help="with 1, CPU time is measured, for machines that do other work")
     parser.add_argument("--runs", type=int, default=60, help="rounds of each shape; 30 at least give a ratio")
     parser.add_argument("-o", "--output", type=Path)
     return parser
@@ -291,7 +320,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(given: Sequence[str] | None = None) -> None:
     """Parse, measure, print and write."""
     arguments = make_parser().parse_args(given)
-    arguments.forms = arguments.forms or list(FORMS)
+    arguments.forms, arguments.kinds = arguments.forms or list(FORMS), arguments.kinds or list(KINDS)
     with tempfile.TemporaryDirectory() as folder:
         record = measure(arguments, arguments.bundles or Path(folder))
     for name, bundle in record["bundles"].items():

@@ -7,8 +7,8 @@ once for them. The weight of each then has zeros in the place of the others' `Q`
 `rank * (in + out)` multiplications for each neighbour, which is less than what they save.
 
 So a block with any number of targets among the three has three operators more than without, where a branch by itself
-has four or five. A GPU feels operators and passes; a CPU feels multiplications, and int8 quantises the weights of the
-base and not the factors. There branches stay apart.
+has four or five. A GPU feels operators and passes; a CPU feels multiplications, and int8 gives the base and the
+factors scales of their own. There branches stay apart.
 """
 
 from itertools import groupby

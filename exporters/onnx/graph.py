@@ -15,7 +15,7 @@ from exporters.onnx.bias_folding import fold_attention_biases
 from exporters.onnx.customer_rows import CustomerRows
 from exporters.onnx.merged_graphs import Merging, merged_rows
 from exporters.onnx.padding_free import Packing, pack_blocks
-from exporters.onnx.quantizing import base_products
+from exporters.onnx.quantizing import block_products
 from exporters.onnx.shared_weights import write_beside
 from exporters.onnx.tracing import Example, export_program, strip_traces
 from exporters.onnx.varlen import PackedAnswers, VarlenPacking
@@ -150,7 +150,7 @@ def write_graph(
     attention_nodes = sum(node.op_type in ATTENTION for node in program.model.graph.all_nodes())
     if emitted and not attention_nodes and not _all_capped(model):
         raise QrloraError(f"{type(model).__name__}: no Attention operator reached the graph; please report this model")
-    products = base_products(program.model.graph.all_nodes(), wrapper)
+    products = block_products(program.model.graph.all_nodes(), wrapper)
     strip_traces(program.model)
     # Weights always go to their own file: a model of more than 2 GB has no other form.
     onnx_ir.save(

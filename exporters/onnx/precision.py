@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from exporters.onnx.customer_rows import CustomerRows
+from exporters.onnx.switchable import TableBranch
 from qrlora_deploy.errors import QrloraError, argument
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.float32}
@@ -13,7 +14,9 @@ int8 quantises the fp32 graph."""
 
 
 def cast_inside(model: Any, rows: CustomerRows | None, precision: str) -> None:
-    """Round weights and factors once to the dtype of `precision`, in place, before the graph is traced.
+    """Make a model what is traced for `precision`, in place: its weights and factors are rounded once to the dtype.
+
+    For int8 nothing is rounded yet, but branches are prepared for it.
 
     The model is cast, not the graph: so its own code chooses the constants that depend on the
     dtype, such as the smallest number in an attention mask, and what it computes in fp32 on purpose
@@ -26,6 +29,9 @@ def cast_inside(model: Any, rows: CustomerRows | None, precision: str) -> None:
     Raises:
         QrloraError: some weights are out of the range of the dtype; all are counted, the first named.
     """
+    if precision == "int8":
+        for branch in filter(lambda module: isinstance(module, TableBranch), model.modules()):
+            branch.by_token = True
     dtype = DTYPES[precision]
     if dtype == torch.float32:
         return

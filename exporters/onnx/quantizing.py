@@ -1,4 +1,4 @@
-"""int8: the linear layers in the base's blocks compute in whole numbers, the customers do not.
+"""int8: the linear layers in the base's blocks compute in whole numbers, and so do the factors of customers' branches.
 
 What is quantised is decided by the module that a product comes from, which the exporter notes on
 every node it traces. Each output channel of a weight gets a scale of its own. Activations have one
@@ -6,10 +6,14 @@ for the whole tensor. It is found while the graph runs, so that an answer depend
 batch; or, with texts to calibrate on, it is a constant of the graph, and a row has the same answer
 in any batch, but values that no such text had are cut off.
 
+The products with R and Q of a switchable graph have scales of their own, so that the small difference that a customer
+is loses no more than its own last digits, where in merged weights it is rounded with the large numbers. What goes into
+the product with Q is a customer's: each token is scaled to its own range before (`TableBranch.by_token`), or one
+customer with large coefficients would take the digits of the others in his batch.
+
 These stay in fp32:
 
-- the products with R and Q of a switchable graph. A customer is a small difference of large numbers;
-  in 8 bits a good part of it would be lost, and it is a few hundredths of the work;
+- the coefficients;
 - what lies outside of the numbered blocks, such as the pooler and the output layer: it sees one token
   of each text, so there is nothing to gain, and its error would reach the logits directly;
 - attention, embeddings and LayerNorm. ONNX Runtime's quantiser makes an invalid operator of the
@@ -31,6 +35,7 @@ import numpy as np
 import onnx_ir
 from torch import nn
 
+from exporters.onnx.switchable import TableBranch
 from exporters.onnx.vnni_check import products_saturate
 from qrlora_deploy.errors import CheckFailed, QrloraError, argument, first_line
 from qrlora_deploy.models.targets import BLOCK, is_conv1d
@@ -47,8 +52,8 @@ PREPARED = ("onnx.quant.pre_process", "onnxruntime.quant")
 Inputs = dict[str, np.ndarray]
 
 
-def base_products(nodes: Iterable[Any], wrapper: nn.Module) -> tuple[str, ...]:
-    """Names of the products of the base's own linear layers in numbered blocks.
+def block_products(nodes: Iterable[Any], wrapper: nn.Module) -> tuple[str, ...]:
+    """Names of the products with constants in numbered blocks: of the base's own linear layers, and of branches.
 
     Args:
         nodes: as they were traced, with the exporter's notes.
@@ -57,12 +62,11 @@ def base_products(nodes: Iterable[Any], wrapper: nn.Module) -> tuple[str, ...]:
     layers = {
         name
         for name, module in wrapper.named_modules()
-        if (isinstance(module, nn.Linear) or is_conv1d(module)) and BLOCK.search(f".{name}.")
+        if (isinstance(module, nn.Linear | TableBranch) or is_conv1d(module)) and BLOCK.search(f".{name}.")
     }
     return tuple(
         node.name
         for node in nodes
-        # A side branch's products carry the path of the branch; its base has one of its own below.
         if node.op_type in PRODUCTS and _module_path(node) in layers and node.inputs[1].is_initializer()
     )
 

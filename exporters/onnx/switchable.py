@@ -1,5 +1,6 @@
 """A model that serves any customer in any row: coefficients come from a table that is an input, or with each row."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from qrlora_deploy.models.head import output_layer
 from qrlora_deploy.models.targets import is_conv1d
 from qrlora_deploy.runtime.bundle.row_layout import HeadLayout, TableLayout
 
+SMALLEST_RANGE = 1e-30
+"""Of a token's numbers between R and Q where they are scaled: below it they are as good as zero."""
+
 
 class TableBranch(SideBranch):
     """`y = base(x) + Q (c * (R x))` with a `c` for each row of the batch.
@@ -25,6 +29,10 @@ class TableBranch(SideBranch):
         target: its factors.
         index: which of the batch's coefficients are its own, of as many parts as there are targets.
         rows: where they are found.
+
+    Attributes:
+        by_token: scale what goes into the product with Q to the range of each token, and what comes out back. Where
+            that product is in whole numbers, tokens then share a scale and keep their digits.
 
     Raises:
         BasisMismatchError: the factors do not have the shape of the layer.
@@ -44,6 +52,7 @@ class TableBranch(SideBranch):
         self.name = target.name
         self.index = index
         self.rows = rows
+        self.by_token = False
         padding = rows.layout.padded_ranks[index] - target.rank
         q = nn.functional.pad(torch.tensor(target.q).T, (0, 0, 0, padding))
         r = nn.functional.pad(torch.tensor(target.r).T, (0, padding))
@@ -61,13 +70,23 @@ class TableBranch(SideBranch):
             bias = getattr(self.base, "bias", None)
             return x @ merged if bias is None else x @ merged + bias
         c = self.rows.coefficients(self.index, x, self.name)
-        return self.base(x) + ((x @ self.r) * c) @ self.q
+        return self.base(x) + self._update((x @ self.r) * c)
+
+    def _update(self, h: torch.Tensor) -> torch.Tensor:
+        """`h [..., rank]` times Q."""
+        return scaled_by_token(h, lambda part: part @ self.q) if self.by_token else h @ self.q
 
     def merge(self, c: torch.Tensor) -> torch.Tensor:
         """`[in, out]`, for the customer whose coefficients `c [1, width]` are."""
         c = c.split(list(self.rows.parts), 1)[self.index]
         weight = self.base.get_parameter("weight")
         return torch.addmm(weight if is_conv1d(self.base) else weight.T, self.r * c, self.q)
+
+
+def scaled_by_token(h: torch.Tensor, product: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """A linear `product` of `h [..., rank]` that is given each token's numbers between -1 and 1; zeros stay zeros."""
+    largest = h.abs().amax(-1, keepdim=True).clamp_min(SMALLEST_RANGE)
+    return product(h * (1 / largest)) * largest
 
 
 class HeadBranch(nn.Module):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from qrlora_deploy.errors import BasisMismatchError, FileFormatError, InputError
 from qrlora_deploy.formats.basis import Basis
@@ -53,7 +53,7 @@ class _Stored(BaseModel):
     task: str
     labels: list[str]
     training: dict[str, Any]
-    thresholds: list[float] = []
+    thresholds: list[float] = Field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""int8: whole numbers in the base's layers and nowhere else, and a bad graph is refused."""
+"""int8: whole numbers in the base's layers and the factors and nowhere else, and a bad graph is refused."""
 
 from collections import Counter
 from dataclasses import replace
@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from onnx import numpy_helper
 
 from exporters.onnx import export as export_module
@@ -16,6 +17,7 @@ from exporters.onnx import export_switchable, quantizing, verify_against
 from exporters.onnx.graph import write_graph
 from exporters.onnx.options import OnnxOptions
 from exporters.onnx.quantizing import quantize_graph
+from exporters.onnx.switchable import scaled_by_token
 from exporters.onnx.vnni_check import products_saturate
 from qrlora_deploy.data.examples import Examples
 from qrlora_deploy.errors import CheckFailed, InputError, QrloraError
@@ -83,14 +85,15 @@ def test_weights_have_seven_bits_where_sums_saturate(
 
 
 @pytest.mark.parametrize("kind", ["merged", "switchable"])
-def test_base_layers_are_whole_numbers_and_nothing_else(
+def test_base_layers_and_factors_are_whole_numbers_and_nothing_else(
     kind: str, merged: Path, switchable_int8: Path, tiny_basis: Basis
 ) -> None:
     folder = merged if kind == "merged" else switchable_int8
     model = onnx.load(folder / "model.onnx")
     types = {tensor.name: tensor for tensor in model.graph.initializer}
     operators = Counter(node.op_type for node in model.graph.node)
-    assert operators["MatMulInteger"] == LAYERS and operators["Attention"] == 2
+    expected = LAYERS + (2 * len(tiny_basis.targets) if kind == "switchable" else 0)
+    assert operators["MatMulInteger"] == expected and operators["Attention"] == 2
     for node in model.graph.node:
         if node.op_type == "MatMulInteger":
             assert types[node.input[1]].data_type == INT8
@@ -98,10 +101,11 @@ def test_base_layers_are_whole_numbers_and_nothing_else(
             assert len(types[node.input[3]].dims) == 1 and types[node.input[3]].dims[0] == types[node.input[1]].dims[1]
     if kind == "switchable":
         for target in tiny_basis.targets:
-            factors = [name for name in types if name.endswith((f"{target.name}.q", f"{target.name}.r"))]
-            assert len(factors) == 2 and {types[name].data_type for name in factors} == {FLOAT}
+            ends = tuple(f"{target.name}.{factor}_quantized" for factor in "qr")
+            factors = [name for name in types if name.endswith(ends)]
+            assert len(factors) == 2 and {types[name].data_type for name in factors} == {INT8}
     eight_bits = [tensor for tensor in types.values() if tensor.data_type == INT8 and len(tensor.dims) == 2]
-    assert len(eight_bits) == LAYERS
+    assert len(eight_bits) == expected
 
 
 @pytest.mark.parametrize("kind", ["merged", "switchable"])
@@ -230,3 +234,21 @@ def test_int8_on_the_command_line(tiny_base: Path, tiny_basis_file: Path, tmp_pa
     assert succeed_here(arguments, tmp_path)["precision"] == "int8"
     assert succeed_here(["inspect", tmp_path / "bundle"], tmp_path)["precision"] == "int8"
     assert succeed_here(["verify", tmp_path / "bundle"], tmp_path)["precision"] == "int8"
+
+
+def test_tokens_that_are_scaled_by_themselves_lose_no_digits_to_others() -> None:
+    """What goes into a product is rounded to 8 bits of one range for all, as int8 does it; sizes differ a lot."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(24, 32, generator=generator)
+    h = torch.randn(4, 5, 24, generator=generator) * torch.tensor([1.0, 1e3, 1e-40, 0.0])[:, None, None]
+
+    def product(part: torch.Tensor) -> torch.Tensor:
+        step = (part.max().clamp_min(0) - part.min().clamp_max(0)) / 255
+        return torch.round(part / step) * step @ q
+
+    errors = [
+        float((found[0] - h[0] @ q).norm() / (h[0] @ q).norm()) for found in (product(h), scaled_by_token(h, product))
+    ]
+    assert errors[0] > 0.5 and errors[1] < 0.02
+    found = scaled_by_token(h, product)
+    assert (found[3] == 0).all() and found.isfinite().all()

@@ -2,10 +2,15 @@
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
+import onnx
 
 from exporters.onnx.decoder.nodes import MICROSOFT, Nodes
+
+PRODUCT, LEVEL = "MatMulNBits", "accuracy_level"
+"""The operator, and its attribute.."""
 
 BLOCK = 32
 """Weights of one output that share a scale."""
@@ -44,8 +49,23 @@ def blockwise(
     rounded = cache(lambda: quantize(make(), bits))
     packed = nodes.weight(f"{name}.int{bits}", lambda: rounded()[0], np.uint8)
     scales = nodes.weight(f"{name}.scales", lambda: rounded()[1])
-    settings = {"N": shape[0], "K": shape[1], "bits": bits, "block_size": BLOCK, "accuracy_level": ACCURACY_LEVEL}
-    return nodes.add("MatMulNBits", [x, packed, scales], MICROSOFT, **settings)
+    settings = {"N": shape[0], "K": shape[1], "bits": bits, "block_size": BLOCK, LEVEL: ACCURACY_LEVEL}
+    return nodes.add(PRODUCT, [x, packed, scales], MICROSOFT, **settings)
+
+
+def accuracy_level(graph: onnx.GraphProto) -> Any:
+    """What the products with rounded weights of a graph round their activations to, by ONNX Runtime's count; None where
+    it has none.
+
+    Raises:
+        ValueError: they do not agree.
+    """
+    products = [node for node in graph.node if node.op_type == PRODUCT]
+    levels = {item.i for node in products for item in node.attribute if item.name == LEVEL}
+    if not products:
+        return None
+    (level,) = levels
+    return level
 
 
 def quantize(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:

@@ -13,6 +13,7 @@ from onnx.helper import tensor_dtype_to_np_dtype
 from transformers import GenerationConfig
 
 from exporters.onnx.bundle_files import write_tokenizer
+from exporters.onnx.decoder.blockwise import accuracy_level
 from exporters.onnx.decoder.graph import OPSET
 from exporters.onnx.decoder.shape import Shape
 from qrlora_deploy.exporting.job import ExportJob
@@ -101,6 +102,7 @@ def seal(folder: Path, job: ExportJob, tokenizer: Any, padding: int, shape: Shap
         task=CausalLM.name,
         labels=(),
         precision=report.precision,  # type: ignore[arg-type]
+        accuracy_level=accuracy_level(graph),
         opset=OPSET,
         basis_digest=basis.digest,
         coefficients_digest=job.coefficients.digest if job.coefficients else None,

@@ -61,6 +61,9 @@ class Manifest(Record):
             0.5 for all of them.
         precision: of weights and activations; the inputs and outputs are the same in every one.
         calibration: of int8 with constant scales; None: it has none, or an earlier version did not say.
+        accuracy_level: of products with weights in blocks, as ONNX Runtime counts: 4: within them activations are
+            rounded to 8 bits in the same blocks; 1: they are not. None: there are no such products, or an earlier
+            version did not say.
         coefficients_digest: the customer of a merged bundle.
         total_rank: number of coefficients of a customer.
         head_labels: labels that a customer's own output layer may have; 0: all use the base's.
@@ -79,6 +82,7 @@ class Manifest(Record):
     thresholds: tuple[float, ...] | None = None
     precision: Precision
     calibration: CalibrationRecord | None = None
+    accuracy_level: Literal[1, 4] | None = None
     opset: int
     basis_digest: str = Digest
     coefficients_digest: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
@@ -109,6 +113,8 @@ class Manifest(Record):
         check_thresholds(self.thresholds or (), len(self.labels))
         if self.calibration is not None and self.precision != "int8":
             raise ValueError(f"calibration belongs to int8; {self.precision} has no scales to find")
+        if self.accuracy_level is not None and self.precision not in ("int8", "int4"):
+            raise ValueError(f"accuracy_level belongs to int8 and int4; {self.precision} has no weights in blocks")
         if bool(self.head_labels) != bool(self.head_features) or (merged and self.head_labels):
             raise ValueError("head_labels and head_features belong together, in a bundle of many customers")
         has_labels = BY_NAME[self.task].has_labels

@@ -24,7 +24,7 @@ from qrlora_deploy.runtime.generation.streams import AnswerStream
 from qrlora_deploy.runtime.generation.writing import Writer
 from qrlora_deploy.runtime.host.devices import Device
 from qrlora_deploy.runtime.sessions.loaded_customers import LoadedCustomers
-from qrlora_deploy.runtime.sessions.session import open_session
+from qrlora_deploy.runtime.sessions.shared import shared_session
 from qrlora_deploy.tasks.registry import BY_NAME
 
 STEP_TOKENS = 512
@@ -95,7 +95,7 @@ class GenerationSession:
         check_bundle(bundle)
         machine = machine_of(Device.of(provider), bundle, cuda_graphs)
         buckets = batch_buckets(max_rows, batches)
-        opened = open_session(bundle.model, machine.device, threads, machine.captured)
+        opened = shared_session(bundle, bundle.model, machine.device, threads, machine.captured)
         check_graph(opened, bundle)
         block = machine.block_tokens if block_tokens is None else block_tokens
         graph = machine.graph(opened, max_rows, block)

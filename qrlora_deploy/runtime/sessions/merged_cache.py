@@ -24,7 +24,7 @@ from qrlora_deploy.runtime.sessions.buckets import Buckets
 from qrlora_deploy.runtime.sessions.merged_weights import CudaWeights, HostWeights, Weights
 from qrlora_deploy.runtime.sessions.packed_tokens import is_packed
 from qrlora_deploy.runtime.sessions.running import Inputs, PlainRunner, is_on_gpu, run_bound, text_inputs
-from qrlora_deploy.runtime.sessions.session import open_session
+from qrlora_deploy.runtime.sessions.shared import shared_session
 from qrlora_deploy.runtime.sessions.token_index import is_plain_text
 from qrlora_deploy.runtime.sessions.worker import Worker
 from qrlora_deploy.runtime.table.memory import TableMemory
@@ -101,11 +101,13 @@ class MergedCache:
                 f"{bundle.folder} has no graphs for one customer; export it with {argument('merged_cache')}, or open "
                 "it without merged weights"
             )
+        if type(size_bytes) is not int or size_bytes < 0:
+            raise InputError(f"{argument('merged_cache_bytes', size_bytes)} must be a whole number of at least 0")
         device = Device.of(provider)
         merge, alone = bundle.alone
         captured = buckets is not None and captures(device)
-        self._merging = open_session(merge, provider, threads)
-        self._session = open_session(alone, provider, threads, cuda_graph=captured)
+        self._merging = shared_session(bundle, merge, provider, threads)
+        self._session = shared_session(bundle, alone, provider, threads, captured)
         self._tables, self._texts, self._pad = tables, text_inputs(bundle.manifest), bundle.manifest.pad_token_id
         self._heads = any(value.name == SLOT for value in self._session.get_inputs())
         self._packed = is_packed(self._session)

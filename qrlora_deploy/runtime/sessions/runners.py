@@ -13,7 +13,7 @@ from qrlora_deploy.runtime.host.devices import Device
 from qrlora_deploy.runtime.sessions.bucket_runner import BucketRunner
 from qrlora_deploy.runtime.sessions.buckets import Buckets
 from qrlora_deploy.runtime.sessions.running import Inputs, PlainRunner, Runner, Tables, text_inputs
-from qrlora_deploy.runtime.sessions.session import open_session
+from qrlora_deploy.runtime.sessions.shared import shared_session
 from qrlora_deploy.runtime.sessions.token_index import is_plain_text
 from qrlora_deploy.runtime.sessions.worker import Worker
 
@@ -24,7 +24,7 @@ def open_graph(
     """The session of a bundle's graph for a device; on CUDA that of packed attention, where the bundle has one.
 
     Returns:
-        An `onnxruntime.InferenceSession`, as of `open_session`.
+        An `onnxruntime.InferenceSession`, as of `shared_session`.
 
     Raises:
         ProviderError: as of `open_session`.
@@ -33,7 +33,7 @@ def open_graph(
             manifest says.
     """
     packed = _packed(bundle, provider)
-    session = open_session(packed or bundle.model, provider, threads, cuda_graph)
+    session = shared_session(bundle, packed or bundle.model, provider, threads, cuda_graph)
     check_graph(session, bundle)
     return session
 
@@ -73,7 +73,7 @@ def make_runner(
         return runner
 
     def make_other() -> Runner:
-        other = open_session(bundle.model, provider, threads)
+        other = shared_session(bundle, bundle.model, provider, threads)
         check_graph(other, bundle)
         return PlainRunner(other, text_inputs(manifest), tables)
 

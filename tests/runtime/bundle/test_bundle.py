@@ -111,6 +111,8 @@ def test_manifest_that_names_files_elsewhere_is_refused(copied: Copy, name: str)
         ({"customer_effect": float("nan")}, "customer_effect"),
         ({"calibration": {"method": "minmax", "rows": 8, "texts_digest": "0" * 64}}, "belongs to int8; fp32 has no"),
         ({"calibration": {}}, "calibration.method"),
+        ({"accuracy_level": 4}, "accuracy_level belongs to int8 and int4; fp32 has no"),
+        ({"precision": "int8", "accuracy_level": 2}, "accuracy_level"),
         ({"calibration": True}, "calibration"),
     ],
 )
@@ -144,10 +146,10 @@ def test_manifest_that_may_not_be_read_is_bad_input(exported: Path, monkeypatch:
 
 
 def test_manifest_of_an_earlier_version_opens(copied: Copy) -> None:
-    """It does not say whether an int8 graph was calibrated."""
+    """It does not say whether an int8 graph was calibrated, or rounds activations in blocks."""
     folder = copied()
     record = json.loads((folder / "manifest.json").read_text())
-    assert record.pop("calibration") is None
+    assert record.pop("calibration") is None and record.pop("accuracy_level") is None
     (folder / "manifest.json").write_text(json.dumps(record))
     assert open_bundle(folder).manifest.calibration is None
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from qrlora_deploy.errors import InputError, MalformedInputError, MismatchError, NotReadyError, UnknownCustomerError
@@ -281,7 +282,12 @@ def test_weights_of_few_bits_answer_in_a_batch_as_alone(written: Written, precis
 
     made = written.made
     bundle = save_bundle(tmp_path / "bundle", made.checkpoint, made.basis, precision=precision)
+    graph = onnx.load(bundle / "model.onnx", load_external_data=False).graph
+    products = [node for node in graph.node if node.op_type == "MatMulNBits"]
+    levels = [item.i for node in products for item in node.attribute if item.name == "accuracy_level"]
+    assert len(levels) == len(products) > 0
     with GenerationSession.open(bundle, written.customers, threads=1, max_rows=4, batches=[4]) as opened:
+        assert {opened.bundle.manifest.accuracy_level} == set(levels) == {4}
         requests = [GenerationRequest(PROMPTS[n], (None, *NAMES)[n], max_tokens=12) for n in range(4)]
         alone = [opened.submit(request).result().tokens for request in requests]
         assert [answer.tokens for answer in opened.answers(requests)] == alone

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
+from onnx.numpy_helper import from_array
 
 from qrlora_deploy.errors import FileFormatError, ProviderError
 from qrlora_deploy.runtime import Device, SwitchableSession, open_bundle, open_session
@@ -17,6 +19,7 @@ from qrlora_deploy.runtime.sessions import session as session_module
 from qrlora_deploy.runtime.sessions.bucket_runner import _CudaBuffers
 from qrlora_deploy.runtime.table.memory import CudaMemory, HostMemory, make_memory
 from tests.runtime.fake_cuda import FakeCuda
+from tests.tolerances import FP32_ONNX
 
 
 class Opened:
@@ -134,3 +137,25 @@ def test_a_real_session_takes_options_of_its_own(switchable: Path, tmp_path: Pat
     (tmp_path / "model.onnx").write_bytes(b"nothing")
     with pytest.raises(FileFormatError, match="cannot be opened"):
         open_session(tmp_path / "model.onnx", device)
+
+
+@pytest.mark.parametrize("kind", [onnx.TensorProto.INT4, onnx.TensorProto.INT8])
+def test_no_session_rounds_activations_unless_its_graph_says_so(tmp_path: Path, kind: int) -> None:
+    """ONNX Runtime, left alone, rounds to 8 bits what is multiplied by a weight that is dequantised in blocks."""
+    random = np.random.default_rng(0)
+    levels, scales = random.integers(-8, 8, (64, 32)), random.random((2, 32), dtype=np.float32)
+    nodes = [
+        onnx.helper.make_node("DequantizeLinear", ["w", "scales"], ["weight"], axis=0, block_size=32),
+        onnx.helper.make_node("MatMul", ["x", "weight"], ["y"]),
+    ]
+    x, y = (onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [4, s]) for n, s in (("x", 64), ("y", 32)))
+    weights = [onnx.helper.make_tensor("w", kind, [64, 32], levels.ravel()), from_array(scales, "scales")]
+    graph = onnx.helper.make_graph(nodes, "graph", [x], [y], weights)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+    onnx.save(model, tmp_path / "model.onnx")
+    inputs = {"x": random.normal(size=(4, 64)).astype(np.float32)}
+    expected = inputs["x"] @ (levels * scales.repeat(32, 0)).astype(np.float32)
+    found = open_session(tmp_path / "model.onnx", threads=1).run(None, inputs)[0]
+    np.testing.assert_allclose(found, expected, **FP32_ONNX)
+    alone = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    assert np.abs(alone.run(None, inputs)[0] - expected).max() > 10 * np.abs(found - expected).max()

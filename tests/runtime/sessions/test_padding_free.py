@@ -19,7 +19,7 @@ from qrlora_deploy.factorization.from_checkpoint import factorize
 from qrlora_deploy.models.checkpoint import open_checkpoint
 from qrlora_deploy.models.targets import choose_targets
 from qrlora_deploy.rank_rules.energy_share import EnergyShare
-from qrlora_deploy.runtime import Buckets, SwitchableSession, open_bundle, verify
+from qrlora_deploy.runtime import Buckets, Device, SwitchableSession, open_bundle, verify
 from qrlora_deploy.runtime.sessions.token_index import STEPS, kept_tokens, padded_tokens, write_tokens
 from tests.exporters.test_switchable import save_encoder
 from tests.runtime.fire import made_up_customer, made_up_inputs
@@ -99,7 +99,7 @@ def test_an_onnx_runtime_that_ignores_lengths_is_refused(bundle: Path, monkeypat
         with (
             pytest.raises(ProviderError, match=r"ONNX Runtime 1\.24\.4 .* install 1\.25") if refused else nullcontext()
         ):
-            SwitchableSession(open_bundle(bundle), threads=1)
+            SwitchableSession(open_bundle(bundle), Device(configure=lambda _: None), threads=1)
 
 
 @pytest.mark.gpu
