@@ -12,11 +12,14 @@ import numpy as np
 
 from qrlora_deploy.formats.basis import Basis, read_basis, write_basis
 from qrlora_deploy.formats.coefficients import Coefficients, write_coefficients
+from tests.runtime.generation.written import write_everything
 from tests.tiny import SENTENCES, save_base
 
 TARGETS = ("query", "value")
 
 BASE, BASIS, CUSTOMER, EXPORTED, SWITCHABLE = "base", "basis.safetensors", "acme.safetensors", "acme", "switchable"
+DECODER = "decoder"
+"""With `switchable` and `customers`, as `tests.runtime.generation.written` makes them."""
 
 READY = Path(os.environ["QRLORA_READY"]) if "QRLORA_READY" in os.environ else None
 """The folder with everything made before; None: tests make what they need."""
@@ -78,6 +81,7 @@ def make_everything(folder: Path) -> None:
     write_coefficients(customer, folder / CUSTOMER)
     make_bundle(base, basis, customer, folder / EXPORTED)
     make_bundle(base, basis, None, folder / SWITCHABLE)
+    write_everything(folder / DECODER)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ the two best are apart. Contenders take turns in a random order, round by round;
 
 Parts: `steps` (a token of each graph, of eager `generate`, of a static cache captured as a CUDA graph, of
 torch.compile), `resident` (10,000 customers by 10), `kernels` (what runs on the GPU for a token), `peft` (as many
-customers as rows), `batching` (continuous by static batches through `GenerationSession`), `one_thread` (4 bits on a CPU
-by eager fp32).
+customers as rows), `batching` (continuous by static batches through `GenerationSession`), `drawing` (rows that
+draw on the GPU by rows for which the host does), `one_thread` (4 bits on a CPU by eager fp32).
 
 What is expected on an H100: an operator takes 2.3 us within a CUDA graph, measured, besides its bytes at 3 TB/s. A
 branch is three operators more (R, the coefficients, and one that puts `c * (x R)` beside the input), two where its
@@ -34,6 +34,7 @@ from benchmarks.common.measuring import environment
 from benchmarks.decoding.aims import LARGE, SMALL, lines_of, table
 from benchmarks.decoding.batching import Chats, measure_batching
 from benchmarks.decoding.bench import Settings, prepare
+from benchmarks.decoding.drawing import measure_drawing
 from benchmarks.decoding.kernels import measure_kernels
 from benchmarks.decoding.one_thread import measure_one_thread
 from benchmarks.decoding.shapes import SHAPES
@@ -50,7 +51,7 @@ ON_A_SHAPE = {
 
 BOTH_SHAPES = ("steps", "kernels")
 
-PARTS = (*ON_A_SHAPE, "batching", "one_thread")
+PARTS = (*ON_A_SHAPE, "batching", "drawing", "one_thread")
 TINY = "tiny"
 
 
@@ -73,6 +74,11 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(dir=folder) as place:
             shape = TINY if quick else SMALL
             record["batching"] = measure_batching(Path(place), shape, arguments.device, chats, 1 if quick else 2)
+        _save(arguments, record)
+    if "drawing" in arguments.parts:
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            sizes = (4, 6, 1) if quick else (64, arguments.new, min(3, arguments.rounds))
+            record["drawing"] = measure_drawing(Path(place), TINY if quick else SMALL, arguments.device, *sizes)
         _save(arguments, record)
     if "one_thread" in arguments.parts:
         with tempfile.TemporaryDirectory(dir=folder) as place:

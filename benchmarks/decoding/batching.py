@@ -65,7 +65,7 @@ def make_requests(chats: Chats, vocabulary: int, customers: Sequence[str]) -> li
 
 def measure_batching(folder: Path, name: str, device: str, chats: Chats, rounds: int) -> dict[str, Any]:
     """Tokens a second both ways; the answers must be the same but for the order of sums."""
-    bundle = _export(folder, name, device)
+    bundle = export(folder, name, device)
     # One size of everything: a static batch is as wide to its end, and all rows run together.
     options: dict[str, Any] = {
         "provider": device,
@@ -114,7 +114,7 @@ def _check_whole(answers: Sequence[Any], requests: Sequence[GenerationRequest]) 
             raise ValueError(f"an answer has {len(answer.tokens)} tokens, not {request.max_tokens}")
 
 
-def _export(folder: Path, name: str, device: str) -> Path:
+def export(folder: Path, name: str, device: str) -> Path:
     """A whole bundle with branches on q and v, and a folder of eight customers."""
     shape = SHAPES[name]
     _save_tokenizer(folder / "base", shape.config["vocab_size"])

@@ -1,6 +1,7 @@
 """The methods that are compared: what each trains, at which learning rate, and what a customer ships."""
 
 import copy
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -43,16 +44,17 @@ class Method:
     Attributes:
         name: on the command line and in the records.
         title: in the table.
-        rate: peak learning rate, the same for every task and model; None is the default of `train`, which
-            depends on the number of coefficients.
+        rate: peak learning rate, the same for every task and model; None is that by the number of
+            coefficients, the default of `train` in short runs.
         kind: "full", "head", "qr", or a key of `PEFT_CONFIGS`.
         projections: which layers get an adapter.
         last_layers: only of the last N blocks; None is all of them.
-        rate_factor: of the default rate, to see how much depends on it.
+        rate_factor: of the rate by the number of coefficients, to see how much depends on it.
         tau: share of energy that a basis keeps.
         budget: instead of `tau`: how many directions all layers have together, the same number in each.
         measured: whether a step's effect is measured instead of training.
         by_steps: whether the rate also falls with the square root of the steps, by `STEPS_FACTOR`.
+        bounded: whether it is the one that `train` takes, which layers and steps bound.
     """
 
     name: str
@@ -66,6 +68,14 @@ class Method:
     budget: int | None = None
     measured: bool = False
     by_steps: bool = False
+    bounded: bool = False
+
+    def rate_of(self, basis: Basis, steps: int) -> float:
+        """The peak learning rate of QR-LoRA's coefficients in a run of so many steps."""
+        if self.bounded:
+            return default_rate(basis.total_rank, 1.0, len(basis.targets), steps)
+        by_count = self.rate_factor * default_rate(basis.total_rank)
+        return by_count * STEPS_FACTOR / math.sqrt(steps) if self.by_steps else by_count
 
 
 METHODS = {
@@ -80,7 +90,7 @@ METHODS = {
         Method("qr-q4", "QR-LoRA, q of the last 4", None, "qr", ("query",), 4),
         Method("qr-qv4", "QR-LoRA, q and v of the last 4", None, "qr", ("query", "value"), 4),
         Method("qr-all", "QR-LoRA, all linear layers", None, "qr", ()),
-        Method("qr-all-half", "the same at half the default rate", None, "qr", (), rate_factor=1 / 2),
+        Method("qr-all-half", "the same at half the rate by count", None, "qr", (), rate_factor=1 / 2),
         Method("qr-all-quarter", "the same at a quarter of it", None, "qr", (), rate_factor=1 / 4),
     )
 }
@@ -100,7 +110,8 @@ PLACEMENTS = {
 
 def method_named(name: str) -> Method:
     """A method, or a placement at a part of its rate ("qr-q4@0.25"), at one that follows the steps too
-    ("qr-q4@steps"), or with a step's effect measured instead of training ("qr-q4@measure").
+    ("qr-q4@steps"), at the one of `train` ("qr-q4@train"), or with a step's effect measured instead of training
+    ("qr-q4@measure").
 
     Raises:
         InputError: there is no such method.
@@ -113,6 +124,8 @@ def method_named(name: str) -> Method:
         return replace(method, name=name, measured=True)
     if way == "steps":
         return replace(method, name=name, by_steps=True)
+    if way == "train":
+        return replace(method, name=name, bounded=True)
     return replace(method, name=name, rate_factor=float(way)) if way else method
 
 
@@ -146,10 +159,6 @@ class Prepared:
     trainable: int
     file_bytes: Callable[[], int]
 
-    def at(self, rate: float) -> "Prepared":
-        """The same with another rate of what the method adds."""
-        return replace(self, rate=rate, groups=[self.groups[0] | {"lr": rate}, *self.groups[1:]])
-
 
 def head_names(model: Any) -> list[str]:
     """Parameters of the head: what is outside the encoder, and the pooler before it."""
@@ -164,6 +173,7 @@ def prepare(
     start: Checkpoint,
     train_head: bool,
     labels: tuple[str, ...],
+    steps: int,
 ) -> Prepared:
     """Freeze `model`, add what the method trains, and say how to write it.
 
@@ -173,6 +183,7 @@ def prepare(
         start: the checkpoint with these weights, which the basis of a QR method is made from.
         train_head: whether an adapter has the head trained along.
         labels: names of the outputs, for the coefficients file.
+        steps: of the optimiser, on which a rate may depend.
 
     Raises:
         InputError: a layer is missing.
@@ -192,7 +203,7 @@ def prepare(
         parameters = {name: adapter.u for name, adapter in adapters.items()}
         along = _along(head, train_head)
         write = _writer(adapters, basis, along, labels, start)
-        rate = method.rate or method.rate_factor * default_rate(basis.total_rank)
+        rate = method.rate_of(basis, steps)
         return _prepared(model, parameters, along, rate, write)
     names = targets_of(model, method.projections, method.last_layers)
     # PEFT makes its shared projections on the CPU, and some methods would copy them over in every step.

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.common.workers import OutOfTime, prepare_process, surroundings, take_all
 from benchmarks.glue.loop import Schedule, Trace, train_model
-from benchmarks.glue.methods import STEPS_FACTOR, Method, Prepared, free, method_named, prepare
+from benchmarks.glue.methods import Method, Prepared, free, method_named, prepare
 from benchmarks.glue.probe import probe
 from benchmarks.glue.records import Record, append_record, claimed, known_seconds, read_records
 from benchmarks.glue.runs import WARM_UP, Place, Run, undone
@@ -204,11 +204,9 @@ class Worker:
         checkpoint, model = self._start(run, labels, parts["train"])
         others = _allocated(self.job.device) - sum(part.nbytes for part in (*model.parameters(), *model.buffers()))
         torch.manual_seed(run.seed)  # of PEFT's factors
-        prepared = prepare(method, model, checkpoint, run.start == PRETRAINED, labels)
+        steps = epochs * math.ceil(len(parts["train"]) / self.job.settings.batch_size)
+        prepared = prepare(method, model, checkpoint, run.start == PRETRAINED, labels, steps)
         free(self.job.device)
-        if method.by_steps:
-            steps = epochs * math.ceil(len(parts["train"]) / self.job.settings.batch_size)
-            prepared = prepared.at(prepared.rate * STEPS_FACTOR / math.sqrt(steps))
         if method.measured:
             found = probe(prepared.model, prepared.groups[0]["params"], task, parts["train"], run.seed)
             return _measured(found, prepared, time.perf_counter() - began)

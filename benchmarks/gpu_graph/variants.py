@@ -150,19 +150,24 @@ MERGED = (
     MASKED,
     VARLEN,
     replace(VARLEN, name="padding-free, varlen, one qkv", fused=True),
-    JOINT,
     JOINT_AS_IS,
 )
 SETUPS = (("paper", PAPER), ("qv of 12", WIDE))
-BRANCHES = tuple(base.switchable(label, setup) for base in (PADDED, PACKED, VARLEN, JOINT) for label, setup in SETUPS)
-BY_PART = replace(
-    VARLEN.switchable("qv of 12", WIDE), name="qv of 12, padding-free, varlen, by part", layout=RowsByPart
+BRANCHES = tuple(base.switchable(label, setup) for base in (PADDED, PACKED, VARLEN) for label, setup in SETUPS)
+APART = tuple(replace(variant, name=f"{variant.name}, apart", apart=True) for variant in BRANCHES)
+WIDE_VARLEN, WIDE_JOINT = (base.switchable("qv of 12", WIDE) for base in (VARLEN, JOINT))
+JOINTS = (
+    VARLEN,
+    JOINT,
+    JOINT_AS_IS,
+    VARLEN.switchable("paper", PAPER),
+    JOINT.switchable("paper", PAPER),
+    WIDE_VARLEN,
+    WIDE_JOINT,
+    replace(WIDE_VARLEN, name=f"{WIDE_VARLEN.name}, by part", layout=RowsByPart),
+    replace(WIDE_JOINT, name=f"{WIDE_JOINT.name}, one pass", layout=RowsWithOnes),
 )
-WIDE_JOINT = JOINT.switchable("qv of 12", WIDE)
-ONE_PASS = replace(WIDE_JOINT, name=f"{WIDE_JOINT.name}, one pass", layout=RowsWithOnes)
-APART = tuple(
-    replace(variant, name=f"{variant.name}, apart", apart=True) for variant in BRANCHES if variant.sdpa is None
-)
+"""One product for query, key and value, and two more ways of branches."""
 ONE = tuple(
     replace(base.switchable(f"one customer of {label}", setup), one_customer=True)
     for base in (PADDED, VARLEN)
@@ -176,7 +181,8 @@ ALONE = tuple(
 )
 GROUPS: dict[str, tuple[Variant, ...]] = {
     "merged": MERGED,
-    "switchable": (PADDED, PACKED, VARLEN, JOINT, *BRANCHES, BY_PART, ONE_PASS, *APART),
+    "switchable": (PADDED, PACKED, VARLEN, *BRANCHES, *APART),
+    "joint": JOINTS,
     "one-customer": (PADDED, VARLEN, *ONE, *ALONE),
 }
 ALL: dict[str, Variant] = {variant.name: variant for group in GROUPS.values() for variant in group}

@@ -28,23 +28,25 @@ class Told:
 
     Attributes:
         seconds: from the scheduled start of each request, by status.
-        late_s: of the schedule, until each request could be sent: the client's own part of that.
+        sent_s: from when it was sent: without what its client was late.
+        late_s: from the schedule to when the client came to it, of all requests.
         wall_s: of all.
     """
 
     seconds: dict[int, list[float]] = field(default_factory=dict)
+    sent_s: dict[int, list[float]] = field(default_factory=dict)
     late_s: list[float] = field(default_factory=list)
     wall_s: float = 0.0
 
-    def add(self, status: int, seconds: float) -> None:
+    def add(self, status: int, seconds: float, sent_s: float) -> None:
         """A request was answered."""
         self.seconds.setdefault(status, []).append(seconds)
+        self.sent_s.setdefault(status, []).append(sent_s)
 
     def __add__(self, other: "Told") -> "Told":
         """Of two clients that asked at the same time."""
-        both = self.seconds.keys() | other.seconds.keys()
-        seconds = {status: self.seconds.get(status, []) + other.seconds.get(status, []) for status in both}
-        return Told(seconds, self.late_s + other.late_s, max(self.wall_s, other.wall_s))
+        seconds, sent_s = _joined(self.seconds, other.seconds), _joined(self.sent_s, other.sent_s)
+        return Told(seconds, sent_s, self.late_s + other.late_s, max(self.wall_s, other.wall_s))
 
     def record(self, rows: int) -> dict[str, Any]:
         """Counts, rates and percentiles in ms by status."""
@@ -53,8 +55,13 @@ class Told:
             "wall_s": self.wall_s,
             "rows_per_s": rows * len(self.seconds.get(200, [])) / self.wall_s,
             "by_status": {str(status): percentiles_ms(found) for status, found in sorted(self.seconds.items())},
+            "from_sent": {str(status): percentiles_ms(found) for status, found in sorted(self.sent_s.items())},
             **late,
         }
+
+
+def _joined(one: dict[int, list[float]], other: dict[int, list[float]]) -> dict[int, list[float]]:
+    return {status: one.get(status, []) + other.get(status, []) for status in one.keys() | other.keys()}
 
 
 def percentiles_ms(seconds: Sequence[float]) -> dict[str, float]:
@@ -170,7 +177,8 @@ async def closed(port: int, requests: Sequence[bytes], connections: int, seconds
         while time.perf_counter() - start < seconds:
             begin = time.perf_counter()
             status = await connection.ask(requests[next(turns) % len(requests)])
-            told.add(status, time.perf_counter() - begin)
+            taken = time.perf_counter() - begin
+            told.add(status, taken, taken)
 
     await asyncio.gather(*(work() for _ in range(connections)))
     told.wall_s = time.perf_counter() - start
@@ -190,8 +198,10 @@ async def opened(
     async def one(number: int, due: float) -> None:
         told.late_s.append(time.perf_counter() - due)
         connection = await free.get()
+        sent = time.perf_counter()
         status = await connection.ask(requests[number % len(requests)])
-        told.add(status, time.perf_counter() - due)
+        end = time.perf_counter()
+        told.add(status, end - due, end - sent)
         free.put_nowait(connection)
 
     tasks = []

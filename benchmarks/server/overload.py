@@ -95,11 +95,13 @@ def load(place: Place, port: int, connections: int, seconds: float, rate: float 
         for seed in range(clients)
     ]
     records = [json.loads(one.communicate()[0]) for one in asking]
-    told = [
-        Told({int(status): found for status, found in one["seconds"].items()}, one["late_s"], one["wall_s"])
-        for one in records
-    ]
-    return reduce(add, told)
+    return reduce(add, map(_told, records))
+
+
+def _told(record: dict[str, Any]) -> Told:
+    """As the client printed it: keys of JSON are texts."""
+    times = {name: {int(status): found for status, found in record[name].items()} for name in ("seconds", "sent_s")}
+    return Told(**times, late_s=record["late_s"], wall_s=record["wall_s"])
 
 
 def bounds_of(calm_ms: float, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -129,6 +131,7 @@ def round_of(place: Place, checkout: Path, seconds: float, names: Sequence[str])
         record = told.record(1) | {"options": list(options)}
         record["goodput_by_peak"] = record["rows_per_s"] / peak_rows_s
         record["p99_accepted_by_unloaded"] = percentiles_ms(told.seconds[200])["p99"] / calm_ms
+        record["p99_accepted_from_sent_by_unloaded"] = percentiles_ms(told.sent_s[200])["p99"] / calm_ms
         found["by_bound"][name] = record
     return found
 
@@ -139,16 +142,16 @@ def summed(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "p50_ms_unloaded": statistics.median(it["calm"]["by_status"]["200"]["p50"] for it in rounds),
         "peak_rows_per_s": statistics.median(it["peak"]["rows_per_s"] for it in rounds),
     }
+    ratios = ("goodput_by_peak", "p99_accepted_by_unloaded", "p99_accepted_from_sent_by_unloaded")
     for name in rounds[0]["by_bound"]:
         of_bound = [it["by_bound"][name] for it in rounds]
-        refused = [it["by_status"].get("429", {}) for it in of_bound]
-        found[name] = {
-            "goodput_by_peak": statistics.median(it["goodput_by_peak"] for it in of_bound),
-            "p99_accepted_by_unloaded": statistics.median(it["p99_accepted_by_unloaded"] for it in of_bound),
-            "refused_p50_ms": statistics.median(it.get("p50", 0.0) for it in refused),
-            "refused_p99_ms": statistics.median(it.get("p99", 0.0) for it in refused),
-            "client_late_p99_ms": statistics.median(it["client_late"]["p99"] for it in of_bound),
-        }
+        found[name] = {ratio: statistics.median(it[ratio] for it in of_bound) for ratio in ratios}
+        for since, place in (("schedule", "by_status"), ("sent", "from_sent")):
+            refused = [it[place].get("429", {}) for it in of_bound]
+            for share in ("p50", "p99"):
+                median = statistics.median(it.get(share, 0.0) for it in refused)
+                found[name][f"refused_{share}_ms_from_{since}"] = median
+        found[name]["client_late_p99_ms"] = statistics.median(it["client_late"]["p99"] for it in of_bound)
     return found
 
 

@@ -30,7 +30,7 @@ LORA_RATE = 5e-4
 """The customary one."""
 
 QUARTER = 0.25
-"""Of the default rate, for directions of all layers: found on GLUE's MRPC and CoLA, not on these customers."""
+"""Of the rate by count, for directions of all layers: found on GLUE's MRPC and CoLA, not on these customers."""
 
 LOOK = Observation()
 
@@ -43,13 +43,21 @@ class Method:
         name: key in the records.
         title: row of the table.
         basis: whose coefficients are trained, by its name; empty: none, it is LoRA.
-        rate_factor: of the default rate for this number of coefficients.
+        rate_factor: of the rate for this number of coefficients.
+        bounded: whether the rate is the one that `train` takes, which layers and steps bound.
     """
 
     name: str
     title: str
     basis: str = ""
     rate_factor: float = 1.0
+    bounded: bool = False
+
+    def rate_of(self, basis: Basis, steps: int) -> float:
+        """The peak learning rate of coefficients in a run of so many steps."""
+        if self.bounded:
+            return default_rate(basis.total_rank, 1.0, len(basis.targets), steps)
+        return self.rate_factor * default_rate(basis.total_rank)
 
 
 METHODS = {
@@ -63,12 +71,15 @@ METHODS = {
         Method("whiten", f"even {BUDGET}, whitened, shared", "whiten", QUARTER),
         Method("all", "all linear, τ = 0.5", "all"),
         Method("lora", "LoRA, r = 8, q and v (PEFT)"),
-        Method("even-full", f"even {BUDGET}, default rate", "even"),
-        Method("energy-full", f"energy {BUDGET}, default rate", "energy"),
-        Method("sensitivity-full", f"sensitivity {BUDGET}, shared, default rate", "sensitivity"),
-        Method("own-full", f"sensitivity {BUDGET}, each customer's own, default rate", "own"),
-        Method("whiten-full", f"even {BUDGET}, whitened, shared, default rate", "whiten"),
-        Method("all-half", "all linear, τ = 0.5, half the default rate", "all", 0.5),
+        Method("even-full", f"even {BUDGET}, rate by count", "even"),
+        Method("energy-full", f"energy {BUDGET}, rate by count", "energy"),
+        Method("sensitivity-full", f"sensitivity {BUDGET}, shared, rate by count", "sensitivity"),
+        Method("own-full", f"sensitivity {BUDGET}, each customer's own, rate by count", "own"),
+        Method("whiten-full", f"even {BUDGET}, whitened, shared, rate by count", "whiten"),
+        Method("even-train", f"even {BUDGET}, rate of train", "even", bounded=True),
+        Method("sensitivity-train", f"sensitivity {BUDGET}, shared, rate of train", "sensitivity", bounded=True),
+        Method("whiten-train", f"even {BUDGET}, whitened, shared, rate of train", "whiten", bounded=True),
+        Method("all-half", "all linear, τ = 0.5, half the rate by count", "all", 0.5),
     )
 }
 
@@ -115,7 +126,9 @@ def kinds_of(basis: Basis) -> dict[str, int]:
     return found
 
 
-def prepare(method: Method, model: Any, basis: Basis | None) -> tuple[nn.Module, list[dict[str, Any]], float]:
+def prepare(
+    method: Method, model: Any, basis: Basis | None, steps: int
+) -> tuple[nn.Module, list[dict[str, Any]], float]:
     """The model that is trained, the groups of its optimiser, and the peak rate; the head is frozen."""
     if basis is None:
         names = targets_of(model, ("query", "value"))
@@ -126,7 +139,7 @@ def prepare(method: Method, model: Any, basis: Basis | None) -> tuple[nn.Module,
         return wrapped.get_base_model(), [{"params": trained, "lr": LORA_RATE}], LORA_RATE
     adapters = attach(model, basis)
     precondition(adapters)
-    rate = method.rate_factor * default_rate(basis.total_rank)
+    rate = method.rate_of(basis, steps)
     return model, [{"params": [adapter.u for adapter in adapters.values()], "lr": rate}], rate
 
 

@@ -213,7 +213,8 @@ class Worker:
         model = self._of(run).warmed(TASK, len(labels), place.start(run))
         basis = self._basis(run, method.basis) if method.basis else None
         torch.manual_seed(run.split)  # of PEFT's factors
-        trained, groups, rate = prepare(method, model, basis)
+        steps = self.job.settings.epochs * -(-len(parts["train"]) // self.job.settings.batch_size)
+        trained, groups, rate = prepare(method, model, basis, steps)
         record = self._run(run, trained, groups, parts, self.job.settings.epochs)
         numbers = sum(parameter.numel() for parameter in groups[0]["params"])
         return record | {"learning_rate": rate, "trainable_parameters": numbers, "rows": len(parts["train"])}

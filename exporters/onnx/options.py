@@ -32,7 +32,7 @@ class OnnxOptions:
         padding_free: the graph computes on the tokens that take part, given by one more input.
         attention: of a padding-free bundle, one of `ATTENTIONS`. "packed": it has a second graph, for CUDA, whose
             attention takes packed tokens; "auto": so it has where that is possible.
-        small_batches: packed attention takes query, key and value from one product, which is faster up to some thousand
+        small_batches: packed attention takes query, key and value from one product, which is faster up to some 4,000
             tokens in a batch and slower beyond.
         merged_cache: of a switchable bundle: it has the graphs for one customer too.
         data: texts of the check that ends the export; None: what comes with the project.
@@ -75,8 +75,8 @@ class OnnxOptions:
     )
     small_batches: bool = option(
         False,
-        "Of packed attention: query, key and value are one product. Faster for batches of up to about a thousand "
-        "tokens, slower for larger ones.",
+        "Of packed attention: query, key and value are one product. On an H200 a tenth faster for batches of up to "
+        "600 tokens, even at 4,000, a tenth slower at 11,000.",
     )
     merged_cache: bool = option(
         False,

@@ -3,10 +3,12 @@
 `torch.onnx` traces what it captured twice more, to decompose operators that it has no ONNX function for: half of the
 time that an export takes. The graphs of most encoders hold a handful of such operators, each of which is another one
 by a second name, or nothing at all in a model in use. Those are replaced here; any other graph takes torch's own way.
+
+It computes all of it once more to write promotions of dtypes out, though the trace noted every value; they are taken.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -47,8 +49,30 @@ def rewritten_programs() -> Iterator[None]:
         rewrite(program)
         return program
 
-    with patch.object(torch.export.ExportedProgram, "run_decompositions", rewrite_or_decompose):
+    with patch.object(torch.export.ExportedProgram, "run_decompositions", rewrite_or_decompose), _noted_values():
         yield
+
+
+def _noted_values() -> AbstractContextManager[Any]:
+    """Let torch's pass for promotions of dtypes take the values that the trace noted, while this lasts."""
+    try:
+        from torch.onnx._internal.fx.passes import type_promotion
+    except ImportError:
+        # It is no public part of torch: where it lies elsewhere, it computes.
+        return nullcontext()
+    interpreter = type_promotion._TypePromotionInterpreter
+    run_node = interpreter.run_node
+
+    def take_noted(promoting: Any, node: Any) -> Any:
+        if node.op != "call_function" or "val" not in node.meta:
+            return run_node(promoting, node)
+        rule = type_promotion.get_type_promotion_rule(node, promoting.type_promotion_table)
+        if rule is not None:
+            with promoting._set_current_node(node):
+                promoting._maybe_promote_node(node, rule)
+        return node.meta["val"]
+
+    return patch.object(interpreter, "run_node", take_noted)
 
 
 def can_be_rewritten(graph: Graph, table: Mapping[Any, Any]) -> bool:

@@ -1,6 +1,5 @@
 """A PyTorch module as a program of `torch.onnx`, without what the exporter says and notes beside it."""
 
-import gc
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -8,11 +7,14 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
+import onnx_ir
 import torch
 from onnxscript.optimizer import optimize_ir
 
 from exporters.onnx.rewriting import rewritten_programs
 from qrlora_deploy.errors import QrloraError, first_line
+from qrlora_deploy.runtime.host.collection import no_collection
 
 Example = tuple[torch.Tensor, tuple[str | int, ...]]
 """A tensor to trace with, and its axes: a dynamic one has a name instead of a size."""
@@ -54,15 +56,34 @@ def export_program(
         optimize=False,
     )
     try:
-        with warnings.catch_warnings(), _quiet_exporter(), _no_collection(), torch.no_grad():
+        with warnings.catch_warnings(), _quiet_exporter(), no_collection(), torch.no_grad():
             # Deprecations inside torch and transformers, nothing a user can act on.
             warnings.simplefilter("ignore")
             program: Any = _export_rewritten(export)
             optimize_ir(program.model)
+            _straighten(program.model)
             return program
     except torch.onnx.errors.OnnxExporterError as error:
         reason = first_line(error.__cause__ or error)
         raise QrloraError(f"{what} cannot be exported to ONNX: {reason}") from error
+
+
+def _straighten(model: Any) -> None:
+    """Have transposed weights laid out when they are written, one after the other.
+
+    They are views of the model's own, which numpy would write number by number.
+    """
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor.raw, np.ndarray) and not tensor.raw.flags.c_contiguous:
+            laid_out = partial(_laid_out, tensor)
+            value.const_value = onnx_ir.LazyTensor(laid_out, tensor.dtype, tensor.shape, name=tensor.name)
+
+
+def _laid_out(tensor: Any) -> Any:
+    # By PyTorch, which does it faster; as integers, since it knows fewer dtypes.
+    bits = torch.from_numpy(tensor.raw.view(f"i{tensor.raw.itemsize}")).contiguous()
+    return onnx_ir.Tensor(bits.numpy().view(tensor.raw.dtype), dtype=tensor.dtype)
 
 
 def _export_rewritten(export: Callable[[], Any]) -> Any:
@@ -72,18 +93,6 @@ def _export_rewritten(export: Callable[[], Any]) -> Any:
             return export()
     except torch.onnx.errors.OnnxExporterError:
         return export()
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Without Python's search for cycles: a trace makes millions of objects that live as long as it does."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @contextmanager

@@ -61,6 +61,8 @@ def project(
         1.0
         >>> made.customer.save("customers/again.safetensors")
     """
+    if isinstance(labels, str):
+        raise InputError(f"{argument('labels')} must be a list of names; put one name into a list")
     return project_onto(Path(source), as_checkpoint(base), as_basis(basis), labels)
 
 
@@ -99,6 +101,8 @@ def rebase(
         >>> done.customer, round(done.share, 3), done.refused
         ('acme', 1.0, '')
     """
+    if not 0 <= least_share <= 1:
+        raise InputError(f"{argument('least_share', least_share)} must be between 0 and 1")
     place, new = Path(output), as_basis(to)
     folder, names = _customers(Path(customers))
     if place.resolve() == folder.resolve():

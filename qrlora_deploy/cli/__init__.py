@@ -1,5 +1,7 @@
 """The command line: `qrlora-deploy COMMAND`, one module per command."""
 
+import atexit
+import gc
 import logging
 import os
 import sys
@@ -17,6 +19,9 @@ QUIET = {
 }
 """Read by the libraries when they are imported; a variable that the user has set wins."""
 
+KEEPING = ("export",)
+"""Commands that make millions of objects, by loading packages and by tracing, which live as long as the process."""
+
 
 def main() -> None:
     """Entry point of the console script: stderr carries our progress and one line per error."""
@@ -26,6 +31,10 @@ def main() -> None:
         warnings.simplefilter("ignore")
         _log_errors_once()
     prepare_streams()
+    if sys.argv[1:2] and sys.argv[1] in KEEPING:
+        gc.disable()
+    # The interpreter ends by looking for cycles among all objects, which takes a second after PyTorch was loaded.
+    atexit.register(gc.freeze)
     cli()
 
 

@@ -25,7 +25,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 PLAIN_NAME = re.compile(r"[\w.]+")
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 ANY_PATH = click.Path(path_type=Path)
-BY_COEFFICIENTS = "2.76 / sqrt(number of coefficients), at most 0.3"
+BY_COEFFICIENTS = "2.76 / sqrt(number of coefficients), at most 4.3 / sqrt(adapted layers x steps), at most 0.3"
 """What `training.settings.default_rate` gives, in words."""
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qrlora_deploy.cli.options import ANY_PATH, common, device_option, refuse_idle, seed_option
-from qrlora_deploy.cli.output import Output, Table, progress_bar, size_text
+from qrlora_deploy.cli.output import Output, Progress, Table, progress_bar, size_text
 
 if TYPE_CHECKING:
     from qrlora_deploy.quickstart.report import Parity, QuickstartReport
@@ -46,12 +46,24 @@ def command(output: Path | None, llm: str | None, resume: bool, device: str, see
         return run_llm(output, llm, resume, device, seed)
     from qrlora_deploy.quickstart.run import run
 
-    click.echo(
-        "This takes some four to eight minutes on two idle cores; most of it warms the base up and trains", err=True
-    )
     with progress_bar() as progress:
-        report = run(output, progress, seed, device)
+        report = run(output, _after_a_word(progress), seed, device)
     return output_of(report)
+
+
+def _after_a_word(progress: Progress | None) -> Progress:
+    """Say how long it takes when the work begins: what is refused before is told in one line."""
+    told = False
+
+    def tell(description: str, done: int, total: int) -> None:
+        nonlocal told
+        if not told:
+            click.echo("This takes four to eight minutes on two idle cores, most of it to warm up and train", err=True)
+            told = True
+        if progress is not None:
+            progress(description, done, total)
+
+    return tell
 
 
 def output_of(report: "QuickstartReport") -> Output:

@@ -169,6 +169,7 @@ def command(
         need("otel", "`serve --otel`")
     from qrlora_deploy.serving.assembly import Assembly, AssemblyOptions
     from qrlora_deploy.serving.json_log import log_as_json, log_plainly
+    from qrlora_deploy.serving.opening import check_merged_cache
     from qrlora_deploy.serving.opening_watch import OpeningWatch
 
     if log_json:
@@ -177,6 +178,8 @@ def command(
         log_plainly()
     places = places_of(bundle, models, options["customers"], options["packed"], options["poll_s"])
     run, server = _run_options(**options), _server_options(options)
+    if options["merged_cache_mib"]:
+        check_merged_cache(places)
     if on_ray and not check:
         on_replicas, names = open_ray_server(places, run, server, options), [place.name for place in places]
         return Output({}, live=lambda stream: serve_on_ray(on_replicas, names, stream))

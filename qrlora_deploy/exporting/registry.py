@@ -1,7 +1,7 @@
 """Exporters are found by name: those of this project, and those that other packages register as entry points."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,10 @@ def find_exporter(name: str) -> "Exporter":
         InputError: there is none, and the message lists those there are; two packages register the
             name, which are both named; or another package's exporter cannot be loaded or is none.
     """
-    registered = _registered()
+    return _find(name, _registered())
+
+
+def _find(name: str, registered: Sequence[EntryPoint]) -> "Exporter":
     found = [point for point in registered if point.name == name]
     if not found:
         names = sorted({point.name for point in registered})
@@ -76,10 +79,10 @@ def faults_named(name: str) -> Iterator[None]:
 
 def all_exporters() -> "list[Exporter]":
     """Every exporter that can be used, in the order of their names; what is wrong with others, `find_exporter` says."""
-    usable = []
-    for name in sorted({point.name for point in _registered()}):
+    usable, registered = [], _registered()
+    for name in sorted({point.name for point in registered}):
         try:
-            usable.append(find_exporter(name))
+            usable.append(_find(name, registered))
         except QrloraError:
             continue
     return usable

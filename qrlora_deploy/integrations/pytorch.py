@@ -63,7 +63,8 @@ def attach(model: Model, basis: StrPath | Basis, *, head: str = "frozen") -> Mod
 
     The new parameters are called `<layer>.u [rank]` fp32 and start at zero, where the model answers as before. The
     coefficients are `c = scale * u` with a fixed `scale`, which lets one learning rate serve all of them;
-    `default_rate(basis.total_rank)` is the one that `train` takes, with Adam and no weight decay.
+    `default_rate(basis.total_rank, layers=len(basis.targets), steps=...)` is the one that `train` takes, with Adam and
+    no weight decay.
 
     Args:
         model: a text classifier of transformers, loaded from the basis's base; on any device and in any dtype.

@@ -44,8 +44,11 @@ class Checkpoint:
     wanted: str = ""
 
     def taken_for(self, task: str) -> "Checkpoint":
-        """The same, taken for a task where its config leaves the task open; nothing of it has been read yet."""
-        return replace(self, wanted=task)
+        """The same, taken for a task where its config leaves the task open; what was read of it is not read again."""
+        taken = replace(self, wanted=task)
+        # Nothing that is kept depends on the task.
+        vars(taken).update(vars(self) | {"wanted": task})
+        return taken
 
     @cached_property
     def config(self) -> Any:

@@ -59,8 +59,7 @@ def convert_gguf(source: Path, output: Path, dtype: str = "fp32") -> dict[str, A
             model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
             tokenizer.save_pretrained(folder)
         written = Checkpoint(folder, str(output))
-        _check_whole(written, source)
-        if not torch.equal(_answer(written.load_model(dtype=DTYPES[dtype])), expected):
+        if not _answers_so(written, source, DTYPES[dtype], expected):
             raise QrloraError(f"{output} would not answer as {source} does: the conversion went wrong")
         record = {
             "source": source.name,
@@ -75,9 +74,10 @@ def convert_gguf(source: Path, output: Path, dtype: str = "fp32") -> dict[str, A
     return record
 
 
-def _check_whole(written: Checkpoint, source: Path) -> None:
+def _answers_so(written: Checkpoint, source: Path, dtype: torch.dtype, expected: torch.Tensor) -> bool:
     try:
         written.check_base()
+        return torch.equal(_answer(written.load_model(dtype=dtype)), expected)
     except InputError as error:
         # What was written is not left: the file is what its reader knows.
         raise InputError(f"{source} cannot be converted: {str(error).removeprefix(f'{written.folder}: ')}") from error

@@ -15,10 +15,10 @@ def check_budget(total: int) -> None:
     """Refuse a number of directions that cannot be meant.
 
     Raises:
-        InputError: it is not from 1 to `MAX_BUDGET`.
+        InputError: it is no whole number from 1 to `MAX_BUDGET`.
     """
-    if not 1 <= total <= MAX_BUDGET:
-        raise InputError(f"{argument('budget', total)} must be at least 1 and at most {MAX_BUDGET}")
+    if type(total) is not int or not 1 <= total <= MAX_BUDGET:
+        raise InputError(f"{argument('budget', total)} must be a whole number of at least 1 and at most {MAX_BUDGET}")
 
 
 def check_enough(total: int, available: int) -> None:

@@ -30,8 +30,8 @@ class FixedRank:
     per_target: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 1 <= self.rank <= MAX_RANK:
-            raise InputError(f"rank must be at least 1 and at most {MAX_RANK}, not {self.rank}")
+        if type(self.rank) is not int or not 1 <= self.rank <= MAX_RANK:
+            raise InputError(f"rank must be a whole number of at least 1 and at most {MAX_RANK}, not {self.rank}")
 
     def __str__(self) -> str:
         return f"rank {self.rank}"

@@ -51,7 +51,7 @@ def rule_of(
 
 def _budget_rule(budget: int, spread: str) -> RankRule:
     if spread not in SPREADS:
-        raise InputError(f"{argument('spread')} must be {' or '.join(SPREADS)}, not {spread}")
+        raise InputError(f"{argument('spread')} must be {', '.join(SPREADS)} or, with data, sensitivity, not {spread}")
     return SPREADS[spread](budget)
 
 

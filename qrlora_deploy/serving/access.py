@@ -1,6 +1,5 @@
 """Who asks, and for whom that one may ask: keys of a file that is followed while the server runs."""
 
-import gc
 import hmac
 import logging
 import math
@@ -15,6 +14,7 @@ from typing import NamedTuple
 
 from qrlora_deploy.errors import QrloraError
 from qrlora_deploy.runtime.customers.polling import Signature, signature_of, status_of
+from qrlora_deploy.runtime.host.collection import no_collection
 from qrlora_deploy.serving.kept_keys import keep_copy
 from qrlora_deploy.serving.keys_file import ANYONE, KeysFile, Quota, StoredKey, hash_of, id_of, read_keys
 from qrlora_deploy.serving.refusals import ForbiddenError, UnauthenticatedError
@@ -139,13 +139,8 @@ def _rights_of(key: StoredKey, groups: Mapping[str, frozenset[str]]) -> int:
 
 def _read(path: Path) -> _State:
     """Read a file of keys, without Python's collector: it walks over all that is made, and every request would wait."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
+    with no_collection():
         return _State.of(read_keys(path))
-    finally:
-        if was_on:
-            gc.enable()
 
 
 class QuotaNumbers(NamedTuple):

@@ -256,16 +256,15 @@ def _served(name: str, session: Session, limits: Limits, quotas: Quotas | None) 
     return ServedModel(name, bundle, LocalEngine(session, limits, quotas), RowTokenizer(bundle))
 
 
-def refuse_decoders(places: Sequence[ModelPlaces], what: str) -> None:
-    """Make sure that no model writes text.
-
-    Args:
-        places: of the models.
-        what: cannot be done with those that do, such as an option.
+def check_merged_cache(places: Sequence[ModelPlaces]) -> None:
+    """Make sure that some model has a use for merged weights.
 
     Raises:
-        InputError: one does.
+        InputError: none has: all of them are merged, or write text.
     """
-    for place in places:
-        if open_bundle(place.bundle, graph=False).manifest.deciding_task.writes_text:
-            raise InputError(f"{place.bundle} writes text, which is not served by {what}; leave it out")
+    manifests = [open_bundle(place.bundle, graph=False).manifest for place in places]
+    if not any(one.kind == "switchable" and not one.deciding_task.writes_text for one in manifests):
+        names = ", ".join(str(place.bundle) for place in places)
+        raise InputError(
+            f"{argument('merged_cache_mib')} does nothing for {names}: merged, or writes text; leave it out"
+        )

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 from qrlora_deploy.errors import InputError, ProviderError, argument
+from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.tasks.base import Task
 from qrlora_deploy.tasks.options import AUTO
 from qrlora_deploy.tasks.registry import BY_OPTION
@@ -20,6 +21,11 @@ STEP_LENGTH = 2.76
 """Length of Adam's first steps in the space of all coefficients, each of which moves by the learning rate: the rate
 times the square root of their number. The best rates found on MiniLM, 0.05 for 3,047 coefficients and 0.1 to 0.3 for
 320, have about this length in common; see docs/preconditioning.md."""
+
+LARGEST_STEP = 4.3
+"""Bound of the default rate times the root of adapted layers and steps: a unit of a coefficient moves its layer alike,
+however few directions the layer has, changes of layers add up, and a rate carries further the longer it works. At
+larger ones runs on GLUE ended in one answer for every text; see docs/preconditioning.md."""
 
 LARGEST_DEFAULT_RATE = 0.3
 """The largest rate that was tried; bases of fewer than 85 coefficients would get more."""
@@ -79,7 +85,7 @@ class TrainSettings(RunSettings):
     Attributes:
         learning_rate: peak, in the preconditioned space (`adapter.precondition`), where one value
             serves all coefficients; it falls linearly to 0 after a warm-up of 6 % of the steps. None is
-            `default_rate` of the basis, which `resolved` fills in.
+            `default_rate` of basis and steps, which `resolved` fills in.
         head_learning_rate: of the output layer where it trains too.
         patience: epochs without a better score before the run stops; needs evaluation data.
         head: "frozen" (the coefficients alone are trained) or "output" (the last projection too).
@@ -135,19 +141,25 @@ class TrainSettings(RunSettings):
             RuntimeError: it is not known yet.
         """
         if self.learning_rate is None:
-            raise RuntimeError("the learning rate depends on the basis; call resolved() first")
+            raise RuntimeError("the learning rate depends on basis and rows; call resolved() first")
         return self.learning_rate
 
-    def resolved(self, coefficients: int, factor: float = 1.0) -> Self:
-        """The same with a learning rate: the one that was given, or the default for so many coefficients.
+    def resolved(self, basis: Basis, factor: float = 1.0, rows: int = 1) -> Self:
+        """The same with a learning rate: the one that was given, or the default for this run.
 
         Args:
-            coefficients: how many are trained.
+            basis: whose coefficients are trained.
             factor: of the task, `Task.rate_factor`.
+            rows: of the training data, as they were read.
         """
         if self.learning_rate is not None:
             return self
-        return replace(self, learning_rate=default_rate(coefficients, factor))
+        rate = default_rate(basis.total_rank, factor, len(basis.targets), self.steps(rows))
+        return replace(self, learning_rate=rate)
+
+    def steps(self, rows: int) -> int:
+        """Of the optimizer over so many rows, if no run of epochs without a gain ends it before."""
+        return self.epochs * math.ceil(rows / self.batch_size)
 
     def check_tuning(self, task: Task, held_out: bool) -> None:
         """Make sure that thresholds can be tuned where that is asked for.
@@ -226,17 +238,21 @@ class WarmupSettings(RunSettings):
         return WARMUP_RATES[self.mode] if self.learning_rate is None else self.learning_rate
 
 
-def default_rate(coefficients: int, factor: float = 1.0) -> float:
-    """The learning rate of a basis with so many coefficients: `factor * STEP_LENGTH / sqrt(coefficients)`.
+def default_rate(coefficients: int, factor: float = 1.0, layers: int = 1, steps: int = 1) -> float:
+    """The learning rate of a run: `factor * STEP_LENGTH / sqrt(coefficients)` where that is not too much for it.
 
-    0.15 for 320, 0.05 for 3,047, 0.024 for 12,753; three digits, so that what a record shows can be
-    given by hand. At most `LARGEST_DEFAULT_RATE`.
+    It is at most `factor * LARGEST_STEP / sqrt(layers * steps)`, and `LARGEST_DEFAULT_RATE`. 0.15 for 320 coefficients,
+    0.05 for 3,047, 0.024 for 12,753; 3,047 in 36 layers have 0.025 where there are 800 steps. Three digits, so that
+    what a record shows can be given by hand.
 
     Args:
         coefficients: how many are trained.
         factor: of the task: 1 of classifiers, 3 of decoders that write text.
+        layers: that have coefficients.
+        steps: of the optimizer.
     """
-    return min(LARGEST_DEFAULT_RATE, float(f"{factor * STEP_LENGTH / math.sqrt(coefficients):.3g}"))
+    rate = factor * min(STEP_LENGTH / math.sqrt(coefficients), LARGEST_STEP / math.sqrt(layers * steps))
+    return min(LARGEST_DEFAULT_RATE, float(f"{rate:.3g}"))
 
 
 def fingerprint(settings: RunSettings, **parts: Any) -> dict[str, Any]:

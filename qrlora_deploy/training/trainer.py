@@ -115,7 +115,7 @@ def train(
     checkpoint = taken_for(checkpoint, settings.task)
     check_basis_fits(checkpoint, basis)
     outputs = customer_outputs(checkpoint, train, settings.head, settings.task)
-    settings = settings.resolved(basis.total_rank, outputs.task.rate_factor)
+    settings = settings.resolved(basis, outputs.task.rate_factor, len(train))
     metric = settings.metric_of(outputs.task)
     settings.check_tuning(outputs.task, evaluation is not None)
     settings.check_batches(outputs.task, len(train))

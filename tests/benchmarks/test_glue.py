@@ -115,7 +115,7 @@ def test_a_plan_of_a_file_has_its_warm_ups_and_names_ways_of_a_placement(tmp_pat
 
 
 def test_a_step_is_measured_and_a_rate_follows_the_steps(make_job: Callable[..., Job]) -> None:
-    job = make_job(methods=("qr-all@measure", "qr-all@steps"))
+    job = make_job(methods=("qr-all@measure", "qr-all@steps", "qr-all@train"))
     work_all(job)
     records = {(record["start"], record["method"]): record for record in read_records(job.place.records)}
     assert all("error" not in record for record in records.values())
@@ -126,6 +126,8 @@ def test_a_step_is_measured_and_a_rate_follows_the_steps(make_job: Callable[...,
     run = records[WARMED, "qr-all@steps"]
     rate = default_rate(run["trainable_parameters"]) * STEPS_FACTOR / run["steps"] ** 0.5
     assert run["learning_rate"] == pytest.approx(rate)
+    bounded = records[WARMED, "qr-all@train"]
+    assert bounded["learning_rate"] == default_rate(bounded["trainable_parameters"], 1.0, 12, bounded["steps"])
 
 
 def test_a_line_cut_by_a_crash_spoils_no_other(tmp_path: Path) -> None:
@@ -303,7 +305,7 @@ def test_a_method_trains_what_it_says_and_starts_as_the_model(tiny_base: Path, n
     models = Models(checkpoint, "cpu")
     model, untouched = models.fresh(RTE, 2, 3), models.fresh(RTE, 2, 3).eval()
     before = {key: value.clone() for key, value in untouched.state_dict().items()}
-    prepared = prepare(METHODS[name], model, checkpoint, train_head, ("a", "b"))
+    prepared = prepare(METHODS[name], model, checkpoint, train_head, ("a", "b"), 1)
     ids = torch.tensor([[2, 8, 9, 10, 3]])
     with torch.no_grad():
         # PiSSA takes its factors out of the weight and adds them again.

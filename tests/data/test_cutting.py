@@ -8,6 +8,7 @@ from qrlora_deploy.errors import InputError
 from qrlora_deploy.training.fleet.customers import Customer
 from qrlora_deploy.training.fleet.tokens import RowEncoder
 from qrlora_deploy.training.rows import build_rows
+from qrlora_deploy.training.settings import TrainSettings
 from tests.tiny import build_tokenizer
 
 TEXTS = ["play some music " * 400, "hello", " " * 20_000 + "rain", "a" * 20_000 + " rain"]
@@ -30,7 +31,7 @@ def test_rows_of_a_fleet_are_cut_alike() -> None:
     expected = [ids for row in tokenizer(TEXTS, truncation=True, max_length=16)["input_ids"] for ids in row]
     encoder = RowEncoder(tokenizer, ("input_ids",), 16)
     for _ in range(2):
-        (rows,) = encoder([Customer("acme", examples, None, 1, [0] * 4, [])])
+        (rows,) = encoder([Customer("acme", examples, None, 1, [0] * 4, [], TrainSettings())])
         assert not isinstance(rows, InputError) and rows.values["input_ids"].tolist() == expected
 
 

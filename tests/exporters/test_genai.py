@@ -147,6 +147,19 @@ def test_verify_repeats_the_check_and_sees_changes(exported: tuple[str, Path], t
     config.write_bytes(before)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", ["rows", "drop-in"])
+def test_in_fp16_on_a_gpu_answers_are_within_the_precisions_bound(base: Base, tmp_path: Path, variant: str) -> None:
+    """By ONNX Runtime itself, padded on either side, with other customers in the rows."""
+    options = GenaiOptions(variant=variant, precision="fp16", provider="cuda")
+    record = EXPORTER.export(ExportJob(*base, tmp_path / "model"), options)
+    assert record["parity"]["cases"] == 2 and record["parity"]["max_abs_error"] <= record["parity"]["bound"]
+    assert record["customer_effect"] > 10 * record["parity"]["max_abs_error"]
+    config = json.loads((tmp_path / "model/genai_config.json").read_text(encoding="utf-8"))
+    assert config["model"]["decoder"]["session_options"]["provider_options"] == [{"cuda": {}}]
+    assert EXPORTER.verify(tmp_path / "model", None, "cuda").failure is None
+
+
 def test_an_adapter_of_a_decoder_is_the_only_row_of_the_table(base: Base, tmp_path: Path) -> None:
     qr.export(*base, tmp_path / "acme.onnx_adapter", format="onnx-adapter", coefficients=customer_of(base))
     adapter = onnxruntime.AdapterFormat.read_adapter(str(tmp_path / "acme.onnx_adapter"))

@@ -66,6 +66,7 @@ def test_everything_is_read_once(
     """With labels of its own on the data, so that accuracy is measured, too."""
     checkpoint = open_checkpoint(str(tiny_base))
     if kind == "merged":
+        assert checkpoint.digest == tiny_customer.base_digest  # as the command makes sure first
         manifest = export_merged(
             ExportJob(checkpoint, tiny_basis, tmp_path / "bundle", tiny_customer), OnnxOptions(data=LABELLED)
         )

@@ -25,6 +25,15 @@ class Rewritten(torch.nn.Module):
         return (total + y).float()
 
 
+class Promotes(torch.nn.Module):
+    """Numbers of two dtypes, of which ONNX has no sum, and a whole one where a root is."""
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        (x,) = inputs
+        counted = (x > 0).to(torch.int64).cumsum(1)
+        return torch.sqrt(counted) + counted * x
+
+
 class WritesToView(torch.nn.Module):
     """A sum that is seen through another name of the same memory."""
 
@@ -36,7 +45,7 @@ class WritesToView(torch.nn.Module):
         return view * x[:, 1:]
 
 
-@pytest.mark.parametrize(("module", "short"), [(Rewritten(), True), (WritesToView(), False)])
+@pytest.mark.parametrize(("module", "short"), [(Rewritten(), True), (Promotes(), True), (WritesToView(), False)])
 def test_rewritten_programs_compute_the_same(
     module: torch.nn.Module, short: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -143,8 +143,8 @@ def test_what_is_no_gguf_is_refused(base: Path, tmp_path: Path, monkeypatch: pyt
 def test_weights_that_are_no_numbers_are_refused_by_the_name_of_the_file(base: Path, tmp_path: Path) -> None:
     write_gguf(base, tmp_path / "a.gguf", quantised=False)
     with (tmp_path / "a.gguf").open("rb+") as file:
-        file.seek(-64, 2)
-        file.write(b"\xff" * 64)
+        file.seek(-4096, 2)
+        file.write(b"\xff" * 4096)
     with pytest.raises(InputError, match=r"a\.gguf cannot be converted: weights hold NaN or Inf") as caught:
         convert_gguf(tmp_path / "a.gguf", tmp_path / "made")
     assert ".part" not in str(caught.value) and [path.name for path in tmp_path.iterdir()] == ["a.gguf"]

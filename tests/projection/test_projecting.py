@@ -207,5 +207,7 @@ def test_an_own_head_needs_names(tiny_base: Path, tiny_basis: Basis, tmp_path: P
     save_file({name: value for name, value in load_file(weights).items() if "lora_" in name} | head, weights)
     with pytest.raises(InputError, match="answers with 2 outputs; name them by labels"):
         qr.project(lora, tiny_base, tiny_basis)
+    with pytest.raises(InputError, match="labels must be a list of names"):
+        qr.project(lora, tiny_base, tiny_basis, labels="ny")
     made = qr.project(lora, tiny_base, tiny_basis, labels=("no", "yes"))
     assert made.customer.labels == ("no", "yes") and made.customer.head["classifier.weight"].shape == (2, 32)

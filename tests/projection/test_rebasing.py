@@ -117,6 +117,9 @@ def test_places_that_cannot_be_meant_are_refused_at_once(
     ):
         with pytest.raises(InputError, match=said):
             qr.rebase(source, tiny_basis, tmp_path / output, basis=tiny_basis)
+    for share in (float("nan"), 2.0, -0.1):
+        with pytest.raises(InputError, match=r"least_share=.* must be between 0 and 1"):
+            qr.rebase(customers, tiny_basis, tmp_path / "moved", basis=tiny_basis, least_share=share)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt"]
 
 

@@ -75,7 +75,7 @@ def test_a_rule_by_target_gives_together_what_it_gives_one_by_one(
         (0.0, None, "tau must be in"),
         (1.5, None, "tau must be in"),
         (math.nan, None, "tau must be in"),
-        (None, 0, "rank must be at least 1"),
+        (None, 0, "rank must be a whole number of at least 1"),
         (None, 2**31, "at most 2147483647"),
     ],
 )
@@ -94,10 +94,13 @@ def test_options_give_rules() -> None:
     ("asked", "message"),
     [
         ({"budget": 9, "rank": 4}, "rank and budget exclude each other"),
-        ({"budget": 9, "spread": "odd"}, "spread must be even or energy, not odd"),
+        ({"budget": 9, "spread": "odd"}, "spread must be even, energy or, with data, sensitivity, not odd"),
         ({"rank": 9, "spread": "even"}, "spread='even' needs budget"),
-        ({"budget": 0}, "budget=0 must be at least 1 and at most 2147483647"),
-        ({"budget": 0, "spread": "energy"}, "budget=0 must be at least 1"),
+        ({"budget": 0}, "budget=0 must be a whole number of at least 1 and at most 2147483647"),
+        ({"budget": "9"}, "budget='9' must be a whole number"),
+        ({"budget": 9.0}, "budget=9.0 must be a whole number"),
+        ({"rank": "9"}, "rank must be a whole number of at least 1"),
+        ({"budget": 0, "spread": "energy"}, "budget=0 must be a whole number of at least 1"),
     ],
 )
 def test_a_budget_that_makes_no_sense_is_refused(asked: dict[str, Any], message: str) -> None:

@@ -247,6 +247,10 @@ REFUSED = {
     "customers of a merged bundle": ("serve merged --customers customers", "takes no others"),
     "buckets that are none": ("serve bundle --buckets 8", "such as 1,8,32:32,128"),
     "buckets too long": ("serve bundle --buckets 8:4096", "longer than the model's"),
+    "merged weights of a merged bundle": (
+        "serve merged --merged-cache-mib 8 --check",
+        "--merged-cache-mib does nothing for merged",
+    ),
     "no such device": ("serve bundle --provider tpu", "tpu"),
     "an audit log without an admin API": ("serve bundle --audit-log a.jsonl", "--audit-log is of the admin API"),
     "two fronts on a port": (

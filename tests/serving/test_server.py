@@ -348,6 +348,13 @@ def test_tls_files_that_are_none(front: Front, tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_an_authority_of_no_certificate_is_named(front: Front, certificates: Path, tmp_path: Path) -> None:
+    (tmp_path / "ca").write_text("nothing", "utf-8")
+    tls = Tls(certificates / "server.pem", certificates / "server.key", tmp_path / "ca")
+    with pytest.raises(InputError, match=r"/ca holds no certificates of those who sign the clients'"):
+        Server(front, ServerOptions(port=0, tls=tls))
+
+
 def is_answered(server: Running, context: ssl.SSLContext) -> bool:
     try:
         with server.connect() as plain, context.wrap_socket(plain, server_hostname="localhost") as connection:

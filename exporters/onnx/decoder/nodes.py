@@ -17,11 +17,11 @@ class Nodes:
     """Nodes in the order of their computation, and what they read.
 
     Args:
-        data: takes the weights.
+        data: takes the weights; None: there are none.
         dtype: of weights and activations.
     """
 
-    def __init__(self, data: ExternalData, dtype: Any) -> None:
+    def __init__(self, data: ExternalData | None, dtype: Any) -> None:
         self.dtype = np.dtype(dtype)
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
@@ -50,6 +50,7 @@ class Nodes:
     def weight(self, name: str, make: Callable[[], np.ndarray], dtype: Any = None) -> str:
         """A tensor in the external file, cast to the graph's dtype or to another; written once."""
         if name not in self.initializers:
+            assert self._data is not None
             self.initializers[name] = self._data.write(name, lambda: make().astype(dtype or self.dtype))
         return name
 

@@ -19,7 +19,7 @@ PART_LOGITS = 100_000
 
 
 class Chooser:
-    """Chooses tokens; where rows draw, several rows at a time, since drawing looks at every logit.
+    """Chooses tokens: by what is known where the logits lie; else several rows at a time, looking at every logit.
 
     A row's choice follows from its own logits and sampler, so threads change no token.
 
@@ -48,13 +48,16 @@ class Chooser:
             answers: of the run.
         """
         found: dict[int, Chosen] = {}
-        others = {}
+        others: dict[int, Sampler] = {}
         for row, sampler in samplers.items():
             token = answers.likeliest(row) if sampler.takes_likeliest else None
             if token is None:
                 others[row] = sampler
             else:
-                found[row] = sampler.take(token)
+                found[row] = sampler.take(Choice(token))
+        if others and answers.draws is not None:
+            found.update(_drawn(others, answers, answers.draws))
+            others = {row: sampler for row, sampler in others.items() if row not in found}
         if others:
             rows = [(others[row], logits) for row, logits in zip(others, answers.logits(list(others)), strict=True)]
             found.update(zip(others, self._choose(rows), strict=True))
@@ -75,6 +78,14 @@ class Chooser:
         self._pool = self._pool or ThreadPoolExecutor(self._threads - 1, thread_name_prefix="choosing")
         others = [self._pool.submit(_choices, part) for part in parts[1:]]
         return _choices(parts[0]) + [choice for part in others for choice in part.result()]
+
+
+def _drawn(samplers: Mapping[int, Sampler], answers: Answers, vocabulary: int) -> dict[int, Choice]:
+    """What rows choose where the logits lie, as far as that can be known there."""
+    wishes = {row: wish for row, sampler in samplers.items() if (wish := sampler.wish(vocabulary)) is not None}
+    if not wishes:
+        return {}
+    return {row: samplers[row].take(choice) for row, choice in answers.drawn(wishes).items()}
 
 
 def _choices(rows: Sequence[tuple[Sampler, np.ndarray]]) -> list[Chosen]:

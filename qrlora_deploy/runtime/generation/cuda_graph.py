@@ -1,6 +1,6 @@
 """A decoder's graph on a GPU: caches stay there, and runs that come again are captured and replayed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,6 +8,7 @@ import onnxruntime
 
 from qrlora_deploy.runtime.generation.budget import refused_without_memory
 from qrlora_deploy.runtime.generation.cuda_cache import CudaKvCache
+from qrlora_deploy.runtime.generation.cuda_draw import CudaDrawer
 from qrlora_deploy.runtime.generation.cuda_step import CudaAnswers, CudaStep, CudaStepMemory, Sizes
 from qrlora_deploy.runtime.generation.graph import DecoderGraph, _Bound
 from qrlora_deploy.runtime.table.memory import TableMemory
@@ -32,13 +33,23 @@ class CudaDecoderGraph(DecoderGraph):
         block_tokens: tokens of a prompt that are read in one run, at most.
         captured: whether runs are captured that write a token, a graph for each batch of each capacity, and those that
             read a prompt's beginning, a graph for each of a few lengths.
+        open_drawing: opens what draws tokens of a vocabulary where the logits lie, `CudaDrawer`'s sessions; None: the
+            host draws.
 
     Raises:
         FileFormatError: the graph has other inputs or outputs than a decoder.
         MemoryError: the GPU has no room for a batch's logits, or for a prompt's block.
     """
 
-    def __init__(self, session: Any, device: int, rows: int, block_tokens: int, captured: bool = True) -> None:
+    def __init__(
+        self,
+        session: Any,
+        device: int,
+        rows: int,
+        block_tokens: int,
+        captured: bool = True,
+        open_drawing: Callable[[int], tuple[Any, Any]] | None = None,
+    ) -> None:
         super().__init__(session)
         dtype, element = self._logits_type
         sizes = Sizes(
@@ -52,6 +63,10 @@ class CudaDecoderGraph(DecoderGraph):
             self._total_shape,
         )
         self._memory, self._captured, self._graphs = CudaStepMemory(sizes, device), captured, 0
+        self._drawer = None
+        if open_drawing is not None and dtype is np.float32:
+            drawing, logits = open_drawing(self.vocabulary), self._memory.logits.pointer
+            self._drawer = CudaDrawer(drawing, device, logits, rows, self.vocabulary, captured)
         self._lengths = piece_lengths(block_tokens)
         self._first = CudaKvCache(self.cache_shape, block_tokens, device)
         if captured:
@@ -91,7 +106,7 @@ class CudaDecoderGraph(DecoderGraph):
         return bound
 
     def _step_of(self, rows: int, tokens: int) -> CudaStep:
-        return CudaStep(self._memory, rows, tokens)
+        return CudaStep(self._memory, rows, tokens, self._drawer)
 
     def _single_options(self) -> Any:
         return self._options(NO_GRAPH)

@@ -1,18 +1,19 @@
 """What one run of a decoder takes and gives, on a GPU: some bytes go there and come back, logits only where they are
 asked for."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from qrlora_deploy.runtime.bundle.row_layout import SLOT
+from qrlora_deploy.runtime.generation.cuda_arrays import CudaArrays
+from qrlora_deploy.runtime.generation.cuda_draw import CudaDrawer
+from qrlora_deploy.runtime.generation.sampling import Choice
 from qrlora_deploy.runtime.generation.stepping import GREEDY, LOGITS, last_tokens
+from qrlora_deploy.runtime.generation.wishes import Wish
 from qrlora_deploy.runtime.table.cuda import DEVICE_TO_HOST, CudaBuffer, Pieces, pinned_bytes
-
-ALIGNMENT = 256
-"""Of every array, in bytes: what CUDA's own allocations have."""
 
 FIRST = "first"
 """The first logit of each row, on the host: NaN where the model has failed, as all of the row's then are."""
@@ -63,25 +64,19 @@ class CudaStepMemory:
         device: number of the GPU.
 
     Attributes:
-        host: by name, pinned memory of the host, as large as the largest run needs.
-        pointers: by name, addresses on the GPU.
+        arrays: what is copied whole, of the largest runs.
+        host: of them, by name, pinned memory of the host.
+        pointers: of them, by name, addresses on the GPU.
+        copies: to and from the GPU.
+        logits: of the rows, on the GPU.
+        row_bytes: of a row's logits.
     """
 
     def __init__(self, sizes: Sizes, device: int) -> None:
         self.sizes, self.device = sizes, device
         lengths = dict.fromkeys(DTYPES, sizes.rows) | {"input_ids": sizes.tokens}
-        starts, self.taken_bytes, size_bytes = {}, 0, 0
-        for name, length in lengths.items():
-            starts[name] = size_bytes
-            size_bytes += -(-length * np.dtype(DTYPES[name]).itemsize // ALIGNMENT) * ALIGNMENT
-            self.taken_bytes = size_bytes if name in TAKEN else self.taken_bytes
-        self.buffer = CudaBuffer(size_bytes, device)
-        whole = pinned_bytes(size_bytes, device)
-        self.host = {name: whole[start:].view(DTYPES[name])[: lengths[name]] for name, start in starts.items()}
-        self.pointers = {name: self.buffer.pointer + start for name, start in starts.items()}
-        # Asked for once: numpy takes longer to tell an address than to copy.
-        self.addresses = {name: array.ctypes.data for name, array in self.host.items()}
-        self.copies = self.buffer.copies
+        self.arrays = CudaArrays({name: (DTYPES[name], lengths[name]) for name in DTYPES}, device)
+        self.host, self.pointers, self.copies = self.arrays.host, self.arrays.pointers, self.arrays.copies
         self.row_bytes = sizes.vocabulary * sizes.dtype.itemsize
         self.logits = CudaBuffer(sizes.rows * self.row_bytes, device, self.copies)
         self._rows = np.zeros(0, dtype=np.uint8)
@@ -103,13 +98,14 @@ class CudaStep:
         memory: of all runs.
         rows: of the batch.
         tokens: of each row.
+        drawer: of tokens where the logits lie, if there is one.
 
     Attributes:
         token: `[rows]`, of all tokens the one of each row whose logits are wanted: its last one, or one before.
     """
 
-    def __init__(self, memory: CudaStepMemory, rows: int, tokens: int) -> None:
-        self.rows, self._tokens, self._memory = rows, tokens, memory
+    def __init__(self, memory: CudaStepMemory, rows: int, tokens: int, drawer: CudaDrawer | None = None) -> None:
+        self.rows, self._tokens, self._memory, self._drawer = rows, tokens, memory, drawer
         self.total = np.zeros(memory.sizes.total_shape, dtype=np.int32)
         self.token = last_tokens(rows, tokens)
 
@@ -139,20 +135,19 @@ class CudaStep:
 
     def upload(self) -> None:
         """All inputs in one copy."""
-        memory = self._memory
-        memory.copies.begin_copy(memory.buffer.pointer, memory.addresses["input_ids"], memory.taken_bytes)
-        memory.copies.wait()
+        self._memory.arrays.upload(TAKEN)
 
     def answers(self) -> "CudaAnswers":
         """What the run left on the GPU."""
-        return CudaAnswers(self._memory, self.rows)
+        return CudaAnswers(self._memory, self.rows, self._drawer)
 
 
 class CudaAnswers:
     """What a run left on the GPU, which comes when it is asked for."""
 
-    def __init__(self, memory: CudaStepMemory, rows: int) -> None:
-        self._memory, self._rows = memory, rows
+    def __init__(self, memory: CudaStepMemory, rows: int, drawer: CudaDrawer | None) -> None:
+        self._memory, self._rows, self._drawer = memory, rows, drawer
+        self.draws = None if drawer is None else memory.sizes.vocabulary
         self._likeliest: list[int | None] | None = None
 
     def likeliest(self, row: int) -> int | None:
@@ -162,6 +157,10 @@ class CudaAnswers:
         if self._likeliest is None:
             self._likeliest = self._fetch()
         return self._likeliest[row]
+
+    def drawn(self, wishes: Mapping[int, Wish]) -> dict[int, Choice]:
+        """As `Answers.drawn`."""
+        return {} if self._drawer is None else self._drawer.draw(self._rows, wishes)
 
     def logits(self, rows: Sequence[int]) -> np.ndarray:
         """As `Answers.logits`."""
@@ -175,10 +174,9 @@ class CudaAnswers:
 
     def _fetch(self) -> list[int | None]:
         memory, sizes, rows = self._memory, self._memory.sizes, self._rows
-        size_bytes = rows * memory.host[GREEDY].itemsize
-        memory.copies.begin_copy(memory.addresses[GREEDY], memory.pointers[GREEDY], size_bytes, DEVICE_TO_HOST)
+        memory.arrays.begin_download(GREEDY, rows)
         if sizes.dtype == np.float32:
-            target, source = Pieces(memory.addresses[FIRST], 4), Pieces(memory.logits.pointer, memory.row_bytes)
+            target, source = Pieces(memory.arrays.addresses[FIRST], 4), Pieces(memory.logits.pointer, memory.row_bytes)
             memory.copies.begin_pieces(target, source, 4, rows, DEVICE_TO_HOST)
         memory.copies.wait()
         tokens, finite = memory.host[GREEDY][:rows].tolist(), np.isfinite(memory.host[FIRST][:rows]).tolist()

@@ -12,8 +12,10 @@ from qrlora_deploy.runtime.generation.cuda_cache import CudaKvCache
 from qrlora_deploy.runtime.generation.cuda_graph import CudaDecoderGraph
 from qrlora_deploy.runtime.generation.graph import DecoderGraph
 from qrlora_deploy.runtime.generation.scheduler import Rows
+from qrlora_deploy.runtime.generation.wishes import FILE, FILE_OF_ALL
 from qrlora_deploy.runtime.host.devices import Device
 from qrlora_deploy.runtime.host.forking import LOST_ON_GPU, survive_forks
+from qrlora_deploy.runtime.sessions.session import open_session
 from qrlora_deploy.runtime.sessions.worker import Worker
 
 TUNING = "ep.cuda.enable_gemm_auto_tune"
@@ -97,9 +99,14 @@ class Gpu:
             QrloraError: the GPU has no room for a batch's logits.
         """
         try:
-            return CudaDecoderGraph(session, self.device.index, rows, block_tokens, self.captured)
+            return CudaDecoderGraph(session, self.device.index, rows, block_tokens, self.captured, self._open_drawing)
         except MemoryError as error:
             raise QrloraError(f"GPU {self.device.index} has no room for the logits of {rows} rows: {error}") from error
+
+    def _open_drawing(self, vocabulary: int) -> tuple[Any, Any]:
+        device = replace(self.device, configure=partial(_know, vocabulary))
+        best, of_all = (open_session(file, device, cuda_graph=self.captured) for file in (FILE, FILE_OF_ALL))
+        return best, of_all
 
     def cache(self, shape: CacheShape, capacity: int) -> Rows:
         """As `Machine.cache`."""
@@ -120,6 +127,11 @@ def _configure(further: Callable[[Any], None] | None, options: Any) -> None:
     options.add_session_config_entry(TUNING, "1")
     if further is not None:
         further(options)
+
+
+def _know(vocabulary: int, options: Any) -> None:
+    """What follows from the vocabulary alone is computed once, or runs could not be captured."""
+    options.add_free_dimension_override_by_name("vocabulary", vocabulary)
 
 
 def machine_of(device: Device, bundle: Bundle, captured: bool) -> Machine:

@@ -1,11 +1,13 @@
 """What one run of a decoder takes and gives, where the host has it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from qrlora_deploy.runtime.bundle.row_layout import SLOT
+from qrlora_deploy.runtime.generation.sampling import Choice
+from qrlora_deploy.runtime.generation.wishes import Wish
 
 INPUTS = ("input_ids", "seqlens_k", "total_sequence_length", "token")
 LOGITS = "logits"
@@ -14,10 +16,19 @@ GREEDY = "greedy"
 
 
 class Answers(Protocol):
-    """What the rows of a run gave. Good until the next run."""
+    """What the rows of a run gave. Good until the next run.
+
+    Attributes:
+        draws: of how many logits tokens are drawn where they lie; None: they are not.
+    """
+
+    draws: int | None
 
     def likeliest(self, row: int) -> int | None:
         """The token with the largest logit; None: look at the logits."""
+
+    def drawn(self, wishes: Mapping[int, Wish]) -> Mapping[int, Choice]:
+        """Tokens as these rows wish them; who is not there must look at the logits. Where `draws`."""
 
     def logits(self, rows: Sequence[int]) -> Iterable[np.ndarray]:
         """`[vocabulary]` fp32 of each of these rows; good until others are asked for."""
@@ -108,7 +119,9 @@ class HostStep:
 
 
 class HostAnswers:
-    """Logits `[rows, vocabulary]` on the host, where nobody needs to be told the largest."""
+    """Logits `[rows, vocabulary]` on the host, where nobody needs to be told the largest, nor anything else."""
+
+    draws: int | None = None
 
     def __init__(self, logits: np.ndarray) -> None:
         self._logits = logits if logits.dtype == np.float32 else logits.astype(np.float32)
@@ -116,6 +129,10 @@ class HostAnswers:
     def likeliest(self, row: int) -> None:
         """Not known."""
         return
+
+    def drawn(self, wishes: Mapping[int, Wish]) -> dict[int, Choice]:
+        """None."""
+        return {}
 
     def logits(self, rows: Sequence[int]) -> list[np.ndarray]:
         """As `Answers.logits`."""

@@ -101,6 +101,8 @@ class MergedCache:
                 f"{bundle.folder} has no graphs for one customer; export it with {argument('merged_cache')}, or open "
                 "it without merged weights"
             )
+        if type(size_bytes) is not int or size_bytes < 0:
+            raise InputError(f"{argument('merged_cache_bytes', size_bytes)} must be a whole number of at least 0")
         device = Device.of(provider)
         merge, alone = bundle.alone
         captured = buckets is not None and captures(device)

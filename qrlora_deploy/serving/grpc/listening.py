@@ -1,6 +1,5 @@
 """Where a gRPC server listens, how much it takes, and its certificates."""
 
-import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,9 +59,9 @@ class Certificates:
             InputError: one of them cannot be used; those that were read before stay.
         """
         tls = self._tls
+        # gRPC itself would say nothing, and refuse every client.
+        tls.check()
         with library_errors(f"TLS cannot be offered with {tls.cert} and {tls.key}", InputError):
-            # gRPC itself would say nothing, and refuse every client.
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.cert, tls.key)
             pair = (tls.key.read_bytes(), tls.cert.read_bytes())
         self._current = grpc.ssl_server_certificate_configuration([pair], self._client_ca())
 
@@ -70,8 +69,7 @@ class Certificates:
         path = self._tls.client_ca
         if path is None:
             return None
-        with library_errors(f"{path} holds no certificates of those who sign the clients'", InputError):
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(path)
+        with library_errors(f"{path} cannot be read", InputError):
             return path.read_bytes()
 
     def _changed(self) -> grpc.ServerCertificateConfiguration | None:

@@ -36,6 +36,8 @@ TYPES = {
 
 EVENTS = "text/event-stream; charset=utf-8"
 
+DONE = b"data: [DONE]\n\n"
+
 UNBUFFERED = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 """Proxies hand a stream on as it comes."""
 
@@ -156,8 +158,9 @@ async def _streamed(answers: Answers, shape: Shape, request: Request) -> Respons
                 yield _data(usage)
         except QrloraError as error:
             request.scope["state"][ENDED_BY] = reason_of(error)
-            yield _data(_error(str(error), status_of(error).http, reason_of(error)))
-        yield b"data: [DONE]\n\n"
+            yield stream_error(error)
+            return
+        yield DONE
 
     return _Events(pieces(), answers)
 
@@ -179,6 +182,11 @@ class _Events(StreamingResponse):
 
 def _data(record: Mapping[str, Any]) -> bytes:
     return b"data: " + orjson.dumps(record) + b"\n\n"
+
+
+def stream_error(error: QrloraError) -> bytes:
+    """The end of a stream for what it ended with."""
+    return _data(_error(str(error), status_of(error).http, reason_of(error))) + DONE
 
 
 def openai_error(error: Exception, request_id: str) -> Response:

@@ -122,6 +122,8 @@ def _config(app: ASGIApp, tls: Tls | None, limits: HttpLimits) -> uvicorn.Config
         ssl_ca_certs=str(tls.client_ca) if tls and tls.client_ca else None,
         ssl_cert_reqs=ssl.CERT_REQUIRED if tls and tls.client_ca else ssl.CERT_NONE,
     )
+    if tls is not None:
+        tls.check()
     with library_errors(f"TLS cannot be offered with {tls and tls.cert} and {tls and tls.key}", InputError):
         config.load()
     return config

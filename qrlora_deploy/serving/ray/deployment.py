@@ -1,6 +1,8 @@
 """The application for Ray Serve: what its controller keeps alive, scales and replaces."""
 
 import math
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 import ray.exceptions as lost
@@ -16,7 +18,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from qrlora_deploy.serving.engine.protocol import EngineStats
-from qrlora_deploy.serving.ray.calls import Call, Reply
+from qrlora_deploy.serving.ray.calls import Call, Part, Reply
 from qrlora_deploy.serving.ray.options import RayOptions
 from qrlora_deploy.serving.ray.replica import Replica, ReplicaOptions
 from qrlora_deploy.serving.ray.router import CustomerRouter
@@ -52,6 +54,12 @@ class ServedReplica:
     async def __call__(self, call: Call) -> Reply:
         """Answer a request."""
         return await self._replica.answer(call)
+
+    async def parts(self, call: Call) -> AsyncGenerator[Reply | Part]:
+        """Answer a request as its body comes."""
+        async with aclosing(self._replica.parts(call)) as parts:
+            async for part in parts:
+                yield part
 
     def stats(self) -> dict[str, EngineStats]:
         """As `Replica.stats`."""
@@ -138,22 +146,28 @@ class RayReplicas:
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
+        self._in_parts = handle.options(method_name="parts", stream=True)
 
     async def ask(self, call: Call) -> Reply:
         """As `Replicas.ask`."""
-        try:
+        with _as_refusals():
             response = self._handle.remote(call)
             try:
                 return await response
             except BaseException:
                 response.cancel()
                 raise
-        except LOST as error:
-            raise LostError("the replica ended before it answered; ask again") from error
-        except BackPressureError as error:
-            raise OverloadedError("all replicas are busy; try again soon") from error
-        except DeploymentUnavailableError as error:
-            raise DrainingError("there are no replicas; try again soon") from error
+
+    async def parts(self, call: Call) -> AsyncGenerator[Reply | Part]:
+        """As `Replicas.parts`."""
+        with _as_refusals():
+            response = self._in_parts.remote(call)
+            try:
+                async for part in response:
+                    yield part
+            except BaseException:
+                response.cancel()
+                raise
 
     async def stats(self) -> list[dict[str, EngineStats]]:
         """As `Replicas.stats`."""
@@ -167,3 +181,15 @@ class RayReplicas:
     def reload(self) -> list[str]:
         """Let every replica read its keys, folders and packed files again; what is wrong, one line each."""
         return [line for line in self._handle.broadcast("reload").results() if line]
+
+
+@contextmanager
+def _as_refusals() -> Iterator[None]:
+    try:
+        yield
+    except LOST as error:
+        raise LostError("the replica ended before it answered; ask again") from error
+    except BackPressureError as error:
+        raise OverloadedError("all replicas are busy; try again soon") from error
+    except DeploymentUnavailableError as error:
+        raise DrainingError("there are no replicas; try again soon") from error

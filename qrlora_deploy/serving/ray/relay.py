@@ -2,19 +2,21 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from prometheus_client import Counter
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from qrlora_deploy.errors import QrloraError
 from qrlora_deploy.serving.access import Access
 from qrlora_deploy.serving.engine.protocol import EngineStats
+from qrlora_deploy.serving.http.completions import EVENTS, stream_error
 from qrlora_deploy.serving.http.endpoint import ENDED_BY
 from qrlora_deploy.serving.http.front import GIVE_UP, HEADER_LENGTH, TIMEOUT, Front, Handler
 from qrlora_deploy.serving.http.live_page import Shown
@@ -23,11 +25,16 @@ from qrlora_deploy.serving.inference.questions import deadline_of
 from qrlora_deploy.serving.live.totals import RequestCounts
 from qrlora_deploy.serving.metrics import Metrics
 from qrlora_deploy.serving.parts import Keys
-from qrlora_deploy.serving.ray.calls import Call, Headers, Reply
+from qrlora_deploy.serving.ray.calls import Begun, Call, Headers, Part, Reply, begin
 from qrlora_deploy.serving.ray.totals import ReplicasWindow, Totals
 from qrlora_deploy.serving.ray.whose import customer_of
-from qrlora_deploy.serving.refusals import DeadlineError, DrainingError, LostError, OverloadedError
+from qrlora_deploy.serving.refusals import DeadlineError, DrainingError, LostError, OverloadedError, reason_of
 from qrlora_deploy.serving.served import Models
+
+T = TypeVar("T")
+
+TEXT = ("/v1/completions", "/v1/chat/completions")
+"""Paths whose answers may come as a stream."""
 
 READY_S = 5.0
 """For a replica to say that it is ready."""
@@ -51,6 +58,9 @@ class Replicas(Protocol):
             OverloadedError: all are busy, and as many calls wait for one as may.
             DrainingError: there are none.
         """
+
+    def parts(self, call: Call) -> AsyncGenerator[Reply | Part]:
+        """The same, as the answer comes: a `Reply` with its beginning, then what follows. Raises as `ask`."""
 
     async def stats(self) -> Sequence[Mapping[str, EngineStats]]:
         """Counters of every replica by the model's name."""
@@ -128,30 +138,67 @@ class RelayFront(Front):
             request.scope["state"][GIVE_UP] = task.cancel
         self.life.check()
         deadline_s = deadline_of(request.headers.get(TIMEOUT))
-        reply = await _in_time(self._twice(call), deadline_s)
-        request.state.customers = reply.customers
-        request.scope["state"][ENDED_BY] = reply.refusal
-        response = Response(reply.body, reply.status)
-        response.raw_headers = list(_headers(reply.headers))
-        return response
+        if request.url.path in TEXT:
+            return await self._text(call, request, deadline_s)
+        reply = await _in_time(self._twice(call, self._replicas.ask, _itself), deadline_s)
+        return _replied(reply, request, Response(reply.body, reply.status))
 
-    async def _twice(self, call: Call) -> Reply:
+    async def _text(self, call: Call, request: Request, deadline_s: float | None) -> Response:
+        """Text, which may come as a stream."""
+
+        async def ask(call: Call) -> Begun:
+            return await begin(self._replicas.parts(call))
+
+        begun = await _in_time(self._twice(call, ask, lambda begun: begun.reply), deadline_s)
+        reply = begun.reply
+        if dict(reply.headers).get(b"content-type", b"").startswith(EVENTS.encode()):
+            return _replied(reply, request, StreamingResponse(_following(begun, request), reply.status))
+        rest = [part.body async for part in begun.rest]
+        return _replied(reply, request, Response(b"".join([reply.body, *rest]), reply.status))
+
+    async def _twice(self, call: Call, ask: Callable[[Call], Awaitable[T]], reply_of: Callable[[T], Reply]) -> T:
         try:
-            reply = await self._replicas.ask(call)
+            found = await ask(call)
         except LostError as error:
             self._again.labels(error.kind).inc()
-            return await self._replicas.ask(call)
+            return await ask(call)
+        reply = reply_of(found)
         if reply.refusal not in BUSY:
-            return reply
+            return found
         self._again.labels(reply.refusal).inc()
-        return await self._replicas.ask(replace(call, avoid=(reply.replica,)))
+        return await ask(replace(call, avoid=(reply.replica,)))
+
+
+def _itself(reply: Reply) -> Reply:
+    return reply
+
+
+def _replied(reply: Reply, request: Request, response: Response) -> Response:
+    """The response for what a replica has answered, with what is told of it."""
+    request.state.customers = reply.customers
+    request.scope["state"][ENDED_BY] = reply.refusal
+    response.raw_headers = list(_headers(reply.headers))
+    return response
+
+
+async def _following(begun: Begun, request: Request) -> AsyncIterator[bytes]:
+    """A stream to its end; a replica that ends before is an error within it, as its status has been told."""
+    async with aclosing(begun.rest):
+        yield begun.reply.body
+        try:
+            async for part in begun.rest:
+                request.scope["state"][ENDED_BY] = part.refusal
+                yield part.body
+        except QrloraError as error:
+            request.scope["state"][ENDED_BY] = reason_of(error)
+            yield stream_error(error)
 
 
 def _headers(pairs: Iterable[tuple[bytes, bytes]]) -> Headers:
     return tuple((name, value) for name, value in pairs if name not in OF_THE_CONNECTION)
 
 
-async def _in_time(waiting: Awaitable[Reply], deadline_s: float | None) -> Reply:
+async def _in_time(waiting: Awaitable[T], deadline_s: float | None) -> T:
     if deadline_s is None:
         return await waiting
     try:

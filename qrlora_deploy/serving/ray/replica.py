@@ -1,7 +1,7 @@
 """A replica: everything that answers in one process, asked by calls and not by connections."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from qrlora_deploy.serving.http.endpoint import ENDED_BY
 from qrlora_deploy.serving.http.limits import HttpLimits
 from qrlora_deploy.serving.opened import OpenedFront
 from qrlora_deploy.serving.opening import ModelPlaces, RunOptions
-from qrlora_deploy.serving.ray.calls import Call, Reply
+from qrlora_deploy.serving.ray.calls import Call, Part, Reply
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,30 @@ class Replica:
     async def answer(self, call: Call) -> Reply:
         """Answer a request; every error is a reply too."""
         state: dict[str, Any] = {}
-        sent = await _asked(self._app, call, state)
-        start = sent[0]
-        return Reply(
-            self._name,
-            start["status"],
-            tuple((name, value) for name, value in start.get("headers", ())),
-            b"".join(message.get("body", b"") for message in sent[1:]),
-            state.get(ENDED_BY),
-            tuple(state.get("customers", ())),
-        )
+        sent: list[Message] = []
+        await _ask(self._app, call, state, sent.append)
+        return self._reply(sent[0], b"".join(message.get("body", b"") for message in sent[1:]), state)
+
+    async def parts(self, call: Call) -> AsyncGenerator[Reply | Part]:
+        """Answer a request as its body comes: a `Reply` with the beginning, then a `Part` for each more of it."""
+        state: dict[str, Any] = {}
+        sent: asyncio.Queue[Message | None] = asyncio.Queue()
+        task = asyncio.create_task(_ask_to_the_end(self._app, call, state, sent))
+        try:
+            start = await _next(sent, task)
+            yield self._reply(start, (await _next(sent, task)).get("body", b""), state)
+            while (message := await sent.get()) is not None:
+                yield Part(message.get("body", b"") + _waiting(sent), state.get(ENDED_BY))
+            await task
+        finally:
+            # Whoever asked has gone, or there is nothing left.
+            task.cancel()
+            await asyncio.wait([task])
+
+    def _reply(self, start: Message, body: bytes, state: dict[str, Any]) -> Reply:
+        headers = tuple((name, value) for name, value in start.get("headers", ()))
+        customers = tuple(state.get("customers", ()))
+        return Reply(self._name, start["status"], headers, body, state.get(ENDED_BY), customers)
 
     def stats(self) -> dict[str, EngineStats]:
         """Counters of the engines by the model's name."""
@@ -98,20 +112,49 @@ class Replica:
         self._opened.close()
 
 
-async def _asked(app: ASGIApp, call: Call, state: dict[str, Any]) -> list[Message]:
-    """What an application sends for a call; `state` is the request's."""
+async def _ask(app: ASGIApp, call: Call, state: dict[str, Any], take: Callable[[Message], None]) -> None:
+    """Hand on what an application sends for a call; `state` is the request's."""
     bodies = iter([{"type": "http.request", "body": call.body, "more_body": False}])
-    sent: list[Message] = []
 
     async def receive() -> Message:
         # A client that has gone cancels the call, so nothing more ever comes.
         return next(bodies, None) or await asyncio.get_running_loop().create_future()
 
     async def send(message: Message) -> None:
-        sent.append(message)
+        take(message)
 
     await app(_scope(call, state), receive, send)
-    return sent
+
+
+async def _ask_to_the_end(
+    app: ASGIApp, call: Call, state: dict[str, Any], sent: "asyncio.Queue[Message | None]"
+) -> None:
+    """The same, and None behind it."""
+    try:
+        await _ask(app, call, state, sent.put_nowait)
+    finally:
+        sent.put_nowait(None)
+
+
+async def _next(sent: "asyncio.Queue[Message | None]", task: "asyncio.Task[None]") -> Message:
+    message = await sent.get()
+    if message is None:
+        # It has failed before it answered.
+        await task
+        raise QrloraError("the application ended without an answer")
+    return message
+
+
+def _waiting(sent: "asyncio.Queue[Message | None]") -> bytes:
+    """What was sent meanwhile: less often is quicker."""
+    found = []
+    while not sent.empty():
+        message = sent.get_nowait()
+        if message is None:
+            sent.put_nowait(None)
+            break
+        found.append(message.get("body", b""))
+    return b"".join(found)
 
 
 def _scope(call: Call, state: dict[str, Any]) -> Scope:

@@ -14,9 +14,10 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 
 from qrlora_deploy.errors import InputError, QrloraError, argument
+from qrlora_deploy.runtime.bundle.bundle import open_bundle
 from qrlora_deploy.serving.access import Keys
 from qrlora_deploy.serving.opened import OpenedFront
-from qrlora_deploy.serving.opening import ModelPlaces, refuse_decoders
+from qrlora_deploy.serving.opening import ModelPlaces
 from qrlora_deploy.serving.ray.deployment import NAME, RayReplicas, application
 from qrlora_deploy.serving.ray.options import RayOptions, RayServerOptions
 from qrlora_deploy.serving.ray.relay import RelayFront
@@ -50,7 +51,6 @@ class RayServer:
     def __init__(self, options: RayServerOptions) -> None:
         self._options, replica = options, options.app.replica
         self._keys = Keys.open(replica.keys) if replica.keys is not None else None
-        refuse_decoders(replica.places, "Ray")
         self._seals = _seals(replica.places)
         _check(replica)
         _begin_ray(options)
@@ -101,7 +101,18 @@ def _check(options: ReplicaOptions) -> None:
     Raises:
         QrloraError: something cannot be used.
     """
-    OpenedFront(options.places, replace(options.run, provider="cpu", buckets=None), options.keys).close()
+    places = [place for place in options.places if not _only_on_a_gpu(place, options.run.provider)]
+    if places:
+        OpenedFront(places, replace(options.run, provider="cpu", buckets=None), options.keys).close()
+
+
+def _only_on_a_gpu(place: ModelPlaces, provider: str) -> bool:
+    """Whether a bundle, which is whole, computes in what processors may not: decoders that are served on GPUs do.
+
+    Raises:
+        QrloraError: it cannot be used.
+    """
+    return provider != "cpu" and open_bundle(place.bundle).manifest.deciding_task.writes_text
 
 
 def _begin_ray(options: RayServerOptions) -> None:

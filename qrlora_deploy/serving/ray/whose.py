@@ -24,7 +24,13 @@ def customer_of(body: bytes, header_length: str | None = None) -> str | None:
         record = parse_object(body[:head])
     except MalformedInputError:
         return None
-    return _first([record.get(CUSTOMER), *_listed(record.get("customers")), *_of_protocol(record, body[head:])])
+    named = [record.get(CUSTOMER), *_listed(record.get("customers")), _of_model(record.get("model"))]
+    return _first([*named, *_of_protocol(record, body[head:])])
+
+
+def _of_model(name: Any) -> str | None:
+    """Who is asked for text: `base:customer`."""
+    return name.partition(":")[2] if isinstance(name, str) else None
 
 
 def _of_protocol(record: Mapping[str, Any], binary: bytes) -> Iterable[Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from qrlora_deploy.data.examples import Examples, check_alike
 from qrlora_deploy.data.labels import WHOLE
 from qrlora_deploy.errors import InputError, argument
+from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import CUSTOMER_ID
 from qrlora_deploy.models.checkpoint import Checkpoint
 from qrlora_deploy.tasks.registry import BY_OPTION
@@ -80,6 +81,7 @@ class Customer:
         outputs: what its head answers.
         targets: of `train`, as `encode_labels` gives them.
         evaluation_targets: of `evaluation`; empty where there is none.
+        settings: how it is trained, with a learning rate of its own: the default depends on its rows.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Customer:
     outputs: Outputs
     targets: Targets
     evaluation_targets: Targets
+    settings: TrainSettings
 
 
 @dataclass(frozen=True)
@@ -106,15 +109,16 @@ class FleetCustomers:
 
 
 def choose_customers(
-    source: FleetSource, checkpoint: Checkpoint, settings: TrainSettings, shard: Shard
+    source: FleetSource, checkpoint: Checkpoint, settings: TrainSettings, shard: Shard, basis: Basis | None = None
 ) -> FleetCustomers:
     """Read the data and sort the customers into those that can be trained and those that cannot.
 
     Args:
         source: the data.
         checkpoint: the base, with its task head.
-        settings: which head is trained and which metric chooses.
+        settings: of all customers.
         shard: whose customers are kept.
+        basis: whose coefficients they have, on which the default learning rate depends; None: it is left open.
 
     Raises:
         InputError: a file or folder as a whole cannot be read, or the base has no usable head; what
@@ -147,7 +151,9 @@ def choose_customers(
                 base if frozen else customer_outputs(checkpoint, groups.examples[name], settings.head, settings.task)
             )
             settings.metric_of(outputs.task)
-            customers.append(_customer(name, groups.examples[name], evaluation, outputs, frozen))
+            rows = groups.examples[name]
+            own = settings.resolved(basis, outputs.task.rate_factor, len(rows)) if basis else settings
+            customers.append(_customer(name, own, rows, evaluation, outputs))
         except InputError as error:
             refused[name] = str(error)
     if not frozen and settings.task == "auto":
@@ -185,8 +191,11 @@ def _bad_id(name: str) -> str | None:
     return "no customer id: 1 to 128 of A-Z a-z 0-9 . _ - are allowed, and no dot at the start"
 
 
-def _customer(name: str, train: Examples, evaluation: Examples | None, outputs: Outputs, frozen: bool) -> Customer:
+def _customer(
+    name: str, settings: TrainSettings, train: Examples, evaluation: Examples | None, outputs: Outputs
+) -> Customer:
     check_alike(train, evaluation)
     if not outputs.task.trains_in_fleets:
         raise InputError(f"a fleet trains no {outputs.task.name}; train this customer by `train`")
-    return Customer(name, train, evaluation, outputs, *encode_rows(outputs, train, evaluation, frozen))
+    targets = encode_rows(outputs, train, evaluation, settings.head == "frozen")
+    return Customer(name, train, evaluation, outputs, *targets, settings)

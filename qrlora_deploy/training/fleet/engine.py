@@ -94,6 +94,7 @@ class Engine:
         self.kinds = np.zeros(slots, dtype=np.int64)  # by slot, the place of its task in `tasks`
         self.train_rows, self.held_out_rows = (np.zeros(slots, dtype=np.int64) for _ in range(2))
         self.answer_tokens: dict[int, np.ndarray] = {}  # by slot, how many tokens of each row are learned
+        self.rates = np.zeros(slots)  # by slot, the peak rate of its coefficients
         self.losses = torch.zeros(slots, dtype=torch.float64, device=model.device)
         room = limit_bytes // (BYTES_BY_WIDTH * self.width * model.blocks)
         self.chunk_tokens = max(1, min(CHUNK_TOKENS[model.device.type], room))
@@ -112,6 +113,7 @@ class Engine:
             held_out = part.held_out if self.model.writes_text else len(customer.evaluation_targets)
             self.train_rows[slot], self.held_out_rows[slot] = len(part.lengths) - held_out, held_out
             self.kinds[slot] = self._kind(customer.outputs.task)
+            self.rates[slot] = customer.settings.rate
         if self.model.writes_text:
             self.answer_tokens |= {slot: answer_counts(part) for slot, part in zip(slots, rows, strict=True)}
             self.targets.enter(slots, [[0.0] * len(part.lengths) for part in rows])
@@ -135,21 +137,18 @@ class Engine:
             steps: `[slots]`, how many steps each customer has made with this one.
         """
         rows = self._by_tokens(rows) if self.model.writes_text else rows
-        chunks, share, count = ship(
-            (self._chunks(rows), torch.from_numpy(shares).float(), torch.from_numpy(np.maximum(steps, 1)).float()),
-            self.device,
+        own, head, count = (
+            torch.from_numpy(numbers).float()
+            for numbers in (shares * self.rates, shares * self.settings.head_learning_rate, np.maximum(steps, 1))
         )
+        chunks, own, head, count = ship((self._chunks(rows), own, head, count), self.device)
         with self.model.precision(training=True):
             for chunk in chunks:
                 losses = self._row_losses(self._logits(chunk), chunk) * chunk.weights
                 # A sum over customers: no customer's gradient depends on who else is in the step.
                 losses.sum().backward()
                 self.losses.index_add_(0, chunk.slots, losses.detach().double())
-        rates = {
-            "coefficients": share * self.settings.rate,
-            "head": share * self.settings.head_learning_rate,
-        }
-        self.model.step(rates, count)
+        self.model.step({"coefficients": own, "head": head}, count)
 
     def _by_tokens(self, rows: StepRows) -> StepRows:
         """The same rows, of whose losses each token of a customer's batch has the same share."""

@@ -99,7 +99,7 @@ class Fleet:
                 model.tokenizer, list(model.pad), settings.max_length, segments, written=model.writes_text
             )
             self.tokens = TokensAhead(encoder, list(self.queue), 2 * self.slots)
-        self.writer = Writer(settings, self.origin)
+        self.writer = Writer(self.origin)
 
     def run(self, progress: Progress | None) -> None:
         """Train until nobody is left."""
@@ -142,7 +142,7 @@ class Fleet:
         """Those that a resumed run trains; the others get their line."""
         waiting, again = [], Counter[str]()
         for customer in customers:
-            wanted = run_digest(customer, self.settings, self.origin.digests)
+            wanted = run_digest(customer, self.origin.digests)
             found = finished_line(customer, self.options.file_of(customer.name), wanted)
             if isinstance(found, Line):
                 self.lines[customer.name] = found

@@ -8,7 +8,6 @@ from qrlora_deploy.errors import InputError, QrloraError, argument
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.models.basis_fit import check_basis_fits
 from qrlora_deploy.models.checkpoint import Checkpoint
-from qrlora_deploy.tasks.registry import task_named
 from qrlora_deploy.training.fleet.customers import FleetSource, choose_customers
 from qrlora_deploy.training.fleet.loop import Fleet, Progress
 from qrlora_deploy.training.fleet.options import FleetOptions, FleetReport
@@ -52,10 +51,8 @@ def train_fleet(
         raise InputError(f"{argument('tune_thresholds')} chooses them on held-out rows; give {argument('evaluation')}")
     device = _device(settings, options.local_rank)
     check_basis_fits(checkpoint, basis)
-    factor = task_named(checkpoint.task).rate_factor if checkpoint.writes_text else 1.0
-    settings = settings.resolved(basis.total_rank, factor)
     start = time.perf_counter()
-    chosen = choose_customers(source, checkpoint, settings, options.shard)
+    chosen = choose_customers(source, checkpoint, settings, options.shard, basis)
     options.open_output(chosen.customers)
     fleet = Fleet(checkpoint, basis, settings, options, chosen, device)
     summary = summary_file(options.output, options.shard)

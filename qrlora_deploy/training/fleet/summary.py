@@ -11,7 +11,7 @@ from qrlora_deploy.errors import InputError, argument, shortened
 from qrlora_deploy.formats.coefficients import read_coefficients
 from qrlora_deploy.io.files import atomic_file
 from qrlora_deploy.training.fleet.customers import Customer, Shard
-from qrlora_deploy.training.settings import TrainSettings, fingerprint
+from qrlora_deploy.training.settings import fingerprint
 
 TRAINED, SKIPPED, FAILED = "trained", "skipped", "failed"
 RUN = "run_digest"
@@ -66,16 +66,15 @@ def write_summary(lines: Iterable[Line], path: Path) -> None:
         temporary.write_text("".join(f"{json.dumps(asdict(line))}\n" for line in ordered), encoding="ascii")
 
 
-def run_digest(customer: Customer, settings: TrainSettings, origin: dict[str, str]) -> str:
+def run_digest(customer: Customer, origin: dict[str, str]) -> str:
     """What two runs must have in common for one customer to come out the same.
 
     Args:
-        customer: the customer.
-        settings: how it is trained; the device may differ.
+        customer: the customer; the device of its settings may differ.
         origin: digests of the base and the basis.
     """
     held_out = customer.evaluation.digest if customer.evaluation else None
-    marks = fingerprint(settings, data_digest=customer.train.digest, evaluation_digest=held_out, **origin)
+    marks = fingerprint(customer.settings, data_digest=customer.train.digest, evaluation_digest=held_out, **origin)
     return hashlib.sha256(json.dumps(marks, sort_keys=True).encode()).hexdigest()
 
 

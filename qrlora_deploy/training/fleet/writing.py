@@ -12,7 +12,6 @@ from qrlora_deploy.training.fleet.customers import Customer
 from qrlora_deploy.training.fleet.model import Learnt
 from qrlora_deploy.training.fleet.summary import RUN, Line, run_digest, trained_line
 from qrlora_deploy.training.record import Ran, training_record
-from qrlora_deploy.training.settings import TrainSettings
 
 WRITERS = 4
 
@@ -58,12 +57,11 @@ class Writer:
     """Makes and writes each file at once, in threads of its own; a customer counts when its file is there.
 
     Args:
-        settings: of every customer.
         origin: of every customer.
     """
 
-    def __init__(self, settings: TrainSettings, origin: Origin) -> None:
-        self.settings, self.origin = settings, origin
+    def __init__(self, origin: Origin) -> None:
+        self.origin = origin
         self._threads = ThreadPoolExecutor(WRITERS, "customers")
         self._pending: deque[Future[Line]] = deque()
 
@@ -74,8 +72,8 @@ class Writer:
     def _write(self, trained: Trained, path: Path) -> Line:
         customer = trained.customer
         # The training record, with the entries of `trainer.train` and one digest for resuming.
-        record = training_record(customer.train, customer.evaluation, self.settings, trained.ran)
-        record |= {RUN: run_digest(customer, self.settings, self.origin.digests)}
+        record = training_record(customer.train, customer.evaluation, customer.settings, trained.ran)
+        record |= {RUN: run_digest(customer, self.origin.digests)}
         coefficients = Coefficients(
             values=trained.learnt.values,
             base_name=self.origin.base_name,

@@ -9,6 +9,7 @@ import onnxruntime
 from qrlora_deploy.runtime.bundle.row_layout import TABLE
 from qrlora_deploy.runtime.generation.cuda_cache import CudaKvCache
 from qrlora_deploy.runtime.generation.cuda_graph import CudaDecoderGraph
+from qrlora_deploy.runtime.generation.wishes import FILE, FILE_OF_ALL
 from qrlora_deploy.runtime.table.memory import CudaMemory, TableMemory
 from tests.runtime.generation.tiny import Desk, Holders, Made
 
@@ -57,7 +58,8 @@ class PretendDesk(Desk):
 
     def open_graph(self) -> CudaDecoderGraph:
         self.session = PretendSession(onnxruntime.InferenceSession(self.made.model))
-        return CudaDecoderGraph(self.session, 0, self.max_rows, self.block)
+        self.drawing = open_drawing(0)
+        return CudaDecoderGraph(self.session, 0, self.max_rows, self.block, open_drawing=lambda _: self.drawing)
 
     def open_cache(self, capacity: int) -> CudaKvCache:
         return CudaKvCache(self.graph.cache_shape, capacity)
@@ -69,6 +71,12 @@ class PretendDesk(Desk):
         lent.write_rows(0, table.read_rows(0, table.rows))
         holders.memory = TableMemory({TABLE: lent})
         return holders
+
+
+def open_drawing(_: int) -> tuple[PretendSession, PretendSession]:
+    """Draw tokens on such a GPU."""
+    best, of_all = (PretendSession(onnxruntime.InferenceSession(file)) for file in (FILE, FILE_OF_ALL))
+    return best, of_all
 
 
 def with_greedy(made: Made, folder: Path) -> Made:

@@ -10,9 +10,14 @@ import pytest
 
 from qrlora_deploy.errors import InputError
 from qrlora_deploy.runtime.generation.budget import CacheFullError
+from qrlora_deploy.runtime.generation.cuda_draw import CudaDrawer
+from qrlora_deploy.runtime.generation.cuda_step import CudaAnswers
+from qrlora_deploy.runtime.generation.machines import Gpu
 from qrlora_deploy.runtime.generation.requests import GenerationAnswer, GenerationRequest
-from qrlora_deploy.runtime.generation.sampling import Sampling
+from qrlora_deploy.runtime.generation.sampling import Choice, Sampler, Sampling
 from qrlora_deploy.runtime.generation.session import GenerationSession
+from qrlora_deploy.runtime.host.devices import Device
+from qrlora_deploy.runtime.table.cuda import HOST_TO_DEVICE, CudaBuffer
 from qrlora_deploy.runtime.verification.bounds import DECODER_BOUNDS
 from tests.runtime.generation.tiny import NAMES, prompt_of
 from tests.runtime.generation.written import Written, write_everything
@@ -106,6 +111,78 @@ def test_drawing_rows_beside_greedy_ones(session: GenerationSession) -> None:
     assert [answer.tokens for answer in answers[:8]] == [session.submit(one).result().tokens for one in drawing]
     assert [answer.tokens for answer in answers[8:16]] == [session.submit(one).result().tokens for one in greedy]
     assert [answer.tokens for answer in answers[16:]] != [answer.tokens for answer in answers[8:16]]
+
+
+@pytest.mark.gpu
+def test_tokens_drawn_on_the_gpu_are_those_that_the_host_draws_of_the_same_logits(
+    bundle: Path, written: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Captured and not, of one row and of four: each token against the host's own choice by the row's logits."""
+    compared = []
+    own = CudaDrawer.draw
+
+    def draw(self: CudaDrawer, rows: int, wishes: Any) -> dict[int, Choice]:
+        first, again = own(self, rows, wishes), own(self, rows, wishes)
+        assert first == again
+        compared.append((len(wishes), len(first)))
+        return first
+
+    monkeypatch.setattr(CudaDrawer, "draw", draw)
+    kinds = [
+        {"temperature": 1.0},
+        {"temperature": 0.8, "top_p": 0.9},
+        {"temperature": 1.2, "top_k": 20, "logprobs": 5},
+        {"temperature": 1.0, "min_p": 0.05},
+    ]
+    requests = [ask(prompt, owner, seed=row, **kinds[row % 4]) for row, (prompt, owner) in enumerate(PROMPTS)]
+    for captured in (True, False):
+        with opened(bundle, written, batches=[4], cuda_graphs=captured) as session:
+            found = session.answers(requests)
+            compared_before = len(compared)
+            monkeypatch.setattr(CudaAnswers, "draws", property(lambda _: None, lambda *_: None), raising=False)
+            expected = session.answers(requests)
+            monkeypatch.delattr(CudaAnswers, "draws")
+        assert len(compared) == compared_before
+        assert [answer.tokens for answer in found] == [answer.tokens for answer in expected]
+        for answer, other in zip(found, expected, strict=True):
+            for one, another in zip(answer.logprobs, other.logprobs, strict=True):
+                assert one.logprob == pytest.approx(another.logprob, abs=1e-4)
+    assert sum(asked for asked, _ in compared) == sum(known for _, known in compared) > 100
+
+
+def check_drawn(device: Device, captured: bool) -> None:
+    """Tokens of logits on a GPU, of a vocabulary of which few tokens are looked at first, against the host's."""
+    vocabulary, rows = 3001, 8
+    logits = np.random.default_rng(0).normal(0, 4, (rows, vocabulary)).astype(np.float16).astype(np.float32)
+    logits[5:] /= 40  # hundreds of tokens, about as likely
+    buffer = CudaBuffer(logits.nbytes, device.index)
+    buffer.copies.copy(buffer.pointer, logits.ctypes.data, logits.nbytes, HOST_TO_DEVICE)
+    sessions = Gpu(device, captured)._open_drawing(vocabulary)
+    drawer = CudaDrawer(sessions, device.index, buffer.pointer, rows, vocabulary, captured)
+    kinds: list[dict[str, Any]] = [{}, {"top_p": 0.9}, {"top_k": 40, "top_p": 0.8}, {"min_p": 0.1}, {"logprobs": 4}]
+    equal = 0
+    for seed, options in enumerate(kinds):
+        samplers = {
+            row: Sampler(Sampling(temperature=1.0, seed=100 * seed + row, **options), []) for row in range(rows)
+        }
+        for _ in range(4):
+            wishes = {row: wish for row, it in samplers.items() if (wish := it.wish(vocabulary)) is not None}
+            found = drawer.draw(rows, wishes)
+            assert list(found) == list(samplers) and drawer.draw(rows, wishes) == found
+            for row, choice in found.items():
+                expected = samplers[row].choose(logits[row])
+                # Where a share falls on the border of two tokens rounding decides.
+                equal += choice.token == expected.token
+                if choice.token == expected.token and choice.logprob is not None:
+                    assert choice.logprob == pytest.approx(expected.logprob, abs=1e-5)
+                    assert [token for token, _ in choice.best] == [token for token, _ in expected.best]
+    assert equal >= len(kinds) * 4 * rows - 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("captured", [True, False])
+def test_tokens_drawn_on_a_gpu_are_the_hosts(captured: bool) -> None:
+    check_drawn(Device("cuda"), captured)
 
 
 @pytest.mark.gpu

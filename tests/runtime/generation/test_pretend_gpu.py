@@ -12,9 +12,9 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from qrlora_deploy.errors import NotReadyError
+from qrlora_deploy.errors import NotReadyError, QrloraError
 from qrlora_deploy.runtime.bundle.bundle import Bundle
-from qrlora_deploy.runtime.generation import machines, session
+from qrlora_deploy.runtime.generation import cuda_draw, machines, session
 from qrlora_deploy.runtime.generation.budget import CacheFullError
 from qrlora_deploy.runtime.generation.cache import KvCache
 from qrlora_deploy.runtime.generation.cuda_cache import CudaKvCache
@@ -103,15 +103,66 @@ def test_pieces_of_prompts_have_few_lengths() -> None:
     assert piece_lengths(100) == (16, 24, 32, 48, 64, 96, 100)
 
 
-def test_logits_come_only_for_rows_that_draw_or_tell_them(fake: FakeCuda, made: Made) -> None:
-    desk, read = PretendDesk(made), list[int]()
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """More tokens than are looked at as candidates."""
+    folder = tmp_path_factory.mktemp("wide")
+    return with_greedy(make_decoder(folder, vocab_size=1500), folder / "chooses")
+
+
+DRAWN: list[dict[str, Any]] = [
+    {"temperature": 0.6},
+    {"temperature": 0.5, "top_p": 0.7},
+    {"temperature": 1.0, "top_k": 30, "top_p": 0.9, "logprobs": 4},
+    {"logprobs": 2},
+    {"temperature": 30.0, "top_p": 0.9},
+    {"temperature": 0.8, "repetition_penalty": 1.3},
+    {"temperature": 0.8, "top_k": 300},
+    {},
+]
+
+
+def test_rows_draw_where_their_logits_lie_as_on_the_host(fake: FakeCuda, wide: Made) -> None:
+    answers = []
+    for make in (PretendDesk, Desk):
+        desk = make(wide, max_rows=8)
+        asked = [desk.ask(*ASKED[row], 10, seed=row, **options) for row, options in enumerate(DRAWN)]
+        desk.finish()
+        answers.append([answer_of(running) for running in asked])
+    for found, expected in zip(*answers, strict=True):
+        assert found.tokens == expected.tokens
+        for one, other in zip(found.logprobs, expected.logprobs, strict=True):
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-5)
+            assert [token for token, _ in one.best] == [token for token, _ in other.best]
+    assert [len(answer.logprobs) for answer in answers[0]] == [0, 0, 10, 10, 0, 0, 0, 0]
+    # Each row alone, with its own neighbours gone.
+    desk = PretendDesk(wide)
+    for row, options in enumerate(DRAWN):
+        assert desk.alone(*ASKED[row], 10, seed=row, **options).tokens == answers[0][row].tokens
+
+
+@pytest.mark.parametrize(("number", "times"), [(0, 0), (1, 0), (2, 0), (3, 0), (4, 0), (5, 10), (6, 10), (7, 0)])
+def test_logits_come_only_where_a_token_needs_them(fake: FakeCuda, wide: Made, number: int, times: int) -> None:
+    desk, read = PretendDesk(wide), list[int]()
     row_bytes = desk.graph.vocabulary * 4
     begin = fake._memcpyasync
     fake._memcpyasync = lambda *place: (read.append(place[2]), begin(*place))[1]  # type: ignore[method-assign]
     desk.ask(prompt_of(0, 5), "one", 10)
-    drawing = desk.ask(prompt_of(1, 5), "two", 10, temperature=1.0, seed=1)
+    drawing = desk.ask(prompt_of(1, 5), "two", 10, seed=1, **DRAWN[number])
     desk.finish()
-    assert read.count(row_bytes) == len(answer_of(drawing).tokens) == 10
+    assert len(answer_of(drawing).tokens) == 10
+    assert read.count(row_bytes) == times
+
+
+def test_without_room_to_draw_there_the_host_draws(fake: FakeCuda, wide: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = PretendDesk(wide)
+
+    def refuse(*_: Any) -> None:
+        raise QrloraError("Failed to allocate memory for requested buffer")
+
+    monkeypatch.setattr(cuda_draw, "run_bound", refuse)
+    expected = Desk(wide).alone(*ASKED[0], 10, seed=3, temperature=0.7)
+    assert desk.alone(*ASKED[0], 10, seed=3, temperature=0.7).tokens == expected.tokens
 
 
 def test_a_decoder_that_does_not_choose_answers_by_its_logits(fake: FakeCuda, tmp_path: Path) -> None:
@@ -180,11 +231,15 @@ def test_a_cache_on_a_gpu_holds_what_one_on_the_host_does(fake: FakeCuda, made: 
 def on_gpu(fake: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sessions for "cuda" are pretended, and such a GPU takes fp32."""
 
-    def open_session(bundle: Bundle, model: Path, device: Device, *_: Any) -> Any:
+    def open_session(model: Path, device: Device, *_: Any, **__: Any) -> Any:
         opened = onnxruntime.InferenceSession(model)
         return PretendSession(opened) if device.provider == "cuda" else opened
 
-    monkeypatch.setattr(session, "shared_session", open_session)
+    def shared_session(_: Bundle, model: Path, device: Device, *__: Any) -> Any:
+        return open_session(model, device)
+
+    monkeypatch.setattr(session, "shared_session", shared_session)
+    monkeypatch.setattr(machines, "open_session", open_session)
     monkeypatch.setattr(machines, "GPU_CACHES", ("float32",))
 
 

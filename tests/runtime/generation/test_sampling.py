@@ -188,6 +188,8 @@ def test_logits_that_are_no_numbers_are_refused(bad: float) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("temperature", None),
+        ("top_k", None),
         ("temperature", -0.1),
         ("temperature", math.nan),
         ("top_k", 1.5),

@@ -162,6 +162,12 @@ def test_the_cache_keeps_to_its_bytes(folder: Path) -> None:
         open_session(folder, each._each_bytes - 1)
 
 
+def test_bytes_that_are_none_are_refused(folder: Path) -> None:
+    for size_bytes in (-5, 1e6, float("nan"), "8"):
+        with pytest.raises(InputError, match="merged_cache_bytes=.* must be a whole number of at least 0"):
+            open_session(folder, size_bytes)  # type: ignore[arg-type]
+
+
 def test_a_bundle_without_the_graphs_is_refused(switchable: Path) -> None:
     with pytest.raises(InputError, match="has no graphs for one customer; export it with merged_cache"):
         SwitchableSession(open_bundle(switchable), merged_cache_bytes=PLENTY)

@@ -25,6 +25,7 @@ from qrlora_deploy.serving.generation.engine import TextEngine
 from qrlora_deploy.serving.keys_file import empty_keys, with_key, write_keys
 from qrlora_deploy.serving.opening import ModelPlaces, OpenModel, RunOptions
 from qrlora_deploy.serving.refusals import QuotaError
+from tests.cli.running import run_here
 from tests.runtime.generation.tiny import NAMES
 from tests.runtime.generation.written import Written, write_everything
 from tests.serving.generation.place import NEW, Served, alone, name_of, served
@@ -311,8 +312,9 @@ def test_what_is_over_the_bound_may_come_again(written: Written) -> None:
             refused = server.post("/v1/completions", {"prompt": "a"})
             assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
             assert refused.json()["error"]["type"] == "rate_limit_error"
-            assert server.post("/v1/completions", long | {"n": 5}).status_code == 413
             assert first.result().status_code == 200
+        # Where there is no room a request is refused before it is read.
+        assert server.post("/v1/completions", long | {"n": 5}).status_code == 413
         late = server.post("/v1/completions", long, **{"x-request-timeout-ms": "1"})
         assert late.status_code == 504 and late.json()["error"]["type"] == "server_error"
         wait_for(lambda: not server.engine.written().running)
@@ -381,3 +383,8 @@ def test_what_a_decoder_does_not_do_is_refused_before_it_is_opened(written: Writ
     places = [ModelPlaces("text", written.bundle)]
     with pytest.raises(InputError, match=r"writes text, in batches of its own; leave out buckets$"):
         OpenModel(places[0], RunOptions(buckets=Buckets((1,), (32,))))
+
+
+def test_options_that_mean_nothing_for_a_decoder_are_refused(written: Written, tmp_path: Path) -> None:
+    ran = run_here("serve", written.bundle, "--check", "--merged-cache-mib", "8", cwd=tmp_path)
+    assert ran.code == 2 and "--merged-cache-mib does nothing for" in ran.err and ran.err.count("\n") == 1

@@ -476,7 +476,8 @@ def test_what_a_killed_run_had_not_finished_is_removed(tmp_path: Path, resume: b
         assert descriptor is not None
         os.close(descriptor)
     examples = Examples(["book a flight", "rice"], None, ["travel", "food"], "a")
-    customer = Customer("a", examples, None, Outputs(Classification(), ("food", "travel"), new=False), [1, 0], [])
+    outputs = Outputs(Classification(), ("food", "travel"), new=False)
+    customer = Customer("a", examples, None, outputs, [1, 0], [], TrainSettings())
     with temporary_folder(out, "a.safetensors") as alive:
         FleetOptions(out, resume).open_output([customer])
         left = {path.name for path in out.iterdir()}
@@ -490,6 +491,7 @@ def test_a_pipe_is_refused_before_training(tmp_path: Path, name: str) -> None:
     path.parent.mkdir(exist_ok=True)
     os.mkfifo(path)
     examples = Examples(["book a flight", "rice"], None, ["travel", "food"], "a")
-    customer = Customer("a", examples, None, Outputs(Classification(), ("food", "travel"), new=False), [1, 0], [])
+    outputs = Outputs(Classification(), ("food", "travel"), new=False)
+    customer = Customer("a", examples, None, outputs, [1, 0], [], TrainSettings())
     with pytest.raises(InputError, match="is no plain file but a pipe"):
         FleetOptions(tmp_path / "out", resume=True).open_output([customer])

@@ -15,6 +15,7 @@ from qrlora_deploy.training.fleet.customers import Customer
 from qrlora_deploy.training.fleet.tokens import RowEncoder, TokenRows, TokensAhead
 from qrlora_deploy.training.outputs import Outputs
 from qrlora_deploy.training.rows import build_rows
+from qrlora_deploy.training.settings import TrainSettings
 from tests.tiny import SENTENCES, build_tokenizer
 
 NAMES = ["input_ids", "token_type_ids"]
@@ -26,9 +27,8 @@ def customer_of(name: str, texts: list[str], held_out: list[str] | None = None, 
         Examples(rows, list(reversed(rows)) if pairs else None, ["a"] * len(rows), name)
         for rows in (texts, held_out or [])
     ]
-    return Customer(
-        name, parts[0], parts[1] if held_out else None, OUTPUTS, [0] * len(texts), [0] * len(held_out or [])
-    )
+    targets = ([0] * len(texts), [0] * len(held_out or []))
+    return Customer(name, parts[0], parts[1] if held_out else None, OUTPUTS, *targets, TrainSettings())
 
 
 def check_tokens(found: TokenRows | InputError, customer: Customer, tokenizer: Any, length: int) -> None:

@@ -29,7 +29,8 @@ def trained(name: str) -> Trained:
     outputs = Outputs(Classification(), ("a", "b"), new=False)
     examples = Examples(["play music"], None, ["a"], name)
     ran = Ran(steps=1, epochs=1.0, metric="accuracy", metrics={}, baseline={}, loss=0.5, device="cpu")
-    return Trained(Customer(name, examples, None, outputs, [0], []), ran, Learnt(np.ones(4, dtype=np.float32), {}))
+    customer = Customer(name, examples, None, outputs, [0], [], TrainSettings(learning_rate=0.1))
+    return Trained(customer, ran, Learnt(np.ones(4, dtype=np.float32), {}))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs SIGUSR1")
@@ -48,7 +49,7 @@ def test_a_writer_that_closes_finishes_every_file(tmp_path: Path, monkeypatch: p
         raise KeyboardInterrupt
 
     monkeypatch.setattr(writing, "write_coefficients", write_slowly)
-    writer = Writer(TrainSettings(learning_rate=0.1), Origin("base", "0" * 64, "1" * 64, "basis.safetensors"))
+    writer = Writer(Origin("base", "0" * 64, "1" * 64, "basis.safetensors"))
     for name in NAMES:
         writer.write(trained(name), tmp_path / f"{name}.safetensors")
     shutdown = writer._threads.shutdown
