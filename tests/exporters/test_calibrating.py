@@ -52,7 +52,7 @@ def bundles(
 
 
 @pytest.mark.parametrize("kind", ["merged", "switchable"])
-def test_base_layers_have_constant_scales_and_nothing_else(
+def test_base_layers_and_factors_have_constant_scales_and_nothing_else(
     kind: str, bundles: dict[str, Path], exported: Path, switchable: Path
 ) -> None:
     graph = onnx.load(bundles[kind] / "model.onnx").graph
@@ -68,7 +68,9 @@ def test_base_layers_have_constant_scales_and_nothing_else(
         assert weights[weight[0]].data_type == onnx.TensorProto.INT8
         assert list(weights[weight[1]].dims) == [weights[weight[0]].dims[1]]
         assert not weights[activation[1]].dims and weights[activation[2]].data_type == onnx.TensorProto.UINT8
-    assert whole == LAYERS == sum(len(tensor.dims) == 2 and tensor.data_type == 3 for tensor in weights.values())
+    # R and Q of every target beside them.
+    expected = LAYERS + (2 * len(open_bundle(bundles[kind]).manifest.targets) if kind == "switchable" else 0)
+    assert whole == expected == sum(len(tensor.dims) == 2 and tensor.data_type == 3 for tensor in weights.values())
     full = exported if kind == "merged" else switchable
     sizes = [sum(path.stat().st_size for path in folder.glob("model.onnx*")) for folder in (bundles[kind], full)]
     assert sizes[0] < sizes[1]
