@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 
 import qrlora_deploy as qr
+from exporters.genai.building import open_base, write_graph
 from exporters.genai.exporter import EXPORTER
 from exporters.genai.options import GenaiOptions
 from qrlora_deploy.errors import CheckFailed, FileFormatError, InputError
@@ -145,6 +146,14 @@ def test_verify_repeats_the_check_and_sees_changes(exported: tuple[str, Path], t
     with pytest.raises(FileFormatError, match=r"genai_config\.json"):
         EXPORTER.verify(folder, None, "cpu")
     config.write_bytes(before)
+
+
+@pytest.mark.parametrize("variant", ["rows", "drop-in"])
+def test_graphs_in_fp16_are_whole_without_a_gpu(base: Base, tmp_path: Path, variant: str) -> None:
+    options = GenaiOptions(variant=variant, precision="fp16", provider="cuda")
+    graph = tmp_path / "model.onnx"
+    write_graph(ExportJob(*base, tmp_path), open_base(base[0], options), options, variant, graph)
+    onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
 
 
 @pytest.mark.gpu

@@ -80,7 +80,7 @@ def _prepared(nodes: Nodes, rows: str, table_dtype: str, with_ones: bool) -> str
     """`[batch, 1, width]` in the graph's dtype; a column of ones may stand behind the table's."""
     dtype = TABLE_DTYPES[table_dtype]
     if with_ones:
-        one = nodes.constant("one", 1, dtype)
+        one = nodes.constant("kept", 1, dtype)
         rows = nodes.add("Pad", [rows, nodes.constant("a_column", [0, 0, 0, 1], np.int64), one])
     if np_dtype_to_tensor_dtype(dtype) != nodes.kind:
         rows = nodes.add("Cast", [rows], to=nodes.kind)

@@ -55,7 +55,12 @@ class Nodes:
         return name
 
     def constant(self, name: str, values: Any, dtype: Any) -> str:
-        """A small tensor in the graph itself."""
-        if name not in self.initializers:
-            self.initializers[name] = onnx.numpy_helper.from_array(np.asarray(values, dtype=dtype), name)
+        """A small tensor in the graph itself.
+
+        Raises:
+            ValueError: the name is that of other values.
+        """
+        tensor = onnx.numpy_helper.from_array(np.asarray(values, dtype=dtype), name)
+        if self.initializers.setdefault(name, tensor) != tensor:
+            raise ValueError(f"two constants are called {name}")
         return name

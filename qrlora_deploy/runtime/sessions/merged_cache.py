@@ -216,13 +216,12 @@ class MergedCache:
         return False
 
     def _merged(self, row: int) -> Weights:
-        weights = self._make()
-        binding = self._merging.io_binding()
-        memory = self._tables()
-        memory.parts[TABLE].bind(binding, TABLE)
-        binding.bind_cpu_input(SLOT, np.array([row], dtype=np.int64))
-        weights.bind_outputs(binding)
+        weights, memory = self._make(), self._tables()
         with CAPTURES.of(is_on_gpu(self._merging)):
+            binding = self._merging.io_binding()
+            memory.parts[TABLE].bind(binding, TABLE)
+            binding.bind_cpu_input(SLOT, np.array([row], dtype=np.int64))
+            weights.bind_outputs(binding)
             run_bound(self._merging, binding)
         return weights
 

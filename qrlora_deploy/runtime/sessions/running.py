@@ -58,19 +58,20 @@ class PlainRunner:
 
     def run(self, inputs: Inputs, slot: np.ndarray | None = None, options: Any = None) -> np.ndarray:
         """As `Runner.run`; `options` are ONNX Runtime's `RunOptions`."""
-        binding = self._session.io_binding()
-        for name, array in feeds_of(self._session, inputs, self._names).items():
-            binding.bind_cpu_input(name, array)
-        if slot is not None:
-            binding.bind_cpu_input(SLOT, slot)
-        if self._tables is not None:
-            # Held to the end of the run, or a table that grows meanwhile would be given back.
-            memory = self._tables()
-            memory.bind(binding)
-        binding.bind_output(self._answer, "cpu")
+        # Held to the end of the run, or a table that grows meanwhile would be given back.
+        memory = None if self._tables is None else self._tables()
+        # ONNX Runtime copies to the device what is bound, and answers from it: a capture elsewhere ends by either.
         with CAPTURES.of(self._on_gpu):
+            binding = self._session.io_binding()
+            for name, array in feeds_of(self._session, inputs, self._names).items():
+                binding.bind_cpu_input(name, array)
+            if slot is not None:
+                binding.bind_cpu_input(SLOT, slot)
+            if memory is not None:
+                memory.bind(binding)
+            binding.bind_output(self._answer, "cpu")
             run_bound(self._session, binding, options)
-        logits: np.ndarray = binding.copy_outputs_to_cpu()[0]
+            logits: np.ndarray = binding.copy_outputs_to_cpu()[0]
         return logits
 
 
@@ -80,7 +81,7 @@ def is_on_gpu(session: Any) -> bool:
 
 
 def run_bound(session: Any, binding: Any, options: Any = None) -> None:
-    """Run what is bound; on a GPU in a turn of `CAPTURES`.
+    """Run what is bound; on a GPU within a turn of `CAPTURES`.
 
     Raises:
         QrloraError: an operator failed, as the embedding does on a token that it does not know.
