@@ -46,8 +46,7 @@ class Checkpoint:
     def taken_for(self, task: str) -> "Checkpoint":
         """The same, taken for a task where its config leaves the task open; what was read of it is not read again."""
         taken = replace(self, wanted=task)
-        # Nothing that is kept depends on the task.
-        vars(taken).update(vars(self) | {"wanted": task})
+        vars(taken).update(vars(self) | {"wanted": task})  # nothing that is kept depends on the task
         return taken
 
     @cached_property
@@ -258,8 +257,7 @@ class Checkpoint:
 
     @cached_property
     def _skeleton(self) -> nn.Module:
-        made: nn.Module = make_skeleton(self.folder, self.config, self.model_class)
-        return made
+        return make_skeleton(self.folder, self.config, self.model_class)
 
     def load_model(self, **options: Any) -> Any:
         """The model in evaluation mode, fp32 on the CPU unless `options` differ.
@@ -281,8 +279,7 @@ class Checkpoint:
 
 
 def open_checkpoint(name: str) -> Checkpoint:
-    """Find a checkpoint: a folder, or the name of a hub repository (only its safetensors, JSON
-    and text files are fetched).
+    """Find a checkpoint: a folder, or the name of a hub repository, of which weights, JSON and texts are fetched.
 
     Raises:
         InputError: there is no such folder or repository.
