@@ -143,6 +143,6 @@ def _spread(base: Path, vocabulary: int) -> float:
     """The standard deviation of logits, by PyTorch."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False).eval()
     with torch.no_grad():
         return float(model(torch.arange(20, min(52, vocabulary))[None]).logits.std())

@@ -106,6 +106,7 @@ OTHERS: dict[str, Callable[[Any], Any]] = {
     "labels": lambda value: value[::-1],
     "thresholds": lambda value: [0.25] * 4 if not value else [],
     "precision": lambda _: "fp16",
+    "accuracy_level": lambda value: 1 if value is None else None,
     "calibration": lambda _: {"method": "minmax", "rows": 1, "texts_digest": "0" * 64},
     "opset": lambda value: value + 1,
     "basis_digest": lambda _: "0" * 64,
