@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 
 from qrlora_deploy.errors import InputError, MalformedInputError, MismatchError, NotReadyError, UnknownCustomerError
@@ -278,6 +277,8 @@ def test_a_merged_bundle_answers_for_its_customer(written: Written, session: Gen
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_weights_of_few_bits_answer_in_a_batch_as_alone(written: Written, precision: str, tmp_path: Path) -> None:
+    import onnx
+
     from tests.decoders import save_bundle
 
     made = written.made
