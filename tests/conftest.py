@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 from qrlora_deploy.formats.basis import Basis, read_basis, write_basis
@@ -26,6 +27,10 @@ from tests.tiny import SENTENCES, save_base
 
 if TYPE_CHECKING:
     from qrlora_deploy.data.examples import Examples
+
+# A property holds however long the machine takes to look.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
