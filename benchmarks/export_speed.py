@@ -48,6 +48,11 @@ def prepare(folder: Path, shape: str, checkout: Path) -> None:
     write_coefficients(customer, folder / "acme.safetensors")
 
 
+def checkouts_of(against: Path | None) -> dict[str, Path]:
+    """This checkout, and the other one where there is one."""
+    return {"this": ROOT} | ({} if against is None else {"other": against.resolve()})
+
+
 def variables_of(checkout: Path) -> dict[str, str]:
     """The environment of a process that imports the project from a checkout."""
     return os.environ | {"PYTHONPATH": f"{checkout}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
@@ -88,7 +93,7 @@ def digest_of(file: Path) -> str:
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Export in turn; returns the record."""
-    checkouts = {"this": ROOT, "other": arguments.against.resolve()}
+    checkouts = checkouts_of(arguments.against)
     prepare(folder, arguments.shape, checkouts["other"])
     record: dict[str, Any] = {"shape": arguments.shape, "last_layers": LAST_LAYERS, "against": arguments.name}
     for kind in KINDS:

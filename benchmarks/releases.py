@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common.measuring import environment
-from benchmarks.export_speed import ROOT, prepare, run_command, variables_of
+from benchmarks.export_speed import checkouts_of, prepare, run_command, variables_of
 from qrlora_deploy.formats.coefficients import read_coefficients, write_coefficients
 from qrlora_deploy.io.files import write_json
 
@@ -113,7 +113,7 @@ def make(folder: Path, checkout: Path, shape: str) -> None:
 
 def compare(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Take turns; returns the record."""
-    checkouts = {"this": ROOT, "other": arguments.against.resolve()}
+    checkouts = checkouts_of(arguments.against)
     make(folder, checkouts["other"], arguments.shape)
     contenders = {name: Contender(checkout, folder, arguments) for name, checkout in checkouts.items()}
     seconds: dict[str, dict[str, list[float]]] = {kind: {name: [] for name in checkouts} for kind in KINDS}

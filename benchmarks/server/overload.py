@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.measuring import environment
-from benchmarks.export_speed import ROOT, prepare, run_command, variables_of
+from benchmarks.export_speed import ROOT, checkouts_of, prepare, run_command, variables_of
 from benchmarks.server.__main__ import pack
 from benchmarks.server.load import Told, percentiles_ms
 from qrlora_deploy.io.files import write_json
@@ -184,7 +184,7 @@ def main() -> None:
     parser.add_argument("--against-bounds", nargs="+", default=[BY_CALM, ROWS])
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
-    checkouts = {"this": ROOT} | ({"other": options.against.resolve()} if options.against else {})
+    checkouts = checkouts_of(options.against)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

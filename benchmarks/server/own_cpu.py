@@ -24,7 +24,7 @@ from typing import Any
 import uvloop
 
 from benchmarks.common.measuring import environment
-from benchmarks.export_speed import ROOT, prepare, run_command, variables_of
+from benchmarks.export_speed import ROOT, checkouts_of, prepare, run_command, variables_of
 from benchmarks.server.load import Connection
 from qrlora_deploy.io.files import write_json
 
@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=3000, help="of a round")
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
-    checkouts = {"this": ROOT} | ({"other": options.against.resolve()} if options.against else {})
+    checkouts = checkouts_of(options.against)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

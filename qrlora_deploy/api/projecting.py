@@ -10,6 +10,7 @@ from qrlora_deploy.errors import InputError, QrloraError, argument
 from qrlora_deploy.formats.basis import Basis
 from qrlora_deploy.formats.coefficients import SUFFIX, Coefficients, write_coefficients
 from qrlora_deploy.formats.customer_files import customer_ids, customer_of, read_customer, read_customer_file
+from qrlora_deploy.io.outputs import make_folder
 from qrlora_deploy.io.reading import is_file
 from qrlora_deploy.models.basis_fit import check_basis_fits
 from qrlora_deploy.models.checkpoint import Checkpoint
@@ -132,10 +133,7 @@ def _customers(source: Path) -> tuple[Path, list[str]]:
 def _make_folder(place: Path) -> None:
     if place.exists() and not place.is_dir():
         raise InputError(f"{place} is a file; give the name of a folder to {argument('output')}")
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{place} cannot be made: {error.strerror or error}") from error
+    make_folder(place)
 
 
 def _rebase_one(folder: Path, name: str, movers: "_Movers", place: Path, least_share: float) -> Rebased:

@@ -6,11 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qrlora_deploy.cli.bench_options import how_options, what_options
-from qrlora_deploy.cli.options import (
-    EXISTING_FILE,
-    common,
-    refuse_idle,
-)
+from qrlora_deploy.cli.options import EXISTING_FILE, FOLDER, common, refuse_idle
 from qrlora_deploy.cli.output import Output, Table, progress_bar
 from qrlora_deploy.cli.sections import SectionedCommand
 from qrlora_deploy.errors import CheckFailed, InputError
@@ -20,7 +16,6 @@ if TYPE_CHECKING:
     from qrlora_deploy.bench.report import Report
     from qrlora_deploy.bench.settings import BenchSettings
 
-FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 IDLE_WITHOUT = {
     ("server_runs",): ("server",),

@@ -1,24 +1,19 @@
 """Options of `qrlora-deploy bench`: what is measured, and how."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
 
 import click
 
-from qrlora_deploy.cli.options import EXISTING_FILE, provider_option, seed_option
+from qrlora_deploy.cli.options import EXISTING_FILE, FOLDER, Command, provider_option, seed_option, together
 from qrlora_deploy.cli.ranges import COUNT, FiniteRange, WholeRange
 
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 SCENARIOS = ("single-stream", "offline", "generation", "server", "idle-gap", "cold-start", "swap")
 PEERS = ("torch-eager", "torch-compile", "peft")
 
 
 def what_options(function: Command) -> Command:
     """Options that say what is measured."""
-    for option in reversed(
+    return together(
         [
             click.option(
                 "--scenario",
@@ -75,15 +70,13 @@ def what_options(function: Command) -> Command:
             ),
             click.option("--base", type=FOLDER, help="Hugging Face checkpoint of the peers."),
         ]
-    ):
-        function = option(function)
-    return function
+    )(function)
 
 
 def how_options(function: Command) -> Command:
     """Options that say how it is measured."""
     positive = FiniteRange(min=0, min_open=True)
-    for option in reversed(
+    return together(
         [
             provider_option,
             click.option("--threads", type=COUNT, help="Threads of an operator. Default: ONNX Runtime's choice."),
@@ -146,6 +139,4 @@ def how_options(function: Command) -> Command:
                 help="Scenario swap: customers that are loaded a second.",
             ),
         ]
-    ):
-        function = option(function)
-    return function
+    )(function)

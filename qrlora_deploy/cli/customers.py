@@ -4,10 +4,8 @@ from pathlib import Path
 
 import click
 
-from qrlora_deploy.cli.options import EXISTING_FILE, CustomerId, common
+from qrlora_deploy.cli.options import EXISTING_FILE, FOLDER, CustomerId, common
 from qrlora_deploy.cli.output import Output
-
-FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
 @click.group("customers")

@@ -11,6 +11,7 @@ from qrlora_deploy.cli.generated import as_chat, show_stream
 from qrlora_deploy.cli.options import (
     ANY_PATH,
     EXISTING_FILE,
+    FOLDER,
     CustomerId,
     common,
     provider_option,
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from qrlora_deploy.runtime.generation.requests import GenerationAnswer, GenerationRequest
     from qrlora_deploy.runtime.generation.session import GenerationSession
 
-FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 SECONDS = FiniteRange(min=0, min_open=True, max=10**9)
 

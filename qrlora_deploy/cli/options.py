@@ -24,6 +24,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 PLAIN_NAME = re.compile(r"[\w.]+")
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 ANY_PATH = click.Path(path_type=Path)
 BY_COEFFICIENTS = "2.76 / sqrt(number of coefficients), at most 4.3 / sqrt(adapted layers x steps), at most 0.3"
 """What `training.settings.default_rate` gives, in words."""
@@ -180,7 +181,7 @@ def training_options(epochs: int, batch_size: int, rate: str) -> Callable[[Comma
         seed_option,
     ]
 
-    return _together(options)
+    return together(options)
 
 
 def customer_options(head: str, resume: str) -> Callable[[Command], Command]:
@@ -205,10 +206,10 @@ def customer_options(head: str, resume: str) -> Callable[[Command], Command]:
             "--tune-thresholds", is_flag=True, help="Choose each label's threshold on --eval, for the best F1."
         ),
     ]
-    return _together(options)
+    return together(options)
 
 
-def _together(options: list[Callable[[Any], Any]]) -> Callable[[Command], Command]:
+def together(options: Sequence[Callable[[Any], Any]]) -> Callable[[Command], Command]:
     """Several decorators as one, the first one outermost."""
 
     def decorate(function: Command) -> Command:

@@ -4,11 +4,9 @@ from pathlib import Path
 
 import click
 
-from qrlora_deploy.cli.options import common, output_option
+from qrlora_deploy.cli.options import FOLDER, common, output_option
 from qrlora_deploy.cli.output import Output, progress_bar, size_text
 from qrlora_deploy.errors import InputError
-
-FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
 @click.command("pack")

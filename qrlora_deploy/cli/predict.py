@@ -5,13 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qrlora_deploy.cli.options import (
-    EXISTING_FILE,
-    CustomerId,
-    common,
-    provider_option,
-    refuse_idle,
-)
+from qrlora_deploy.cli.options import EXISTING_FILE, FOLDER, CustomerId, common, provider_option, refuse_idle
 from qrlora_deploy.cli.output import Output, Table, in_words
 from qrlora_deploy.cli.ranges import COUNT
 from qrlora_deploy.errors import InputError
@@ -26,13 +20,13 @@ SHOWN = 4
 
 
 @click.command("predict")
-@click.argument("bundle", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("bundle", type=FOLDER)
 @click.option("--text", "texts", multiple=True, help="A text; repeatable.")
 @click.option("--pair", "pairs", multiple=True, help="The second text of each, for a task on pairs; repeatable.")
 @click.option("--requests", type=EXISTING_FILE, help='JSON Lines with "text", "customer" and "pair".')
 @click.option(
     "--customers",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=FOLDER,
     help="Folder of coefficients files, <customer>.safetensors, of a switchable bundle.",
 )
 @click.option(

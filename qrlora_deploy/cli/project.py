@@ -6,11 +6,10 @@ from typing import Any
 
 import click
 
-from qrlora_deploy.cli.options import basis_option, common, output_option
+from qrlora_deploy.cli.options import FOLDER, basis_option, common, output_option
 from qrlora_deploy.cli.output import Output, size_text
 from qrlora_deploy.cli.ranges import FiniteRange
 
-FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 SHOWN = 3
 """So many of the things that are worst held are named."""
 

@@ -9,45 +9,42 @@ SHOWN_UP_TO = 100_000
 """An upper bound from here on is there for slips of the hand alone, and only noise in a help text."""
 
 
-def _shown(least: float | None, most: float | None, above: bool) -> str:
-    lower = "" if least is None else f"x{'>' if above else '>='}{least}"
-    if most is None or most >= SHOWN_UP_TO:
-        return lower
-    return f"{least}{'<' if above else '<='}x<={most}" if lower else f"x<={most}"
+class _Range:
+    """What both kinds of ranges add to click's."""
+
+    min: Any
+    max: Any
+    min_open: bool
+    plain: click.ParamType
+
+    def _describe_range(self) -> str:
+        lower = "" if self.min is None else f"x{'>' if self.min_open else '>='}{self.min}"
+        if self.max is None or self.max >= SHOWN_UP_TO:
+            return lower
+        return f"{self.min}{'<' if self.min_open else '<='}x<={self.max}" if lower else f"x<={self.max}"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number, or a usage error that names the option and the bound."""
+        number = self.plain.convert(value, param, ctx)
+        if isinstance(number, float) and not math.isfinite(number):
+            self.plain.fail(f"{number} is not a finite number.", param, ctx)
+        if self.max is not None and number > self.max:
+            self.plain.fail(f"{number} is more than {self.max}.", param, ctx)
+        return super().convert(number, param, ctx)  # type: ignore[misc]  # click's range, behind this one
 
 
-class WholeRange(click.IntRange):
+class WholeRange(_Range, click.IntRange):
     """A whole number in a range."""
 
     name = "integer"
-
-    def _describe_range(self) -> str:
-        return _shown(self.min, self.max, self.min_open)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The number, or a usage error that names the option and the bound."""
-        number = click.INT.convert(value, param, ctx)
-        if self.max is not None and number > self.max:
-            self.fail(f"{number} is more than {self.max}.", param, ctx)
-        return super().convert(number, param, ctx)
+    plain = click.INT
 
 
-class FiniteRange(click.FloatRange):
+class FiniteRange(_Range, click.FloatRange):
     """A number in a range that is none of inf and nan, which a bare range lets through."""
 
     name = "number"
-
-    def _describe_range(self) -> str:
-        return _shown(self.min, self.max, self.min_open)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The number, or a usage error that names the option and the bound."""
-        number = click.FLOAT.convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{number} is not a finite number.", param, ctx)
-        if self.max is not None and number > self.max:
-            self.fail(f"{number} is more than {self.max}.", param, ctx)
-        return super().convert(number, param, ctx)
+    plain = click.FLOAT
 
 
 COUNT = WholeRange(1, 2**31 - 1)

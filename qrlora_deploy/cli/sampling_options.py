@@ -1,10 +1,8 @@
 """Options of `qrlora-deploy generate` that say how tokens are chosen."""
 
-from collections.abc import Callable
-from typing import Any
-
 import click
 
+from qrlora_deploy.cli.options import Command, together
 from qrlora_deploy.cli.ranges import FiniteRange, WholeRange
 
 SAMPLING = (
@@ -21,7 +19,7 @@ SAMPLING = (
 """Options that are fields of `Sampling`, which says what they may be."""
 
 
-def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
+def sampling_options(function: Command) -> Command:
     """How tokens are chosen; the library's own defaults."""
     number, whole, penalty = FiniteRange(), click.INT, FiniteRange(-100, 100)
     options = [
@@ -79,6 +77,4 @@ def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
             help="Tell the log probability of each token, and those of so many best ones (0 to 20).",
         ),
     ]
-    for option in reversed(options):
-        function = option(function)
-    return function
+    return together(options)(function)

@@ -9,14 +9,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from qrlora_deploy.cli.group import end_at_once
-from qrlora_deploy.cli.options import (
-    ANY_PATH,
-    EXISTING_FILE,
-    CustomerId,
-    buckets_of,
-    common,
-    refuse_idle,
-)
+from qrlora_deploy.cli.options import ANY_PATH, EXISTING_FILE, FOLDER, CustomerId, buckets_of, common, refuse_idle
 from qrlora_deploy.cli.output import Output
 from qrlora_deploy.cli.ranges import FiniteRange, WholeRange
 from qrlora_deploy.cli.sections import SectionedCommand
@@ -32,8 +25,6 @@ if TYPE_CHECKING:
     from qrlora_deploy.serving.opening import RunOptions
     from qrlora_deploy.serving.processes.supervisor import Supervisor
     from qrlora_deploy.serving.server import ServerOptions
-
-FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
 SECTIONS = {

@@ -1,10 +1,8 @@
 """The options of `qrlora-deploy serve` that bound what runs and what waits."""
 
-from collections.abc import Callable
-from typing import Any
-
 import click
 
+from qrlora_deploy.cli.options import together
 from qrlora_deploy.cli.ranges import COUNT, FiniteRange, WholeRange
 
 SECONDS = FiniteRange(min=0, max=86_400)
@@ -65,8 +63,5 @@ OPTIONS = (
 )
 
 
-def limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options to a command."""
-    for option in reversed(OPTIONS):
-        command = option(command)
-    return command
+limit_options = together(OPTIONS)
+"""Add the options to a command."""

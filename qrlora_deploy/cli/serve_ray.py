@@ -1,10 +1,11 @@
 """The part of `qrlora-deploy serve` that runs replicas by Ray."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING, Any
 
 import click
 
+from qrlora_deploy.cli.options import together
 from qrlora_deploy.cli.ranges import COUNT
 from qrlora_deploy.errors import InputError
 
@@ -25,11 +26,8 @@ ALONE = {"grpc_port": None, "admin_port": None, "processes": 0, "otel": False}
 """Options of a server without Ray, with their defaults."""
 
 
-def ray_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options to a command."""
-    for option in reversed(OPTIONS):
-        command = option(command)
-    return command
+ray_options = together(OPTIONS)
+"""Add the options to a command."""
 
 
 def check_ray_usage(on_ray: bool, options: dict[str, Any]) -> None:

@@ -79,6 +79,18 @@ def check_replaceable(path: Path, kind: str, is_kind: Callable[[Path], bool]) ->
         raise InputError(f"{path} already exists and is no {kind}; remove it or give another {argument('output')}")
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, where they are not there.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be made: {error.strerror or error}") from error
+
+
 def prepare_file(path: str | os.PathLike[str], kind: str, is_kind: Callable[[Path], bool]) -> Path:
     """The place of an output file whose folder is made where it is missing, as `check_replaceable` allows it.
 

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from qrlora_deploy.errors import InputError, argument
 from qrlora_deploy.io.files import digest_file, flush_file, flush_folder, write_json, writing
+from qrlora_deploy.io.outputs import make_folder
 from qrlora_deploy.io.temporary import lock_folder, remove_dead, remove_if_dead, remove_tree, unlocked
 
 SETTINGS = "settings.json"
@@ -128,10 +129,7 @@ def open_work_dir(work_dir: Path, marks: dict[str, Any], resume: bool) -> Path |
     if settings_file.is_file():
         _check_same(settings_file, marks)
         return _clean(work_dir)
-    try:
-        work_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{work_dir} cannot be made: {error.strerror or error}") from error
+    make_folder(work_dir)
     if checkpoints(work_dir):
         raise InputError(f"{work_dir} holds checkpoints of another program; give another folder")
     write_json(settings_file, marks)

@@ -10,7 +10,7 @@ import onnx
 from exporters.onnx.decoder.nodes import MICROSOFT, Nodes
 
 PRODUCT, LEVEL = "MatMulNBits", "accuracy_level"
-"""The operator, and its attribute.."""
+"""The operator, and its attribute."""
 
 BLOCK = 32
 """Weights of one output that share a scale."""
